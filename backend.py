@@ -1,0 +1,505 @@
+"""The one room that knows devices (npu, cuda, cpu), apex, mixed precision and what each PyTorch can do.
+
+Everything else asks here: `select_device`, `synchronize`, `initialize_amp`, `distributed_model`, `profiler`. What a
+PyTorch can do is found out by looking for the feature, never by its version.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import os
+
+# From 2.5 on, torch imports torch_npu by itself and dies with a traceback where CANN isn't set up; here it is imported
+# when it's wanted, and its failure explained.
+os.environ.setdefault('TORCH_DEVICE_BACKEND_AUTOLOAD', '0')
+
+import torch  # noqa: E402  (after the setting that it reads)
+from torch import nn  # noqa: E402
+
+from errors import UserError  # noqa: E402
+
+DEVICE_TYPES = ('npu', 'cuda', 'cpu')  # in order of preference
+PROCESS_GROUP_BACKEND = {'npu': 'hccl', 'cuda': 'nccl', 'cpu': 'gloo'}
+AMP_DTYPES = ('float16', 'bfloat16')
+OPT_LEVELS = ('O0', 'O1', 'O2')
+
+
+# ---- devices
+
+@functools.lru_cache(maxsize=None)
+def _npu_problem():
+    """None where NPUs can be used, else the reason, with its cure."""
+    if not hasattr(torch, 'npu'):  # Ascend's PyTorch 1.5 has it built in
+        if importlib.util.find_spec('torch_npu') is None:
+            return 'torch_npu is not installed; install the torch_npu of your PyTorch, or use --device cuda or cpu'
+        try:
+            importlib.import_module('torch_npu')
+        except (ImportError, OSError, RuntimeError) as error:
+            if 'libhccl' in str(error) or 'libascend' in str(error):
+                return 'torch_npu is installed but CANN is not set up (%s); run: source test/env_npu.sh' % error
+            return 'torch_npu cannot be imported (%s)' % error
+    return None if torch.npu.is_available() else 'torch_npu is installed but sees no NPU; look at npu-smi info'
+
+
+def _cuda_problem():
+    if torch.cuda.is_available():
+        return None
+    if torch.backends.cuda.is_built() if hasattr(torch.backends, 'cuda') else torch.version.cuda:
+        return 'PyTorch sees no CUDA GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu'
+    return 'this PyTorch was built without CUDA; install a CUDA build, or use --device cpu'
+
+
+_PROBLEM = {'npu': _npu_problem, 'cuda': _cuda_problem, 'cpu': lambda: None}
+
+
+def find_device(name='auto', local_rank=0):
+    """The `torch.device` that a process is to use. It isn't touched, so this also serves before processes start.
+
+    Args:
+        name (str): auto (npu, cuda, cpu: the first that works), npu, cuda, cpu, or one of them with an index, cuda:1.
+        local_rank (int): the device's index where `name` has none.
+
+    Raises:
+        UserError: the device can't be used, or has fewer devices than processes.
+    """
+    kind, _, index = name.partition(':')
+    if kind == 'auto':
+        kind = next(kind for kind in DEVICE_TYPES if _PROBLEM[kind]() is None)
+    if kind not in DEVICE_TYPES or (index and not index.isdigit()):
+        raise UserError('--device must be auto, npu, cuda or cpu, or one with an index such as cuda:1; got %r' % name)
+    problem = _PROBLEM[kind]()
+    if problem:
+        raise UserError('--device %s: %s' % (name, problem))
+    if kind == 'cpu':
+        return torch.device('cpu')
+    count, index = _module(kind).device_count(), int(index or local_rank)
+    if index >= count:
+        raise UserError('--device %s: process %d needs %s:%d, but there are %d; lower --nproc_per_node or the index'
+                        % (name, local_rank, kind, index, count))
+    return torch.device(kind, index)
+
+
+def select_device(name='auto', local_rank=0):
+    """`find_device`; for npu and cuda the device becomes the current one."""
+    device = find_device(name, local_rank)
+    if _module(device):
+        _module(device).set_device(device)
+    return device
+
+
+def _module(device):
+    """torch.npu or torch.cuda, or None for the CPU."""
+    return getattr(torch, getattr(device, 'type', device), None) if getattr(device, 'type', device) != 'cpu' else None
+
+
+def device_name(device):
+    module = _module(device)
+    return module.get_device_name(device.index or 0) if module else 'CPU, %d threads' % torch.get_num_threads()
+
+
+def synchronize(device):
+    """Wait until the device has done all that it was given. Nothing to wait for on a CPU."""
+    if _module(device):
+        _module(device).synchronize()
+
+
+def max_memory_mb(device):
+    """Peak memory that tensors took on the device, in MiB; 0 on a CPU, where nobody counts it."""
+    return _module(device).max_memory_allocated() / 2 ** 20 if _module(device) else 0.
+
+
+def seed_device(seed):
+    """Seed every device's generator. torch.manual_seed has seeded those of the CPU and of CUDA already."""
+    if hasattr(torch, 'npu') and _npu_problem() is None:
+        torch.npu.manual_seed_all(seed)
+
+
+def device_rng_state(device):
+    return _module(device).get_rng_state() if _module(device) else None
+
+
+def set_device_rng_state(device, state):
+    if _module(device) and state is not None:
+        _module(device).set_rng_state(state)
+
+
+def can_pin_memory(device):
+    """Whether batches can be put in page-locked memory for this device."""
+    return device.type != 'cpu'
+
+
+def fused_optimizer(name):
+    """The class of a fused optimizer: NpuFusedAdamW from torch_npu or Ascend's apex, Fused* from NVIDIA's apex.
+
+    Raises:
+        UserError: it isn't installed here.
+    """
+    for home in ('torch_npu.optim', 'apex.optimizers'):
+        package = home.partition('.')[0]
+        if importlib.util.find_spec(package) is None or (package == 'torch_npu' and _npu_problem()):
+            continue
+        try:
+            return getattr(importlib.import_module(home), name)
+        except (ImportError, AttributeError):
+            continue
+    where = 'torch_npu or Ascend\'s apex' if name.startswith('Npu') else 'NVIDIA\'s apex'
+    raise UserError('--opt %s needs %s, which is not installed here; use --opt adamw' % (name.lower(), where))
+
+
+# ---- distribution
+
+def distributed_model(model, device):
+    """The model in DistributedDataParallel. Every parameter gets a gradient, so unused ones needn't be looked for."""
+    devices = None if device.type == 'cpu' else [device.index]
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+
+def unwrap(model):
+    """The model itself, out of DistributedDataParallel and the casting wrappers of this file."""
+    while hasattr(model, 'module'):
+        model = model.module
+    return model
+
+
+# ---- precision
+
+class StepScaler:
+    """Backward, unscale, clip and step: one call per micro-step, the same for every precision.
+
+    This one is full precision and native O1; `MasterWeightScaler` and `ApexScaler` change what differs. The loss is
+    multiplied by `scale`; at an update the gradients are divided by it, checked, clipped and used. An update whose
+    gradients are not finite is skipped and counted; a dynamic scale is then halved, and doubled after 2,000 good
+    updates (the scheme of "Mixed Precision Training", https://arxiv.org/abs/1710.03740, section 3.2).
+
+    Attributes:
+        scale (float), dynamic (bool); skipped (int): updates skipped since the start; skipped_last (bool): the newest.
+        description (str): precision and the library that does it, for people.
+    """
+
+    GROWTH_INTERVAL = 2000
+    LARGEST, SMALLEST = 2. ** 24, 2. ** -14
+
+    def __init__(self, scale=1., dynamic=False, description='float32'):
+        self.scale, self.dynamic, self.description = float(scale), dynamic, description
+        self.skipped, self.skipped_last, self.good_updates = 0, False, 0
+
+    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+        """One micro-step: `loss` is a scalar tensor, already divided by the number of micro-steps.
+
+        Returns:
+            At an update, the norm of all gradients before clipping, unscaled, as a float; between updates, None.
+        """
+        (loss if self.scale == 1. else loss * self.scale).backward(create_graph=create_graph)
+        if not is_update:
+            return None
+        parameters = [p for p in parameters if p.grad is not None]
+        if self.scale != 1.:
+            for parameter in parameters:
+                parameter.grad.mul_(1. / self.scale)
+        return self._finish(optimizer, self._clip(optimizer, parameters, clip_grad))
+
+    def _clip(self, optimizer, parameters, clip_grad):
+        if clip_grad and hasattr(optimizer, 'clip_grad_norm_fused_'):  # it reads only its own copies of the gradients
+            return float(optimizer.clip_grad_norm_fused_(clip_grad))
+        return float(nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf))
+
+    def _finish(self, optimizer, grad_norm):
+        self.skipped_last = not math.isfinite(grad_norm)
+        if self.skipped_last:
+            self.skipped += 1
+            self.good_updates = 0
+            if self.dynamic:
+                self.scale = max(self.scale / 2, self.SMALLEST)
+        else:
+            optimizer.step()
+            self.good_updates += 1
+            if self.dynamic and self.good_updates % self.GROWTH_INTERVAL == 0:
+                self.scale = min(self.scale * 2, self.LARGEST)
+        return grad_norm
+
+    def full_precision_state(self, model):
+        """Name to float32 tensor for every parameter and buffer, live: what is copied in is what trains on."""
+        model = unwrap(model)
+        live = dict(model.named_parameters())
+        live.update(model.named_buffers())
+        return {name: live[name].data for name in model.state_dict()}
+
+    def weights_changed(self):
+        """Call after copying into `full_precision_state`, so that half-precision copies follow."""
+
+    def state_dict(self):
+        return {'scale': self.scale, 'good_updates': self.good_updates, 'skipped': self.skipped}
+
+    def load_state_dict(self, state):
+        """Take over the counters, and the scale where it's dynamic. Other programs' scaler states are left alone."""
+        self.skipped = state.get('skipped', 0)
+        if self.dynamic and 'good_updates' in state:
+            self.scale, self.good_updates = state['scale'], state['good_updates']
+
+
+class MasterWeightScaler(StepScaler):
+    """Native O2: the model holds half-precision weights, the optimizer their float32 masters.
+
+    Args:
+        pairs (list): (model parameter, its master), for every parameter of the optimizer.
+    """
+
+    def __init__(self, pairs, **settings):
+        super().__init__(**settings)
+        self.pairs = pairs
+
+    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+        (loss * self.scale).backward(create_graph=create_graph)
+        # Accumulate in float32, in buffers that stay where they are: NpuFusedAdamW never looks for new ones.
+        for parameter, master in self.pairs:
+            if parameter.grad is not None:
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+                master.grad.add_(parameter.grad.float(), alpha=1. / self.scale)
+                parameter.grad = None
+        if not is_update:
+            return None
+        masters = [master for _, master in self.pairs if master.grad is not None]
+        grad_norm = self._finish(optimizer, self._clip(optimizer, masters, clip_grad))
+        self.weights_changed()
+        return grad_norm
+
+    def full_precision_state(self, model):
+        state = super().full_precision_state(model)
+        masters = {id(parameter): master for parameter, master in self.pairs}
+        for name, parameter in unwrap(model).named_parameters():
+            state[name] = masters[id(parameter)].data if id(parameter) in masters else parameter.data
+        return state
+
+    def weights_changed(self):
+        for parameter, master in self.pairs:
+            parameter.data.copy_(master.data)
+
+
+class ApexScaler(MasterWeightScaler):
+    """O1 and O2 by apex: it scales, unscales and keeps the masters; checking, skipping and counting are done here."""
+
+    def __init__(self, amp, pairs, **settings):
+        super().__init__(pairs, **settings)
+        self.amp = amp
+
+    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+        with self.amp.scale_loss(loss, optimizer, delay_unscale=not is_update) as scaled:
+            scaled.backward(create_graph=create_graph)
+        if not is_update:
+            return None
+        grad_norm = self._clip(optimizer, list(self.amp.master_params(optimizer)), clip_grad)
+        self.skipped_last = not math.isfinite(grad_norm)
+        if self.skipped_last:
+            self.skipped += 1
+        if self.dynamic or not self.skipped_last:
+            optimizer.step()  # under a dynamic scale apex has made this step a no-op, which has to be called
+        self.scale = self._apex_scale()
+        return grad_norm
+
+    def _clip(self, optimizer, parameters, clip_grad):
+        if clip_grad and hasattr(optimizer, 'clip_optimizer_grad_norm_fused'):
+            return float(optimizer.clip_optimizer_grad_norm_fused(clip_grad))
+        return super()._clip(optimizer, [p for p in parameters if p.grad is not None], clip_grad)
+
+    def _apex_scale(self):
+        return float(next(iter(self.amp.state_dict().values()))['loss_scale'])
+
+    def state_dict(self):
+        return dict(super().state_dict(), apex=self.amp.state_dict())
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        if 'apex' in state:
+            self.amp.load_state_dict(state['apex'])
+
+
+class Autocast(nn.Module):
+    """Native O1: runs the model under autocast, and gives float32."""
+
+    def __init__(self, module, device_type, dtype):
+        super().__init__()
+        self.module, self.device_type, self.dtype = module, device_type, dtype
+
+    def forward(self, images):
+        with _autocast(self.device_type, self.dtype):
+            return self.module(images).float()
+
+
+class HalfPrecision(nn.Module):
+    """Native O2: casts the model's weights and its input to half precision, its output to float32."""
+
+    def __init__(self, module, dtype):
+        super().__init__()
+        self.module, self.dtype = module.to(dtype), dtype
+
+    def forward(self, images):
+        return self.module(images.to(self.dtype)).float()
+
+
+def _autocast(device_type, dtype):
+    if hasattr(torch, 'autocast'):
+        return torch.autocast(device_type, dtype=dtype)
+    return _module(device_type).amp.autocast()  # PyTorch 1.8, float16
+
+
+def _has_autocast(device_type, dtype):
+    if hasattr(torch, 'autocast'):
+        return True
+    return dtype == torch.float16 and hasattr(getattr(_module(device_type), 'amp', None), 'autocast')
+
+
+def find_apex():
+    """(apex.amp or None, one sentence for people). Three packages carry the name; only some have `amp`."""
+    if importlib.util.find_spec('apex') is None:
+        return None, 'apex is not installed'
+    try:
+        apex = importlib.import_module('apex')
+        amp = importlib.import_module('apex.amp')
+    except Exception as error:  # an apex built for another PyTorch can fail in any way; the native path always works
+        holds_optimizers = importlib.util.find_spec('apex').submodule_search_locations is not None and any(
+            os.path.isdir(os.path.join(place, 'optimizers'))
+            for place in importlib.util.find_spec('apex').submodule_search_locations)
+        if isinstance(error, ModuleNotFoundError) and error.name == 'apex.amp' and holds_optimizers:
+            return None, 'the installed apex is NVIDIA\'s without amp, which newer versions removed'
+        if isinstance(error, ModuleNotFoundError) and error.name == 'apex.amp':
+            return None, 'the installed apex is an unrelated package of that name'
+        return None, 'the installed apex cannot be imported (%s)' % ' '.join(str(error).split())
+    if not hasattr(amp, 'initialize'):
+        return None, 'the installed apex has no amp.initialize'
+    kind = 'Ascend\'s' if hasattr(getattr(apex, 'optimizers', None), 'NpuFusedAdamW') else 'NVIDIA\'s'
+    return amp, 'apex.amp (%s)' % kind
+
+
+def check_precision(device, amp, opt_level, amp_dtype):
+    """The half-precision `torch.dtype` to use, or None for float32; by itself: float16, on a CPU bfloat16.
+
+    Raises:
+        UserError: this device or this PyTorch can't do what is asked for.
+    """
+    if not amp or opt_level == 'O0':
+        return None
+    if amp_dtype is None:
+        amp_dtype = 'bfloat16' if device.type == 'cpu' else 'float16'
+    if device.type == 'cpu' and amp_dtype == 'float16':
+        raise UserError('--amp_dtype float16: half precision on a CPU is bfloat16; leave the flag out')
+    dtype = getattr(torch, amp_dtype)
+    if opt_level == 'O1' and not _has_autocast(device.type, dtype) and not (
+            device.type != 'cpu' and dtype == torch.float16 and find_apex()[0]):
+        raise UserError('--opt-level O1: this PyTorch has no autocast to %s on %s; leave --amp out, or use a newer one'
+                        % (amp_dtype, device.type))
+    if opt_level == 'O2':
+        problem = _half_precision_problem(device, dtype)
+        if problem:
+            raise UserError('--opt-level O2: this PyTorch cannot train in %s on %s (%s); leave --amp out, or use a '
+                            'newer one' % (amp_dtype, device.type, problem))
+    return dtype
+
+
+@functools.lru_cache(maxsize=None)
+def _half_precision_problem(device, dtype):
+    """None, or why the model's kinds of layer don't run forward and backward in this dtype: they are tried out."""
+    try:
+        layers = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Flatten(2), nn.LayerNorm(4), nn.Linear(4, 4), nn.GELU(),
+                               nn.Softmax(-1), nn.Dropout(0.1)).to(device=device, dtype=dtype)
+        (layers(torch.ones(2, 3, 4, 4, device=device, dtype=dtype)) @ torch.ones(
+            2, 4, 4, device=device, dtype=dtype)).float().sum().backward()
+    except (RuntimeError, TypeError) as error:
+        return ' '.join(str(error).split())[:100]
+    return None
+
+
+def initialize_amp(model, optimizer, device, dtype=None, opt_level='O2', loss_scale=None):
+    """Put the model in the precision asked for. Call it before DistributedDataParallel.
+
+    Args:
+        optimizer: built on the model's float32 parameters; under O2 it holds their masters afterwards. None where
+            the model is only evaluated.
+        dtype: what `check_precision` gave; None is float32.
+        loss_scale (float, 'dynamic' or None): None is 128 (the adaptation's static scale) for float16, else 1.
+
+    Returns:
+        (model, scaler): a module to call in the model's place, and the `StepScaler` to train with.
+    """
+    if dtype is None:
+        return model, StepScaler()
+    if loss_scale is None:
+        loss_scale = 128. if dtype == torch.float16 else 1.
+    dynamic = loss_scale == 'dynamic'
+    scaling = dict(scale=2. ** 16 if dynamic else loss_scale, dynamic=dynamic)
+    name = str(dtype).replace('torch.', '')
+    amp, about_apex = find_apex() if device.type != 'cpu' and dtype == torch.float16 else (None, 'apex is for float16')
+    scaling['description'] = '%s %s, native (%s)' % (opt_level, name, about_apex)
+
+    if amp is not None and optimizer is not None:
+        scaling['description'] = '%s %s by %s' % (opt_level, name, about_apex)
+        before = [p for group in optimizer.param_groups for p in group['params']]
+        options = dict(opt_level=opt_level, loss_scale=loss_scale, verbosity=0)
+        if 'combine_grad' in inspect.signature(amp.initialize).parameters:
+            options['combine_grad'] = True
+        model, optimizer = amp.initialize(model, optimizer, **options)
+        after = [p for group in optimizer.param_groups for p in group['params']]
+        return model, ApexScaler(amp, [pair for pair in zip(before, after) if pair[0] is not pair[1]], **scaling)
+    if opt_level == 'O1':
+        return Autocast(model, device.type, dtype), StepScaler(**scaling)
+    pairs = []
+    for group in optimizer.param_groups if optimizer is not None else []:
+        masters = [nn.Parameter(parameter.detach().clone()) for parameter in group['params']]
+        pairs += zip(group['params'], masters)
+        group['params'] = masters
+    return HalfPrecision(model, dtype), MasterWeightScaler(pairs, **scaling)
+
+
+def autocast_for_evaluation(model, device, dtype, opt_level):
+    """A float32 model, such as the average of the weights, wrapped for evaluation in the run's precision."""
+    if dtype is None or opt_level != 'O1' or not _has_autocast(device.type, dtype):
+        return model
+    return Autocast(model, device.type, dtype)
+
+
+# ---- profiling
+
+@contextlib.contextmanager
+def profiler(device, folder, rank=0, cann=False):
+    """Record what runs inside, and write it into `folder`.
+
+    Args:
+        cann (bool): through torch_npu's profiler (for Ascend's tools); else a Chrome trace, trace_rank<N>.json.
+    """
+    os.makedirs(folder, exist_ok=True)
+    if cann:
+        with _cann_profiler(folder):
+            yield
+        return
+    path = os.path.join(folder, 'trace_rank%d.json' % rank)
+    if hasattr(torch, 'profiler') and hasattr(torch.profiler, 'ProfilerActivity'):
+        activities = [getattr(torch.profiler.ProfilerActivity, name) for name in ('CPU', 'CUDA', 'PrivateUse1')
+                      if hasattr(torch.profiler.ProfilerActivity, name)
+                      and (name == 'CPU' or (name == 'CUDA') == (device.type == 'cuda') and device.type != 'cpu')]
+        with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+            yield
+            synchronize(device)
+    else:  # PyTorch 1.5
+        with torch.autograd.profiler.profile(use_cuda=device.type == 'cuda') as profile:
+            yield
+            synchronize(device)
+    profile.export_chrome_trace(path)
+
+
+def check_cann_profiler():
+    """Raise a `UserError` where torch_npu's profiler isn't to be had."""
+    problem = _npu_problem()
+    if problem is None and not hasattr(importlib.import_module('torch_npu'), 'profiler'):
+        problem = 'this torch_npu has no profiler; use --prof'
+    if problem:
+        raise UserError('--cann_prof: %s' % problem)
+
+
+def _cann_profiler(folder):
+    torch_npu = importlib.import_module('torch_npu')
+    return torch_npu.profiler.profile(
+        activities=[torch_npu.profiler.ProfilerActivity.CPU, torch_npu.profiler.ProfilerActivity.NPU],
+        on_trace_ready=torch_npu.profiler.tensorboard_trace_handler(folder))

@@ -1,0 +1,347 @@
+"""Images from class folders, CIFAR-100 or the digits demo; the transforms; samplers and loaders.
+
+What a process gets depends on the seed, the epoch and the image's index alone: not on the number of workers, nor on
+how many processes share the data.
+"""
+
+import os
+import random
+import shutil
+import tempfile
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision import datasets as torchvision_datasets
+from torchvision import transforms
+
+import utils
+from errors import UserError, unknown
+from modeling_finetune import INPUT_MEAN, INPUT_STD
+
+try:
+    from torchvision.transforms import InterpolationMode
+except ImportError:  # torchvision before 0.9 takes Pillow's constants
+    InterpolationMode = Image
+
+DATA_SETS = ('CIFAR', 'IMNET', 'image_folder')
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.ppm', '.pgm', '.tif', '.tiff')
+INTERPOLATIONS = ('random', 'bilinear', 'bicubic', 'lanczos')
+SMALL_INPUT = 32  # up to this size images are taken as they are: no resizing, random crops with padding
+
+
+# ---- reading one image
+
+def load_image(path):
+    """The image as RGB, 8 bits a channel, whatever the file holds. Transparency is dropped, as the reference does.
+
+    Raises:
+        UserError: the file can't be read as an image.
+    """
+    try:
+        with open(path, 'rb') as file:
+            image = Image.open(file)
+            if image.mode.startswith('I'):  # 16 bits: Pillow would cut at 255 instead of scaling
+                pixels = np.asarray(image).astype(np.float64)
+                image = Image.fromarray(np.uint8(np.clip(pixels / 257. + 0.5, 0, 255)))
+            elif image.mode == 'P' and 'transparency' in image.info:
+                image = image.convert('RGBA')
+            return image.convert('RGB')
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        raise UserError('%s: cannot be read as an image (%s); mend or remove it'
+                        % (path, ' '.join(str(error).split()) or type(error).__name__)) from None
+
+
+# ---- data sets
+
+class ImageFolder(torchvision_datasets.DatasetFolder):
+    """Class folders of images; the classes are the folders' names in sorted order.
+
+    Raises:
+        UserError: the folder is missing, has no class folders, or one of them has no image.
+    """
+
+    def __init__(self, root, transform=None, flag='--data_path'):
+        if not os.path.isdir(root):
+            raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, root))
+        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        if not names:
+            raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
+                            % (flag, root))
+        try:
+            super().__init__(root, load_image, EXTENSIONS, transform=transform)
+        except (FileNotFoundError, RuntimeError):
+            self.samples = []  # newer and older torchvision say by these that a class, or everything, is empty
+        filled = {label for _, label in self.samples}
+        empty = [name for label, name in enumerate(names) if label not in filled]
+        if self.samples and empty or not self.samples:
+            empty = empty if self.samples else [name for name in names if not _has_image(os.path.join(root, name))]
+            raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder'
+                            % (flag, ' '.join(EXTENSIONS), 's' if len(empty) > 1 else '',
+                               ', '.join(os.path.join(root, name) for name in empty[:3])))
+
+
+def _has_image(folder):
+    return any(name.lower().endswith(EXTENSIONS) for _, _, files in os.walk(folder) for name in files)
+
+
+def write_digits(root):
+    """Write scikit-learn's UCI handwritten digits as an image folder: 1,797 scans, 10 classes, stratified 80/20.
+
+    The 8x8 scans become 32x32 PNG files. The folder appears whole or not at all.
+    """
+    from sklearn.datasets import load_digits  # slow to import, for the demo only
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    indices = np.arange(len(digits.target))
+    train, val = train_test_split(indices, test_size=0.2, random_state=0, stratify=digits.target)
+    os.makedirs(os.path.dirname(root), exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix='.digits-', dir=os.path.dirname(root))
+    try:
+        for split, members in (('train', train), ('val', val)):
+            for index in members:
+                folder = os.path.join(temporary, split, str(digits.target[index]))
+                os.makedirs(folder, exist_ok=True)
+                scan = Image.fromarray(np.uint8(np.round(digits.images[index] * (255. / 16.))))
+                scan.resize((32, 32), Image.BICUBIC).save(os.path.join(folder, '%04d.png' % index))
+        os.chmod(temporary, 0o755)
+        os.rename(temporary, root)
+    except OSError:
+        if not os.path.isdir(os.path.join(root, 'val')):  # another process may have been first
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def resolve_data_path(data_path):
+    """The folder that --data_path means; the word demo is the digits, written on first use."""
+    if data_path != 'demo':
+        return data_path
+    root = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'digits')
+    if not os.path.isdir(os.path.join(root, 'val')):
+        try:
+            write_digits(root)
+        except ImportError:
+            raise UserError('--data_path demo needs scikit-learn; run: pip install scikit-learn') from None
+        except OSError as error:
+            raise UserError('--data_path demo: cannot write the digits to %s (%s)' % (root, error)) from None
+        utils.say('Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s' % root)
+    return root
+
+
+def check_paths(args):
+    """Raise a `UserError` where the folders that the flags name can't be right. Cheap, so that it can come first."""
+    if args.data_set not in DATA_SETS:
+        raise unknown('--data_set', args.data_set, DATA_SETS)
+    if not args.data_path and not (args.eval and args.eval_data_path):
+        raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo')
+    for flag, path in (('--data_path', args.data_path), ('--eval_data_path', args.eval_data_path)):
+        if path and path != 'demo' and not os.path.isdir(path):
+            raise UserError('%s %s: no such folder' % (flag, path))
+    if args.data_path == 'demo':
+        return
+    if args.data_set == 'CIFAR':
+        cifar_root(args.data_path)
+    for is_train in (False,) if args.eval else (True, False):
+        if args.data_set != 'CIFAR' and (is_train or needs_validation(args)):
+            flag, root = split_root(is_train, args)
+            if not os.path.isdir(root):
+                raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class'
+                                % (flag, getattr(args, flag[2:]), root))
+
+
+def needs_validation(args):
+    return args.eval or not args.disable_eval_during_finetuning
+
+
+def split_root(is_train, args):
+    """(flag, folder) of the class folders for training or validation."""
+    if args.data_set == 'image_folder':
+        if is_train:
+            return '--data_path', args.data_path
+        if not args.eval_data_path:
+            raise UserError('--data_set image_folder needs --eval_data_path, the class folders for validation '
+                            '(or --disable_eval_during_finetuning)')
+        return '--eval_data_path', args.eval_data_path
+    if not is_train and args.eval_data_path:
+        return '--eval_data_path', args.eval_data_path
+    return '--data_path', os.path.join(resolve_data_path(args.data_path), 'train' if is_train else 'val')
+
+
+def cifar_root(data_path):
+    """The folder that holds cifar-100-python, the archive's own folder; that folder itself will do as well."""
+    path = os.path.normpath(data_path)
+    for root in (path, os.path.dirname(path)):
+        if os.path.isfile(os.path.join(root, 'cifar-100-python', 'train')):
+            return root
+    raise UserError('--data_path %s: there is no cifar-100-python/train in it; unpack cifar-100-python.tar.gz there'
+                    % data_path)
+
+
+def build_dataset(is_train, args):
+    """(data set, class names): samples are (image float32 (3, size, size), class index)."""
+    transform = build_transform(is_train, args)
+    if args.data_set == 'CIFAR':
+        try:
+            dataset = torchvision_datasets.CIFAR100(cifar_root(args.data_path), train=is_train, transform=transform)
+        except RuntimeError:
+            raise UserError('--data_path %s: cifar-100-python is damaged (its checksums differ); unpack it again'
+                            % args.data_path) from None
+        return dataset, list(getattr(dataset, 'classes', None) or map(str, range(100)))
+    flag, root = split_root(is_train, args)
+    dataset = ImageFolder(root, transform, flag)
+    return dataset, dataset.classes
+
+
+def build_datasets(args):
+    """(training set or None, validation set or None, class names), checked against one another and --nb_classes."""
+    train = train_classes = val = val_classes = None
+    if not args.eval:
+        train, train_classes = build_dataset(True, args)
+    if needs_validation(args):
+        val, val_classes = build_dataset(False, args)
+    if train_classes and val_classes and train_classes != val_classes:
+        only = [('train', set(train_classes) - set(val_classes)), ('val', set(val_classes) - set(train_classes))]
+        raise UserError('--data_path: train and val must name the same classes; %s' % '; '.join(
+            'only in %s: %s' % (split, ', '.join(sorted(names)[:5])) for split, names in only if names))
+    classes = train_classes or val_classes
+    if args.nb_classes and args.nb_classes != len(classes):
+        raise UserError('--nb_classes %d: the data has %d classes; leave the flag out, or mend the folders'
+                        % (args.nb_classes, len(classes)))
+    return train, val, classes
+
+
+# ---- transforms
+
+def build_transform(is_train, args):
+    """The reference's transform: a Pillow image to a normalised float32 tensor (3, input_size, input_size).
+
+    Training is timm's `create_transform`; inputs of 32 pixels and less use random crops with 4 pixels of padding.
+    Evaluation resizes the shorter side to input_size / crop_pct and crops the centre.
+    """
+    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if args.imagenet_default_mean_and_std \
+        else (INPUT_MEAN, INPUT_STD)
+    resizes = args.input_size > SMALL_INPUT
+    if is_train:
+        transform = create_transform(
+            input_size=args.input_size, is_training=True, color_jitter=args.color_jitter,
+            auto_augment=policy_or_none(args.aa), interpolation=args.train_interpolation,
+            hflip=getattr(args, 'hflip', 0.5), re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
+            mean=mean, std=std)
+        if not resizes:
+            transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
+        return transform
+    steps = []
+    if resizes:
+        crop_pct = args.crop_pct or (224 / 256 if args.input_size < 384 else 1.0)
+        steps = [transforms.Resize(int(args.input_size / crop_pct), interpolation=InterpolationMode.BICUBIC),
+                 transforms.CenterCrop(args.input_size)]
+    return transforms.Compose(steps + [transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+def policy_or_none(policy):
+    """An AutoAugment policy, or None for 'none' and the empty string."""
+    return None if policy in (None, '', 'none', 'None') else policy
+
+
+def check_policy(policy):
+    """Raise a `UserError` for a --aa that timm doesn't know."""
+    policy = policy_or_none(policy)
+    if policy is None:
+        return
+    try:
+        if policy.startswith('rand'):
+            rand_augment_transform(policy, {})
+        elif policy.startswith('augmix'):
+            from timm.data.auto_augment import augment_and_mix_transform
+            augment_and_mix_transform(policy, {})
+        else:
+            auto_augment_transform(policy, {})
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError):
+        raise unknown('--aa', policy, ['rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', 'originalr', 'v0', 'v0r',
+                                       'none']) from None
+
+
+# ---- order and randomness
+
+class EpochSampler(torch.utils.data.Sampler):
+    """This process's share of one permutation per epoch; gives (epoch, index) pairs.
+
+    Process r of w takes places r, r+w, r+2w, … so that the k-th batches of all processes together are the k-th batch
+    of one process with w times the batch size. The last places that don't go round are left out.
+    """
+
+    def __init__(self, length, rank=0, world_size=1, seed=0):
+        self.length, self.rank, self.world_size, self.seed, self.epoch = length, rank, world_size, seed, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.length // self.world_size
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        for index in order[:len(self) * self.world_size][self.rank::self.world_size]:
+            yield self.epoch, int(index)
+
+
+class ExactShard(torch.utils.data.Sampler):
+    """This process's share of a validation set: every image in exactly one process, none twice."""
+
+    def __init__(self, length, rank=0, world_size=1):
+        self.indices = range(rank, length, world_size)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __iter__(self):
+        return iter(self.indices)
+
+
+class SeededSamples(torch.utils.data.Dataset):
+    """Samples by (epoch, index), the augmentation's random numbers drawn from (seed, epoch, index)."""
+
+    def __init__(self, dataset, seed=0):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        in_worker = torch.utils.data.get_worker_info() is not None
+        kept = None if in_worker else (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        try:
+            words = np.random.SeedSequence([self.seed, epoch, index]).generate_state(3).tolist()
+            random.seed(words[0])
+            np.random.seed(words[1])
+            torch.default_generator.manual_seed(words[2])  # torch.manual_seed would go to every device too
+            return self.dataset[index]
+        finally:
+            if kept is not None:  # the training loop's own numbers must not notice
+                random.setstate(kept[0])
+                np.random.set_state(kept[1])
+                torch.set_rng_state(kept[2])
+
+
+def build_loaders(args, train, val, pin_memory=False):
+    """(training loader or None, validation loader or None) for this process.
+
+    The validation batch is 1.5 times the training batch. Without --dist_eval each process evaluates the whole set.
+    """
+    common = dict(num_workers=args.num_workers, pin_memory=args.pin_mem and pin_memory)
+    train_loader = val_loader = None
+    if train is not None:
+        train_loader = torch.utils.data.DataLoader(
+            SeededSamples(train, args.seed), batch_size=args.batch_size, drop_last=True,
+            sampler=EpochSampler(len(train), utils.rank(), utils.world_size(), args.seed), **common)
+    if val is not None:
+        shards = (utils.rank(), utils.world_size()) if args.dist_eval else (0, 1)
+        val_loader = torch.utils.data.DataLoader(
+            val, batch_size=int(1.5 * args.batch_size), sampler=ExactShard(len(val), *shards), **common)
+    return train_loader, val_loader

@@ -1,0 +1,33 @@
+"""The failures that a user can cause and mend: one exception type and how its one line is worded."""
+
+import difflib
+import re
+
+
+class UserError(Exception):
+    """A wrong flag, file or machine. Its text is one line: the flag or file, the value, the cure.
+
+    `run_class_finetuning.py` prints that line and exits with status 2; nothing else catches it.
+    """
+
+
+def one_line(error):
+    """The error's own line, without the traceback text that a DataLoader worker wraps around it."""
+    text = str(error)
+    if 'Original Traceback' in text:
+        text = re.split(r'\w*UserError: ', text)[-1]
+    return ' '.join(text.split())
+
+
+def unknown(flag, name, known):
+    """A `UserError` for a name that is none of `known`; it says which known ones come near.
+
+    Args:
+        flag (str): the command-line flag, with its dashes.
+        name (str): what the user gave.
+        known (iterable of str): the names that would have been right.
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
+    cure = 'did you mean %s?' % ' or '.join(near) if near else 'it must be one of %s' % ', '.join(known)
+    return UserError('%s: unknown value %r; %s' % (flag, name, cure))

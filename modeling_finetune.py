@@ -1,0 +1,305 @@
+"""The BEiT vision transformer for classification, with the reference's names, arguments and state-dict keys.
+
+Paper: "BEiT: BERT Pre-Training of Image Transformers", https://arxiv.org/abs/2106.08254. The relative position
+bias is that of Swin (https://arxiv.org/abs/2103.14030, eq. 4) with three more rows for the class token; layer scale is
+CaiT's (https://arxiv.org/abs/2103.17239); stochastic depth is https://arxiv.org/abs/1603.09382.
+
+Shapes below: B images, C channels, a grid of H x W patches, N = H*W + 1 tokens (class token first), D = embed_dim.
+This file imports none of the project's modules: it can be copied into another project as it is.
+"""
+
+import math
+import warnings
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+try:
+    from timm.layers import DropPath, trunc_normal_
+    from timm.models import register_model
+except ImportError:  # timm before 0.9
+    from timm.models.layers import DropPath, trunc_normal_
+    from timm.models.registry import register_model
+
+INPUT_MEAN = (0.5, 0.5, 0.5)
+INPUT_STD = (0.5, 0.5, 0.5)
+
+
+def _pair(value):
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
+def relative_position_index(grid):
+    """Row of the bias table for each pair of tokens, as an int64 tensor (N, N).
+
+    The table has (2H-1)(2W-1) rows for the offsets between patches, then one each for class token to patch,
+    patch to class token, and class token to itself.
+    """
+    height, width = grid
+    row = torch.arange(height).repeat_interleave(width)
+    col = torch.arange(width).repeat(height)
+    row_offset = row[:, None] - row[None, :] + height - 1
+    col_offset = col[:, None] - col[None, :] + width - 1
+
+    offsets = (2 * height - 1) * (2 * width - 1)
+    index = torch.empty(height * width + 1, height * width + 1, dtype=torch.int64)
+    index[1:, 1:] = row_offset * (2 * width - 1) + col_offset
+    index[0, :] = offsets
+    index[:, 0] = offsets + 1
+    index[0, 0] = offsets + 2
+    return index
+
+
+def _add_relative_position(module, grid, num_heads):
+    """Give a module the bias table, a parameter ((2H-1)(2W-1)+3, heads), and its index, a buffer (N, N)."""
+    rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+    module.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
+    module.register_buffer('relative_position_index', relative_position_index(grid))
+
+
+def _relative_position_bias(module):
+    """The bias to add to the attention scores, (heads, N, N)."""
+    index = module.relative_position_index
+    bias = module.relative_position_bias_table[index.view(-1)]
+    return bias.view(index.shape[0], index.shape[1], -1).permute(2, 0, 1).contiguous()
+
+
+class RelativePositionBias(nn.Module):
+    """One bias table that all blocks share. `forward()` gives (heads, N, N)."""
+
+    def __init__(self, window_size, num_heads):
+        super().__init__()
+        _add_relative_position(self, window_size, num_heads)
+
+    def forward(self):
+        return _relative_position_bias(self)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) to (B, N, D); query and value have a bias, the key's is fixed at zero."""
+
+    def __init__(self, dim, num_heads=8, qkv_bias=False, qk_scale=None, attn_drop=0., proj_drop=0., window_size=None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, dim * 3, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.has_relative_position = window_size is not None
+        if self.has_relative_position:
+            _add_relative_position(self, window_size, num_heads)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x, shared_bias=None):
+        batch, tokens, dim = x.shape
+        bias = None
+        if self.q_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
+
+        scores = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, N, N)
+        if self.has_relative_position:
+            scores = scores + _relative_position_bias(self)
+        if shared_bias is not None:
+            scores = scores + shared_bias
+        x = self.attn_drop(scores.softmax(dim=-1)) @ v
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them; dropout once, after the second."""
+
+    def __init__(self, dim, hidden_dim, drop=0.):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x):
+        return self.drop(self.fc2(self.act(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, with layer scale where `init_values` is above 0."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4., qkv_bias=False, qk_scale=None, drop=0., attn_drop=0.,
+                 drop_path=0., init_values=None, norm_layer=nn.LayerNorm, window_size=None):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop, window_size)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        has_layer_scale = init_values is not None and init_values > 0
+        self.gamma_1 = nn.Parameter(init_values * torch.ones(dim)) if has_layer_scale else None
+        self.gamma_2 = nn.Parameter(init_values * torch.ones(dim)) if has_layer_scale else None
+
+    def forward(self, x, shared_bias=None):
+        attended = self.attn(self.norm1(x), shared_bias)
+        x = x + self.drop_path(attended if self.gamma_1 is None else self.gamma_1 * attended)
+        expanded = self.mlp(self.norm2(x))
+        return x + self.drop_path(expanded if self.gamma_2 is None else self.gamma_2 * expanded)
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, C, height, width) to patch tokens (B, H*W, D)."""
+
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768):
+        super().__init__()
+        self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
+        if any(side <= 0 or side % patch for side, patch in zip(self.img_size, self.patch_size)):
+            raise ValueError('image size %s is not a multiple of the patch size %s'
+                             % ('x'.join(map(str, self.img_size)), 'x'.join(map(str, self.patch_size))))
+        self.patch_shape = tuple(side // patch for side, patch in zip(self.img_size, self.patch_size))
+        self.num_patches = self.patch_shape[0] * self.patch_shape[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
+
+    def forward(self, x):
+        if tuple(x.shape[-2:]) != self.img_size:
+            raise ValueError('the model takes images of %dx%d, got %dx%d' % (self.img_size + tuple(x.shape[-2:])))
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """BEiT: images (B, in_chans, height, width) to logits (B, num_classes), or features (B, D) when that is 0.
+
+    Args:
+        img_size, patch_size (int or pair): in pixels; the image must be a whole number of patches each way.
+        qk_scale (float): factor on the query, by default head_dim ** -0.5.
+        drop_rate, attn_drop_rate (float): dropout on projections and on attention weights.
+        drop_path_rate (float): stochastic depth of the last block; it grows linearly from 0 at the first.
+        init_values (float): start of layer scale; None or 0 leaves layer scale out.
+        use_abs_pos_emb, use_rel_pos_bias, use_shared_rel_pos_bias (bool): which position codes the model has.
+        use_mean_pooling (bool): pool by the mean of the patch tokens (`fc_norm`); else the class token (`norm`).
+        init_scale (float): factor on the head's initial weight and bias.
+
+    Raises:
+        ValueError: an image that is not a whole number of patches, here or in `forward`.
+    """
+
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, num_classes=1000, embed_dim=768, depth=12,
+                 num_heads=12, mlp_ratio=4., qkv_bias=False, qk_scale=None, drop_rate=0., attn_drop_rate=0.,
+                 drop_path_rate=0., norm_layer=nn.LayerNorm, init_values=None, use_abs_pos_emb=True,
+                 use_rel_pos_bias=False, use_shared_rel_pos_bias=False, use_mean_pooling=True, init_scale=0.001):
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = self.embed_dim = embed_dim
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        grid = self.patch_embed.patch_shape
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = None
+        if use_abs_pos_emb:
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
+        self.use_rel_pos_bias = use_rel_pos_bias
+        self.blocks = nn.ModuleList([
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate,
+                  drop_path_rate * index / max(depth - 1, 1), init_values, norm_layer,
+                  window_size=grid if use_rel_pos_bias else None)
+            for index in range(depth)])
+        self.norm = nn.Identity() if use_mean_pooling else norm_layer(embed_dim)
+        self.fc_norm = norm_layer(embed_dim) if use_mean_pooling else None
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self._init_weights(init_scale)
+
+    def _init_weights(self, init_scale):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        trunc_normal_(self.cls_token, std=.02)
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=.02)
+        with torch.no_grad():
+            for layer, block in enumerate(self.blocks, start=1):
+                block.attn.proj.weight.div_(math.sqrt(2.0 * layer))
+                block.mlp.fc2.weight.div_(math.sqrt(2.0 * layer))
+            if isinstance(self.head, nn.Linear):
+                self.head.weight.mul_(init_scale)
+                self.head.bias.mul_(init_scale)
+
+    def get_num_layers(self):
+        return len(self.blocks)
+
+    def no_weight_decay(self):
+        """Names of the parameters that weight decay must leave alone, besides vectors and biases."""
+        return {'pos_embed', 'cls_token'}
+
+    def get_classifier(self):
+        return self.head
+
+    def reset_classifier(self, num_classes, global_pool=''):
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+
+    def forward_features(self, x):
+        """Images to pooled, normalised features (B, D)."""
+        x = self.patch_embed(x)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, N, D)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        x = self.pos_drop(x)
+        shared_bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None
+        for block in self.blocks:
+            x = block(x, shared_bias)
+        x = self.norm(x)
+        return x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, 1:].mean(1))
+
+    def forward(self, x):
+        return self.head(self.forward_features(x))
+
+
+def _beit(kwargs, **architecture):
+    """Build a registered model: the architecture, then whatever the caller sets over it."""
+    if kwargs.pop('pretrained', False):
+        raise ValueError('pretrained=True: give the weights file to --finetune (checkpoint.load_pretrained) instead')
+    kwargs = {name: value for name, value in kwargs.items()
+              if not name.startswith('pretrained_cfg') and name != 'cache_dir'}  # what timm's create_model adds
+    config = dict(qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6), mlp_ratio=4.)
+    config.update(architecture)
+    config.update(kwargs)
+    model = VisionTransformer(**config)
+    model.default_cfg = dict(
+        url='', num_classes=model.num_classes, input_size=(3,) + model.patch_embed.img_size, pool_size=None,
+        crop_pct=.9, interpolation='bicubic', mean=INPUT_MEAN, std=INPUT_STD,
+        first_conv='patch_embed.proj', classifier='head')
+    return model
+
+
+_BASE = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
+_LARGE = dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16)
+MODELS = {
+    'beit_nano_patch8_32': dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4),  # for the digits
+    'beit_base_patch16_224': dict(img_size=224, **_BASE),
+    'beit_base_patch16_384': dict(img_size=384, **_BASE),
+    'beit_large_patch16_224': dict(img_size=224, **_LARGE),
+    'beit_large_patch16_384': dict(img_size=384, **_LARGE),
+    'beit_large_patch16_512': dict(img_size=512, **_LARGE),
+}
+
+
+def _entry_point(name):
+    def create(pretrained=False, **kwargs):
+        return _beit(dict(kwargs, pretrained=pretrained), **MODELS[name])
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = 'The registered model %s; keyword arguments are those of VisionTransformer.' % name
+    globals()[name] = create
+    __all__.append(name)
+    return create
+
+
+# Registered under the reference's names. timm has models of the same names; here, ours take their place.
+__all__ = ['VisionTransformer', 'RelativePositionBias', 'relative_position_index', 'MODELS']
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore', UserWarning)  # timm warns that a name is taken over
+    for _name in MODELS:
+        register_model(_entry_point(_name))

@@ -1,0 +1,169 @@
+"""Layer-decay parameter groups, the table of optimizers, and the cosine schedules.
+
+Layer-wise learning rates and the rules for weight decay are those of the reference's optim_factory.py
+(BEiT, https://arxiv.org/abs/2106.08254, appendix; the idea is ELECTRA's, https://arxiv.org/abs/2003.10555).
+"""
+
+import inspect
+import math
+
+import numpy as np
+import timm.optim
+import torch
+
+import backend
+from errors import UserError, unknown
+
+
+# ---- parameter groups
+
+def layer_id(name, num_layers):
+    """0 for the embeddings, i+1 for block i, num_layers+1 for the rest: norms, head, a shared bias table."""
+    if name in ('cls_token', 'pos_embed', 'mask_token') or name.startswith('patch_embed'):
+        return 0
+    if name.startswith('blocks.'):
+        return int(name.split('.')[1]) + 1
+    return num_layers + 1
+
+
+def get_parameter_groups(model, weight_decay=1e-5, layer_decay=1.0, skip_list=()):
+    """Parameters grouped by layer and by whether weight decay acts on them.
+
+    Vectors, names that end in .bias and names in `skip_list` are not decayed. Layer i of n blocks learns at
+    layer_decay ** (n + 1 - i) times the rate.
+
+    Returns:
+        list of dicts with params, lr_scale (float), weight_decay (float) and name, in the model's order.
+    """
+    num_layers = model.get_num_layers()
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = layer_id(name, num_layers)
+        decays = not (parameter.dim() == 1 or name.endswith('.bias') or name in skip_list)
+        key = 'layer_%d_%s' % (layer, 'decay' if decays else 'no_decay')
+        if key not in groups:
+            groups[key] = {'params': [], 'name': key, 'weight_decay': weight_decay if decays else 0.,
+                           'lr_scale': layer_decay ** (num_layers + 1 - layer)}
+        groups[key]['params'].append(parameter)
+    return list(groups.values())
+
+
+def weight_decay_skip_list(model, disable_weight_decay_on_rel_pos_bias=False):
+    """Names that weight decay leaves alone, besides vectors and biases."""
+    skip = set(model.no_weight_decay())
+    if disable_weight_decay_on_rel_pos_bias:
+        skip |= {name for name, _ in model.named_parameters() if name.endswith('relative_position_bias_table')}
+    return skip
+
+
+# ---- optimizers
+
+def _torch(name, **fixed):
+    return lambda: (getattr(torch.optim, name, None) or getattr(timm.optim, name, None), fixed)
+
+
+def _timm(*names, **fixed):
+    return lambda: (next((getattr(timm.optim, name) for name in names if hasattr(timm.optim, name)), None), fixed)
+
+
+def _fused(name, **fixed):
+    return lambda: (backend.fused_optimizer(name), fixed)
+
+
+# Name to a function that gives (class, fixed arguments). 'momentum' stands for the flag of that name.
+OPTIMIZERS = {
+    'adamw': _torch('AdamW'),
+    'adam': _torch('Adam'),
+    'nadam': _torch('NAdam'),
+    'radam': _torch('RAdam'),
+    'adadelta': _torch('Adadelta'),
+    'rmsprop': _torch('RMSprop', alpha=0.9),
+    'sgd': _torch('SGD', nesterov=True),
+    'nesterov': _torch('SGD', nesterov=True),
+    'momentum': _torch('SGD', nesterov=False),
+    'adamp': _timm('AdamP', wd_ratio=0.01, nesterov=True),
+    'sgdp': _timm('SGDP', nesterov=True),
+    'adafactor': _timm('Adafactor'),
+    'adahessian': _timm('Adahessian'),
+    'rmsproptf': _timm('RMSpropTF', alpha=0.9),
+    'novograd': _timm('NovoGrad', 'NvNovoGrad'),
+    'nvnovograd': _timm('NvNovoGrad'),
+    'npufusedadamw': _fused('NpuFusedAdamW'),
+    'fusedadamw': _fused('FusedAdam', adam_w_mode=True),
+    'fusedadam': _fused('FusedAdam', adam_w_mode=False),
+    'fusedsgd': _fused('FusedSGD', nesterov=True),
+    'fusedmomentum': _fused('FusedSGD', nesterov=False),
+    'fusedlamb': _fused('FusedLAMB'),
+    'fusednovograd': _fused('FusedNovoGrad', betas=(0.95, 0.98)),
+}
+
+
+def optimizer_class(name):
+    """(class, fixed arguments, whether Lookahead goes around it) of a value of --opt.
+
+    Raises:
+        UserError: the name is unknown, or its library isn't here.
+    """
+    lookahead, _, base = name.lower().rpartition('lookahead_')
+    if base not in OPTIMIZERS or lookahead:
+        raise unknown('--opt', name, list(OPTIMIZERS) + ['lookahead_adamw'])
+    cls, fixed = OPTIMIZERS[base]()
+    if cls is None:
+        raise UserError('--opt %s: neither this PyTorch nor this timm has it; use adamw' % name)
+    return cls, fixed, name.lower().startswith('lookahead_')
+
+
+def create_optimizer(model, opt='adamw', lr=5e-4, weight_decay=0.05, layer_decay=1.0, opt_eps=1e-8, opt_betas=None,
+                     momentum=0.9, disable_weight_decay_on_rel_pos_bias=False):
+    """The optimizer over layer-decay groups. Every optimizer gets all the settings that it takes.
+
+    Raises:
+        UserError: see `optimizer_class`; or `opt_betas` for an optimizer without betas.
+    """
+    cls, fixed, lookahead = optimizer_class(opt)
+    groups = get_parameter_groups(model, weight_decay, layer_decay,
+                                  weight_decay_skip_list(model, disable_weight_decay_on_rel_pos_bias))
+    accepted = inspect.signature(cls.__init__).parameters
+    if opt_betas is not None and 'betas' not in accepted:
+        raise UserError('--opt_betas %s: --opt %s has no betas; leave the flag out'
+                        % (' '.join(map(str, opt_betas)), opt))
+    settings = {'lr': lr, 'weight_decay': weight_decay, 'eps': opt_eps, 'momentum': momentum}
+    if opt_betas is not None:
+        settings['betas'] = tuple(opt_betas)
+    if cls.__name__ == 'Adafactor':
+        settings.pop('eps')  # it has two, and finds its own
+    settings.update(fixed)
+    optimizer = cls(groups, **{name: value for name, value in settings.items() if name in accepted})
+    return timm.optim.Lookahead(optimizer) if lookahead else optimizer
+
+
+# ---- schedules
+
+def cosine_scheduler(base_value, final_value, epochs, niter_per_ep, warmup_epochs=0, start_warmup_value=0,
+                     warmup_steps=-1):
+    """A value for each update step: linear warm-up, then half a cosine.
+
+    final + (base - final) / 2 * (1 + cos(pi * i / n)) for step i of the n after warm-up
+    (SGDR, https://arxiv.org/abs/1608.03983, eq. 5, without restarts).
+
+    Args:
+        niter_per_ep (int): update steps per epoch.
+        warmup_steps (int): overrides `warmup_epochs` when above 0.
+
+    Returns:
+        float64 array of epochs * niter_per_ep values.
+
+    Raises:
+        ValueError: the warm-up is longer than the run.
+    """
+    total = epochs * niter_per_ep
+    warmup = warmup_steps if warmup_steps > 0 else warmup_epochs * niter_per_ep
+    if warmup > total:
+        raise ValueError('a warm-up of %d steps is longer than the run of %d' % (warmup, total))
+    rise = np.linspace(start_warmup_value, base_value, warmup) if warmup > 0 else np.array([])
+    length = total - warmup
+    fall = np.array([final_value + 0.5 * (base_value - final_value) * (1 + math.cos(math.pi * step / length))
+                     for step in range(length)])
+    return np.concatenate((rise, fall))

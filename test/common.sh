@@ -1,0 +1,252 @@
+# Sourced by the scripts in this folder: Python and its packages, options, the launch, the log and the final block.
+# A script sets what differs and calls `launch`; everything that isn't known here goes to Python untouched.
+
+set -u -o pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+CALLED_FROM=$PWD
+
+die() { printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2; exit 2; }
+
+# The header comment of the calling script is its help.
+show_help() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"; }
+
+# ---- Python
+
+PACKAGES="torch torchvision timm numpy scipy PIL sklearn tensorboardX"
+
+# has_packages PYTHON MODULE…: it holds all of them, and its torchvision fits its torch.
+has_packages() {
+    local python=$1; shift
+    "$python" -c 'import importlib.util, sys
+sys.exit(not all(importlib.util.find_spec(name) for name in sys.argv[1:]))' "$@" 2>/dev/null \
+        && TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$python" -c 'import torchvision' 2>/dev/null
+}
+
+# install FILE: pip-install a requirements file into .venv, once for each of its versions.
+install() {
+    local stamp; stamp="$ROOT/.venv/installed-$(basename "$(dirname "$1")")-$(basename "$1")"
+    cmp -s "$1" "$stamp" && return
+    local constraint=()
+    if grep -q '^include-system-site-packages = true' "$ROOT/.venv/pyvenv.cfg"; then
+        constraint=(-c "$ROOT/.venv/keep-torch.txt")
+    fi
+    "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check "${constraint[@]+"${constraint[@]}"}" \
+        -r "$1" >>"$ROOT/.venv/install.log" 2>&1 && cp "$1" "$stamp"
+}
+
+# make_venv PYTHON [OPTION]: a new .venv, with requirements.txt installed.
+make_venv() {
+    rm -rf "$ROOT/.venv"
+    "$@" "$ROOT/.venv" >/dev/null 2>&1 || die "$1 cannot make a virtual environment at $ROOT/.venv;" \
+        "install its venv module (apt-get install python3-venv), or name another Python with PYTHON="
+    install "$ROOT/requirements.txt"
+}
+
+# choose_python [MODULE…]: set PYTHON to the first that has the packages: $PYTHON itself, the running Python, .venv.
+choose_python() {
+    [ -n "${PYTHON:-}" ] && { command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: no such program"; return; }
+    local base torch
+    base=$(command -v python3 || command -v python) || die "there is no python3 on the PATH; install Python 3.9 to 3.13"
+    # shellcheck disable=SC2086
+    if has_packages "$base" $PACKAGES "$@"; then PYTHON=$base; return; fi
+    PYTHON=$ROOT/.venv/bin/python
+    [ -x "$PYTHON" ] && cmp -s "$ROOT/requirements.txt" "$ROOT/.venv/installed-$(basename "$ROOT")-requirements.txt" && return
+    echo "Installing requirements.txt into $ROOT/.venv, once; this takes a few minutes ($base lacks packages)"
+    # A torch that is here already, such as the one that fits an Ascend machine's torch_npu, stays in place.
+    torch=$("$base" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)
+    if [ -n "$torch" ]; then
+        rm -rf "$ROOT/.venv"
+        if "$base" -m venv --system-site-packages "$ROOT/.venv" 2>/dev/null && echo "torch==$torch" >"$ROOT/.venv/keep-torch.txt" \
+            && install "$ROOT/requirements.txt" && has_packages "$PYTHON" $PACKAGES; then return; fi
+        echo "The torch $torch of $base does not go with requirements.txt; installing another into .venv"
+    fi
+    make_venv "$base" -m venv || die "pip could not install requirements.txt; see $ROOT/.venv/install.log," \
+        "or name a Python that has the packages with PYTHON="
+}
+
+# ---- options
+
+# Set from --key=value or --key value; the rest of the command line collects in FLAGS, for Python.
+data_path= finetune= resume= nb_classes= batch_size=64 epochs=30 device=auto nproc_per_node= output_dir=
+model= nnodes=1 node_rank=0 master_addr= master_port=
+OPTIONS=" data_path finetune resume nb_classes batch_size epochs device nproc_per_node output_dir model nnodes \
+node_rank master_addr master_port "
+GIVEN=" "
+FLAGS=()
+
+parse_options() {
+    local arg key
+    while [ $# -gt 0 ]; do
+        arg=$1; shift
+        case $arg in
+            -h|--help) show_help; exit 0 ;;
+            ----*) arg=${arg#--} ;;  # the seed's README writes ----nproc_per_node
+        esac
+        key=${arg%%=*}; key=${key#--}; key=${key//-/_}
+        case $OPTIONS in
+            *" $key "*)
+                case $arg in
+                    --*=*) printf -v "$key" %s "${arg#*=}" ;;
+                    --*) [ $# -gt 0 ] || die "--$key needs a value, as in --$key=VALUE"; printf -v "$key" %s "$1"; shift ;;
+                    *) FLAGS+=("$arg"); continue ;;
+                esac
+                GIVEN+="$key " ;;
+            *) FLAGS+=("$arg") ;;
+        esac
+    done
+}
+
+given() { case $GIVEN in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
+
+whole_number() { case ${!1} in ''|*[!0-9]*|0) die "--$1 must be a whole number from 1 on, got '${!1}'" ;; esac; }
+
+# A path is meant from the folder that the script was called in, or, where nothing is there, from the root.
+from_here() {
+    case $1 in
+        ''|/*|demo|*://*) printf %s "$1" ;;
+        *) if [ -e "$CALLED_FROM/$1" ]; then printf %s "$CALLED_FROM/$1"; else printf %s "$1"; fi ;;
+    esac
+}
+
+# ---- presets: the published hyper-parameters, and those of the digits demo; what the user gives comes after them
+
+BEIT_BASE=(--lr=2e-5 --update_freq=1 --warmup_epochs=5 --layer_decay=0.85 --drop_path=0.1 --weight_decay=1e-8)
+DIGITS_MODEL=(--input_size=32 --abs_pos_emb --disable_rel_pos_bias --layer_scale_init_value=0 --init_scale=1)
+DIGITS=(--lr=2e-3 --warmup_epochs=5 --layer_decay=1 --drop_path=0 --hflip=0 --aa=none --color_jitter=0 --reprob=0
+    --num_workers=0 --save_ckpt_freq=20)
+WEIGHTS=./checkpoints/beit_base_patch16_224_pt22k_ft22k.pth
+
+# ---- logs
+
+# move_aside FILE…: what an earlier run left there gets its date; one line says so.
+move_aside() {
+    local file aside moved=
+    for file in "$@"; do
+        [ -s "$file" ] || continue
+        aside=${file%.log}-$(date -r "$file" +%Y%m%d-%H%M%S)
+        while [ -e "$aside.log" ]; do aside=$aside-2; done
+        mv "$file" "$aside.log" && moved+=" $(basename "$aside.log")"
+    done
+    [ -z "$moved" ] || echo "Kept the earlier run's logs in $LOG_DIR as$moved"
+}
+
+# field NAME: a figure of the run's last Result line.
+field() {
+    grep -a '^Result: ' "$LOG" | tail -n 1 | awk -v name="$1" '{for (i = 2; i < NF; i++) if ($i == name) print $(i + 1)}'
+}
+
+final_block() {
+    local fps accuracy
+    fps=$(field images_per_second); accuracy=$(field accuracy)
+    cat <<END
+------------------ Final result ------------------
+Final Performance images/sec : $fps
+Final Train Accuracy : $accuracy
+E2E Training Duration sec : $1
+END
+    cat >"$SUMMARY" <<END
+Network = $model
+RankSize = $RANK_SIZE
+BatchSize = $batch_size
+DeviceType = $(uname -m)
+CaseName = $CASE
+ActualFPS = $fps
+TrainingTime = $(field step_milliseconds)
+TrainAccuracy = $accuracy
+ActualLoss = $(field loss)
+E2ETrainingTime = $1
+END
+}
+
+# ---- the launch
+
+# launch KIND DEVICES "$@": KIND is full, performance or eval; the arguments are the user's.
+launch() {
+    local kind=$1 started=$SECONDS status tee_option=() preset=() suffix log
+    nproc_per_node=$2; shift 2
+    parse_options "$@"
+
+    [ -n "$data_path" ] || die "--data_path is missing; give the folder that holds train/ and val/, or the word demo"
+    data_path=$(from_here "$data_path"); finetune=$(from_here "$finetune"); resume=$(from_here "$resume")
+    [ -z "$output_dir" ] || case $output_dir in /*) ;; *) output_dir=$CALLED_FROM/$output_dir ;; esac
+    cd "$ROOT" || exit 2
+    [ "$data_path" = demo ] || [ -d "$data_path" ] || die "--data_path $data_path: no such folder"
+    [ -z "$resume" ] || [ -e "$resume" ] || case $resume in *://*) ;; *) die "--resume $resume: no such file or folder" ;; esac
+    [ "$kind" != eval ] || [ -n "$resume" ] \
+        || die "--resume is missing; give the checkpoint to evaluate, or the folder that holds it"
+    local name
+    for name in batch_size epochs nproc_per_node nnodes; do whole_number $name; done
+    RANK_SIZE=$((nproc_per_node * nnodes))
+
+    choose_python
+    if [ "$device" = auto ]; then
+        device=$("$PYTHON" -c 'import backend; print(backend.find_device("auto").type)') || exit 2
+    fi
+    # shellcheck source=/dev/null
+    case $device in npu*) source "$ROOT/test/env_npu.sh" || exit 2 ;; esac
+    set_preset "$kind"
+
+    case $kind in full) suffix=acc log=train_0 ;; performance) suffix=perf log=train_0_perf ;; eval) suffix=eval log=train_0_eval ;; esac
+    [ "$node_rank" = 0 ] || log=${log}_node$node_rank
+    LOG_DIR=$ROOT/test/output/0 CASE=${model}_bs${batch_size}_${RANK_SIZE}p_$suffix
+    LOG=$LOG_DIR/$log.log SUMMARY=$LOG_DIR/$CASE.log
+    mkdir -p "$LOG_DIR" || die "cannot make $LOG_DIR"
+    if [ -n "$resume" ] && [ "$kind" != eval ]; then tee_option=(-a); else move_aside "$LOG" "$SUMMARY"; fi
+
+    run_python 2>&1 | tee ${tee_option[@]+"${tee_option[@]}"} "$LOG"
+    status=${PIPESTATUS[0]}
+    if [ "$status" -ne 0 ]; then
+        echo "$(basename "$0"): failed with exit status $status; the log is $LOG" >&2
+        exit "$status"
+    fi
+    if [ "$node_rank" != 0 ]; then echo "Finished; the result is printed and logged on node 0"; return; fi
+    final_block $((SECONDS - started))
+}
+
+# set_preset KIND: complete the options and fill ARGUMENTS, the presets first so that the user's flags win.
+set_preset() {
+    local digits=
+    [ "$data_path" != demo ] || digits=yes
+    if [ -n "$digits" ]; then
+        [ -n "$model" ] || model=beit_nano_patch8_32
+        preset=("${DIGITS_MODEL[@]}" "${DIGITS[@]}")
+        given epochs || epochs=40
+    else
+        [ -n "$model" ] || model=beit_base_patch16_224
+        preset=("${BEIT_BASE[@]}")
+        case $device in
+            npu*) preset+=(--amp --opt-level=O2 --loss_scale=128 --opt=npufusedadamw) ;;
+            cuda*) preset+=(--amp --opt-level=O2 --loss_scale=128) ;;
+        esac
+    fi
+    case $kind in
+        full) given output_dir || output_dir=./train_result ;;
+        performance) preset+=(--maxstep=50 --disable_eval_during_finetuning --no_save_ckpt) ;;
+        eval) preset+=(--eval) ;;
+    esac
+    if [ "$kind" != eval ] && ! given finetune && [ -z "$digits" ]; then
+        finetune=$WEIGHTS
+        if [ "$kind" = performance ] && [ ! -f "$finetune" ]; then
+            echo "$finetune is not there; measuring with random weights, which takes the same time"
+            finetune=
+        fi
+    fi
+    [ "$RANK_SIZE" = 1 ] || preset+=(--dist_eval)
+    ARGUMENTS=("--data_path=$data_path" "--model=$model" "--batch_size=$batch_size" "--epochs=$epochs"
+        "--device=$device" "--output_dir=$output_dir" "${preset[@]}")
+    [ -z "$finetune" ] || ARGUMENTS+=("--finetune=$finetune")
+    [ -z "$resume" ] || ARGUMENTS+=("--resume=$resume")
+    [ -z "$nb_classes" ] || ARGUMENTS+=("--nb_classes=$nb_classes")
+    ARGUMENTS+=(${FLAGS[@]+"${FLAGS[@]}"})
+}
+
+run_python() {
+    if [ "$RANK_SIZE" = 1 ]; then
+        "$PYTHON" -u run_class_finetuning.py "${ARGUMENTS[@]}"
+        return
+    fi
+    local where=("--nproc_per_node=$nproc_per_node" "--nnodes=$nnodes" "--node_rank=$node_rank")
+    [ -z "$master_addr" ] || where+=("--master_addr=$master_addr")
+    [ -z "$master_port" ] || where+=("--master_port=$master_port")
+    "$PYTHON" -u test/launch.py "${where[@]}" -- "${ARGUMENTS[@]}"
+}

@@ -1,0 +1,37 @@
+# Sourced by the scripts where the device is an NPU, and by hand before calling Python there: source test/env_npu.sh
+# Finds CANN and runs its own environment script, then sets what suits this program. Values set before stay.
+
+_install_info=${ASCEND_INSTALL_INFO:-/etc/Ascend/ascend_cann_install.info}
+_cann=
+if [ -z "${ASCEND_HOME_PATH:-}" ]; then
+    if [ -r "$_install_info" ]; then
+        _cann=$(sed -n 's/^Install_Path=//p' "$_install_info" | tail -n 1)
+    fi
+    for _script in ${_cann:+"$_cann/set_env.sh"} \
+        {"${_cann:+${_cann%/*}}",/usr/local/Ascend}/{ascend-toolkit,nnae}/set_env.sh; do
+        if [ -r "$_script" ]; then
+            # shellcheck source=/dev/null
+            { set +u; source "$_script"; } && break
+        fi
+    done
+    [ -n "${ASCEND_HOME_PATH:-}${ASCEND_TOOLKIT_HOME:-}" ] \
+        || echo "env_npu.sh: found no CANN (looked in $_install_info and /usr/local/Ascend); if torch_npu cannot be" \
+            "imported, run: source <CANN's folder>/set_env.sh" >&2
+fi
+unset _install_info _cann _script
+
+export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-600}        # seconds to wait for the other processes (120-7200)
+export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-1}                # the host queues operators ahead of the device
+export CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-1}                # processes keep to cores near their device
+export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}
+export ASCEND_GLOBAL_LOG_LEVEL=${ASCEND_GLOBAL_LOG_LEVEL:-3}    # errors only
+export ASCEND_SLOG_PRINT_TO_STDOUT=${ASCEND_SLOG_PRINT_TO_STDOUT:-0}
+
+# Device logs to errors only, where the tool exists.
+if command -v msnpureport >/dev/null 2>&1; then
+    for _device in /dev/davinci[0-9]*; do
+        [ -e "$_device" ] && msnpureport -g error -d "${_device#/dev/davinci}" >/dev/null 2>&1
+    done
+    unset _device
+fi
+true

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Fine-tune BEiT for 30 epochs on eight devices and report the accuracy.
+#
+#   bash test/train_full_8p.sh --data_path=/data/ImageNet2012
+#   bash test/train_full_8p.sh --data_path=demo --device=cpu --nproc_per_node=2
+#
+# Options, as --key=value:
+#   --data_path=DIR        folder with train/ and val/ of class folders, or the word demo: handwritten digits
+#   --nproc_per_node=N     devices of this machine, one process each (8)
+#   --nnodes=N --node_rank=I --master_addr=HOST --master_port=PORT   for more than one machine; run it on each
+#   --finetune=FILE        pretrained weights (checkpoints/beit_base_patch16_224_pt22k_ft22k.pth); empty: from scratch
+#   --resume=FILE|DIR      go on from a checkpoint, or from the newest in a folder
+#   --output_dir=DIR       checkpoints and log.txt (./train_result); an earlier run there is moved aside
+#   --model=NAME           beit_base_patch16_224; see python run_class_finetuning.py --help
+#   --batch_size=N         images per device (64)
+#   --epochs=N             30; the demo 40
+#   --nb_classes=N         checked against the folders
+#   --device=NAME          auto (npu, cuda, cpu: the first present), npu, cuda or cpu
+# Every other flag goes to run_class_finetuning.py. PYTHON=/path/to/python chooses the Python.
+# Log: test/output/0/train_0.log; figures for tools: test/output/0/<model>_bs<N>_<devices>p_acc.log
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+launch full 8 "$@"

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Train BEiT for 50 steps on eight devices and report images per second. Nothing is evaluated or saved.
+#
+#   bash test/train_performance_8p.sh --data_path=/data/ImageNet2012
+#   bash test/train_performance_8p.sh --data_path=demo --device=cpu --nproc_per_node=2
+#
+# Options, as --key=value:
+#   --data_path=DIR        folder with train/ and val/ of class folders, or the word demo: handwritten digits
+#   --maxstep=N            update steps (50); the first 5 are not counted
+#   --nproc_per_node=N     devices of this machine, one process each (8)
+#   --nnodes=N --node_rank=I --master_addr=HOST --master_port=PORT   for more than one machine; run it on each
+#   --finetune=FILE        pretrained weights (checkpoints/…_pt22k_ft22k.pth where it's there, else random ones)
+#   --model=NAME           beit_base_patch16_224; see python run_class_finetuning.py --help
+#   --batch_size=N         images per device (64)
+#   --device=NAME          auto (npu, cuda, cpu: the first present), npu, cuda or cpu
+# Every other flag goes to run_class_finetuning.py. PYTHON=/path/to/python chooses the Python.
+# Log: test/output/0/train_0_perf.log; figures for tools: test/output/0/<model>_bs<N>_<devices>p_perf.log
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+launch performance 8 "$@"

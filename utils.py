@@ -1,0 +1,373 @@
+"""Small tools of a run: meters and log lines, TensorBoard, the average of the weights, seeding, processes."""
+
+import copy
+import datetime
+import json
+import os
+import random
+import time
+from collections import defaultdict, deque
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import backend
+from errors import UserError
+
+
+# ---- meters and log lines
+
+class SmoothedValue:
+    """A series of numbers: the newest `window_size` smoothed, and the average of all."""
+
+    def __init__(self, window_size=20, fmt='{median:.4f} ({global_avg:.4f})'):
+        self.window = deque(maxlen=window_size)
+        self.total, self.count, self.fmt = 0., 0, fmt
+
+    def update(self, value, n=1):
+        self.window.append(value)
+        self.count += n
+        self.total += value * n
+
+    def synchronize_between_processes(self, device):
+        """Make total and count those of all processes; in float32, which every backend can reduce."""
+        if world_size() > 1:
+            sums = torch.tensor([self.count, self.total], dtype=torch.float32, device=device)
+            dist.all_reduce(sums)
+            self.count, self.total = int(sums[0].item()), sums[1].item()
+
+    @property
+    def median(self):
+        return sorted(self.window)[(len(self.window) - 1) // 2]
+
+    @property
+    def global_avg(self):
+        return self.total / max(self.count, 1)
+
+    @property
+    def value(self):
+        return self.window[-1]
+
+    def __str__(self):
+        if not self.window:
+            return '-'
+        return self.fmt.format(median=self.median, global_avg=self.global_avg, value=self.value)
+
+
+class MetricLogger:
+    """Named meters, and an iterator that prints them each few steps."""
+
+    def __init__(self, delimiter='  '):
+        self.meters = defaultdict(SmoothedValue)
+        self.delimiter = delimiter
+
+    def add_meter(self, name, meter):
+        self.meters[name] = meter
+
+    def update(self, **values):
+        for name, value in values.items():
+            if value is not None:
+                self.meters[name].update(float(value))
+
+    def synchronize_between_processes(self, device):
+        for name in sorted(self.meters):
+            self.meters[name].synchronize_between_processes(device)
+
+    def averages(self):
+        return {name: meter.global_avg for name, meter in self.meters.items() if meter.count}
+
+    def log_every(self, iterable, steps, print_freq, header, device, processes=1, throughput=None, hidden=()):
+        """Yield from `iterable`, `steps` items long; print a line each `print_freq` steps and at the last.
+
+        Args:
+            iterable: gives (images, targets); the number of images goes into the fps of the line.
+            processes (int): how many of them take such a step together.
+            throughput (Throughput): takes the time of each step.
+            hidden (tuple of str): meters that stay out of the line.
+        """
+        step_seconds, data_seconds = SmoothedValue(fmt='{value:.4f}'), SmoothedValue(fmt='{value:.4f}')
+        counter = '{:%dd}' % len(str(steps))
+        end = time.time()
+        for step, item in enumerate(iterable):
+            data_seconds.update(time.time() - end)
+            images = len(item[0]) * processes
+            yield item
+            step_seconds.update(time.time() - end)
+            if throughput is not None:
+                throughput.update(images, step_seconds.value)
+            if step % print_freq == 0 or step == steps - 1:
+                eta = datetime.timedelta(seconds=int(step_seconds.global_avg * (steps - step - 1)))
+                say(self.delimiter.join(
+                    ['%s  [%s/%d]' % (header, counter.format(step), steps), 'eta: %s' % eta]
+                    + ['%s: %s' % (name, meter) for name, meter in self.meters.items()
+                       if name not in hidden and meter.window]
+                    + ['time: %s' % step_seconds, 'data: %s' % data_seconds,
+                       'max mem: %.0f' % backend.max_memory_mb(device),
+                       'fps: %.0f' % (images / max(step_seconds.median, 1e-9))]))
+            end = time.time()
+
+
+class Throughput:
+    """Images per second over a run, without its first steps, in which kernels are compiled and caches filled."""
+
+    def __init__(self, warmup_steps=5):
+        self.warmup_steps = warmup_steps
+        self.steps = []  # (images, seconds)
+
+    def update(self, images, seconds):
+        self.steps.append((images, seconds))
+
+    def _counted(self):
+        return self.steps[min(self.warmup_steps, len(self.steps) // 2):]
+
+    @property
+    def images_per_second(self):
+        return sum(images for images, _ in self._counted()) / max(sum(seconds for _, seconds in self._counted()), 1e-9)
+
+    @property
+    def step_milliseconds(self):
+        return 1000 * sum(seconds for _, seconds in self._counted()) / max(len(self._counted()), 1)
+
+
+class TensorboardLogger:
+    """Scalars to TensorBoard, through tensorboardX. The step is the caller's, in updates or epochs."""
+
+    def __init__(self, log_dir):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError('--log_dir needs tensorboardX; run: pip install tensorboardX') from None
+        self.writer = SummaryWriter(logdir=log_dir)
+
+    def update(self, head, step, **values):
+        for name, value in values.items():
+            if value is not None:
+                self.writer.add_scalar('%s/%s' % (head, name), float(value), step)
+
+    def flush(self):
+        self.writer.flush()
+
+
+def append_log(output_dir, stats):
+    """Add one JSON line to output_dir/log.txt."""
+    with open(os.path.join(output_dir, 'log.txt'), 'a', encoding='utf-8') as file:
+        file.write(json.dumps(stats) + '\n')
+
+
+# ---- the average of the weights
+
+class ModelEma:
+    """Exponential moving average of a model's weights, in float32: ema = decay * ema + (1 - decay) * weights.
+
+    Integer buffers are copied: averaging them as timm 1.0 does turns the relative position index 5 into 4, since
+    5 * 0.9999 + 5 * 0.0001 falls below 5 and is cut off.
+
+    Attributes:
+        ema (Module): the averaged model, for evaluation.
+    """
+
+    def __init__(self, model, decay=0.9999, device=None):
+        self.ema = copy.deepcopy(model).eval()
+        self.decay = decay
+        if device is not None:
+            self.ema.to(device)
+        for parameter in self.ema.parameters():
+            parameter.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, state):
+        """Move towards `state`, a name-to-float32-tensor dict of the model's weights and buffers."""
+        for name, average in self.ema.state_dict().items():
+            value = state[name].to(average.device)
+            if average.is_floating_point():
+                average.mul_(self.decay).add_(value, alpha=1 - self.decay)
+            else:
+                average.copy_(value)
+
+
+# ---- random numbers
+
+def seed_everything(seed):
+    """Seed Python's, NumPy's and PyTorch's generators, on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+    torch.manual_seed(seed)
+    backend.seed_device(seed)
+
+
+def random_state():
+    """The generators' states as plain values and tensors, which a safe reader takes."""
+    version, key, position = random.getstate()[0], list(random.getstate()[1]), random.getstate()[2]
+    name, words, index, has_gauss, gauss = np.random.get_state()
+    return {'python': [version, key, position], 'torch': torch.get_rng_state(),
+            'numpy': [name, torch.from_numpy(words.astype(np.int64)), int(index), int(has_gauss), float(gauss)]}
+
+
+def set_random_state(state):
+    if not isinstance(state, dict):
+        return
+    version, key, position = state['python']
+    random.setstate((version, tuple(key), position))
+    name, words, index, has_gauss, gauss = state['numpy']
+    np.random.set_state((name, words.numpy().astype(np.uint32), index, has_gauss, gauss))
+    torch.set_rng_state(state['torch'])
+
+
+# ---- processes
+
+def _initialized():
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size():
+    return dist.get_world_size() if _initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if _initialized() else 0
+
+
+def is_main_process():
+    return rank() == 0
+
+
+def say(text):
+    """Print a line, on the first process only and at once."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+def launch_environment(args):
+    """(rank, world_size, local_rank) as torchrun, Open MPI (--dist_on_itp) or SLURM set them; (0, 1, 0) without."""
+    environ = os.environ
+    if args.dist_on_itp:
+        names = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')
+        if any(name not in environ for name in names):
+            raise UserError('--dist_on_itp: %s is not set; start the program with mpirun, or leave the flag out'
+                            % next(name for name in names if name not in environ))
+        return tuple(int(environ[name]) for name in names)
+    if 'RANK' in environ and 'WORLD_SIZE' in environ:
+        local = environ.get('LOCAL_RANK', args.local_rank if args.local_rank >= 0 else 0)
+        return int(environ['RANK']), int(environ['WORLD_SIZE']), int(local)
+    if int(environ.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in environ:
+        return int(environ['SLURM_PROCID']), int(environ['SLURM_NTASKS']), int(environ.get('SLURM_LOCALID', 0))
+    return 0, 1, 0
+
+
+def init_distributed_mode(args):
+    """Choose the device and join the other processes, where there are any.
+
+    Returns:
+        The `torch.device` of this process.
+    """
+    process, processes, local_rank = launch_environment(args)
+    device = backend.select_device(args.device, local_rank)
+    if processes > 1:
+        address = args.dist_url
+        if args.dist_on_itp and address == 'env://':
+            address = 'tcp://%s:%s' % (os.environ.get('MASTER_ADDR', '127.0.0.1'), os.environ.get('MASTER_PORT', '29500'))
+        try:
+            dist.init_process_group(backend.PROCESS_GROUP_BACKEND[device.type], init_method=address,
+                                    rank=process, world_size=processes)
+        except (RuntimeError, ValueError) as error:
+            text = ' '.join(str(error).split())
+            if 'in use' in text:
+                raise UserError('--master_port %s is in use; choose another, or leave the flag out'
+                                % os.environ.get('MASTER_PORT', '')) from None
+            raise UserError('--dist_url %s: the %d processes did not find one another (%s)'
+                            % (address, processes, text[:200])) from None
+        barrier()
+    return device
+
+
+def any_process(flag, device):
+    """Whether `flag` is true in at least one process; all learn it together."""
+    if world_size() == 1:
+        return flag
+    votes = torch.tensor([float(flag)], dtype=torch.float32, device=device)
+    dist.all_reduce(votes)
+    return votes.item() > 0
+
+
+def sum_over_processes(counts, total, device):
+    """Add up whole numbers, exactly, and a float over all processes; no float64, which HCCL can't reduce.
+
+    Returns:
+        The counts and the total, in one tuple.
+    """
+    if world_size() == 1:
+        return tuple(counts) + (total,)
+    whole = torch.tensor(counts, dtype=torch.int64, device=device)
+    dist.all_reduce(whole)
+    # A float64 as the sum of two float32 keeps 48 of its 53 bits; each process adds the parts in the same order.
+    high = torch.tensor(total, dtype=torch.float32)
+    parts = torch.stack((high, torch.tensor(total - high.item(), dtype=torch.float32))).to(device)
+    gathered = [torch.zeros_like(parts) for _ in range(world_size())]
+    dist.all_gather(gathered, parts)
+    return tuple(whole.tolist()) + (sum(value for pair in gathered for value in pair.tolist()),)
+
+
+def wait_for_first_process_to_speak():
+    """Give rank 0, which meets most errors too, the word; a launcher then ends the others before they repeat it."""
+    if int(os.environ.get('RANK', 0)) > 0:
+        time.sleep(5)
+
+
+# ---- folders
+
+def check_writable(flag, folder):
+    """Raise a `UserError` where a folder can't be made or written to. Leaves no new folder behind."""
+    if not folder:
+        return
+    existing = os.path.abspath(folder)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        raise UserError('%s %s: %s is a file, not a folder; choose another' % (flag, folder, existing))
+    probe = os.path.join(existing, '.write-test-%d' % os.getpid())
+    try:
+        with open(probe, 'w', encoding='utf-8'):
+            pass
+        os.remove(probe)
+    except OSError as error:
+        raise UserError('%s %s: %s cannot be written to (%s); choose another'
+                        % (flag, folder, existing, error.strerror or error)) from None
+
+
+def prepare_folder(folder, keep=False):
+    """Make the output folder, by the first process. What an earlier run left there is moved aside, not overwritten.
+
+    Args:
+        keep (bool): this run goes on with what is there.
+    """
+    if folder and is_main_process():
+        if not keep and holds_a_run(folder):
+            aside = name_aside(folder)
+            if os.path.ismount(folder) or os.path.realpath(os.getcwd() + os.sep).startswith(
+                    os.path.join(os.path.realpath(folder), '')):
+                raise UserError('--output_dir %s holds an earlier run and cannot be moved aside from here; choose '
+                                'another, or go on with --auto_resume' % folder)
+            os.rename(folder, aside)
+            say('Moved the earlier run in %s aside, to %s' % (folder, aside))
+        os.makedirs(folder, exist_ok=True)
+    barrier()
+
+
+def holds_a_run(folder):
+    return os.path.isdir(folder) and any(
+        name == 'log.txt' or (name.startswith('checkpoint-') and name.endswith('.pth')) for name in os.listdir(folder))
+
+
+def name_aside(path):
+    """<path>-<date and time of its last change>, with a number where that name is taken."""
+    path = path.rstrip(os.sep)
+    newest = max([os.path.getmtime(path)] + [entry.stat().st_mtime for entry in os.scandir(path)])
+    base = '%s-%s' % (path, time.strftime('%Y%m%d-%H%M%S', time.localtime(newest)))
+    names = [base] + ['%s-%d' % (base, number) for number in range(2, 1000)]
+    return next(name for name in names if not os.path.lexists(name))
