@@ -23,7 +23,6 @@ import torch
 import torch.hub
 import torch.nn.functional as F
 
-import backend
 import utils
 from errors import UserError
 
@@ -111,7 +110,8 @@ def fetch(source):
         return source
     address, _, fragment = source.partition('#')
     if not address.startswith('https://'):
-        raise UserError('%s: only https:// addresses are downloaded; fetch the file yourself and give its path' % source)
+        raise UserError('%s: only https:// addresses are downloaded; fetch the file yourself and give its path'
+                        % source)
     home = os.environ.get('TORCH_HOME') or os.path.join(
         os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache'), 'torch')
     name = os.path.basename(urllib.parse.urlparse(address).path)

@@ -4,6 +4,7 @@ What a process gets depends on the seed, the epoch and the image's index alone: 
 how many processes share the data.
 """
 
+import inspect
 import os
 import random
 import shutil
@@ -12,9 +13,10 @@ import tempfile
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import Mixup, create_transform
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.mixup import mixup_target
 from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
@@ -264,6 +266,29 @@ def check_policy(policy):
     except (AssertionError, ValueError, KeyError, IndexError, TypeError):
         raise unknown('--aa', policy, ['rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', 'originalr', 'v0', 'v0r',
                                        'none']) from None
+
+
+class DeviceMixup(Mixup):
+    """timm's Mixup with the targets where the images are; timm 0.4 puts them on CUDA whatever the device."""
+
+    def __call__(self, images, targets):
+        mix = {'elem': self._mix_elem, 'pair': self._mix_pair, 'batch': self._mix_batch}[self.mode]
+        share = mix(images)
+        return images, mixup_target(targets, self.num_classes, share, self.label_smoothing, device=images.device)
+
+
+def mixes(args):
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def build_mixup(args, nb_classes):
+    """What mixes a batch in place, (images, class indices) to (images, soft targets (B, classes)); or None."""
+    if not mixes(args):
+        return None
+    mixup = DeviceMixup if 'device' in inspect.signature(mixup_target).parameters else Mixup
+    return mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
+                 prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
+                 label_smoothing=args.smoothing, num_classes=nb_classes)
 
 
 # ---- order and randomness

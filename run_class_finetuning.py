@@ -26,7 +26,6 @@ import utils
 from errors import UserError, one_line, unknown
 
 import torch
-from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import create_model
 
@@ -223,7 +222,7 @@ def check_args(args, local_rank=0):
     if args.warmup_steps <= 0 and args.warmup_epochs > args.epochs:
         raise UserError('--warmup_epochs %d is longer than --epochs %d; give --warmup_epochs=%d or fewer'
                         % (args.warmup_epochs, args.epochs, args.epochs))
-    if mixes(args) and args.mixup_mode == 'batch' and args.batch_size % 2 and not args.eval:
+    if datasets.mixes(args) and args.batch_size % 2 and not args.eval:
         raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
     if args.world_size > 1 and utils.launch_environment(args)[1] == 1:
         raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
@@ -247,10 +246,6 @@ def check_args(args, local_rank=0):
 
 # ---- steps of main
 
-def mixes(args):
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
 def build_model(args, nb_classes):
     return create_model(
         args.model, pretrained=False, num_classes=nb_classes, img_size=args.input_size, drop_rate=args.drop,
@@ -265,15 +260,10 @@ def build_optimizer(args, model):
         args.disable_weight_decay_on_rel_pos_bias)
 
 
-def build_mixup_and_criterion(args, nb_classes):
-    """(timm's Mixup or None, the loss that goes with it)."""
-    if mixes(args):
-        return Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
-                     prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
-                     label_smoothing=args.smoothing, num_classes=nb_classes), SoftTargetCrossEntropy()
-    if args.smoothing > 0:
-        return None, LabelSmoothingCrossEntropy(smoothing=args.smoothing)
-    return None, torch.nn.CrossEntropyLoss()
+def build_criterion(args, mixup):
+    if mixup is not None:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else torch.nn.CrossEntropyLoss()
 
 
 def count_steps(args, images):
@@ -345,7 +335,8 @@ def main(args):
     describe(args, device, scaler, model, train_set, val_set, classes, steps_per_epoch)
 
     if args.eval:
-        return evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
+        evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
+        return
     source = checkpoint.source_to_resume(args.resume, args.auto_resume, args.output_dir)
     utils.prepare_folder(args.output_dir, keep=bool(source))
     start_epoch, best = checkpoint.resume_training(source, model, optimizer, scaler, ema) if source \
@@ -355,13 +346,15 @@ def main(args):
     if utils.world_size() > 1:
         model = backend.distributed_model(model, device)
 
-    mixup, criterion = build_mixup_and_criterion(args, len(classes))
+    mixup = datasets.build_mixup(args, len(classes))
     lr_values, wd_values = build_schedules(args, steps_per_epoch)
-    training = dict(model=model, criterion=criterion, data_loader=train_loader, optimizer=optimizer, device=device,
+    training = dict(model=model, criterion=build_criterion(args, mixup), data_loader=train_loader,
+                    optimizer=optimizer, device=device,
                     loss_scaler=scaler, max_norm=args.clip_grad, model_ema=ema, mixup_fn=mixup,
                     lr_schedule_values=lr_values, wd_schedule_values=wd_values, update_freq=args.update_freq)
     if args.prof or args.cann_prof:
-        return engine.profile(os.path.join(args.output_dir or '.', 'prof'), cann=args.cann_prof, **training)
+        engine.profile(os.path.join(args.output_dir or '.', 'prof'), cann=args.cann_prof, **training)
+        return
     fit(args, training, val_loader, start_epoch, steps_per_epoch, best, dtype)
 
 

@@ -271,7 +271,8 @@ def init_distributed_mode(args):
     if processes > 1:
         address = args.dist_url
         if args.dist_on_itp and address == 'env://':
-            address = 'tcp://%s:%s' % (os.environ.get('MASTER_ADDR', '127.0.0.1'), os.environ.get('MASTER_PORT', '29500'))
+            address = 'tcp://%s:%s' % (os.environ.get('MASTER_ADDR', '127.0.0.1'),
+                                       os.environ.get('MASTER_PORT', '29500'))
         try:
             dist.init_process_group(backend.PROCESS_GROUP_BACKEND[device.type], init_method=address,
                                     rank=process, world_size=processes)

@@ -9,15 +9,12 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 case ${1:-} in -h|--help) show_help; exit 0 ;; esac
 cd "$ROOT" || exit 2
-choose_python
-if ! "$PYTHON" -c 'import pytest' 2>/dev/null || [ "${1:-}" = --lint ]; then
-    if [ "$PYTHON" = "$ROOT/.venv/bin/python" ]; then
-        install "$ROOT/test/requirements.txt" || die "pip could not install test/requirements.txt; see .venv/install.log"
-    fi
+if [ "${1:-}" = --lint ]; then tool=ruff; else tool=pytest; fi
+choose_python $tool
+if ! "$PYTHON" -c "import $tool" 2>/dev/null; then
+    [ "$PYTHON" = "$ROOT/.venv/bin/python" ] \
+        || die "PYTHON=$PYTHON has no $tool; run: $PYTHON -m pip install -r test/requirements.txt"
+    install "$ROOT/test/requirements.txt" || die "pip could not install test/requirements.txt; see .venv/install.log"
 fi
-if [ "${1:-}" = --lint ]; then
-    "$PYTHON" -c 'import ruff' 2>/dev/null || die "$PYTHON has no ruff; run: $PYTHON -m pip install -r test/requirements.txt"
-    exec "$PYTHON" -m ruff check .
-fi
-"$PYTHON" -c 'import pytest' 2>/dev/null || die "$PYTHON has no pytest; run: $PYTHON -m pip install -r test/requirements.txt"
+if [ $tool = ruff ]; then exec "$PYTHON" -m ruff check .; fi
 exec "$PYTHON" -m pytest test -q "$@"
