@@ -37,6 +37,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
     """Finds the handful of harmless names that a checkpoint needs, and refuses every other."""
 
     ALLOWED = {
+        '_codecs': {'encode'},  # how protocol 2 writes the bytes of a NumPy scalar
         'collections': {'OrderedDict', 'defaultdict'},
         'argparse': {'Namespace'},
         'torch._utils': {'_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_parameter'},
@@ -177,7 +178,7 @@ def load_pretrained(model, source, model_key='model|module', model_prefix=''):
     utils.say('Loaded %d of %d weights from %s%s' % (len(target) - len(result.missing_keys), len(target), source,
                                                  ' (%s)' % key if key else ''))
     for what, names in (('Not in the file, left at their start', missing), ('Left out of the file', dropped),
-                        ('Unused names in the file', result.unexpected_keys)):
+                        ('Unused names in the file', sorted(result.unexpected_keys))):
         if names:
             utils.say('%s: %s' % (what, _shorten(names)))
 
@@ -452,6 +453,23 @@ def _trained_with(content):
     return ' (it was trained with %s)' % ' '.join(flags) if flags else ''
 
 
+def load_optimizer(source, optimizer, state):
+    """Load an optimizer's moments. Rates and decays stay this run's: the file's would silently outlive its flags."""
+    mine = [{name: group[name] for name in ('lr', 'lr_scale', 'weight_decay', 'name') if name in group}
+            for group in optimizer.param_groups]
+    kinds = {'betas', 'momentum', 'rho', 'alpha'}  # what tells the families of optimizers apart
+    theirs = set(state['param_groups'][0]) if state.get('param_groups') else set()
+    try:
+        if kinds & theirs != kinds & set(optimizer.param_groups[0]):
+            raise ValueError('another kind of optimizer wrote it')
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise UserError('--resume %s: its optimizer state does not fit this run (%s); use the --opt and the model flags of '
+                        'that run, or give the file to --finetune' % (source, error)) from None
+    for group, values in zip(optimizer.param_groups, mine):
+        group.update(values)
+
+
 def resume_training(source, model, optimizer, scaler, ema=None):
     """Take up a run where a checkpoint left it.
 
@@ -463,14 +481,11 @@ def resume_training(source, model, optimizer, scaler, ema=None):
     if not isinstance(content.get('optimizer'), dict) or 'epoch' not in content:
         utils.say('Resumed the weights of %s; it holds no optimizer state, so the schedule starts anew' % source)
         return 0, {}
-    try:
-        optimizer.load_state_dict(content['optimizer'])
-    except (ValueError, KeyError) as error:
-        raise UserError('--resume %s: its optimizer state does not fit this run (%s); use the --opt, --layer_decay and '
-                        '--weight_decay of that run' % (source, error)) from None
+    load_optimizer(source, optimizer, content['optimizer'])
     if isinstance(content.get('scaler'), dict):
         scaler.load_state_dict(content['scaler'])
-    utils.set_random_state(content.get('random_state'))
+    if utils.is_main_process():  # it is the first process's; the others go on with seeds of their own
+        utils.set_random_state(content.get('random_state'))
     epoch = content['epoch']
     if not isinstance(epoch, int):  # the reference's best checkpoint says 'best'
         raise UserError('--resume %s: it does not say after which epoch it was saved (epoch is %r); '

@@ -338,11 +338,10 @@ def main(args):
         evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
         return
     source = checkpoint.source_to_resume(args.resume, args.auto_resume, args.output_dir)
-    utils.prepare_folder(args.output_dir, keep=bool(source))
+    utils.prepare_folder(args.output_dir, keep=source or args.prof or args.cann_prof)
+    utils.seed_everything(args.seed + utils.rank())  # each process its own dropout
     start_epoch, best = checkpoint.resume_training(source, model, optimizer, scaler, ema) if source \
         else (args.start_epoch, {})
-    if not source:
-        utils.seed_everything(args.seed + utils.rank())  # each process its own dropout
     if utils.world_size() > 1:
         model = backend.distributed_model(model, device)
 
@@ -413,6 +412,8 @@ def fit(args, training, val_loader, start_epoch, steps_per_epoch, best, dtype):
         if args.output_dir and args.save_ckpt:
             save_checkpoints(args, epoch, training, best, improved, is_last)
         record(args, writer, epoch, training['model'], train_stats, test_stats, ema_stats)
+    if writer is not None:
+        writer.close()
     utils.say('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
     if start_epoch >= args.epochs:
         utils.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
@@ -457,7 +458,6 @@ def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
             if results:
                 writer.update('perf', epoch, **{'%s_%s' % (prefix, name): results[name]
                                                 for name in ('acc1', 'acc5', 'loss')})
-        writer.flush()
 
 
 def run(argv=None):

@@ -145,8 +145,9 @@ class TensorboardLogger:
             if value is not None:
                 self.writer.add_scalar('%s/%s' % (head, name), float(value), step)
 
-    def flush(self):
-        self.writer.flush()
+    def close(self):
+        """Write what is still queued."""
+        self.writer.close()
 
 
 def append_log(output_dir, stats):
