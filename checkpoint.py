@@ -10,6 +10,7 @@ import contextlib
 import glob
 import hashlib
 import inspect
+import io
 import math
 import os
 import pickle
@@ -66,6 +67,29 @@ def _restricted_pickle():
     return module
 
 
+class _PaddedReader(io.BufferedReader):
+    """A file that goes on with zeros behind its end and remembers it: PyTorch 1.5 frees memory twice at a short read."""
+
+    ended_early = False
+
+    def fileno(self):
+        raise io.UnsupportedOperation('fileno')  # else torch reads past this class
+
+    def read(self, size=-1):
+        data = super().read(size)
+        if size is not None and len(data) < size:
+            self.ended_early = True
+            data += bytes(size - len(data))
+        return data
+
+    def readinto(self, buffer):
+        count = super().readinto(buffer)
+        if count < len(buffer):
+            self.ended_early = True
+            buffer[count:] = bytes(len(buffer) - count)
+        return len(buffer)
+
+
 def _numpy_scalar_types():
     multiarray = getattr(np, '_core', None) or np.core
     dtypes = [type(np.dtype(kind)) for kind in ('float64', 'float32', 'int64', 'int32', 'bool')]
@@ -82,13 +106,20 @@ def read(path):
         raise UserError('%s: no such file' % path)
     try:
         with open(path, 'rb') as file:
+            if file.read(4) == b'PK\x03\x04':
+                zipfile.ZipFile(file).infolist()  # raises on a truncated file, on which PyTorch 1.5 would abort
+            file.seek(0)
             if hasattr(torch.serialization, 'safe_globals'):
                 with torch.serialization.safe_globals([argparse.Namespace] + _numpy_scalar_types()):
                     return torch.load(file, map_location='cpu', weights_only=True)
             options = {}
             if 'weights_only' in inspect.signature(torch.load).parameters:
                 options['weights_only'] = False  # there it has no allow list; the restricted unpickler is as strict
-            return torch.load(file, map_location='cpu', pickle_module=_restricted_pickle(), **options)
+            with _PaddedReader(open(path, 'rb', buffering=0)) as padded:
+                content = torch.load(padded, map_location='cpu', pickle_module=_restricted_pickle(), **options)
+            if padded.ended_early:
+                raise EOFError('the file ends early')
+            return content
     except pickle.UnpicklingError as error:
         found = re.search(r'it refers to (\S+),|GLOBAL (\S+) |Unsupported (?:global|class|type)\S* (\S+)', str(error))
         if found:
@@ -464,7 +495,7 @@ def load_optimizer(source, optimizer, state):
             raise ValueError('another kind of optimizer wrote it')
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
-        raise UserError('--resume %s: its optimizer state does not fit this run (%s); use the --opt and the model flags of '
+        raise UserError('--resume %s: its optimizer state does not fit this run (%s); use the --opt and model flags of '
                         'that run, or give the file to --finetune' % (source, error)) from None
     for group, values in zip(optimizer.param_groups, mine):
         group.update(values)

@@ -135,8 +135,9 @@ def check_summary(checkout, script, run, batch_size, devices, model='beit_nano_p
     else:
         assert 0 <= float(figures['TrainAccuracy']) <= 100
     if kind != 'eval':  # there the last batch is smaller
-        expected = 1000. * batch_size * devices / float(figures['ActualFPS'])
-        assert float(figures['TrainingTime']) == pytest.approx(expected, rel=1e-3)
+        fps = float(figures['ActualFPS'])
+        assert float(figures['TrainingTime']) \
+            == pytest.approx(1000. * batch_size * devices / fps, rel=0.006 / fps, abs=0.001)  # as rounded
     assert float(figures['TrainingTime']) < 1000 * (int(figures['E2ETrainingTime']) + 1)
     return figures
 
@@ -528,14 +529,16 @@ has_proc = pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='processes
 
 
 @has_proc
-def test_one_process_that_fails_ends_the_run(checkout, image_folder):
-    """A damaged image, which only one of the two processes reads."""
+@pytest.mark.parametrize('damaged', ['003.png', '004.png'])
+def test_one_process_that_fails_ends_the_run(checkout, image_folder, damaged):
+    """A damaged image, which only one of the two processes reads; the other loses its partner, and is quiet."""
     folder = image_folder()
-    with open(os.path.join(folder, 'train', 'cat', '003.png'), 'wb') as file:
+    with open(os.path.join(folder, 'train', 'cat', damaged), 'wb') as file:
         file.write(b'no image')
     run = run_script(checkout, 'train_full_8p', '--data_path=' + folder, *TINY, '--nproc_per_node=2', MARK=folder)
     assert run.status == 2, run.out + run.err
-    assert '003.png: cannot be read as an image' in run.out and 'Traceback' not in run.out + run.err
+    assert run.out.count(damaged + ': cannot be read as an image') == 1
+    assert 'Traceback' not in run.out + run.err
     assert 'Final result' not in run.out
     assert not os.path.exists(output(checkout, 'beit_nano_patch8_32_bs4_2p_acc.log'))
     assert all_end(folder)
