@@ -68,7 +68,7 @@ def _restricted_pickle():
 
 
 class _PaddedReader(io.BufferedReader):
-    """A file that goes on with zeros behind its end and remembers it: PyTorch 1.5 frees memory twice at a short read."""
+    """A file that goes on with zeros behind its end, and remembers it: short reads make PyTorch 1.5 free memory twice."""
 
     ended_early = False
 
