@@ -68,7 +68,7 @@ def find_device(name='auto', local_rank=0):
     kind, _, index = name.partition(':')
     if kind == 'auto':
         kind = next(kind for kind in DEVICE_TYPES if _PROBLEM[kind]() is None)
-    if kind not in DEVICE_TYPES or (index and not index.isdigit()):
+    if kind not in DEVICE_TYPES or (index and not (index.isdigit() and kind != 'cpu')):
         raise UserError('--device must be auto, npu, cuda or cpu, or one with an index such as cuda:1; got %r' % name)
     problem = _PROBLEM[kind]()
     if problem:
@@ -431,8 +431,8 @@ def initialize_amp(model, optimizer, device, dtype=None, opt_level='O2', loss_sc
     dynamic = loss_scale == 'dynamic'
     scaling = dict(scale=2. ** 16 if dynamic else loss_scale, dynamic=dynamic)
     name = str(dtype).replace('torch.', '')
-    amp, about_apex = find_apex() if device.type != 'cpu' and dtype == torch.float16 else (None, 'apex is for float16')
-    scaling['description'] = '%s %s, native (%s)' % (opt_level, name, about_apex)
+    amp, about_apex = find_apex() if device.type != 'cpu' and dtype == torch.float16 else (None, '')
+    scaling['description'] = '%s %s by PyTorch%s' % (opt_level, name, about_apex and ' (%s)' % about_apex)
 
     if amp is not None and optimizer is not None:
         scaling['description'] = '%s %s by %s' % (opt_level, name, about_apex)

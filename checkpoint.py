@@ -17,6 +17,7 @@ import pickle
 import re
 import types
 import urllib.parse
+import warnings
 import zipfile
 
 import numpy as np
@@ -68,7 +69,7 @@ def _restricted_pickle():
 
 
 class _PaddedReader(io.BufferedReader):
-    """A file that goes on with zeros behind its end, and remembers it: short reads make PyTorch 1.5 free memory twice."""
+    """A file that goes on with zeros behind its end, and remembers it: a short read crashes PyTorch 1.5 later on."""
 
     ended_early = False
 
@@ -96,19 +97,24 @@ def _numpy_scalar_types():
     return [multiarray.multiarray.scalar, np.dtype] + dtypes
 
 
-def read(path):
+def read(path, flag=''):
     """What a weights file holds, its tensors on the CPU. Nothing in the file is run.
+
+    Args:
+        flag (str): the flag that named it, for the error's line.
 
     Raises:
         UserError: the file is missing, damaged, or holds anything but tensors and plain values.
     """
+    name = ('%s %s' % (flag, path)).strip()
     if not os.path.isfile(path):
-        raise UserError('%s: no such file' % path)
+        raise UserError('%s: no such file' % name)
     try:
-        with open(path, 'rb') as file:
+        with warnings.catch_warnings(), open(path, 'rb') as file:
             if file.read(4) == b'PK\x03\x04':
                 zipfile.ZipFile(file).infolist()  # raises on a truncated file, on which PyTorch 1.5 would abort
             file.seek(0)
+            warnings.simplefilter('ignore')  # what is wrong with a file is said once, below
             if hasattr(torch.serialization, 'safe_globals'):
                 with torch.serialization.safe_globals([argparse.Namespace] + _numpy_scalar_types()):
                     return torch.load(file, map_location='cpu', weights_only=True)
@@ -124,12 +130,12 @@ def read(path):
         found = re.search(r'it refers to (\S+),|GLOBAL (\S+) |Unsupported (?:global|class|type)\S* (\S+)', str(error))
         if found:
             raise UserError('%s: refused, because it refers to %s; a weights file holds tensors and plain values only'
-                            % (path, next(filter(None, found.groups())))) from None
-        raise UserError('%s: not a weights file, or damaged; fetch or copy it again' % path) from None
+                            % (name, next(filter(None, found.groups())))) from None
+        raise UserError('%s: not a weights file, or damaged; fetch or copy it again' % name) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError,
             UnicodeDecodeError, zipfile.BadZipFile, AssertionError, ImportError) as error:
         reason = ' '.join(str(error).split())[:120] or type(error).__name__
-        raise UserError('%s: not a weights file, or truncated (%s); fetch or copy it again' % (path, reason)) from None
+        raise UserError('%s: not a weights file, or truncated (%s); fetch or copy it again' % (name, reason)) from None
 
 
 def fetch(source):
@@ -193,7 +199,7 @@ def load_pretrained(model, source, model_key='model|module', model_prefix=''):
         UserError: the file can't be read, or its weights are another model's; then it lists names and shapes.
     """
     check_finetune(source)
-    loaded = read(fetch(source))
+    loaded = read(fetch(source), '--finetune')
     key, loaded = _inner_state(loaded, model_key)
     state = _strip_prefixes(loaded, model_prefix)
     if not state:
@@ -391,7 +397,7 @@ def training_state(args, epoch, model, optimizer, scaler, ema=None, accuracy=Non
         'scaler': scaler.state_dict(),
         'args': dict(vars(args)),
         'accuracy': dict(accuracy or {}),
-        'random_state': utils.random_state(),
+        'random_state': utils.random_state(next(model.parameters()).device),
     }
     if ema is not None:
         content['model_ema'] = _to_cpu(ema.ema.state_dict())
@@ -453,7 +459,7 @@ def resume_weights(source, model, scaler, ema=None):
     Returns:
         The file's content.
     """
-    content = read(fetch(source))
+    content = read(fetch(source), '--resume')
     if not isinstance(content, dict):
         raise UserError('--resume %s: holds no weights' % source)
     _, state = _inner_state(content, 'model|module|state_dict')
@@ -516,7 +522,7 @@ def resume_training(source, model, optimizer, scaler, ema=None):
     if isinstance(content.get('scaler'), dict):
         scaler.load_state_dict(content['scaler'])
     if utils.is_main_process():  # it is the first process's; the others go on with seeds of their own
-        utils.set_random_state(content.get('random_state'))
+        utils.set_random_state(content.get('random_state'), next(model.parameters()).device)
     epoch = content['epoch']
     if not isinstance(epoch, int):  # the reference's best checkpoint says 'best'
         raise UserError('--resume %s: it does not say after which epoch it was saved (epoch is %r); '

@@ -33,6 +33,7 @@ DATA_SETS = ('CIFAR', 'IMNET', 'image_folder')
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.ppm', '.pgm', '.tif', '.tiff')
 INTERPOLATIONS = ('random', 'bilinear', 'bicubic', 'lanczos')
 SMALL_INPUT = 32  # up to this size images are taken as they are: no resizing, random crops with padding
+PADDING = 4
 
 
 # ---- reading one image
@@ -62,19 +63,24 @@ def load_image(path):
 class ImageFolder(torchvision_datasets.DatasetFolder):
     """Class folders of images; the classes are the folders' names in sorted order.
 
+    Args:
+        fits (function): of an image's (width, height), where images aren't resized; see `small_input_rule`.
+
     Raises:
-        UserError: the folder is missing, has no class folders, or one of them has no image.
+        UserError: the folder is missing, has no class folders, or one of them has no image; on reading, an image that
+            can't be read or doesn't fit.
     """
 
-    def __init__(self, root, transform=None, flag='--data_path'):
+    def __init__(self, root, transform=None, flag='--data_path', fits=None):
         if not os.path.isdir(root):
             raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, root))
+        self.fits = fits
         names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         if not names:
             raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
                             % (flag, root))
         try:
-            super().__init__(root, load_image, EXTENSIONS, transform=transform)
+            super().__init__(root, self.load, EXTENSIONS, transform=transform)
         except (FileNotFoundError, RuntimeError):
             self.samples = []  # newer and older torchvision say by these that a class, or everything, is empty
         filled = {label for _, label in self.samples}
@@ -84,6 +90,14 @@ class ImageFolder(torchvision_datasets.DatasetFolder):
             raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder'
                             % (flag, ' '.join(EXTENSIONS), 's' if len(empty) > 1 else '',
                                ', '.join(os.path.join(root, name) for name in empty[:3])))
+
+
+    def load(self, path):
+        image = load_image(path)
+        if self.fits is not None and not self.fits(*image.size):
+            raise UserError('%s is %dx%d; with --input_size of %d and less images are not resized, so give their own '
+                            'size, or a larger --input_size' % ((path,) + image.size + (SMALL_INPUT,)))
+        return image
 
 
 def _has_image(folder):
@@ -142,12 +156,15 @@ def check_paths(args):
     if not args.data_path and not (args.eval and args.eval_data_path):
         raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo')
     for flag, path in (('--data_path', args.data_path), ('--eval_data_path', args.eval_data_path)):
-        if path and path != 'demo' and not os.path.isdir(path):
+        if path and (path, flag) != ('demo', '--data_path') and not os.path.isdir(path):
             raise UserError('%s %s: no such folder' % (flag, path))
     if args.data_path == 'demo':
         return
     if args.data_set == 'CIFAR':
         cifar_root(args.data_path)
+        if args.input_size < SMALL_INPUT:
+            raise UserError('--input_size %d: the images of CIFAR are 32x32 and are not made smaller; use 32 or more'
+                            % args.input_size)
     for is_train in (False,) if args.eval else (True, False):
         if args.data_set != 'CIFAR' and (is_train or needs_validation(args)):
             flag, root = split_root(is_train, args)
@@ -195,7 +212,7 @@ def build_dataset(is_train, args):
                             % args.data_path) from None
         return dataset, list(getattr(dataset, 'classes', None) or map(str, range(100)))
     flag, root = split_root(is_train, args)
-    dataset = ImageFolder(root, transform, flag)
+    dataset = ImageFolder(root, transform, flag, small_input_rule(is_train, args.input_size))
     return dataset, dataset.classes
 
 
@@ -235,7 +252,10 @@ def build_transform(is_train, args):
             hflip=getattr(args, 'hflip', 0.5), re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
             mean=mean, std=std)
         if not resizes:
-            transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
+            transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=PADDING)
+        for index, step in enumerate(transform.transforms):
+            if isinstance(step, transforms.Normalize):  # timm gives it tensors, of which torchvision 0.2 warns
+                transform.transforms[index] = transforms.Normalize(mean, std)
         return transform
     steps = []
     if resizes:
@@ -243,6 +263,15 @@ def build_transform(is_train, args):
         steps = [transforms.Resize(int(args.input_size / crop_pct), interpolation=InterpolationMode.BICUBIC),
                  transforms.CenterCrop(args.input_size)]
     return transforms.Compose(steps + [transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+def small_input_rule(is_train, input_size):
+    """Which images (width, height) the transform of a small input can take, or None where it resizes them."""
+    if input_size > SMALL_INPUT:
+        return None
+    if is_train:
+        return lambda width, height: min(width, height) + 2 * PADDING >= input_size
+    return lambda width, height: (width, height) == (input_size, input_size)
 
 
 def policy_or_none(policy):

@@ -27,7 +27,7 @@ def unknown(flag, name, known):
         name (str): what the user gave.
         known (iterable of str): the names that would have been right.
     """
-    known = sorted(known)
-    near = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
-    cure = 'did you mean %s?' % ' or '.join(near) if near else 'it must be one of %s' % ', '.join(known)
+    known = {each.lower(): each for each in sorted(known)}
+    near = [known[each] for each in difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.6)]
+    cure = 'did you mean %s?' % ' or '.join(near) if near else 'it must be one of %s' % ', '.join(known.values())
     return UserError('%s: unknown value %r; %s' % (flag, name, cure))

@@ -115,6 +115,12 @@ def optimizer_class(name):
     return cls, fixed, name.lower().startswith('lookahead_')
 
 
+def check_optimizer(name, momentum):
+    """Raise a `UserError` for a value of --opt that can't be had, or that the momentum doesn't suit."""
+    if optimizer_class(name)[1].get('nesterov') and momentum == 0:
+        raise UserError('--momentum 0: --opt %s needs momentum; use --opt momentum for plain descent' % name)
+
+
 def create_optimizer(model, opt='adamw', lr=5e-4, weight_decay=0.05, layer_decay=1.0, opt_eps=1e-8, opt_betas=None,
                      momentum=0.9, disable_weight_decay_on_rel_pos_bias=False):
     """The optimizer over layer-decay groups. Every optimizer gets all the settings that it takes.

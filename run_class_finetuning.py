@@ -11,6 +11,7 @@ The scripts in test/ call this with the published hyper-parameters. BEiT base fi
 
 import argparse
 import datetime
+import importlib.util
 import os
 import re
 import sys
@@ -93,11 +94,12 @@ def build_parser():
     run = parser.add_argument_group('run')
     add = run.add_argument
     add('--batch_size', default=64, type=positive, help='images per device and micro-step (64)')
-    add('--epochs', default=30, type=positive, help='passes over the training set (30)')
+    add('--epochs', default=30, type=number(int, 1, 10 ** 6), help='passes over the training set (30)')
     add('--update_freq', default=1, type=positive, help='micro-steps whose gradients make one update (1)')
     add('--save_ckpt_freq', default=5, type=positive, help='epochs between checkpoints (5)')
-    add('--seed', default=0, type=whole, help='seed of every random number (0)')
-    add('--num_workers', default=10, type=whole, help='loader processes per device; 0 loads in the main one (10)')
+    add('--seed', default=0, type=number(int, 0, 2 ** 62), help='seed of every random number (0)')
+    add('--num_workers', default=10, type=number(int, 0, 1024),
+        help='loader processes per device; 0 loads in the main one (10)')
     switch(run, 'pin_mem', True, 'page-locked memory for batches on their way to npu or cuda')
     add('--start_epoch', default=0, type=whole, help='first epoch, where no checkpoint says it (0)')
     add('--device', default='auto', help='auto (npu, cuda, cpu: the first present), npu, cuda, cpu, cuda:1 … (auto)')
@@ -111,7 +113,8 @@ def build_parser():
     switch(model, 'rel_pos_bias', True, 'relative position bias in every block', off='disable_rel_pos_bias')
     switch(model, 'abs_pos_emb', False, 'learned absolute positions')
     add('--layer_scale_init_value', default=0.1, type=rate, help='0.1 for base, 1e-5 for large, 0 for none (0.1)')
-    add('--input_size', default=224, type=positive, help='pixels a side; any whole number of patches (224)')
+    add('--input_size', default=224, type=number(int, 1, 8192),
+        help='pixels a side; any whole number of patches (224)')
     add('--drop', default=0., type=below_one, help='dropout (0)')
     add('--attn_drop_rate', default=0., type=below_one, help='dropout on attention weights (0)')
     add('--drop_path', '--drop_decay', default=0.1, type=below_one, help='stochastic depth of the last block (0.1)')
@@ -213,9 +216,9 @@ def check_args(args, local_rank=0):
         raise unknown('--model', args.model, modeling_finetune.MODELS)
     patch = modeling_finetune.MODELS[args.model]['patch_size']
     if args.input_size % patch:
-        raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s; use %d or %d' % (
-            args.input_size, patch, args.model, max(patch, args.input_size // patch * patch),
-            (args.input_size // patch + 1) * patch))
+        below = args.input_size // patch * patch
+        raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s; use %s%d' % (
+            args.input_size, patch, args.model, '%d or ' % below if below else '', below + patch))
     datasets.check_policy(args.aa)
     if args.resplit:
         raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
@@ -224,6 +227,14 @@ def check_args(args, local_rank=0):
                         % (args.warmup_epochs, args.epochs, args.epochs))
     if datasets.mixes(args) and args.batch_size % 2 and not args.eval:
         raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
+    if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+        raise UserError('--cutmix_minmax %g %g: the first must be below the second' % tuple(args.cutmix_minmax))
+    if args.opt_betas is not None and len(args.opt_betas) != 2:
+        raise UserError('--opt_betas %s: give 2 numbers, as in --opt_betas 0.9 0.999'
+                        % ' '.join(map(str, args.opt_betas)))
+    if args.start_epoch >= args.epochs:
+        raise UserError('--start_epoch %d: --epochs %d leaves nothing to train; raise --epochs'
+                        % (args.start_epoch, args.epochs))
     if args.world_size > 1 and utils.launch_environment(args)[1] == 1:
         raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
                         '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))
@@ -232,7 +243,7 @@ def check_args(args, local_rank=0):
     if device.type == 'cpu':
         backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     if not args.eval:
-        optim_factory.optimizer_class(args.opt)
+        optim_factory.check_optimizer(args.opt, args.momentum)
         checkpoint.check_finetune(args.finetune)
     if args.cann_prof:
         backend.check_cann_profiler()
@@ -240,6 +251,8 @@ def check_args(args, local_rank=0):
         raise UserError('--eval needs --resume: the checkpoint to evaluate, or the folder that holds it')
     if args.resume:
         checkpoint.find(args.resume, prefer_best=args.eval)
+    if args.log_dir and importlib.util.find_spec('tensorboardX') is None:
+        raise UserError('--log_dir %s needs tensorboardX; run: pip install tensorboardX' % args.log_dir)
     for flag, folder in (('--output_dir', args.output_dir), ('--log_dir', args.log_dir)):
         utils.check_writable(flag, folder)
 

@@ -134,10 +134,7 @@ class TensorboardLogger:
     """Scalars to TensorBoard, through tensorboardX. The step is the caller's, in updates or epochs."""
 
     def __init__(self, log_dir):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise UserError('--log_dir needs tensorboardX; run: pip install tensorboardX') from None
+        from tensorboardX import SummaryWriter  # needed only by those who ask for it
         self.writer = SummaryWriter(logdir=log_dir)
 
     def update(self, head, step, **values):
@@ -197,15 +194,16 @@ def seed_everything(seed):
     backend.seed_device(seed)
 
 
-def random_state():
+def random_state(device):
     """The generators' states as plain values and tensors, which a safe reader takes."""
     version, key, position = random.getstate()[0], list(random.getstate()[1]), random.getstate()[2]
     name, words, index, has_gauss, gauss = np.random.get_state()
     return {'python': [version, key, position], 'torch': torch.get_rng_state(),
+            'device': backend.device_rng_state(device),
             'numpy': [name, torch.from_numpy(words.astype(np.int64)), int(index), int(has_gauss), float(gauss)]}
 
 
-def set_random_state(state):
+def set_random_state(state, device):
     if not isinstance(state, dict):
         return
     version, key, position = state['python']
@@ -213,6 +211,7 @@ def set_random_state(state):
     name, words, index, has_gauss, gauss = state['numpy']
     np.random.set_state((name, words.numpy().astype(np.uint32), index, has_gauss, gauss))
     torch.set_rng_state(state['torch'])
+    backend.set_device_rng_state(device, state.get('device'))
 
 
 # ---- processes
@@ -247,6 +246,12 @@ def barrier():
 def launch_environment(args):
     """(rank, world_size, local_rank) as torchrun, Open MPI (--dist_on_itp) or SLURM set them; (0, 1, 0) without."""
     environ = os.environ
+    numbers = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID',
+               'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')
+    for name in numbers:
+        if not environ.get(name, '0').isdigit():
+            raise UserError('%s=%s in the environment is not a whole number; a launcher sets it, or unset it'
+                            % (name, environ[name]))
     if args.dist_on_itp:
         names = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')
         if any(name not in environ for name in names):
@@ -317,7 +322,7 @@ def sum_over_processes(counts, total, device):
 
 def wait_for_first_process_to_speak():
     """Give rank 0, which meets most errors too, the word; a launcher then ends the others before they repeat it."""
-    if int(os.environ.get('RANK', 0)) > 0:
+    if os.environ.get('RANK', '0') != '0':
         time.sleep(5)
 
 

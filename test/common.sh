@@ -67,9 +67,9 @@ choose_python() {
 # ---- options
 
 # Set from --key=value or --key value; the rest of the command line collects in FLAGS, for Python.
-data_path= finetune= resume= nb_classes= batch_size=64 epochs=30 device=auto nproc_per_node= output_dir=
+data_path= eval_data_path= log_dir= finetune= resume= nb_classes= batch_size=64 epochs=30 device=auto nproc_per_node= output_dir=
 model= nnodes=1 node_rank=0 master_addr= master_port=
-OPTIONS=" data_path finetune resume nb_classes batch_size epochs device nproc_per_node output_dir model nnodes \
+OPTIONS=" data_path eval_data_path log_dir finetune resume nb_classes batch_size epochs device nproc_per_node output_dir model nnodes \
 node_rank master_addr master_port "
 GIVEN=" "
 FLAGS=()
@@ -98,6 +98,16 @@ parse_options() {
 
 given() { case $GIVEN in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 
+# flag_given NAME: it is among the flags for Python, in any spelling.
+flag_given() {
+    local flag
+    for flag in ${FLAGS[@]+"${FLAGS[@]}"}; do
+        flag=${flag%%=*}; flag=${flag#--}
+        [ "${flag//-/_}" != "$1" ] || return 0
+    done
+    return 1
+}
+
 whole_number() { case ${!1} in ''|*[!0-9]*|0) die "--$1 must be a whole number from 1 on, got '${!1}'" ;; esac; }
 
 # A path is meant from the folder that the script was called in, or, where nothing is there, from the root.
@@ -110,9 +120,9 @@ from_here() {
 
 # ---- presets: the published hyper-parameters, and those of the digits demo; what the user gives comes after them
 
-BEIT_BASE=(--lr=2e-5 --update_freq=1 --warmup_epochs=5 --layer_decay=0.85 --drop_path=0.1 --weight_decay=1e-8)
+BEIT_BASE=(--lr=2e-5 --update_freq=1 --layer_decay=0.85 --drop_path=0.1 --weight_decay=1e-8)
 DIGITS_MODEL=(--input_size=32 --abs_pos_emb --disable_rel_pos_bias --layer_scale_init_value=0 --init_scale=1)
-DIGITS=(--lr=2e-3 --warmup_epochs=5 --layer_decay=1 --drop_path=0 --hflip=0 --aa=none --color_jitter=0 --reprob=0
+DIGITS=(--lr=2e-3 --layer_decay=1 --drop_path=0 --hflip=0 --aa=none --color_jitter=0 --reprob=0
     --num_workers=0 --save_ckpt_freq=20)
 WEIGHTS=./checkpoints/beit_base_patch16_224_pt22k_ft22k.pth
 
@@ -166,15 +176,18 @@ launch() {
     nproc_per_node=$2; shift 2
     parse_options "$@"
 
-    [ -n "$data_path" ] || die "--data_path is missing; give the folder that holds train/ and val/, or the word demo"
-    data_path=$(from_here "$data_path"); finetune=$(from_here "$finetune"); resume=$(from_here "$resume")
-    [ -z "$output_dir" ] || case $output_dir in /*) ;; *) output_dir=$CALLED_FROM/$output_dir ;; esac
+    [ -n "$data_path" ] || { [ "$kind" = eval ] && [ -n "$eval_data_path" ]; } \
+        || die "--data_path is missing; give the folder that holds train/ and val/, or the word demo"
+    local name
+    for name in data_path eval_data_path finetune resume; do printf -v "$name" %s "$(from_here "${!name}")"; done
+    for name in output_dir log_dir; do
+        case ${!name} in ''|/*) ;; *) printf -v "$name" %s "$CALLED_FROM/${!name}" ;; esac
+    done
     cd "$ROOT" || exit 2
-    [ "$data_path" = demo ] || [ -d "$data_path" ] || die "--data_path $data_path: no such folder"
+    [ -z "$data_path" ] || [ "$data_path" = demo ] || [ -d "$data_path" ] || die "--data_path $data_path: no such folder"
     [ -z "$resume" ] || [ -e "$resume" ] || case $resume in *://*) ;; *) die "--resume $resume: no such file or folder" ;; esac
     [ "$kind" != eval ] || [ -n "$resume" ] \
         || die "--resume is missing; give the checkpoint to evaluate, or the folder that holds it"
-    local name
     for name in batch_size epochs nproc_per_node nnodes; do whole_number $name; done
     RANK_SIZE=$((nproc_per_node * nnodes))
 
@@ -191,7 +204,13 @@ launch() {
     LOG_DIR=$ROOT/test/output/0 CASE=${model}_bs${batch_size}_${RANK_SIZE}p_$suffix
     LOG=$LOG_DIR/$log.log SUMMARY=$LOG_DIR/$CASE.log
     mkdir -p "$LOG_DIR" || die "cannot make $LOG_DIR"
-    if [ -n "$resume" ] && [ "$kind" != eval ]; then tee_option=(-a); else move_aside "$LOG" "$SUMMARY"; fi
+    if [ "$kind" != eval ] && { [ -n "$resume" ] || flag_given auto_resume; }; then
+        tee_option=(-a)  # the log goes on, like the run
+    elif [ "$node_rank" = 0 ]; then
+        move_aside "$LOG" "$SUMMARY"
+    else
+        move_aside "$LOG"
+    fi
 
     run_python 2>&1 | tee ${tee_option[@]+"${tee_option[@]}"} "$LOG"
     status=${PIPESTATUS[0]}
@@ -200,6 +219,7 @@ launch() {
         exit "$status"
     fi
     if [ "$node_rank" != 0 ]; then echo "Finished; the result is printed and logged on node 0"; return; fi
+    if [ -z "$(field images_per_second)" ]; then echo "Finished; a profiling run has no result"; return; fi
     final_block $((SECONDS - started))
 }
 
@@ -211,6 +231,8 @@ set_preset() {
         [ -n "$model" ] || model=beit_nano_patch8_32
         preset=("${DIGITS_MODEL[@]}" "${DIGITS[@]}")
         given epochs || epochs=40
+        # One thread: for so small a model more gain little, and lose much where other programs want the cores.
+        case $device in cpu) export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} ;; esac
     else
         [ -n "$model" ] || model=beit_base_patch16_224
         preset=("${BEIT_BASE[@]}")
@@ -219,12 +241,14 @@ set_preset() {
             cuda*) preset+=(--amp --opt-level=O2 --loss_scale=128) ;;
         esac
     fi
+    # 5 epochs of warm-up; a run that the user makes as short as that warms up for half of it.
+    preset+=("--warmup_epochs=$((epochs > 5 ? 5 : epochs / 2))")
     case $kind in
         full) given output_dir || output_dir=./train_result ;;
         performance) preset+=(--maxstep=50 --disable_eval_during_finetuning --no_save_ckpt) ;;
         eval) preset+=(--eval) ;;
     esac
-    if [ "$kind" != eval ] && ! given finetune && [ -z "$digits" ]; then
+    if [ "$kind" != eval ] && ! given finetune && [ -z "$digits$resume" ]; then
         finetune=$WEIGHTS
         if [ "$kind" = performance ] && [ ! -f "$finetune" ]; then
             echo "$finetune is not there; measuring with random weights, which takes the same time"
@@ -237,6 +261,8 @@ set_preset() {
     [ -z "$finetune" ] || ARGUMENTS+=("--finetune=$finetune")
     [ -z "$resume" ] || ARGUMENTS+=("--resume=$resume")
     [ -z "$nb_classes" ] || ARGUMENTS+=("--nb_classes=$nb_classes")
+    [ -z "$eval_data_path" ] || ARGUMENTS+=("--eval_data_path=$eval_data_path")
+    [ -z "$log_dir" ] || ARGUMENTS+=("--log_dir=$log_dir")
     ARGUMENTS+=(${FLAGS[@]+"${FLAGS[@]}"})
 }
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -80,7 +81,11 @@ def refused(capsys, tmp_path, data):
         before = contents(tmp_path)
         capsys.readouterr()
         start = SHORT + ['--data_path', data, '--output_dir', str(output)] if base else []
-        status = run_class_finetuning.run(start + list(flags))
+        with warnings.catch_warnings(record=True) as printed:
+            warnings.simplefilter('always')
+            status = run_class_finetuning.run(start + list(flags))
+        # pytest swallows warnings; in a process of its own these would be further lines on stderr.
+        assert [str(w.message) for w in printed if w.category in (UserWarning, FutureWarning, RuntimeWarning)] == []
         assert_one_line(status, *capsys.readouterr(), says=says)
         after = contents(tmp_path)
         if late:

@@ -331,10 +331,10 @@ def test_the_random_state_survives_a_file(tmp_path):
     import random
     utils.seed_everything(7)
     np.random.normal(), random.gauss(0, 1), torch.rand(3)
-    path = weights_file(tmp_path, utils.random_state())
+    path = weights_file(tmp_path, utils.random_state(torch.device('cpu')))
     expected = random.random(), np.random.rand(), np.random.normal(), torch.rand(2).tolist()
     utils.seed_everything(8)
-    utils.set_random_state(checkpoint.read(path))
+    utils.set_random_state(checkpoint.read(path), torch.device('cpu'))
     assert (random.random(), np.random.rand(), np.random.normal(), torch.rand(2).tolist()) == expected
 
 
