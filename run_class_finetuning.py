@@ -477,13 +477,25 @@ def run(argv=None):
     """Parse, run, and turn what the user can mend into one line and exit status 2."""
     try:
         main(build_parser().parse_args(argv))
+        utils.leave_processes()
     except UserError as error:
-        utils.wait_for_first_process_to_speak()
-        rank = utils.rank()
-        print('run_class_finetuning.py: error: %s%s' % ('process %d: ' % rank if rank else '', one_line(error)),
-              file=sys.stderr, flush=True)
-        return 2
+        utils.wait_for_others_to_speak(first=utils.is_main_process())
+        return fail(one_line(error), 2)
+    except RuntimeError as error:
+        if not utils.lost_a_process(error):
+            raise
+        utils.wait_for_others_to_speak()
+        return fail('lost the connection to another process, which ended or hangs; its own message says why', 1)
     return 0
+
+
+def fail(message, status):
+    rank = utils.rank()
+    print('run_class_finetuning.py: error: %s%s' % ('process %d: ' % rank if rank else '', message),
+          file=sys.stderr, flush=True)
+    if utils.world_size() > 1:
+        os._exit(status)  # an orderly exit would wait for processes that wait for this one
+    return status
 
 
 if __name__ == '__main__':

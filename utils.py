@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import random
+import re
 import time
 from collections import defaultdict, deque
 
@@ -293,6 +294,13 @@ def init_distributed_mode(args):
     return device
 
 
+def leave_processes():
+    """Part from the other processes at the end of a good run; without it, gloo's threads may abort one at exit."""
+    if _initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
 def any_process(flag, device):
     """Whether `flag` is true in at least one process; all learn it together."""
     if world_size() == 1:
@@ -320,10 +328,21 @@ def sum_over_processes(counts, total, device):
     return tuple(whole.tolist()) + (sum(value for pair in gathered for value in pair.tolist()),)
 
 
-def wait_for_first_process_to_speak():
-    """Give rank 0, which meets most errors too, the word; a launcher then ends the others before they repeat it."""
-    if os.environ.get('RANK', '0') != '0':
+def wait_for_others_to_speak(first=False):
+    """Before an error's line: several processes often meet the same error, or one meets the end of another.
+
+    The process that the line comes from best (`first`) speaks at once; a launcher then ends the others, who wait.
+    """
+    if not first and int(os.environ.get('WORLD_SIZE', 1)) > 1:
         time.sleep(5)
+
+
+def lost_a_process(error):
+    """Whether an error is a collective's, that another process has left."""
+    kinds = tuple(getattr(dist, name) for name in ('DistBackendError', 'DistNetworkError', 'DistStoreError')
+                  if hasattr(dist, name))
+    return world_size() > 1 and (isinstance(error, kinds) or re.search(
+        r'[Cc]onnection (closed|reset|refused)|gloo|NCCL|HCCL|Socket|Broken pipe|[Tt]imed out', str(error)) is not None)
 
 
 # ---- folders

@@ -7,8 +7,10 @@ if [ -z "${ASCEND_HOME_PATH:-}" ]; then
     if [ -r "$_install_info" ]; then
         _cann=$(sed -n 's/^Install_Path=//p' "$_install_info" | tail -n 1)
     fi
-    for _script in ${_cann:+"$_cann/set_env.sh"} \
-        {"${_cann:+${_cann%/*}}",/usr/local/Ascend}/{ascend-toolkit,nnae}/set_env.sh; do
+    # Install_Path is Ascend's folder or, for some packages, the toolkit's own.
+    for _script in "$_cann"/{ascend-toolkit,nnae}/set_env.sh "$_cann/set_env.sh" \
+        /usr/local/Ascend/{ascend-toolkit,nnae}/set_env.sh; do
+        case $_cann$_script in /ascend-toolkit/*|/nnae/*|/set_env.sh) continue ;; esac  # no Install_Path
         if [ -r "$_script" ]; then
             # shellcheck source=/dev/null
             { set +u; source "$_script"; } && break
