@@ -1,6 +1,6 @@
 """The one room that knows devices (npu, cuda, cpu), apex, mixed precision and what each PyTorch can do.
 
-Everything else asks here: `select_device`, `synchronize`, `initialize_amp`, `distributed_model`, `profiler`. What a
+Everything else asks here: `select_device`, `synchronize`, `check_precision`, `distributed_model`, `profiler`. What a
 PyTorch can do is found out by looking for the feature, never by its version.
 """
 
@@ -8,8 +8,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import inspect
-import math
 import os
 
 # From 2.5 on, torch imports torch_npu by itself and dies with a traceback where CANN isn't set up; here it is imported
@@ -152,9 +150,13 @@ def fused_optimizer(name):
 # ---- distribution
 
 def distributed_model(model, device):
-    """The model in DistributedDataParallel. Every parameter gets a gradient, so unused ones needn't be looked for."""
+    """The model in DistributedDataParallel.
+
+    Every parameter gets a gradient, so unused ones needn't be looked for. The buffers are constant; sending them at
+    each call would hang an evaluation in which one process has a batch more than another.
+    """
     devices = None if device.type == 'cpu' else [device.index]
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
 def unwrap(model):
@@ -164,189 +166,15 @@ def unwrap(model):
     return model
 
 
-# ---- precision
+# ---- what half precision is there
 
-class StepScaler:
-    """Backward, unscale, clip and step: one call per micro-step, the same for every precision.
-
-    This one is full precision and native O1; `MasterWeightScaler` and `ApexScaler` change what differs. The loss is
-    multiplied by `scale`; at an update the gradients are divided by it, checked, clipped and used. An update whose
-    gradients are not finite is skipped and counted; a dynamic scale is then halved, and doubled after 2,000 good
-    updates (the scheme of "Mixed Precision Training", https://arxiv.org/abs/1710.03740, section 3.2).
-
-    Attributes:
-        scale (float), dynamic (bool); skipped (int): updates skipped since the start; skipped_last (bool): the newest.
-        description (str): precision and the library that does it, for people.
-    """
-
-    GROWTH_INTERVAL = 2000
-    LARGEST, SMALLEST = 2. ** 24, 2. ** -14
-
-    def __init__(self, scale=1., dynamic=False, description='float32'):
-        self.scale, self.dynamic, self.description = float(scale), dynamic, description
-        self.skipped, self.skipped_last, self.good_updates = 0, False, 0
-
-    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
-        """One micro-step: `loss` is a scalar tensor, already divided by the number of micro-steps.
-
-        Returns:
-            At an update, the norm of all gradients before clipping, unscaled, as a float; between updates, None.
-        """
-        (loss if self.scale == 1. else loss * self.scale).backward(create_graph=create_graph)
-        if not is_update:
-            return None
-        parameters = [p for p in parameters if p.grad is not None]
-        if self.scale != 1.:
-            for parameter in parameters:
-                parameter.grad.mul_(1. / self.scale)
-        return self._finish(optimizer, self._clip(optimizer, parameters, clip_grad))
-
-    def _clip(self, optimizer, parameters, clip_grad):
-        if clip_grad and hasattr(optimizer, 'clip_grad_norm_fused_'):  # it reads only its own copies of the gradients
-            return float(optimizer.clip_grad_norm_fused_(clip_grad))
-        return float(nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf))
-
-    def _finish(self, optimizer, grad_norm):
-        self.skipped_last = not math.isfinite(grad_norm)
-        if self.skipped_last:
-            self.skipped += 1
-            self.good_updates = 0
-            if self.dynamic:
-                self.scale = max(self.scale / 2, self.SMALLEST)
-        else:
-            optimizer.step()
-            self.good_updates += 1
-            if self.dynamic and self.good_updates % self.GROWTH_INTERVAL == 0:
-                self.scale = min(self.scale * 2, self.LARGEST)
-        return grad_norm
-
-    def full_precision_state(self, model):
-        """Name to float32 tensor for every parameter and buffer, live: what is copied in is what trains on."""
-        model = unwrap(model)
-        live = dict(model.named_parameters())
-        live.update(model.named_buffers())
-        return {name: live[name].data for name in model.state_dict()}
-
-    def weights_changed(self):
-        """Call after copying into `full_precision_state`, so that half-precision copies follow."""
-
-    def state_dict(self):
-        return {'scale': self.scale, 'good_updates': self.good_updates, 'skipped': self.skipped}
-
-    def load_state_dict(self, state):
-        """Take over the counters, and the scale where it's dynamic. Other programs' scaler states are left alone."""
-        self.skipped = state.get('skipped', 0)
-        if self.dynamic and 'good_updates' in state:
-            self.scale, self.good_updates = state['scale'], state['good_updates']
-
-
-class MasterWeightScaler(StepScaler):
-    """Native O2: the model holds half-precision weights, the optimizer their float32 masters.
-
-    Args:
-        pairs (list): (model parameter, its master), for every parameter of the optimizer.
-    """
-
-    def __init__(self, pairs, **settings):
-        super().__init__(**settings)
-        self.pairs = pairs
-
-    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
-        (loss * self.scale).backward(create_graph=create_graph)
-        # Accumulate in float32, in buffers that stay where they are: NpuFusedAdamW never looks for new ones.
-        for parameter, master in self.pairs:
-            if parameter.grad is not None:
-                if master.grad is None:
-                    master.grad = torch.zeros_like(master)
-                master.grad.add_(parameter.grad.float(), alpha=1. / self.scale)
-                parameter.grad = None
-        if not is_update:
-            return None
-        masters = [master for _, master in self.pairs if master.grad is not None]
-        grad_norm = self._finish(optimizer, self._clip(optimizer, masters, clip_grad))
-        self.weights_changed()
-        return grad_norm
-
-    def full_precision_state(self, model):
-        state = super().full_precision_state(model)
-        masters = {id(parameter): master for parameter, master in self.pairs}
-        for name, parameter in unwrap(model).named_parameters():
-            state[name] = masters[id(parameter)].data if id(parameter) in masters else parameter.data
-        return state
-
-    def weights_changed(self):
-        for parameter, master in self.pairs:
-            parameter.data.copy_(master.data)
-
-
-class ApexScaler(MasterWeightScaler):
-    """O1 and O2 by apex: it scales, unscales and keeps the masters; checking, skipping and counting are done here."""
-
-    def __init__(self, amp, pairs, **settings):
-        super().__init__(pairs, **settings)
-        self.amp = amp
-
-    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
-        with self.amp.scale_loss(loss, optimizer, delay_unscale=not is_update) as scaled:
-            scaled.backward(create_graph=create_graph)
-        if not is_update:
-            return None
-        grad_norm = self._clip(optimizer, list(self.amp.master_params(optimizer)), clip_grad)
-        self.skipped_last = not math.isfinite(grad_norm)
-        if self.skipped_last:
-            self.skipped += 1
-        if self.dynamic or not self.skipped_last:
-            optimizer.step()  # under a dynamic scale apex has made this step a no-op, which has to be called
-        self.scale = self._apex_scale()
-        return grad_norm
-
-    def _clip(self, optimizer, parameters, clip_grad):
-        if clip_grad and hasattr(optimizer, 'clip_optimizer_grad_norm_fused'):
-            return float(optimizer.clip_optimizer_grad_norm_fused(clip_grad))
-        return super()._clip(optimizer, [p for p in parameters if p.grad is not None], clip_grad)
-
-    def _apex_scale(self):
-        return float(next(iter(self.amp.state_dict().values()))['loss_scale'])
-
-    def state_dict(self):
-        return dict(super().state_dict(), apex=self.amp.state_dict())
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        if 'apex' in state:
-            self.amp.load_state_dict(state['apex'])
-
-
-class Autocast(nn.Module):
-    """Native O1: runs the model under autocast, and gives float32."""
-
-    def __init__(self, module, device_type, dtype):
-        super().__init__()
-        self.module, self.device_type, self.dtype = module, device_type, dtype
-
-    def forward(self, images):
-        with _autocast(self.device_type, self.dtype):
-            return self.module(images).float()
-
-
-class HalfPrecision(nn.Module):
-    """Native O2: casts the model's weights and its input to half precision, its output to float32."""
-
-    def __init__(self, module, dtype):
-        super().__init__()
-        self.module, self.dtype = module.to(dtype), dtype
-
-    def forward(self, images):
-        return self.module(images.to(self.dtype)).float()
-
-
-def _autocast(device_type, dtype):
+def autocast(device_type, dtype):
     if hasattr(torch, 'autocast'):
         return torch.autocast(device_type, dtype=dtype)
     return _module(device_type).amp.autocast()  # PyTorch 1.8, float16
 
 
-def _has_autocast(device_type, dtype):
+def has_autocast(device_type, dtype):
     if hasattr(torch, 'autocast'):
         return True
     return dtype == torch.float16 and hasattr(getattr(_module(device_type), 'amp', None), 'autocast')
@@ -387,7 +215,7 @@ def check_precision(device, amp, opt_level, amp_dtype):
     if device.type == 'cpu' and amp_dtype == 'float16':
         raise UserError('--amp_dtype float16: half precision on a CPU is bfloat16; leave the flag out')
     dtype = getattr(torch, amp_dtype)
-    if opt_level == 'O1' and not _has_autocast(device.type, dtype) and not (
+    if opt_level == 'O1' and not has_autocast(device.type, dtype) and not (
             device.type != 'cpu' and dtype == torch.float16 and find_apex()[0]):
         raise UserError('--opt-level O1: this PyTorch has no autocast to %s on %s; leave --amp out, or use a newer one'
                         % (amp_dtype, device.type))
@@ -410,54 +238,6 @@ def _half_precision_problem(device, dtype):
     except (RuntimeError, TypeError) as error:
         return ' '.join(str(error).split())[:100]
     return None
-
-
-def initialize_amp(model, optimizer, device, dtype=None, opt_level='O2', loss_scale=None):
-    """Put the model in the precision asked for. Call it before DistributedDataParallel.
-
-    Args:
-        optimizer: built on the model's float32 parameters; under O2 it holds their masters afterwards. None where
-            the model is only evaluated.
-        dtype: what `check_precision` gave; None is float32.
-        loss_scale (float, 'dynamic' or None): None is 128 (the adaptation's static scale) for float16, else 1.
-
-    Returns:
-        (model, scaler): a module to call in the model's place, and the `StepScaler` to train with.
-    """
-    if dtype is None:
-        return model, StepScaler()
-    if loss_scale is None:
-        loss_scale = 128. if dtype == torch.float16 else 1.
-    dynamic = loss_scale == 'dynamic'
-    scaling = dict(scale=2. ** 16 if dynamic else loss_scale, dynamic=dynamic)
-    name = str(dtype).replace('torch.', '')
-    amp, about_apex = find_apex() if device.type != 'cpu' and dtype == torch.float16 else (None, '')
-    scaling['description'] = '%s %s by PyTorch%s' % (opt_level, name, about_apex and ' (%s)' % about_apex)
-
-    if amp is not None and optimizer is not None:
-        scaling['description'] = '%s %s by %s' % (opt_level, name, about_apex)
-        before = [p for group in optimizer.param_groups for p in group['params']]
-        options = dict(opt_level=opt_level, loss_scale=loss_scale, verbosity=0)
-        if 'combine_grad' in inspect.signature(amp.initialize).parameters:
-            options['combine_grad'] = True
-        model, optimizer = amp.initialize(model, optimizer, **options)
-        after = [p for group in optimizer.param_groups for p in group['params']]
-        return model, ApexScaler(amp, [pair for pair in zip(before, after) if pair[0] is not pair[1]], **scaling)
-    if opt_level == 'O1':
-        return Autocast(model, device.type, dtype), StepScaler(**scaling)
-    pairs = []
-    for group in optimizer.param_groups if optimizer is not None else []:
-        masters = [nn.Parameter(parameter.detach().clone()) for parameter in group['params']]
-        pairs += zip(group['params'], masters)
-        group['params'] = masters
-    return HalfPrecision(model, dtype), MasterWeightScaler(pairs, **scaling)
-
-
-def autocast_for_evaluation(model, device, dtype, opt_level):
-    """A float32 model, such as the average of the weights, wrapped for evaluation in the run's precision."""
-    if dtype is None or opt_level != 'O1' or not _has_autocast(device.type, dtype):
-        return model
-    return Autocast(model, device.type, dtype)
 
 
 # ---- profiling

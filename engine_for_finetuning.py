@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import backend
+import precision
 import utils
 from errors import UserError
 
@@ -20,7 +21,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
 
     Args:
         data_loader: gives (images float32 (B, 3, H, W), class indices int64 (B,)).
-        loss_scaler (backend.StepScaler): None is full precision.
+        loss_scaler (precision.StepScaler): None is full precision.
         max_norm (float): clip the norm of all gradients to this; None or 0 doesn't.
         start_steps (int): update steps before this epoch, the index into the schedules.
         lr_schedule_values, wd_schedule_values (sequence of float): one per update step of the whole run.
@@ -35,7 +36,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         UserError: a loss is not finite, in any process, or 20 updates in a row were skipped.
     """
     model.train()
-    scaler = loss_scaler if loss_scaler is not None else backend.StepScaler()
+    scaler = loss_scaler if loss_scaler is not None else precision.StepScaler()
     meters = utils.MetricLogger()
     for name in ('lr', 'min_lr'):
         meters.add_meter(name, utils.SmoothedValue(window_size=1, fmt='{value:.6f}'))

@@ -21,7 +21,7 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import run_class_finetuning  # noqa: E402
+import flags  # noqa: E402
 import datasets  # noqa: E402
 from errors import UserError, one_line  # noqa: E402
 
@@ -29,7 +29,7 @@ from errors import UserError, one_line  # noqa: E402
 def build_parser():
     parser = argparse.ArgumentParser('launch.py', description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    number = run_class_finetuning.number
+    number = flags.number
     parser.add_argument('--nproc_per_node', type=number(int, 1), default=8, help='processes on this machine (8)')
     parser.add_argument('--nnodes', type=number(int, 1), default=1, help='machines (1)')
     parser.add_argument('--node_rank', type=number(int, 0), default=0, help='which of them this is, from 0 (0)')
@@ -40,15 +40,15 @@ def build_parser():
     return parser
 
 
-def check(options, flags):
+def check(options, arguments):
     """Find what's wrong before anything starts; give the port to meet at."""
-    args = run_class_finetuning.build_parser().parse_args(flags)
+    args = flags.build_parser().parse_args(arguments)
     if options.node_rank >= options.nnodes:
         raise UserError('--node_rank %d: with --nnodes %d it goes from 0 to %d'
                         % (options.node_rank, options.nnodes, options.nnodes - 1))
     if options.nnodes > 1 and options.master_port is None:
         raise UserError('--nnodes %d needs --master_addr and --master_port, the same on every machine' % options.nnodes)
-    run_class_finetuning.check_args(args, local_rank=options.nproc_per_node - 1)
+    flags.check_args(args, local_rank=options.nproc_per_node - 1)
     if args.data_path == 'demo':
         datasets.resolve_data_path(args.data_path)
     return meeting_port(options)
@@ -68,13 +68,13 @@ def meeting_port(options):
         return probe.getsockname()[1]
 
 
-def launch(options, port, flags):
+def launch(options, port, program_flags):
     """Run the processes to their end; gives the exit status of the first that failed, or 0."""
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // options.nproc_per_node)))
     arguments = ['--nproc_per_node=%d' % options.nproc_per_node, '--nnodes=%d' % options.nnodes,
                  '--node_rank=%d' % options.node_rank, '--master_addr=%s' % options.master_addr,
                  '--master_port=%d' % port]
-    program = [os.path.join(ROOT, 'run_class_finetuning.py')] + flags
+    program = [os.path.join(ROOT, 'run_class_finetuning.py')] + program_flags
     if importlib.util.find_spec('torch.distributed.run') is None:
         return launch_by_the_old_one(arguments + ['--use_env'] + program)
     from torch.distributed import run
@@ -114,12 +114,12 @@ def report(rank, status):
 def main():
     try:
         options = build_parser().parse_args()
-        flags = options.flags[1:] if options.flags[:1] == ['--'] else options.flags
-        port = check(options, flags)
+        arguments = options.flags[1:] if options.flags[:1] == ['--'] else options.flags
+        port = check(options, arguments)
     except UserError as error:
         print('run_class_finetuning.py: error: %s' % one_line(error), file=sys.stderr)
         return 2
-    return launch(options, port, flags)
+    return launch(options, port, arguments)
 
 
 if __name__ == '__main__':

@@ -58,6 +58,15 @@ def test_more_processes_than_images(trained, image_folder):
     assert figures(out)[0] == '2'
 
 
+def test_one_process_has_a_batch_more_than_the_other(image_folder, tmp_path):
+    output = str(tmp_path / 'out')
+    status, out, err = launch(2, '--data_path=' + image_folder(val=3, classes=('a', 'b', 'c')), '--epochs=1',
+                              '--batch_size=1', '--maxstep=2', '--dist_eval', '--output_dir=' + output, '--model_ema')
+    assert status == 0, err
+    assert 'Accuracy of the network on the 9 test images' in out  # 5 batches of one image and 4
+    assert 'Accuracy of the averaged network (EMA) on the 9 test images' in out
+
+
 def test_one_process_evaluates_all_without_dist_eval(trained):
     data, output = trained
     status, out, _ = launch(2, '--data_path=' + data, '--eval', '--resume=' + output)

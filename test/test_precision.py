@@ -9,6 +9,7 @@ import torch
 import backend
 import engine_for_finetuning as engine
 import optim_factory
+import precision
 from errors import UserError
 from test_training import CPU, Batches, toy, trajectory_run
 
@@ -21,7 +22,7 @@ needs_half = pytest.mark.skipif(not HAS_HALF_CPU, reason='SKIPPED: this PyTorch 
 @pytest.mark.parametrize('level', [pytest.param('O1', marks=needs_autocast), pytest.param('O2', marks=needs_half)])
 def test_losses_stay_near_float32(golden, level):
     recorded = golden('trajectory.npz')
-    _, losses, model = trajectory_run(recorded, precision=dict(dtype=torch.bfloat16, opt_level=level))
+    _, losses, model = trajectory_run(recorded, amp=dict(dtype=torch.bfloat16, opt_level=level))
     np.testing.assert_allclose(losses, recorded['microbatch_losses'], rtol=0.02)
     stored = {parameter.dtype for parameter in backend.unwrap(model).parameters()}
     assert stored == {torch.float32 if level == 'O1' else torch.bfloat16}
@@ -32,7 +33,7 @@ def test_o2_masters_are_float32_and_the_model_follows():
     model, loader = toy()
     optimizer = optim_factory.create_optimizer(model, lr=1e-6, weight_decay=0.)
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    model, scaler = backend.initialize_amp(model, optimizer, CPU, torch.bfloat16, 'O2')
+    model, scaler = precision.initialize_amp(model, optimizer, CPU, torch.bfloat16, 'O2')
     for epoch in range(3):
         engine.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, optimizer, CPU, epoch, scaler)
     masters = scaler.full_precision_state(model)
@@ -48,7 +49,7 @@ def test_o2_masters_are_float32_and_the_model_follows():
 def test_overflow_is_skipped_and_counted(dynamic):
     model, loader = toy()
     optimizer = optim_factory.create_optimizer(model, lr=1e-3)
-    model, scaler = backend.initialize_amp(model, optimizer, CPU, torch.bfloat16, 'O2',
+    model, scaler = precision.initialize_amp(model, optimizer, CPU, torch.bfloat16, 'O2',
                                            'dynamic' if dynamic else 128.)
     scale = scaler.scale
     before = {name: value.clone() for name, value in scaler.full_precision_state(model).items()}
@@ -70,7 +71,7 @@ def test_scale_changes_neither_gradient_norm_nor_step():
         model, loader = toy()
         optimizer = optim_factory.create_optimizer(model, lr=1e-3)
         stats = engine.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, optimizer, CPU, 0,
-                                       backend.StepScaler(scale), max_norm=0.5, update_freq=2)
+                                       precision.StepScaler(scale), max_norm=0.5, update_freq=2)
         results.append((stats['grad_norm'], model.state_dict()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     for name, value in results[0][1].items():
@@ -78,7 +79,7 @@ def test_scale_changes_neither_gradient_norm_nor_step():
 
 
 def test_dynamic_scale_grows_and_comes_back():
-    scaler = backend.StepScaler(2. ** 10, dynamic=True)
+    scaler = precision.StepScaler(2. ** 10, dynamic=True)
     scaler.GROWTH_INTERVAL = 3
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -88,7 +89,7 @@ def test_dynamic_scale_grows_and_comes_back():
         scaler((weight * factor).sum(), optimizer, [weight])
         scales.append(scaler.scale / 2. ** 10)
     assert scales == [1, 1, 2, 1, 1, 1, 2]
-    other = backend.StepScaler(1., dynamic=True)
+    other = precision.StepScaler(1., dynamic=True)
     other.load_state_dict(scaler.state_dict())
     assert (other.scale, other.skipped, other.good_updates) == (scaler.scale, 1, 3)
 

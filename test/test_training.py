@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-import backend
 import engine_for_finetuning as engine
 import modeling_finetune
 import optim_factory
+import precision
 import run_class_finetuning
 import utils
 from errors import UserError
@@ -109,7 +109,7 @@ class Batches(list):
         return len(self[0][1])
 
 
-def trajectory_run(recorded, epochs=None, precision=None):
+def trajectory_run(recorded, epochs=None, amp=None):
     """The recorded training, on this project's loop: (epoch statistics, microbatch losses, model)."""
     from timm.loss import LabelSmoothingCrossEntropy
     config, training = json.loads(str(recorded['config'])), json.loads(str(recorded['training']))
@@ -119,8 +119,8 @@ def trajectory_run(recorded, epochs=None, precision=None):
     optimizer = optim_factory.create_optimizer(model, 'adamw', training['lr'], training['weight_decay'],
                                                training['layer_decay'], training['opt_eps'])
     scaler = None
-    if precision is not None:
-        model, scaler = backend.initialize_amp(model, optimizer, CPU, **precision)
+    if amp is not None:
+        model, scaler = precision.initialize_amp(model, optimizer, CPU, **amp)
     images = (torch.from_numpy(recorded['images']).float() / 255 - 0.5) / 0.5
     loader = Batches(zip(images, torch.from_numpy(recorded['targets'])))
     steps = training['steps_per_epoch']
@@ -226,7 +226,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_counted(capsys):
 
     handle = model.head.weight.register_hook(poison)
     optimizer = optim_factory.create_optimizer(model, lr=1e-2)
-    scaler = backend.StepScaler()
+    scaler = precision.StepScaler()
     stats = engine.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, optimizer, CPU, 0, scaler, model_ema=ema)
     assert stats['skipped_steps'] == scaler.skipped == 4 and 'grad_norm' not in stats
     assert 'Update step 3 skipped' in capsys.readouterr().out

@@ -1,0 +1,238 @@
+"""Every flag of run_class_finetuning.py, and all that can be found wrong with them before anything slow starts."""
+
+import argparse
+import importlib.util
+import re
+import sys
+
+import backend
+import checkpoint
+import datasets
+import modeling_finetune
+import optim_factory
+import utils
+from errors import UserError, unknown
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and which knows what an unknown flag may have meant."""
+
+    def error(self, message):
+        raise UserError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        args = [re.sub(r'^--[^=]+', lambda flag: '--' + flag.group()[2:].replace('-', '_'), arg) for arg in args]
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            flag = rest[0].partition('=')[0]
+            if not flag.startswith('-'):
+                raise UserError('%r is not a flag; flags begin with --, as in --data_path=/data/ImageNet2012' % flag)
+            known = [name for name in self._option_string_actions if name.startswith('--')]
+            raise UserError(str(unknown(flag, flag, known)).replace('unknown value %r; ' % flag, 'unknown flag; ')
+                            if len(flag) > 3 else '%s: unknown flag; see --help' % flag)
+        return parsed
+
+
+def number(kind, low=None, high=None, above=False):
+    """An argparse type: an int or float from `low` (or above it) to `high`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError('%r is not %s' % (text, 'a whole number' if kind is int else 'a number'))
+        if value != value or value in (float('inf'), float('-inf')):
+            raise argparse.ArgumentTypeError('%r is not a finite number' % text)
+        if low is not None and (value <= low if above else value < low):
+            raise argparse.ArgumentTypeError('must be %s %s, got %s' % ('above' if above else 'at least', low, text))
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError('must be at most %s, got %s' % (high, text))
+        return value
+    return parse
+
+
+def loss_scale(text):
+    return text if text == 'dynamic' else number(float, 0, above=True)(text)
+
+
+whole, positive = number(int, 0), number(int, 1)
+rate, share = number(float, 0), number(float, 0, 1)
+below_one = number(float, 0, 0.999)
+
+
+def switch(group, name, default, help_text, off=None):
+    """A boolean flag: --name turns it on, --no_name (or `off`) turns it off."""
+    group.add_argument('--' + name, action='store_true', default=default,
+                       help='%s (%s)' % (help_text, 'on' if default else 'off'))
+    group.add_argument('--' + (off or 'no_' + name), action='store_false', dest=name, help=argparse.SUPPRESS
+                       if not default else 'turns --%s off' % name)
+
+
+def build_parser(description=__doc__):
+    parser = OneLineParser('run_class_finetuning.py', description=description, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    run = parser.add_argument_group('run')
+    add = run.add_argument
+    add('--batch_size', default=64, type=positive, help='images per device and micro-step (64)')
+    add('--epochs', default=30, type=number(int, 1, 10 ** 6), help='passes over the training set (30)')
+    add('--update_freq', default=1, type=positive, help='micro-steps whose gradients make one update (1)')
+    add('--save_ckpt_freq', default=5, type=positive, help='epochs between checkpoints (5)')
+    add('--seed', default=0, type=number(int, 0, 2 ** 62), help='seed of every random number (0)')
+    add('--num_workers', default=10, type=number(int, 0, 1024),
+        help='loader processes per device; 0 loads in the main one (10)')
+    switch(run, 'pin_mem', True, 'page-locked memory for batches on their way to npu or cuda')
+    add('--start_epoch', default=0, type=whole, help='first epoch, where no checkpoint says it (0)')
+    add('--device', default='auto', help='auto (npu, cuda, cpu: the first present), npu, cuda, cpu, cuda:1 … (auto)')
+    add('--maxstep', default=0, type=whole, help='stop after exactly this many update steps; 0: no limit (0)')
+    switch(run, 'prof', False, 'profile a few updates, write a Chrome trace into output_dir/prof, and stop')
+    switch(run, 'cann_prof', False, 'likewise through torch_npu\'s profiler')
+
+    model = parser.add_argument_group('model')
+    add = model.add_argument
+    add('--model', default='beit_base_patch16_224', help='one of %s' % ', '.join(modeling_finetune.MODELS))
+    switch(model, 'rel_pos_bias', True, 'relative position bias in every block', off='disable_rel_pos_bias')
+    switch(model, 'abs_pos_emb', False, 'learned absolute positions')
+    add('--layer_scale_init_value', default=0.1, type=rate, help='0.1 for base, 1e-5 for large, 0 for none (0.1)')
+    add('--input_size', default=224, type=number(int, 1, 8192),
+        help='pixels a side; any whole number of patches (224)')
+    add('--drop', default=0., type=below_one, help='dropout (0)')
+    add('--attn_drop_rate', default=0., type=below_one, help='dropout on attention weights (0)')
+    add('--drop_path', '--drop_decay', default=0.1, type=below_one, help='stochastic depth of the last block (0.1)')
+    switch(model, 'model_ema', False, 'keep and evaluate a moving average of the weights')
+    add('--model_ema_decay', default=0.9999, type=share, help='its decay per update (0.9999)')
+    switch(model, 'model_ema_force_cpu', False, 'keep it in host memory')
+    switch(model, 'disable_eval_during_finetuning', False, 'do not evaluate after each epoch')
+
+    optimizer = parser.add_argument_group('optimizer')
+    add = optimizer.add_argument
+    add('--opt', default='adamw', help='adamw, on an NPU npufusedadamw; also %s, or lookahead_ before one'
+        % ', '.join(name for name in optim_factory.OPTIMIZERS if name not in ('adamw', 'npufusedadamw')))
+    add('--opt_eps', default=1e-8, type=number(float, 0, above=True), help='epsilon (1e-8)')
+    add('--opt_betas', default=None, type=below_one, nargs='+', help='betas (the optimizer\'s own)')
+    add('--clip_grad', default=None, type=rate, help='clip the gradients\' norm to this (no clipping)')
+    add('--momentum', default=0.9, type=below_one, help='momentum of SGD and its like (0.9)')
+    add('--weight_decay', default=0.05, type=rate, help='weight decay (0.05)')
+    add('--weight_decay_end', default=None, type=rate, help='its value at the end of a cosine (weight_decay)')
+    add('--lr', default=5e-4, type=rate, help='learning rate of the last layers; not scaled by batch size (5e-4)')
+    add('--layer_decay', default=0.9, type=number(float, 0, 1, above=True), help='factor per layer downwards (0.9)')
+    add('--warmup_lr', default=0., type=rate, help='learning rate of the first step of the warm-up (0)')
+    add('--min_lr', default=1e-6, type=rate, help='learning rate at the end (1e-6)')
+    add('--warmup_epochs', default=5, type=whole, help='epochs of linear warm-up (5)')
+    add('--warmup_steps', default=-1, type=number(int, -1), help='update steps instead, when above 0 (-1)')
+
+    augmentation = parser.add_argument_group('augmentation')
+    add = augmentation.add_argument
+    add('--color_jitter', default=0.4, type=rate, help='strength, where --aa is none (0.4)')
+    add('--aa', default='rand-m9-mstd0.5-inc1', help='AutoAugment policy or none (rand-m9-mstd0.5-inc1)')
+    add('--hflip', default=0.5, type=share, help='share of images that are mirrored (0.5)')
+    add('--smoothing', default=0.1, type=below_one, help='label smoothing (0.1)')
+    add('--train_interpolation', default='bicubic', choices=datasets.INTERPOLATIONS, help='of random crops (bicubic)')
+    add('--crop_pct', default=None, type=number(float, 0, 1, above=True),
+        help='share of the resized image that evaluation crops (224/256; 1.0 from 384 pixels on)')
+    add('--reprob', default=0.25, type=share, help='share of images with random erasing (0.25)')
+    add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what erasing writes (pixel)')
+    add('--recount', default=1, type=positive, help='how many areas it erases (1)')
+    switch(augmentation, 'resplit', False, 'refused: it needs augmentation splits, which this recipe does not have')
+    add('--mixup', default=0., type=rate, help='mixup alpha; 0 is off (0)')
+    add('--cutmix', default=0., type=rate, help='cutmix alpha; 0 is off (0)')
+    add('--cutmix_minmax', default=None, type=share, nargs=2, help='bounds of cutmix\'s area, instead of its alpha')
+    add('--mixup_prob', default=1., type=share, help='share of batches that are mixed (1)')
+    add('--mixup_switch_prob', default=0.5, type=share, help='share of these with cutmix, where both are on (0.5)')
+    add('--mixup_mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares one mix (batch)')
+
+    finetuning = parser.add_argument_group('fine-tuning')
+    add = finetuning.add_argument
+    add('--finetune', default='', help='pretrained weights, a file or an https URL; empty trains from scratch')
+    add('--model_key', default='model|module', help='where the file keeps them; the first found (model|module)')
+    add('--model_prefix', default='', help='what their names have in front')
+    add('--init_scale', default=0.001, type=rate, help='factor on the head\'s initial weights (0.001)')
+    switch(finetuning, 'use_mean_pooling', True, 'pool by the mean of the patches; --use_cls: class token',
+           off='use_cls')
+    switch(finetuning, 'disable_weight_decay_on_rel_pos_bias', False, 'no weight decay on bias tables')
+
+    data = parser.add_argument_group('data')
+    add = data.add_argument
+    add('--data_path', default='', help='folder with train/ and val/ of class folders; or demo: handwritten digits')
+    add('--eval_data_path', default=None, help='class folders to evaluate on, instead of data_path/val')
+    add('--nb_classes', default=0, type=whole, help='checked against the folders; 0 takes their number (0)')
+    switch(data, 'imagenet_default_mean_and_std', False, 'ImageNet\'s mean and deviation instead of 0.5')
+    add('--data_set', default='IMNET', help='IMNET (train/ and val/), image_folder (data_path and eval_data_path are '
+        'the class folders) or CIFAR (CIFAR-100\'s archive, unpacked) (IMNET)')
+
+    output = parser.add_argument_group('output')
+    add = output.add_argument
+    add('--output_dir', default='', help='folder for checkpoints and log.txt; empty writes none')
+    add('--log_dir', default=None, help='folder for TensorBoard')
+    add('--resume', default='', help='checkpoint, or the folder that holds it (newest; for --eval the best)')
+    switch(output, 'auto_resume', False, 'resume the newest checkpoint of output_dir, where there is one')
+    switch(output, 'save_ckpt', True, 'write checkpoints')
+    switch(output, 'eval', False, 'evaluate --resume, and nothing else')
+    switch(output, 'dist_eval', False, 'share the evaluation among the processes, every image exactly once')
+
+    halves = parser.add_argument_group('precision')
+    add = halves.add_argument
+    switch(halves, 'amp', False, 'mixed precision, by apex where it is installed, else by PyTorch')
+    add('--opt_level', default='O2', choices=backend.OPT_LEVELS, metavar='O0|O1|O2',
+        help='O0 float32, O1 autocast, O2 half-precision weights with float32 masters (O2); also --opt-level')
+    add('--amp_dtype', default=None, choices=backend.AMP_DTYPES, help='(float16; on a CPU bfloat16)')
+    add('--loss_scale', default=None, type=loss_scale, help='a number, or dynamic (128 for float16, else 1)')
+
+    distributed = parser.add_argument_group('distributed')
+    add = distributed.add_argument
+    add('--world_size', default=1, type=positive, help='set by the launcher (1)')
+    add('--local_rank', default=-1, type=number(int, -1), help='set by the launcher (-1)')
+    switch(distributed, 'dist_on_itp', False, 'take ranks from Open MPI\'s environment')
+    add('--dist_url', default='env://', help='where the processes meet (env://)')
+    return parser
+
+
+def check_args(args, local_rank=0):
+    """Everything that can be found wrong before anything slow starts. Raises `UserError`.
+
+    Args:
+        local_rank (int): the highest process of this machine, where a launcher asks before it starts them.
+    """
+    if args.model not in modeling_finetune.MODELS:
+        raise unknown('--model', args.model, modeling_finetune.MODELS)
+    patch = modeling_finetune.MODELS[args.model]['patch_size']
+    if args.input_size % patch:
+        below = args.input_size // patch * patch
+        raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s; use %s%d' % (
+            args.input_size, patch, args.model, '%d or ' % below if below else '', below + patch))
+    datasets.check_policy(args.aa)
+    if args.resplit:
+        raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
+    if args.warmup_steps <= 0 and args.warmup_epochs > args.epochs:
+        raise UserError('--warmup_epochs %d is longer than --epochs %d; give --warmup_epochs=%d or fewer'
+                        % (args.warmup_epochs, args.epochs, args.epochs))
+    if datasets.mixes(args) and args.batch_size % 2 and not args.eval:
+        raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
+    if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+        raise UserError('--cutmix_minmax %g %g: the first must be below the second' % tuple(args.cutmix_minmax))
+    if args.opt_betas is not None and len(args.opt_betas) != 2:
+        raise UserError('--opt_betas %s: give 2 numbers, as in --opt_betas 0.9 0.999'
+                        % ' '.join(map(str, args.opt_betas)))
+    if args.start_epoch >= args.epochs:
+        raise UserError('--start_epoch %d: --epochs %d leaves nothing to train; raise --epochs'
+                        % (args.start_epoch, args.epochs))
+    if args.world_size > 1 and utils.launch_environment(args)[1] == 1:
+        raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
+                        '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))
+    datasets.check_paths(args)
+    device = backend.find_device(args.device, local_rank or utils.launch_environment(args)[2])
+    if device.type == 'cpu':
+        backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
+    if not args.eval:
+        optim_factory.check_optimizer(args.opt, args.momentum)
+        checkpoint.check_finetune(args.finetune)
+    if args.cann_prof:
+        backend.check_cann_profiler()
+    if args.eval and not (args.resume or args.finetune):
+        raise UserError('--eval needs --resume: the checkpoint to evaluate, or the folder that holds it')
+    if args.resume:
+        checkpoint.find(args.resume, prefer_best=args.eval)
+    if args.log_dir and importlib.util.find_spec('tensorboardX') is None:
+        raise UserError('--log_dir %s needs tensorboardX; run: pip install tensorboardX' % args.log_dir)
+    for flag, folder in (('--output_dir', args.output_dir), ('--log_dir', args.log_dir)):
+        utils.check_writable(flag, folder)
