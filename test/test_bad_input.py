@@ -416,7 +416,7 @@ def test_o2_on_a_pytorch_that_cannot(refused, monkeypatch):
 
 
 def test_o1_without_autocast(refused, monkeypatch):
-    monkeypatch.setattr(backend, '_has_autocast', lambda device_type, dtype: False)
+    monkeypatch.setattr(backend, 'has_autocast', lambda device_type, dtype: False)
     refused('--amp', '--opt-level=O1', says=['--opt-level O1', 'no autocast', 'leave --amp out'])
 
 
