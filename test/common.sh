@@ -22,55 +22,89 @@ sys.exit(not all(importlib.util.find_spec(name) for name in sys.argv[1:]))' "$@"
         && TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$python" -c 'import torchvision' 2>/dev/null
 }
 
-# install FILE: pip-install a requirements file into .venv, once for each of its versions.
+# install FILE: pip-install a requirements file into $VENV, once for each of its versions.
 install() {
-    local stamp; stamp="$ROOT/.venv/installed-$(basename "$(dirname "$1")")-$(basename "$1")"
-    cmp -s "$1" "$stamp" && return
+    installed "$1" && return
     local constraint=()
-    if grep -q '^include-system-site-packages = true' "$ROOT/.venv/pyvenv.cfg"; then
-        constraint=(-c "$ROOT/.venv/keep-torch.txt")
-    fi
-    "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check "${constraint[@]+"${constraint[@]}"}" \
-        -r "$1" >>"$ROOT/.venv/install.log" 2>&1 && cp "$1" "$stamp"
+    [ ! -f "$VENV/keep-torch.txt" ] || constraint=(-c "$VENV/keep-torch.txt")
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check ${constraint[@]+"${constraint[@]}"} \
+        -r "$1" >>"$VENV/install.log" 2>&1 && cp "$1" "$(stamp "$1")"
 }
 
-# make_venv PYTHON [OPTION]: a new .venv, with requirements.txt installed.
-make_venv() {
-    rm -rf "$ROOT/.venv"
-    "$@" "$ROOT/.venv" >/dev/null 2>&1 || die "$1 cannot make a virtual environment at $ROOT/.venv;" \
-        "install its venv module (apt-get install python3-venv), or name another Python with PYTHON="
-    install "$ROOT/requirements.txt"
+installed() { [ -x "$VENV/bin/python" ] && cmp -s "$1" "$(stamp "$1")"; }
+
+# One copy for each file: requirements.txt and test/requirements.txt share a name.
+stamp() { case $1 in */test/*) echo "$VENV/installed-test.txt" ;; *) echo "$VENV/installed.txt" ;; esac; }
+
+# keep_torch BASE TORCH: a $VENV that sees the packages of the Python BASE and keeps its torch, such as the one that fits
+# an Ascend machine's torch_npu. BASE may itself be in a virtual environment.
+keep_torch() {
+    "$1" -m venv --system-site-packages "$VENV" 2>/dev/null || return
+    echo "torch==$2" >"$VENV/keep-torch.txt"
+    "$1" -c 'import sys, sysconfig
+if sys.prefix != sys.base_prefix: print(sysconfig.get_paths()["purelib"])' \
+        >"$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/parent.pth"
+    # shellcheck disable=SC2086
+    install "$REQUIREMENTS" && has_packages "$VENV/bin/python" $PACKAGES
 }
+
+# make_venv BASE: $VENV with the packages of $REQUIREMENTS, made from the Python BASE.
+make_venv() {
+    local torch
+    echo "Installing $(basename "$REQUIREMENTS") into $VENV, once; this takes a few minutes ($1 lacks packages)"
+    torch=$("$1" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)
+    rm -rf "$VENV"
+    if [ -n "$torch" ]; then
+        keep_torch "$1" "$torch" && return
+        echo "The torch $torch of $1 does not go with $(basename "$REQUIREMENTS"); installing another"
+        rm -rf "$VENV"
+    fi
+    "$1" -m venv "$VENV" >/dev/null 2>&1 || die "$1 cannot make a virtual environment at $VENV;" \
+        "install its venv module (apt-get install python3-venv), or name another Python with PYTHON="
+    install "$REQUIREMENTS" || die "pip could not install $(basename "$REQUIREMENTS"); see $VENV/install.log," \
+        "or name a Python that has the packages with PYTHON="
+}
+
+VENV=$ROOT/.venv REQUIREMENTS=$ROOT/requirements.txt
 
 # choose_python [MODULE…]: set PYTHON to the first that has the packages: $PYTHON itself, the running Python, .venv.
 choose_python() {
     [ -n "${PYTHON:-}" ] && { command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: no such program"; return; }
-    local base torch
+    local base
     base=$(command -v python3 || command -v python) || die "there is no python3 on the PATH; install Python 3.9 to 3.13"
     # shellcheck disable=SC2086
     if has_packages "$base" $PACKAGES "$@"; then PYTHON=$base; return; fi
-    PYTHON=$ROOT/.venv/bin/python
-    [ -x "$PYTHON" ] && cmp -s "$ROOT/requirements.txt" "$ROOT/.venv/installed-$(basename "$ROOT")-requirements.txt" && return
-    echo "Installing requirements.txt into $ROOT/.venv, once; this takes a few minutes ($base lacks packages)"
-    # A torch that is here already, such as the one that fits an Ascend machine's torch_npu, stays in place.
-    torch=$("$base" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)
-    if [ -n "$torch" ]; then
-        rm -rf "$ROOT/.venv"
-        if "$base" -m venv --system-site-packages "$ROOT/.venv" 2>/dev/null && echo "torch==$torch" >"$ROOT/.venv/keep-torch.txt" \
-            && install "$ROOT/requirements.txt" && has_packages "$PYTHON" $PACKAGES; then return; fi
-        echo "The torch $torch of $base does not go with requirements.txt; installing another into .venv"
-    fi
-    make_venv "$base" -m venv || die "pip could not install requirements.txt; see $ROOT/.venv/install.log," \
-        "or name a Python that has the packages with PYTHON="
+    PYTHON=$VENV/bin/python
+    installed "$REQUIREMENTS" || make_venv "$base"
+}
+
+# choose_stack 1.5|1.8: set PYTHON to a virtual environment of that PyTorch, made where it is missing.
+choose_stack() {
+    [ -f "$ROOT/$1_requirements.txt" ] || die "--stack=$1: there are 1.5 and 1.8, and without the option the current one"
+    VENV=$ROOT/.venv-$1 REQUIREMENTS=$ROOT/$1_requirements.txt PYTHON=$ROOT/.venv-$1/bin/python
+    installed "$REQUIREMENTS" && return
+    local base
+    base=$(find_python38) || die "--stack=$1 needs Python 3.8, and none was found on the PATH or in pyenv; name it with PYTHON38="
+    make_venv "$base"
+}
+
+# Python 3.8: $PYTHON38, the PATH's (a pyenv shim may be there and not work), or pyenv's.
+find_python38() {
+    local candidate
+    for candidate in "${PYTHON38:-}" python3.8 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.8*/bin/python3.8 \
+        "$(pyenv root 2>/dev/null)"/versions/3.8*/bin/python3.8; do
+        if [ -n "$candidate" ] && "$candidate" -c '' 2>/dev/null; then command -v "$candidate"; return; fi
+    done
+    return 1
 }
 
 # ---- options
 
 # Set from --key=value or --key value; the rest of the command line collects in FLAGS, for Python.
-data_path= eval_data_path= log_dir= finetune= resume= nb_classes= batch_size=64 epochs=30 device=auto nproc_per_node= output_dir=
-model= nnodes=1 node_rank=0 master_addr= master_port=
-OPTIONS=" data_path eval_data_path log_dir finetune resume nb_classes batch_size epochs device nproc_per_node output_dir model nnodes \
-node_rank master_addr master_port "
+data_path= eval_data_path= log_dir= finetune= resume= nb_classes= batch_size=64 epochs=30 device=auto nproc_per_node=
+output_dir= model= nnodes=1 node_rank=0 master_addr= master_port=
+OPTIONS=" data_path eval_data_path log_dir finetune resume nb_classes batch_size epochs device nproc_per_node output_dir \
+model nnodes node_rank master_addr master_port "
 GIVEN=" "
 FLAGS=()
 
@@ -172,7 +206,7 @@ END
 
 # launch KIND DEVICES "$@": KIND is full, performance or eval; the arguments are the user's.
 launch() {
-    local kind=$1 started=$SECONDS status tee_option=() preset=() suffix log
+    local kind=$1 started status tee_option=() preset=() suffix log
     nproc_per_node=$2; shift 2
     parse_options "$@"
 
@@ -212,6 +246,7 @@ launch() {
         move_aside "$LOG"
     fi
 
+    started=$SECONDS
     run_python 2>&1 | tee ${tee_option[@]+"${tee_option[@]}"} "$LOG"
     status=${PIPESTATUS[0]}
     if [ "$status" -ne 0 ]; then
@@ -236,11 +271,9 @@ set_preset() {
     else
         [ -n "$model" ] || model=beit_base_patch16_224
         preset=("${BEIT_BASE[@]}")
-        case $device in
-            npu*) preset+=(--amp --opt-level=O2 --loss_scale=128 --opt=npufusedadamw) ;;
-            cuda*) preset+=(--amp --opt-level=O2 --loss_scale=128) ;;
-        esac
+        case $device in npu*|cuda*) preset+=(--amp --opt-level=O2 --loss_scale=128) ;; esac
     fi
+    case $device in npu*) preset+=(--opt=npufusedadamw) ;; esac
     # 5 epochs of warm-up; a run that the user makes as short as that warms up for half of it.
     preset+=("--warmup_epochs=$((epochs > 5 ? 5 : epochs / 2))")
     case $kind in

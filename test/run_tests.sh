@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
 # Run the tests, in a Python that it sets up itself where packages are missing.
 #
-#   bash test/run_tests.sh                everything
+#   bash test/run_tests.sh                everything, on the current PyTorch
+#   bash test/run_tests.sh --stack=1.8    everything, on PyTorch 1.8 (or 1.5), in a Python 3.8 of its own
 #   bash test/run_tests.sh --lint         the linter only
 #   bash test/run_tests.sh -k model -x    any of pytest's own options
 #
-# PYTHON=/path/to/python chooses the Python.
+# PYTHON=/path/to/python chooses the Python; PYTHON38= the one for --stack, where it isn't found by itself.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-case ${1:-} in -h|--help) show_help; exit 0 ;; esac
+tool=pytest
+case ${1:-} in
+    -h|--help) show_help; exit 0 ;;
+    --lint) tool=ruff ;;
+    --stack=*) choose_stack "${1#*=}"; shift ;;
+esac
 cd "$ROOT" || exit 2
-if [ "${1:-}" = --lint ]; then tool=ruff; else tool=pytest; fi
 choose_python $tool
 if ! "$PYTHON" -c "import $tool" 2>/dev/null; then
-    [ "$PYTHON" = "$ROOT/.venv/bin/python" ] \
+    [ "$PYTHON" = "$VENV/bin/python" ] \
         || die "PYTHON=$PYTHON has no $tool; run: $PYTHON -m pip install -r test/requirements.txt"
-    install "$ROOT/test/requirements.txt" || die "pip could not install test/requirements.txt; see .venv/install.log"
+    install "$ROOT/test/requirements.txt" || die "pip could not install test/requirements.txt; see $VENV/install.log"
 fi
 if [ $tool = ruff ]; then exec "$PYTHON" -m ruff check .; fi
 exec "$PYTHON" -m pytest test -q "$@"

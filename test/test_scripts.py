@@ -2,6 +2,7 @@
 
 import collections
 import glob
+import importlib.util
 import json
 import os
 import platform
@@ -536,7 +537,9 @@ def test_one_process_that_fails_ends_the_run(checkout, image_folder, damaged):
     with open(os.path.join(folder, 'train', 'cat', damaged), 'wb') as file:
         file.write(b'no image')
     run = run_script(checkout, 'train_full_8p', '--data_path=' + folder, *TINY, '--nproc_per_node=2', MARK=folder)
-    assert run.status == 2, run.out + run.err
+    # PyTorch 1.5's launcher looks at process 0 first, whose partner was lost; it has no way to learn of process 1's 2.
+    statuses = (2,) if importlib.util.find_spec('torch.distributed.run') else (1, 2)
+    assert run.status in statuses, run.out + run.err
     assert run.out.count(damaged + ': cannot be read as an image') == 1
     assert 'Traceback' not in run.out + run.err
     assert 'Final result' not in run.out
