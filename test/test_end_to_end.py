@@ -98,7 +98,8 @@ def test_two_processes_train_as_one_of_twice_the_batch(tmp_path, image_folder):
     """Same losses and weights, without augmentation: the processes share the data in the order that one reads it."""
     checkout = copy_checkout(str(tmp_path / 'my code' / 'beit'))
     flags = NANO + ['--data_path=' + image_folder(train=24), '--finetune=', '--epochs=2', '--warmup_epochs=1',
-                    '--lr=1e-3', '--aa=none', '--reprob=0', '--color_jitter=0', '--drop_path=0', '--hflip=0']
+                    '--lr=1e-3', '--init_scale=1', '--aa=none', '--reprob=0', '--color_jitter=0', '--drop_path=0',
+                    '--hflip=0']
     one = run_script(checkout, 'train_full_1p', *flags, '--batch_size=8', '--output_dir=one')
     two = run_script(checkout, 'train_full_8p', *flags, '--batch_size=4', '--output_dir=two', '--nproc_per_node=2')
     assert result(one)['accuracy'] == result(two)['accuracy']
