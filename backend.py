@@ -53,12 +53,13 @@ def _cuda_problem():
 _PROBLEM = {'npu': _npu_problem, 'cuda': _cuda_problem, 'cpu': lambda: None}
 
 
-def find_device(name='auto', local_rank=0):
+def find_device(name='auto', local_rank=0, processes=1):
     """The `torch.device` that a process is to use. It isn't touched, so this also serves before processes start.
 
     Args:
         name (str): auto (npu, cuda, cpu: the first that works), npu, cuda, cpu, or one of them with an index, cuda:1.
         local_rank (int): the device's index where `name` has none.
+        processes (int): how many there are in all.
 
     Raises:
         UserError: the device can't be used, or has fewer devices than processes.
@@ -73,6 +74,8 @@ def find_device(name='auto', local_rank=0):
         raise UserError('--device %s: %s' % (name, problem))
     if kind == 'cpu':
         return torch.device('cpu')
+    if index and processes > 1:
+        raise UserError('--device %s: %d processes need a device each; leave the index out' % (name, processes))
     count, index = _module(kind).device_count(), int(index or local_rank)
     if index >= count:
         raise UserError('--device %s: process %d needs %s:%d, but there are %d; lower --nproc_per_node or the index'
@@ -80,9 +83,9 @@ def find_device(name='auto', local_rank=0):
     return torch.device(kind, index)
 
 
-def select_device(name='auto', local_rank=0):
+def select_device(name='auto', local_rank=0, processes=1):
     """`find_device`; for npu and cuda the device becomes the current one."""
-    device = find_device(name, local_rank)
+    device = find_device(name, local_rank, processes)
     if _module(device):
         _module(device).set_device(device)
     return device
@@ -91,6 +94,13 @@ def select_device(name='auto', local_rank=0):
 def _module(device):
     """torch.npu or torch.cuda, or None for the CPU."""
     return getattr(torch, getattr(device, 'type', device), None) if getattr(device, 'type', device) != 'cpu' else None
+
+
+def npu_passed_over(name, device):
+    """Why --device auto left an NPU's own package unused, or ''. Nobody should train on a CPU without noticing."""
+    if name != 'auto' or device.type == 'npu' or importlib.util.find_spec('torch_npu') is None:
+        return ''
+    return 'Not using an NPU: %s' % _npu_problem()
 
 
 def device_name(device):

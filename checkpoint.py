@@ -9,6 +9,7 @@ import collections
 import contextlib
 import glob
 import hashlib
+import http.client
 import inspect
 import io
 import math
@@ -153,17 +154,18 @@ def fetch(source):
     home = os.environ.get('TORCH_HOME') or os.path.join(
         os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache'), 'torch')
     name = os.path.basename(urllib.parse.urlparse(address).path)
-    path = os.path.join(home, 'hub', 'checkpoints', name)
-    if not os.path.isfile(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+    folder = 'beit-' + hashlib.sha256(address.encode()).hexdigest()[:12]  # two addresses may end in the same name
+    path = os.path.join(home, 'hub', 'checkpoints', folder, name)
+    if utils.is_main_process() and not os.path.isfile(path):
         utils.say('Downloading %s to %s' % (address, path))
         in_name = re.search(r'-([0-9a-f]{8,})\.', name)
         try:
-            torch.hub.download_url_to_file(address, path, in_name.group(1) if in_name else None,
-                                           progress=utils.is_main_process())
-        except (OSError, RuntimeError, ValueError) as error:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(address, path, in_name.group(1) if in_name else None)
+        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
             raise UserError('%s: download failed (%s); fetch the file yourself and give its path' % (source, error)) \
                 from None
+    utils.barrier()
     if fragment.startswith('sha256='):
         digest = hashlib.sha256()
         with open(path, 'rb') as file:
@@ -368,10 +370,11 @@ def save(path, content):
         os.replace(temporary, path)
         _fsync_folder(os.path.dirname(path) or '.')
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
         raise UserError('--output_dir: cannot write %s (%s); earlier checkpoints are whole'
                         % (path, ' '.join(str(error).split()))) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)  # still there only where something failed, or the user interrupted
 
 
 def _fsync_folder(folder):
@@ -426,30 +429,50 @@ def numbered(folder):
     return sorted((int(match.group(1)), path) for match, path in found if match)
 
 
-def find(source, prefer_best=False):
-    """The file that --resume means: itself, a URL, or in a folder the newest (or for evaluation the best) checkpoint.
+def candidates(source):
+    """The files that --resume may mean: itself or a URL; in a folder its checkpoints, numbered ones newest first.
 
     Raises:
         UserError: there's none.
     """
     if re.match(r'[a-z]+://', source) or os.path.isfile(source):
-        return source
+        return [source]
     if not os.path.isdir(source):
         raise UserError('--resume %s: no such file or folder' % source)
-    best = [os.path.join(source, name) for name in (BEST,) if os.path.isfile(os.path.join(source, name))]
-    candidates = best + [path for _, path in reversed(numbered(source))] if prefer_best else \
-        [path for _, path in reversed(numbered(source))] + best
-    if not candidates:
+    found = [path for _, path in reversed(numbered(source))]
+    found += [os.path.join(source, name) for name in (BEST, BEST_EMA) if os.path.isfile(os.path.join(source, name))]
+    if not found:
         raise UserError('--resume %s: the folder holds no checkpoint-<epoch>.pth or %s' % (source, BEST))
-    return candidates[0]
+    return found
+
+
+def find(source, prefer_best=False):
+    """The file to resume: of a folder's checkpoints the one that got furthest, or for evaluation the best."""
+    found = candidates(source)
+    best = [path for path in found if os.path.basename(path) == BEST]
+    if prefer_best and best:
+        return best[0]
+    # A best checkpoint may be newer than the newest numbered one: those come each few epochs only.
+    furthest = found[:1] + [path for path in found[1:] if os.path.basename(path) in (BEST, BEST_EMA)]
+    return furthest[0] if len(furthest) == 1 else max(furthest, key=_epoch)
+
+
+def _epoch(path):
+    name = re.search(r'checkpoint-(\d+)\.pth$', path)
+    epoch = int(name.group(1)) if name else read(path, '--resume').get('epoch')
+    return epoch if isinstance(epoch, int) else -1
+
+
+def lies_in(path, folder):
+    return bool(path and folder) and os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder)
 
 
 def source_to_resume(resume, auto_resume, output_dir):
-    """What to resume, as `find` gives it, or '': --resume, else with --auto_resume the newest in the output folder."""
+    """What to resume, as `find` gives it: --resume, else with --auto_resume from the output folder; or ''."""
     if resume:
         return find(resume)
-    if auto_resume and output_dir and numbered(output_dir):
-        return numbered(output_dir)[-1][1]
+    if auto_resume and output_dir and glob.glob(os.path.join(glob.escape(output_dir), 'checkpoint-*.pth')):
+        return find(output_dir)
     return ''
 
 
@@ -492,7 +515,7 @@ def _trained_with(content):
 
 def load_optimizer(source, optimizer, state):
     """Load an optimizer's moments. Rates and decays stay this run's: the file's would silently outlive its flags."""
-    mine = [{name: group[name] for name in ('lr', 'lr_scale', 'weight_decay', 'name') if name in group}
+    mine = [{name: group[name] for name in ('lr', 'lr_scale', 'weight_decay', 'decays', 'name') if name in group}
             for group in optimizer.param_groups]
     kinds = {'betas', 'momentum', 'rho', 'alpha'}  # what tells the families of optimizers apart
     theirs = set(state['param_groups'][0]) if state.get('param_groups') else set()

@@ -75,7 +75,7 @@ class ImageFolder(torchvision_datasets.DatasetFolder):
         if not os.path.isdir(root):
             raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, root))
         self.fits = fits
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        names, _ = self.find_classes(root)
         if not names:
             raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
                             % (flag, root))
@@ -83,7 +83,10 @@ class ImageFolder(torchvision_datasets.DatasetFolder):
             super().__init__(root, self.load, EXTENSIONS, transform=transform)
         except (FileNotFoundError, RuntimeError):
             self.samples = []  # newer and older torchvision say by these that a class, or everything, is empty
-        filled = {label for _, label in self.samples}
+        self.samples = [(path, label) for path, label in self.samples
+                        if not any(_is_hidden(part) for part in os.path.relpath(path, root).split(os.sep))]
+        self.targets = [label for _, label in self.samples]
+        filled = set(self.targets)
         empty = [name for label, name in enumerate(names) if label not in filled]
         if self.samples and empty or not self.samples:
             empty = empty if self.samples else [name for name in names if not _has_image(os.path.join(root, name))]
@@ -92,12 +95,24 @@ class ImageFolder(torchvision_datasets.DatasetFolder):
                                ', '.join(os.path.join(root, name) for name in empty[:3])))
 
 
+    def find_classes(self, directory):
+        """torchvision's, without hidden folders and what macOS leaves in archives."""
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and not _is_hidden(entry.name))
+        return names, {name: label for label, name in enumerate(names)}
+
+    _find_classes = find_classes  # its name before torchvision 0.10
+
     def load(self, path):
         image = load_image(path)
         if self.fits is not None and not self.fits(*image.size):
             raise UserError('%s is %dx%d; with --input_size of %d and less images are not resized, so give their own '
                             'size, or a larger --input_size' % ((path,) + image.size + (SMALL_INPUT,)))
         return image
+
+
+def _is_hidden(name):
+    """.ipynb_checkpoints, ._photo.jpg, __MACOSX: never meant as data."""
+    return name.startswith('.') or name == '__MACOSX'
 
 
 def _has_image(folder):

@@ -91,7 +91,7 @@ def set_schedules(optimizer, update_step, lr_values=None, wd_values=None):
     for group in optimizer.param_groups:
         if lr_values is not None:
             group['lr'] = float(lr_values[update_step]) * group.get('lr_scale', 1.)
-        if wd_values is not None and group['weight_decay'] > 0:
+        if wd_values is not None and group.get('decays', group['weight_decay'] > 0):
             group['weight_decay'] = float(wd_values[update_step])
 
 

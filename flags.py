@@ -114,7 +114,8 @@ def build_parser(description=__doc__):
     add('--momentum', default=0.9, type=below_one, help='momentum of SGD and its like (0.9)')
     add('--weight_decay', default=0.05, type=rate, help='weight decay (0.05)')
     add('--weight_decay_end', default=None, type=rate, help='its value at the end of a cosine (weight_decay)')
-    add('--lr', default=5e-4, type=rate, help='learning rate of the last layers; not scaled by batch size (5e-4)')
+    add('--lr', default=5e-4, type=number(float, 0, above=True),
+        help='learning rate of the last layers; not scaled by batch size (5e-4)')
     add('--layer_decay', default=0.9, type=number(float, 0, 1, above=True), help='factor per layer downwards (0.9)')
     add('--warmup_lr', default=0., type=rate, help='learning rate of the first step of the warm-up (0)')
     add('--min_lr', default=1e-6, type=rate, help='learning rate at the end (1e-6)')
@@ -187,11 +188,12 @@ def build_parser(description=__doc__):
     return parser
 
 
-def check_args(args, local_rank=0):
+def check_args(args, local_rank=0, processes=1):
     """Everything that can be found wrong before anything slow starts. Raises `UserError`.
 
     Args:
-        local_rank (int): the highest process of this machine, where a launcher asks before it starts them.
+        local_rank, processes (int): the highest process of this machine and how many there are in all, where a
+            launcher asks before it starts them.
     """
     if args.model not in modeling_finetune.MODELS:
         raise unknown('--model', args.model, modeling_finetune.MODELS)
@@ -220,7 +222,8 @@ def check_args(args, local_rank=0):
         raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
                         '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))
     datasets.check_paths(args)
-    device = backend.find_device(args.device, local_rank or utils.launch_environment(args)[2])
+    _, launched, launched_rank = utils.launch_environment(args)
+    device = backend.find_device(args.device, local_rank or launched_rank, max(processes, launched))
     if device.type == 'cpu':
         backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     if not args.eval:
@@ -231,7 +234,7 @@ def check_args(args, local_rank=0):
     if args.eval and not (args.resume or args.finetune):
         raise UserError('--eval needs --resume: the checkpoint to evaluate, or the folder that holds it')
     if args.resume:
-        checkpoint.find(args.resume, prefer_best=args.eval)
+        checkpoint.candidates(args.resume)
     if args.log_dir and importlib.util.find_spec('tensorboardX') is None:
         raise UserError('--log_dir %s needs tensorboardX; run: pip install tensorboardX' % args.log_dir)
     for flag, folder in (('--output_dir', args.output_dir), ('--log_dir', args.log_dir)):

@@ -33,7 +33,7 @@ def get_parameter_groups(model, weight_decay=1e-5, layer_decay=1.0, skip_list=()
     layer_decay ** (n + 1 - i) times the rate.
 
     Returns:
-        list of dicts with params, lr_scale (float), weight_decay (float) and name, in the model's order.
+        list of dicts with params, lr_scale (float), weight_decay (float), decays (bool) and name, in the model's order.
     """
     num_layers = model.get_num_layers()
     groups = {}
@@ -44,7 +44,7 @@ def get_parameter_groups(model, weight_decay=1e-5, layer_decay=1.0, skip_list=()
         decays = not (parameter.dim() == 1 or name.endswith('.bias') or name in skip_list)
         key = 'layer_%d_%s' % (layer, 'decay' if decays else 'no_decay')
         if key not in groups:
-            groups[key] = {'params': [], 'name': key, 'weight_decay': weight_decay if decays else 0.,
+            groups[key] = {'params': [], 'name': key, 'decays': decays, 'weight_decay': weight_decay if decays else 0.,
                            'lr_scale': layer_decay ** (num_layers + 1 - layer)}
         groups[key]['params'].append(parameter)
     return list(groups.values())

@@ -217,6 +217,8 @@ def initialize_amp(model, optimizer, device, dtype=None, opt_level='O2', loss_sc
         model, optimizer = amp.initialize(model, optimizer, **options)
         after = [p for group in optimizer.param_groups for p in group['params']]
         return model, ApexScaler(amp, [pair for pair in zip(before, after) if pair[0] is not pair[1]], **scaling)
+    if opt_level == 'O1' and not backend.has_autocast(device.type, dtype):
+        return model, StepScaler()  # apex alone could, and does so in training only
     if opt_level == 'O1':
         return Autocast(model, device.type, dtype), StepScaler(**scaling)
     pairs = []

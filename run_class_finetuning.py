@@ -122,10 +122,11 @@ def main(args):
         evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
         return
     source = checkpoint.source_to_resume(args.resume, args.auto_resume, args.output_dir)
-    utils.prepare_folder(args.output_dir, keep=source or args.prof or args.cann_prof)
     utils.seed_everything(args.seed + utils.rank())  # each process its own dropout
     start_epoch, best = checkpoint.resume_training(source, model, optimizer, scaler, ema) if source \
         else (args.start_epoch, {})
+    goes_on = start_epoch > 0 and checkpoint.lies_in(source, args.output_dir)
+    utils.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
     if utils.world_size() > 1:
         model = backend.distributed_model(model, device)
 
@@ -147,6 +148,8 @@ def describe(args, device, scaler, model, train_set, val_set, classes, steps_per
     say('Flags: %s' % ' '.join('--%s=%s' % item for item in sorted(vars(args).items()) if item[1] is not None))
     say('Device: %s, %s, %d process%s' % (device, backend.device_name(device), utils.world_size(),
                                           'es' if utils.world_size() > 1 else ''))
+    if backend.npu_passed_over(args.device, device):
+        say(backend.npu_passed_over(args.device, device))
     say('Precision: %s' % scaler.description)
     say('Model: %s, %.2f M parameters, %d classes, input %dx%d' % (
         args.model, parameters(model) / 1e6, len(classes), args.input_size, args.input_size))
@@ -252,6 +255,9 @@ def run(argv=None):
     except UserError as error:
         utils.wait_for_others_to_speak(first=utils.is_main_process())
         return fail(one_line(error), 2)
+    except KeyboardInterrupt:
+        return fail('interrupted; with --output_dir, the same command and --auto_resume goes on from the last '
+                    'checkpoint', 130)
     except RuntimeError as error:
         if not utils.lost_a_process(error):
             raise

@@ -262,7 +262,7 @@ def launch_environment(args):
     if 'RANK' in environ and 'WORLD_SIZE' in environ:
         local = environ.get('LOCAL_RANK', args.local_rank if args.local_rank >= 0 else 0)
         return int(environ['RANK']), int(environ['WORLD_SIZE']), int(local)
-    if int(environ.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in environ:
+    if int(environ.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in environ and 'MASTER_ADDR' in environ:
         return int(environ['SLURM_PROCID']), int(environ['SLURM_NTASKS']), int(environ.get('SLURM_LOCALID', 0))
     return 0, 1, 0
 
@@ -274,7 +274,7 @@ def init_distributed_mode(args):
         The `torch.device` of this process.
     """
     process, processes, local_rank = launch_environment(args)
-    device = backend.select_device(args.device, local_rank)
+    device = backend.select_device(args.device, local_rank, processes)
     if processes > 1:
         address = args.dist_url
         if args.dist_on_itp and address == 'env://':
@@ -369,31 +369,48 @@ def check_writable(flag, folder):
 def prepare_folder(folder, keep=False):
     """Make the output folder, by the first process. What an earlier run left there is moved aside, not overwritten.
 
+    Only a run's own files are moved, into <folder>-<date of the newest>; whatever else lies there stays.
+
     Args:
         keep (bool): this run goes on with what is there.
+
+    Raises:
+        UserError: they can't be moved.
     """
     if folder and is_main_process():
-        if not keep and holds_a_run(folder):
-            aside = name_aside(folder)
-            if os.path.ismount(folder) or os.path.realpath(os.getcwd() + os.sep).startswith(
-                    os.path.join(os.path.realpath(folder), '')):
-                raise UserError('--output_dir %s holds an earlier run and cannot be moved aside from here; choose '
-                                'another, or go on with --auto_resume' % folder)
-            os.rename(folder, aside)
-            say('Moved the earlier run in %s aside, to %s' % (folder, aside))
-        os.makedirs(folder, exist_ok=True)
+        files = [] if keep else files_of_a_run(folder)
+        try:
+            if files:
+                aside = name_aside(folder, files)
+                os.mkdir(aside)
+                for path in files:
+                    os.rename(path, os.path.join(aside, os.path.basename(path)))
+                say('Moved the earlier run in %s aside, to %s' % (folder, aside))
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise UserError('--output_dir %s holds an earlier run and it cannot be moved aside (%s); choose another, '
+                            'or go on with --auto_resume' % (folder, error)) from None
     barrier()
 
 
-def holds_a_run(folder):
-    return os.path.isdir(folder) and any(
-        name == 'log.txt' or (name.startswith('checkpoint-') and name.endswith('.pth')) for name in os.listdir(folder))
+def files_of_a_run(folder):
+    """Paths of the checkpoints, log.txt and profile that a run left in a folder; [] where none did."""
+    if not os.path.isdir(folder):
+        return []
+    names = [name for name in os.listdir(folder) if re.match(r'checkpoint-.*\.pth(\.tmp-\d+)?$', name)]
+    log = os.path.join(folder, 'log.txt')
+    if os.path.isfile(log):
+        with open(log, encoding='utf-8', errors='replace') as file:
+            if file.read(9) == '{"train_l':  # as append_log begins; anybody may have a log.txt
+                names.append('log.txt')
+    if names and os.path.isdir(os.path.join(folder, 'prof')):
+        names.append('prof')
+    return [os.path.join(folder, name) for name in names]
 
 
-def name_aside(path):
-    """<path>-<date and time of its last change>, with a number where that name is taken."""
-    path = path.rstrip(os.sep)
-    newest = max([os.path.getmtime(path)] + [entry.stat().st_mtime for entry in os.scandir(path)])
-    base = '%s-%s' % (path, time.strftime('%Y%m%d-%H%M%S', time.localtime(newest)))
+def name_aside(folder, files):
+    """<folder>-<date and time of the newest file>, with a number where that name is taken; beside a link's target."""
+    newest = time.localtime(max(os.lstat(path).st_mtime for path in files))
+    base = '%s-%s' % (os.path.realpath(folder), time.strftime('%Y%m%d-%H%M%S', newest))
     names = [base] + ['%s-%d' % (base, number) for number in range(2, 1000)]
     return next(name for name in names if not os.path.lexists(name))

@@ -19,7 +19,8 @@ has_packages() {
     local python=$1; shift
     "$python" -c 'import importlib.util, sys
 sys.exit(not all(importlib.util.find_spec(name) for name in sys.argv[1:]))' "$@" 2>/dev/null \
-        && TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$python" -c 'import torchvision' 2>/dev/null
+        && TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$python" -c 'import numpy, torch, torchvision
+torch.from_numpy(numpy.zeros(1))' 2>/dev/null
 }
 
 # install FILE: pip-install a requirements file into $VENV, once for each of its versions.
@@ -45,7 +46,11 @@ keep_torch() {
 if sys.prefix != sys.base_prefix: print(sysconfig.get_paths()["purelib"])' \
         >"$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/parent.pth"
     # shellcheck disable=SC2086
-    install "$REQUIREMENTS" && has_packages "$VENV/bin/python" $PACKAGES
+    install "$REQUIREMENTS" || return
+    has_packages "$VENV/bin/python" $PACKAGES && return
+    # PyTorch before 2.3 was built for NumPy 1; pip doesn't know.
+    "$VENV/bin/python" -m pip install --quiet 'numpy<2' >>"$VENV/install.log" 2>&1
+    has_packages "$VENV/bin/python" $PACKAGES
 }
 
 # make_venv BASE: $VENV with the packages of $REQUIREMENTS, made from the Python BASE.
@@ -69,7 +74,14 @@ VENV=$ROOT/.venv REQUIREMENTS=$ROOT/requirements.txt
 
 # choose_python [MODULE…]: set PYTHON to the first that has the packages: $PYTHON itself, the running Python, .venv.
 choose_python() {
-    [ -n "${PYTHON:-}" ] && { command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: no such program"; return; }
+    if [ -n "${PYTHON:-}" ]; then
+        case $PYTHON in /*) ;; */*) PYTHON=$CALLED_FROM/$PYTHON ;; esac
+        command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: no such program"
+        # shellcheck disable=SC2086
+        has_packages "$PYTHON" $PACKAGES || die "PYTHON=$PYTHON lacks packages, or its torch, torchvision and numpy do not" \
+            "go together; run: $PYTHON -m pip install -r requirements.txt, or leave PYTHON= out"
+        return
+    fi
     local base
     base=$(command -v python3 || command -v python) || die "there is no python3 on the PATH; install Python 3.9 to 3.13"
     # shellcheck disable=SC2086
@@ -97,6 +109,8 @@ find_python38() {
     done
     return 1
 }
+
+has_module() { "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec(sys.argv[1]))' "$1" 2>/dev/null; }
 
 # ---- options
 
@@ -142,12 +156,16 @@ flag_given() {
     return 1
 }
 
-whole_number() { case ${!1} in ''|*[!0-9]*|0) die "--$1 must be a whole number from 1 on, got '${!1}'" ;; esac; }
+whole_number() {
+    case ${!1} in ''|*[!0-9]*|0) die "--$1 must be a whole number from 1 on, got '${!1}'" ;; esac
+    printf -v "$1" %d "$((10#${!1}))"  # 08 is no octal number
+}
 
 # A path is meant from the folder that the script was called in, or, where nothing is there, from the root.
 from_here() {
     case $1 in
         ''|/*|demo|*://*) printf %s "$1" ;;
+        '~/'*) printf %s "$HOME/${1#??}" ;;
         *) if [ -e "$CALLED_FROM/$1" ]; then printf %s "$CALLED_FROM/$1"; else printf %s "$1"; fi ;;
     esac
 }
@@ -223,10 +241,15 @@ launch() {
     [ "$kind" != eval ] || [ -n "$resume" ] \
         || die "--resume is missing; give the checkpoint to evaluate, or the folder that holds it"
     for name in batch_size epochs nproc_per_node nnodes; do whole_number $name; done
+    case $node_rank in *[!0-9]*|'') die "--node_rank must be a whole number from 0 on, got '$node_rank'" ;; esac
+    [ "$node_rank" -lt "$nnodes" ] || die "--node_rank $node_rank: with --nnodes $nnodes it goes from 0 to $((nnodes - 1))"
     RANK_SIZE=$((nproc_per_node * nnodes))
 
     choose_python
     if [ "$device" = auto ]; then
+        # torch_npu can't be imported, and so no NPU found, before CANN is set up.
+        # shellcheck source=/dev/null
+        if has_module torch_npu; then source "$ROOT/test/env_npu.sh" || exit 2; fi
         device=$("$PYTHON" -c 'import backend; print(backend.find_device("auto").type)') || exit 2
     fi
     # shellcheck source=/dev/null
@@ -247,7 +270,7 @@ launch() {
     fi
 
     started=$SECONDS
-    run_python 2>&1 | tee ${tee_option[@]+"${tee_option[@]}"} "$LOG"
+    run_python 2>&1 | tee -i ${tee_option[@]+"${tee_option[@]}"} "$LOG"
     status=${PIPESTATUS[0]}
     if [ "$status" -ne 0 ]; then
         echo "$(basename "$0"): failed with exit status $status; the log is $LOG" >&2

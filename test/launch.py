@@ -48,7 +48,8 @@ def check(options, arguments):
                         % (options.node_rank, options.nnodes, options.nnodes - 1))
     if options.nnodes > 1 and options.master_port is None:
         raise UserError('--nnodes %d needs --master_addr and --master_port, the same on every machine' % options.nnodes)
-    flags.check_args(args, local_rank=options.nproc_per_node - 1)
+    flags.check_args(args, local_rank=options.nproc_per_node - 1,
+                     processes=options.nproc_per_node * options.nnodes)
     if args.data_path == 'demo':
         datasets.resolve_data_path(args.data_path)
     return meeting_port(options)

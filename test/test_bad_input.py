@@ -687,3 +687,30 @@ def test_the_launcher_in_a_process_of_its_own(tmp_path, data):
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120)
     assert_one_line(result.returncode, result.stdout, result.stderr, ['--batch_size', "'many'"])
     assert result.stdout == '' and not (tmp_path / 'o').exists()
+
+
+def test_an_index_for_several_processes(monkeypatch):
+    import backend
+    from errors import UserError
+    monkeypatch.setitem(backend._PROBLEM, 'cuda', lambda: None)
+    with pytest.raises(UserError, match='--device cuda:1: 2 processes need a device each'):
+        backend.find_device('cuda:1', 0, processes=2)
+
+
+def test_an_unusable_npu_is_not_passed_over_in_silence(monkeypatch, tmp_path):
+    import importlib.util
+    import torch
+    import backend
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name == 'torch_npu' or None)
+    monkeypatch.setattr(backend, '_npu_problem', lambda: 'CANN is not set up')
+    assert backend.npu_passed_over('auto', torch.device('cpu')) == 'Not using an NPU: CANN is not set up'
+    assert backend.npu_passed_over('cpu', torch.device('cpu')) == ''
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_class_finetuning, 'main', interrupt)
+    assert run_class_finetuning.run([]) == 130
+    assert capsys.readouterr().err.count('\n') == 1

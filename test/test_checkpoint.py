@@ -370,3 +370,50 @@ def test_an_earlier_run_is_moved_aside(image_folder, tmp_path, capsys):
     for name in folders:
         assert os.path.isfile(str(tmp_path / name / 'checkpoint-0.pth'))
     assert capsys.readouterr().out.count('Moved the earlier run in ') == 2
+
+
+def test_only_a_runs_own_files_are_moved_aside(image_folder, tmp_path):
+    data = image_folder()  # output_dir is the data folder, through a link, with the user's own files in it
+    link = str(tmp_path / 'link')
+    os.symlink(data, link)
+    with open(os.path.join(data, 'notes.txt'), 'w') as file:
+        file.write('mine')
+    os.symlink('/nowhere', os.path.join(data, 'dangling'))
+    base = RUN + ['--data_path=' + data, '--epochs=1', '--output_dir=' + link + os.sep]
+    for _ in range(2):
+        assert run_class_finetuning.run(base) == 0
+    assert {'train', 'val', 'notes.txt', 'dangling', 'log.txt', 'checkpoint-0.pth'} <= set(os.listdir(data))
+    aside, = [name for name in os.listdir(str(tmp_path)) if name.startswith('my data-')]
+    assert sorted(os.listdir(str(tmp_path / aside))) == ['checkpoint-0.pth', 'checkpoint-best.pth', 'log.txt']
+
+
+def test_somebody_elses_log_is_not_a_run(image_folder, tmp_path):
+    output = tmp_path / 'home'
+    output.mkdir()
+    (output / 'log.txt').write_text('dear diary\n')
+    assert run_class_finetuning.run(RUN + ['--data_path=' + image_folder(), '--epochs=1', '--no_save_ckpt',
+                                           '--output_dir=' + str(output)]) == 0
+    assert (output / 'log.txt').read_text().startswith('dear diary\n')
+
+
+def test_resuming_into_a_folder_with_another_run_keeps_that_run(image_folder, tmp_path):
+    data, first, second = image_folder(), str(tmp_path / 'first'), str(tmp_path / 'second')
+    base = RUN + ['--data_path=' + data]
+    for output in (first, second):
+        assert run_class_finetuning.run(base + ['--epochs=2', '--output_dir=' + output, '--save_ckpt_freq=1']) == 0
+    assert run_class_finetuning.run(base + ['--epochs=3', '--resume=' + os.path.join(first, 'checkpoint-1.pth'),
+                                            '--output_dir=' + second]) == 0
+    kept, = [name for name in os.listdir(str(tmp_path)) if name.startswith('second-')]
+    assert {'checkpoint-0.pth', 'checkpoint-1.pth', 'log.txt'} <= set(os.listdir(str(tmp_path / kept)))
+    assert [line['epoch'] for line in lines_of(second)] == [2]
+
+
+def test_auto_resume_goes_on_from_a_best_checkpoint_that_is_further(image_folder, tmp_path):
+    data, output = image_folder(), str(tmp_path / 'out')
+    base = RUN + ['--data_path=' + data, '--epochs=3', '--output_dir=' + output]
+    assert run_class_finetuning.run(base + ['--maxstep=8']) == 0  # two of three epochs
+    content = checkpoint.read(os.path.join(output, 'checkpoint-1.pth'))
+    os.remove(os.path.join(output, 'checkpoint-1.pth'))
+    checkpoint.save(os.path.join(output, checkpoint.BEST), content)
+    assert run_class_finetuning.run(base + ['--auto_resume']) == 0
+    assert [line['epoch'] for line in lines_of(output)] == [0, 1, 2]

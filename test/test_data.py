@@ -621,3 +621,15 @@ def test_the_main_process_keeps_its_random_numbers(image_folder, parse):
     for index in range(5):
         samples[0, index]
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+def test_hidden_files_and_folders_are_no_data(image_folder, parse):
+    root = image_folder()
+    for name in ('.ipynb_checkpoints', '__MACOSX', os.path.join('cat', '.ipynb_checkpoints')):
+        os.makedirs(os.path.join(root, 'train', name))
+    for name in ('cat/._000.png', 'cat/.ipynb_checkpoints/000-checkpoint.png', '__MACOSX/x.png'):
+        with open(os.path.join(root, 'train', name), 'wb') as file:
+            file.write(b'no image')
+    dataset, classes = datasets.build_dataset(True, parse('--data_path=' + root, '--input_size=32', '--aa=none'))
+    assert classes == ['cat', 'dog'] and len(dataset) == 32
+    assert all(len(dataset[index]) == 2 for index in range(len(dataset)))

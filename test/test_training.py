@@ -48,7 +48,7 @@ def test_zero_weight_decay_keeps_layer_decay():
     scales = sorted({group['lr_scale'] for group in optimizer.param_groups})
     assert scales == pytest.approx([0.5 ** power for power in (5, 4, 3, 2, 1, 0)])
     engine.set_schedules(optimizer, 0, [0.1], [0.2])
-    assert {group['weight_decay'] for group in optimizer.param_groups} == {0.}
+    assert {(group['decays'], group['weight_decay']) for group in optimizer.param_groups} == {(True, 0.2), (False, 0.)}
 
 
 def test_no_weight_decay_on_bias_tables_by_flag():
