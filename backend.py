@@ -97,10 +97,10 @@ def _module(device):
 
 
 def npu_passed_over(name, device):
-    """Why --device auto left an NPU's own package unused, or ''. Nobody should train on a CPU without noticing."""
+    """One line, where --device auto leaves torch_npu unused, or ''. Nobody should train on a CPU without noticing."""
     if name != 'auto' or device.type == 'npu' or importlib.util.find_spec('torch_npu') is None:
         return ''
-    return 'Not using an NPU: %s' % _npu_problem()
+    return 'Not using an NPU: %s\n' % _npu_problem()
 
 
 def device_name(device):

@@ -149,7 +149,7 @@ def describe(args, device, scaler, model, train_set, val_set, classes, steps_per
     say('Device: %s, %s, %d process%s' % (device, backend.device_name(device), utils.world_size(),
                                           'es' if utils.world_size() > 1 else ''))
     if backend.npu_passed_over(args.device, device):
-        say(backend.npu_passed_over(args.device, device))
+        say(backend.npu_passed_over(args.device, device).rstrip())
     say('Precision: %s' % scaler.description)
     say('Model: %s, %.2f M parameters, %d classes, input %dx%d' % (
         args.model, parameters(model) / 1e6, len(classes), args.input_size, args.input_size))

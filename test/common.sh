@@ -250,7 +250,10 @@ launch() {
         # torch_npu can't be imported, and so no NPU found, before CANN is set up.
         # shellcheck source=/dev/null
         if has_module torch_npu; then source "$ROOT/test/env_npu.sh" || exit 2; fi
-        device=$("$PYTHON" -c 'import backend; print(backend.find_device("auto").type)') || exit 2
+        device=$("$PYTHON" -c 'import sys, backend
+device = backend.find_device("auto")
+print(device.type)
+sys.stderr.write(backend.npu_passed_over("auto", device))') || exit 2
     fi
     # shellcheck source=/dev/null
     case $device in npu*) source "$ROOT/test/env_npu.sh" || exit 2 ;; esac

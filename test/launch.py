@@ -120,7 +120,10 @@ def main():
     except UserError as error:
         print('run_class_finetuning.py: error: %s' % one_line(error), file=sys.stderr)
         return 2
-    return launch(options, port, arguments)
+    try:
+        return launch(options, port, arguments)
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == '__main__':

@@ -703,7 +703,7 @@ def test_an_unusable_npu_is_not_passed_over_in_silence(monkeypatch, tmp_path):
     import backend
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name == 'torch_npu' or None)
     monkeypatch.setattr(backend, '_npu_problem', lambda: 'CANN is not set up')
-    assert backend.npu_passed_over('auto', torch.device('cpu')) == 'Not using an NPU: CANN is not set up'
+    assert backend.npu_passed_over('auto', torch.device('cpu')) == 'Not using an NPU: CANN is not set up\n'
     assert backend.npu_passed_over('cpu', torch.device('cpu')) == ''
 
 
