@@ -19,6 +19,12 @@ def one_line(error):
     return ' '.join(text.split())
 
 
+def nearest(name, known):
+    """Up to three of `known` that look like `name`, the likeliest first."""
+    known = {each.lower(): each for each in sorted(known)}
+    return [known[each] for each in difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.6)]
+
+
 def unknown(flag, name, known):
     """A `UserError` for a name that is none of `known`; it says which known ones come near.
 
@@ -27,7 +33,6 @@ def unknown(flag, name, known):
         name (str): what the user gave.
         known (iterable of str): the names that would have been right.
     """
-    known = {each.lower(): each for each in sorted(known)}
-    near = [known[each] for each in difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.6)]
-    cure = 'did you mean %s?' % ' or '.join(near) if near else 'it must be one of %s' % ', '.join(known.values())
+    near = nearest(name, known)
+    cure = 'did you mean %s?' % ' or '.join(near) if near else 'it must be one of %s' % ', '.join(sorted(known))
     return UserError('%s: unknown value %r; %s' % (flag, name, cure))

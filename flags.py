@@ -11,7 +11,7 @@ import datasets
 import modeling_finetune
 import optim_factory
 import utils
-from errors import UserError, unknown
+from errors import UserError, nearest, unknown
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -28,9 +28,9 @@ class OneLineParser(argparse.ArgumentParser):
             flag = rest[0].partition('=')[0]
             if not flag.startswith('-'):
                 raise UserError('%r is not a flag; flags begin with --, as in --data_path=/data/ImageNet2012' % flag)
-            known = [name for name in self._option_string_actions if name.startswith('--')]
-            raise UserError(str(unknown(flag, flag, known)).replace('unknown value %r; ' % flag, 'unknown flag; ')
-                            if len(flag) > 3 else '%s: unknown flag; see --help' % flag)
+            known = [name[2:] for name in self._option_string_actions if name.startswith('--')]
+            near = ' or '.join('--' + name for name in nearest(flag.lstrip('-'), known))
+            raise UserError('%s: unknown flag; %s' % (flag, 'did you mean %s?' % near if near else 'see --help'))
         return parsed
 
 
