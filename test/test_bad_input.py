@@ -466,7 +466,7 @@ def test_optimizer_whose_library_is_not_here(refused, monkeypatch, name, needs):
 @pytest.mark.parametrize('flag, near', [
     ('--epoch=3x', '--epochs'), ('--batchsize=3', '--batch_size'), ('--data-pth=x', '--data_path'),
     ('--learning_rate=1', '--'), ('--warmup_epoch=2', '--warmup_epochs'), ('--opt_leve=O1', '--opt_level'),
-    ('--no_amp2', '--'), ('-x', '--help'), ('-lr=3', '--help')])
+    ('--no_amp2', '--'), ('-x', '--help'), ('-lr=3', '--lr')])
 def test_unknown_flag(refused, flag, near):
     refused(flag, says=[flag.partition('=')[0].replace('-pth', '_pth') + ': unknown flag', near])
 

@@ -138,7 +138,7 @@ def check_summary(checkout, script, run, batch_size, devices, model='beit_nano_p
     if kind != 'eval':  # there the last batch is smaller
         fps = float(figures['ActualFPS'])
         assert float(figures['TrainingTime']) \
-            == pytest.approx(1000. * batch_size * devices / fps, rel=0.006 / fps, abs=0.001)  # as rounded
+            == pytest.approx(1000. * batch_size * devices / fps, rel=0.01 / fps + 1e-4)  # both are rounded
     assert float(figures['TrainingTime']) < 1000 * (int(figures['E2ETrainingTime']) + 1)
     return figures
 
