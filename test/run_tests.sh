@@ -22,4 +22,4 @@ if ! "$PYTHON" -c "import $tool" 2>/dev/null; then
     install "$ROOT/test/requirements.txt" || die "pip could not install test/requirements.txt; see $VENV/install.log"
 fi
 if [ $tool = ruff ]; then exec "$PYTHON" -m ruff check .; fi
-exec "$PYTHON" -m pytest test -q "$@"
+exec "$PYTHON" -m pytest test -q -rs "$@"  # -rs: a test that was skipped says why
