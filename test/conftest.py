@@ -15,7 +15,20 @@ sys.path.insert(0, ROOT)
 
 import run_class_finetuning  # noqa: E402
 
+collect_ignore = ['npu_emulator']  # its tests run in a process of their own, where torch_npu is the emulator
+
 NANO = ['--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu']
+
+
+def cannot_run(need, reason):
+    """End a test that this machine can't run: skipped with one loud line, or failed where MUST_RUN names the need.
+
+    .ci/run sets MUST_RUN to the needs that it found met (compiler, openssl, stacks), so that nothing is skipped there
+    without anybody noticing.
+    """
+    if need in os.environ.get('MUST_RUN', '').split():
+        pytest.fail('%s, and MUST_RUN names %s' % (reason, need))
+    pytest.skip('NOT RUN: ' + reason)
 
 
 @pytest.fixture

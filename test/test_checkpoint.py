@@ -16,6 +16,7 @@ import checkpoint
 import modeling_finetune
 import run_class_finetuning
 import utils
+from conftest import cannot_run
 from errors import UserError
 from test_training import RUN, lines_of
 
@@ -146,8 +147,9 @@ def test_another_models_weights_are_refused(tmp_path):
         checkpoint.load_pretrained(nano(), weights_file(tmp_path, {'conv1.weight': torch.zeros(3)}))
 
 
-@pytest.mark.skipif(shutil.which('openssl') is None, reason='SKIPPED: no openssl to make a certificate with')
 def test_a_url_is_downloaded_once_and_checked(tmp_path, monkeypatch):
+    if shutil.which('openssl') is None:
+        cannot_run('openssl', 'no openssl to make a certificate with')
     import hashlib
     import http.server
     site = tmp_path / 'site'
