@@ -15,6 +15,7 @@ import os
 os.environ.setdefault('TORCH_DEVICE_BACKEND_AUTOLOAD', '0')
 
 import torch  # noqa: E402  (after the setting that it reads)
+import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from errors import UserError  # noqa: E402
@@ -36,10 +37,25 @@ def _npu_problem():
         try:
             importlib.import_module('torch_npu')
         except (ImportError, OSError, RuntimeError) as error:
-            if 'libhccl' in str(error) or 'libascend' in str(error):
-                return 'torch_npu is installed but CANN is not set up (%s); run: source test/env_npu.sh' % error
-            return 'torch_npu cannot be imported (%s)' % error
-    return None if torch.npu.is_available() else 'torch_npu is installed but sees no NPU; look at npu-smi info'
+            reason = _first_line(error)
+            if 'undefined symbol' in reason:
+                return _OTHER_CANN % reason
+            if 'cannot open shared object' in reason:
+                return 'torch_npu is installed but CANN is not set up (%s); run: source test/env_npu.sh' % reason
+            return 'torch_npu cannot be imported (%s); install the one that belongs to this PyTorch' % reason
+    try:
+        available = torch.npu.is_available()
+    except RuntimeError as error:
+        return _OTHER_CANN % _first_line(error)
+    return None if available else 'torch_npu is installed but sees no NPU; look at npu-smi info'
+
+
+_OTHER_CANN = ('the NPU cannot be started (%s); are these the CANN and the driver that belong to this torch_npu? '
+               'README.md, Ascend, names them; look at npu-smi info too')
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _cuda_problem():
@@ -84,10 +100,19 @@ def find_device(name='auto', local_rank=0, processes=1):
 
 
 def select_device(name='auto', local_rank=0, processes=1):
-    """`find_device`; for npu and cuda the device becomes the current one."""
+    """`find_device`; for npu and cuda the device becomes the current one, and has to add 1 and 1.
+
+    Raises:
+        UserError: as `find_device`, or the device doesn't start.
+    """
     device = find_device(name, local_rank, processes)
     if _module(device):
-        _module(device).set_device(device)
+        try:
+            _module(device).set_device(device)
+            (torch.ones(1, device=device) + 1).item()
+        except RuntimeError as error:
+            raise UserError('--device %s: %s' % (name, _OTHER_CANN % _first_line(error) if device.type == 'npu' else
+                                                 'the GPU cannot be started (%s)' % _first_line(error))) from None
     return device
 
 
@@ -126,12 +151,46 @@ def seed_device(seed):
 
 
 def device_rng_state(device):
-    return _module(device).get_rng_state() if _module(device) else None
+    return {'type': device.type, 'state': _module(device).get_rng_state()} if _module(device) else None
 
 
 def set_device_rng_state(device, state):
-    if _module(device) and state is not None:
-        _module(device).set_rng_state(state)
+    """Take up a generator's state where a device of the same type left it; another's would mean nothing here."""
+    if _module(device) and isinstance(state, dict) and state['type'] == device.type:
+        _module(device).set_rng_state(state['state'])
+
+
+def set_compile_mode(device, mode):
+    """Whether an NPU compiles operators for the shapes it meets: 'on', 'off', or 'auto', what it does by itself.
+
+    Raises:
+        UserError: the device isn't an NPU, or its torch_npu has no such setting.
+    """
+    if mode == 'auto':
+        return
+    if device.type != 'npu' or not hasattr(_module(device), 'set_compile_mode'):
+        raise UserError('--jit_compile %s: %s; leave the flag out' % (
+            mode, 'only NPUs have it, and this runs on %s' % device.type if device.type != 'npu'
+            else 'this torch_npu has no set_compile_mode'))
+    _module(device).set_compile_mode(jit_compile=mode == 'on')
+
+
+@functools.lru_cache(maxsize=None)
+def saturates(device):
+    """Whether overflow gives the largest finite value on this device instead of inf, as on an Ascend 910A."""
+    if device.type != 'npu':
+        return False
+    return bool(torch.isfinite(torch.full((1,), 6e4, dtype=torch.float16, device=device) * 2).all())
+
+
+def read_overflow(device):
+    """Whether anything overflowed on a device that `saturates` since the last call; there the numbers don't show it."""
+    module = _module(device)
+    if not hasattr(module, 'get_npu_overflow_flag'):
+        return False
+    overflowed = bool(module.get_npu_overflow_flag())
+    module.clear_npu_overflow_flag()
+    return overflowed
 
 
 def can_pin_memory(device):
@@ -139,13 +198,23 @@ def can_pin_memory(device):
     return device.type != 'cpu'
 
 
-def fused_optimizer(name):
+def fused_optimizer(name, under_apex=None):
     """The class of a fused optimizer: NpuFusedAdamW from torch_npu or Ascend's apex, Fused* from NVIDIA's apex.
+
+    Args:
+        under_apex (bool): whether apex.amp will prepare the optimizer; None where that isn't known yet. The two
+            NpuFusedAdamW are no substitutes: apex's works under apex.amp only, and torch_npu's would not see the
+            gradients that apex.amp hands over.
 
     Raises:
         UserError: it isn't installed here.
     """
-    for home in ('torch_npu.optim', 'apex.optimizers'):
+    homes, where = ('apex.optimizers',), 'NVIDIA\'s apex'
+    if name.startswith('Npu'):
+        homes, where = {True: (('apex.optimizers',), 'Ascend\'s apex under apex.amp'),
+                        False: (('torch_npu.optim',), 'torch_npu outside apex.amp'),
+                        None: (('torch_npu.optim', 'apex.optimizers'), 'torch_npu or Ascend\'s apex')}[under_apex]
+    for home in homes:
         package = home.partition('.')[0]
         if importlib.util.find_spec(package) is None or (package == 'torch_npu' and _npu_problem()):
             continue
@@ -153,8 +222,35 @@ def fused_optimizer(name):
             return getattr(importlib.import_module(home), name)
         except (ImportError, AttributeError):
             continue
-    where = 'torch_npu or Ascend\'s apex' if name.startswith('Npu') else 'NVIDIA\'s apex'
     raise UserError('--opt %s needs %s, which is not installed here; use --opt adamw' % (name.lower(), where))
+
+
+# ---- attention
+
+def fused_attentions(device):
+    """Fused kernels to try on a device, best first: {name: function of (q, k, v, bias, scale)}.
+
+    q, k, v are (B, heads, N, head_dim), bias (1, heads, N, N) or None; softmax(scale * q @ k.T + bias) @ v comes out.
+    Some versions of torch_npu drop the bias in `scaled_dot_product_attention`, so nobody uses these unproven.
+    """
+    found = {}
+    if hasattr(F, 'scaled_dot_product_attention'):
+        found['scaled_dot_product_attention'] = lambda q, k, v, bias, scale: F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale)
+    if device.type == 'npu' and _npu_fusion_attention() is not None:
+        found['npu_fusion_attention'] = _npu_attention
+    return found
+
+
+def _npu_fusion_attention():
+    return getattr(importlib.import_module('torch_npu'), 'npu_fusion_attention', None) \
+        if importlib.util.find_spec('torch_npu') else None
+
+
+def _npu_attention(q, k, v, bias, scale):
+    """It computes softmax(scale * (q @ k.T + pse)) @ v, so the bias is divided by the scale first."""
+    pse = None if bias is None else (bias / scale).to(q.dtype).expand(len(q), -1, -1, -1).contiguous()
+    return _npu_fusion_attention()(q, k, v, q.shape[1], 'BNSD', pse=pse, scale=scale)[0]
 
 
 # ---- distribution
@@ -212,6 +308,11 @@ def find_apex():
     return amp, 'apex.amp (%s)' % kind
 
 
+def apex_amp(device, dtype):
+    """apex.amp, where it is to do the half precision: float16 on an accelerator, with an apex that has it; or None."""
+    return find_apex()[0] if device.type != 'cpu' and dtype == torch.float16 else None
+
+
 def check_precision(device, amp, opt_level, amp_dtype):
     """The half-precision `torch.dtype` to use, or None for float32; by itself: float16, on a CPU bfloat16.
 
@@ -225,10 +326,12 @@ def check_precision(device, amp, opt_level, amp_dtype):
     if device.type == 'cpu' and amp_dtype == 'float16':
         raise UserError('--amp_dtype float16: half precision on a CPU is bfloat16; leave the flag out')
     dtype = getattr(torch, amp_dtype)
-    if opt_level == 'O1' and not has_autocast(device.type, dtype) and not (
-            device.type != 'cpu' and dtype == torch.float16 and find_apex()[0]):
-        raise UserError('--opt-level O1: this PyTorch has no autocast to %s on %s; leave --amp out, or use a newer one'
-                        % (amp_dtype, device.type))
+    if amp_dtype == 'bfloat16' and device.type != 'cpu' and _half_precision_problem(device, dtype):
+        raise UserError('--amp_dtype bfloat16: this %s has none (%s), as an Ascend 910A; use --amp_dtype float16'
+                        % (device.type, _half_precision_problem(device, dtype)))
+    if opt_level == 'O1' and not has_autocast(device.type, dtype) and not apex_amp(device, dtype):
+        raise UserError('--opt-level O1: this PyTorch has no autocast to %s on %s%s; leave --amp out, or use a newer '
+                        'one' % (amp_dtype, device.type, '' if device.type == 'cpu' else ', and %s' % find_apex()[1]))
     if opt_level == 'O2':
         problem = _half_precision_problem(device, dtype)
         if problem:

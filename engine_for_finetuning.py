@@ -51,6 +51,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     batches = meters.log_every(itertools.islice(data_loader, micro_steps), micro_steps, 10, 'Epoch: [%d]' % epoch,
                                device, utils.world_size(), throughput, hidden=('loss_scale',))
     optimizer.zero_grad()
+    scaler.forget_overflow(device)
     for micro_step, (images, targets) in enumerate(batches):
         update_step = start_steps + micro_step // update_freq
         is_update = (micro_step + 1) % update_freq == 0
@@ -111,10 +112,10 @@ def stop_if_not_finite(step_loss, update_step, device):
 
 
 def report_skip(scaler, update_step, skips_in_a_row):
-    utils.say('Update step %d skipped: its gradients are not finite (loss scale now %g, %d skipped so far)'
+    utils.say('Update step %d skipped: its gradients overflowed (loss scale now %g, %d skipped so far)'
               % (update_step, scaler.scale, scaler.skipped))
     if skips_in_a_row >= SKIPS_IN_A_ROW:
-        raise UserError('%d updates in a row had gradients that are not finite; lower --lr, or use --loss_scale dynamic'
+        raise UserError('%d updates in a row had gradients that overflowed; lower --lr, or use --loss_scale dynamic'
                         % skips_in_a_row)
 
 

@@ -84,6 +84,8 @@ def build_parser(description=__doc__):
     switch(run, 'pin_mem', True, 'page-locked memory for batches on their way to npu or cuda')
     add('--start_epoch', default=0, type=whole, help='first epoch, where no checkpoint says it (0)')
     add('--device', default='auto', help='auto (npu, cuda, cpu: the first present), npu, cuda, cpu, cuda:1 … (auto)')
+    add('--jit_compile', default='auto', choices=('auto', 'on', 'off'),
+        help='npu: compile operators for the shapes met; auto: on for 910A, off for 910B (auto)')
     add('--maxstep', default=0, type=whole, help='stop after exactly this many update steps; 0: no limit (0)')
     switch(run, 'prof', False, 'profile a few updates, write a Chrome trace into output_dir/prof, and stop')
     switch(run, 'cann_prof', False, 'likewise through torch_npu\'s profiler')
@@ -93,6 +95,8 @@ def build_parser(description=__doc__):
     add('--model', default='beit_base_patch16_224', help='one of %s' % ', '.join(modeling_finetune.MODELS))
     switch(model, 'rel_pos_bias', True, 'relative position bias in every block', off='disable_rel_pos_bias')
     switch(model, 'abs_pos_emb', False, 'learned absolute positions')
+    add('--attention', default='auto', choices=('auto', 'fused', 'plain'),
+        help='auto: on npu and cuda fused, where it agrees with plain attention; fused: that, or an error (auto)')
     add('--layer_scale_init_value', default=0.1, type=rate, help='0.1 for base, 1e-5 for large, 0 for none (0.1)')
     add('--input_size', default=224, type=number(int, 1, 8192),
         help='pixels a side; any whole number of patches (224)')

@@ -59,11 +59,13 @@ def _add_relative_position(module, grid, num_heads):
     module.register_buffer('relative_position_index', relative_position_index(grid))
 
 
+def gather_bias(table, index):
+    """The bias to add to the attention scores, (heads, N, N), from a table (rows, heads) and an index (N, N)."""
+    return table[index.view(-1)].view(index.shape[0], index.shape[1], -1).permute(2, 0, 1).contiguous()
+
+
 def _relative_position_bias(module):
-    """The bias to add to the attention scores, (heads, N, N)."""
-    index = module.relative_position_index
-    bias = module.relative_position_bias_table[index.view(-1)]
-    return bias.view(index.shape[0], index.shape[1], -1).permute(2, 0, 1).contiguous()
+    return gather_bias(module.relative_position_bias_table, module.relative_position_index)
 
 
 class RelativePositionBias(nn.Module):
@@ -77,8 +79,29 @@ class RelativePositionBias(nn.Module):
         return _relative_position_bias(self)
 
 
+def plain_attention(q, k, v, bias, scale, drop=None):
+    """softmax(scale * q k^T + bias) v, one operator at a time.
+
+    Args:
+        q, k, v: (B, heads, N, head_dim). bias: broadcasts to (B, heads, N, N), or None.
+        drop (callable): dropout on the attention weights.
+    """
+    scores = (q * scale) @ k.transpose(-2, -1)  # (B, heads, N, N)
+    if bias is not None:
+        scores = scores + bias
+    weights = scores.softmax(dim=-1)
+    return (weights if drop is None else drop(weights)) @ v
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) to (B, N, D); query and value have a bias, the key's is fixed at zero."""
+    """Multi-head self-attention, (B, N, D) to (B, N, D); query and value have a bias, the key's is fixed at zero.
+
+    Attributes:
+        fused (callable or None): a kernel with `plain_attention`'s first five arguments to use in its place, where
+            there is no dropout on the attention weights.
+    """
+
+    fused = None
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, qk_scale=None, attn_drop=0., proj_drop=0., window_size=None):
         super().__init__()
@@ -94,20 +117,28 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    def bias(self, shared_bias=None):
+        """What is added to the scores: this block's relative bias and the shared one, (1, heads, N, N), or None."""
+        biases = [] if shared_bias is None else [shared_bias]
+        if self.has_relative_position:
+            biases.append(_relative_position_bias(self))
+        if not biases:
+            return None
+        return (biases[0] if len(biases) == 1 else biases[0] + biases[1])[None]
+
     def forward(self, x, shared_bias=None):
         batch, tokens, dim = x.shape
-        bias = None
+        qkv_bias = None
         if self.q_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+            qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, qkv_bias).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
 
-        scores = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, N, N)
-        if self.has_relative_position:
-            scores = scores + _relative_position_bias(self)
-        if shared_bias is not None:
-            scores = scores + shared_bias
-        x = self.attn_drop(scores.softmax(dim=-1)) @ v
+        bias = self.bias(shared_bias)
+        if self.fused is None or (self.training and self.attn_drop.p > 0):
+            x = plain_attention(q, k, v, bias, self.scale, self.attn_drop)
+        else:
+            x = self.fused(q, k, v, bias, self.scale)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
 
 

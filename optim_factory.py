@@ -61,18 +61,19 @@ def weight_decay_skip_list(model, disable_weight_decay_on_rel_pos_bias=False):
 # ---- optimizers
 
 def _torch(name, **fixed):
-    return lambda: (getattr(torch.optim, name, None) or getattr(timm.optim, name, None), fixed)
+    return lambda under_apex: (getattr(torch.optim, name, None) or getattr(timm.optim, name, None), fixed)
 
 
 def _timm(*names, **fixed):
-    return lambda: (next((getattr(timm.optim, name) for name in names if hasattr(timm.optim, name)), None), fixed)
+    return lambda under_apex: (
+        next((getattr(timm.optim, name) for name in names if hasattr(timm.optim, name)), None), fixed)
 
 
 def _fused(name, **fixed):
-    return lambda: (backend.fused_optimizer(name), fixed)
+    return lambda under_apex: (backend.fused_optimizer(name, under_apex), fixed)
 
 
-# Name to a function that gives (class, fixed arguments). 'momentum' stands for the flag of that name.
+# Name to a function of `under_apex` that gives (class, fixed arguments). 'momentum' stands for the flag of that name.
 OPTIMIZERS = {
     'adamw': _torch('AdamW'),
     'adam': _torch('Adam'),
@@ -100,8 +101,11 @@ OPTIMIZERS = {
 }
 
 
-def optimizer_class(name):
+def optimizer_class(name, under_apex=None):
     """(class, fixed arguments, whether Lookahead goes around it) of a value of --opt.
+
+    Args:
+        under_apex (bool): see `backend.fused_optimizer`.
 
     Raises:
         UserError: the name is unknown, or its library isn't here.
@@ -109,7 +113,7 @@ def optimizer_class(name):
     lookahead, _, base = name.lower().rpartition('lookahead_')
     if base not in OPTIMIZERS or lookahead:
         raise unknown('--opt', name, list(OPTIMIZERS) + ['lookahead_adamw'])
-    cls, fixed = OPTIMIZERS[base]()
+    cls, fixed = OPTIMIZERS[base](under_apex)
     if cls is None:
         raise UserError('--opt %s: neither this PyTorch nor this timm has it; use adamw' % name)
     return cls, fixed, name.lower().startswith('lookahead_')
@@ -122,13 +126,13 @@ def check_optimizer(name, momentum):
 
 
 def create_optimizer(model, opt='adamw', lr=5e-4, weight_decay=0.05, layer_decay=1.0, opt_eps=1e-8, opt_betas=None,
-                     momentum=0.9, disable_weight_decay_on_rel_pos_bias=False):
+                     momentum=0.9, disable_weight_decay_on_rel_pos_bias=False, under_apex=None):
     """The optimizer over layer-decay groups. Every optimizer gets all the settings that it takes.
 
     Raises:
         UserError: see `optimizer_class`; or `opt_betas` for an optimizer without betas.
     """
-    cls, fixed, lookahead = optimizer_class(opt)
+    cls, fixed, lookahead = optimizer_class(opt, under_apex)
     groups = get_parameter_groups(model, weight_decay, layer_decay,
                                   weight_decay_skip_list(model, disable_weight_decay_on_rel_pos_bias))
     accepted = inspect.signature(cls.__init__).parameters

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import backend
+import utils
 
 
 class StepScaler:
@@ -19,6 +20,9 @@ class StepScaler:
     multiplied by `scale`; at an update the gradients are divided by it, checked, clipped and used. An update whose
     gradients are not finite is skipped and counted; a dynamic scale is then halved, and doubled after 2,000 good
     updates (the scheme of "Mixed Precision Training", https://arxiv.org/abs/1710.03740, section 3.2).
+
+    On a device where overflow saturates (`backend.saturates`) finite gradients prove nothing: its overflow flag is read
+    too, and the processes agree on it.
 
     Attributes:
         scale (float), dynamic (bool); skipped (int): updates skipped since the start; skipped_last (bool): the newest.
@@ -45,15 +49,25 @@ class StepScaler:
         if self.scale != 1.:
             for parameter in parameters:
                 parameter.grad.mul_(1. / self.scale)
-        return self._finish(optimizer, self._clip(optimizer, parameters, clip_grad))
+        return self._finish(optimizer, self._clip(optimizer, parameters, clip_grad), loss.device)
+
+    def forget_overflow(self, device):
+        """Call before training: what overflowed until now, as in an evaluation, is no reason to skip a step."""
+        if backend.saturates(device):
+            backend.read_overflow(device)
+
+    def _overflowed(self, grad_norm, device):
+        if backend.saturates(device):
+            return utils.any_process(backend.read_overflow(device) or not math.isfinite(grad_norm), device)
+        return not math.isfinite(grad_norm)
 
     def _clip(self, optimizer, parameters, clip_grad):
         if clip_grad and hasattr(optimizer, 'clip_grad_norm_fused_'):  # it reads only its own copies of the gradients
             return float(optimizer.clip_grad_norm_fused_(clip_grad))
         return float(nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf))
 
-    def _finish(self, optimizer, grad_norm):
-        self.skipped_last = not math.isfinite(grad_norm)
+    def _finish(self, optimizer, grad_norm, device):
+        self.skipped_last = self._overflowed(grad_norm, device)
         if self.skipped_last:
             self.skipped += 1
             self.good_updates = 0
@@ -109,7 +123,7 @@ class MasterWeightScaler(StepScaler):
         if not is_update:
             return None
         masters = [master for _, master in self.pairs if master.grad is not None]
-        grad_norm = self._finish(optimizer, self._clip(optimizer, masters, clip_grad))
+        grad_norm = self._finish(optimizer, self._clip(optimizer, masters, clip_grad), loss.device)
         self.weights_changed()
         return grad_norm
 
@@ -138,12 +152,14 @@ class ApexScaler(MasterWeightScaler):
         if not is_update:
             return None
         grad_norm = self._clip(optimizer, list(self.amp.master_params(optimizer)), clip_grad)
-        self.skipped_last = not math.isfinite(grad_norm)
-        if self.skipped_last:
-            self.skipped += 1
+        before, self.scale = self.scale, self._apex_scale()
+        if self.dynamic:  # apex has decided, and made a step that is to be skipped a no-op, which has to be called
+            self.skipped_last = self.scale < before or not math.isfinite(grad_norm)
+        else:
+            self.skipped_last = self._overflowed(grad_norm, loss.device)
+        self.skipped += self.skipped_last
         if self.dynamic or not self.skipped_last:
-            optimizer.step()  # under a dynamic scale apex has made this step a no-op, which has to be called
-        self.scale = self._apex_scale()
+            optimizer.step()
         return grad_norm
 
     def _clip(self, optimizer, parameters, clip_grad):
@@ -205,7 +221,8 @@ def initialize_amp(model, optimizer, device, dtype=None, opt_level='O2', loss_sc
     dynamic = loss_scale == 'dynamic'
     scaling = dict(scale=2. ** 16 if dynamic else loss_scale, dynamic=dynamic)
     name = str(dtype).replace('torch.', '')
-    amp, about_apex = backend.find_apex() if device.type != 'cpu' and dtype == torch.float16 else (None, '')
+    amp = backend.apex_amp(device, dtype)
+    about_apex = backend.find_apex()[1] if device.type != 'cpu' and dtype == torch.float16 else ''
     scaling['description'] = '%s %s by PyTorch%s' % (opt_level, name, about_apex and ' (%s)' % about_apex)
 
     if amp is not None and optimizer is not None:

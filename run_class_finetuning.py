@@ -15,6 +15,7 @@ import sys
 import time
 
 import backend  # first: it sets how torch loads its devices
+import attention
 import checkpoint
 import datasets
 import engine_for_finetuning as engine
@@ -39,10 +40,10 @@ def build_model(args, nb_classes):
         init_values=args.layer_scale_init_value)
 
 
-def build_optimizer(args, model):
+def build_optimizer(args, model, under_apex):
     return optim_factory.create_optimizer(
         model, args.opt, args.lr, args.weight_decay, args.layer_decay, args.opt_eps, args.opt_betas, args.momentum,
-        args.disable_weight_decay_on_rel_pos_bias)
+        args.disable_weight_decay_on_rel_pos_bias, under_apex)
 
 
 def build_criterion(args, mixup):
@@ -101,6 +102,7 @@ def print_result(throughput, accuracy, loss):
 def main(args):
     check_args(args)
     device = utils.init_distributed_mode(args)
+    backend.set_compile_mode(device, args.jit_compile)
     dtype = backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     utils.seed_everything(args.seed)
 
@@ -112,11 +114,12 @@ def main(args):
     if args.finetune:
         checkpoint.load_pretrained(model, args.finetune, args.model_key, args.model_prefix)
     model.to(device)
-    optimizer = None if args.eval else build_optimizer(args, model)
+    optimizer = None if args.eval else build_optimizer(args, model, backend.apex_amp(device, dtype) is not None)
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
         if args.model_ema else None
     model, scaler = precision.initialize_amp(model, optimizer, device, dtype, args.opt_level, args.loss_scale)
-    describe(args, device, scaler, model, train_set, val_set, classes, steps_per_epoch)
+    about_attention = attention.choose_attention(backend.unwrap(model), device, args.attention, dtype, args.batch_size)
+    describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch)
 
     if args.eval:
         evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
@@ -142,7 +145,7 @@ def main(args):
     fit(args, training, val_loader, start_epoch, steps_per_epoch, best, dtype)
 
 
-def describe(args, device, scaler, model, train_set, val_set, classes, steps_per_epoch):
+def describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch):
     """Say at the start what this run is."""
     say = utils.say
     say('Flags: %s' % ' '.join('--%s=%s' % item for item in sorted(vars(args).items()) if item[1] is not None))
@@ -151,6 +154,7 @@ def describe(args, device, scaler, model, train_set, val_set, classes, steps_per
     if backend.npu_passed_over(args.device, device):
         say(backend.npu_passed_over(args.device, device).rstrip())
     say('Precision: %s' % scaler.description)
+    say('Attention: %s' % about_attention)
     say('Model: %s, %.2f M parameters, %d classes, input %dx%d' % (
         args.model, parameters(model) / 1e6, len(classes), args.input_size, args.input_size))
     say('Data: %s training and %s validation images' % tuple('no' if part is None else len(part)
@@ -253,7 +257,7 @@ def run(argv=None):
         main(build_parser(__doc__).parse_args(argv))
         utils.leave_processes()
     except UserError as error:
-        utils.wait_for_others_to_speak(first=utils.is_main_process())
+        utils.wait_for_others_to_speak(first=utils.speaks_first())
         return fail(one_line(error), 2)
     except KeyboardInterrupt:
         return fail('interrupted; with --output_dir, the same command and --auto_resume goes on from the last '

@@ -298,8 +298,8 @@ set_preset() {
         [ -n "$model" ] || model=beit_base_patch16_224
         preset=("${BEIT_BASE[@]}")
         case $device in npu*|cuda*) preset+=(--amp --opt-level=O2 --loss_scale=128) ;; esac
+        case $device in npu*) preset+=(--opt=npufusedadamw) ;; esac
     fi
-    case $device in npu*) preset+=(--opt=npufusedadamw) ;; esac
     # 5 epochs of warm-up; a run that the user makes as short as that warms up for half of it.
     preset+=("--warmup_epochs=$((epochs > 5 ? 5 : epochs / 2))")
     case $kind in

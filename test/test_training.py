@@ -396,7 +396,7 @@ DEFAULTS = dict(
     eval_data_path=None, nb_classes=0, imagenet_default_mean_and_std=False, data_set='IMNET', output_dir='',
     log_dir=None, resume='', auto_resume=False, save_ckpt=True, eval=False, dist_eval=False, amp=False,
     opt_level='O2', amp_dtype=None, loss_scale=None, world_size=1, local_rank=-1, dist_on_itp=False,
-    dist_url='env://', hflip=0.5)
+    dist_url='env://', hflip=0.5, jit_compile='auto', attention='auto')
 
 
 def test_flags_and_defaults_are_the_references(parse):

@@ -1,0 +1,1 @@
+"""Empty in this double."""
