@@ -62,7 +62,7 @@ def compare(kernel, model, device, dtype, batch_size):
         inputs['bias table'] = torch.randn(positions.relative_position_bias_table.shape, generator=generator)
 
     def run(attend, dtype):
-        leaves = {name: value.to(device).requires_grad_() for name, value in inputs.items()}
+        leaves = {name: value.clone().to(device).requires_grad_() for name, value in inputs.items()}
         table = leaves.get('bias table')
         bias = None if table is None else modeling_finetune.gather_bias(
             table, positions.relative_position_index.to(device))[None]
