@@ -13,6 +13,13 @@ import backend
 import utils
 
 
+def total_norm(gradients):
+    """The norm of all gradients together. Clipping to infinity gives it too, and raises an NPU's overflow flag."""
+    if hasattr(nn.utils, 'get_total_norm'):
+        return nn.utils.get_total_norm(gradients)
+    return torch.norm(torch.stack([torch.norm(gradient) for gradient in gradients]))
+
+
 class StepScaler:
     """Backward, unscale, clip and step: one call per micro-step, the same for every precision.
 
@@ -62,9 +69,11 @@ class StepScaler:
         return not math.isfinite(grad_norm)
 
     def _clip(self, optimizer, parameters, clip_grad):
-        if clip_grad and hasattr(optimizer, 'clip_grad_norm_fused_'):  # it reads only its own copies of the gradients
+        if not clip_grad:
+            return float(total_norm([parameter.grad for parameter in parameters]))
+        if hasattr(optimizer, 'clip_grad_norm_fused_'):  # it reads only its own copies of the gradients
             return float(optimizer.clip_grad_norm_fused_(clip_grad))
-        return float(nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf))
+        return float(nn.utils.clip_grad_norm_(parameters, clip_grad))
 
     def _finish(self, optimizer, grad_norm, device):
         self.skipped_last = self._overflowed(grad_norm, device)

@@ -267,8 +267,18 @@ def launch_environment(args):
     return 0, 1, 0
 
 
+def wait_seconds(default):
+    """How long to wait for the other processes or machines at the start: DIST_WAIT_SECONDS, or the default."""
+    text = os.environ.get('DIST_WAIT_SECONDS') or str(default)
+    if not text.isdigit() or not 0 < int(text) <= 10 ** 6:
+        raise UserError('DIST_WAIT_SECONDS=%s in the environment is not a whole number of seconds; unset it' % text)
+    return int(text)
+
+
 def init_distributed_mode(args):
     """Choose the device and join the other processes, where there are any.
+
+    Only the meeting has a limit of its own, DIST_WAIT_SECONDS (300); collectives keep the backend's.
 
     Returns:
         The `torch.device` of this process.
@@ -276,20 +286,25 @@ def init_distributed_mode(args):
     process, processes, local_rank = launch_environment(args)
     device = backend.select_device(args.device, local_rank, processes)
     if processes > 1:
+        from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
         address = args.dist_url
         if args.dist_on_itp and address == 'env://':
             address = 'tcp://%s:%s' % (os.environ.get('MASTER_ADDR', '127.0.0.1'),
                                        os.environ.get('MASTER_PORT', '29500'))
+        seconds = wait_seconds(300)
         try:
-            dist.init_process_group(backend.PROCESS_GROUP_BACKEND[device.type], init_method=address,
-                                    rank=process, world_size=processes)
+            store, process, processes = next(rendezvous(address, process, processes,
+                                                        timeout=datetime.timedelta(seconds=seconds)))
+            dist.init_process_group(backend.PROCESS_GROUP_BACKEND[device.type], store=store, rank=process,
+                                    world_size=processes)
         except (RuntimeError, ValueError) as error:
             text = ' '.join(str(error).split())
             if 'in use' in text:
-                raise UserError('--master_port %s is in use; choose another, or leave the flag out'
-                                % os.environ.get('MASTER_PORT', '')) from None
-            raise UserError('--dist_url %s: the %d processes did not find one another (%s)'
-                            % (address, processes, text[:200])) from None
+                raise UserError('port %s, where the processes were to meet, is in use; choose another with '
+                                '--master_port, or start again' % os.environ.get('MASTER_PORT', '')) from None
+            raise UserError('--dist_url %s: the %d processes did not find one another within %d s (%s); start all of '
+                            'them, with the address and port of the machine of the first'
+                            % (address, processes, seconds, text[:200])) from None
         barrier()
     return device
 
@@ -326,6 +341,11 @@ def sum_over_processes(counts, total, device):
     gathered = [torch.zeros_like(parts) for _ in range(world_size())]
     dist.all_gather(gathered, parts)
     return tuple(whole.tolist()) + (sum(value for pair in gathered for value in pair.tolist()),)
+
+
+def speaks_first():
+    """Whether an error that every process may meet is this one's to tell; right before they have met, too."""
+    return is_main_process() and os.environ.get('RANK', '0') == '0'
 
 
 def wait_for_others_to_speak(first=False):

@@ -1,0 +1,342 @@
+"""Two machines, which are two launchers on this one: they train as one process does, and fail together and soon."""
+
+import importlib.util
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+import checkpoint
+import launch
+import utils
+from conftest import NANO, ROOT
+from errors import UserError
+from test_ascend import emulator  # noqa: F401  (a fixture)
+from test_end_to_end import epochs
+from test_scripts import (TINY, Run, all_end, check_summary, copy_checkout, environment, fails, has_proc, marked,
+                          output, result, run_script, start_script)
+from test_training import RUN
+
+LONG = ['--epochs=100000', '--no_save_ckpt', '--disable_eval_during_finetuning']  # until something ends it
+PLAIN = NANO + ['--finetune=', '--lr=1e-3', '--init_scale=1', '--aa=none', '--reprob=0', '--color_jitter=0',
+                '--drop_path=0', '--hflip=0']
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def launcher(*flags, nnodes=2, node_rank=0, port=None, address='127.0.0.1', processes=1, prefix=(), **env):
+    """Start test/launch.py as one of the machines."""
+    options = ['--nnodes=%d' % nnodes, '--node_rank=%d' % node_rank, '--nproc_per_node=%d' % processes]
+    options += ['--master_addr=' + address, '--master_port=%d' % port] if port else []
+    return subprocess.Popen(list(prefix) + [sys.executable, os.path.join(ROOT, 'test', 'launch.py')] + options + ['--']
+                            + RUN + list(flags), env=environment(OMP_NUM_THREADS='1', **env), stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+
+
+def ends(processes, seconds=60):
+    """What they came to; all within so many seconds."""
+    until = time.time() + seconds
+    try:
+        return [Run(process.returncode, *streams) for process, streams in
+                [(each, each.communicate(timeout=max(until - time.time(), 1))) for each in processes]]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+# ---- they train
+
+def test_two_nodes_of_two_processes_train_as_one_process(tmp_path, image_folder):
+    """Same losses and weights as with the same total batch; the results lie on node 0."""
+    machines = [copy_checkout(str(tmp_path / name / 'beit')) for name in ('machine 0', 'machine 1')]
+    flags = PLAIN + ['--data_path=' + image_folder(train=24), '--epochs=2', '--warmup_epochs=1']
+    one = run_script(machines[0], 'train_full_1p', *flags, '--batch_size=8', '--output_dir=one')
+    port = free_port()
+    runs = ends([start_script(machine, 'train_full_8p', *flags, '--batch_size=2', '--output_dir=four', '--nnodes=2',
+                              '--nproc_per_node=2', '--node_rank=%d' % node, '--master_addr=127.0.0.1',
+                              '--master_port=%d' % port) for node, machine in enumerate(machines)], 200)
+    check_summary(machines[0], 'train_full_8p', runs[0], batch_size=2, devices=4)
+    assert result(runs[0])['accuracy'] == result(one)['accuracy']
+    assert runs[1].status == 0, runs[1].out + runs[1].err
+    assert 'Final result' not in runs[1].out and 'printed and logged on node 0' in runs[1].out
+    assert os.listdir(output(machines[1])) == ['train_0_node1.log']
+    assert not os.path.exists(os.path.join(machines[1], 'four'))
+
+    logs = [epochs(os.path.join(machines[0], name)) for name in ('one', 'four')]
+    assert [line['epoch'] for line in logs[1]] == [0, 1]
+    for first, second in zip(*logs):
+        assert first['train_loss'] == pytest.approx(second['train_loss'], abs=1e-5)
+        assert first['test_loss'] == pytest.approx(second['test_loss'], abs=1e-5)
+    weights = [checkpoint.read(os.path.join(machines[0], name, 'checkpoint-1.pth'))['model']
+               for name in ('one', 'four')]
+    for name, value in weights[0].items():
+        assert torch.allclose(value.double(), weights[1][name].double(), rtol=0, atol=2e-5), name
+
+
+def test_performance_of_two_nodes(tmp_path, image_folder):
+    machines = [copy_checkout(str(tmp_path / name)) for name in ('machine0', 'machine1')]
+    port = free_port()
+    flags = TINY + ['--data_path=' + image_folder(), '--maxstep=3', '--nnodes=2', '--nproc_per_node=1',
+                    '--master_addr=127.0.0.1', '--master_port=%d' % port]
+    runs = ends([start_script(machine, 'train_performance_8p', *flags, '--node_rank=%d' % node)
+                 for node, machine in enumerate(machines)], 200)
+    check_summary(machines[0], 'train_performance_8p', runs[0], batch_size=4, devices=2)
+    assert runs[1].status == 0, runs[1].out + runs[1].err
+    assert os.listdir(output(machines[1])) == ['train_0_perf_node1.log']
+
+
+def test_pytorch_s_own_launcher(image_folder, tmp_path):
+    """Under torchrun, whose c10d rendezvous gives the ranks; before PyTorch 1.10, under torch.distributed.launch."""
+    port = free_port()
+    if importlib.util.find_spec('torch.distributed.run'):
+        options = [['torch.distributed.run', '--rdzv_backend=c10d', '--rdzv_id=test',
+                    '--rdzv_endpoint=127.0.0.1:%d' % port]] * 2
+    else:
+        options = [['torch.distributed.launch', '--use_env', '--master_addr=127.0.0.1', '--master_port=%d' % port,
+                    '--node_rank=%d' % node] for node in (0, 1)]
+    flags = RUN + ['--data_path=' + image_folder(), '--batch_size=2', '--epochs=1',
+                   '--output_dir=' + str(tmp_path / 'o')]
+    runs = ends([subprocess.Popen([sys.executable, '-m'] + own + ['--nnodes=2', '--nproc_per_node=2',
+                                  os.path.join(ROOT, 'run_class_finetuning.py')] + flags,
+                                  env=environment(OMP_NUM_THREADS='1'), stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, universal_newlines=True) for own in options], 200)
+    assert [run.status for run in runs] == [0, 0], runs
+    assert sum(run.out.count('Result: ') for run in runs) == 1
+    assert '4 processes' in runs[0].out + runs[1].out
+    assert len(epochs(str(tmp_path / 'o'))) == 1
+
+
+# ---- they don't meet
+
+def one_error(run, *expected):
+    """A user's mistake, and nothing but its line on standard error."""
+    fails(run, *expected)
+    assert len(run.err.splitlines()) == 1, run.err
+
+
+def test_node_0_never_comes(image_folder):
+    run, = ends([launcher('--data_path=' + image_folder(), node_rank=1, port=free_port(), DIST_WAIT_SECONDS='1')])
+    one_error(run, 'run_class_finetuning.py: error: --master_addr 127.0.0.1 --master_port ',
+              'node 0 did not answer within 1 s', 'start the script on node 0 with --nnodes=2 --node_rank=0',
+              'its address')
+
+
+@pytest.fixture
+def meet(monkeypatch):
+    """meet('--node_rank=0 …', …): what the launchers of machines with these options come to, each in a thread.
+
+    A launcher's end is its connections or, as text, its error. The first is node 0 and waits for `seconds`.
+    """
+    def one(line, port, results, index):
+        options = launch.build_parser().parse_args(['--master_port=%d' % port] + line.split())
+        try:
+            results[index] = launch.Nodes(options, port)
+        except UserError as error:
+            results[index] = str(error)
+
+    def start(*lines, seconds=20, port=None):
+        monkeypatch.setenv('DIST_WAIT_SECONDS', str(seconds))
+        port, results = port or free_port(), [None] * len(lines)
+        threads = [threading.Thread(target=one, args=(line, port, results, index)) for index, line in enumerate(lines)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.1)
+        for thread in threads:
+            thread.join()
+        return results
+    return start
+
+
+def test_three_nodes_meet_and_part(meet):
+    nodes = meet(*['--nnodes=3 --master_addr=127.0.0.1 --node_rank=%d' % rank for rank in (0, 2, 1)])
+    assert len({node.port for node in nodes}) == 1
+    assert [sorted(node.links) for node in nodes] == [[1, 2], [0], [0]]
+    assert [node.lost(0.01) for node in nodes] == [None] * 3
+    nodes[2].part(launch.DONE)  # node 1 is done
+    assert nodes[0].lost(1) is None and sorted(nodes[0].links) == [2]
+    nodes[1].part()  # node 2 failed
+    assert nodes[0].lost(1) == 2
+    nodes[0].part()
+
+
+def test_a_node_that_fails_ends_those_that_are_not_connected_to_it(meet):
+    nodes = meet(*['--nnodes=3 --master_addr=127.0.0.1 --node_rank=%d' % rank for rank in (0, 1, 2)])
+    nodes[1].part()
+    assert nodes[0].lost(1) == 1
+    nodes[0].part()  # as its launcher does then
+    assert nodes[2].lost(1) == 0
+
+
+def test_another_node_never_comes(meet):
+    found, = meet('--nnodes=3 --node_rank=0', seconds=1)
+    assert '--nnodes 3: node 1, 2 did not come to port ' in found and 'within 1 s' in found
+    assert "with --node_rank=1 and node 0's --master_addr and --master_port" in found
+
+
+def test_a_wrong_address(meet):
+    found, = meet('--nnodes=2 --node_rank=1 --master_addr=no-such-host.invalid', seconds=1)
+    assert '--master_addr no-such-host.invalid' in found and 'give its address and port here' in found
+
+
+@pytest.mark.parametrize('difference, expected', [
+    ('--nnodes=3', '--nnodes is 2 on node 0 and 3 on node 1; give the same on every machine'),
+    ('--nproc_per_node=2', '--nproc_per_node is 8 on node 0 and 2 on node 1; give the same on every machine')])
+def test_nodes_that_disagree(meet, difference, expected):
+    assert meet('--nnodes=2', '--nnodes=2 --node_rank=1 --master_addr=127.0.0.1 ' + difference) == [expected] * 2
+
+
+def test_the_same_node_twice(meet):
+    node = '--nnodes=3 --master_addr=127.0.0.1 --node_rank=1'
+    found = meet('--nnodes=3', node, node, seconds=2)
+    assert '--nnodes 3: node 2 did not come' in found[0]
+    assert found[1:] == ['--node_rank 1 was given to another machine too', found[0]]
+
+
+def test_something_else_listens_where_node_0_should(meet):
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', 0))
+        other.listen(5)
+        found, = meet('--nnodes=2 --node_rank=1 --master_addr=127.0.0.1', seconds=1, port=other.getsockname()[1])
+    assert 'what answers there is not this launcher' in found and 'give its address and port' in found
+
+
+def test_someone_else_knocks_at_node_0(meet):
+    port = free_port()
+    knock = threading.Timer(0.3, lambda: socket.create_connection(('127.0.0.1', port)).sendall(b'GET / HTTP/1.0\r\n\n'))
+    knock.start()
+    found, = meet('--nnodes=2', seconds=1, port=port)
+    knock.join()
+    assert '--nnodes 2: node 1 did not come' in found
+
+
+@pytest.mark.parametrize('text', ['long', '0', '-3', '1.5'])
+def test_a_waiting_time_that_is_no_number(monkeypatch, text):
+    monkeypatch.setenv('DIST_WAIT_SECONDS', text)
+    with pytest.raises(UserError, match='DIST_WAIT_SECONDS=%s in the environment is not a whole number' % text):
+        utils.wait_seconds(45)
+
+
+# ---- one of them fails
+
+@has_proc
+@pytest.mark.parametrize('victim', ['process', 'launcher'])
+def test_a_node_that_fails_ends_the_other(image_folder, tmp_path, victim):
+    data, port, mark = '--data_path=' + image_folder(), free_port(), str(tmp_path)
+    nodes = [launcher(data, *LONG, port=port, node_rank=rank, MARK=mark) for rank in (0, 1)]
+    try:
+        assert any('Epoch: [2]' in line for line in nodes[0].stdout), nodes[0].stderr.read()
+        pid = nodes[1].pid if victim == 'launcher' \
+            else next(pid for pid, env in marked(mark).items() if env.get('RANK') == '1')
+        os.kill(pid, signal.SIGKILL)
+    finally:
+        runs = ends(nodes)
+    assert runs[0].status == 1 and 'Traceback' not in runs[0].err
+    assert runs[0].err == 'launch.py: node 1 failed or was stopped, its own messages say why; ' \
+        'the processes here were stopped\n'
+    assert runs[1].status == (137 if victim == 'process' else -signal.SIGKILL)
+    if victim == 'process':
+        assert runs[1].err == 'launch.py: process 1 ended with SIGKILL; the others were stopped\n'
+    assert all_end(mark)
+
+
+@has_proc
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
+def test_a_launcher_that_is_stopped_leaves_no_process(image_folder, tmp_path, number):
+    """Under nohup it doesn't mind that its terminal is closed."""
+    node = launcher('--data_path=' + image_folder(), *LONG, nnodes=1, processes=2, prefix=['nohup'], MARK=str(tmp_path))
+    try:
+        assert any('Epoch: [2]' in line for line in node.stdout)
+        node.send_signal(signal.SIGHUP)
+        assert any('Epoch: [9]' in line for line in node.stdout)
+        node.send_signal(number)
+    finally:
+        run, = ends([node])
+    assert run.status == (143 if number == signal.SIGTERM else -number)
+    assert all_end(str(tmp_path))
+
+
+# ---- a process that dies while it starts
+
+SITE = """import os, signal
+moment = os.environ.get('DIES_AT') if os.environ.get('RANK') == os.environ.get('VICTIM', '1') else None
+if moment == 'import':
+    os._exit(3)
+elif moment == 'taken port':  # another program is quicker
+    import socket
+    other = socket.socket()
+    other.bind(('', int(os.environ['MASTER_PORT'])))
+    other.listen(1)
+elif moment:
+    import torch.distributed
+    join = torch.distributed.init_process_group
+    def join_and_die(*args, **kwargs):
+        if moment == 'after':
+            join(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.init_process_group = join_and_die
+"""
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder for PYTHONPATH whose sitecustomize.py ends one process at a chosen moment."""
+    (tmp_path / 'sitecustomize.py').write_text(SITE)
+    return str(tmp_path)
+
+
+@has_proc
+@pytest.mark.parametrize('nnodes, moment', [(1, 'import'), (1, 'before'), (1, 'after'), (2, 'before')])
+def test_a_process_that_dies_while_it_starts(image_folder, site, nnodes, moment):
+    """On one machine of two processes, and on two of one; every one ends, none is left behind."""
+    data, port = '--data_path=' + image_folder(), free_port()
+    runs = ends([launcher(data, *LONG, nnodes=nnodes, processes=2 // nnodes, node_rank=rank, port=port, MARK=site,
+                          PYTHONPATH=site, DIES_AT=moment) for rank in range(nnodes)])
+    assert runs[-1].status == (3 if moment == 'import' else 137)
+    lines = runs[-1].err.splitlines()
+    assert lines[-1] == 'launch.py: process 1 ended with %s; the others were stopped' \
+        % ('exit status 3' if moment == 'import' else 'SIGKILL')
+    if nnodes == 2:
+        assert runs[0].status == 1 and 'launch.py: node 1 failed' in runs[0].err
+    assert not re.search('Traceback|error: ', ''.join(run.err for run in runs))
+    assert all_end(site)
+
+
+# ---- ports and devices, through the scripts
+
+@has_proc
+def test_a_port_that_is_taken_after_the_launcher_looked(image_folder, site):
+    run, = ends([launcher('--data_path=' + image_folder(), nnodes=1, processes=2, MARK=site, PYTHONPATH=site,
+                          DIES_AT='taken port', VICTIM='0')])
+    fails(run, 'where the processes were to meet, is in use', '--master_port', 'start again')
+    assert all_end(site)
+
+
+def test_a_port_in_use(tmp_path, image_folder):
+    checkout = copy_checkout(str(tmp_path / 'beit'))
+    with socket.socket() as other:
+        other.bind(('', 0))
+        other.listen(1)
+        port = other.getsockname()[1]
+        run = run_script(checkout, 'train_full_8p', '--data_path=' + image_folder(), *TINY, '--nproc_per_node=2',
+                         '--nnodes=2', '--master_addr=127.0.0.1', '--master_port=%d' % port)
+    fails(run, '--master_port %d: address already in use; choose another' % port)
+
+
+def test_more_processes_than_npus(emulator, tmp_path):  # noqa: F811
+    """Found by the launcher, on each machine for itself."""
+    checkout = copy_checkout(str(tmp_path / 'beit'))
+    for flags in ([], ['--nnodes=2', '--node_rank=1', '--master_addr=127.0.0.1', '--master_port=29500']):
+        run = run_script(checkout, 'train_full_8p', '--data_path=demo', '--device=npu', '--nproc_per_node=3', *flags,
+                         **emulator(FAKE_NPU_COUNT='2'))
+        fails(run, '--device npu: process 2 needs npu:2, but there are 2; lower --nproc_per_node')
