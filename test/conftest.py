@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 TEST_DIR = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TEST_DIR)
+EMULATOR = os.path.join(TEST_DIR, 'npu_emulator')
 sys.path.insert(0, ROOT)
 
 import run_class_finetuning  # noqa: E402
@@ -84,3 +87,34 @@ def run_program(*flags, timeout=300, env=None, cwd=ROOT):
 @pytest.fixture
 def program():
     return run_program
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    """Two classes that a tiny model can half learn: 32 training and 22 validation images, of another tint each."""
+    root = tmp_path_factory.mktemp('small') / 'my data'
+    for split, count in (('train', 16), ('val', 11)):
+        for label, (name, tint) in enumerate((('cat', (150, 90, 60)), ('dog', (90, 120, 150)))):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                picture = photo(1000 * label + index + (500 if split == 'val' else 0), 32, 32)
+                Image.blend(picture, Image.new('RGB', picture.size, tint), 0.3).save(str(folder / ('%03d.png' % index)))
+    return str(root)
+
+
+@pytest.fixture(scope='session')
+def emulator():
+    """emulator(apex='ascend', FAKE_NPU_SOC='910A'): the environment in which a command has NPUs. Built on first use."""
+    if not hasattr(torch, 'accelerator'):
+        cannot_run('emulator', 'the NPU emulator needs PyTorch 2.6 or newer')
+    if shutil.which(os.environ.get('CXX', 'g++')) is None:
+        cannot_run('compiler', 'no C++ compiler (g++) to build the NPU emulator with')
+
+    def environment(apex=None, **more):
+        path = [EMULATOR] + ([os.path.join(EMULATOR, 'apex_' + apex)] if apex else [])
+        return dict({'PYTHONPATH': os.pathsep.join(path), 'ASCEND_HOME_PATH': EMULATOR, 'OMP_NUM_THREADS': '1',
+                     'CUDA_VISIBLE_DEVICES': ''}, **more)
+
+    subprocess.run([sys.executable, '-c', 'import torch_npu'], check=True, env=dict(os.environ, **environment()))
+    return environment

@@ -32,7 +32,7 @@ import flags  # noqa: E402
 import utils  # noqa: E402
 from errors import UserError, one_line  # noqa: E402
 
-MEETING_SECONDS = 45  # for the launchers; the processes, which they watch, take their time to import what they need
+MEETING_SECONDS = 300  # for people to start the script on the other machines; DIST_WAIT_SECONDS says otherwise
 STOPPING_SECONDS = 10
 DONE = b'done'
 

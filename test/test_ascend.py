@@ -1,4 +1,4 @@
-"""The whole NPU path on an emulated NPU (test/npu_emulator): its figures against the CPU's, the scripts, what goes wrong.
+"""The whole NPU path on an emulated NPU (test/npu_emulator): figures against the CPU's, scripts, what goes wrong.
 
 The emulator says whether the code is right; it says nothing about an NPU's speed, memory or rounding.
 """
@@ -6,7 +6,6 @@ The emulator says whether the code is right; it says nothing about an NPU's spee
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -14,31 +13,14 @@ import pytest
 import torch
 
 import checkpoint
-from conftest import ROOT, cannot_run, run_program
-from test_scripts import TINY, check_summary, copy_checkout, data, fails, fake_cann, output, result, run_script, text  # noqa: F401
+from conftest import EMULATOR, ROOT, run_program
+from test_scripts import TINY, check_summary, copy_checkout, fails, fake_cann, output, result, run_script, text
 from test_training import lines_of, scalars
 
-EMULATOR = os.path.join(ROOT, 'test', 'npu_emulator')
 DIGITS = ['--data_path=demo', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--aa=none',
           '--reprob=0', '--color_jitter=0', '--drop_path=0', '--hflip=0', '--warmup_epochs=0', '--lr=2e-3',
           '--init_scale=1', '--abs_pos_emb', '--rel_pos_bias', '--layer_scale_init_value=0', '--layer_decay=1']
 FUSED = '--opt=npufusedadamw'
-
-
-@pytest.fixture(scope='session')
-def emulator():
-    """emulator(apex='ascend', FAKE_NPU_SOC='910A'): the environment in which a command has NPUs. Built on first use."""
-    if not hasattr(torch, 'accelerator'):
-        cannot_run('emulator', 'the NPU emulator needs PyTorch 2.6 or newer')
-    if shutil.which(os.environ.get('CXX', 'g++')) is None:
-        cannot_run('compiler', 'no C++ compiler (g++) to build the NPU emulator with')
-
-    def environment(apex=None, **more):
-        path = [EMULATOR] + ([os.path.join(EMULATOR, 'apex_' + apex)] if apex else [])
-        return dict({'PYTHONPATH': os.pathsep.join(path), 'ASCEND_HOME_PATH': EMULATOR, 'OMP_NUM_THREADS': '1'}, **more)
-
-    subprocess.run([sys.executable, '-c', 'import torch_npu'], check=True, env=dict(os.environ, **environment()))
-    return environment
 
 
 def test_the_emulators_own_tests(emulator):
@@ -90,7 +72,7 @@ def train(tmp_path, emulator):
 
 
 def test_float32_computes_what_the_cpu_does_for_50_steps(train):
-    """Accumulation, clipping, moving average and layer decay, the fused AdamW and fused attention against plain ones."""
+    """Accumulation, clipping, moving average, layer decay; the fused AdamW and fused attention against plain ones."""
     flags = ['--maxstep=50', '--epochs=5', '--batch_size=32', '--update_freq=2', '--clip_grad=1', '--model_ema',
              '--model_ema_decay=0.9', '--layer_decay=0.75', '--weight_decay_end=0.1']
     cpu, npu = train(*flags, on='cpu'), train(*flags + [FUSED])
@@ -121,13 +103,16 @@ def in_float32(tmp_path_factory, emulator, half_learnt):
                                                         '--finetune=' + half_learnt], emulator())
 
 
-@pytest.mark.parametrize('way, flags, apex, about', [
+HALVES = [
     ('apex O2', [FUSED], 'ascend', r"O2 float16 by apex.amp \(Ascend's\)"),
     ('apex O1', [FUSED, '--opt-level=O1'], 'ascend', r"O1 float16 by apex.amp \(Ascend's\)"),
     ('O2', [FUSED], None, r'O2 float16 by PyTorch \(apex is not installed\)'),
     ('O1', [FUSED, '--opt-level=O1'], 'nvidia', r"O1 float16 by PyTorch \(.*NVIDIA's without amp"),
     ('O2 dynamic', ['--loss_scale=dynamic'], 'pypi', r'O2 float16 by PyTorch \(.*unrelated package'),
-    ('O2 bfloat16', [FUSED, '--amp_dtype=bfloat16'], None, 'O2 bfloat16 by PyTorch')], ids=lambda value: str(value)[:12])
+    ('O2 bfloat16', [FUSED, '--amp_dtype=bfloat16'], None, 'O2 bfloat16 by PyTorch')]
+
+
+@pytest.mark.parametrize('way, flags, apex, about', HALVES, ids=[way for way, _, _, _ in HALVES])
 def test_half_precision_learns_as_float32_does(train, half_learnt, in_float32, way, flags, apex, about):
     half = train('--epochs=2', '--lr=1e-3', '--finetune=' + half_learnt, '--amp', *flags, apex=apex)
     assert re.search('Precision: ' + about, half.out), half.out + half.err
@@ -144,7 +129,7 @@ def test_apex_and_native_o2_agree(train, half_learnt):
     assert 'by PyTorch' in ours.out and 'by apex.amp' in theirs.out
     assert ours.losses() == pytest.approx(theirs.losses(), rel=2e-3)
     for part in ('model', 'model_ema'):
-        assert farthest(ours.weights(part), theirs.weights(part)) < 5e-3  # five steps' worth
+        assert farthest(ours.weights(part), theirs.weights(part)) < 5e-3  # AdamW may go either way by lr
 
 
 def test_eight_processes_train_as_one_of_eight_times_the_batch(emulator, tmp_path, image_folder):
@@ -241,7 +226,7 @@ WAYS = [('train_full_1p', 1, 'ascend', [], r"O2 float16 by apex.amp \(Ascend's\)
 
 
 @pytest.mark.parametrize('script, devices, apex, flags, about', WAYS, ids=lambda value: str(value)[:16])
-def test_the_scripts_on_npus(emulator, checkout, data, script, devices, apex, flags, about):  # noqa: F811
+def test_the_scripts_on_npus(emulator, checkout, data, script, devices, apex, flags, about):
     run = run_script(checkout, script, '--data_path=' + data, *ON_NPU + flags, **emulator(apex, FAKE_NPU_COUNT='8'))
     check_summary(checkout, script, run, batch_size=2 if devices == 8 else 4, devices=devices)
     assert re.search('Precision: ' + about, run.out), run.out
@@ -250,14 +235,14 @@ def test_the_scripts_on_npus(emulator, checkout, data, script, devices, apex, fl
     assert run.err.count('Warning') == 0, run.err
 
 
-def test_training_and_evaluation_agree_and_another_device_goes_on(emulator, checkout, data):  # noqa: F811
+def test_training_and_evaluation_agree_and_another_device_goes_on(emulator, checkout, data):
     """npu by apex, cpu, npu by PyTorch, npu in float32: each takes up the checkpoint of the one before."""
     flags = ['--data_path=' + data] + TINY + ['--save_ckpt_freq=1', '--model_ema']
     ways = [('npu', 'ascend', []), ('cpu', None, []), ('npu', None, []), ('npu', None, ['--no_amp'])]
     for epochs, (device, apex, more) in enumerate(ways, start=1):
         resume = ['--resume=./train_result'] if epochs > 1 else []
-        run = run_script(checkout, 'train_full_1p', *flags, '--device=' + device, '--epochs=%d' % epochs, *resume + more,
-                         **(emulator(apex) if device == 'npu' else {}))
+        run = run_script(checkout, 'train_full_1p', *flags, '--device=' + device, '--epochs=%d' % epochs,
+                         *resume + more, **(emulator(apex) if device == 'npu' else {}))
         accuracy = result(run)['accuracy']
         assert (epochs == 1) == ('is done' not in run.out), run.out
         assert 'Epoch: [%d]' % (epochs - 1) in run.out
@@ -313,17 +298,25 @@ def test_a_fused_attention_that_treats_the_bias_wrongly_is_not_used(train, fault
     run, cpu = train(*flags, FAKE_NPU_SDPA=fault), train(*flags, on='cpu')
     assert run.losses() == pytest.approx(cpu.losses(), abs=1e-5)
     said, = re.findall('Attention: (.*)', run.out)  # once
-    assert re.match(r'plain; fused attention is not used \(scaled_dot_product_attention: the output differs by [\d.]+ %; '
-                    r'npu_fusion_attention: the output differs by [\d.]+ %\)$', said)
+    differs = r'the output differs by [\d.]+ %'
+    assert re.match(r'plain; fused attention is not used \(scaled_dot_product_attention: %s; '
+                    r'npu_fusion_attention: %s\)$' % (differs, differs), said)
     asked_for = train(*flags, '--attention=fused', FAKE_NPU_SDPA=fault)
     assert asked_for.status == 2 and '--attention fused: scaled_dot_product_attention: the output' in asked_for.err
 
 
-def test_the_fault_would_change_the_model(train):
-    """What the probe is for: without it, the losses of a kernel that drops the bias are others."""
-    flags = ['--epochs=1', '--maxstep=20', '--disable_eval_during_finetuning']
-    with_bias, without = train(*flags, on='cpu'), train(*flags + ['--disable_rel_pos_bias'], on='cpu')
-    assert max(abs(one - other) for one, other in zip(with_bias.losses(), without.losses())) > 1e-4
+def test_without_the_probe_such_a_fault_would_pass_unseen(train, emulator, half_learnt, tmp_path):
+    """Why there is a probe: the run with a dropped bias ends well, and its losses are another model's."""
+    code = ('import sys, attention; attention.compare = lambda *arguments: None; '
+            'import run_class_finetuning; sys.exit(run_class_finetuning.run(sys.argv[1:]))')
+    flags = ['--epochs=1', '--maxstep=8', '--finetune=' + half_learnt, '--disable_eval_during_finetuning']
+    done = subprocess.run([sys.executable, '-c', code] + DIGITS + flags
+                          + ['--device=npu', '--log_dir=' + str(tmp_path)], cwd=ROOT, env=dict(
+                              os.environ, **emulator(FAKE_NPU_SDPA='drop_bias')),
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    assert done.returncode == 0, done.stdout
+    cpu = train(*flags, on='cpu')
+    assert max(abs(one - other) for one, other in zip(scalars(str(tmp_path))['loss/loss'], cpu.losses())) > 1e-3
 
 
 @pytest.mark.parametrize('precision', [[], ['--amp'], ['--amp', '--opt-level=O1']])
@@ -358,8 +351,8 @@ def test_compile_mode_reaches_the_device(emulator):
             'program.run(sys.argv[1:])')
     for soc, mode, expected in (('910A', 'auto', True), ('910A', 'off', False), ('910B', 'auto', False),
                                 ('910B', 'on', True)):
-        done = subprocess.run([sys.executable, '-c', code] + DIGITS + ['--device=npu', '--jit_compile=' + mode], cwd=ROOT,
-                              env=dict(os.environ, **emulator(FAKE_NPU_SOC=soc)), stdout=subprocess.PIPE,
+        done = subprocess.run([sys.executable, '-c', code] + DIGITS + ['--device=npu', '--jit_compile=' + mode],
+                              cwd=ROOT, env=dict(os.environ, **emulator(FAKE_NPU_SOC=soc)), stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, universal_newlines=True)
         assert done.stderr.strip().endswith('mode %s' % expected), done.stderr
 
@@ -401,7 +394,7 @@ def test_the_fused_optimizer_of_torch_npu_is_not_used_under_apex(train):
 
 
 @pytest.mark.parametrize('package', ['ascend-toolkit', 'nnae'])
-def test_the_scripts_set_cann_up(emulator, checkout, data, tmp_path, package):  # noqa: F811
+def test_the_scripts_set_cann_up(emulator, checkout, data, tmp_path, package):
     """Before it is set up torch_npu can't be imported; --device is left to find the NPU."""
     info = fake_cann(tmp_path, package)
     with open(os.path.join(os.path.dirname(info), 'opt', 'my Ascend', package, 'set_env.sh'), 'a') as file:
