@@ -569,7 +569,7 @@ def source_env_npu(**env):
     return done.returncode, dict(entry.partition('=')[::2] for entry in done.stdout.split('\0')), done.stderr
 
 
-@pytest.mark.parametrize('package', ['ascend-toolkit', 'nnae'])
+@pytest.mark.parametrize('package', ['ascend-toolkit', 'nnae', 'cann'])
 def test_env_npu_finds_cann_where_its_installer_says(tmp_path, package):
     status, env, errors = source_env_npu(ASCEND_INSTALL_INFO=fake_cann(tmp_path, package))
     assert (status, errors) == (0, '')
@@ -598,8 +598,39 @@ def test_env_npu_leaves_what_is_set(tmp_path):
     assert 'FAKE_CANN' not in env
 
 
-@pytest.mark.skipif(os.path.isdir('/usr/local/Ascend'), reason='CANN is installed here')
+@pytest.mark.parametrize('package', ['ascend-toolkit', 'nnae', 'cann'])
+def test_env_npu_finds_cann_in_its_usual_place(tmp_path, package):
+    fake_cann(tmp_path, package)
+    status, env, errors = source_env_npu(ASCEND_INSTALL_INFO='/nowhere',
+                                         ASCEND_FOLDER=str(tmp_path / 'opt' / 'my Ascend'))
+    assert (status, errors, env['FAKE_CANN']) == (0, '', package)
+
+
 def test_env_npu_without_cann_warns_in_one_line(tmp_path):
-    status, env, errors = source_env_npu(ASCEND_INSTALL_INFO=str(tmp_path / 'none'))
+    status, env, errors = source_env_npu(ASCEND_INSTALL_INFO=str(tmp_path / 'none'), ASCEND_FOLDER=str(tmp_path))
     assert status == 0 and 'HCCL_CONNECT_TIMEOUT' in env
     assert len(errors.splitlines()) == 1 and 'found no CANN' in errors and 'set_env.sh' in errors
+
+
+def test_env_npu_keeps_compiled_operators(tmp_path):
+    info = fake_cann(tmp_path, 'cann')
+    env = source_env_npu(ASCEND_INSTALL_INFO=info, XDG_CACHE_HOME=str(tmp_path / 'cache'))[1]
+    assert env['ACL_OP_COMPILER_CACHE_MODE'] == 'enable' and os.path.isdir(env['ACL_OP_COMPILER_CACHE_DIR'])
+    assert env['ACL_OP_COMPILER_CACHE_DIR'].startswith(str(tmp_path / 'cache'))
+    (tmp_path / 'file').write_text('')
+    status, env, _ = source_env_npu(ASCEND_INSTALL_INFO=info, XDG_CACHE_HOME=str(tmp_path / 'file'))
+    assert status == 0 and 'ACL_OP_COMPILER_CACHE_DIR' not in env
+
+
+@pytest.mark.parametrize('there', [False, True])
+def test_env_npu_with_and_without_msnpureport(tmp_path, there):
+    """Without it nothing is said; one that fails, or that needs rights which a user lacks, stops nothing."""
+    folder = tmp_path / 'bin'
+    folder.mkdir()
+    for name in ('bash', 'sed', 'tail', 'env', 'mkdir'):
+        os.symlink(shutil.which(name), str(folder / name))
+    if there:
+        (folder / 'msnpureport').write_text('#!/bin/sh\necho permission denied >&2\nexit 1\n')
+        (folder / 'msnpureport').chmod(0o755)
+    status, env, errors = source_env_npu(ASCEND_INSTALL_INFO=fake_cann(tmp_path, 'cann'), PATH=str(folder))
+    assert (status, errors, env['FAKE_CANN']) == (0, '', 'cann')
