@@ -17,8 +17,8 @@ if [ -z "${ASCEND_HOME_PATH:-}" ]; then
         fi
     done
     [ -n "${ASCEND_HOME_PATH:-}${ASCEND_TOOLKIT_HOME:-}" ] \
-        || echo "env_npu.sh: found no CANN (looked in $_install_info and ${ASCEND_FOLDER:-/usr/local/Ascend}); if torch_npu cannot be" \
-            "imported, run: source <CANN's folder>/set_env.sh" >&2
+        || echo "env_npu.sh: found no CANN (looked in $_install_info and ${ASCEND_FOLDER:-/usr/local/Ascend}); if" \
+            "torch_npu cannot be imported, run: source <CANN's folder>/set_env.sh" >&2
 fi
 unset _install_info _cann _script
 
