@@ -1,8 +1,9 @@
 """Which attention a model computes: a fused kernel where it has been proven on this device, else the plain one.
 
 A kernel is proven by computing this model's own attention both ways, in the run's dtype: the output, with and without
-gradients, and the gradients of query, key, value and bias table. Some versions of torch_npu drop an additive bias
-without a word (github.com/huggingface/transformers/issues/48843); a model trained there would be another model.
+gradients, and the gradients of query, key, value and bias table. On NPUs an additive bias has got lost without a word
+(github.com/huggingface/transformers/pull/48843), and kernels differ in what they add it to; a model trained so would be
+another model.
 """
 
 import torch

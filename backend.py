@@ -231,7 +231,7 @@ def fused_attentions(device):
     """Fused kernels to try on a device, best first: {name: function of (q, k, v, bias, scale)}.
 
     q, k, v are (B, heads, N, head_dim), bias (1, heads, N, N) or None; softmax(scale * q @ k.T + bias) @ v comes out.
-    Some versions of torch_npu drop the bias in `scaled_dot_product_attention`, so nobody uses these unproven.
+    Kernels differ in what they do with the bias, some lose it: `attention` proves one before it is used.
     """
     found = {}
     if hasattr(F, 'scaled_dot_product_attention'):

@@ -92,6 +92,19 @@ def evaluate_all(args, loader, model, ema, device, dtype, throughput=None):
     return stats, ema_stats
 
 
+def resume(args, model, optimizer, scaler, ema, device):
+    """(checkpoint that was taken up or '', first epoch to train, dict of best accuracies), alike on every process."""
+    source = checkpoint.source_to_resume(args.resume, args.auto_resume, args.output_dir)
+    start_epoch, best = args.start_epoch, {}
+    if source:
+        start_epoch, best = checkpoint.resume_training(source, model, optimizer, scaler, ema)
+    if not utils.same_on_all(start_epoch, device):
+        raise UserError('--%s: the processes did not find the same checkpoint (this one %s); every machine needs the '
+                        'same files there' % ('resume ' + args.resume if args.resume else 'output_dir '
+                                              + args.output_dir, source or 'none'))
+    return source, start_epoch, best
+
+
 def print_result(throughput, accuracy, loss):
     """The line that the scripts in test/ read. A figure that there is none of is n/a."""
     utils.say('Result: images_per_second %.2f step_milliseconds %.3f accuracy %s loss %s' % (
@@ -124,10 +137,8 @@ def main(args):
     if args.eval:
         evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
         return
-    source = checkpoint.source_to_resume(args.resume, args.auto_resume, args.output_dir)
     utils.seed_everything(args.seed + utils.rank())  # each process its own dropout
-    start_epoch, best = checkpoint.resume_training(source, model, optimizer, scaler, ema) if source \
-        else (args.start_epoch, {})
+    source, start_epoch, best = resume(args, model, optimizer, scaler, ema, device)
     goes_on = start_epoch > 0 and checkpoint.lies_in(source, args.output_dir)
     utils.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
     if utils.world_size() > 1:

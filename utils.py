@@ -325,6 +325,16 @@ def any_process(flag, device):
     return votes.item() > 0
 
 
+def same_on_all(number, device):
+    """Whether every process has the same whole number."""
+    if world_size() == 1:
+        return True
+    mine = torch.tensor([number], dtype=torch.int64, device=device)
+    all_of_them = [torch.zeros_like(mine) for _ in range(world_size())]
+    dist.all_gather(all_of_them, mine)
+    return len({each.item() for each in all_of_them}) == 1
+
+
 def sum_over_processes(counts, total, device):
     """Add up whole numbers, exactly, and a float over all processes; no float64, which HCCL can't reduce.
 

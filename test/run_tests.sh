@@ -9,11 +9,13 @@
 # PYTHON=/path/to/python chooses the Python; PYTHON38= the one for --stack, where it isn't found by itself.
 #
 # A test that can't run on this machine is skipped, and says so. MUST_RUN names the needs whose tests must run, or fail:
-#   compiler   g++, to build the NPU emulator       openssl    to make a certificate
+#   compiler   g++, to build the NPU emulator       emulator   a PyTorch that it works with, 2.6 or newer
+#   openssl    to make a certificate
 #   stacks     the virtual environments of --stack=1.5 and --stack=1.8, whose files the current PyTorch reads and they
 #              its own (STACKS=/path/to/python:/path/to/python names others)
 #   registry   the package registry, for the published torch_npu
 #   MUST_RUN="compiler openssl stacks" bash test/run_tests.sh
+# The tests run on up to four cores at once; -n 0 runs them one after the other.
 # With --stack the tests across the three stacks are left out: the current PyTorch's run holds them for all.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 tool=pytest
@@ -31,4 +33,9 @@ if ! "$PYTHON" -c "import $tool" 2>/dev/null; then
     install "$ROOT/test/requirements.txt" || die "pip could not install test/requirements.txt; see $VENV/install.log"
 fi
 if [ $tool = ruff ]; then exec "$PYTHON" -m ruff check .; fi
-exec "$PYTHON" -m pytest test -q -rs ${left_out[@]+"${left_out[@]}"} "$@"  # -rs: a test that was skipped says why
+# The files of tests are shared out among the cores; their models are so small that threads would only be in the way.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+workers=()
+if [ "$cores" -gt 1 ] && has_module xdist; then workers=(-n "$((cores < 4 ? cores : 4))" --dist loadfile); fi
+exec "$PYTHON" -m pytest test -q -rs ${workers[@]+"${workers[@]}"} ${left_out[@]+"${left_out[@]}"} "$@"  # -rs: a test that was skipped says why

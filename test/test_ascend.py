@@ -8,13 +8,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 import checkpoint
 from conftest import EMULATOR, ROOT, run_program
-from test_scripts import TINY, check_summary, copy_checkout, fails, fake_cann, output, result, run_script, text
+from test_scripts import TINY, all_end, check_summary, copy_checkout, fails, fake_cann, output, result, run_script, text
 from test_training import lines_of, scalars
 
 DIGITS = ['--data_path=demo', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--aa=none',
@@ -200,6 +201,22 @@ def test_an_overflow_is_skipped_counted_and_logged(emulator, tmp_path, soc, scal
     assert max(value.abs().max() for value in state['model'].values() if value.is_floating_point()) < 10
     steps = {values['step'] for values in state['optimizer']['state'].values()}
     assert steps == {6}  # of eight
+
+
+def test_an_overflow_on_one_of_two_processes_is_skipped_by_both(emulator, tmp_path):
+    """On a 910A the averaged gradients are finite, and the flag is raised on the second process alone."""
+    program, out = tmp_path / 'program.py', str(tmp_path / 'out')
+    program.write_text('import os\nimport sys\nsys.path.insert(0, %r)\n' % ROOT + OVERFLOW.replace(
+        'if len(calls) in (3, 6)', "if len(calls) in (3, 6) and os.environ['RANK'] == '1'"))
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(program)] + DIGITS + [
+            '--device=npu', FUSED, '--amp', '--loss_scale=65504', '--epochs=1', '--maxstep=8', '--batch_size=8',
+            '--output_dir=' + out], cwd=ROOT, env=dict(os.environ, **emulator(FAKE_NPU_SOC='910A', FAKE_NPU_COUNT='2')),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=200)
+    assert done.returncode == 0, done.stdout
+    assert re.findall(r'Update step (\d) skipped', done.stdout) == ['2', '5'], done.stdout
+    steps = {values['step'] for values in checkpoint.read(out + '/checkpoint-0.pth')['optimizer']['state'].values()}
+    assert steps == {6}
 
 
 def test_a_scale_that_always_overflows_ends_in_one_line(train):
@@ -410,3 +427,17 @@ def test_the_scripts_set_cann_up(emulator, checkout, data, tmp_path, package):
     fails(without, '--device npu', 'CANN is not set up')
     assert 'found no CANN' in without.err
     assert 'Final result' not in text(output(checkout, 'train_0_perf.log'))
+
+
+@pytest.mark.parametrize('flags, env, expected', [
+    ([], {'FAKE_NPU_CANN': 'missing'}, 'CANN is not set up'),  # found before the processes start
+    ([], {'FAKE_NPU_CANN': '7.0'}, 'cannot be started'),  # found by each of them
+    (['--amp', '--amp_dtype=bfloat16'], {'FAKE_NPU_SOC': '910A'}, '--amp_dtype bfloat16'),
+    (['--nproc_per_node=3'], {}, 'there are 2; lower --nproc_per_node')])
+def test_what_goes_wrong_on_every_process_is_one_line_too(emulator, checkout, data, flags, env, expected):
+    started = time.time()
+    run = run_script(checkout, 'train_full_8p', '--data_path=' + data, *ON_NPU, '--nproc_per_node=2', *flags,
+                     MARK=checkout, **emulator(FAKE_NPU_COUNT='2', **env))
+    fails(run, expected)
+    assert time.time() - started < 60
+    assert all_end(checkout)

@@ -95,6 +95,22 @@ def test_performance_of_two_nodes(tmp_path, image_folder):
     assert os.listdir(output(machines[1])) == ['train_0_perf_node1.log']
 
 
+def test_machines_that_do_not_see_the_same_checkpoints(tmp_path, image_folder):
+    """Without a shared folder only node 0 has them; going on there and starting anew elsewhere would end in a hang."""
+    machines = [copy_checkout(str(tmp_path / name)) for name in ('machine0', 'machine1')]
+    flags = TINY + ['--data_path=' + image_folder(), '--epochs=2', '--maxstep=4', '--save_ckpt_freq=1', '--auto_resume']
+    result(run_script(machines[0], 'train_full_1p', *flags, '--batch_size=8'))
+    port = free_port()
+    runs = ends([start_script(machine, 'train_full_8p', *flags, '--nnodes=2', '--nproc_per_node=1',
+                              '--node_rank=%d' % node, '--master_addr=127.0.0.1', '--master_port=%d' % port)
+                 for node, machine in enumerate(machines)])
+    assert [run.status for run in runs] in ([2, 2], [2, 1], [1, 2]), runs
+    told = [line for run in runs for line in (run.out + run.err).splitlines() if 'error: ' in line]
+    assert any('the processes did not find the same checkpoint' in line and 'every machine needs the same files' in line
+               for line in told), runs
+    assert 'Traceback' not in ''.join(run.out + run.err for run in runs)
+
+
 def test_pytorch_s_own_launcher(image_folder, tmp_path):
     """Under torchrun, whose c10d rendezvous gives the ranks; before PyTorch 1.10, under torch.distributed.launch."""
     port = free_port()

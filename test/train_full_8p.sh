@@ -17,6 +17,7 @@
 #   --nb_classes=N         checked against the folders
 #   --device=NAME          auto (npu, cuda, cpu: the first present), npu, cuda or cpu
 # Every other flag goes to run_class_finetuning.py. PYTHON=/path/to/python chooses the Python.
+# DIST_WAIT_SECONDS=N is how long machines and processes wait for one another at the start (300).
 # Log: test/output/0/train_0.log; figures for tools: test/output/0/<model>_bs<N>_<devices>p_acc.log
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 launch full 8 "$@"
