@@ -1,5 +1,6 @@
 """What the tests share: the recorded figures, small data sets made on the spot, and the program as a subprocess."""
 
+import collections
 import json
 import os
 import shutil
@@ -32,6 +33,14 @@ def cannot_run(need, reason):
     if need in os.environ.get('MUST_RUN', '').split():
         pytest.fail('%s, and MUST_RUN names %s' % (reason, need))
     pytest.skip('NOT RUN: ' + reason)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line for each reason that tests were skipped for, with their number."""
+    reasons = collections.Counter(report.longrepr[2] for report in terminalreporter.stats.get('skipped', ()))
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line('%d test%s skipped: %s' % (count, 's' if count > 1 else '',
+                                                               reason.replace('Skipped: ', '')), yellow=True, bold=True)
 
 
 @pytest.fixture

@@ -38,4 +38,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 workers=()
 if [ "$cores" -gt 1 ] && has_module xdist; then workers=(-n "$((cores < 4 ? cores : 4))" --dist loadfile); fi
-exec "$PYTHON" -m pytest test -q -rs ${workers[@]+"${workers[@]}"} ${left_out[@]+"${left_out[@]}"} "$@"  # -rs: a test that was skipped says why
+exec "$PYTHON" -m pytest test -q ${workers[@]+"${workers[@]}"} ${left_out[@]+"${left_out[@]}"} "$@"

@@ -147,7 +147,7 @@ def test_registered_with_timm():
 
 @pytest.mark.parametrize('name', ('beit_base_patch16_224', 'beit_large_patch16_224'))
 def test_logits_and_gradients_are_timms(name):
-    theirs_module = pytest.importorskip('timm.models.beit', reason='SKIPPED: this timm is too old to have a BEiT')
+    theirs_module = pytest.importorskip('timm.models.beit', reason='NOT RUN: this timm is too old to have a BEiT')
     torch.manual_seed(0)
     theirs = getattr(theirs_module, name)(num_classes=10, init_values=0.1, drop_path_rate=0.)
     ours = getattr(modeling_finetune, name)(num_classes=10, init_values=0.1, use_abs_pos_emb=False,

@@ -15,8 +15,8 @@ from test_training import CPU, Batches, toy, trajectory_run
 
 HAS_AUTOCAST = hasattr(torch, 'autocast')
 HAS_HALF_CPU = backend._half_precision_problem(CPU, torch.bfloat16) is None
-needs_autocast = pytest.mark.skipif(not HAS_AUTOCAST, reason='SKIPPED: this PyTorch has no autocast on a CPU')
-needs_half = pytest.mark.skipif(not HAS_HALF_CPU, reason='SKIPPED: this PyTorch has no bfloat16 training on a CPU')
+needs_autocast = pytest.mark.skipif(not HAS_AUTOCAST, reason='NOT RUN: this PyTorch has no autocast on a CPU')
+needs_half = pytest.mark.skipif(not HAS_HALF_CPU, reason='NOT RUN: this PyTorch has no bfloat16 training on a CPU')
 
 
 @pytest.mark.parametrize('level', [pytest.param('O1', marks=needs_autocast), pytest.param('O2', marks=needs_half)])
