@@ -16,6 +16,8 @@ from errors import UserError
 # How far a result may be from the plain one, as a share of its norm: rounding, with room; a lost bias is far beyond.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
+LARGEST = 2 ** 26  # scores that plain attention may hold for the comparison: 256 MiB in float32, and a few times that
+
 
 def choose_attention(model, device, mode='auto', dtype=None, batch_size=2):
     """Put a fused attention into the model's blocks, or leave the plain one there.
@@ -33,13 +35,18 @@ def choose_attention(model, device, mode='auto', dtype=None, batch_size=2):
     """
     if mode == 'plain' or (mode == 'auto' and device.type == 'cpu'):
         return 'plain'
+    drop = model.blocks[0].attn.attn_drop.p
+    if mode == 'fused' and drop > 0:
+        raise UserError('--attention fused: with --attn_drop_rate %g training takes plain attention; leave one of them '
+                        'out' % drop)
     reasons = []
     for name, kernel in backend.fused_attentions(device).items():
         problem = compare(kernel, model, device, dtype or torch.float32, batch_size)
         if not utils.any_process(problem is not None, device):
             for block in model.blocks:
                 block.attn.fused = kernel
-            return 'fused, %s (agrees with plain attention here, gradients too)' % name
+            return 'fused, %s (agrees with plain attention here, gradients too)%s' % (
+                name, '; plain in training, for --attn_drop_rate' if drop > 0 else '')
         reasons.append('%s: %s' % (name, problem or 'it failed on another process'))
     about = '; '.join(reasons) or 'this PyTorch has no fused attention'
     if mode == 'fused':
@@ -56,7 +63,9 @@ def compare(kernel, model, device, dtype, batch_size):
     block = model.blocks[0].attn
     positions = block if block.has_relative_position else model.rel_pos_bias  # or None: no bias is added
     heads = block.num_heads
-    shape = (batch_size, heads, model.patch_embed.num_patches + 1, model.embed_dim // heads)
+    tokens = model.patch_embed.num_patches + 1
+    batch_size = max(1, min(batch_size, LARGEST // (heads * tokens ** 2)))
+    shape = (batch_size, heads, tokens, model.embed_dim // heads)
     inputs = {name: torch.randn(shape, generator=generator) for name in ('query', 'key', 'value')}
     wanted = torch.randn(shape, generator=generator).to(device)  # makes each output count differently in the gradients
     if positions is not None:
@@ -77,7 +86,9 @@ def compare(kernel, model, device, dtype, batch_size):
         return results
 
     try:
-        found, expected = run(kernel, dtype), run(modeling_finetune.plain_attention, torch.float32)
+        found = run(kernel, dtype)
+        backend.synchronize(device)  # an NPU refuses an operator when it comes to it
+        expected = run(modeling_finetune.plain_attention, torch.float32)
     except (RuntimeError, TypeError, ValueError) as error:  # this kernel does not take these shapes, or this dtype
         return 'fails (%s)' % (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
     for name, value in expected.items():

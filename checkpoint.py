@@ -395,7 +395,7 @@ def training_state(args, epoch, model, optimizer, scaler, ema=None, accuracy=Non
     """
     content = {
         'model': _to_cpu(scaler.full_precision_state(model)),
-        'optimizer': _plain_steps(optimizer.state_dict()),
+        'optimizer': _portable(optimizer.state_dict()),
         'epoch': int(epoch),
         'scaler': scaler.state_dict(),
         'args': dict(vars(args)),
@@ -413,9 +413,14 @@ def _to_cpu(state):
         for name, value in state.items())
 
 
-def _plain_steps(state):
-    """Optimizer state with `step` as a number: some versions keep a tensor there, which others can't read."""
-    state['state'] = {key: dict(values, step=float(values['step'])) if torch.is_tensor(values.get('step')) else values
+def _portable(state):
+    """Optimizer state that any machine and version reads: tensors on the CPU, `step` as a number."""
+    def portable(name, value):
+        if not torch.is_tensor(value):
+            return value
+        return float(value) if name == 'step' else value.detach().to('cpu')
+
+    state['state'] = {key: {name: portable(name, value) for name, value in values.items()}
                       for key, values in state['state'].items()}
     return state
 

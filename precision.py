@@ -105,8 +105,9 @@ class StepScaler:
     def load_state_dict(self, state):
         """Take over the counters, and the scale where it's dynamic. Other programs' scaler states are left alone."""
         self.skipped = state.get('skipped', 0)
-        if self.dynamic and 'good_updates' in state:
-            self.scale, self.good_updates = state['scale'], state['good_updates']
+        if 'good_updates' in state:
+            self.good_updates = state['good_updates']
+            self.scale = state['scale'] if self.dynamic else self.scale
 
 
 class MasterWeightScaler(StepScaler):
@@ -172,7 +173,8 @@ class ApexScaler(MasterWeightScaler):
         return grad_norm
 
     def _clip(self, optimizer, parameters, clip_grad):
-        if clip_grad and hasattr(optimizer, 'clip_optimizer_grad_norm_fused'):
+        touched = self.pairs or self.dynamic or self.scale != 1.  # else apex has combined nothing
+        if clip_grad and touched and hasattr(optimizer, 'clip_optimizer_grad_norm_fused'):
             return float(optimizer.clip_optimizer_grad_norm_fused(clip_grad))
         return super()._clip(optimizer, [p for p in parameters if p.grad is not None], clip_grad)
 
@@ -241,6 +243,7 @@ def initialize_amp(model, optimizer, device, dtype=None, opt_level='O2', loss_sc
         if 'combine_grad' in inspect.signature(amp.initialize).parameters:
             options['combine_grad'] = True
         model, optimizer = amp.initialize(model, optimizer, **options)
+        optimizer.zero_grad()  # apex puts the masters into the optimizer with this call, not before
         after = [p for group in optimizer.param_groups for p in group['params']]
         return model, ApexScaler(amp, [pair for pair in zip(before, after) if pair[0] is not pair[1]], **scaling)
     if opt_level == 'O1' and not backend.has_autocast(device.type, dtype):

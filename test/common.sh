@@ -273,8 +273,8 @@ sys.stderr.write(backend.npu_passed_over("auto", device))') || exit 2
     fi
 
     started=$SECONDS
-    run_python 2>&1 | tee -i ${tee_option[@]+"${tee_option[@]}"} "$LOG"
-    status=${PIPESTATUS[0]}
+    run_logged ${tee_option[@]+"${tee_option[@]}"}
+    status=$?
     if [ "$status" -ne 0 ]; then
         echo "$(basename "$0"): failed with exit status $status; the log is $LOG" >&2
         exit "$status"
@@ -325,13 +325,31 @@ set_preset() {
     ARGUMENTS+=(${FLAGS[@]+"${FLAGS[@]}"})
 }
 
+# run_logged [TEE_OPTION…]: the run and its log, in the background: so bash hears a signal meanwhile, and passes it on.
+run_logged() {
+    local run signalled status
+    set -m  # a group of its own, in which SIGINT works
+    run_python </dev/null 2>&1 | tee -i "$@" "$LOG" &
+    set +m
+    run=$(jobs -p %%)
+    trap 'signalled=yes; kill -INT -- "-$run" 2>/dev/null' INT
+    trap 'signalled=yes; kill -TERM "$run" 2>/dev/null' TERM HUP  # it ends its processes; tee has to write to the end
+    while :; do
+        signalled=
+        wait %%
+        status=$?
+        [ -n "$signalled" ] || break
+    done
+    trap - INT TERM HUP
+    return $status
+}
+
 run_python() {
     if [ "$RANK_SIZE" = 1 ]; then
-        "$PYTHON" -u run_class_finetuning.py "${ARGUMENTS[@]}"
-        return
+        exec "$PYTHON" -u run_class_finetuning.py "${ARGUMENTS[@]}"
     fi
     local where=("--nproc_per_node=$nproc_per_node" "--nnodes=$nnodes" "--node_rank=$node_rank")
     [ -z "$master_addr" ] || where+=("--master_addr=$master_addr")
     [ -z "$master_port" ] || where+=("--master_port=$master_port")
-    "$PYTHON" -u test/launch.py "${where[@]}" -- "${ARGUMENTS[@]}"
+    exec "$PYTHON" -u test/launch.py "${where[@]}" -- "${ARGUMENTS[@]}"
 }

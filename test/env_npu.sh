@@ -1,11 +1,13 @@
 # Sourced by the scripts where the device is an NPU, and by hand before calling Python there: source test/env_npu.sh
 # Finds CANN and runs its own environment script, then sets what suits this program. Values set before stay.
 
+[ -n "${BASH_VERSION:-}" ] || { echo "env_npu.sh: this shell is not bash; run bash, and source it there" >&2; return 2; }
 _install_info=${ASCEND_INSTALL_INFO:-/etc/Ascend/ascend_cann_install.info}
 _cann=
-if [ -z "${ASCEND_HOME_PATH:-}" ]; then
+_unset_variables=${-//[^u]/}  # whether the caller wants an error for them; CANN's script doesn't
+if [ ! -d "${ASCEND_HOME_PATH:-}" ]; then
     if [ -r "$_install_info" ]; then
-        _cann=$(sed -n 's/^Install_Path=//p' "$_install_info" | tail -n 1)
+        _cann=$(sed -n 's/^Install_Path=//p' "$_install_info" | tail -n 1 | tr -d '\r')
     fi
     # Install_Path is Ascend's folder or, for some packages, the toolkit's own. Newer CANN has a folder called cann.
     for _script in "$_cann"/{ascend-toolkit,nnae,cann}/set_env.sh "$_cann/set_env.sh" \
@@ -13,14 +15,15 @@ if [ -z "${ASCEND_HOME_PATH:-}" ]; then
         case $_cann$_script in /ascend-toolkit/*|/nnae/*|/cann/*|/set_env.sh) continue ;; esac  # no Install_Path
         if [ -r "$_script" ]; then
             # shellcheck source=/dev/null
-            { set +u; source "$_script"; } && break
+            set +u; source "$_script"; [ -z "$_unset_variables" ] || set -u
+            break
         fi
     done
-    [ -n "${ASCEND_HOME_PATH:-}${ASCEND_TOOLKIT_HOME:-}" ] \
+    [ -d "${ASCEND_HOME_PATH:-${ASCEND_TOOLKIT_HOME:-}}" ] \
         || echo "env_npu.sh: found no CANN (looked in $_install_info and ${ASCEND_FOLDER:-/usr/local/Ascend}); if" \
             "torch_npu cannot be imported, run: source <CANN's folder>/set_env.sh" >&2
 fi
-unset _install_info _cann _script
+unset _install_info _cann _script _unset_variables
 
 export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-600}        # seconds to wait for the other processes (120-7200)
 export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-1}                # the host queues operators ahead of the device

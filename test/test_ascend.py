@@ -283,6 +283,38 @@ def test_a_run_that_changes_devices_computes_what_an_unbroken_one_does(train):
     assert farthest(third.weights(), unbroken.weights()) < 1e-4
 
 
+RESUMED = {
+    'float32': (['--drop_path=0.2', '--drop=0.1'], None, 0),
+    'O2': (['--amp', '--drop_path=0.2', '--drop=0.1'], None, 1e-6),
+    'apex O2': (['--amp', '--drop_path=0.2', '--drop=0.1'], 'ascend', 1e-6),
+    'apex O2 dynamic': (['--amp', '--loss_scale=dynamic'], 'ascend', 1e-6),
+    'apex O1': (['--amp', '--opt-level=O1'], 'ascend', 1e-6)}
+
+
+@pytest.mark.parametrize('way', sorted(RESUMED))
+def test_a_run_resumed_on_npus_computes_what_an_unbroken_one_does(train, half_learnt, way):
+    """The masters, the moments, the scale and the device's random numbers come back."""
+    more, apex, tolerance = RESUMED[way]
+    flags = ['--epochs=2', '--batch_size=128', '--save_ckpt_freq=1', '--lr=1e-3', FUSED] + more
+    unbroken = train(*flags, '--finetune=' + half_learnt, apex=apex)
+    first = train(*flags, '--finetune=' + half_learnt, '--maxstep=11', apex=apex)
+    second = train(*flags, '--resume=' + first.folder, apex=apex)
+    assert len(first.losses()) == len(second.losses()) == 11
+    assert first.losses() + second.losses() == pytest.approx(unbroken.losses(), abs=tolerance or 1e-7)
+    assert farthest(second.weights(), unbroken.weights()) <= (tolerance or 1e-7)
+    assert second.weights('scaler') == unbroken.weights('scaler')
+    weight = first.weights()['blocks.0.mlp.fc1.weight']
+    assert (weight.half().float() != weight).float().mean() > 0.9  # a master, not what float16 made of it
+
+
+def test_a_checkpoint_of_an_npu_is_read_where_there_is_none(train):
+    """By PyTorch alone, as README.md says, in this process, which has no torch_npu."""
+    run = train('--amp', FUSED, '--epochs=1', '--maxstep=2')
+    assert run.status == 0 and not hasattr(torch, 'npu')
+    content = torch.load(run.folder + '/checkpoint-best.pth', weights_only=True)
+    assert {value.device.type for value in content['model'].values()} == {'cpu'}
+
+
 def test_a_checkpoint_of_an_npu_goes_on_with_cuda(train):
     if not torch.cuda.is_available():
         pytest.skip('NOT RUN: no CUDA GPU to resume an NPU checkpoint on')
@@ -374,6 +406,12 @@ def test_compile_mode_reaches_the_device(emulator):
         assert done.stderr.strip().endswith('mode %s' % expected), done.stderr
 
 
+def test_the_seed_reaches_the_device(emulator):
+    code = 'import backend, utils, torch; backend.select_device("npu"); utils.seed_everything(7); ' \
+           'print(torch.npu.initial_seed())'
+    assert subprocess.check_output([sys.executable, '-c', code], cwd=ROOT, env=dict(os.environ, **emulator())) == b'7\n'
+
+
 def test_compile_mode_is_for_npus(train):
     one_line(train('--jit_compile=on', on='cpu'), '--jit_compile on', 'only NPUs have it', 'leave the flag out')
 
@@ -403,11 +441,48 @@ def test_auto_says_why_it_passes_an_npu_over(train):
     assert run.status == 0 and 'Not using an NPU: torch_npu is installed but CANN is not set up' in run.out
 
 
-def test_the_fused_optimizer_of_torch_npu_is_not_used_under_apex(train):
-    """It would never see the gradients that apex hands over; apex has one of its own."""
-    run = train('--amp', FUSED, '--epochs=1', '--maxstep=4', apex='ascend')
-    assert run.status == 0, run.err
+def test_each_way_gets_the_fused_optimizer_that_works_with_it(train, emulator):
+    """torch_npu's would never see the gradients that apex hands over; apex's works under apex only."""
+    code = ('import sys, run_class_finetuning as program; build = program.build_optimizer\n'
+            'program.build_optimizer = lambda *a: sys.exit("class %s" % type(build(*a)).__module__)\n'
+            'program.run(sys.argv[1:])')
+    for apex, flags, module in (('ascend', ['--amp'], 'apex.optimizers'), ('ascend', [], 'torch_npu.optim'),
+                                ('nvidia', ['--amp'], 'torch_npu.optim')):
+        done = subprocess.run([sys.executable, '-c', code] + DIGITS + ['--device=npu', FUSED] + flags, cwd=ROOT,
+                              env=dict(os.environ, **emulator(apex)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True)
+        assert done.stderr.strip().endswith('class ' + module), done.stderr
     one_line(train('--amp', '--opt=fusedadam', apex='ascend'), '--opt fusedadam', 'NVIDIA')
+    one_line(train('--amp', '--opt=lookahead_npufusedadamw', apex='ascend'), '--opt lookahead_npufusedadamw',
+             'use --opt npufusedadamw')
+
+
+def test_apex_o1_with_a_scale_of_1_clips(train):
+    """There apex unscales and combines nothing, so its own clipping has nothing to work on."""
+    run = train('--amp', '--opt-level=O1', '--loss_scale=1', '--clip_grad=1', FUSED, '--epochs=1', '--maxstep=3',
+                apex='ascend')
+    assert run.status == 0, run.err
+
+
+def test_a_probe_that_fails_on_one_process_leaves_fused_attention_to_none(emulator, tmp_path):
+    program = tmp_path / 'program.py'
+    program.write_text(
+        "import os, sys\nsys.path.insert(0, %r)\nif os.environ['RANK'] == '1':\n"
+        "    os.environ['FAKE_NPU_SDPA'] = 'drop_bias'\n"
+        "import run_class_finetuning\nsys.exit(run_class_finetuning.run(sys.argv[1:]))\n" % ROOT)
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(program)] + DIGITS + [
+            '--device=npu', '--epochs=1', '--maxstep=1'], cwd=ROOT, timeout=200, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, universal_newlines=True, env=dict(os.environ, **emulator(FAKE_NPU_COUNT='2')))
+    assert done.returncode == 0, done.stdout
+    assert 'Attention: plain; fused attention is not used (scaled_dot_product_attention: it failed on another process' \
+        in done.stdout
+
+
+def test_attention_dropout_and_fused_attention(train):
+    one_line(train('--attention=fused', '--attn_drop_rate=0.1'), '--attention fused', '--attn_drop_rate 0.1')
+    run = train('--attn_drop_rate=0.1', '--epochs=1', '--maxstep=1')
+    assert 'plain in training, for --attn_drop_rate' in run.out
 
 
 @pytest.mark.parametrize('package', ['ascend-toolkit', 'nnae'])

@@ -546,12 +546,34 @@ def test_one_process_that_is_killed_ends_the_run(checkout, data, tmp_path):
     assert all_end(str(tmp_path))
 
 
+@has_proc
+@pytest.mark.parametrize('script, number, status', [('train_performance_1p', signal.SIGTERM, 143),
+                                                    ('train_performance_8p', signal.SIGTERM, 143),
+                                                    ('train_performance_1p', signal.SIGHUP, 143),
+                                                    ('train_performance_8p', signal.SIGINT, 130)])
+def test_a_script_that_is_stopped_stops_its_processes(checkout, data, tmp_path, script, number, status):
+    flags = TINY + (['--nproc_per_node=2'] if '8p' in script else [])
+    run = start_script(checkout, script, '--data_path=' + data, *flags, '--epochs=100000', '--maxstep=400000',
+                       MARK=str(tmp_path))
+    try:
+        assert any('Epoch: [2]' in line for line in run.stdout)
+        run.send_signal(number)  # to the shell alone, as kill, docker stop or a scheduler do
+        out, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == status, err
+    assert 'failed with exit status %d' % status in err
+    assert 'Final result' not in out and 'Traceback' not in out + err
+    assert ('interrupted; with --output_dir' in out) == (number == signal.SIGINT)
+    assert all_end(str(tmp_path))
+
+
 # ---- env_npu.sh
 
 def fake_cann(tmp_path, package):
     """CANN's folder with an environment script such as `package`/set_env.sh; gives the file that names the folder."""
     folder = tmp_path / 'opt' / 'my Ascend' / package
-    folder.mkdir(parents=True)
+    (folder / 'latest').mkdir(parents=True)
     (folder / 'set_env.sh').write_text(  # like the real one, it reads variables that may not be set
         'export ASCEND_HOME_PATH="%s" FAKE_CANN=%s LD_LIBRARY_PATH=/cann:$LD_LIBRARY_PATH:$NOT_SET\n'
         % (folder / 'latest', package))
@@ -591,11 +613,36 @@ def test_env_npu_takes_a_path_that_ends_in_the_package(tmp_path):
 
 def test_env_npu_leaves_what_is_set(tmp_path):
     info = fake_cann(tmp_path, 'ascend-toolkit')
-    status, env, errors = source_env_npu(ASCEND_INSTALL_INFO=info, ASCEND_HOME_PATH='/mine',
+    status, env, errors = source_env_npu(ASCEND_INSTALL_INFO=info, ASCEND_HOME_PATH=str(tmp_path),
                                          HCCL_CONNECT_TIMEOUT='1200')
     assert (status, errors) == (0, '')
-    assert (env['ASCEND_HOME_PATH'], env['HCCL_CONNECT_TIMEOUT']) == ('/mine', '1200')
+    assert (env['ASCEND_HOME_PATH'], env['HCCL_CONNECT_TIMEOUT']) == (str(tmp_path), '1200')
     assert 'FAKE_CANN' not in env
+    assert source_env_npu(ASCEND_INSTALL_INFO=info, ASCEND_HOME_PATH='/gone')[1]['FAKE_CANN'] == 'ascend-toolkit'
+
+
+def test_env_npu_reads_a_file_with_windows_line_ends(tmp_path):
+    info = fake_cann(tmp_path, 'nnae')
+    with open(info, 'rb+') as file:
+        lines = file.read().replace(b'\n', b'\r\n')
+        file.seek(0)
+        file.write(lines)
+    assert source_env_npu(ASCEND_INSTALL_INFO=info)[1]['FAKE_CANN'] == 'nnae'
+
+
+@pytest.mark.parametrize('options', ['u', 'eu', ''])
+def test_env_npu_leaves_the_shells_options(tmp_path, options):
+    done = subprocess.run(
+        ['bash', '-c', 'set -%s; source "$0"; echo "$-"' % (options or '-'), os.path.join(ROOT, 'test', 'env_npu.sh')],
+        stdout=subprocess.PIPE, universal_newlines=True, check=True,
+        env=environment(ASCEND_INSTALL_INFO=fake_cann(tmp_path, 'cann'), ASCEND_HOME_PATH=''))
+    assert ('u' in done.stdout, 'e' in done.stdout) == ('u' in options, 'e' in options)
+
+
+def test_env_npu_in_another_shell_says_so(tmp_path):
+    done = subprocess.run(['sh', '-c', '. "$0"; echo status $?', os.path.join(ROOT, 'test', 'env_npu.sh')],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert 'status 2' in done.stdout and 'this shell is not bash' in done.stderr or 'status 0' in done.stdout
 
 
 @pytest.mark.parametrize('package', ['ascend-toolkit', 'nnae', 'cann'])
@@ -627,7 +674,7 @@ def test_env_npu_with_and_without_msnpureport(tmp_path, there):
     """Without it nothing is said; one that fails, or that needs rights which a user lacks, stops nothing."""
     folder = tmp_path / 'bin'
     folder.mkdir()
-    for name in ('bash', 'sed', 'tail', 'env', 'mkdir'):
+    for name in ('bash', 'sed', 'tail', 'tr', 'env', 'mkdir'):
         os.symlink(shutil.which(name), str(folder / name))
     if there:
         (folder / 'msnpureport').write_text('#!/bin/sh\necho permission denied >&2\nexit 1\n')

@@ -2,7 +2,9 @@
 
 The habits of the real one that a program can stumble over are kept:
 
-* `initialize` casts the model in place, puts the masters into the optimizer and replaces its `step` and `zero_grad`;
+* `initialize` casts the model in place and replaces the optimizer's `step` and `zero_grad`; the masters come into the
+  optimizer with the first `zero_grad` or `scale_loss`, not before;
+* O1 with a static scale of 1 changes nothing: no gradient is unscaled, none combined;
 * a static scale never looks for an overflow; a dynamic one makes the next `step` do nothing and halves itself;
 * gradients reach the masters when `scale_loss` is left, unless `delay_unscale` says that more are to come;
 * with `combine_grad` gradients live in one buffer: one that is replaced is never seen again.
@@ -103,14 +105,7 @@ def _half_in_float_out(forward):
 
 def _prepare(optimizer, with_masters, combine):
     stash = types.SimpleNamespace(pairs=[], combine=combine, flat=None, model_params=[], masters=with_masters,
-                                  gradients_are_scaled=False)
-    for group in optimizer.param_groups:
-        for position, parameter in enumerate(group['params']):
-            stash.model_params.append(parameter)
-            if with_masters:
-                master = torch.nn.Parameter(parameter.detach().clone().float())
-                group['params'][position] = master
-                stash.pairs.append((parameter, master))
+                                  prepared=False)
     optimizer._amp_stash = stash
     optimizer._plain_step = optimizer.step
 
@@ -123,6 +118,7 @@ def _prepare(optimizer, with_masters, combine):
         return result
 
     def zero_grad(self, set_to_none=False):
+        _make_masters(self)
         for parameter in stash.model_params:
             _forget(parameter, stash.combine)
         for _, master in stash.pairs:
@@ -131,17 +127,35 @@ def _prepare(optimizer, with_masters, combine):
     def clip_optimizer_grad_norm_fused(self, max_norm, norm_type=2):
         if not stash.combine:
             raise RuntimeError('clip_optimizer_grad_norm_fused needs amp.initialize(..., combine_grad=True)')
-        gradients = [stash.flat] if stash.flat is not None else []
-        if not gradients:
-            return torch.tensor(0.)
-        norm = torch.norm(gradients[0], norm_type)
+        if stash.flat is None:
+            raise RuntimeError('stack expects a non-empty TensorList')  # nothing has been combined
+        norm = torch.norm(stash.flat, norm_type)
         factor = max_norm / (norm + 1e-6)
         if factor < 1:
-            gradients[0].mul_(factor)
+            stash.flat.mul_(factor)
         return norm
 
     for function in (step, zero_grad, clip_optimizer_grad_norm_fused):
         setattr(optimizer, function.__name__, types.MethodType(function, optimizer))
+
+
+def _make_masters(optimizer):
+    """What the real one calls its lazy initialisation."""
+    stash = optimizer._amp_stash
+    if stash.prepared:
+        return
+    stash.prepared = True
+    for group in optimizer.param_groups:
+        for position, parameter in enumerate(group['params']):
+            stash.model_params.append(parameter)
+            if stash.masters:
+                master = torch.nn.Parameter(parameter.detach().clone().float())
+                group['params'][position] = master
+                stash.pairs.append((parameter, master))
+                if parameter in optimizer.state:
+                    optimizer.state[master] = optimizer.state.pop(parameter)
+    if stash.masters:
+        optimizer.load_state_dict(optimizer.state_dict())  # casts the state to the masters' type
 
 
 def _forget(parameter, in_place):
@@ -200,6 +214,10 @@ def scale_loss(loss, optimizers, loss_id=0, model=None, delay_unscale=False, del
         yield loss
         return
     scaler, stash = _scalers[loss_id], optimizers._amp_stash
+    _make_masters(optimizers)
+    if not stash.masters and not scaler.dynamic and scaler.scale == 1.:
+        yield loss.float()
+        return
     yield loss.float() * scaler.scale
     if delay_unscale:
         return
