@@ -198,6 +198,12 @@ def can_pin_memory(device):
     return device.type != 'cpu'
 
 
+# By `under_apex`: where NpuFusedAdamW comes from, and that place in words.
+NPU_FUSED_HOMES = {True: (('apex.optimizers',), 'Ascend\'s apex under apex.amp'),
+                   False: (('torch_npu.optim',), 'torch_npu outside apex.amp'),
+                   None: (('torch_npu.optim', 'apex.optimizers'), 'torch_npu or Ascend\'s apex')}
+
+
 def fused_optimizer(name, under_apex=None):
     """The class of a fused optimizer: NpuFusedAdamW from torch_npu or Ascend's apex, Fused* from NVIDIA's apex.
 
@@ -209,11 +215,7 @@ def fused_optimizer(name, under_apex=None):
     Raises:
         UserError: it isn't installed here.
     """
-    homes, where = ('apex.optimizers',), 'NVIDIA\'s apex'
-    if name.startswith('Npu'):
-        homes, where = {True: (('apex.optimizers',), 'Ascend\'s apex under apex.amp'),
-                        False: (('torch_npu.optim',), 'torch_npu outside apex.amp'),
-                        None: (('torch_npu.optim', 'apex.optimizers'), 'torch_npu or Ascend\'s apex')}[under_apex]
+    homes, where = NPU_FUSED_HOMES[under_apex] if name.startswith('Npu') else (('apex.optimizers',), 'NVIDIA\'s apex')
     for home in homes:
         package = home.partition('.')[0]
         if importlib.util.find_spec(package) is None or (package == 'torch_npu' and _npu_problem()):
