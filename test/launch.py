@@ -34,6 +34,7 @@ from errors import UserError, one_line  # noqa: E402
 
 MEETING_SECONDS = 300  # for people to start the script on the other machines; DIST_WAIT_SECONDS says otherwise
 STOPPING_SECONDS = 10
+INTERRUPT_SECONDS = 5
 DONE = b'done'
 
 
@@ -248,6 +249,9 @@ def launch(options, port, program_flags):
         if status == 0:
             nodes.part(DONE)
         return status
+    except KeyboardInterrupt:
+        wait(processes.values(), INTERRUPT_SECONDS)  # Ctrl-C reaches them too, and they have something to say
+        raise
     finally:
         nodes.part()
         stop(processes.values())
@@ -292,13 +296,20 @@ def stop(processes):
     running = [process for process in processes if process.poll() is None]
     for process in running:
         process.terminate()
-    until = time.time() + STOPPING_SECONDS
-    for process in running:
+    for process in wait(running, STOPPING_SECONDS):
+        process.kill()
+        process.wait()
+
+
+def wait(processes, seconds):
+    """Wait at most so long for processes to end by themselves; gives those that did not."""
+    until, remaining = time.time() + seconds, []
+    for process in processes:
         try:
             process.wait(max(until - time.time(), 0))
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            remaining.append(process)
+    return remaining
 
 
 def report(rank, status):
