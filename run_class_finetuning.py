@@ -265,14 +265,19 @@ def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
 def run(argv=None):
     """Parse, run, and turn what the user can mend into one line and exit status 2."""
     try:
+        return run_and_explain(argv)
+    except KeyboardInterrupt:  # also while an error is told: another process, interrupted too, may have caused that one
+        return fail('interrupted; with --output_dir, the same command and --auto_resume goes on from the last '
+                    'checkpoint', 130)
+
+
+def run_and_explain(argv):
+    try:
         main(build_parser(__doc__).parse_args(argv))
         utils.leave_processes()
     except UserError as error:
         utils.wait_for_others_to_speak(first=utils.speaks_first())
         return fail(one_line(error), 2)
-    except KeyboardInterrupt:
-        return fail('interrupted; with --output_dir, the same command and --auto_resume goes on from the last '
-                    'checkpoint', 130)
     except RuntimeError as error:
         if not utils.lost_a_process(error):
             raise
