@@ -10,7 +10,7 @@ import torch
 
 import backend
 import modeling_finetune
-import utils
+import distributed
 from errors import UserError
 
 # How far a result may be from the plain one, as a share of its norm: rounding, with room; a lost bias is far beyond.
@@ -42,7 +42,7 @@ def choose_attention(model, device, mode='auto', dtype=None, batch_size=2):
     reasons = []
     for name, kernel in backend.fused_attentions(device).items():
         problem = compare(kernel, model, device, dtype or torch.float32, batch_size)
-        if not utils.any_process(problem is not None, device):
+        if not distributed.any_process(problem is not None, device):
             for block in model.blocks:
                 block.attn.fused = kernel
             return 'fused, %s (agrees with plain attention here, gradients too)%s' % (

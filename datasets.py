@@ -20,7 +20,7 @@ from timm.data.mixup import mixup_target
 from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
-import utils
+import distributed
 from errors import UserError, unknown
 from modeling_finetune import INPUT_MEAN, INPUT_STD
 
@@ -160,7 +160,7 @@ def resolve_data_path(data_path):
             raise UserError('--data_path demo needs scikit-learn; run: pip install scikit-learn') from None
         except OSError as error:
             raise UserError('--data_path demo: cannot write the digits to %s (%s)' % (root, error)) from None
-        utils.say('Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s' % root)
+        distributed.say('Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s' % root)
     return root
 
 
@@ -408,9 +408,9 @@ def build_loaders(args, train, val, pin_memory=False):
     if train is not None:
         train_loader = torch.utils.data.DataLoader(
             SeededSamples(train, args.seed), batch_size=args.batch_size, drop_last=True,
-            sampler=EpochSampler(len(train), utils.rank(), utils.world_size(), args.seed), **common)
+            sampler=EpochSampler(len(train), distributed.rank(), distributed.world_size(), args.seed), **common)
     if val is not None:
-        shards = (utils.rank(), utils.world_size()) if args.dist_eval else (0, 1)
+        shards = (distributed.rank(), distributed.world_size()) if args.dist_eval else (0, 1)
         val_loader = torch.utils.data.DataLoader(
             val, batch_size=int(1.5 * args.batch_size), sampler=ExactShard(len(val), *shards), **common)
     return train_loader, val_loader

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import backend
+import distributed
 import precision
 import utils
 from errors import UserError
@@ -49,7 +50,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     skipped_before, skips_in_a_row, step_loss = scaler.skipped, 0, 0.
 
     batches = meters.log_every(itertools.islice(data_loader, micro_steps), micro_steps, 10, 'Epoch: [%d]' % epoch,
-                               device, utils.world_size(), throughput, hidden=('loss_scale',))
+                               device, distributed.world_size(), throughput, hidden=('loss_scale',))
     optimizer.zero_grad()
     scaler.forget_overflow(device)
     for micro_step, (images, targets) in enumerate(batches):
@@ -83,7 +84,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
 
     meters.synchronize_between_processes(device)
     stats = meters.averages()
-    utils.say('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()))
+    distributed.say('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()))
     return dict(stats, skipped_steps=scaler.skipped - skipped_before)
 
 
@@ -106,13 +107,13 @@ def rates(optimizer):
 def stop_if_not_finite(step_loss, update_step, device):
     """End the run, on every process, where any process's loss is infinite or not a number."""
     mine = not math.isfinite(step_loss)
-    if utils.any_process(mine, device):
+    if distributed.any_process(mine, device):
         raise UserError('the loss is %s at update step %d; lower --lr, set --clip_grad, or look at the data'
                         % (step_loss if mine else 'not finite on another process', update_step))
 
 
 def report_skip(scaler, update_step, skips_in_a_row):
-    utils.say('Update step %d skipped: its gradients overflowed (loss scale now %g, %d skipped so far)'
+    distributed.say('Update step %d skipped: its gradients overflowed (loss scale now %g, %d skipped so far)'
               % (update_step, scaler.scale, scaler.skipped))
     if skips_in_a_row >= SKIPS_IN_A_ROW:
         raise UserError('%d updates in a row had gradients that overflowed; lower --lr, or use --loss_scale dynamic'
@@ -145,7 +146,7 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None):
     meters = utils.MetricLogger()
     correct = torch.zeros(3, dtype=torch.int64, device=device)  # top-1, top-5, images
     loss_sum = 0.
-    processes = utils.world_size() if sharded else 1
+    processes = distributed.world_size() if sharded else 1
     for images, targets in meters.log_every(data_loader, len(data_loader), 10, 'Test:', device, processes, throughput):
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
@@ -157,9 +158,9 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None):
         meters.update(loss=losses.mean().item(), acc1=100 * top[:, 0].float().mean().item())
     acc1, acc5, images = correct.tolist()
     if sharded:
-        acc1, acc5, images, loss_sum = utils.sum_over_processes((acc1, acc5, images), loss_sum, device)
+        acc1, acc5, images, loss_sum = distributed.sum_over_processes((acc1, acc5, images), loss_sum, device)
     stats = {'acc1': 100. * acc1 / images, 'acc5': 100. * acc5 / images, 'loss': loss_sum / images, 'images': images}
-    utils.say('* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}'.format(**stats))
+    distributed.say('* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}'.format(**stats))
     return stats
 
 
@@ -175,8 +176,8 @@ def profile(folder, device, model, data_loader, update_freq=1, cann=False, warmu
                         num_training_steps_per_epoch=min(steps, len(data_loader) // update_freq), **training)
 
     train(warmup_updates)
-    with backend.profiler(device, folder, utils.rank(), cann):
+    with backend.profiler(device, folder, distributed.rank(), cann):
         train(updates)
-    utils.say('Profile of %d updates: %s (%s)' % (
+    distributed.say('Profile of %d updates: %s (%s)' % (
         updates, folder, 'open it with MindStudio Insight' if cann else 'open trace_rank*.json at chrome://tracing '
                                                                         'or ui.perfetto.dev'))

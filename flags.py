@@ -8,8 +8,10 @@ import sys
 import backend
 import checkpoint
 import datasets
+import distributed
 import modeling_finetune
 import optim_factory
+import pretrained
 import utils
 from errors import UserError, nearest, unknown
 
@@ -222,17 +224,17 @@ def check_args(args, local_rank=0, processes=1):
     if args.start_epoch >= args.epochs:
         raise UserError('--start_epoch %d: --epochs %d leaves nothing to train; raise --epochs'
                         % (args.start_epoch, args.epochs))
-    if args.world_size > 1 and utils.launch_environment(args)[1] == 1:
+    if args.world_size > 1 and distributed.launch_environment(args)[1] == 1:
         raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
                         '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))
     datasets.check_paths(args)
-    _, launched, launched_rank = utils.launch_environment(args)
+    _, launched, launched_rank = distributed.launch_environment(args)
     device = backend.find_device(args.device, local_rank or launched_rank, max(processes, launched))
     if device.type == 'cpu':
         backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     if not args.eval:
         optim_factory.check_optimizer(args.opt, args.momentum)
-        checkpoint.check_finetune(args.finetune)
+        pretrained.check_finetune(args.finetune)
     if args.cann_prof:
         backend.check_cann_profiler()
     if args.eval and not (args.resume or args.finetune):

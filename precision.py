@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import backend
-import utils
+import distributed
 
 
 def total_norm(gradients):
@@ -65,7 +65,7 @@ class StepScaler:
 
     def _overflowed(self, grad_norm, device):
         if backend.saturates(device):
-            return utils.any_process(backend.read_overflow(device) or not math.isfinite(grad_norm), device)
+            return distributed.any_process(backend.read_overflow(device) or not math.isfinite(grad_norm), device)
         return not math.isfinite(grad_norm)
 
     def _clip(self, optimizer, parameters, clip_grad):

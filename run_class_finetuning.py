@@ -18,9 +18,11 @@ import backend  # first: it sets how torch loads its devices
 import attention
 import checkpoint
 import datasets
+import distributed
 import engine_for_finetuning as engine
 import optim_factory
 import precision
+import pretrained
 import utils
 from errors import UserError, one_line
 from flags import build_parser, check_args
@@ -54,11 +56,11 @@ def build_criterion(args, mixup):
 
 def count_steps(args, images):
     """Update steps per epoch. Raises `UserError` where an epoch has none or the warm-up outlasts the run."""
-    total_batch = args.batch_size * args.update_freq * utils.world_size()
+    total_batch = args.batch_size * args.update_freq * distributed.world_size()
     if images < total_batch:
         raise UserError('--batch_size %d x %d processes x --update_freq %d = %d images an update, more than the %d of '
                         'the training set; lower one of them'
-                        % (args.batch_size, utils.world_size(), args.update_freq, total_batch, images))
+                        % (args.batch_size, distributed.world_size(), args.update_freq, total_batch, images))
     steps = images // total_batch
     if args.warmup_steps > steps * args.epochs:
         raise UserError('--warmup_steps %d is longer than the run of %d steps; lower it'
@@ -77,11 +79,11 @@ def build_schedules(args, steps_per_epoch):
 
 def evaluate_all(args, loader, model, ema, device, dtype, throughput=None):
     """(statistics of the model, of its average or None), each printed."""
-    sharded = args.dist_eval and utils.world_size() > 1
+    sharded = args.dist_eval and distributed.world_size() > 1
 
     def evaluate(name, network, throughput=None):
         stats = engine.evaluate(loader, network, device, sharded, throughput)
-        utils.say('Accuracy of the %s on the %d test images: %.3f%%' % (name, stats['images'], stats['acc1']))
+        distributed.say('Accuracy of the %s on the %d test images: %.3f%%' % (name, stats['images'], stats['acc1']))
         return stats
 
     stats, ema_stats = evaluate('network', model, throughput), None
@@ -98,7 +100,7 @@ def resume(args, model, optimizer, scaler, ema, device):
     start_epoch, best = args.start_epoch, {}
     if source:
         start_epoch, best = checkpoint.resume_training(source, model, optimizer, scaler, ema)
-    if not utils.same_on_all(start_epoch, device):
+    if not distributed.same_on_all(start_epoch, device):
         raise UserError('--%s: the processes did not find the same checkpoint (this one %s); every machine needs the '
                         'same files there' % ('resume ' + args.resume if args.resume else 'output_dir '
                                               + args.output_dir, source or 'none'))
@@ -107,14 +109,14 @@ def resume(args, model, optimizer, scaler, ema, device):
 
 def print_result(throughput, accuracy, loss):
     """The line that the scripts in test/ read. A figure that there is none of is n/a."""
-    utils.say('Result: images_per_second %.2f step_milliseconds %.3f accuracy %s loss %s' % (
+    distributed.say('Result: images_per_second %.2f step_milliseconds %.3f accuracy %s loss %s' % (
         throughput.images_per_second, throughput.step_milliseconds,
         'n/a' if accuracy is None else '%.3f' % accuracy, 'n/a' if loss is None else '%.4f' % loss))
 
 
 def main(args):
     check_args(args)
-    device = utils.init_distributed_mode(args)
+    device = distributed.init_distributed_mode(args)
     backend.set_compile_mode(device, args.jit_compile)
     dtype = backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     utils.seed_everything(args.seed)
@@ -125,7 +127,7 @@ def main(args):
 
     model = build_model(args, len(classes))
     if args.finetune:
-        checkpoint.load_pretrained(model, args.finetune, args.model_key, args.model_prefix)
+        pretrained.load_pretrained(model, args.finetune, args.model_key, args.model_prefix)
     model.to(device)
     optimizer = None if args.eval else build_optimizer(args, model, backend.apex_amp(device, dtype) is not None)
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
@@ -137,11 +139,11 @@ def main(args):
     if args.eval:
         evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
         return
-    utils.seed_everything(args.seed + utils.rank())  # each process its own dropout
+    utils.seed_everything(args.seed + distributed.rank())  # each process its own dropout
     source, start_epoch, best = resume(args, model, optimizer, scaler, ema, device)
     goes_on = start_epoch > 0 and checkpoint.lies_in(source, args.output_dir)
     utils.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
-    if utils.world_size() > 1:
+    if distributed.world_size() > 1:
         model = backend.distributed_model(model, device)
 
     mixup = datasets.build_mixup(args, len(classes))
@@ -158,10 +160,10 @@ def main(args):
 
 def describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch):
     """Say at the start what this run is."""
-    say = utils.say
+    say = distributed.say
     say('Flags: %s' % ' '.join('--%s=%s' % item for item in sorted(vars(args).items()) if item[1] is not None))
-    say('Device: %s, %s, %d process%s' % (device, backend.device_name(device), utils.world_size(),
-                                          'es' if utils.world_size() > 1 else ''))
+    say('Device: %s, %s, %d process%s' % (device, backend.device_name(device), distributed.world_size(),
+                                          'es' if distributed.world_size() > 1 else ''))
     if backend.npu_passed_over(args.device, device):
         say(backend.npu_passed_over(args.device, device).rstrip())
     say('Precision: %s' % scaler.description)
@@ -172,8 +174,9 @@ def describe(args, device, scaler, about_attention, model, train_set, val_set, c
                                                              for part in (train_set, val_set)))
     if steps_per_epoch:
         say('Batch: %d per device x %d x %d accumulated = %d; %d update steps an epoch, %d in all' % (
-            args.batch_size, utils.world_size(), args.update_freq,
-            args.batch_size * args.update_freq * utils.world_size(), steps_per_epoch, steps_per_epoch * args.epochs))
+            args.batch_size, distributed.world_size(), args.update_freq,
+            args.batch_size * args.update_freq * distributed.world_size(), steps_per_epoch,
+            steps_per_epoch * args.epochs))
 
 
 def parameters(model):
@@ -183,10 +186,10 @@ def parameters(model):
 def evaluate_only(args, model, scaler, ema, val_loader, device, dtype):
     if args.resume:
         source = checkpoint.find(args.resume, prefer_best=True)
-        utils.say('Evaluating %s' % source)
+        distributed.say('Evaluating %s' % source)
         content = checkpoint.resume_weights(source, model, scaler, ema)
         if ema is not None and 'model_ema' not in content:
-            utils.say('%s holds no averaged weights (it was trained without --model_ema)' % source)
+            distributed.say('%s holds no averaged weights (it was trained without --model_ema)' % source)
             ema = None
     throughput = utils.Throughput(warmup_steps=1)
     stats, _ = evaluate_all(args, val_loader, model, ema, device, dtype, throughput)
@@ -196,7 +199,7 @@ def evaluate_only(args, model, scaler, ema, val_loader, device, dtype):
 def fit(args, training, val_loader, start_epoch, steps_per_epoch, best, dtype):
     """Train from `start_epoch` on; evaluate, save and log after each epoch."""
     device, ema, throughput, started = training['device'], training['model_ema'], utils.Throughput(), time.time()
-    writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and utils.is_main_process() else None
+    writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and distributed.is_main_process() else None
     step_limit = min(args.maxstep or args.epochs * steps_per_epoch, args.epochs * steps_per_epoch)
     train_stats, test_stats = {}, None
     for epoch in range(start_epoch, args.epochs):
@@ -216,9 +219,9 @@ def fit(args, training, val_loader, start_epoch, steps_per_epoch, best, dtype):
         record(args, writer, epoch, training['model'], train_stats, test_stats, ema_stats)
     if writer is not None:
         writer.close()
-    utils.say('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
+    distributed.say('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
     if start_epoch >= args.epochs:
-        utils.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
+        distributed.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
     print_result(throughput, best.get('accuracy'), train_stats.get('loss'))
 
 
@@ -231,14 +234,14 @@ def note_best(best, test_stats, ema_stats):
             best[name] = stats['acc1']
             improved.append(file_name)
     if test_stats is not None:
-        utils.say('Max accuracy: %.3f%%%s' % (best['accuracy'], '' if ema_stats is None
+        distributed.say('Max accuracy: %.3f%%%s' % (best['accuracy'], '' if ema_stats is None
                                               else ', of the average: %.3f%%' % best['ema_accuracy']))
     return improved
 
 
 def save_checkpoints(args, epoch, training, best, improved, is_last):
     names = improved + (['checkpoint-%d.pth' % epoch] if is_last or (epoch + 1) % args.save_ckpt_freq == 0 else [])
-    if not names or not utils.is_main_process():
+    if not names or not distributed.is_main_process():
         return
     content = checkpoint.training_state(args, epoch, training['model'], training['optimizer'],
                                         training['loss_scaler'], training['model_ema'], best)
@@ -248,7 +251,7 @@ def save_checkpoints(args, epoch, training, best, improved, is_last):
 
 def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
     """One JSON line in log.txt, and the epoch's scalars to TensorBoard."""
-    if not utils.is_main_process():
+    if not distributed.is_main_process():
         return
     stats = {'train_' + name: value for name, value in train_stats.items()}
     stats.update({'test_' + name: value for name, value in (test_stats or {}).items() if name != 'images'})
@@ -274,23 +277,23 @@ def run(argv=None):
 def run_and_explain(argv):
     try:
         main(build_parser(__doc__).parse_args(argv))
-        utils.leave_processes()
+        distributed.leave_processes()
     except UserError as error:
-        utils.wait_for_others_to_speak(first=utils.speaks_first())
+        distributed.wait_for_others_to_speak(first=distributed.speaks_first())
         return fail(one_line(error), 2)
     except RuntimeError as error:
-        if not utils.lost_a_process(error):
+        if not distributed.lost_a_process(error):
             raise
-        utils.wait_for_others_to_speak()
+        distributed.wait_for_others_to_speak()
         return fail('lost the connection to another process, which ended or hangs; its own message says why', 1)
     return 0
 
 
 def fail(message, status):
-    rank = utils.rank()
+    rank = distributed.rank()
     print('run_class_finetuning.py: error: %s%s' % ('process %d: ' % rank if rank else '', message),
           file=sys.stderr, flush=True)
-    if utils.world_size() > 1:
+    if distributed.world_size() > 1:
         os._exit(status)  # an orderly exit would wait for processes that wait for this one
     return status
 

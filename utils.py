@@ -1,4 +1,4 @@
-"""Small tools of a run: meters and log lines, TensorBoard, the average of the weights, seeding, processes."""
+"""Small tools of a run: meters and log lines, TensorBoard, the average of the weights, seeding, folders."""
 
 import copy
 import datetime
@@ -11,9 +11,9 @@ from collections import defaultdict, deque
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import backend
+import distributed
 from errors import UserError
 
 
@@ -33,10 +33,8 @@ class SmoothedValue:
 
     def synchronize_between_processes(self, device):
         """Make total and count those of all processes; in float32, which every backend can reduce."""
-        if world_size() > 1:
-            sums = torch.tensor([self.count, self.total], dtype=torch.float32, device=device)
-            dist.all_reduce(sums)
-            self.count, self.total = int(sums[0].item()), sums[1].item()
+        count, total = distributed.sum_over_processes((self.count,), self.total, device)
+        self.count, self.total = count, total
 
     @property
     def median(self):
@@ -99,7 +97,7 @@ class MetricLogger:
                 throughput.update(images, step_seconds.value)
             if step % print_freq == 0 or step == steps - 1:
                 eta = datetime.timedelta(seconds=int(step_seconds.global_avg * (steps - step - 1)))
-                say(self.delimiter.join(
+                distributed.say(self.delimiter.join(
                     ['%s  [%s/%d]' % (header, counter.format(step), steps), 'eta: %s' % eta]
                     + ['%s: %s' % (name, meter) for name, meter in self.meters.items()
                        if name not in hidden and meter.window]
@@ -215,166 +213,6 @@ def set_random_state(state, device):
     backend.set_device_rng_state(device, state.get('device'))
 
 
-# ---- processes
-
-def _initialized():
-    return dist.is_available() and dist.is_initialized()
-
-
-def world_size():
-    return dist.get_world_size() if _initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if _initialized() else 0
-
-
-def is_main_process():
-    return rank() == 0
-
-
-def say(text):
-    """Print a line, on the first process only and at once."""
-    if is_main_process():
-        print(text, flush=True)
-
-
-def barrier():
-    if world_size() > 1:
-        dist.barrier()
-
-
-def launch_environment(args):
-    """(rank, world_size, local_rank) as torchrun, Open MPI (--dist_on_itp) or SLURM set them; (0, 1, 0) without."""
-    environ = os.environ
-    numbers = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID',
-               'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')
-    for name in numbers:
-        if not environ.get(name, '0').isdigit():
-            raise UserError('%s=%s in the environment is not a whole number; a launcher sets it, or unset it'
-                            % (name, environ[name]))
-    if args.dist_on_itp:
-        names = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')
-        if any(name not in environ for name in names):
-            raise UserError('--dist_on_itp: %s is not set; start the program with mpirun, or leave the flag out'
-                            % next(name for name in names if name not in environ))
-        return tuple(int(environ[name]) for name in names)
-    if 'RANK' in environ and 'WORLD_SIZE' in environ:
-        local = environ.get('LOCAL_RANK', args.local_rank if args.local_rank >= 0 else 0)
-        return int(environ['RANK']), int(environ['WORLD_SIZE']), int(local)
-    if int(environ.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in environ and 'MASTER_ADDR' in environ:
-        return int(environ['SLURM_PROCID']), int(environ['SLURM_NTASKS']), int(environ.get('SLURM_LOCALID', 0))
-    return 0, 1, 0
-
-
-def wait_seconds(default):
-    """How long to wait for the other processes or machines at the start: DIST_WAIT_SECONDS, or the default."""
-    text = os.environ.get('DIST_WAIT_SECONDS') or str(default)
-    if not text.isdigit() or not 0 < int(text) <= 10 ** 6:
-        raise UserError('DIST_WAIT_SECONDS=%s in the environment is not a whole number of seconds; unset it' % text)
-    return int(text)
-
-
-def init_distributed_mode(args):
-    """Choose the device and join the other processes, where there are any.
-
-    Only the meeting has a limit of its own, DIST_WAIT_SECONDS (300); collectives keep the backend's.
-
-    Returns:
-        The `torch.device` of this process.
-    """
-    process, processes, local_rank = launch_environment(args)
-    device = backend.select_device(args.device, local_rank, processes)
-    if processes > 1:
-        from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
-        address = args.dist_url
-        if args.dist_on_itp and address == 'env://':
-            address = 'tcp://%s:%s' % (os.environ.get('MASTER_ADDR', '127.0.0.1'),
-                                       os.environ.get('MASTER_PORT', '29500'))
-        seconds = wait_seconds(300)
-        try:
-            store, process, processes = next(rendezvous(address, process, processes,
-                                                        timeout=datetime.timedelta(seconds=seconds)))
-            dist.init_process_group(backend.PROCESS_GROUP_BACKEND[device.type], store=store, rank=process,
-                                    world_size=processes)
-        except (RuntimeError, ValueError) as error:
-            text = ' '.join(str(error).split())
-            if 'in use' in text:
-                raise UserError('port %s, where the processes were to meet, is in use; choose another with '
-                                '--master_port, or start again' % os.environ.get('MASTER_PORT', '')) from None
-            raise UserError('--dist_url %s: the %d processes did not find one another within %d s (%s); start all of '
-                            'them, with the address and port of the machine of the first'
-                            % (address, processes, seconds, text[:200])) from None
-        barrier()
-    return device
-
-
-def leave_processes():
-    """Part from the other processes at the end of a good run; without it, gloo's threads may abort one at exit."""
-    if _initialized():
-        barrier()
-        dist.destroy_process_group()
-
-
-def any_process(flag, device):
-    """Whether `flag` is true in at least one process; all learn it together."""
-    if world_size() == 1:
-        return flag
-    votes = torch.tensor([float(flag)], dtype=torch.float32, device=device)
-    dist.all_reduce(votes)
-    return votes.item() > 0
-
-
-def same_on_all(number, device):
-    """Whether every process has the same whole number."""
-    if world_size() == 1:
-        return True
-    mine = torch.tensor([number], dtype=torch.int64, device=device)
-    all_of_them = [torch.zeros_like(mine) for _ in range(world_size())]
-    dist.all_gather(all_of_them, mine)
-    return len({each.item() for each in all_of_them}) == 1
-
-
-def sum_over_processes(counts, total, device):
-    """Add up whole numbers, exactly, and a float over all processes; no float64, which HCCL can't reduce.
-
-    Returns:
-        The counts and the total, in one tuple.
-    """
-    if world_size() == 1:
-        return tuple(counts) + (total,)
-    whole = torch.tensor(counts, dtype=torch.int64, device=device)
-    dist.all_reduce(whole)
-    # A float64 as the sum of two float32 keeps 48 of its 53 bits; each process adds the parts in the same order.
-    high = torch.tensor(total, dtype=torch.float32)
-    parts = torch.stack((high, torch.tensor(total - high.item(), dtype=torch.float32))).to(device)
-    gathered = [torch.zeros_like(parts) for _ in range(world_size())]
-    dist.all_gather(gathered, parts)
-    return tuple(whole.tolist()) + (sum(value for pair in gathered for value in pair.tolist()),)
-
-
-def speaks_first():
-    """Whether an error that every process may meet is this one's to tell; right before they have met, too."""
-    return is_main_process() and os.environ.get('RANK', '0') == '0'
-
-
-def wait_for_others_to_speak(first=False):
-    """Before an error's line: several processes often meet the same error, or one meets the end of another.
-
-    The process that the line comes from best (`first`) speaks at once; a launcher then ends the others, who wait.
-    """
-    if not first and int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        time.sleep(5)
-
-
-def lost_a_process(error):
-    """Whether an error is a collective's, that another process has left."""
-    kinds = tuple(getattr(dist, name) for name in ('DistBackendError', 'DistNetworkError', 'DistStoreError')
-                  if hasattr(dist, name))
-    return world_size() > 1 and (isinstance(error, kinds) or re.search(
-        r'[Cc]onnection (closed|reset|refused)|gloo|NCCL|HCCL|Socket|Broken pipe|[Tt]imed out', str(error)) is not None)
-
-
 # ---- folders
 
 def check_writable(flag, folder):
@@ -407,7 +245,7 @@ def prepare_folder(folder, keep=False):
     Raises:
         UserError: they can't be moved.
     """
-    if folder and is_main_process():
+    if folder and distributed.is_main_process():
         files = [] if keep else files_of_a_run(folder)
         try:
             if files:
@@ -415,12 +253,12 @@ def prepare_folder(folder, keep=False):
                 os.mkdir(aside)
                 for path in files:
                     os.rename(path, os.path.join(aside, os.path.basename(path)))
-                say('Moved the earlier run in %s aside, to %s' % (folder, aside))
+                distributed.say('Moved the earlier run in %s aside, to %s' % (folder, aside))
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise UserError('--output_dir %s holds an earlier run and it cannot be moved aside (%s); choose another, '
                             'or go on with --auto_resume' % (folder, error)) from None
-    barrier()
+    distributed.barrier()
 
 
 def files_of_a_run(folder):

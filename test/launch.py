@@ -28,8 +28,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import datasets  # noqa: E402
+import distributed  # noqa: E402
 import flags  # noqa: E402
-import utils  # noqa: E402
 from errors import UserError, one_line  # noqa: E402
 
 MEETING_SECONDS = 300  # for people to start the script on the other machines; DIST_WAIT_SECONDS says otherwise
@@ -60,7 +60,7 @@ def check(options, arguments):
                         % (options.node_rank, options.nnodes, options.nnodes - 1))
     if options.nnodes > 1 and (options.master_port is None or (options.node_rank and options.master_addr is None)):
         raise UserError('--nnodes %d needs --master_addr and --master_port, the same on every machine' % options.nnodes)
-    utils.wait_seconds(MEETING_SECONDS)
+    distributed.wait_seconds(MEETING_SECONDS)
     flags.check_args(args, local_rank=options.nproc_per_node - 1,
                      processes=options.nproc_per_node * options.nnodes)
     if args.data_path == 'demo':
@@ -98,7 +98,7 @@ class Nodes:
         self.links = {}  # node: socket
         self.address, self.port = '127.0.0.1', port
         self.facts = {'nnodes': options.nnodes, 'nproc_per_node': options.nproc_per_node}
-        self.seconds = utils.wait_seconds(MEETING_SECONDS)
+        self.seconds = distributed.wait_seconds(MEETING_SECONDS)
         self.until = time.time() + self.seconds
         try:
             if options.nnodes > 1 and options.node_rank == 0:

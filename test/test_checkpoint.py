@@ -14,6 +14,7 @@ import torch
 
 import checkpoint
 import modeling_finetune
+import pretrained
 import run_class_finetuning
 import utils
 from conftest import cannot_run
@@ -47,15 +48,15 @@ def test_bias_tables_are_resized_like_the_references(golden):
     cases = [name[len('table_'):] for name in recorded.files if name.startswith('table_')]
     assert cases
     for case in cases:
-        resized = checkpoint.resize_rel_pos_bias(torch.from_numpy(recorded['table_' + case]), int(case.split('_')[1]))
+        resized = pretrained.resize_rel_pos_bias(torch.from_numpy(recorded['table_' + case]), int(case.split('_')[1]))
         np.testing.assert_allclose(resized.numpy(), recorded['resized_' + case], rtol=0, atol=1e-5)
 
 
 def test_a_table_of_the_same_size_is_left_alone():
     table = torch.randn(7 * 7 + 3, 2)
-    assert torch.equal(checkpoint.resize_rel_pos_bias(table, 7), table)
+    assert torch.equal(pretrained.resize_rel_pos_bias(table, 7), table)
     with pytest.raises(ValueError, match=r'S\*S\+3'):
-        checkpoint.resize_rel_pos_bias(torch.randn(50, 2), 7)
+        pretrained.resize_rel_pos_bias(torch.randn(50, 2), 7)
 
 
 def cubic(distance, a=-0.75):
@@ -69,7 +70,7 @@ def cubic(distance, a=-0.75):
 def test_absolute_positions_by_a_slow_loop():
     positions = torch.randn(1, 17, 1)
     grid = positions[0, 1:, 0].reshape(4, 4)
-    resized = checkpoint.resize_pos_embed(positions, (6, 8))
+    resized = pretrained.resize_pos_embed(positions, (6, 8))
     assert resized.shape == (1, 49, 1) and resized[0, 0] == positions[0, 0]
     for row in range(6):
         for column in range(8):
@@ -87,7 +88,7 @@ def test_weights_of_224_load_into_larger_inputs(tmp_path, name, size):
     config = dict(depth=2, use_rel_pos_bias=True, use_abs_pos_emb=True, init_values=0.1)
     source = randomised(getattr(modeling_finetune, name)(num_classes=7, **config))
     target = getattr(modeling_finetune, name)(num_classes=7, img_size=size, **config)
-    checkpoint.load_pretrained(target, weights_file(tmp_path, {'model': source.state_dict()}))
+    pretrained.load_pretrained(target, weights_file(tmp_path, {'model': source.state_dict()}))
     grid = size // 16
     table = 'relative_position_bias_table'
     for index in range(2):
@@ -106,7 +107,7 @@ def test_shared_table_goes_to_every_block_and_the_head_is_dropped(tmp_path, caps
     source = randomised(nano(use_rel_pos_bias=False, use_shared_rel_pos_bias=True, num_classes=9))
     target = nano()
     head = target.head.weight.detach().clone()
-    checkpoint.load_pretrained(target, weights_file(tmp_path, {'module': source.state_dict()}))
+    pretrained.load_pretrained(target, weights_file(tmp_path, {'module': source.state_dict()}))
     for block in target.blocks:
         assert torch.equal(block.attn.relative_position_bias_table, source.rel_pos_bias.relative_position_bias_table)
     assert torch.equal(target.head.weight, head)
@@ -124,7 +125,7 @@ def test_shared_table_goes_to_every_block_and_the_head_is_dropped(tmp_path, caps
                                   other=torch.zeros(1))}, {'model_prefix': 'encoder.'})))
 def test_where_the_weights_are_found(tmp_path, wrap, options):
     source, target = randomised(nano()), nano(seed=1)
-    checkpoint.load_pretrained(target, weights_file(tmp_path, wrap(source.state_dict())), **options)
+    pretrained.load_pretrained(target, weights_file(tmp_path, wrap(source.state_dict())), **options)
     for name, value in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], value), name
 
@@ -132,7 +133,7 @@ def test_where_the_weights_are_found(tmp_path, wrap, options):
 def test_missing_and_unused_names_are_reported(tmp_path, capsys):
     state = randomised(nano(use_mean_pooling=False)).state_dict()
     state['mask_token'] = torch.zeros(1, 1, 64)
-    checkpoint.load_pretrained(nano(), weights_file(tmp_path, state))
+    pretrained.load_pretrained(nano(), weights_file(tmp_path, state))
     out = capsys.readouterr().out
     assert 'Not in the file, left at their start: fc_norm.weight, fc_norm.bias' in out
     assert 'Unused names in the file: mask_token, norm.bias, norm.weight' in out
@@ -142,9 +143,9 @@ def test_missing_and_unused_names_are_reported(tmp_path, capsys):
 def test_another_models_weights_are_refused(tmp_path):
     state = nano(embed_dim=32).state_dict()
     with pytest.raises(UserError, match=r'patch_embed.proj.weight is \(32, 3, 8, 8\) in the file and \(64, 3, 8, 8\)'):
-        checkpoint.load_pretrained(nano(), weights_file(tmp_path, state))
+        pretrained.load_pretrained(nano(), weights_file(tmp_path, state))
     with pytest.raises(UserError, match='not the weights of this --model.*is missing in the file'):
-        checkpoint.load_pretrained(nano(), weights_file(tmp_path, {'conv1.weight': torch.zeros(3)}))
+        pretrained.load_pretrained(nano(), weights_file(tmp_path, {'conv1.weight': torch.zeros(3)}))
 
 
 def test_a_url_is_downloaded_once_and_checked(tmp_path, monkeypatch):
@@ -181,18 +182,18 @@ def test_a_url_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     try:
         for _ in range(2):
             target = nano(seed=1)
-            checkpoint.load_pretrained(target, url)
+            pretrained.load_pretrained(target, url)
             assert torch.equal(target.head.weight, source.head.weight)
         assert len(asked) == 1
         with open(path, 'rb') as file:
             digest = hashlib.sha256(file.read()).hexdigest()
-        checkpoint.load_pretrained(nano(), url + '#sha256=' + digest)
+        pretrained.load_pretrained(nano(), url + '#sha256=' + digest)
         with pytest.raises(UserError, match='not the one asked for'):
-            checkpoint.load_pretrained(nano(), url + '#sha256=' + '0' * 64)
+            pretrained.load_pretrained(nano(), url + '#sha256=' + '0' * 64)
         with pytest.raises(UserError, match='download failed'):
-            checkpoint.load_pretrained(nano(), url.replace('weights', 'nothing'))
+            pretrained.load_pretrained(nano(), url.replace('weights', 'nothing'))
         with pytest.raises(UserError, match='only https'):
-            checkpoint.load_pretrained(nano(), url.replace('https', 'http'))
+            pretrained.load_pretrained(nano(), url.replace('https', 'http'))
     finally:
         server.shutdown()
 

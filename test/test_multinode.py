@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 import launch
-import utils
+import distributed
 from conftest import NANO, ROOT
 from errors import UserError
 from test_end_to_end import epochs
@@ -239,7 +239,7 @@ def test_someone_else_knocks_at_node_0(meet):
 def test_a_waiting_time_that_is_no_number(monkeypatch, text):
     monkeypatch.setenv('DIST_WAIT_SECONDS', text)
     with pytest.raises(UserError, match='DIST_WAIT_SECONDS=%s in the environment is not a whole number' % text):
-        utils.wait_seconds(300)
+        distributed.wait_seconds(300)
 
 
 # ---- one of them fails
