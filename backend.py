@@ -150,14 +150,27 @@ def seed_device(seed):
         torch.npu.manual_seed_all(seed)
 
 
-def device_rng_state(device):
-    return {'type': device.type, 'state': _module(device).get_rng_state()} if _module(device) else None
+def make_deterministic(device):
+    """The same bits from the same command twice: only deterministic kernels, and an error where there is none.
+
+    Raises:
+        UserError: this PyTorch can't promise it on this device.
+    """
+    if hasattr(torch, 'use_deterministic_algorithms'):
+        torch.use_deterministic_algorithms(True)
+    elif hasattr(torch, 'set_deterministic'):
+        torch.set_deterministic(True)
+    elif device.type != 'cpu':
+        raise UserError('--deterministic: this PyTorch cannot promise it on %s; use a newer one, or a CPU'
+                        % device.type)
+    if hasattr(torch.backends, 'cudnn'):
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
-def set_device_rng_state(device, state):
-    """Take up a generator's state where a device of the same type left it; another's would mean nothing here."""
-    if _module(device) and isinstance(state, dict) and state['type'] == device.type:
-        _module(device).set_rng_state(state['state'])
+def prepare_determinism():
+    """What has to be set before the device starts."""
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    os.environ.setdefault('HCCL_DETERMINISTIC', 'true')
 
 
 def set_compile_mode(device, mode):

@@ -1,20 +1,21 @@
-"""The one room that reads and writes weights: safe reading, pretrained weights made to fit, atomic saving, resuming.
+"""The one room that knows checkpoints: what they hold, which to resume, and how a run goes on as if never stopped.
 
-Reading never runs code from a file. Files of the reference, of timm and of this project load alike, on any device and
+Files of the reference, of timm and of this project load alike, on any device and
 in any precision: what is written is always float32 on the CPU.
 """
 
 import argparse
 import collections
+import contextlib
 import glob
 import os
 import re
+import time
 
 import torch
 
 import distributed
-import utils
-from errors import UserError
+from errors import UserError, printable
 from pretrained import inner_state, mismatches, strip_prefixes
 from safe_files import fetch, read, save  # noqa: F401  (save is part of what this room offers)
 
@@ -25,25 +26,87 @@ MODEL_FLAGS = ('model', 'input_size', 'nb_classes', 'rel_pos_bias', 'abs_pos_emb
 
 # ---- saving
 
-def training_state(args, epoch, model, optimizer, scaler, ema=None, accuracy=None):
+def training_state(args, progress, model, optimizer, scaler, ema=None):
     """The dict that a checkpoint holds: model, optimizer, epoch, scaler, args, and with an average model_ema.
 
+    There is no state of random numbers in it: those of a step follow from seed, step and process (`utils.seed_step`).
+
     Args:
-        epoch (int): the last finished epoch.
-        accuracy (dict): the best accuracies so far, in percent.
+        progress (Progress): how far the run has come. `epoch` in the file is the last finished one, as in the
+            reference's; where an epoch is under way, `progress` in the file says how much of it is done.
     """
     content = {
         'model': _to_cpu(scaler.full_precision_state(model)),
         'optimizer': _portable(optimizer.state_dict()),
-        'epoch': int(epoch),
+        'epoch': progress.epoch - 1,
         'scaler': scaler.state_dict(),
         'args': dict(vars(args)),
-        'accuracy': dict(accuracy or {}),
-        'random_state': utils.random_state(next(model.parameters()).device),
+        'accuracy': dict(progress.best),
+        'progress': {'steps': progress.steps, 'meters': progress.meters, 'run': dict(progress.run)},
     }
     if ema is not None:
         content['model_ema'] = _to_cpu(ema.ema.state_dict())
     return content
+
+
+class Progress:
+    """How far a run has come: so many epochs are finished, and so many updates of the next.
+
+    Attributes:
+        epoch (int): the epoch under way, from 0; steps (int): its finished updates.
+        meters (list): of each process, the state of that epoch's averages; [] at its start.
+        best (dict): the best accuracies so far, in percent.
+        run (dict): what the order of the data hangs on: processes, total_batch, images, and the device.
+    """
+
+    def __init__(self, epoch=0, steps=0, meters=(), best=None, run=None):
+        self.epoch, self.steps, self.meters = epoch, steps, list(meters)
+        self.best, self.run = dict(best or {}), dict(run or {})
+
+    def meters_of(self, rank, processes):
+        """The state of the averages for a process; with another number of processes the first takes all of them."""
+        if not self.meters or len(self.meters) == processes:
+            return self.meters[rank] if self.meters else None
+        merged = {}
+        for state in self.meters if rank == 0 else ():
+            for name, (count, total) in state['meters'].items():
+                counted, so_far = merged.get(name, (0, 0.))
+                merged[name] = (counted + count, so_far + total)
+        return dict(self.meters[0], meters=merged)
+
+    def file_name(self):
+        """checkpoint-<finished epoch>.pth, or in mid-epoch checkpoint-<epoch>-step<its finished updates>.pth."""
+        return 'checkpoint-%d-step%d.pth' % (self.epoch, self.steps) if self.steps \
+            else 'checkpoint-%d.pth' % (self.epoch - 1)
+
+
+STEP_FILES_KEPT = 2  # of those in mid-epoch, without --keep_checkpoints: the newest, and one in case it is damaged
+
+
+def remove_old(folder, keep):
+    """Remove the oldest numbered checkpoints, beyond the `keep` newest of each kind (0: all epochs, 2 in mid-epoch)."""
+    files = numbered(folder)
+    for kind, most in ((0, keep), (1, keep or STEP_FILES_KEPT)):
+        of_kind = [path for (_, steps), path in files if bool(steps) == kind]
+        for path in of_kind[:-most] if most else []:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+
+
+class SaveTimer:
+    """When to save in mid-epoch: each so many updates, each so many minutes (0: never)."""
+
+    def __init__(self, steps=0, minutes=0.):
+        self.steps, self.seconds, self.saved = steps, 60 * minutes, time.monotonic()
+
+    def due(self, update_step):
+        """Whether to save after this update of the run, counted from 0; the clock is the first process's."""
+        by_steps = self.steps and (update_step + 1) % self.steps == 0
+        by_clock = self.seconds and distributed.is_main_process() and time.monotonic() - self.saved >= self.seconds
+        return bool(by_steps or by_clock)
+
+    def restart(self):
+        self.saved = time.monotonic()
 
 
 def _to_cpu(state):
@@ -64,13 +127,31 @@ def _portable(state):
     return state
 
 
-# ---- resuming
+# ---- which file to resume
 
 def numbered(folder):
-    """(epoch, path) of every checkpoint-<epoch>.pth in a folder, oldest first."""
-    found = [(re.search(r'checkpoint-(\d+)\.pth$', path), path)
-             for path in glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth'))]
-    return sorted((int(match.group(1)), path) for match, path in found if match)
+    """((epochs done, updates done of the next), path) of a folder's checkpoints, oldest first; not the best ones."""
+    found = [(_position(path), path) for path in glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth'))]
+    return sorted((position, path) for position, path in found if position is not None)
+
+
+def _position(path):
+    """(epochs done, updates done of the next) by a checkpoint's name, or None."""
+    found = re.search(r'checkpoint-(\d+)(?:-step(\d+))?\.pth$', path)
+    if not found:
+        return None
+    return (int(found.group(1)), int(found.group(2))) if found.group(2) else (int(found.group(1)) + 1, 0)
+
+
+def _position_inside(content):
+    """The same by what a file holds; a file that says nothing of it comes last."""
+    epoch, progress = content.get('epoch'), content.get('progress')
+    steps = progress.get('steps') if isinstance(progress, dict) else 0
+    return (epoch + 1, steps) if isinstance(epoch, int) and isinstance(steps, int) else (-1, 0)
+
+
+def is_url(source):
+    return re.match(r'[a-z]+://', source) is not None
 
 
 def candidates(source):
@@ -79,72 +160,114 @@ def candidates(source):
     Raises:
         UserError: there's none.
     """
-    if re.match(r'[a-z]+://', source) or os.path.isfile(source):
+    if is_url(source) or os.path.isfile(source):
         return [source]
     if not os.path.isdir(source):
-        raise UserError('--resume %s: no such file or folder' % source)
+        raise UserError('--resume %s: no such file or folder' % printable(source))
     found = [path for _, path in reversed(numbered(source))]
     found += [os.path.join(source, name) for name in (BEST, BEST_EMA) if os.path.isfile(os.path.join(source, name))]
     if not found:
-        raise UserError('--resume %s: the folder holds no checkpoint-<epoch>.pth or %s' % (source, BEST))
+        raise UserError('--resume %s: the folder holds no checkpoint-<epoch>.pth or %s' % (printable(source), BEST))
     return found
 
 
 def find(source, prefer_best=False):
-    """The file to resume: of a folder's checkpoints the one that got furthest, or for evaluation the best."""
-    found = candidates(source)
-    best = [path for path in found if os.path.basename(path) == BEST]
-    if prefer_best and best:
-        return best[0]
-    # A best checkpoint may be newer than the newest numbered one: those come each few epochs only.
-    furthest = found[:1] + [path for path in found[1:] if os.path.basename(path) in (BEST, BEST_EMA)]
-    return furthest[0] if len(furthest) == 1 else max(furthest, key=_epoch)
+    """(path, content) of the checkpoint to resume: of a folder's the one that got furthest, or to evaluate the best.
+
+    Of a folder, a damaged file is passed over, and a line says so. A best checkpoint may be further than the newest
+    numbered one, which come each few epochs only.
+
+    Raises:
+        UserError: the file, or every file of the folder, is damaged or missing.
+    """
+    paths = candidates(source)
+    if not os.path.isdir(source):
+        return source, read(fetch(source), '--resume')
+    bests = [path for path in paths if _position(path) is None]
+    ordered = [path for path in paths if path not in bests]
+    if prefer_best:
+        ordered = bests + ordered
+    newest = _first_whole(ordered)
+    if prefer_best:
+        if newest is not None:
+            return newest
+    else:
+        for path in bests:
+            best = _first_whole([path])
+            if best is not None and (newest is None or _position_inside(best[1]) > _position_inside(newest[1])):
+                newest = best
+        if newest is not None:
+            return newest
+    raise UserError('--resume %s: all of its %d checkpoints are damaged' % (printable(source), len(paths)))
 
 
-def _epoch(path):
-    name = re.search(r'checkpoint-(\d+)\.pth$', path)
-    epoch = int(name.group(1)) if name else read(path, '--resume').get('epoch')
-    return epoch if isinstance(epoch, int) else -1
+def _first_whole(paths):
+    for path in paths:
+        try:
+            content = read(path, '--resume')
+            if isinstance(content, dict):
+                return path, content
+        except UserError as error:
+            if 'refused' in str(error):
+                raise  # not damaged, but a stranger's
+            distributed.say('%s; passed over' % error)
+    return None
 
 
 def lies_in(path, folder):
     return bool(path and folder) and os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder)
 
 
-def source_to_resume(resume, auto_resume, output_dir):
-    """What to resume, as `find` gives it: --resume, else with --auto_resume from the output folder; or ''."""
-    if resume:
-        return find(resume)
-    if auto_resume and output_dir and glob.glob(os.path.join(glob.escape(output_dir), 'checkpoint-*.pth')):
-        return find(output_dir)
-    return ''
+def find_together(args, device):
+    """(path, content) to resume, the same on every process, or ('', None): --resume, or by --auto_resume output_dir's.
 
-
-def resume_weights(source, model, scaler, ema=None):
-    """Load a checkpoint's weights for evaluation, into the model and, where both have one, the average.
-
-    Returns:
-        The file's content.
+    Where one process's copy of the newest file is damaged or missing, all take the older one that it found.
     """
-    content = read(fetch(source), '--resume')
+    source, path, content = args.resume, '', None
+    if not source and args.auto_resume and args.output_dir \
+            and glob.glob(os.path.join(glob.escape(args.output_dir), 'checkpoint-*.pth')):
+        source = args.output_dir
+    if source:
+        path, content = find(source)
+    mine = [os.path.basename(path)] + (list(_position_inside(content)) if content is not None else [-1, -1])
+    words = distributed.gather(mine, device)
+    oldest = min(words, key=lambda word: word[1:])
+    if mine != oldest and oldest[0] and os.path.isfile(os.path.join(source, oldest[0])):
+        path = os.path.join(source, oldest[0])
+        content = read(path, '--resume')
+        mine = oldest
+    if any(word != words[0] for word in distributed.gather(mine, device)):
+        raise UserError('--%s: the processes did not find the same checkpoint (this one %s); every machine needs the '
+                        'same files there' % ('resume ' + args.resume if args.resume else 'output_dir '
+                                              + args.output_dir, path or 'none'))
+    return path, content
+
+
+# ---- taking it up
+
+def load_weights(source, content, model, scaler, ema=None):
+    """Load a checkpoint's weights into the model and, where both have one, the average."""
     if not isinstance(content, dict):
-        raise UserError('--resume %s: holds no weights' % source)
+        raise UserError('--resume %s: holds no weights' % printable(source))
     _, state = inner_state(content, 'model|module|state_dict')
     state = strip_prefixes(state)
     live = scaler.full_precision_state(model)
     problems = mismatches(state, live)
     if problems:
         raise UserError('--resume %s: these are not the weights of this model: %s%s'
-                        % (source, problems, _trained_with(content)))
+                        % (printable(source), problems, _trained_with(content)))
     for name, tensor in live.items():
         if name in state and not name.endswith('relative_position_index'):
             tensor.copy_(state[name])
     scaler.weights_changed()
     if ema is not None:
         # Without an average in the file, the average starts again from the weights just read.
-        average = strip_prefixes(content.get('model_ema') or {}) or scaler.full_precision_state(model)
+        average = content.get('model_ema')
+        average = strip_prefixes(average) if average else scaler.full_precision_state(model)
+        problems = mismatches(average, ema.ema.state_dict())
+        if problems:
+            raise UserError('--resume %s: its model_ema is not of this model: %s' % (printable(source), problems))
         ema.ema.load_state_dict({**ema.ema.state_dict(), **average})
-    return content
 
 
 def _trained_with(content):
@@ -162,39 +285,85 @@ def load_optimizer(source, optimizer, state):
     mine = [{name: group[name] for name in ('lr', 'lr_scale', 'weight_decay', 'decays', 'name') if name in group}
             for group in optimizer.param_groups]
     kinds = {'betas', 'momentum', 'rho', 'alpha'}  # what tells the families of optimizers apart
-    theirs = set(state['param_groups'][0]) if state.get('param_groups') else set()
     try:
+        theirs = set(state['param_groups'][0]) if state.get('param_groups') else set()
         if kinds & theirs != kinds & set(optimizer.param_groups[0]):
             raise ValueError('another kind of optimizer wrote it')
+        _check_moments(optimizer, state)
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError('--resume %s: its optimizer state does not fit this run (%s); use the --opt and model flags of '
-                        'that run, or give the file to --finetune' % (source, error)) from None
+                        'that run, or give the file to --finetune' % (printable(source), error)) from None
     for group, values in zip(optimizer.param_groups, mine):
         group.update(values)
 
 
-def resume_training(source, model, optimizer, scaler, ema=None):
+def _check_moments(optimizer, state):
+    """Raise a ValueError where a moment has another shape than its parameter: PyTorch looks at the number only."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+    keys = [key for group in state['param_groups'] for key in group['params']]
+    for key, parameter in zip(keys, parameters):
+        for name, value in state['state'].get(key, {}).items():
+            if name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer') and value is not None \
+                    and tuple(value.shape) != tuple(parameter.shape):
+                raise ValueError('%s is %s for a parameter of %s' % (name, tuple(value.shape), tuple(parameter.shape)))
+
+
+def resume_training(source, content, model, optimizer, scaler, ema=None):
     """Take up a run where a checkpoint left it.
 
     Returns:
-        (start_epoch, accuracy): the next epoch to train, and the dict of best accuracies so far. A file with weights
-        only gives (0, {}): training starts from them.
+        Progress. A file with weights only gives that of a start: training starts from them.
     """
-    content = resume_weights(source, model, scaler, ema)
+    load_weights(source, content, model, scaler, ema)
     if not isinstance(content.get('optimizer'), dict) or 'epoch' not in content:
-        distributed.say('Resumed the weights of %s; it holds no optimizer state, so the schedule starts anew' % source)
-        return 0, {}
+        distributed.say('Resumed the weights of %s; it holds no optimizer state, so the schedule starts anew'
+                        % printable(source))
+        return Progress()
     load_optimizer(source, optimizer, content['optimizer'])
-    if isinstance(content.get('scaler'), dict):
-        scaler.load_state_dict(content['scaler'])
-    if distributed.is_main_process():  # it is the first process's; the others go on with seeds of their own
-        utils.set_random_state(content.get('random_state'), next(model.parameters()).device)
     epoch = content['epoch']
-    if not isinstance(epoch, int):  # the reference's best checkpoint says 'best'
-        raise UserError('--resume %s: it does not say after which epoch it was saved (epoch is %r); '
-                        'give its weights to --finetune instead' % (source, epoch))
-    accuracy = content.get('accuracy') or {}
-    distributed.say('Resumed %s: epoch %d is done%s' % (source, epoch, ''.join(
-        ', best %s %.3f%%' % (name, value) for name, value in sorted(accuracy.items()))))
-    return epoch + 1, accuracy
+    if not isinstance(epoch, int) or epoch < -1:  # the reference's best checkpoint says 'best'
+        raise UserError('--resume %s: it does not say after which epoch it was saved (epoch is %.40r); '
+                        'give its weights to --finetune instead' % (printable(source), epoch))
+    try:
+        if isinstance(content.get('scaler'), dict):
+            scaler.load_state_dict(content['scaler'])
+        inside = content.get('progress') or {}
+        best = {str(name): float(value) for name, value in (content.get('accuracy') or {}).items()}
+        meters = [{'meters': {str(name): [int(count), float(total)] for name, (count, total) in each['meters'].items()},
+                   'skipped_before': int(each['skipped_before']), 'skips_in_a_row': int(each['skips_in_a_row'])}
+                  for each in inside.get('meters', ())]
+        progress = Progress(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
+        if progress.steps < 0 or bool(progress.steps) != bool(meters):
+            raise ValueError('%d steps do not fit its averages' % progress.steps)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError('--resume %s: its scaler, accuracy or progress is not what a checkpoint holds (%s); give its '
+                        'weights to --finetune instead' % (printable(source), ' '.join(str(error).split())[:120])) \
+            from None
+    distributed.say('Resumed %s: %s%s' % (printable(source), 'epoch %d is done' % epoch if not progress.steps else
+                                          '%d updates of epoch %d are done' % (progress.steps, epoch + 1),
+                                          ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
+    return progress
+
+
+# Flags on which no number of the training depends.
+WITHOUT_EFFECT = {'output_dir', 'log_dir', 'resume', 'auto_resume', 'save_ckpt', 'save_ckpt_freq', 'save_ckpt_steps',
+                  'save_ckpt_minutes', 'keep_checkpoints', 'num_workers', 'pin_mem', 'world_size', 'local_rank',
+                  'dist_url', 'dist_on_itp', 'dist_timeout', 'dist_eval', 'data_path', 'eval_data_path', 'finetune',
+                  'model_key', 'model_prefix', 'maxstep', 'prof', 'cann_prof', 'init_scale', 'start_epoch', 'eval',
+                  'check_data', 'max_bad_images', 'disable_eval_during_finetuning', 'deterministic', 'nb_classes',
+                  'device', 'batch_size', 'update_freq', 'model_ema_force_cpu', 'crop_pct'}
+
+
+def differences(content, args, run):
+    """What makes a resumed run compute other numbers than an unbroken one would, in words; [] where nothing does."""
+    theirs = content.get('args')
+    theirs = vars(theirs) if isinstance(theirs, argparse.Namespace) else theirs
+    progress = content.get('progress')
+    before = progress.get('run') if isinstance(progress, dict) else None
+    if not isinstance(theirs, dict) or not isinstance(before, dict):
+        return ['the checkpoint does not say with which flags it was made']
+    found = ['--%s is %s (was %s)' % (name, value, theirs[name]) for name, value in sorted(vars(args).items())
+             if name in theirs and name not in WITHOUT_EFFECT and theirs[name] != value]
+    return found + ['%s: %s (was %s)' % (name, run[name], before[name]) for name in sorted(run)
+                    if name in before and before[name] != run[name]]

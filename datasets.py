@@ -4,11 +4,18 @@ What a process gets depends on the seed, the epoch and the image's index alone: 
 how many processes share the data.
 """
 
+import functools
 import inspect
 import os
 import random
+import re
 import shutil
+import signal
+import stat
 import tempfile
+import threading
+import typing
+import warnings
 
 import numpy as np
 import torch
@@ -17,11 +24,12 @@ from timm.data import Mixup, create_transform
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import mixup_target
+from torch.utils.data.dataloader import default_collate
 from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
 import distributed
-from errors import UserError, unknown
+from errors import UserError, printable, unknown
 from modeling_finetune import INPUT_MEAN, INPUT_STD
 
 try:
@@ -38,15 +46,33 @@ PADDING = 4
 
 # ---- reading one image
 
+# Pillow refuses images of more than twice MAX_IMAGE_PIXELS (179 million). Between once and twice they are read, without
+# its warning, which each worker would print and which doesn't name the file.
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
+
+KINDS = ((stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a pipe'), (stat.S_ISCHR, 'a device'), (stat.S_ISBLK, 'a device'))
+
+
+class UnreadableImage(UserError):
+    """A file that can't be read as an image: `path`, printable, and `reason`, both of one line."""
+
+    def __init__(self, path, reason):
+        self.path, self.reason = printable(path), printable(' '.join(reason.split()))
+        super().__init__('%s: cannot be read as an image (%s); mend or remove it, or leave such files out with '
+                         '--bad_images skip' % (self.path, self.reason))
+
+
 def load_image(path):
     """The image as RGB, 8 bits a channel, whatever the file holds. Transparency is dropped, as the reference does.
 
     Raises:
-        UserError: the file can't be read as an image.
+        UnreadableImage: the file can't be read as an image.
     """
     try:
-        with open(path, 'rb') as file:
+        with open_file(path) as file:
             image = Image.open(file)
+            if 0 in image.size:
+                raise ValueError('it has no pixels')
             if image.mode.startswith('I'):  # 16 bits: Pillow would cut at 255 instead of scaling
                 pixels = np.asarray(image).astype(np.float64)
                 image = Image.fromarray(np.uint8(np.clip(pixels / 257. + 0.5, 0, 255)))
@@ -54,13 +80,30 @@ def load_image(path):
                 image = image.convert('RGBA')
             return image.convert('RGB')
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise UserError('%s: cannot be read as an image (%s); mend or remove it'
-                        % (path, ' '.join(str(error).split()) or type(error).__name__)) from None
+        reason = getattr(error, 'strerror', None) or re.sub(r' <_io\.[^>]*>', '', str(error)) or type(error).__name__
+        if isinstance(error, FileNotFoundError) and os.path.islink(path):
+            reason = 'it is a link to %s, which is not there' % os.readlink(path)
+        raise UnreadableImage(path, reason) from None
+
+
+def open_file(path):
+    """Open a regular file that isn't empty for reading. A pipe doesn't make it wait, nor a device fill the memory."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0))
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError('it is %s' % next((name for is_kind, name in KINDS if is_kind(status.st_mode)), 'no file'))
+        if status.st_size == 0:
+            raise ValueError('it is empty')
+        return os.fdopen(handle, 'rb')
+    except BaseException:
+        os.close(handle)
+        raise
 
 
 # ---- data sets
 
-class ImageFolder(torchvision_datasets.DatasetFolder):
+class ImageFolder(torch.utils.data.Dataset):
     """Class folders of images; the classes are the folders' names in sorted order.
 
     Args:
@@ -68,55 +111,105 @@ class ImageFolder(torchvision_datasets.DatasetFolder):
 
     Raises:
         UserError: the folder is missing, has no class folders, or one of them has no image; on reading, an image that
-            can't be read or doesn't fit.
+            can't be read (`UnreadableImage`) or doesn't fit.
     """
 
     def __init__(self, root, transform=None, flag='--data_path', fits=None):
+        shown = printable(root)
         if not os.path.isdir(root):
-            raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, root))
-        self.fits = fits
-        names, _ = self.find_classes(root)
-        if not names:
+            raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
+        self.transform, self.fits = transform, fits
+        self.classes, self.samples = scan_classes(root)
+        if not self.classes:
             raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
-                            % (flag, root))
-        try:
-            super().__init__(root, self.load, EXTENSIONS, transform=transform)
-        except (FileNotFoundError, RuntimeError):
-            self.samples = []  # newer and older torchvision say by these that a class, or everything, is empty
-        self.samples = [(path, label) for path, label in self.samples
-                        if not any(_is_hidden(part) for part in os.path.relpath(path, root).split(os.sep))]
-        self.targets = [label for _, label in self.samples]
-        filled = set(self.targets)
-        empty = [name for label, name in enumerate(names) if label not in filled]
-        if self.samples and empty or not self.samples:
-            empty = empty if self.samples else [name for name in names if not _has_image(os.path.join(root, name))]
+                            % (flag, shown))
+        filled = {label for _, label in self.samples}
+        empty = [name for label, name in enumerate(self.classes) if label not in filled]
+        if empty:
             raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder'
                             % (flag, ' '.join(EXTENSIONS), 's' if len(empty) > 1 else '',
-                               ', '.join(os.path.join(root, name) for name in empty[:3])))
+                               ', '.join(printable(os.path.join(root, name)) for name in empty[:3])))
 
+    def __len__(self):
+        return len(self.samples)
 
-    def find_classes(self, directory):
-        """torchvision's, without hidden folders and what macOS leaves in archives."""
-        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and not _is_hidden(entry.name))
-        return names, {name: label for label, name in enumerate(names)}
-
-    _find_classes = find_classes  # its name before torchvision 0.10
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        image = self.load(path)
+        return image if self.transform is None else self.transform(image), label
 
     def load(self, path):
         image = load_image(path)
         if self.fits is not None and not self.fits(*image.size):
             raise UserError('%s is %dx%d; with --input_size of %d and less images are not resized, so give their own '
-                            'size, or a larger --input_size' % ((path,) + image.size + (SMALL_INPUT,)))
+                            'size, or a larger --input_size' % ((printable(path),) + image.size + (SMALL_INPUT,)))
         return image
+
+
+def image_name(dataset, index):
+    """What to call a sample in a message: its path, printable, or its number where it has no file of its own."""
+    samples = getattr(dataset, 'samples', None)
+    return 'image %d' % index if samples is None else printable(samples[index][0])
+
+
+def scan_classes(root):
+    """(class names, [(path, class index)]): torchvision's `DatasetFolder` without hidden names, in its order.
+
+    Every folder in `root` is a class, with the image files in it at any depth; links are followed. A file counts by its
+    name's ending alone. Names are as the operating system gives them, with surrogates for bytes that aren't text.
+
+    Raises:
+        UserError: a folder can't be listed, a link leads nowhere or to a folder that it lies in. Each would take images
+            away, or add some twice, without a word. (A link named like an image is a file that can't be read.)
+    """
+    _, classes = _list_folder(root)
+    samples = []
+    for label, name in enumerate(sorted(classes)):
+        found, waiting = [], [(os.path.join(root, name), (os.path.realpath(root),))]
+        while waiting:
+            folder, led_here = waiting.pop()
+            led_here = _follow(folder, led_here)
+            files, folders = _list_folder(folder)
+            found.append((folder, sorted(each for each in files if each.lower().endswith(EXTENSIONS))))
+            waiting += [(os.path.join(folder, each), led_here) for each in folders]
+        samples += [(os.path.join(folder, each), label) for folder, files in sorted(found) for each in files]
+    return sorted(classes), samples
+
+
+def _list_folder(folder):
+    """(names of files, names of folders) in a folder, those that links lead to among them, hidden ones not."""
+    files, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_hidden(entry.name):
+                    continue
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                    folders.append(entry.name)
+                    continue
+                files.append(entry.name)
+                if entry.is_symlink() and not entry.name.lower().endswith(EXTENSIONS):
+                    os.stat(entry.path)  # for its error: what can't be reached may be a folder of images
+    except OSError as error:
+        raise UserError('%s: cannot look for images there (%s); mend or remove it, or let this user read it'
+                        % (printable(error.filename or folder), error.strerror)) from None
+    return files, folders
+
+
+def _follow(folder, led_here):
+    """The real folders on the way to `folder` and it: the last before each link, and where it is now."""
+    if not os.path.islink(folder):
+        return led_here[:-1] + (os.path.join(led_here[-1], os.path.basename(folder)),)
+    target = os.path.realpath(folder)
+    if any(os.path.join(each, '').startswith(os.path.join(target, '')) for each in led_here):
+        raise UserError('%s: this link leads to %s, a folder that it lies in, round and round; remove it'
+                        % (printable(folder), printable(target)))
+    return led_here + (target,)
 
 
 def _is_hidden(name):
     """.ipynb_checkpoints, ._photo.jpg, __MACOSX: never meant as data."""
     return name.startswith('.') or name == '__MACOSX'
-
-
-def _has_image(folder):
-    return any(name.lower().endswith(EXTENSIONS) for _, _, files in os.walk(folder) for name in files)
 
 
 def write_digits(root):
@@ -159,7 +252,8 @@ def resolve_data_path(data_path):
         except ImportError:
             raise UserError('--data_path demo needs scikit-learn; run: pip install scikit-learn') from None
         except OSError as error:
-            raise UserError('--data_path demo: cannot write the digits to %s (%s)' % (root, error)) from None
+            raise UserError('--data_path demo: cannot write the digits to %s (%s)'
+                            % (printable(root), error.strerror or error)) from None
         distributed.say('Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s' % root)
     return root
 
@@ -172,7 +266,7 @@ def check_paths(args):
         raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo')
     for flag, path in (('--data_path', args.data_path), ('--eval_data_path', args.eval_data_path)):
         if path and (path, flag) != ('demo', '--data_path') and not os.path.isdir(path):
-            raise UserError('%s %s: no such folder' % (flag, path))
+            raise UserError('%s %s: no such folder' % (flag, printable(path)))
     if args.data_path == 'demo':
         return
     if args.data_set == 'CIFAR':
@@ -185,7 +279,7 @@ def check_paths(args):
             flag, root = split_root(is_train, args)
             if not os.path.isdir(root):
                 raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class'
-                                % (flag, getattr(args, flag[2:]), root))
+                                % (flag, printable(getattr(args, flag[2:])), printable(root)))
 
 
 def needs_validation(args):
@@ -213,7 +307,7 @@ def cifar_root(data_path):
         if os.path.isfile(os.path.join(root, 'cifar-100-python', 'train')):
             return root
     raise UserError('--data_path %s: there is no cifar-100-python/train in it; unpack cifar-100-python.tar.gz there'
-                    % data_path)
+                    % printable(data_path))
 
 
 def build_dataset(is_train, args):
@@ -224,7 +318,7 @@ def build_dataset(is_train, args):
             dataset = torchvision_datasets.CIFAR100(cifar_root(args.data_path), train=is_train, transform=transform)
         except RuntimeError:
             raise UserError('--data_path %s: cifar-100-python is damaged (its checksums differ); unpack it again'
-                            % args.data_path) from None
+                            % printable(args.data_path)) from None
         return dataset, list(getattr(dataset, 'classes', None) or map(str, range(100)))
     flag, root = split_root(is_train, args)
     dataset = ImageFolder(root, transform, flag, small_input_rule(is_train, args.input_size))
@@ -241,7 +335,7 @@ def build_datasets(args):
     if train_classes and val_classes and train_classes != val_classes:
         only = [('train', set(train_classes) - set(val_classes)), ('val', set(val_classes) - set(train_classes))]
         raise UserError('--data_path: train and val must name the same classes; %s' % '; '.join(
-            'only in %s: %s' % (split, ', '.join(sorted(names)[:5])) for split, names in only if names))
+            'only in %s: %s' % (split, ', '.join(map(printable, sorted(names)[:5]))) for split, names in only if names))
     classes = train_classes or val_classes
     if args.nb_classes and args.nb_classes != len(classes):
         raise UserError('--nb_classes %d: the data has %d classes; leave the flag out, or mend the folders'
@@ -284,9 +378,13 @@ def small_input_rule(is_train, input_size):
     """Which images (width, height) the transform of a small input can take, or None where it resizes them."""
     if input_size > SMALL_INPUT:
         return None
+    return functools.partial(_fits, is_train, input_size)  # and no lambda: workers may get it pickled
+
+
+def _fits(is_train, input_size, width, height):
     if is_train:
-        return lambda width, height: min(width, height) + 2 * PADDING >= input_size
-    return lambda width, height: (width, height) == (input_size, input_size)
+        return min(width, height) + 2 * PADDING >= input_size
+    return (width, height) == (input_size, input_size)
 
 
 def policy_or_none(policy):
@@ -313,12 +411,20 @@ def check_policy(policy):
 
 
 class DeviceMixup(Mixup):
-    """timm's Mixup with the targets where the images are; timm 0.4 puts them on CUDA whatever the device."""
+    """timm's Mixup for batches of any size, with the targets where the images are.
+
+    The last image of an odd batch is not mixed; timm refuses such a batch. timm 0.4 puts the targets on CUDA whatever
+    the device.
+    """
 
     def __call__(self, images, targets):
         mix = {'elem': self._mix_elem, 'pair': self._mix_pair, 'batch': self._mix_batch}[self.mode]
-        share = mix(images)
-        return images, mixup_target(targets, self.num_classes, share, self.label_smoothing, device=images.device)
+        even = len(images) // 2 * 2
+        parts = [(targets[:even], mix(images[:even]))] if even else []
+        parts += [(targets[even:], 1.)] if even < len(images) else []
+        place = {'device': images.device} if 'device' in inspect.signature(mixup_target).parameters else {}
+        soft = [mixup_target(part, self.num_classes, share, self.label_smoothing, **place) for part, share in parts]
+        return images, torch.cat(soft) if soft else images.new_zeros(0, self.num_classes)
 
 
 def mixes(args):
@@ -329,10 +435,9 @@ def build_mixup(args, nb_classes):
     """What mixes a batch in place, (images, class indices) to (images, soft targets (B, classes)); or None."""
     if not mixes(args):
         return None
-    mixup = DeviceMixup if 'device' in inspect.signature(mixup_target).parameters else Mixup
-    return mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
-                 prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
-                 label_smoothing=args.smoothing, num_classes=nb_classes)
+    return DeviceMixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
+                       prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
+                       label_smoothing=args.smoothing, num_classes=nb_classes)
 
 
 # ---- order and randomness
@@ -345,17 +450,21 @@ class EpochSampler(torch.utils.data.Sampler):
     """
 
     def __init__(self, length, rank=0, world_size=1, seed=0):
-        self.length, self.rank, self.world_size, self.seed, self.epoch = length, rank, world_size, seed, 0
+        self.length, self.rank, self.world_size, self.seed = length, rank, world_size, seed
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, start=0):
+        """Give this epoch, from this process's `start`-th sample on."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self):
-        return self.length // self.world_size
+        """What is left of the epoch."""
+        return max(self.length // self.world_size - self.start, 0)
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        for index in order[:len(self) * self.world_size][self.rank::self.world_size]:
+        share = order[:self.length // self.world_size * self.world_size][self.rank::self.world_size]
+        for index in share[self.start:]:
             yield self.epoch, int(index)
 
 
@@ -372,14 +481,44 @@ class ExactShard(torch.utils.data.Sampler):
         return iter(self.indices)
 
 
-class SeededSamples(torch.utils.data.Dataset):
-    """Samples by (epoch, index), the augmentation's random numbers drawn from (seed, epoch, index)."""
+class Unreadable(typing.NamedTuple):
+    """A file that was left out; its path is printable."""
+    path: str
+    reason: str
 
-    def __init__(self, dataset, seed=0):
-        self.dataset, self.seed = dataset, seed
+
+class Batch(typing.NamedTuple):
+    """What the loaders give. B is smaller by the files that were left out; it can be 0."""
+    images: torch.Tensor  # float32 (B, 3, H, W)
+    targets: torch.Tensor  # int64 (B,), class indices
+    indices: torch.Tensor  # int64 (B,), places in the data set; see `image_name`
+    unreadable: list  # of Unreadable
+
+
+class Samples(torch.utils.data.Dataset):
+    """(image, class index, index) by index; where `skips`, an `Unreadable` for a file that can't be read."""
+
+    def __init__(self, dataset, skips=False):
+        self.dataset, self.skips = dataset, skips
 
     def __len__(self):
         return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            return tuple(self.dataset[index]) + (index,)
+        except UnreadableImage as error:
+            if self.skips:
+                return Unreadable(error.path, error.reason)
+            raise UserError(str(error)) from None  # the name by which `one_line` knows it, coming from a worker
+
+
+class SeededSamples(Samples):
+    """Samples by (epoch, index), the augmentation's random numbers drawn from (seed, epoch, index)."""
+
+    def __init__(self, dataset, seed=0, skips=False):
+        super().__init__(dataset, skips)
+        self.seed = seed
 
     def __getitem__(self, key):
         epoch, index = key
@@ -390,7 +529,7 @@ class SeededSamples(torch.utils.data.Dataset):
             random.seed(words[0])
             np.random.seed(words[1])
             torch.default_generator.manual_seed(words[2])  # torch.manual_seed would go to every device too
-            return self.dataset[index]
+            return super().__getitem__(index)
         finally:
             if kept is not None:  # the training loop's own numbers must not notice
                 random.setstate(kept[0])
@@ -398,19 +537,49 @@ class SeededSamples(torch.utils.data.Dataset):
                 torch.set_rng_state(kept[2])
 
 
+def collate(items, size):
+    """What `Samples` gave, as a `Batch` of images of size x size."""
+    unreadable = [item for item in items if isinstance(item, Unreadable)]
+    read = [item for item in items if not isinstance(item, Unreadable)]
+    if not read:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return Batch(torch.zeros(0, 3, size, size), nothing, nothing.clone(), unreadable)
+    return Batch(*default_collate(read), unreadable=unreadable)
+
+
+def calm_worker(_):
+    """Make a loader's worker one that only the main process ends: by SIGTERM, as PyTorch does, or by its own end.
+
+    A signal to all processes of a job must not take the workers from a main process that is about to save.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    distributed.end_with_parent()
+    if hasattr(signal, 'sigwaitinfo'):  # on Linux; a handler wouldn't learn who sent the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told(parent):
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
+
+
 def build_loaders(args, train, val, pin_memory=False):
-    """(training loader or None, validation loader or None) for this process.
+    """(training loader or None, validation loader or None) for this process; both give a `Batch` at a time.
 
     The validation batch is 1.5 times the training batch. Without --dist_eval each process evaluates the whole set.
     """
-    common = dict(num_workers=args.num_workers, pin_memory=args.pin_mem and pin_memory)
+    skips = args.bad_images == 'skip'
+    common = dict(num_workers=args.num_workers, pin_memory=args.pin_mem and pin_memory, worker_init_fn=calm_worker,
+                  collate_fn=functools.partial(collate, size=args.input_size))
     train_loader = val_loader = None
     if train is not None:
         train_loader = torch.utils.data.DataLoader(
-            SeededSamples(train, args.seed), batch_size=args.batch_size, drop_last=True,
+            SeededSamples(train, args.seed, skips), batch_size=args.batch_size, drop_last=True,
             sampler=EpochSampler(len(train), distributed.rank(), distributed.world_size(), args.seed), **common)
     if val is not None:
         shards = (distributed.rank(), distributed.world_size()) if args.dist_eval else (0, 1)
         val_loader = torch.utils.data.DataLoader(
-            val, batch_size=int(1.5 * args.batch_size), sampler=ExactShard(len(val), *shards), **common)
+            Samples(val, skips), batch_size=int(1.5 * args.batch_size), sampler=ExactShard(len(val), *shards), **common)
     return train_loader, val_loader

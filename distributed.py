@@ -1,10 +1,15 @@
 """Which processes there are, how they meet, and what they agree on."""
 
+import ctypes
 import datetime
+import json
 import os
 import re
+import signal
+import sys
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -70,10 +75,19 @@ def wait_seconds(default):
     return int(text)
 
 
+_met = []  # the store in which the processes met
+
+
+def meeting_store():
+    """The store in which the processes met, or None where there's one process."""
+    return _met[-1] if _met else None
+
+
 def init_distributed_mode(args):
     """Choose the device and join the other processes, where there are any.
 
-    Only the meeting has a limit of its own, DIST_WAIT_SECONDS (300); collectives keep the backend's.
+    The meeting has a limit of its own, DIST_WAIT_SECONDS (300); collectives have --dist_timeout and a little more, so
+    that `watchdog`, which knows more, comes first.
 
     Returns:
         The `torch.device` of this process.
@@ -91,7 +105,9 @@ def init_distributed_mode(args):
             store, process, processes = next(rendezvous(address, process, processes,
                                                         timeout=datetime.timedelta(seconds=seconds)))
             dist.init_process_group(backend.PROCESS_GROUP_BACKEND[device.type], store=store, rank=process,
-                                    world_size=processes)
+                                    world_size=processes,
+                                    timeout=datetime.timedelta(seconds=args.dist_timeout + 10))
+            _met.append(store)
         except (RuntimeError, ValueError) as error:
             text = ' '.join(str(error).split())
             if 'in use' in text:
@@ -111,23 +127,33 @@ def leave_processes():
         dist.destroy_process_group()
 
 
+def gather_numbers(numbers, device, dtype=torch.float32):
+    """The numbers of every process, in their order: one list each."""
+    if world_size() == 1:
+        return [list(numbers)]
+    mine = torch.tensor(numbers, dtype=dtype, device=device)
+    gathered = [torch.zeros_like(mine) for _ in range(world_size())]
+    dist.all_gather(gathered, mine)
+    return [each.tolist() for each in gathered]
+
+
+def gather(value, device):
+    """A value that JSON can hold, of every process, in their order. For what is told seldom: two collectives."""
+    if world_size() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    lengths = [length for length, in gather_numbers([len(text)], device, torch.int64)]
+    padded = np.frombuffer(text + bytes(max(lengths) - len(text)), dtype=np.uint8)
+    mine = torch.from_numpy(padded.astype(np.int32)).to(device)
+    gathered = [torch.zeros_like(mine) for _ in lengths]
+    dist.all_gather(gathered, mine)
+    return [json.loads(each[:length].cpu().numpy().astype(np.uint8).tobytes().decode())
+            for each, length in zip(gathered, lengths)]
+
+
 def any_process(flag, device):
     """Whether `flag` is true in at least one process; all learn it together."""
-    if world_size() == 1:
-        return flag
-    votes = torch.tensor([float(flag)], dtype=torch.float32, device=device)
-    dist.all_reduce(votes)
-    return votes.item() > 0
-
-
-def same_on_all(number, device):
-    """Whether every process has the same whole number."""
-    if world_size() == 1:
-        return True
-    mine = torch.tensor([number], dtype=torch.int64, device=device)
-    all_of_them = [torch.zeros_like(mine) for _ in range(world_size())]
-    dist.all_gather(all_of_them, mine)
-    return len({each.item() for each in all_of_them}) == 1
+    return any(vote > 0 for vote, in gather_numbers([float(flag)], device))
 
 
 def sum_over_processes(counts, total, device):
@@ -141,11 +167,9 @@ def sum_over_processes(counts, total, device):
     whole = torch.tensor(counts, dtype=torch.int64, device=device)
     dist.all_reduce(whole)
     # A float64 as the sum of two float32 keeps 48 of its 53 bits; each process adds the parts in the same order.
-    high = torch.tensor(total, dtype=torch.float32)
-    parts = torch.stack((high, torch.tensor(total - high.item(), dtype=torch.float32))).to(device)
-    gathered = [torch.zeros_like(parts) for _ in range(world_size())]
-    dist.all_gather(gathered, parts)
-    return tuple(whole.tolist()) + (sum(value for pair in gathered for value in pair.tolist()),)
+    high = torch.tensor(total, dtype=torch.float32).item()
+    parts = gather_numbers([high, total - high], device)
+    return tuple(whole.tolist()) + (sum(value for pair in parts for value in pair),)
 
 
 def speaks_first():
@@ -168,3 +192,12 @@ def lost_a_process(error):
                   if hasattr(dist, name))
     return world_size() > 1 and (isinstance(error, kinds) or re.search(
         r'[Cc]onnection (closed|reset|refused)|gloo|NCCL|HCCL|Socket|Broken pipe|[Tt]imed out', str(error)) is not None)
+
+
+PRCTL = ctypes.CDLL(None).prctl if sys.platform.startswith('linux') else None
+
+
+def end_with_parent():
+    """From here on this process is killed when its parent ends, however that ends. Linux only."""
+    if PRCTL:
+        PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

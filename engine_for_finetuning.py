@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import deque
 
 import torch
 import torch.nn.functional as F
@@ -10,78 +11,102 @@ import backend
 import distributed
 import precision
 import utils
+import watchdog
 from errors import UserError
+from pilot import Pilot, Update
 
 SKIPS_IN_A_ROW = 20
+NORMS_KEPT = 10  # gradient norms that a report of a non-finite loss shows
 
 
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler=None, max_norm=None,
                     model_ema=None, mixup_fn=None, log_writer=None, start_steps=0, lr_schedule_values=None,
-                    wd_schedule_values=None, num_training_steps_per_epoch=None, update_freq=1, throughput=None):
-    """Train for one epoch.
+                    wd_schedule_values=None, num_training_steps_per_epoch=None, update_freq=1, throughput=None,
+                    seed=None, first_step=0, state=None, pilot=None):
+    """Train for one epoch, or for the rest of one.
 
     Args:
-        data_loader: gives (images float32 (B, 3, H, W), class indices int64 (B,)).
+        data_loader: gives `datasets.Batch`es, or (images float32 (B, 3, H, W), class indices int64 (B,)).
         loss_scaler (precision.StepScaler): None is full precision.
         max_norm (float): clip the norm of all gradients to this; None or 0 doesn't.
         start_steps (int): update steps before this epoch, the index into the schedules.
         lr_schedule_values, wd_schedule_values (sequence of float): one per update step of the whole run.
-        num_training_steps_per_epoch (int): update steps to take; by default all that the loader gives.
+        num_training_steps_per_epoch (int): update steps of the epoch; by default all that the loader gives.
         update_freq (int): micro-steps per update, the loss divided among them.
+        seed (int): seed every update's random numbers from this (`utils.seed_step`); None leaves them alone.
+        first_step (int): updates of the epoch that were done before; `data_loader` begins behind them.
+        state (dict): the averages up to there, as `pilot` was given them.
+        pilot (pilot.Pilot): what becomes of signals, saves in mid-epoch, unreadable images and non-finite losses.
 
     Returns:
         dict of the epoch's averages over all processes: loss, class_acc (a share; without mixup), lr, min_lr,
         weight_decay, grad_norm, loss_scale, and skipped_steps, a count.
 
     Raises:
-        UserError: a loss is not finite, in any process, or 20 updates in a row were skipped.
+        UserError: a loss or gradient is not finite, in any process, or 20 updates in a row were skipped.
+        preemption.Stopped: a signal came, and what was reached is saved.
     """
     model.train()
+    pilot = pilot or Pilot()
     scaler = loss_scaler if loss_scaler is not None else precision.StepScaler()
     meters = utils.MetricLogger()
     for name in ('lr', 'min_lr'):
         meters.add_meter(name, utils.SmoothedValue(window_size=1, fmt='{value:.6f}'))
-    for name in ('loss', 'class_acc', 'weight_decay', 'grad_norm'):
+    for name in ('loss', 'class_acc', 'weight_decay', 'grad_norm', 'loss_scale'):  # the same on every process
         meters.add_meter(name, utils.SmoothedValue())
     if num_training_steps_per_epoch is None:
         num_training_steps_per_epoch = len(data_loader) // update_freq
-    micro_steps = num_training_steps_per_epoch * update_freq
+    micro_steps, first_micro_step = num_training_steps_per_epoch * update_freq, first_step * update_freq
     create_graph = getattr(optimizer, 'is_second_order', False)
-    skipped_before, skips_in_a_row, step_loss = scaler.skipped, 0, 0.
+    skipped_before, skips_in_a_row = scaler.skipped, 0
+    if state:
+        meters.load_state(state['meters'])
+        skipped_before, skips_in_a_row = int(state['skipped_before']), int(state['skips_in_a_row'])
+    update, norms = Update(), deque(maxlen=NORMS_KEPT)
 
-    batches = meters.log_every(itertools.islice(data_loader, micro_steps), micro_steps, 10, 'Epoch: [%d]' % epoch,
-                               device, distributed.world_size(), throughput, hidden=('loss_scale',))
+    batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,
+                               'Epoch: [%d]' % epoch, device, distributed.world_size(), throughput,
+                               hidden=('loss_scale',), start=first_micro_step)
     optimizer.zero_grad()
     scaler.forget_overflow(device)
-    for micro_step, (images, targets) in enumerate(batches):
+    for micro_step, batch in enumerate(batches, first_micro_step):
         update_step = start_steps + micro_step // update_freq
         is_update = (micro_step + 1) % update_freq == 0
+        if seed is not None and micro_step % update_freq == 0:
+            utils.seed_step(seed, update_step)
         set_schedules(optimizer, update_step, lr_schedule_values, wd_schedule_values)
 
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
+        images = batch[0].to(device, non_blocking=True)
+        targets = batch[1].to(device, non_blocking=True)
         mixed, labels = (images, targets) if mixup_fn is None else mixup_fn(images, targets)
 
-        output = model(mixed)
-        loss = criterion(output, labels)
+        output = model(mixed if len(mixed) else images.new_zeros((1,) + images.shape[1:]))
+        loss = criterion(output, labels) if len(mixed) else output.sum() * 0.  # no image could be read: stay in step
         loss_value = loss.item()
-        step_loss += loss_value
-        grad_norm = scaler(loss / update_freq, optimizer, model.parameters(), max_norm, is_update, create_graph)
-
+        update.add(batch, output, loss_value)
         if is_update:
-            stop_if_not_finite(step_loss, update_step, device)
-            step_loss = 0.
+            pilot.vote(update, update_step, device, dict(scale=scaler.scale, norms=norms))
+        grad_norm = scaler(loss / update_freq, optimizer, model.parameters(), max_norm, is_update, create_graph,
+                           usable=update.finite_everywhere)
+
+        values = dict(rates(optimizer), loss=finite_or_none(loss_value), grad_norm=finite_or_none(grad_norm),
+                      loss_scale=scaler.scale, class_acc=None if mixup_fn or not len(images)
+                      else (output.argmax(-1) == targets).float().mean().item())
+        log_values(meters, log_writer if is_update else None, update_step, values)
+        if is_update:
+            norms.append(grad_norm)
             optimizer.zero_grad()
             skips_in_a_row = skips_in_a_row + 1 if scaler.skipped_last else 0
             if scaler.skipped_last:
+                pilot.skipped(update, scaler, update_step, grad_norm, norms, device)
                 report_skip(scaler, update_step, skips_in_a_row)
             elif model_ema is not None:
                 model_ema.update(scaler.full_precision_state(model))
+            pilot.between_updates(update, epoch, micro_step // update_freq + 1, dict(
+                meters=meters.state(), skipped_before=skipped_before, skips_in_a_row=skips_in_a_row), device)
+            update = Update()
 
-        values = dict(rates(optimizer), loss=loss_value, grad_norm=finite_or_none(grad_norm), loss_scale=scaler.scale,
-                      class_acc=None if mixup_fn else (output.argmax(-1) == targets).float().mean().item())
-        log_values(meters, log_writer if is_update else None, update_step, values)
-
+    pilot.epoch_is_trained(dict(meters=meters.state(), skipped_before=skipped_before, skips_in_a_row=0), device)
     meters.synchronize_between_processes(device)
     stats = meters.averages()
     distributed.say('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()))
@@ -104,14 +129,6 @@ def rates(optimizer):
     return dict(lr=max(lrs), min_lr=min(lrs), weight_decay=decays[-1] if decays else 0.)
 
 
-def stop_if_not_finite(step_loss, update_step, device):
-    """End the run, on every process, where any process's loss is infinite or not a number."""
-    mine = not math.isfinite(step_loss)
-    if distributed.any_process(mine, device):
-        raise UserError('the loss is %s at update step %d; lower --lr, set --clip_grad, or look at the data'
-                        % (step_loss if mine else 'not finite on another process', update_step))
-
-
 def report_skip(scaler, update_step, skips_in_a_row):
     distributed.say('Update step %d skipped: its gradients overflowed (loss scale now %g, %d skipped so far)'
               % (update_step, scaler.scale, scaler.skipped))
@@ -132,34 +149,59 @@ def log_values(meters, log_writer, update_step, values):
             'loss_scale', 'lr', 'min_lr', 'weight_decay', 'grad_norm')})
 
 
+LOSS_UNIT = 2. ** -32  # losses are added up as whole multiples of this: the sum does not hang on the order
+
+
 @torch.no_grad()
-def evaluate(data_loader, model, device, sharded=False, throughput=None):
+def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=None):
     """Top-1, top-5 and cross entropy over a validation set, every image counted once.
+
+    The figures are the same bits on any number of processes, where the model's outputs are.
 
     Args:
         sharded (bool): each process's loader holds another part of the set; the counts are added up.
+        wish (function): gives the number of a signal that asks to stop, or 0.
 
     Returns:
-        dict of acc1, acc5 (percent), loss (per image) and images (the count).
+        dict of acc1, acc5 (percent), loss (per image), images (the count), and unreadable: (path, reason) of the files
+        that were left out, on all processes; or None where the evaluation was given up for a signal, on any of them.
     """
     model.eval()
     meters = utils.MetricLogger()
     correct = torch.zeros(3, dtype=torch.int64, device=device)  # top-1, top-5, images
-    loss_sum = 0.
+    loss_units, not_finite, unreadable, stop = 0, 0, [], 0
     processes = distributed.world_size() if sharded else 1
-    for images, targets in meters.log_every(data_loader, len(data_loader), 10, 'Test:', device, processes, throughput):
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
+    for batch in meters.log_every(data_loader, len(data_loader), 10, 'Test:', device, processes, throughput):
+        stop = wish() if wish else 0
+        if stop:
+            break
+        unreadable += batch[3] if len(batch) > 3 else []
+        if not len(batch[0]):
+            continue
+        images = batch[0].to(device, non_blocking=True)
+        targets = batch[1].to(device, non_blocking=True)
         output = model(images).float()
         losses = F.cross_entropy(output, targets, reduction='none')
         top = output.topk(min(5, output.shape[1]), dim=1).indices == targets[:, None]
         correct += torch.stack((top[:, 0].sum(), top.sum(), top.new_ones(len(top), dtype=torch.int64).sum()))
-        loss_sum += losses.cpu().double().sum().item()
+        losses = losses.cpu().double()
+        finite = torch.isfinite(losses) & (losses < 2. ** 24)
+        not_finite += int((~finite).sum())
+        loss_units += int((losses[finite] / LOSS_UNIT).round().to(torch.int64).sum())
         meters.update(loss=losses.mean().item(), acc1=100 * top[:, 0].float().mean().item())
     acc1, acc5, images = correct.tolist()
-    if sharded:
-        acc1, acc5, images, loss_sum = distributed.sum_over_processes((acc1, acc5, images), loss_sum, device)
-    stats = {'acc1': 100. * acc1 / images, 'acc5': 100. * acc5 / images, 'loss': loss_sum / images, 'images': images}
+    watchdog.mark(watchdog.LAST, 2, '')
+    if wish and distributed.any_process(stop, device):
+        return None
+    if sharded and distributed.world_size() > 1:
+        words = distributed.gather([acc1, acc5, images, loss_units, not_finite, unreadable], device)
+        acc1, acc5, images, loss_units, not_finite = (sum(each) for each in list(zip(*words))[:5])
+        unreadable = [tuple(pair) for word in words for pair in word[5]]
+    if not images:
+        raise UserError('none of the validation images can be read; look at them with --check_data')
+    loss = float('nan') if not_finite else loss_units * LOSS_UNIT / images
+    stats = {'acc1': 100. * acc1 / images, 'acc5': 100. * acc5 / images, 'loss': loss, 'images': images,
+             'unreadable': unreadable}
     distributed.say('* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}'.format(**stats))
     return stats
 

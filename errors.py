@@ -1,14 +1,22 @@
 """The failures that a user can cause and mend: one exception type and how its one line is worded."""
 
 import difflib
+import os
 import re
 
 
 class UserError(Exception):
     """A wrong flag, file or machine. Its text is one line: the flag or file, the value, the cure.
 
-    `run_class_finetuning.py` prints that line and exits with status 2; nothing else catches it.
+    `run_class_finetuning.py` prints that line and exits with status 2.
+
+    Attributes:
+        rank (int or None): where all processes raise it together, the one that it is about; it speaks for all.
     """
+
+    def __init__(self, text, rank=None):
+        super().__init__(text)
+        self.rank = rank
 
 
 def one_line(error):
@@ -17,6 +25,12 @@ def one_line(error):
     if 'Original Traceback' in text:
         text = re.split(r'\w*UserError: ', text)[-1]
     return ' '.join(text.split())
+
+
+def printable(path):
+    """A path as it can be shown in one line: control characters and bytes that aren't text become escapes."""
+    text = os.fsencode(path).decode('utf-8', 'backslashreplace')
+    return ''.join(each if each.isprintable() else each.encode('unicode_escape').decode() for each in text)
 
 
 def nearest(name, known):

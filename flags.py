@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import re
 import sys
 
@@ -24,8 +25,12 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
+        for arg in args:
+            if '\0' in arg:
+                raise UserError('%r: a flag cannot hold a NUL character' % arg)
         args = [re.sub(r'^--[^=]+', lambda flag: '--' + flag.group()[2:].replace('-', '_'), arg) for arg in args]
         parsed, rest = self.parse_known_args(args, namespace)
+        parsed.auto_resume = parsed.auto_resume or was_restarted()
         if rest:
             flag = rest[0].partition('=')[0]
             if not flag.startswith('-'):
@@ -34,6 +39,12 @@ class OneLineParser(argparse.ArgumentParser):
             near = ' or '.join('--' + name for name in nearest(flag.lstrip('-'), known))
             raise UserError('%s: unknown flag; %s' % (flag, 'did you mean %s?' % near if near else 'see --help'))
         return parsed
+
+
+def was_restarted():
+    """Whether torchrun (--max_restarts) or SLURM (--requeue) starts this program anew, which then has to go on."""
+    return any(os.environ.get(name, '0') not in ('', '0') for name in ('TORCHELASTIC_RESTART_COUNT',
+                                                                        'SLURM_RESTART_COUNT'))
 
 
 def number(kind, low=None, high=None, above=False):
@@ -80,6 +91,13 @@ def build_parser(description=__doc__):
     add('--epochs', default=30, type=number(int, 1, 10 ** 6), help='passes over the training set (30)')
     add('--update_freq', default=1, type=positive, help='micro-steps whose gradients make one update (1)')
     add('--save_ckpt_freq', default=5, type=positive, help='epochs between checkpoints (5)')
+    add('--save_ckpt_steps', default=0, type=whole, help='update steps between checkpoints in mid-epoch; 0: none (0)')
+    add('--save_ckpt_minutes', default=0., type=rate, help='minutes between them; 0: none (0)')
+    add('--keep_checkpoints', default=0, type=whole,
+        help='keep only the newest so many of each kind; 0: all epochs, 2 in mid-epoch (0)')
+    switch(run, 'deterministic', False, 'the same bits from the same command twice, on the same machine')
+    add('--on_nonfinite', default='stop', choices=('stop', 'skip'),
+        help='a loss or gradient that is infinite or not a number: stop, or skip that update (stop)')
     add('--seed', default=0, type=number(int, 0, 2 ** 62), help='seed of every random number (0)')
     add('--num_workers', default=10, type=number(int, 0, 1024),
         help='loader processes per device; 0 loads in the main one (10)')
@@ -167,6 +185,11 @@ def build_parser(description=__doc__):
     add('--data_set', default='IMNET', help='IMNET (train/ and val/), image_folder (data_path and eval_data_path are '
         'the class folders) or CIFAR (CIFAR-100\'s archive, unpacked) (IMNET)')
 
+    add('--bad_images', default='error', choices=('error', 'skip'),
+        help='a file that cannot be read: error, or skip: leave it out, list it in output_dir/bad_images.txt (error)')
+    add('--max_bad_images', default=0.001, type=share, help='with skip, the share of bad files to stop at (0.001)')
+    switch(data, 'check_data', False, 'decode every image, report those that cannot be read, and stop')
+
     output = parser.add_argument_group('output')
     add = output.add_argument
     add('--output_dir', default='', help='folder for checkpoints and log.txt; empty writes none')
@@ -190,6 +213,8 @@ def build_parser(description=__doc__):
     add('--world_size', default=1, type=positive, help='set by the launcher (1)')
     add('--local_rank', default=-1, type=number(int, -1), help='set by the launcher (-1)')
     switch(distributed, 'dist_on_itp', False, 'take ranks from Open MPI\'s environment')
+    add('--dist_timeout', default=600., type=number(float, 1, 10 ** 6),
+        help='seconds that a process may hold up the others before the job ends (600)')
     add('--dist_url', default='env://', help='where the processes meet (env://)')
     return parser
 

@@ -43,8 +43,11 @@ class StepScaler:
         self.scale, self.dynamic, self.description = float(scale), dynamic, description
         self.skipped, self.skipped_last, self.good_updates = 0, False, 0
 
-    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False, usable=True):
         """One micro-step: `loss` is a scalar tensor, already divided by the number of micro-steps.
+
+        Args:
+            usable (bool): False leaves this update out, whatever its gradients are. The same on every process.
 
         Returns:
             At an update, the norm of all gradients before clipping, unscaled, as a float; between updates, None.
@@ -56,7 +59,7 @@ class StepScaler:
         if self.scale != 1.:
             for parameter in parameters:
                 parameter.grad.mul_(1. / self.scale)
-        return self._finish(optimizer, self._clip(optimizer, parameters, clip_grad), loss.device)
+        return self._finish(optimizer, self._clip(optimizer, parameters, clip_grad), loss.device, usable)
 
     def forget_overflow(self, device):
         """Call before training: what overflowed until now, as in an evaluation, is no reason to skip a step."""
@@ -75,8 +78,8 @@ class StepScaler:
             return float(optimizer.clip_grad_norm_fused_(clip_grad))
         return float(nn.utils.clip_grad_norm_(parameters, clip_grad))
 
-    def _finish(self, optimizer, grad_norm, device):
-        self.skipped_last = self._overflowed(grad_norm, device)
+    def _finish(self, optimizer, grad_norm, device, usable=True):
+        self.skipped_last = self._overflowed(grad_norm, device) or not usable
         if self.skipped_last:
             self.skipped += 1
             self.good_updates = 0
@@ -121,7 +124,7 @@ class MasterWeightScaler(StepScaler):
         super().__init__(**settings)
         self.pairs = pairs
 
-    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False, usable=True):
         (loss * self.scale).backward(create_graph=create_graph)
         # Accumulate in float32, in buffers that stay where they are: NpuFusedAdamW never looks for new ones.
         for parameter, master in self.pairs:
@@ -133,7 +136,7 @@ class MasterWeightScaler(StepScaler):
         if not is_update:
             return None
         masters = [master for _, master in self.pairs if master.grad is not None]
-        grad_norm = self._finish(optimizer, self._clip(optimizer, masters, clip_grad), loss.device)
+        grad_norm = self._finish(optimizer, self._clip(optimizer, masters, clip_grad), loss.device, usable)
         self.weights_changed()
         return grad_norm
 
@@ -156,7 +159,7 @@ class ApexScaler(MasterWeightScaler):
         super().__init__(pairs, **settings)
         self.amp = amp
 
-    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False, usable=True):
         with self.amp.scale_loss(loss, optimizer, delay_unscale=not is_update) as scaled:
             scaled.backward(create_graph=create_graph)
         if not is_update:
@@ -166,7 +169,7 @@ class ApexScaler(MasterWeightScaler):
         if self.dynamic:  # apex has decided, and made a step that is to be skipped a no-op, which has to be called
             self.skipped_last = self.scale < before or not math.isfinite(grad_norm)
         else:
-            self.skipped_last = self._overflowed(grad_norm, loss.device)
+            self.skipped_last = self._overflowed(grad_norm, loss.device) or not usable
         self.skipped += self.skipped_last
         if self.dynamic or not self.skipped_last:
             optimizer.step()

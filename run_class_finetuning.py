@@ -16,16 +16,20 @@ import time
 
 import backend  # first: it sets how torch loads its devices
 import attention
+import bad_images
 import checkpoint
 import datasets
 import distributed
 import engine_for_finetuning as engine
 import optim_factory
 import precision
+import preemption
 import pretrained
 import utils
-from errors import UserError, one_line
+import watchdog
+from errors import UserError, one_line, printable
 from flags import build_parser, check_args
+from pilot import RunPilot
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -77,34 +81,51 @@ def build_schedules(args, steps_per_epoch):
     return lr, optim_factory.cosine_scheduler(args.weight_decay, end, args.epochs, steps_per_epoch)
 
 
-def evaluate_all(args, loader, model, ema, device, dtype, throughput=None):
-    """(statistics of the model, of its average or None), each printed."""
+def evaluate_all(args, loader, model, ema, device, dtype, throughput, unreadable, wish=None):
+    """(statistics of the model, of its average or None), each printed; (None, None) where a signal broke it off."""
     sharded = args.dist_eval and distributed.world_size() > 1
 
     def evaluate(name, network, throughput=None):
-        stats = engine.evaluate(loader, network, device, sharded, throughput)
-        distributed.say('Accuracy of the %s on the %d test images: %.3f%%' % (name, stats['images'], stats['acc1']))
+        stats = engine.evaluate(loader, network, device, sharded, throughput, wish)
+        if stats is not None:
+            left_out = len(set(stats['unreadable']))
+            if left_out:
+                unreadable.report(stats['unreadable'], len(loader.dataset), 'validation')
+            del stats['unreadable']
+            distributed.say('Accuracy of the %s on the %d test images: %.3f%%%s' % (
+                name, stats['images'], stats['acc1'],
+                ' (%d more could not be read and are not counted)' % left_out if left_out else ''))
         return stats
 
     stats, ema_stats = evaluate('network', model, throughput), None
-    if ema is not None:
+    if ema is not None and stats is not None:
         average = precision.autocast_for_evaluation(ema.ema.to(device), device, dtype, args.opt_level)
         ema_stats = evaluate('averaged network (EMA)', average)
         ema.ema.to('cpu' if args.model_ema_force_cpu else device)
+        stats = stats if ema_stats is not None else None
     return stats, ema_stats
 
 
-def resume(args, model, optimizer, scaler, ema, device):
-    """(checkpoint that was taken up or '', first epoch to train, dict of best accuracies), alike on every process."""
-    source = checkpoint.source_to_resume(args.resume, args.auto_resume, args.output_dir)
-    start_epoch, best = args.start_epoch, {}
-    if source:
-        start_epoch, best = checkpoint.resume_training(source, model, optimizer, scaler, ema)
-    if not distributed.same_on_all(start_epoch, device):
-        raise UserError('--%s: the processes did not find the same checkpoint (this one %s); every machine needs the '
-                        'same files there' % ('resume ' + args.resume if args.resume else 'output_dir '
-                                              + args.output_dir, source or 'none'))
-    return source, start_epoch, best
+def resume(args, model, optimizer, scaler, ema, device, run):
+    """(checkpoint that was taken up or '', checkpoint.Progress), alike on every process.
+
+    Args:
+        run (dict): what the data order of this run hangs on, compared with that of the checkpoint.
+    """
+    source, content = checkpoint.find_together(args, device)
+    if content is None:
+        return source, checkpoint.Progress(args.start_epoch, run=run)
+    progress = checkpoint.resume_training(source, content, model, optimizer, scaler, ema)
+    changes = checkpoint.differences(content, args, run)
+    if progress.steps and progress.run.get('total_batch') != run['total_batch']:
+        raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; make '
+                        '--batch_size x --update_freq x processes the same, or resume the checkpoint of a whole epoch'
+                        % (source, progress.run.get('total_batch'), run['total_batch']))
+    distributed.say('Goes on exactly as if it had not been stopped' if not changes else
+                    'Goes on in the same order of the data, but not with the same numbers as without a stop: '
+                    + '; '.join(changes))
+    progress.run = run
+    return source, progress
 
 
 def print_result(throughput, accuracy, loss):
@@ -114,10 +135,33 @@ def print_result(throughput, accuracy, loss):
         'n/a' if accuracy is None else '%.3f' % accuracy, 'n/a' if loss is None else '%.4f' % loss))
 
 
-def main(args):
-    check_args(args)
+def start(args):
+    """The device of this process, which has met the others."""
+    if args.deterministic:
+        backend.prepare_determinism()
     device = distributed.init_distributed_mode(args)
+    watchdog.start(distributed.meeting_store(), args.dist_timeout)
     backend.set_compile_mode(device, args.jit_compile)
+    if args.deterministic:
+        backend.make_deterministic(device)
+    return device
+
+
+def check_data(args):
+    """Decode every image; a `UserError` says how many cannot be."""
+    damaged = bad_images.check_data(args)
+    if damaged:
+        place = ', listed in %s' % os.path.join(args.output_dir, bad_images.LIST) if args.output_dir else ''
+        raise UserError('--check_data: %d images cannot be read%s; mend or remove them, or leave them out with '
+                        '--bad_images skip' % (damaged, place))
+
+
+def main(args, signals):
+    check_args(args)
+    if args.check_data:
+        check_data(args)
+        return
+    device = start(args)
     dtype = backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     utils.seed_everything(args.seed)
 
@@ -133,15 +177,18 @@ def main(args):
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
         if args.model_ema else None
     model, scaler = precision.initialize_amp(model, optimizer, device, dtype, args.opt_level, args.loss_scale)
-    about_attention = attention.choose_attention(backend.unwrap(model), device, args.attention, dtype, args.batch_size)
+    about_attention = attention.choose_attention(
+        backend.unwrap(model), device, 'plain' if args.deterministic and args.attention == 'auto' else args.attention,
+        dtype, args.batch_size)
     describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch)
 
     if args.eval:
         evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
         return
-    utils.seed_everything(args.seed + distributed.rank())  # each process its own dropout
-    source, start_epoch, best = resume(args, model, optimizer, scaler, ema, device)
-    goes_on = start_epoch > 0 and checkpoint.lies_in(source, args.output_dir)
+    run = dict(processes=distributed.world_size(), images=len(train_set), device=device.type,
+               total_batch=args.batch_size * args.update_freq * distributed.world_size())
+    source, progress = resume(args, model, optimizer, scaler, ema, device, run)
+    goes_on = source and checkpoint.lies_in(source, args.output_dir)
     utils.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
     if distributed.world_size() > 1:
         model = backend.distributed_model(model, device)
@@ -151,11 +198,14 @@ def main(args):
     training = dict(model=model, criterion=build_criterion(args, mixup), data_loader=train_loader,
                     optimizer=optimizer, device=device, loss_scaler=scaler, max_norm=args.clip_grad, model_ema=ema,
                     mixup_fn=mixup, lr_schedule_values=lr_values, wd_schedule_values=wd_values,
-                    update_freq=args.update_freq)
+                    update_freq=args.update_freq, seed=args.seed)
     if args.prof or args.cann_prof:
         engine.profile(os.path.join(args.output_dir or '.', 'prof'), cann=args.cann_prof, **training)
         return
-    fit(args, training, val_loader, start_epoch, steps_per_epoch, best, dtype)
+    pilot = RunPilot(args, signals, progress, bad_images.BadImages(args.output_dir, args.max_bad_images), train_set,
+                     dict(model=model, optimizer=optimizer, scaler=scaler, ema=ema))
+    with signals.finishing():
+        fit(args, training, val_loader, pilot, steps_per_epoch, dtype)
 
 
 def describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch):
@@ -185,42 +235,53 @@ def parameters(model):
 
 def evaluate_only(args, model, scaler, ema, val_loader, device, dtype):
     if args.resume:
-        source = checkpoint.find(args.resume, prefer_best=True)
-        distributed.say('Evaluating %s' % source)
-        content = checkpoint.resume_weights(source, model, scaler, ema)
-        if ema is not None and 'model_ema' not in content:
-            distributed.say('%s holds no averaged weights (it was trained without --model_ema)' % source)
+        source, content = checkpoint.find(args.resume, prefer_best=True)
+        distributed.say('Evaluating %s' % printable(source))
+        checkpoint.load_weights(source, content, model, scaler, ema)
+        if ema is not None and not content.get('model_ema'):
+            distributed.say('%s holds no averaged weights (it was trained without --model_ema)' % printable(source))
             ema = None
+    unreadable = bad_images.BadImages(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
-    stats, _ = evaluate_all(args, val_loader, model, ema, device, dtype, throughput)
+    stats, _ = evaluate_all(args, val_loader, model, ema, device, dtype, throughput, unreadable)
     print_result(throughput, stats['acc1'], stats['loss'])
 
 
-def fit(args, training, val_loader, start_epoch, steps_per_epoch, best, dtype):
-    """Train from `start_epoch` on; evaluate, save and log after each epoch."""
+def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
+    """Train on from `pilot.progress`; evaluate, log and save after each epoch.
+
+    The line in log.txt comes before the checkpoint: where a kill falls between them, the resumed run writes it again.
+    """
     device, ema, throughput, started = training['device'], training['model_ema'], utils.Throughput(), time.time()
     writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and distributed.is_main_process() else None
     step_limit = min(args.maxstep or args.epochs * steps_per_epoch, args.epochs * steps_per_epoch)
-    train_stats, test_stats = {}, None
-    for epoch in range(start_epoch, args.epochs):
+    progress, best, train_stats, first = pilot.progress, dict(pilot.progress.best), {}, pilot.progress.epoch
+    for epoch in range(first, args.epochs):
         steps = min(steps_per_epoch, step_limit - epoch * steps_per_epoch)
         if steps <= 0:
             break
-        is_last = (epoch + 1) * steps_per_epoch >= step_limit
-        training['data_loader'].sampler.set_epoch(epoch)
+        training['data_loader'].sampler.set_epoch(epoch, progress.steps * args.update_freq * args.batch_size)
         train_stats = engine.train_one_epoch(
-            epoch=epoch, log_writer=writer, start_steps=epoch * steps_per_epoch,
-            num_training_steps_per_epoch=steps, throughput=throughput, **training)
+            epoch=epoch, log_writer=writer, start_steps=epoch * steps_per_epoch, first_step=progress.steps,
+            num_training_steps_per_epoch=steps, throughput=throughput, pilot=pilot,
+            state=progress.meters_of(distributed.rank(), distributed.world_size()), **training)
         test_stats, ema_stats = (None, None) if val_loader is None else evaluate_all(
-            args, val_loader, training['model'], ema, device, dtype)
+            args, val_loader, training['model'], ema, device, dtype, None, pilot.bad_images,
+            lambda: pilot.signals.wish)
+        if val_loader is not None and test_stats is None:
+            pilot.stop_after(epoch, steps, device)
         improved = note_best(best, test_stats, ema_stats)
-        if args.output_dir and args.save_ckpt:
-            save_checkpoints(args, epoch, training, best, improved, is_last)
         record(args, writer, epoch, training['model'], train_stats, test_stats, ema_stats)
+        if steps < steps_per_epoch:  # --maxstep, in mid-epoch: a run that goes on from here has no best yet
+            pilot.save(epoch, steps, pilot.state, device)
+            break
+        progress.epoch, progress.steps, progress.meters, progress.best = epoch + 1, 0, [], dict(best)
+        is_last = (epoch + 1) * steps_per_epoch >= step_limit
+        pilot.save_epoch(improved, numbered=is_last or (epoch + 1) % args.save_ckpt_freq == 0)
     if writer is not None:
         writer.close()
     distributed.say('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
-    if start_epoch >= args.epochs:
+    if first >= args.epochs:
         distributed.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
     print_result(throughput, best.get('accuracy'), train_stats.get('loss'))
 
@@ -237,16 +298,6 @@ def note_best(best, test_stats, ema_stats):
         distributed.say('Max accuracy: %.3f%%%s' % (best['accuracy'], '' if ema_stats is None
                                               else ', of the average: %.3f%%' % best['ema_accuracy']))
     return improved
-
-
-def save_checkpoints(args, epoch, training, best, improved, is_last):
-    names = improved + (['checkpoint-%d.pth' % epoch] if is_last or (epoch + 1) % args.save_ckpt_freq == 0 else [])
-    if not names or not distributed.is_main_process():
-        return
-    content = checkpoint.training_state(args, epoch, training['model'], training['optimizer'],
-                                        training['loss_scaler'], training['model_ema'], best)
-    for name in names:
-        checkpoint.save(os.path.join(args.output_dir, name), content)
 
 
 def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
@@ -266,33 +317,51 @@ def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
 
 
 def run(argv=None):
-    """Parse, run, and turn what the user can mend into one line and exit status 2."""
+    """Parse, run, and turn what the user can mend into one line and exit status 2; a signal gives 128 + its number."""
+    signals = preemption.Signals()
     try:
-        return run_and_explain(argv)
-    except KeyboardInterrupt:  # also while an error is told: another process, interrupted too, may have caused that one
-        return fail('interrupted; with --output_dir, the same command and --auto_resume goes on from the last '
-                    'checkpoint', 130)
+        with signals:
+            return run_and_explain(argv, signals)
+    except preemption.Stopped as stop:  # also while an error is told: another process may have caused that one
+        watchdog.stop()
+        if str(stop):
+            distributed.say('run_class_finetuning.py: ' + str(stop))
+            return leave(128 + stop.number)
+        return fail('interrupted by %s; with --output_dir, the same command and --auto_resume goes on from the last '
+                    'checkpoint' % preemption.name(stop.number), 128 + stop.number)
 
 
-def run_and_explain(argv):
+def run_and_explain(argv, signals):
     try:
-        main(build_parser(__doc__).parse_args(argv))
+        main(build_parser(__doc__).parse_args(argv), signals)
+        watchdog.stop()
         distributed.leave_processes()
     except UserError as error:
-        distributed.wait_for_others_to_speak(first=distributed.speaks_first())
-        return fail(one_line(error), 2)
+        mine = distributed.speaks_first() if error.rank is None else error.rank == distributed.rank()
+        distributed.wait_for_others_to_speak(first=mine)
+        return fail(one_line(error), 2, error.rank)
     except RuntimeError as error:
+        killed = datasets.worker_death(error)
+        if killed:
+            return fail(killed, 1)
         if not distributed.lost_a_process(error):
             raise
+        silent = watchdog.lost()
         distributed.wait_for_others_to_speak()
-        return fail('lost the connection to another process, which ended or hangs; its own message says why', 1)
+        return fail('lost the connection to %s, which ended or hangs; its own message says why' % (
+            'process %s' % ' and '.join(map(str, silent)) if silent else 'another process'), 1)
     return 0
 
 
-def fail(message, status):
-    rank = distributed.rank()
-    print('run_class_finetuning.py: error: %s%s' % ('process %d: ' % rank if rank else '', message),
+def fail(message, status, rank=None):
+    """Print the one line. `rank` is whom it is about, where that isn't this process."""
+    about = rank if rank is not None else distributed.rank() or None
+    print('run_class_finetuning.py: error: %s%s' % ('' if about is None else 'process %d: ' % about, message),
           file=sys.stderr, flush=True)
+    return leave(status)
+
+
+def leave(status):
     if distributed.world_size() > 1:
         os._exit(status)  # an orderly exit would wait for processes that wait for this one
     return status

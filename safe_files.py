@@ -5,6 +5,7 @@ Nothing in a file is run, and nothing is allocated on its word. A name never hol
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import http.client
 import inspect
@@ -22,7 +23,7 @@ import torch
 import torch.hub
 
 import distributed
-from errors import UserError
+from errors import UserError, printable
 
 
 # ---- reading
@@ -172,23 +173,21 @@ def fetch(source):
 
 # ---- writing
 
-def save(path, content):
-    """Write a checkpoint so that the name never holds half a file: temporary name, flush, fsync, rename.
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write bytes to, which takes the name `path` only when it is whole and on the disk.
 
-    Raises:
-        UserError: the disk is full or the folder can't be written; what stood there before is whole.
+    Temporary name in the same folder, flush, fsync, rename, fsync of the folder. Whatever goes wrong, and whenever the
+    process is killed, the name holds what it held before or all of the new; a kill can leave <path>.tmp-<process>.
     """
     temporary = '%s.tmp-%d' % (path, os.getpid())
     try:
         with open(temporary, 'wb') as file:
-            torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _fsync_folder(os.path.dirname(path) or '.')
-    except (OSError, RuntimeError) as error:
-        raise UserError('--output_dir: cannot write %s (%s); earlier checkpoints are whole'
-                        % (path, ' '.join(str(error).split()))) from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)  # still there only where something failed, or the user interrupted
@@ -199,5 +198,77 @@ def _fsync_folder(folder):
         handle = os.open(folder, os.O_DIRECTORY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems can't
+                raise
         finally:
             os.close(handle)
+
+
+def write_bytes(path, data):
+    """Write a small file whole or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written; what stood there before is whole.
+    """
+    try:
+        with replacing(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise UserError('cannot write %s (%s); is the disk full, or its folder gone?'
+                        % (printable(path), error.strerror or error)) from None
+
+
+def save(path, content):
+    """Write a checkpoint, a dict, with torch.save and a checksum of its content; whole or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written; what stood there before is whole.
+    """
+    content = dict(content, checksum=content.get('checksum') or checksum(content))
+    try:
+        with replacing(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        raise UserError('--output_dir: cannot write %s (%s); earlier checkpoints are whole'
+                        % (printable(path), ' '.join(str(error).split()))) from None
+
+
+def checksum(content):
+    """SHA-256, in hex, of what a checkpoint holds: names, plain values, and the tensors' types, shapes and bytes.
+
+    It is of the content, not of the file, so that it survives another PyTorch's way of writing.
+    """
+    digest = hashlib.sha256()
+
+    def add(value):
+        if torch.is_tensor(value):
+            digest.update(('%s %s;' % (value.dtype, tuple(value.shape))).encode())
+            value = value.detach().cpu().contiguous().reshape(-1)
+            digest.update((value.float() if value.dtype == torch.bfloat16 else value).numpy().tobytes())
+        elif isinstance(value, (dict, argparse.Namespace)):
+            items = value if isinstance(value, dict) else vars(value)
+            digest.update(b'{')
+            for key in items:
+                add(key)
+                add(items[key])
+            digest.update(b'}')
+        elif isinstance(value, (list, tuple)):
+            digest.update(b'[')
+            for each in value:
+                add(each)
+            digest.update(b']')
+        else:
+            value = value.item() if isinstance(value, np.generic) else value
+            digest.update(('%r;' % (value,)).encode('utf-8', 'surrogatepass'))
+
+    add({key: content[key] for key in content if key != 'checksum'})
+    return digest.hexdigest()
+
+
+def check_sum(content, name):
+    """Take the checksum out of what was read, and compare. Raises `UserError` where it differs."""
+    if isinstance(content, dict) and 'checksum' in content and content.pop('checksum') != checksum(content):
+        raise UserError('%s: damaged, its content does not match its checksum; take another copy (or, where you '
+                        'changed it yourself, leave its "checksum" out)' % name)
+    return content

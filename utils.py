@@ -1,5 +1,6 @@
 """Small tools of a run: meters and log lines, TensorBoard, the average of the weights, seeding, folders."""
 
+import contextlib
 import copy
 import datetime
 import json
@@ -14,7 +15,9 @@ import torch
 
 import backend
 import distributed
-from errors import UserError
+import watchdog
+from errors import UserError, printable
+from safe_files import write_bytes
 
 
 # ---- meters and log lines
@@ -76,19 +79,31 @@ class MetricLogger:
     def averages(self):
         return {name: meter.global_avg for name, meter in self.meters.items() if meter.count}
 
-    def log_every(self, iterable, steps, print_freq, header, device, processes=1, throughput=None, hidden=()):
-        """Yield from `iterable`, `steps` items long; print a line each `print_freq` steps and at the last.
+    def state(self):
+        """The totals, as plain values."""
+        return {name: [meter.count, meter.total] for name, meter in self.meters.items()}
+
+    def load_state(self, state):
+        for name, (count, total) in state.items():
+            self.meters[name].count, self.meters[name].total = int(count), float(total)
+
+    def log_every(self, iterable, steps, print_freq, header, device, processes=1, throughput=None, hidden=(), start=0):
+        """Yield from `iterable`, of `steps` items those from `start` on; print a line each `print_freq`, and the last.
 
         Args:
-            iterable: gives (images, targets); the number of images goes into the fps of the line.
+            iterable: gives (images, targets, …); the number of images goes into the fps of the line.
             processes (int): how many of them take such a step together.
             throughput (Throughput): takes the time of each step.
             hidden (tuple of str): meters that stay out of the line.
         """
         step_seconds, data_seconds = SmoothedValue(fmt='{value:.4f}'), SmoothedValue(fmt='{value:.4f}')
         counter = '{:%dd}' % len(str(steps))
+        stage = ' (%s step %%d)' % header.replace('%', '%%')
+        watchdog.enter(header)
+        watchdog.mark(start, 0, stage)
         end = time.time()
-        for step, item in enumerate(iterable):
+        for step, item in enumerate(iterable, start):
+            watchdog.mark(step, 1, stage)
             data_seconds.update(time.time() - end)
             images = len(item[0]) * processes
             yield item
@@ -104,7 +119,9 @@ class MetricLogger:
                     + ['time: %s' % step_seconds, 'data: %s' % data_seconds,
                        'max mem: %.0f' % backend.max_memory_mb(device),
                        'fps: %.0f' % (images / max(step_seconds.median, 1e-9))]))
+            watchdog.mark(step + 1, 0, stage)
             end = time.time()
+        watchdog.mark(watchdog.LAST, 2, stage)
 
 
 class Throughput:
@@ -147,9 +164,25 @@ class TensorboardLogger:
 
 
 def append_log(output_dir, stats):
-    """Add one JSON line to output_dir/log.txt."""
-    with open(os.path.join(output_dir, 'log.txt'), 'a', encoding='utf-8') as file:
-        file.write(json.dumps(stats) + '\n')
+    """Add one JSON line to output_dir/log.txt, which is rewritten whole: a kill leaves no half line.
+
+    Lines of the same or a later epoch give way: they are of a run that went on from before them. So do half lines.
+    """
+    path, kept = os.path.join(output_dir, 'log.txt'), []
+    if os.path.isfile(path):
+        with open(path, encoding='utf-8', errors='surrogateescape') as file:
+            kept = [line for line in file if line.endswith('\n') and not _is_of(line, stats['epoch'])]
+    text = ''.join(kept) + json.dumps(stats) + '\n'
+    write_bytes(path, text.encode('utf-8', 'surrogateescape'))
+
+
+def _is_of(line, epoch):
+    """Whether a line of log.txt is of this epoch or a later one."""
+    try:
+        stats = json.loads(line)
+        return isinstance(stats, dict) and isinstance(stats.get('epoch'), int) and stats['epoch'] >= epoch
+    except ValueError:
+        return False
 
 
 # ---- the average of the weights
@@ -193,24 +226,16 @@ def seed_everything(seed):
     backend.seed_device(seed)
 
 
-def random_state(device):
-    """The generators' states as plain values and tensors, which a safe reader takes."""
-    version, key, position = random.getstate()[0], list(random.getstate()[1]), random.getstate()[2]
-    name, words, index, has_gauss, gauss = np.random.get_state()
-    return {'python': [version, key, position], 'torch': torch.get_rng_state(),
-            'device': backend.device_rng_state(device),
-            'numpy': [name, torch.from_numpy(words.astype(np.int64)), int(index), int(has_gauss), float(gauss)]}
+def seed_step(seed, update_step):
+    """Seed every generator for one update of this process, so that a run can go on after any of them.
 
-
-def set_random_state(state, device):
-    if not isinstance(state, dict):
-        return
-    version, key, position = state['python']
-    random.setstate((version, tuple(key), position))
-    name, words, index, has_gauss, gauss = state['numpy']
-    np.random.set_state((name, words.numpy().astype(np.uint32), index, has_gauss, gauss))
-    torch.set_rng_state(state['torch'])
-    backend.set_device_rng_state(device, state.get('device'))
+    What an evaluation or a loader drew in between makes no difference then, and there is no state to save.
+    """
+    words = np.random.SeedSequence([seed, distributed.rank(), update_step]).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.manual_seed(words[2])
+    backend.seed_device(words[2])
 
 
 # ---- folders
@@ -247,13 +272,17 @@ def prepare_folder(folder, keep=False):
     """
     if folder and distributed.is_main_process():
         files = [] if keep else files_of_a_run(folder)
+        for path in half_files(folder):
+            with contextlib.suppress(OSError):
+                os.remove(path)
         try:
             if files:
                 aside = name_aside(folder, files)
                 os.mkdir(aside)
                 for path in files:
                     os.rename(path, os.path.join(aside, os.path.basename(path)))
-                distributed.say('Moved the earlier run in %s aside, to %s' % (folder, aside))
+                distributed.say('Moved the earlier run in %s aside, to %s (--auto_resume would have gone on with it)'
+                                % (printable(folder), printable(aside)))
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise UserError('--output_dir %s holds an earlier run and it cannot be moved aside (%s); choose another, '
@@ -261,18 +290,27 @@ def prepare_folder(folder, keep=False):
     distributed.barrier()
 
 
-def files_of_a_run(folder):
-    """Paths of the checkpoints, log.txt and profile that a run left in a folder; [] where none did."""
+def half_files(folder):
+    """Paths of what a killed process was about to write there; nothing ever reads them."""
     if not os.path.isdir(folder):
         return []
-    names = [name for name in os.listdir(folder) if re.match(r'checkpoint-.*\.pth(\.tmp-\d+)?$', name)]
+    return [os.path.join(folder, name) for name in os.listdir(folder)
+            if re.match(r'(checkpoint-.*\.pth|log\.txt|bad_images\.txt|nonfinite\.txt)\.tmp-\d+$', name)]
+
+
+def files_of_a_run(folder):
+    """Paths of the checkpoints, log.txt and what else a run left in a folder; [] where none did."""
+    if not os.path.isdir(folder):
+        return []
+    names = [name for name in os.listdir(folder) if re.match(r'checkpoint-.*\.pth$', name)]
     log = os.path.join(folder, 'log.txt')
     if os.path.isfile(log):
         with open(log, encoding='utf-8', errors='replace') as file:
             if file.read(9) == '{"train_l':  # as append_log begins; anybody may have a log.txt
                 names.append('log.txt')
-    if names and os.path.isdir(os.path.join(folder, 'prof')):
-        names.append('prof')
+    if names:
+        names += [name for name in ('prof', 'bad_images.txt', 'nonfinite.txt')
+                  if os.path.lexists(os.path.join(folder, name))]
     return [os.path.join(folder, name) for name in names]
 
 

@@ -14,7 +14,6 @@ it without a good word has failed.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import select
@@ -30,11 +29,11 @@ sys.path.insert(0, ROOT)
 import datasets  # noqa: E402
 import distributed  # noqa: E402
 import flags  # noqa: E402
+import preemption  # noqa: E402
 from errors import UserError, one_line  # noqa: E402
 
 MEETING_SECONDS = 300  # for people to start the script on the other machines; DIST_WAIT_SECONDS says otherwise
-STOPPING_SECONDS = 10
-INTERRUPT_SECONDS = 5
+STOPPING_SECONDS = 3  # after one has failed the others can only wait; their files are whole at any time
 DONE = b'done'
 
 
@@ -237,10 +236,9 @@ def read_line(link, seconds):
 
 def launch(options, port, program_flags):
     """Run the processes to their end; gives the exit status of the first that failed, or 0."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    heard = Signals()
     nodes, processes = Nodes(options, port), {}
+    heard.processes = processes.values()
     try:
         for local_rank in range(options.nproc_per_node):
             rank = options.node_rank * options.nproc_per_node + local_rank
@@ -249,12 +247,32 @@ def launch(options, port, program_flags):
         if status == 0:
             nodes.part(DONE)
         return status
-    except KeyboardInterrupt:
-        wait(processes.values(), INTERRUPT_SECONDS)  # Ctrl-C reaches them too, and they have something to say
-        raise
     finally:
         nodes.part()
         stop(processes.values())
+
+
+class Signals:
+    """Passes signals on: the processes finish their step, save and end. A second one ends them at once."""
+
+    def __init__(self):
+        self.processes, self.first = None, None
+        for number in preemption.NUMBERS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+                signal.signal(number, self.heard)
+
+    def heard(self, number, _):
+        if not self.processes:
+            sys.exit(128 + number)
+        now = time.monotonic()
+        if self.first is not None and now - self.first < preemption.SAME_EVENT_SECONDS:
+            return
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+        if self.first is not None:
+            sys.exit(128 + number)
+        self.first = now
 
 
 def start(options, nodes, rank, local_rank, program_flags):
@@ -263,16 +281,7 @@ def start(options, nodes, rank, local_rank, program_flags):
                LOCAL_WORLD_SIZE=str(options.nproc_per_node))
     env.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // options.nproc_per_node)))
     return subprocess.Popen([sys.executable, '-u', os.path.join(ROOT, 'run_class_finetuning.py')] + program_flags,
-                            env=env, preexec_fn=end_with_the_launcher)
-
-
-PRCTL = ctypes.CDLL(None).prctl if sys.platform.startswith('linux') else None
-
-
-def end_with_the_launcher():
-    """Even where it's killed, and can't stop its processes. Linux only."""
-    if PRCTL:
-        PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+                            env=env, preexec_fn=distributed.end_with_parent)
 
 
 def watch(processes, nodes):
@@ -313,8 +322,8 @@ def wait(processes, seconds):
 
 
 def report(rank, status):
-    """The shell's status for a process that failed. One that ended with 2 or 130 has said why."""
-    if status not in (2, 130):
+    """The shell's status for a process that failed. One that ended with 2 or by a signal's wish has said why."""
+    if status != 2 and status - 128 not in preemption.NUMBERS:
         say('process %d ended with %s; the others were stopped'
             % (rank, 'exit status %d' % status if status > 0 else signal.Signals(-status).name))
     return status if status > 0 else 128 - status
@@ -333,7 +342,7 @@ def main():
     except UserError as error:
         print('run_class_finetuning.py: error: %s' % one_line(error), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before there are processes to tell
         return 130
 
 

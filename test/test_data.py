@@ -1,6 +1,8 @@
 """The data: transforms against recorded and hand-made figures, every kind of image file, folders, order, randomness."""
 
+import functools
 import hashlib
+import inspect
 import math
 import os
 import pickle
@@ -8,6 +10,7 @@ import random
 
 import numpy as np
 import pytest
+import timm.data.mixup
 import torch
 import torchvision
 from PIL import Image, features
@@ -350,6 +353,29 @@ def test_every_suffix_counts_and_other_files_do_not(image_folder, parse):
     assert found == sorted(names + ['000.png', 'f.png'])
 
 
+def test_samples_are_those_of_torchvision_in_its_order(tmp_path):
+    root = tmp_path / 'root'
+    for name in ('b/2.png', 'b/10.JPG', 'b/a/x.tiff', 'b/a-b/x.webp', 'b/a/deep/er/1.bmp', 'b/a/deep.png', 'b/Z/1.png',
+                 'B/only/below/1.ppm', 'a b/\u00fc.jpeg', 'a b/notes.txt', 'a b/png', 'a b/x.png.txt', 'b/x.jpg/1.png',
+                 '10/1.pgm', '9/1.tif', 'loose.png', '../outside/c/1.png', '../outside/2.png'):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b'')
+    (root / 'b' / 'empty').mkdir()
+    (root / '9' / 'gone.png').symlink_to('nowhere')
+    (root / 'linked class').symlink_to('../outside')
+    if 'followlinks' in inspect.getsource(torchvision.datasets.folder):  # torchvision 0.2 leaves such folders out
+        (root / 'b' / 'more').symlink_to(str(tmp_path / 'outside' / 'c'))
+        (root / '10' / 'sister').symlink_to('../9')
+    os.mkfifo(str(root / '9' / 'pipe.png'))
+    theirs = torchvision.datasets.DatasetFolder(str(root), None, datasets.EXTENSIONS)
+    classes, samples = datasets.scan_classes(str(root))
+    assert samples == theirs.samples and classes == theirs.classes
+    assert len(samples) >= 16 and len(classes) == 6
+    assert datasets.scan_classes(str(root) + '/')[1] == torchvision.datasets.DatasetFolder(
+        str(root) + '/', None, datasets.EXTENSIONS).samples
+
+
 def test_train_and_val_must_name_the_same_classes(image_folder, parse):
     root = image_folder()
     os.rename(os.path.join(root, 'val', 'dog'), os.path.join(root, 'val', 'wolf'))
@@ -559,19 +585,83 @@ def test_exact_shards_hold_every_index_once(world):
         assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-def test_loaders_have_the_reference_batches(image_folder, parse):
-    args = parse('--data_path', image_folder(train=11, val=7), '--batch_size=4', *NANO)
-    train_loader, val_loader = datasets.build_loaders(args, *datasets.build_datasets(args)[:2])
-    assert [len(targets) for _, targets in train_loader] == [4] * 5  # the last two of 22 are dropped
-    assert [len(targets) for _, targets in val_loader] == [6, 6, 2]  # 1.5 times 4, and nothing dropped
+@pytest.mark.parametrize('workers', [0, 2])
+def test_loaders_have_the_reference_batches(image_folder, parse, workers):
+    args = parse('--data_path', image_folder(train=11, val=7), '--batch_size=4', *NANO, '--num_workers=%d' % workers)
+    train, val, _ = datasets.build_datasets(args)
+    train_loader, val_loader = datasets.build_loaders(args, train, val)
+    batches = list(train_loader)
+    assert [len(batch.targets) for batch in batches] == [4] * 5  # the last two of 22 are dropped
+    assert [len(batch.targets) for batch in val_loader] == [6, 6, 2]  # 1.5 times 4, and nothing dropped
+    for part, batch in [(train, batch) for batch in batches] + [(val, batch) for batch in val_loader]:
+        assert isinstance(batch, datasets.Batch) and batch.unreadable == []
+        assert batch.images.dtype == torch.float32 and batch.images.shape[1:] == (3, 32, 32)
+        assert batch.targets.dtype == batch.indices.dtype == torch.int64
+        assert batch.targets.tolist() == [part.samples[index][1] for index in batch.indices]
+    for batch in val_loader:
+        for image, index in zip(batch.images, batch.indices):
+            assert np.array_equal(pixels_of(image), np.asarray(Image.open(val.samples[index][0])))
+
+
+# ---- the rest of an epoch
+
+def loader_of(dataset, batch_size, rank=0, world=1, workers=0):
+    return torch.utils.data.DataLoader(
+        datasets.SeededSamples(dataset, seed=4), batch_size=batch_size, drop_last=True, num_workers=workers,
+        sampler=datasets.EpochSampler(len(dataset), rank, world, seed=4),
+        collate_fn=functools.partial(datasets.collate, size=32))
+
+
+@pytest.mark.parametrize('world', [1, 2])
+@pytest.mark.parametrize('done', [0, 1, 3, 4])
+def test_the_rest_of_an_epoch_is_that_of_the_whole(image_folder, parse, world, done):
+    train = datasets.build_dataset(True, parse('--data_path', image_folder(train=13 * world), *NANO))[0]
+    batch_size = 6
+    for rank in range(world):
+        whole = loader_of(train, batch_size, rank, world)
+        whole.sampler.set_epoch(2)
+        expected = list(whole)
+        rest = loader_of(train, batch_size, rank, world, workers=2 if done == 1 else 0)
+        rest.sampler.set_epoch(2, done * batch_size)
+        assert len(expected) == 4 and len(rest) == 4 - done == len(list(rest))
+        assert len(rest.sampler) == 26 - done * batch_size == len(list(rest.sampler))
+        for mine, theirs in zip(rest, expected[done:]):
+            assert all(torch.equal(*pair) for pair in zip(mine[:3], theirs[:3]))
+        rest.sampler.set_epoch(3)
+        assert len(rest) == 4, 'the next epoch starts at its beginning'
+
+
+def test_nothing_is_left_behind_the_end_of_an_epoch():
+    sampler = datasets.EpochSampler(10, 0, 2)
+    for start in (5, 6, 100):
+        sampler.set_epoch(1, start)
+        assert len(sampler) == 0 and list(sampler) == []
+
+
+@pytest.mark.parametrize('length', [48, 61, 100])
+def test_an_update_has_the_same_images_on_other_numbers_of_processes(length):
+    """Also in mid-epoch: 12 images an update, three updates done."""
+    def updates(world, batch, accumulated):
+        shares = []
+        for rank in range(world):
+            sampler = datasets.EpochSampler(length, rank, world, seed=9)
+            sampler.set_epoch(5, start=3 * batch * accumulated)
+            shares.append([index for _, index in sampler])
+        share = batch * accumulated
+        return [sorted(index for each in shares for index in each[step * share:(step + 1) * share])
+                for step in range(length // 12 - 3)]
+
+    order = np.random.default_rng([9, 5]).permutation(length).tolist()
+    expected = [sorted(order[12 * step:12 * step + 12]) for step in range(3, length // 12)]
+    for setting in ((1, 12, 1), (1, 3, 4), (2, 6, 1), (2, 3, 2), (3, 2, 2), (4, 3, 1), (6, 1, 2), (12, 1, 1)):
+        assert updates(*setting) == expected, setting
 
 
 # ---- randomness
 
 def epoch_of(loader, epoch):
     loader.sampler.set_epoch(epoch)
-    batches = list(loader)
-    return torch.cat([images for images, _ in batches]), torch.cat([targets for _, targets in batches])
+    return [torch.cat(parts) for parts in list(zip(*loader))[:3]]
 
 
 @pytest.mark.parametrize('size', [32, 48])
@@ -633,3 +723,68 @@ def test_hidden_files_and_folders_are_no_data(image_folder, parse):
     dataset, classes = datasets.build_dataset(True, parse('--data_path=' + root, '--input_size=32', '--aa=none'))
     assert classes == ['cat', 'dog'] and len(dataset) == 32
     assert all(len(dataset[index]) == 2 for index in range(len(dataset)))
+
+
+# ---- mixing
+
+def timms_mixup(monkeypatch, **settings):
+    """timm's own Mixup, whose 0.4 puts the targets on CUDA."""
+    if 'device' in inspect.signature(timm.data.mixup.mixup_target).parameters:
+        monkeypatch.setattr(timm.data.mixup, 'mixup_target',
+                            functools.partial(timm.data.mixup.mixup_target, device='cpu'))
+    return timm.data.mixup.Mixup(**settings)
+
+
+def mixed(mixup, count, seed=0):
+    """(images before, images after, class indices, soft targets)"""
+    generator = torch.Generator()
+    generator.manual_seed(count)
+    before = torch.rand(count, 3, 16, 16, generator=generator)
+    targets = torch.randint(0, 5, (count,), generator=generator)
+    np.random.seed(seed)
+    after, soft = mixup(before.clone(), targets)
+    return before, after, targets, soft
+
+
+MIXES = [dict(mixup_alpha=0.8, cutmix_alpha=1.0), dict(mixup_alpha=0.8), dict(mixup_alpha=0., cutmix_alpha=1.0),
+         dict(mixup_alpha=0., cutmix_minmax=[0.2, 0.8]), dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=0.5)]
+
+
+@pytest.mark.parametrize('mode', ['batch', 'pair', 'elem'])
+@pytest.mark.parametrize('settings', MIXES, ids=str)
+def test_even_batches_are_mixed_as_timm_mixes_them(monkeypatch, settings, mode):
+    settings = dict(settings, mode=mode, num_classes=5, label_smoothing=0.1)
+    theirs = timms_mixup(monkeypatch, **settings)
+    changed = 0
+    for seed in range(6):
+        for count in (2, 4, 10):
+            before, images, _, soft = mixed(datasets.DeviceMixup(**settings), count, seed)
+            _, expected_images, _, expected_soft = mixed(theirs, count, seed)
+            assert torch.equal(images, expected_images) and torch.equal(soft, expected_soft)
+            changed += not torch.equal(images, before)
+    assert changed >= 6
+
+
+@pytest.mark.parametrize('mode', ['batch', 'pair', 'elem'])
+@pytest.mark.parametrize('count', [1, 3, 7])
+def test_the_last_image_of_an_odd_batch_is_not_mixed(mode, count):
+    settings = dict(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, num_classes=5, label_smoothing=0.1)
+    changed = 0
+    for seed in range(6):
+        before, images, targets, soft = mixed(datasets.DeviceMixup(**settings), count, seed)
+        assert torch.equal(images[-1], before[-1])
+        smooth = torch.full((5,), 0.1 / 5)
+        smooth[targets[-1]] += 0.9
+        assert soft.shape == (count, 5) and torch.allclose(soft[-1], smooth, atol=1e-7)
+        assert torch.allclose(soft.sum(1), torch.ones(count), atol=1e-6)
+        np.random.seed(seed)
+        even_images, even_soft = datasets.DeviceMixup(**settings)(before[:-1].clone(), targets[:-1])
+        assert torch.equal(images[:-1], even_images) and torch.equal(soft[:-1], even_soft)
+        changed += not torch.equal(images, before)
+    assert changed >= 3 if count > 1 else changed == 0
+
+
+@pytest.mark.parametrize('mode', ['batch', 'pair', 'elem'])
+def test_an_empty_batch_stays_empty(mode):
+    _, images, _, soft = mixed(datasets.DeviceMixup(mixup_alpha=0.8, mode=mode, num_classes=5), 0)
+    assert images.shape == (0, 3, 16, 16) and soft.shape == (0, 5) and soft.dtype == torch.float32

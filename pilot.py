@@ -1,0 +1,207 @@
+"""What happens between two updates, as all processes agree: save, stop, report what cannot be used."""
+
+import json
+import math
+import os
+
+import torch
+
+import checkpoint
+import datasets
+import distributed
+import preemption
+import watchdog
+from errors import UserError
+from safe_files import write_bytes
+
+
+class Update:
+    """What is known of the update under way: its images, and whether its loss can be used.
+
+    Attributes:
+        loss (float): the sum of the micro-steps' losses, on this process.
+        indices, suspects (list of int): positions in the data set of all images, and of those whose outputs are not
+            finite, or of a batch whose loss is not.
+        unreadable (list): (path, reason) of files that were left out.
+        finite_everywhere (bool): no process's loss is infinite or not a number.
+        stop (int): the number of a signal that some process got; save (bool): some process is due to save.
+    """
+
+    def __init__(self):
+        self.loss, self.indices, self.suspects, self.unreadable = 0., [], [], []
+        self.finite_everywhere, self.stop, self.save = True, 0, False
+
+    def add(self, batch, output, loss_value):
+        self.loss += loss_value
+        if len(batch) > 2:
+            self.indices += batch.indices.tolist()
+            self.unreadable += batch.unreadable
+        if not math.isfinite(loss_value) and len(batch) > 2:
+            rows = (~torch.isfinite(output.detach().float()).all(dim=1)).cpu()[:len(batch.indices)]
+            self.suspects += (batch.indices[rows] if rows.any() else batch.indices).tolist()
+
+
+class Pilot:
+    """Decides, with all processes, what becomes of an update; this one stops at the first non-finite loss.
+
+    `run_class_finetuning.py` gives one that saves, too. Every process calls each method at the same place.
+    """
+
+    on_nonfinite = 'stop'
+
+    def wishes(self, update_step):
+        """(signal that asks to stop or 0, whether to save after this update), of this process."""
+        return 0, False
+
+    def vote(self, update, update_step, device, circumstances):
+        """Before the step: learn of all processes whether the loss is finite, and what they wish."""
+        watchdog.wait()
+        stop, save = self.wishes(update_step)
+        votes = distributed.gather_numbers([not math.isfinite(update.loss), stop, save, len(update.unreadable)], device)
+        update.stop, update.save = int(max(vote[1] for vote in votes)), any(vote[2] for vote in votes)
+        update.finite_everywhere = not any(vote[0] for vote in votes)
+        if any(vote[3] for vote in votes):
+            told = distributed.gather(update.unreadable, device)
+            self.unreadable([tuple(pair) for each in told for pair in each])
+        if not update.finite_everywhere:
+            self.not_finite(update, update_step, [bool(vote[0]) for vote in votes], circumstances, device)
+
+    def unreadable(self, pairs):
+        """Files, (path, reason), that no process could read."""
+
+    def name_images(self, indices):
+        """Printable names of images, by their positions in the data set."""
+        return []
+
+    def not_finite(self, update, update_step, guilty, circumstances, device):
+        rank = guilty.index(True)
+        losses, names = zip(*distributed.gather([repr(update.loss), self.name_images(update.suspects)], device))
+        what = 'the loss is %s at update step %d' % (losses[rank], update_step)
+        self.tell(what, guilty, names, update_step, circumstances)
+
+    def skipped(self, update, scaler, update_step, grad_norm, norms, device):
+        """The step was skipped. In full precision that is no overflow of a scaled loss, but something wrong."""
+        if update.finite_everywhere and scaler.scale == 1. and not scaler.dynamic:
+            names = distributed.gather(self.name_images(update.indices), device)
+            self.tell('the gradients are not finite (their norm is %s, the loss %.4f) at update step %d' % (
+                grad_norm, update.loss, update_step), None, names, update_step, dict(scale=scaler.scale, norms=norms))
+
+    def tell(self, what, guilty, names, update_step, circumstances):
+        """Report, and stop unless such updates are to be skipped."""
+        images = [name for each in names for name in each]
+        shown = ', '.join(images[:3]) + (' and %d more' % (len(images) - 3) if len(images) > 3 else '')
+        norms = ' '.join('%.4g' % norm for norm in circumstances['norms']) or 'none yet'
+        place = self.keep(dict(update_step=update_step, what=what, loss_scale=circumstances['scale'], images=images,
+                               norms=[repr(norm) for norm in circumstances['norms']]))
+        text = '%s; loss scale %g; norms of the gradients before: %s%s' % (
+            what, circumstances['scale'], norms, '; images: %s%s' % (shown, place) if images else '')
+        if self.on_nonfinite == 'skip':
+            distributed.say(text)
+            return
+        raise UserError(text + '; lower --lr, set --clip_grad, look at the images, or --on_nonfinite skip',
+                        rank=guilty.index(True) if guilty and distributed.world_size() > 1 else None)
+
+    def keep(self, record):
+        """Write a report down; gives ' (all in …)', or ''."""
+        return ''
+
+    def between_updates(self, update, epoch, steps, state, device):
+        """After the step: save or stop, where `update` says so. `steps` of the epoch are done now."""
+
+    def epoch_is_trained(self, state, device):
+        """All updates of the epoch are done."""
+
+
+class RunPilot(Pilot):
+    """The pilot of a whole run: saves in mid-epoch, and before it stops for a signal; writes reports to output_dir.
+
+    Args:
+        args: the program's flags.
+        signals (preemption.Signals): where the wish to stop comes from.
+        progress (checkpoint.Progress): where the run begins; kept up to date.
+        bad_images (bad_images.BadImages): takes the files that can't be read.
+        train_set: the training set.
+        parts (dict): model, optimizer, scaler and ema, as `checkpoint.training_state` takes them.
+    """
+
+    def __init__(self, args, signals, progress, bad_images, train_set, parts):
+        self.args, self.signals, self.progress, self.parts = args, signals, progress, parts
+        self.bad_images, self.train_set = bad_images, train_set
+        self.on_nonfinite = args.on_nonfinite
+        self.saves = bool(args.output_dir and args.save_ckpt)
+        self.timer = checkpoint.SaveTimer(args.save_ckpt_steps, args.save_ckpt_minutes)
+        self.state = None
+
+    def wishes(self, update_step):
+        return self.signals.wish, self.saves and self.timer.due(update_step)
+
+    def unreadable(self, pairs):
+        self.bad_images.report(pairs, len(self.train_set), 'training')
+
+    def name_images(self, indices):
+        return [datasets.image_name(self.train_set, index) for index in indices]
+
+    def keep(self, record):
+        if not self.args.output_dir:
+            return ''
+        path = os.path.join(self.args.output_dir, 'nonfinite.txt')
+        if distributed.is_main_process():
+            earlier = b''
+            if os.path.isfile(path):
+                with open(path, 'rb') as file:
+                    earlier = file.read()
+            write_bytes(path, earlier + json.dumps(record).encode() + b'\n')
+        return ' (all in %s)' % path
+
+    def between_updates(self, update, epoch, steps, state, device):
+        if update.stop or update.save:
+            self.save(epoch, steps, state, device)
+        if update.stop:
+            self.stop(update.stop, epoch, steps)
+
+    def epoch_is_trained(self, state, device):
+        self.state = state
+
+    def save(self, epoch, steps, state, device):
+        """Write a checkpoint of mid-epoch, by the first process; every process hands in its averages."""
+        self.progress.epoch, self.progress.steps = epoch, steps
+        if not self.saves:
+            return
+        watchdog.enter('saving a checkpoint')
+        self.progress.meters = distributed.gather(state, device)
+        if distributed.is_main_process():
+            content = checkpoint.training_state(self.args, self.progress, **self.parts)
+            checkpoint.save(os.path.join(self.args.output_dir, self.progress.file_name()), content)
+            checkpoint.remove_old(self.args.output_dir, self.args.keep_checkpoints)
+        watchdog.wait()
+        distributed.barrier()  # nobody leaves, and is seen to leave, before the file is whole
+        self.timer.restart()
+
+    def save_epoch(self, improved, numbered):
+        """After an epoch and its evaluation: the files of new bests, and the numbered one where it is due."""
+        names = improved + ([self.progress.file_name()] if numbered else [])
+        if not self.saves or not names:
+            return
+        watchdog.enter('saving a checkpoint')
+        if distributed.is_main_process():
+            content = checkpoint.training_state(self.args, self.progress, **self.parts)
+            for name in names:
+                checkpoint.save(os.path.join(self.args.output_dir, name), content)
+            checkpoint.remove_old(self.args.output_dir, self.args.keep_checkpoints)
+        watchdog.wait()
+        self.timer.restart()
+
+    def stop_after(self, epoch, steps, device):
+        """Stop where the updates of an epoch are done, and a signal broke its evaluation off."""
+        number = int(max(word for word, in distributed.gather_numbers([self.signals.wish], device)))
+        self.save(epoch, steps, self.state, device)
+        self.stop(number, epoch, steps)
+
+    def stop(self, number, epoch, steps):
+        where = 'after %d updates of epoch %d' % (steps, epoch)
+        if self.saves:
+            raise preemption.Stopped(number, 'stopped by %s %s; saved %s; the same command%s goes on from there' % (
+                preemption.name(number), where, os.path.join(self.args.output_dir, self.progress.file_name()),
+                '' if self.args.auto_resume else ' with --auto_resume'))
+        raise preemption.Stopped(number, 'stopped by %s %s; nothing was saved, for want of --output_dir (or by '
+                                         '--no_save_ckpt)' % (preemption.name(number), where))
