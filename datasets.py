@@ -82,7 +82,7 @@ def load_image(path):
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         reason = getattr(error, 'strerror', None) or re.sub(r' <_io\.[^>]*>', '', str(error)) or type(error).__name__
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
-            reason = 'it is a link to %s, which is not there' % os.readlink(path)
+            reason = 'it is a link to %s, which is not there' % printable(os.readlink(path))
         raise UnreadableImage(path, reason) from None
 
 

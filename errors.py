@@ -27,6 +27,14 @@ def one_line(error):
     return ' '.join(text.split())
 
 
+def loader_death(error):
+    """One line, where a RuntimeError says that a loader process was killed, else ''."""
+    found = re.search(r'DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (exited unexpectedly|is killed by signal: [^.]*)',
+                      str(error))
+    return '' if not found else 'a loader process (%s) %s: most often for want of memory, see dmesg; lower ' \
+        '--num_workers; the same command with --auto_resume goes on from the last checkpoint' % found.groups()
+
+
 def printable(path):
     """A path as it can be shown in one line: control characters and bytes that aren't text become escapes."""
     text = os.fsencode(path).decode('utf-8', 'backslashreplace')

@@ -198,7 +198,7 @@ class RunPilot(Pilot):
         self.stop(number, epoch, steps)
 
     def stop(self, number, epoch, steps):
-        where = 'after %d updates of epoch %d' % (steps, epoch)
+        where = 'after update %d of epoch %d' % (steps, epoch)
         if self.saves:
             raise preemption.Stopped(number, 'stopped by %s %s; saved %s; the same command%s goes on from there' % (
                 preemption.name(number), where, os.path.join(self.args.output_dir, self.progress.file_name()),

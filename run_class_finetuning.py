@@ -27,7 +27,7 @@ import preemption
 import pretrained
 import utils
 import watchdog
-from errors import UserError, one_line, printable
+from errors import UserError, loader_death, one_line, printable
 from flags import build_parser, check_args
 from pilot import RunPilot
 
@@ -341,7 +341,7 @@ def run_and_explain(argv, signals):
         distributed.wait_for_others_to_speak(first=mine)
         return fail(one_line(error), 2, error.rank)
     except RuntimeError as error:
-        killed = datasets.worker_death(error)
+        killed = loader_death(error)
         if killed:
             return fail(killed, 1)
         if not distributed.lost_a_process(error):

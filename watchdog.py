@@ -72,14 +72,14 @@ class _Watchdog:
             if since is None:
                 continue
             age = time.monotonic() - since
-            self.curious = self.curious or age > self.seconds / 2
+            self.curious = self.curious or age > self.seconds / 3
             if age > self.seconds and since == self.since and not self.ended:
                 self.bite(age)
 
     def bite(self, age):
-        guilty, sentence = self.verdict(age)
-        if self.rank not in guilty:
-            time.sleep(3 if guilty else 1)  # the guilty one speaks first, if it can; a launcher then ends this one
+        guilty, can_speak, sentence = self.verdict(age)
+        if self.rank not in guilty and can_speak:
+            time.sleep(3)  # the guilty one speaks first; a launcher then ends this one
         if self.ended or self.since is None or time.monotonic() - self.since < self.seconds:
             return
         print('run_class_finetuning.py: error: %s (--dist_timeout %g)' % (sentence, self.seconds), file=sys.stderr,
@@ -87,10 +87,10 @@ class _Watchdog:
         os._exit(1)
 
     def verdict(self, age):
-        """(the processes that hold up the others, one sentence)."""
+        """(the processes that hold up the others, whether they can say so themselves, one sentence)."""
         silent = self.silent()
         if silent:
-            return silent, '%s no answer for %d s, while process %d was %s; %s' % (
+            return silent, False, '%s no answer for %d s, while process %d was %s; %s' % (
                 _processes(silent, 'gives', 'give'), age, self.rank, self.what,
                 'it was stopped, or its machine or the network is gone' if len(silent) == 1
                 else 'they were stopped, or their machines or the network are gone')
@@ -98,10 +98,10 @@ class _Watchdog:
         places[self.rank] = self.place
         behind = [rank for rank in sorted(places) if places[rank] == min(places.values())]
         if len(behind) == self.processes:
-            return [], 'all processes have been %s for %d s; is the network between them, or a device, stuck?' % (
-                self.what, age)
+            return [], False, 'all processes have been %s for %d s; is the network between them, or a device, ' \
+                'stuck?' % (self.what, age)
         what = self.what if self.rank in behind else self.heard[behind[0]][3]
-        return behind, '%s behind: %s for %d s, and the others wait%s' % (
+        return behind, True, '%s behind: %s for %d s, and the others wait%s' % (
             _processes(behind, 'is', 'are'), what, age, self.line() if behind == [self.rank] else '')
 
     def silent(self):
