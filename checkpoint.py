@@ -17,7 +17,8 @@ import torch
 import distributed
 from errors import UserError, printable
 from pretrained import inner_state, mismatches, strip_prefixes
-from safe_files import fetch, read, save  # noqa: F401  (save is part of what this room offers)
+from safe_files import fetch, save  # noqa: F401  (save is part of what this room offers)
+from safe_files import read_checked as read
 
 BEST, BEST_EMA = 'checkpoint-best.pth', 'checkpoint-best-ema.pth'
 MODEL_FLAGS = ('model', 'input_size', 'nb_classes', 'rel_pos_bias', 'abs_pos_emb', 'layer_scale_init_value',

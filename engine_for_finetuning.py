@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections import deque
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,6 @@ from errors import UserError
 from pilot import Pilot, Update
 
 SKIPS_IN_A_ROW = 20
-NORMS_KEPT = 10  # gradient norms that a report of a non-finite loss shows
 
 
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler=None, max_norm=None,
@@ -62,7 +60,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     if state:
         meters.load_state(state['meters'])
         skipped_before, skips_in_a_row = int(state['skipped_before']), int(state['skips_in_a_row'])
-    update, norms = Update(), deque(maxlen=NORMS_KEPT)
+    update = Update()
 
     batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,
                                'Epoch: [%d]' % epoch, device, distributed.world_size(), throughput,
@@ -85,7 +83,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         loss_value = loss.item()
         update.add(batch, output, loss_value)
         if is_update:
-            pilot.vote(update, update_step, device, dict(scale=scaler.scale, norms=norms))
+            pilot.vote(update, update_step, scaler.scale, device)
         grad_norm = scaler(loss / update_freq, optimizer, model.parameters(), max_norm, is_update, create_graph,
                            usable=update.finite_everywhere)
 
@@ -94,14 +92,14 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
                       else (output.argmax(-1) == targets).float().mean().item())
         log_values(meters, log_writer if is_update else None, update_step, values)
         if is_update:
-            norms.append(grad_norm)
             optimizer.zero_grad()
             skips_in_a_row = skips_in_a_row + 1 if scaler.skipped_last else 0
             if scaler.skipped_last:
-                pilot.skipped(update, scaler, update_step, grad_norm, norms, device)
+                pilot.skipped(update, scaler, update_step, grad_norm, device)
                 report_skip(scaler, update_step, skips_in_a_row)
             elif model_ema is not None:
                 model_ema.update(scaler.full_precision_state(model))
+            pilot.norms.append(grad_norm)
             pilot.between_updates(update, epoch, micro_step // update_freq + 1, dict(
                 meters=meters.state(), skipped_before=skipped_before, skips_in_a_row=skips_in_a_row), device)
             update = Update()

@@ -1,5 +1,6 @@
 """What happens between two updates, as all processes agree: save, stop, report what cannot be used."""
 
+import collections
 import json
 import math
 import os
@@ -13,6 +14,8 @@ import preemption
 import watchdog
 from errors import UserError
 from safe_files import write_bytes
+
+NORMS_KEPT = 10  # gradient norms that a report of what is not finite shows
 
 
 class Update:
@@ -49,11 +52,14 @@ class Pilot:
 
     on_nonfinite = 'stop'
 
+    def __init__(self):
+        self.norms = collections.deque(maxlen=NORMS_KEPT)  # of the last updates' gradients
+
     def wishes(self, update_step):
         """(signal that asks to stop or 0, whether to save after this update), of this process."""
         return 0, False
 
-    def vote(self, update, update_step, device, circumstances):
+    def vote(self, update, update_step, scale, device):
         """Before the step: learn of all processes whether the loss is finite, and what they wish."""
         watchdog.wait()
         stop, save = self.wishes(update_step)
@@ -64,7 +70,7 @@ class Pilot:
             told = distributed.gather(update.unreadable, device)
             self.unreadable([tuple(pair) for each in told for pair in each])
         if not update.finite_everywhere:
-            self.not_finite(update, update_step, [bool(vote[0]) for vote in votes], circumstances, device)
+            self.not_finite(update, update_step, [bool(vote[0]) for vote in votes], scale, device)
 
     def unreadable(self, pairs):
         """Files, (path, reason), that no process could read."""
@@ -73,28 +79,28 @@ class Pilot:
         """Printable names of images, by their positions in the data set."""
         return []
 
-    def not_finite(self, update, update_step, guilty, circumstances, device):
+    def not_finite(self, update, update_step, guilty, scale, device):
         rank = guilty.index(True)
         losses, names = zip(*distributed.gather([repr(update.loss), self.name_images(update.suspects)], device))
         what = 'the loss is %s at update step %d' % (losses[rank], update_step)
-        self.tell(what, guilty, names, update_step, circumstances)
+        self.tell(what, guilty, names, update_step, scale)
 
-    def skipped(self, update, scaler, update_step, grad_norm, norms, device):
-        """The step was skipped. In full precision that is no overflow of a scaled loss, but something wrong."""
-        if update.finite_everywhere and scaler.scale == 1. and not scaler.dynamic:
+    def skipped(self, update, scaler, update_step, grad_norm, device):
+        """The step was skipped. Where no overflow is to be expected, something is wrong."""
+        if update.finite_everywhere and not scaler.overflows:
             names = distributed.gather(self.name_images(update.indices), device)
             self.tell('the gradients are not finite (their norm is %s, the loss %.4f) at update step %d' % (
-                grad_norm, update.loss, update_step), None, names, update_step, dict(scale=scaler.scale, norms=norms))
+                grad_norm, update.loss, update_step), None, names, update_step, scaler.scale)
 
-    def tell(self, what, guilty, names, update_step, circumstances):
+    def tell(self, what, guilty, names, update_step, scale):
         """Report, and stop unless such updates are to be skipped."""
         images = [name for each in names for name in each]
         shown = ', '.join(images[:3]) + (' and %d more' % (len(images) - 3) if len(images) > 3 else '')
-        norms = ' '.join('%.4g' % norm for norm in circumstances['norms']) or 'none yet'
-        place = self.keep(dict(update_step=update_step, what=what, loss_scale=circumstances['scale'], images=images,
-                               norms=[repr(norm) for norm in circumstances['norms']]))
+        norms = ' '.join('%.4g' % norm for norm in self.norms) or 'none yet'
+        place = self.keep(dict(update_step=update_step, what=what, loss_scale=scale, images=images,
+                               norms=[repr(norm) for norm in self.norms]))
         text = '%s; loss scale %g; norms of the gradients before: %s%s' % (
-            what, circumstances['scale'], norms, '; images: %s%s' % (shown, place) if images else '')
+            what, scale, norms, '; images: %s%s' % (shown, place) if images else '')
         if self.on_nonfinite == 'skip':
             distributed.say(text)
             return
@@ -125,6 +131,7 @@ class RunPilot(Pilot):
     """
 
     def __init__(self, args, signals, progress, bad_images, train_set, parts):
+        super().__init__()
         self.args, self.signals, self.progress, self.parts = args, signals, progress, parts
         self.bad_images, self.train_set = bad_images, train_set
         self.on_nonfinite = args.on_nonfinite

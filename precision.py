@@ -34,13 +34,15 @@ class StepScaler:
     Attributes:
         scale (float), dynamic (bool); skipped (int): updates skipped since the start; skipped_last (bool): the newest.
         description (str): precision and the library that does it, for people.
+        overflows (bool): whether gradients that are not finite are to be expected, as in float16.
     """
 
     GROWTH_INTERVAL = 2000
     LARGEST, SMALLEST = 2. ** 24, 2. ** -14
 
-    def __init__(self, scale=1., dynamic=False, description='float32'):
+    def __init__(self, scale=1., dynamic=False, description='float32', overflows=None):
         self.scale, self.dynamic, self.description = float(scale), dynamic, description
+        self.overflows = self.scale != 1. or dynamic if overflows is None else overflows
         self.skipped, self.skipped_last, self.good_updates = 0, False, 0
 
     def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False, usable=True):
@@ -234,6 +236,8 @@ def initialize_amp(model, optimizer, device, dtype=None, opt_level='O2', loss_sc
         loss_scale = 128. if dtype == torch.float16 else 1.
     dynamic = loss_scale == 'dynamic'
     scaling = dict(scale=2. ** 16 if dynamic else loss_scale, dynamic=dynamic)
+    if dtype == torch.float16:
+        scaling['overflows'] = True
     name = str(dtype).replace('torch.', '')
     amp = backend.apex_amp(device, dtype)
     about_apex = backend.find_apex()[1] if device.type != 'cpu' and dtype == torch.float16 else ''

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import distributed
 from errors import UserError
-from safe_files import fetch, read
+from safe_files import fetch
+from safe_files import read_checked as read
 
 
 def check_finetune(source):

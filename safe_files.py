@@ -664,9 +664,9 @@ def fetch(source):
 def _download(address, path, wanted, shown):
     """Fetch an address to `path`, which appears only when all of it is there and its sha256 begins with `wanted`."""
     too_large = UserError('%s: larger than %d GiB, and so no weights of these models' % (shown, MAX_DOWNLOAD >> 30))
-    request = urllib.request.Request(address, headers={'User-Agent': 'torch.hub'})  # some servers shun urllib
     digest, received = hashlib.sha256(), 0
     try:
+        request = urllib.request.Request(address, headers={'User-Agent': 'torch.hub'})  # some servers shun urllib
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with urllib.request.build_opener(_HttpsOnly).open(request, timeout=SILENCE) as response, \
                 replacing(path) as file:
@@ -787,9 +787,14 @@ def checksum(content):
     return digest.hexdigest()
 
 
-def check_sum(content, name):
-    """Take the checksum out of what was read, and compare. Raises `UserError` where it differs."""
+def read_checked(path, flag=''):
+    """`read`, and compare the checksum where the file has one.
+
+    Raises:
+        UserError: as `read`, or the content isn't what was written.
+    """
+    content = read(path, flag)
     if isinstance(content, dict) and 'checksum' in content and content.pop('checksum') != checksum(content):
         raise UserError('%s: damaged, its content does not match its checksum; take another copy (or, where you '
-                        'changed it yourself, leave its "checksum" out)' % name)
+                        'changed it yourself, leave its "checksum" out)' % ('%s %s' % (flag, printable(path))).strip())
     return content

@@ -88,7 +88,7 @@ def test_a_loss_that_is_not_finite_ends_every_process(image_folder):
     started = time.time()
     status, _, err = launch(2, '--data_path=' + image_folder(), '--epochs=3', '--lr=1e30', '--min_lr=1e30')
     assert status == 2
-    assert len(re.findall('run_class_finetuning.py: error: the loss is', err)) == 1
+    assert len(re.findall(r'run_class_finetuning.py: error: process \d: the loss is', err)) == 1
     assert 'Traceback' not in err
     assert time.time() - started < 120
 

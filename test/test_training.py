@@ -226,7 +226,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_counted(capsys):
 
     handle = model.head.weight.register_hook(poison)
     optimizer = optim_factory.create_optimizer(model, lr=1e-2)
-    scaler = precision.StepScaler()
+    scaler = precision.StepScaler(overflows=True)
     stats = engine.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, optimizer, CPU, 0, scaler, model_ema=ema)
     assert stats['skipped_steps'] == scaler.skipped == 4 and 'grad_norm' not in stats
     assert 'Update step 3 skipped' in capsys.readouterr().out
@@ -396,7 +396,9 @@ DEFAULTS = dict(
     eval_data_path=None, nb_classes=0, imagenet_default_mean_and_std=False, data_set='IMNET', output_dir='',
     log_dir=None, resume='', auto_resume=False, save_ckpt=True, eval=False, dist_eval=False, amp=False,
     opt_level='O2', amp_dtype=None, loss_scale=None, world_size=1, local_rank=-1, dist_on_itp=False,
-    dist_url='env://', hflip=0.5, jit_compile='auto', attention='auto')
+    dist_url='env://', hflip=0.5, jit_compile='auto', attention='auto', save_ckpt_steps=0, save_ckpt_minutes=0.,
+    keep_checkpoints=0, deterministic=False, on_nonfinite='stop', bad_images='error', max_bad_images=0.001,
+    check_data=False, dist_timeout=600.)
 
 
 def test_flags_and_defaults_are_the_references(parse):
