@@ -144,6 +144,12 @@ def max_memory_mb(device):
     return _module(device).max_memory_allocated() / 2 ** 20 if _module(device) else 0.
 
 
+def out_of_memory(error):
+    """Whether an error says that the device, or the machine, has no more memory."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in (
+        'out of memory', 'not enough memory', 'can\'t allocate memory'))
+
+
 def seed_device(seed):
     """Seed every device's generator. torch.manual_seed has seeded those of the CPU and of CUDA already."""
     if hasattr(torch, 'npu') and _npu_problem() is None:

@@ -220,28 +220,33 @@ def lies_in(path, folder):
 
 
 def find_together(args, device):
-    """(path, content) to resume, the same on every process, or ('', None): --resume, or by --auto_resume output_dir's.
+    """(path, content) of what --resume or --auto_resume name, the same on every process; ('', None) where nothing is.
 
-    Where one process's copy of the newest file is damaged or missing, all take the older one that it found.
+    Where one process's copy of the newest file is damaged or missing, all take the older one that it found. To
+    evaluate, the best checkpoint of a folder is taken.
     """
     source, path, content = args.resume, '', None
-    if not source and args.auto_resume and args.output_dir \
+    if not source and args.auto_resume and args.output_dir and not args.eval \
             and glob.glob(os.path.join(glob.escape(args.output_dir), 'checkpoint-*.pth')):
         source = args.output_dir
     if source:
-        path, content = find(source)
-    mine = [os.path.basename(path)] + (list(_position_inside(content)) if content is not None else [-1, -1])
-    words = distributed.gather(mine, device)
-    oldest = min(words, key=lambda word: word[1:])
+        path, content = find(source, prefer_best=args.eval)
+    mine = _name_and_position(path, content)
+    oldest = min(distributed.gather(mine, device), key=lambda word: word[1:])
     if mine != oldest and oldest[0] and os.path.isfile(os.path.join(source, oldest[0])):
         path = os.path.join(source, oldest[0])
         content = read(path, '--resume')
-        mine = oldest
-    if any(word != words[0] for word in distributed.gather(mine, device)):
+        mine = _name_and_position(path, content)
+    words = distributed.gather(mine, device)
+    if any(word != words[0] for word in words):
         raise UserError('--%s: the processes did not find the same checkpoint (this one %s); every machine needs the '
                         'same files there' % ('resume ' + args.resume if args.resume else 'output_dir '
                                               + args.output_dir, path or 'none'))
     return path, content
+
+
+def _name_and_position(path, content):
+    return [os.path.basename(path)] + list(_position_inside(content) if isinstance(content, dict) else (-1, -1))
 
 
 # ---- taking it up
@@ -332,7 +337,7 @@ def resume_training(source, content, model, optimizer, scaler, ema=None):
         inside = content.get('progress') or {}
         best = {str(name): float(value) for name, value in (content.get('accuracy') or {}).items()}
         meters = [{'meters': {str(name): [int(count), float(total)] for name, (count, total) in each['meters'].items()},
-                   'skipped_before': int(each['skipped_before']), 'skips_in_a_row': int(each['skips_in_a_row'])}
+                   'skipped_before': int(each['skipped_before'])}
                   for each in inside.get('meters', ())]
         progress = Progress(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
         if progress.steps < 0 or bool(progress.steps) != bool(meters):

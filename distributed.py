@@ -1,5 +1,6 @@
 """Which processes there are, how they meet, and what they agree on."""
 
+import contextlib
 import ctypes
 import datetime
 import json
@@ -39,9 +40,13 @@ def say(text):
         print(text, flush=True)
 
 
+waiting = contextlib.nullcontext  # around each collective; `watchdog` puts its own here
+
+
 def barrier():
     if world_size() > 1:
-        dist.barrier()
+        with waiting():
+            dist.barrier()
 
 
 def launch_environment(args):
@@ -133,8 +138,9 @@ def gather_numbers(numbers, device, dtype=torch.float32):
         return [list(numbers)]
     mine = torch.tensor(numbers, dtype=dtype, device=device)
     gathered = [torch.zeros_like(mine) for _ in range(world_size())]
-    dist.all_gather(gathered, mine)
-    return [each.tolist() for each in gathered]
+    with waiting():
+        dist.all_gather(gathered, mine)
+        return [each.tolist() for each in gathered]
 
 
 def gather(value, device):
@@ -146,9 +152,10 @@ def gather(value, device):
     padded = np.frombuffer(text + bytes(max(lengths) - len(text)), dtype=np.uint8)
     mine = torch.from_numpy(padded.astype(np.int32)).to(device)
     gathered = [torch.zeros_like(mine) for _ in lengths]
-    dist.all_gather(gathered, mine)
-    return [json.loads(each[:length].cpu().numpy().astype(np.uint8).tobytes().decode())
-            for each, length in zip(gathered, lengths)]
+    with waiting():
+        dist.all_gather(gathered, mine)
+        gathered = [each.cpu().numpy() for each in gathered]
+    return [json.loads(each[:length].astype(np.uint8).tobytes().decode()) for each, length in zip(gathered, lengths)]
 
 
 def any_process(flag, device):
@@ -165,7 +172,8 @@ def sum_over_processes(counts, total, device):
     if world_size() == 1:
         return tuple(counts) + (total,)
     whole = torch.tensor(counts, dtype=torch.int64, device=device)
-    dist.all_reduce(whole)
+    with waiting():
+        dist.all_reduce(whole)
     # A float64 as the sum of two float32 keeps 48 of its 53 bits; each process adds the parts in the same order.
     high = torch.tensor(total, dtype=torch.float32).item()
     parts = gather_numbers([high, total - high], device)

@@ -56,10 +56,9 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         num_training_steps_per_epoch = len(data_loader) // update_freq
     micro_steps, first_micro_step = num_training_steps_per_epoch * update_freq, first_step * update_freq
     create_graph = getattr(optimizer, 'is_second_order', False)
-    skipped_before, skips_in_a_row = scaler.skipped, 0
+    skipped_before = state['skipped_before'] if state else scaler.skipped
     if state:
         meters.load_state(state['meters'])
-        skipped_before, skips_in_a_row = int(state['skipped_before']), int(state['skips_in_a_row'])
     update = Update()
 
     batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,
@@ -93,18 +92,17 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         log_values(meters, log_writer if is_update else None, update_step, values)
         if is_update:
             optimizer.zero_grad()
-            skips_in_a_row = skips_in_a_row + 1 if scaler.skipped_last else 0
-            if scaler.skipped_last:
+            if scaler.skipped_in_a_row:
                 pilot.skipped(update, scaler, update_step, grad_norm, device)
-                report_skip(scaler, update_step, skips_in_a_row)
+                report_skip(scaler, update_step)
             elif model_ema is not None:
                 model_ema.update(scaler.full_precision_state(model))
             pilot.norms.append(grad_norm)
-            pilot.between_updates(update, epoch, micro_step // update_freq + 1, dict(
-                meters=meters.state(), skipped_before=skipped_before, skips_in_a_row=skips_in_a_row), device)
+            pilot.between_updates(update, epoch, micro_step // update_freq + 1,
+                                  dict(meters=meters.state(), skipped_before=skipped_before), device)
             update = Update()
 
-    pilot.epoch_is_trained(dict(meters=meters.state(), skipped_before=skipped_before, skips_in_a_row=0), device)
+    pilot.epoch_is_trained(dict(meters=meters.state(), skipped_before=skipped_before))
     meters.synchronize_between_processes(device)
     stats = meters.averages()
     distributed.say('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()))
@@ -127,12 +125,12 @@ def rates(optimizer):
     return dict(lr=max(lrs), min_lr=min(lrs), weight_decay=decays[-1] if decays else 0.)
 
 
-def report_skip(scaler, update_step, skips_in_a_row):
+def report_skip(scaler, update_step):
     distributed.say('Update step %d skipped: its gradients overflowed (loss scale now %g, %d skipped so far)'
               % (update_step, scaler.scale, scaler.skipped))
-    if skips_in_a_row >= SKIPS_IN_A_ROW:
+    if scaler.skipped_in_a_row >= SKIPS_IN_A_ROW:
         raise UserError('%d updates in a row had gradients that overflowed; lower --lr, or use --loss_scale dynamic'
-                        % skips_in_a_row)
+                        % scaler.skipped_in_a_row)
 
 
 def finite_or_none(value):

@@ -28,6 +28,8 @@ class OneLineParser(argparse.ArgumentParser):
         for arg in args:
             if '\0' in arg:
                 raise UserError('%r: a flag cannot hold a NUL character' % arg)
+            if re.match(r'--[^=]+=--$', arg):  # argparse would drop the value
+                raise UserError('%s: -- is not a value' % arg)
         args = [re.sub(r'^--[^=]+', lambda flag: '--' + flag.group()[2:].replace('-', '_'), arg) for arg in args]
         parsed, rest = self.parse_known_args(args, namespace)
         parsed.auto_resume = parsed.auto_resume or was_restarted()
@@ -148,7 +150,7 @@ def build_parser(description=__doc__):
 
     augmentation = parser.add_argument_group('augmentation')
     add = augmentation.add_argument
-    add('--color_jitter', default=0.4, type=rate, help='strength, where --aa is none (0.4)')
+    add('--color_jitter', default=0.4, type=number(float, 0, 1000), help='strength, where --aa is none (0.4)')
     add('--aa', default='rand-m9-mstd0.5-inc1', help='AutoAugment policy or none (rand-m9-mstd0.5-inc1)')
     add('--hflip', default=0.5, type=share, help='share of images that are mirrored (0.5)')
     add('--smoothing', default=0.1, type=below_one, help='label smoothing (0.1)')
@@ -241,6 +243,9 @@ def check_args(args, local_rank=0, processes=1):
                         % (args.warmup_epochs, args.epochs, args.epochs))
     if datasets.mixes(args) and args.batch_size % 2 and not args.eval:
         raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
+    for flag in ('mixup', 'cutmix'):
+        if 0 < getattr(args, flag) < 1e-6:  # NumPy's beta distribution gives no number there
+            raise UserError('--%s %g: an alpha below 1e-6 mixes nothing; 0 turns it off' % (flag, getattr(args, flag)))
     if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         raise UserError('--cutmix_minmax %g %g: the first must be below the second' % tuple(args.cutmix_minmax))
     if args.opt_betas is not None and len(args.opt_betas) != 2:

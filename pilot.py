@@ -114,7 +114,7 @@ class Pilot:
     def between_updates(self, update, epoch, steps, state, device):
         """After the step: save or stop, where `update` says so. `steps` of the epoch are done now."""
 
-    def epoch_is_trained(self, state, device):
+    def epoch_is_trained(self, state):
         """All updates of the epoch are done."""
 
 
@@ -166,7 +166,7 @@ class RunPilot(Pilot):
         if update.stop:
             self.stop(update.stop, epoch, steps)
 
-    def epoch_is_trained(self, state, device):
+    def epoch_is_trained(self, state):
         self.state = state
 
     def save(self, epoch, steps, state, device):

@@ -32,7 +32,8 @@ class StepScaler:
     too, and the processes agree on it.
 
     Attributes:
-        scale (float), dynamic (bool); skipped (int): updates skipped since the start; skipped_last (bool): the newest.
+        scale (float), dynamic (bool); skipped (int): updates skipped since the start; skipped_in_a_row (int): those up
+            to the newest, 0 where that was good.
         description (str): precision and the library that does it, for people.
         overflows (bool): whether gradients that are not finite are to be expected, as in float16.
     """
@@ -43,7 +44,7 @@ class StepScaler:
     def __init__(self, scale=1., dynamic=False, description='float32', overflows=None):
         self.scale, self.dynamic, self.description = float(scale), dynamic, description
         self.overflows = self.scale != 1. or dynamic if overflows is None else overflows
-        self.skipped, self.skipped_last, self.good_updates = 0, False, 0
+        self.skipped, self.skipped_in_a_row, self.good_updates = 0, 0, 0
 
     def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False, usable=True):
         """One micro-step: `loss` is a scalar tensor, already divided by the number of micro-steps.
@@ -81,9 +82,7 @@ class StepScaler:
         return float(nn.utils.clip_grad_norm_(parameters, clip_grad))
 
     def _finish(self, optimizer, grad_norm, device, usable=True):
-        self.skipped_last = self._overflowed(grad_norm, device) or not usable
-        if self.skipped_last:
-            self.skipped += 1
+        if self._count(self._overflowed(grad_norm, device) or not usable):
             self.good_updates = 0
             if self.dynamic:
                 self.scale = max(self.scale / 2, self.SMALLEST)
@@ -93,6 +92,11 @@ class StepScaler:
             if self.dynamic and self.good_updates % self.GROWTH_INTERVAL == 0:
                 self.scale = min(self.scale * 2, self.LARGEST)
         return grad_norm
+
+    def _count(self, skip):
+        self.skipped += skip
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0
+        return skip
 
     def full_precision_state(self, model):
         """Name to float32 tensor for every parameter and buffer, live: what is copied in is what trains on."""
@@ -105,14 +109,15 @@ class StepScaler:
         """Call after copying into `full_precision_state`, so that half-precision copies follow."""
 
     def state_dict(self):
-        return {'scale': self.scale, 'good_updates': self.good_updates, 'skipped': self.skipped}
+        return {'scale': self.scale, 'good_updates': self.good_updates, 'skipped': self.skipped,
+                'skipped_in_a_row': self.skipped_in_a_row}
 
     def load_state_dict(self, state):
         """Take over the counters, and the scale where it's dynamic. Other programs' scaler states are left alone."""
-        self.skipped = state.get('skipped', 0)
+        self.skipped, self.skipped_in_a_row = int(state.get('skipped', 0)), int(state.get('skipped_in_a_row', 0))
         if 'good_updates' in state:
-            self.good_updates = state['good_updates']
-            self.scale = state['scale'] if self.dynamic else self.scale
+            self.good_updates = int(state['good_updates'])
+            self.scale = float(state['scale']) if self.dynamic else self.scale
 
 
 class MasterWeightScaler(StepScaler):
@@ -169,11 +174,10 @@ class ApexScaler(MasterWeightScaler):
         grad_norm = self._clip(optimizer, list(self.amp.master_params(optimizer)), clip_grad)
         before, self.scale = self.scale, self._apex_scale()
         if self.dynamic:  # apex has decided, and made a step that is to be skipped a no-op, which has to be called
-            self.skipped_last = self.scale < before or not math.isfinite(grad_norm)
+            skip = self.scale < before or not math.isfinite(grad_norm)
         else:
-            self.skipped_last = self._overflowed(grad_norm, loss.device) or not usable
-        self.skipped += self.skipped_last
-        if self.dynamic or not self.skipped_last:
+            skip = self._overflowed(grad_norm, loss.device) or not usable
+        if not self._count(skip) or self.dynamic:
             optimizer.step()
         return grad_norm
 

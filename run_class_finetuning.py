@@ -235,7 +235,7 @@ def parameters(model):
 
 def evaluate_only(args, model, scaler, ema, val_loader, device, dtype):
     if args.resume:
-        source, content = checkpoint.find(args.resume, prefer_best=True)
+        source, content = checkpoint.find_together(args, device)
         distributed.say('Evaluating %s' % printable(source))
         checkpoint.load_weights(source, content, model, scaler, ema)
         if ema is not None and not content.get('model_ema'):
@@ -340,10 +340,12 @@ def run_and_explain(argv, signals):
         mine = distributed.speaks_first() if error.rank is None else error.rank == distributed.rank()
         distributed.wait_for_others_to_speak(first=mine)
         return fail(one_line(error), 2, error.rank)
-    except RuntimeError as error:
-        killed = loader_death(error)
-        if killed:
-            return fail(killed, 1)
+    except (RuntimeError, MemoryError) as error:
+        if loader_death(error):
+            return fail(loader_death(error), 1)
+        if backend.out_of_memory(error):
+            return fail('out of memory (%s); lower --batch_size and raise --update_freq by as much, or lower '
+                        '--input_size' % one_line(error)[:200], 2)
         if not distributed.lost_a_process(error):
             raise
         silent = watchdog.lost()

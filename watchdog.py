@@ -1,22 +1,25 @@
 """Ends the job when a process hangs, and names that process: what it was doing, and for how long.
 
-A collective only knows that somebody has not come. So each process notes where it is (`enter`, `mark`), a thread of its
-own tells the others once a second through the store in which they met, and another thread watches the clock. Where a
-process has got no further for --dist_timeout seconds, it compares: who is furthest behind, or has fallen silent?
+A collective only knows that somebody has not come. So each process notes where it is (`enter`, `mark`, and each wait in
+`distributed`), a thread of its own tells the others once a second through the store in which they met, and another
+thread watches the clock. Where a process has got no further for --dist_timeout seconds, it compares: who is furthest
+behind, or has fallen silent? The first to know tells all, and all end.
 """
 
+import contextlib
 import json
 import os
 import sys
 import threading
 import time
-import traceback
 
 import distributed
 from errors import printable
 
 LAST = 10 ** 12  # the place of a process that has done its part of a stage and waits for the others
 PHASES = ('waiting for data', 'computing', 'waiting for the other processes')
+SPEAKER_SECONDS = 5.  # that the others give to the one who speaks first; a launcher ends them in that time
+VERDICT = 'beit/verdict'
 
 _dog = None  # this process's, where there are several processes
 
@@ -25,100 +28,130 @@ class _Watchdog:
 
     def __init__(self, store, rank, processes, seconds):
         self.store, self.rank, self.processes, self.seconds = store, rank, processes, seconds
-        self.beat_seconds = max(0.1, min(1., seconds / 10.))
-        self.place, self.what, self.since = (0, 0, 0), 'starting', None  # no limit before the first stage
-        self.beats, self.heard = 0, {}  # of each process: (its newest beat, when that came, its place and what it does)
+        self.beat_seconds = max(0.1, min(1., seconds / 20.))
+        self.patience = max(3 * self.beat_seconds, min(5., seconds / 3))  # with one that doesn't answer
+        # Before the first stage only who waits for others is timed: there, nobody knows how long the rest takes.
+        self.place, self.what, self.since = (0, 0, 0), 'starting', None
+        self.doing = self.what  # again, after a wait
+        self.beats, self.heard = 0, {}  # of each process: when its newest beat came, and what that said
         self.reached = time.monotonic()  # when the store last answered
-        self.curious, self.ended = False, False
+        self.curious, self.ended, self.biting, self.parting, self.cut_off = False, False, False, False, False
+        self.sentence, self.told = '', ''  # this process's verdict, and that which another one told
         self.main_thread = threading.main_thread().ident
+        if rank == 0:
+            store.set(VERDICT, '')
         store.set(self.key(rank), self.word())
-        for task in (self.tell, self.watch):
-            threading.Thread(target=task, daemon=True, name='watchdog').start()
+        self.threads = [threading.Thread(target=task, daemon=True, name='watchdog') for task in (self.tell, self.watch)]
 
     def key(self, rank):
         return 'beit/beat/%d' % rank
 
     def word(self):
         self.beats += 1
-        return json.dumps([self.beats, list(self.place), self.what])
+        return json.dumps([self.beats, list(self.place), self.what, self.line()])
 
     # ---- a thread that may hang on a dead connection
 
     def tell(self):
-        while not self.ended:
-            try:
+        try:
+            while not (self.ended or self.told):
                 self.store.set(self.key(self.rank), self.word())
+                if self.sentence:
+                    self.store.set(VERDICT, self.sentence)
+                self.told = self.store.get(VERDICT).decode()
                 if self.curious:
                     self.listen()
                 self.reached = time.monotonic()
-            except Exception:  # whatever a store raises when the process that holds it is gone
-                if not self.curious:
-                    time.sleep(self.beat_seconds)
-            time.sleep(self.beat_seconds)
+                time.sleep(self.beat_seconds)
+        except Exception:  # whatever a store raises when process 0, which holds it, is gone
+            self.cut_off = True
 
     def listen(self):
         for rank in range(self.processes):
-            beat, place, what = json.loads(self.store.get(self.key(rank)).decode())
-            known = self.heard.get(rank)
-            self.heard[rank] = (beat, time.monotonic() if known is None or known[0] != beat else known[1],
-                                tuple(place), what)
+            said = json.loads(self.store.get(self.key(rank)).decode())
+            if rank not in self.heard or self.heard[rank][1] != said:
+                self.heard[rank] = time.monotonic(), said
 
     # ---- a thread that only looks at the clock
 
     def watch(self):
+        looked = awake = time.monotonic()
         while not self.ended:
             time.sleep(self.beat_seconds / 2)
-            since = self.since
-            if since is None:
+            now = time.monotonic()
+            if now - looked > self.seconds / 2:
+                awake = now  # this process, or all its machine, was stopped: the others had no chance
+            looked, since = now, self.since
+            if self.told:
+                self.end(self.told, SPEAKER_SECONDS)
+            elif self.parting:
                 continue
-            age = time.monotonic() - since
-            self.curious = self.curious or age > self.seconds / 3
-            if age > self.seconds and since == self.since and not self.ended:
-                self.bite(age)
+            elif self.cut_off and now - max(self.reached, awake) > self.seconds:
+                self.end(self.silence([0], now - self.reached), 0)
+            elif since is not None:
+                age = now - max(since, awake)
+                self.curious = self.curious or age > self.seconds / 3
+                if age > self.seconds and since == self.since:
+                    self.bite(age)
 
     def bite(self, age):
         guilty, can_speak, sentence = self.verdict(age)
-        if self.rank not in guilty and can_speak:
-            time.sleep(3)  # the guilty one speaks first; a launcher then ends this one
-        if self.ended or self.since is None or time.monotonic() - self.since < self.seconds:
+        others = [rank for rank in range(self.processes) if rank not in guilty]
+        speaker = guilty[0] if can_speak else (others or guilty)[0]
+        since, self.biting = self.since, True
+        if self.rank != speaker:
+            until = time.monotonic() + SPEAKER_SECONDS
+            while time.monotonic() < until and not self.told:
+                time.sleep(self.beat_seconds / 2)
+            if self.since != since and not self.told:
+                self.biting = False
+                return  # it goes on
+        self.end(sentence, SPEAKER_SECONDS if self.told else 0)
+
+    def end(self, sentence, seconds):
+        """Tell the others, who may be in no state to find out, print the one line, and end the process."""
+        self.biting, self.sentence = True, self.told or sentence
+        time.sleep(seconds)
+        if self.ended:
             return
-        print('run_class_finetuning.py: error: %s (--dist_timeout %g)' % (sentence, self.seconds), file=sys.stderr,
-              flush=True)
+        line = 'run_class_finetuning.py: error: %s (--dist_timeout %g)\n' % (self.sentence, self.seconds)
+        os.write(2, line.encode())  # past Python's buffer, which a stuck thread may hold
+        time.sleep(2 * self.beat_seconds)  # until the others have heard it
         os._exit(1)
 
     def verdict(self, age):
         """(the processes that hold up the others, whether they can say so themselves, one sentence)."""
         silent = self.silent()
         if silent:
-            return silent, False, '%s no answer for %d s, while process %d was %s; %s' % (
-                _processes(silent, 'gives', 'give'), age, self.rank, self.what,
-                'it was stopped, or its machine or the network is gone' if len(silent) == 1
-                else 'they were stopped, or their machines or the network are gone')
-        places = {rank: word[2] for rank, word in self.heard.items()}
-        places[self.rank] = self.place
-        behind = [rank for rank in sorted(places) if places[rank] == min(places.values())]
+            return silent, False, self.silence(silent, age)
+        words = {rank: said[1:] for rank, (_, said) in self.heard.items()}
+        words[self.rank] = [list(self.place), self.what, self.line()]
+        behind = [rank for rank in sorted(words) if words[rank][0] == min(word[0] for word in words.values())]
+        what = '%s for %d s (%s)' % (words[behind[0]][1], age, ', '.join(
+            'at ' + words[rank][2] for rank in behind[:3]))
         if len(behind) == self.processes:
-            return [], False, 'all processes have been %s for %d s; is the network between them, or a device, ' \
-                'stuck?' % (self.what, age)
-        what = self.what if self.rank in behind else self.heard[behind[0]][3]
-        return behind, True, '%s behind: %s for %d s, and the others wait%s' % (
-            _processes(behind, 'is', 'are'), what, age, self.line() if behind == [self.rank] else '')
+            return [], False, 'all processes have been %s; is the network between them, or a device, stuck?' % what
+        return behind, True, '%s behind: %s, and the others wait' % (_processes(behind, 'is', 'are'), what)
 
     def silent(self):
         """The processes that have not been heard of for a while."""
-        patience = max(3 * self.beat_seconds, min(5., self.seconds / 2))
         now = time.monotonic()
-        if now - self.reached > patience:
-            return [0] if self.rank else []  # process 0 holds the store
-        return [rank for rank, word in sorted(self.heard.items()) if now - word[1] > patience and rank != self.rank]
+        newest = now if self.rank == 0 else self.reached
+        silent = [rank for rank, (came, _) in sorted(self.heard.items())
+                  if newest - came > self.patience and rank != self.rank]
+        return silent or ([0] if now - newest > self.patience else [])  # process 0 holds the store
+
+    def silence(self, silent, seconds):
+        return '%s no answer for %d s, while process %d was %s; %s' % (
+            _processes(silent, 'gives', 'give'), seconds, self.rank, self.what,
+            'it was stopped or hangs, or its machine or the network is gone' if len(silent) == 1
+            else 'they were stopped or hang, or their machines or the network are gone')
 
     def line(self):
-        """Which line of which file the main thread is at."""
+        """Where the main thread is."""
         frame = sys._current_frames().get(self.main_thread)
-        if frame is None:
-            return ''
-        here = traceback.extract_stack(frame)[-1]
-        return ' (at %s:%d, %s)' % (printable(os.path.basename(here.filename)), here.lineno, here.name)
+        return 'its end' if frame is None else '%s in %s:%d' % (
+            frame.f_code.co_name, printable(os.path.basename(frame.f_code.co_filename)), frame.f_lineno)
 
 
 def _processes(ranks, verb, plural):
@@ -127,11 +160,14 @@ def _processes(ranks, verb, plural):
 
 
 def start(store, seconds):
-    """Watch from the first `enter` on. `store` is where the processes met; a single process needs no watching."""
+    """Watch from here on. `store` is where the processes met; a single process needs no watching."""
     global _dog
     if distributed.world_size() > 1:
-        _dog = _Watchdog(store, distributed.rank(), distributed.world_size(), seconds)
+        dog = _Watchdog(store, distributed.rank(), distributed.world_size(), seconds)
         distributed.barrier()  # so that each finds the others' words
+        _dog, distributed.waiting = dog, _waiting
+        for thread in dog.threads:
+            thread.start()
 
 
 def stop():
@@ -144,20 +180,32 @@ def stop():
 def enter(stage):
     """The next stage, which all processes go through in the same order: an epoch, an evaluation, a save."""
     if _dog is not None:
+        _dog.doing = stage
         _set((_dog.place[0] + 1, 0, 0), stage)
 
 
 def mark(item, phase, stage):
     """Where in the stage: at item number so and so, in one of `PHASES` (its index)."""
     if _dog is not None:
-        _set((_dog.place[0], item, phase), '%s%s' % (PHASES[phase], stage % item if item != LAST else ''))
+        stage = stage % item if item != LAST else ''
+        _dog.doing = PHASES[1] + stage
+        _set((_dog.place[0], item, phase), PHASES[phase] + stage)
 
 
 def wait():
     """The other processes are waited for, at the item last marked."""
     if _dog is not None:
-        stage, item, _ = _dog.place
-        _set((stage, item, 2), PHASES[2])
+        _set(_dog.place[:2] + (_dog.place[2] + 1,), PHASES[2])
+
+
+@contextlib.contextmanager
+def _waiting():
+    wait()
+    yield
+    if _dog is not None:
+        _set(_dog.place[:2] + (_dog.place[2] + 1,), _dog.doing)
+        if _dog.place[0] == 0:
+            _dog.since = None
 
 
 def _set(place, what):
@@ -168,7 +216,8 @@ def lost():
     """The numbers of the processes that have fallen silent, for the message after a broken connection."""
     if _dog is None:
         return []
-    _dog.curious = True
-    patience = max(3 * _dog.beat_seconds, min(5., _dog.seconds / 2))
-    time.sleep(patience + 2 * _dog.beat_seconds)
+    _dog.curious = _dog.parting = True
+    time.sleep(_dog.patience + 2 * _dog.beat_seconds)
+    if _dog.biting:
+        _dog.threads[1].join()  # it knows more, and ends this process
     return _dog.silent()

@@ -29,6 +29,7 @@ import datasets
 import distributed
 from conftest import NANO, ROOT, photo
 from errors import UserError, one_line
+from test_data import write_cifar
 
 SMALL = ('--batch_size=4',) + tuple(NANO)
 
@@ -632,11 +633,18 @@ def test_a_worker_that_is_killed_takes_no_file_along(sets, tmp_path, monkeypatch
     assert os.path.exists(flag)
 
 
+def test_check_data_counts_the_images_of_cifar(tmp_path, monkeypatch, parse, capsys):
+    write_cifar(tmp_path, monkeypatch)
+    args = parse('--data_set=CIFAR', '--data_path', str(tmp_path), *NANO)
+    assert bad_images.check_data(args) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == 'Checked 19 images: 0 cannot be read'
+
+
 def test_there_is_a_progress_bar_on_a_terminal(sets, monkeypatch, capsys):
     args, _, _ = sets()
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('4H', 25, 100, 0, 0))
-    with os.fdopen(theirs, 'w') as terminal:
+    with within(60), os.fdopen(theirs, 'w') as terminal:
         monkeypatch.setattr(sys, 'stderr', terminal)
         bad_images.check_data(args)
         terminal.flush()
@@ -660,11 +668,11 @@ class Slow(torch.utils.data.Dataset):
         time.sleep(0.05)
         return torch.tensor(index)
 
-signal.signal(signal.SIGTERM, lambda *_: None)
-signal.signal(signal.SIGINT, lambda *_: None)
 loader = torch.utils.data.DataLoader(Slow(), batch_size=2, num_workers=2, worker_init_fn=datasets.calm_worker)
 batches = iter(loader)
 seen = next(batches).tolist()
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: None)
 print(' '.join(str(worker.pid) for worker in batches._workers), flush=True)
 sys.stdin.readline()
 for batch in batches:
@@ -684,7 +692,7 @@ def loading(*arguments):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
                                start_new_session=True)
     try:
-        with within(120):
+        with within(60):
             workers = [int(word) for word in process.stdout.readline().split()]
             assert len(workers) == 2
             yield process, workers
@@ -715,6 +723,7 @@ def test_a_signal_to_all_leaves_the_workers_to_the_main_process():
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='the kernel tells of a parent\'s end on Linux only')
 def test_workers_end_with_a_main_process_that_is_killed():
     with loading() as (process, workers):
+        time.sleep(0.5)  # all that they were asked for is read, and they wait
         assert all(map(is_alive, workers))
         process.kill()
         process.wait()

@@ -1,5 +1,6 @@
 """The data: transforms against recorded and hand-made figures, every kind of image file, folders, order, randomness."""
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -353,7 +354,7 @@ def test_every_suffix_counts_and_other_files_do_not(image_folder, parse):
     assert found == sorted(names + ['000.png', 'f.png'])
 
 
-def test_samples_are_those_of_torchvision_in_its_order(tmp_path):
+def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):
     root = tmp_path / 'root'
     for name in ('b/2.png', 'b/10.JPG', 'b/a/x.tiff', 'b/a-b/x.webp', 'b/a/deep/er/1.bmp', 'b/a/deep.png', 'b/Z/1.png',
                  'B/only/below/1.ppm', 'a b/\u00fc.jpeg', 'a b/notes.txt', 'a b/png', 'a b/x.png.txt', 'b/x.jpg/1.png',
@@ -372,6 +373,15 @@ def test_samples_are_those_of_torchvision_in_its_order(tmp_path):
     classes, samples = datasets.scan_classes(str(root))
     assert samples == theirs.samples and classes == theirs.classes
     assert len(samples) >= 16 and len(classes) == 6
+    listed = os.scandir
+
+    @contextlib.contextmanager
+    def backwards(folder):
+        with listed(folder) as entries:
+            yield sorted(entries, key=lambda entry: entry.name, reverse=True)
+    monkeypatch.setattr(datasets.os, 'scandir', backwards)  # a file system gives its entries in any order
+    assert datasets.scan_classes(str(root)) == (classes, samples)
+    monkeypatch.undo()
     assert datasets.scan_classes(str(root) + '/')[1] == torchvision.datasets.DatasetFolder(
         str(root) + '/', None, datasets.EXTENSIONS).samples
 

@@ -50,10 +50,11 @@ def fuzz(examples):
                     suppress_health_check=list(HealthCheck))
 
 
-@pytest.fixture(params=(False, True), ids=('weights_only', 'restricted'))
+@pytest.fixture(params=('weights_only', 'restricted') if hasattr(torch.serialization, 'safe_globals')
+                else ('restricted',))
 def reader(request, monkeypatch):
     """Both ways of reading: with torch's allow list where it has one, and as a PyTorch without it."""
-    if request.param:
+    if request.param == 'restricted':
         monkeypatch.delattr(torch.serialization, 'safe_globals', raising=False)
 
 
@@ -124,7 +125,10 @@ def storage(numel=4, key='0', kind='FloatStorage'):
     return tuple_of(text('storage'), name('torch', kind), text(key), text('cpu'), number(numel), VIEW) + b'Q'
 
 
-def tensor(size=numbers(4), stride=numbers(1), offset=number(0), held=None, hooks=ORDERED):
+FOUR, ONE, ZERO = numbers(4), numbers(1), number(0)
+
+
+def tensor(size=FOUR, stride=ONE, offset=ZERO, held=None, hooks=ORDERED):
     return call(REBUILD, held or storage(), offset, size, stride, b'\x89', hooks)
 
 
@@ -140,7 +144,7 @@ def as_zip(body, records=(('data/0', bytes(16)),), compression=zipfile.ZIP_STORE
     return file.getvalue()
 
 
-def as_legacy(body, data=struct.pack('<q', 4) + bytes(16), sys_info=b'}'):
+def as_legacy(body, data=b'\4' + bytes(7 + 16), sys_info=b'}'):
     keys = b'](' + b''.join(text('0') for _ in range(VIEW in body)) + b'e'
     return b''.join(map(pickled, (number(torch.serialization.MAGIC_NUMBER), number(1001), sys_info,
                                   body.replace(VIEW, b'N'), keys))) + (data if VIEW in body else b'')
@@ -239,8 +243,8 @@ NAMED = {
                                                  text('cpu'), b'\x89'), '_rebuild_device_tensor_from_numpy'),
     '_rebuild_from_type_v2': (called('torch._tensor', '_rebuild_from_type_v2', name('os', 'system'), b'N',
                                      tuple_of(RUN), b'}'), 'torch._tensor._rebuild_from_type_v2'),
-    '_rebuild_parameter_with_state': (called('torch._utils', '_rebuild_parameter_with_state', tensor(), b'\x89', ORDERED,
-                                             b'}'), '_rebuild_parameter_with_state'),
+    '_rebuild_parameter_with_state': (called('torch._utils', '_rebuild_parameter_with_state', tensor(), b'\x89',
+                                             ORDERED, b'}'), '_rebuild_parameter_with_state'),
     '_rebuild_wrapper_subclass': (called('torch._utils', '_rebuild_wrapper_subclass', name('os', 'system')),
                                   '_rebuild_wrapper_subclass'),
     'torch.hub.load': (called('torch.hub', 'load', text('MARKER'), text('x')), 'torch.hub.load'),
@@ -265,7 +269,7 @@ NAMED = {
     'STACK_GLOBAL': (stack_global('os', 'system'), 'os.system'),
     'STACK_GLOBAL, dotted': (stack_global('collections', 'OrderedDict.__init__.__globals__'),
                              'collections.OrderedDict.__init__.__globals__'),
-    'protocol 4': (pickle.dumps(getattr(os, 'system'), protocol=4)[2:-1] + tuple_of(RUN) + b'R', 'posix.system'),
+    'protocol 4': (pickle.dumps(os.system, protocol=4)[2:-1] + tuple_of(RUN) + b'R', 'posix.system'),
     'after a harmless beginning': (dict_of(text('a'), tensor(), text('b'), called('os', 'system')), 'os.system'),
     'thrown away again': (called('os', 'system') + b'0N', 'os.system'),
     'only named': (name('os', 'system'), 'os.system'),
@@ -499,13 +503,12 @@ def hostile_archives():
     first = start  # data.pkl's entry; version's and data/0's follow
     second = first + 46 + len('archive/data.pkl')
     third = second + 46 + len('archive/version')
-    pickle_length, = struct.unpack_from('<L', good, first + 20)
-    large = as_zip(dict_of(text('a'), text('\0' * (80 << 20))), compression=zipfile.ZIP_DEFLATED)
-    assert len(large) < 1 << 20
+    length, = struct.unpack_from('<L', good, first + 20)
     names = as_zip(model_of(tensor()), (('data/0', bytes(16)), ('DATA.PKL', pickled(called('os', 'system')))))
     return {
         'deflated': as_zip(model_of(tensor()), compression=zipfile.ZIP_DEFLATED),
-        'deflated, 80 MiB of zeros': large,
+        'deflated, 80 MiB of zeros': lambda: as_zip(dict_of(text('a'), text('\0' * (80 << 20))),
+                                                    compression=zipfile.ZIP_DEFLATED),
         'bzip2': as_zip(model_of(tensor()), compression=zipfile.ZIP_BZIP2),
         'one record over another': patched(good, (third + 42, '<L', struct.unpack_from('<L', good, second + 42)[0]),
                                            (third + 20, '<L', 2), (third + 24, '<L', 2)),
@@ -514,7 +517,7 @@ def hostile_archives():
         'a record of 2**32 - 1': patched(good, (third + 20, '<L', 2 ** 32 - 1), (third + 24, '<L', 2 ** 32 - 1)),
         'a record longer than packed': patched(good, (third + 24, '<L', 2 ** 31)),
         'a pickle longer than packed': patched(good, (first + 24, '<L', 2 ** 31)),
-        'a pickle cut short': patched(good, (first + 20, '<L', pickle_length - 9), (first + 24, '<L', pickle_length - 9)),
+        'a pickle cut short': patched(good, (first + 20, '<L', length - 9), (first + 24, '<L', length - 9)),
         'a record shorter than its storage': patched(good, (third + 20, '<L', 8), (third + 24, '<L', 8)),
         'encrypted': patched(good, (first + 8, '<H', 1)),
         'a header elsewhere': patched(good, (third + 42, '<L', 3)),
@@ -540,8 +543,8 @@ def hostile_archives():
         'a pickle that was changed': good.replace(b'model', b'modes'),
         'TorchScript': as_zip(model_of(tensor()), (('data/0', bytes(16)), ('constants.pkl', pickled(b'N')))),
         'TorchScript code': as_zip(model_of(tensor()), (('data/0', bytes(16)), ('code/__torch__.py', b'import os'))),
-        'a pickle of 65 MiB': as_zip(dict_of(text('a'), text('\0' * (65 << 20)))),
-        'a pickle of 3,000,000 steps': as_zip(b'](' + b'N' * (3 * 10 ** 6) + b'e'),
+        'a pickle of 65 MiB': lambda: as_zip(dict_of(text('a'), text('\0' * (65 << 20)))),
+        'a pickle of 3,000,000 steps': lambda: as_zip(b'](' + b'N' * (3 * 10 ** 6) + b'e'),
         'only its beginning': b'PK\3\4',
         'only its end': good[end:],
     }
@@ -553,7 +556,8 @@ ARCHIVES = hostile_archives()
 @pytest.mark.parametrize('archive', ARCHIVES)
 def test_zip_bombs_never_reach_torch(tmp_path, monkeypatch, archive):
     monkeypatch.setattr(torch, 'load', lambda *_, **__: pytest.fail('the file came as far as torch.load'))
-    line = refusal(ARCHIVES[archive], str(tmp_path / 'w.pth'))
+    data = ARCHIVES[archive]
+    line = refusal(data() if callable(data) else data, str(tmp_path / 'w.pth'))
     assert 'refused, because ' in line or 'not a weights file, or damaged' in line
     if archive.startswith('TorchScript'):
         assert 'it is a TorchScript archive' in line
@@ -626,7 +630,7 @@ BOMBS = """
     for body in list(test_untrusted.SHAPES.values()) + list(test_untrusted.UNNAMED.values()):
         for form in (test_untrusted.as_zip, test_untrusted.as_legacy):
             lines.append(form(body))
-    lines += [data for data in test_untrusted.ARCHIVES.values() if len(data) < 10 << 20]
+    lines += [data for data in test_untrusted.ARCHIVES.values() if not callable(data)]
     for index, data in enumerate(lines):
         with open(path, 'wb') as file:
             file.write(data)
@@ -706,8 +710,8 @@ def test_good_files_are_read_whole(tmp_path, reader, legacy):
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     found = safe_files.read(path)
     assert found.keys() == content.keys() and vars(found['args']) == vars(content['args'])
-    for kind, value in vars(content['args']).items():
-        assert type(getattr(found['args'], kind)) is type(value)
+    for each, value in vars(content['args']).items():
+        assert type(getattr(found['args'], each)) is type(value)
     for key, value in content.items():
         if torch.is_tensor(value):
             assert found[key].dtype == value.dtype and torch.equal(found[key].float(), value.float())
@@ -755,7 +759,7 @@ def test_safetensors_are_read(tmp_path):
                         ('I64', np.arange(2)), ('BOOL', np.ones(16, dtype=bool))):
         found = attempt(safetensors(dict(one(dtype, data.shape), __metadata__={'format': 'pt'}), data.tobytes()), path,
                         'good')
-        assert list(found) == ['weight'] and torch.equal(found['weight'], torch.from_numpy(data))
+        assert list(found) == ['weight'] and np.array_equal(found['weight'].numpy(), data)
     half = safetensors(one('BF16', (8,)), struct.pack('<8H', *[0x3f80] * 8))
     if hasattr(torch, 'frombuffer'):
         assert torch.equal(attempt(half, path, 'good')['weight'], torch.ones(8, dtype=torch.bfloat16))
@@ -805,10 +809,10 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
 
 # ---- fuzz
 
-def nano():
+def nano(depth=2):
     torch.manual_seed(0)
     return modeling_finetune.beit_nano_patch8_32(num_classes=5, use_abs_pos_emb=False, use_rel_pos_bias=True,
-                                                 init_values=0.1, depth=2, embed_dim=32)
+                                                 init_values=0.1, depth=depth, embed_dim=32)
 
 
 def adamw(model):
@@ -818,10 +822,8 @@ def adamw(model):
     return optimizer
 
 
-@pytest.fixture(scope='module')
-def good():
+def state_of(model):
     """What a small checkpoint of this project holds, after one update."""
-    model = nano()
     optimizer = adamw(model)
     optimizer.step()
     args = argparse.Namespace(model='beit_nano_patch8_32', input_size=32, lr=1e-3, opt='adamw')
@@ -831,12 +833,12 @@ def good():
 
 
 @pytest.fixture(scope='module')
-def whole(good):
-    """Its file, in the newer and in the older format."""
-    files = []
+def whole():
+    """A checkpoint's file, in the newer and in the older format."""
+    files, content = [], state_of(nano())
     for zipped in (True, False):
         file = io.BytesIO()
-        torch.save(good, file, _use_new_zipfile_serialization=zipped)
+        torch.save(content, file, _use_new_zipfile_serialization=zipped)
         files.append(file.getvalue())
     assert all(100 << 10 < len(data) < 500 << 10 for data in files)
     return files
@@ -872,7 +874,7 @@ def places(data):
 
 @pytest.mark.parametrize('form', (0, 1), ids=('zip', 'legacy'))
 def test_flipped_bits(whole, reader, fuzzed, form):
-    @fuzz(250)
+    @fuzz(200)
     @given(st.lists(st.tuples(places(whole[form]), st.integers(0, 7)), min_size=1, max_size=3))
     def run(flips):
         damaged = bytearray(whole[form])
@@ -900,10 +902,11 @@ WORDS = ('os', 'system', 'model', 'storage', 'cpu', '0', '', '_metadata', 'latin
 NAMES = [tuple(each.split(' ', 1)) for each in sorted(safe_files._ALLOWED)] + [
     ('os', 'system'), ('builtins', 'eval'), ('torch', 'load'), ('collections', 'defaultdict')]
 PIECES = st.one_of(
-    st.sampled_from([ORDERED, storage(), storage(), tensor(), numbers(4), numbers(2, 2), b'h\x00', b'q\x00', b'h\x01',
-                     b'q\x01', b'}', b']', b')', b'(', b't', b'\x85', b'\x86', b'\x87', b'R', b'R', b'b', b'\x81', b'u', b's',
-                     b'a', b'e', b'Q', b'N', b'\x88', b'\x89', b'0', b'1', b'2', b'o', b'l', b'd', b'\x93', b'\x94',
-                     b'\x8f', b'\x90', b'\x91', b'\x82\x01', b'j\xff\xff\xff\x7f', b'r\xff\xff\xff\xff', b'p9999\n']),
+    st.sampled_from([ORDERED, storage(), storage(), tensor(), FOUR, numbers(2, 2), b'h\x00', b'q\x00', b'h\x01',
+                     b'q\x01', b'}', b']', b')', b'(', b't', b'\x85', b'\x86', b'\x87', b'R', b'R', b'b', b'\x81', b'u',
+                     b's', b'a', b'e', b'Q', b'N', b'\x88', b'\x89', b'0', b'1', b'2', b'o', b'l', b'd', b'\x93',
+                     b'\x94', b'\x8f', b'\x90', b'\x91', b'\x82\x01', b'j\xff\xff\xff\x7f', b'r\xff\xff\xff\xff',
+                     b'p9999\n']),
     st.sampled_from(WORDS).map(text),
     st.sampled_from(NAMES).map(lambda pair: name(*pair)),
     st.sampled_from([-1, 0, 1, 2, 4, 5, 255, 2 ** 31, 2 ** 62, 2 ** 63, 2 ** 64, -2 ** 63]).map(number),
@@ -912,16 +915,13 @@ PIECES = st.one_of(
 
 
 @pytest.mark.parametrize('form', (as_zip, as_legacy, as_pickle))
-def test_random_pickles(reader, tmp_path, auditing, form):
+def test_random_pickles(reader, tmp_path, form):
     path = str(tmp_path / 'w.pth')
 
-    @fuzz(400)
+    @fuzz(300)
     @given(st.lists(PIECES, max_size=25))
     def run(pieces):
-        global SEEN
-        SEEN = None
-        data = form(b''.join(pieces))
-        attempt(data, path, 'pickle programs')
+        attempt(form(b''.join(pieces)), path, 'pickle programs')
     run()
     assert os.listdir(str(tmp_path)) == ['w.pth']
 
@@ -939,7 +939,7 @@ def test_random_calls_of_what_is_allowed(reader, tmp_path):
             lambda pairs: dict_of(*(part for pair in pairs for part in pair))),
         st.tuples(inside, inside).map(lambda pair: pair[0] + pair[1] + b'b')), max_leaves=12)
 
-    @fuzz(400)
+    @fuzz(300)
     @given(values)
     def run(body):
         for form in (as_zip, as_legacy):
@@ -964,18 +964,24 @@ def test_damaged_safetensors(tmp_path, fuzzed):
 WRONG = [None, True, 5, -1, 2 ** 63, -2 ** 63, 0.5, math.nan, math.inf, 'text', 'two\nlines', b'bytes', [], [1], {}, (),
          {'a': 1}, {1: 2}, {'weight': 'text'}, [[1, 2]], {'state': 5, 'param_groups': 5}, argparse.Namespace(model=[1]),
          {'state': {}, 'param_groups': []}, {'state': {0: 5}, 'param_groups': [5]}, {'steps': 'x', 'meters': 5},
-         {'steps': 2 ** 70 >> 7, 'meters': [{}]}, torch.tensor(1.), torch.zeros(0), torch.zeros(5, 5), torch.tensor([True])]
+         {'steps': 1, 'meters': [{}]}, torch.tensor(1.), torch.zeros(0), torch.zeros(5, 5), torch.tensor([True])]
+
+
+@pytest.fixture(scope='module')
+def good():
+    return state_of(nano(depth=1))
 
 
 @pytest.fixture
 def take_up(tmp_path, parse):
     """take_up(content): all that the program does with a file's content, up to the first update; or a UserError."""
-    path, model, args = str(tmp_path / 'checkpoint-3.pth'), nano(), parse()
+    path, model, args = str(tmp_path / 'checkpoint-3.pth'), nano(depth=1), parse()
 
-    def check(content):
+    def check(content, tuning=True):
         TRIED['wrong types'] += 1
+        loads = (resume, tune) if tuning else (resume,)
         torch.save(content, path)
-        for load in (resume, tune):
+        for load in loads:  # each reads the file as the program does
             try:
                 load()
             except UserError as error:
@@ -1000,7 +1006,7 @@ def take_up(tmp_path, parse):
                                  'checksum', 'random_state'])
 def test_wrong_types_are_one_line(good, take_up, key):
     for value in WRONG:
-        take_up(dict(good, **{key: value}))
+        take_up(dict(good, **{key: value}), tuning=key == 'model')
     take_up({other: value for other, value in good.items() if other != key})
 
 
@@ -1028,16 +1034,17 @@ def replaced(value, path, new):
 
 
 def test_wrong_types_anywhere(good, take_up):
-    paths = [path for path in everywhere(good) if path]
+    inside = {key: [(key,) + path for path in everywhere(good[key]) if path] for key in good if key != 'model'}
+    # All parameters are alike, so that one of each is enough.
+    inside['optimizer'] = [path for path in inside['optimizer'] if path[1:2] != ('state',) or path[2:3] in ((), (0,))]
+    inside['model'] = [('model', each) for each in list(good['model'])[:8]]
+    changes = st.tuples(st.one_of([st.sampled_from(paths) for paths in inside.values() if paths]),
+                        st.sampled_from(WRONG))
 
-    @fuzz(400)
-    @given(st.lists(st.tuples(st.sampled_from(paths), st.sampled_from(WRONG)), min_size=1, max_size=2))
-    def run(changes):
-        content = good
-        for path, value in changes:
-            if path in set(everywhere(content)):
-                content = replaced(content, path, value)
-        take_up(content)
+    @fuzz(500)
+    @given(changes)
+    def run(change):
+        take_up(replaced(good, *change), tuning=change[0][0] == 'model')
     run()
 
 
