@@ -159,7 +159,8 @@ def check_data(args):
 def main(args, signals):
     check_args(args)
     if args.check_data:
-        check_data(args)
+        if distributed.speaks_first():  # the others would decode the same
+            check_data(args)
         return
     device = start(args)
     dtype = backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
@@ -211,7 +212,8 @@ def main(args, signals):
 def describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch):
     """Say at the start what this run is."""
     say = distributed.say
-    say('Flags: %s' % ' '.join('--%s=%s' % item for item in sorted(vars(args).items()) if item[1] is not None))
+    say('Flags: %s' % printable(' '.join('--%s=%s' % item for item in sorted(vars(args).items())
+                                         if item[1] is not None)))
     say('Device: %s, %s, %d process%s' % (device, backend.device_name(device), distributed.world_size(),
                                           'es' if distributed.world_size() > 1 else ''))
     if backend.npu_passed_over(args.device, device):

@@ -18,7 +18,7 @@ from errors import printable
 
 LAST = 10 ** 12  # the place of a process that has done its part of a stage and waits for the others
 PHASES = ('waiting for data', 'computing', 'waiting for the other processes')
-SPEAKER_SECONDS = 5.  # that the others give to the one who speaks first; a launcher ends them in that time
+SPEAKER_SECONDS = 4.  # that the others give to the one who speaks first; a launcher ends them in that time
 VERDICT = 'beit/verdict'
 
 _dog = None  # this process's, where there are several processes
@@ -131,7 +131,8 @@ class _Watchdog:
             'at ' + words[rank][2] for rank in behind[:3]))
         if len(behind) == self.processes:
             return [], False, 'all processes have been %s; is the network between them, or a device, stuck?' % what
-        return behind, True, '%s behind: %s, and the others wait' % (_processes(behind, 'is', 'are'), what)
+        timed = words[behind[0]][0][0] > 0  # before the first stage it doesn't know that it is late
+        return behind, timed, '%s behind: %s, and the others wait' % (_processes(behind, 'is', 'are'), what)
 
     def silent(self):
         """The processes that have not been heard of for a while."""

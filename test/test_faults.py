@@ -344,8 +344,9 @@ class Life:
     def story(self):
         """What the processes said, for the report of a failure."""
         files = sorted(os.listdir(self.out)) if os.path.isdir(self.out) else []
-        texts = [read_bytes(self.folder, 'log-%d' % rank).decode('utf-8', 'replace')[-6000:]
-                 for rank in range(self.processes)]
+        texts = ['\n'.join(line[:300] for line in read_bytes(log).decode('utf-8', 'replace').splitlines() if not re.match(
+            r'Flags:|Device:|Precision:|Attention:|Model:|Data:|Batch:|Test:|Epoch:|Averaged|Accuracy|Max|\*', line))
+            for log in sorted({each.log for each in self.running})]
         return '%s\n%s\n%s' % (self.config, ' '.join(files), '\n--\n'.join(texts))
 
 
@@ -367,7 +368,7 @@ def position_of(content):
 def resumed(output):
     """Where a run said that it went on from."""
     found = re.search(r'Resumed \S+: (?:epoch (\d+) is done|(\d+) updates of epoch (\d+) are done)', output)
-    return (int(found.group(1)) + 1, 0) if found.group(1) else (int(found.group(3)) - 1, int(found.group(2)))
+    return (int(found.group(1)) + 1, 0) if found.group(1) else (int(found.group(3)), int(found.group(2)))
 
 
 def read_bytes(*path):

@@ -140,7 +140,7 @@ def as_zip(body, records=(('data/0', bytes(16)),), compression=zipfile.ZIP_STORE
     file = io.BytesIO()
     with zipfile.ZipFile(file, 'w', compression) as archive:
         for record, data in ((pickle_name, pickled(body.replace(VIEW, b''))), ('version', b'3\n')) + tuple(records):
-            archive.writestr('archive/' + record, data)
+            archive.writestr(zipfile.ZipInfo('archive/' + record), data, compression)  # the same at any time of day
     return file.getvalue()
 
 
