@@ -184,35 +184,38 @@ def find(source, prefer_best=False):
     paths = candidates(source)
     if not os.path.isdir(source):
         return source, read(fetch(source), '--resume')
-    bests = [path for path in paths if _position(path) is None]
-    ordered = [path for path in paths if path not in bests]
+    ordered = [path for path in paths if _position(path) is not None]
+    bests = [path for path in paths if path not in ordered]
     if prefer_best:
-        ordered = bests + ordered
-    newest = _first_whole(ordered)
-    if prefer_best:
-        if newest is not None:
-            return newest
+        chosen, reasons = _first_whole(sorted(paths, key=lambda path: os.path.basename(path) != BEST))
     else:
+        chosen, reasons = _first_whole(ordered)
         for path in bests:
-            best = _first_whole([path])
-            if best is not None and (newest is None or _position_inside(best[1]) > _position_inside(newest[1])):
-                newest = best
-        if newest is not None:
-            return newest
-    raise UserError('--resume %s: all of its %d checkpoints are damaged' % (printable(source), len(paths)))
+            best, more = _first_whole([path])
+            reasons += more
+            if best is not None and (chosen is None or _position_inside(best[1]) > _position_inside(chosen[1])):
+                chosen = best
+    if chosen is not None:
+        return chosen
+    raise UserError('--resume %s: each of its checkpoints (%d) is damaged: %s'
+                    % (printable(source), len(paths), reasons[0].replace('--resume ', '')))
 
 
 def _first_whole(paths):
+    """((path, content) of the first that can be read, or None; what is wrong with those before it)."""
+    reasons = []
     for path in paths:
         try:
             content = read(path, '--resume')
             if isinstance(content, dict):
-                return path, content
+                return (path, content), reasons
+            reasons.append('--resume %s: holds no weights' % printable(path))
         except UserError as error:
             if 'refused' in str(error):
                 raise  # not damaged, but a stranger's
-            distributed.say('%s; passed over' % error)
-    return None
+            reasons.append(str(error))
+        distributed.say('%s; passed over' % reasons[-1])
+    return None, reasons
 
 
 def lies_in(path, folder):

@@ -5,9 +5,11 @@ Most cases call the program inside this process, which takes milliseconds; a few
 
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 import warnings
 
@@ -18,6 +20,7 @@ from timm.models import create_model
 import backend
 import launch
 import run_class_finetuning
+from errors import printable
 from conftest import NANO, ROOT, TEST_DIR, photo
 
 SHORT = NANO + ['--batch_size=4', '--epochs=2', '--warmup_epochs=0']
@@ -77,7 +80,7 @@ def refused(capsys, tmp_path, data):
     for name, content in EARLIER_RUN.items():
         (output / name).write_bytes(content)
 
-    def check(*flags, says, base=True, late=False):
+    def check(*flags, says, base=True, late=False, adds=None):
         before = contents(tmp_path)
         capsys.readouterr()
         start = SHORT + ['--data_path', data, '--output_dir', str(output)] if base else []
@@ -87,7 +90,8 @@ def refused(capsys, tmp_path, data):
         # pytest swallows warnings; in a process of its own these would be further lines on stderr.
         assert [str(w.message) for w in printed if w.category in (UserWarning, FutureWarning, RuntimeWarning)] == []
         assert_one_line(status, *capsys.readouterr(), says=says)
-        after = contents(tmp_path)
+        after = {path: content for path, content in contents(tmp_path).items()
+                 if adds is None or os.path.basename(path) != adds}
         if late:
             assert sorted(after.values()) == sorted(before.values())
         else:
@@ -101,7 +105,7 @@ def test_the_good_data_passes(data, tmp_path, capsys):
                                              str(tmp_path / 'results')]) == 0
     out, err = capsys.readouterr()
     assert err == '' and 'Result: ' in out
-    assert 'checkpoint-best.pth' in os.listdir(str(tmp_path / 'results'))
+    assert 'checkpoint-0-step1.pth' in os.listdir(str(tmp_path / 'results'))
 
 
 # ---- data
@@ -112,7 +116,7 @@ def test_data_path_left_out(refused):
 
 @pytest.mark.parametrize('path', ['/does/not/exist', 'dat a', 'Demo', 'two\nlines'])
 def test_data_path_that_is_not_there(refused, path):
-    refused('--data_path', path, says=['--data_path', ' '.join(path.split()), 'no such folder'])
+    refused('--data_path', path, says=['--data_path', printable(path), 'no such folder'])
 
 
 def test_data_path_that_is_a_file(refused, data):
@@ -587,7 +591,8 @@ def test_open_mpi_without_mpirun(refused, monkeypatch):
 
 
 def test_loss_that_is_not_finite(refused):
-    refused('--init_scale=1e300', '--no_save_ckpt', late=True, says=['the loss is', 'update step 0', '--lr'])
+    refused('--init_scale=1e300', '--no_save_ckpt', late=True, adds='nonfinite.txt',
+            says=['the loss is', 'update step 0', '--lr'])
 
 
 # ---- output
@@ -708,8 +713,9 @@ def test_an_unusable_npu_is_not_passed_over_in_silence(monkeypatch, tmp_path):
 
 
 def test_interrupted(monkeypatch, capsys):
-    def interrupt(args):
-        raise KeyboardInterrupt
+    def interrupt(args, signals):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
 
     monkeypatch.setattr(run_class_finetuning, 'main', interrupt)
     assert run_class_finetuning.run([]) == 130
