@@ -274,8 +274,10 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
             pilot.stop_after(epoch, steps, device)
         improved = note_best(best, test_stats, ema_stats)
         record(args, writer, epoch, training['model'], train_stats, test_stats, ema_stats)
-        if steps < steps_per_epoch:  # --maxstep, in mid-epoch: a run that goes on from here has no best yet
+        if steps < steps_per_epoch:  # --maxstep, in mid-epoch: what goes on from here has not seen this evaluation
             pilot.save(epoch, steps, pilot.state, device)
+            progress.best = dict(best)
+            pilot.save_epoch(improved, numbered=False)
             break
         progress.epoch, progress.steps, progress.meters, progress.best = epoch + 1, 0, [], dict(best)
         is_last = (epoch + 1) * steps_per_epoch >= step_limit
@@ -328,6 +330,9 @@ def run(argv=None):
         watchdog.stop()
         if str(stop):
             distributed.say('run_class_finetuning.py: ' + str(stop))
+            distributed.wait_for_others_to_speak(first=distributed.is_main_process())
+            return leave(128 + stop.number)
+        if not distributed.speaks_first():
             return leave(128 + stop.number)
         return fail('interrupted by %s; with --output_dir, the same command and --auto_resume goes on from the last '
                     'checkpoint' % preemption.name(stop.number), 128 + stop.number)

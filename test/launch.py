@@ -33,7 +33,6 @@ import preemption  # noqa: E402
 from errors import UserError, one_line  # noqa: E402
 
 MEETING_SECONDS = 300  # for people to start the script on the other machines; DIST_WAIT_SECONDS says otherwise
-STOPPING_SECONDS = 3  # after one has failed the others can only wait; their files are whole at any time
 DONE = b'done'
 
 
@@ -301,24 +300,12 @@ def watch(processes, nodes):
 
 
 def stop(processes):
-    """End those that still run, by force where they don't listen."""
+    """End those that still run, at once: without the one that failed they can only wait, and their files are whole."""
     running = [process for process in processes if process.poll() is None]
     for process in running:
-        process.terminate()
-    for process in wait(running, STOPPING_SECONDS):
         process.kill()
+    for process in running:
         process.wait()
-
-
-def wait(processes, seconds):
-    """Wait at most so long for processes to end by themselves; gives those that did not."""
-    until, remaining = time.time() + seconds, []
-    for process in processes:
-        try:
-            process.wait(max(until - time.time(), 0))
-        except subprocess.TimeoutExpired:
-            remaining.append(process)
-    return remaining
 
 
 def report(rank, status):

@@ -51,8 +51,7 @@ class Trained:
         return lines_of(self.folder)
 
     def weights(self, part='model'):
-        numbers = [number for number, _ in checkpoint.numbered(self.folder)]
-        return checkpoint.read('%s/checkpoint-%d.pth' % (self.folder, max(numbers)))[part]
+        return checkpoint.read(checkpoint.numbered(self.folder)[-1][1])[part]
 
 
 def farthest(one, other):
@@ -195,7 +194,7 @@ def test_an_overflow_is_skipped_counted_and_logged(emulator, tmp_path, soc, scal
     assert [tuple(map(int, found)) for found in skipped] == [(2, now[0], 1), (5, now[1], 2)], done.stdout
     record, = lines_of(out)
     assert record['train_skipped_steps'] == 2
-    state = checkpoint.read(out + '/checkpoint-0.pth')
+    state = checkpoint.read(out + '/checkpoint-0-step8.pth')
     assert state['scaler']['skipped'] == 2
     assert all(torch.isfinite(value).all() for value in state['model'].values())
     assert max(value.abs().max() for value in state['model'].values() if value.is_floating_point()) < 10
@@ -215,7 +214,7 @@ def test_an_overflow_on_one_of_two_processes_is_skipped_by_both(emulator, tmp_pa
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=200)
     assert done.returncode == 0, done.stdout
     assert re.findall(r'Update step (\d) skipped', done.stdout) == ['2', '5'], done.stdout
-    steps = {values['step'] for values in checkpoint.read(out + '/checkpoint-0.pth')['optimizer']['state'].values()}
+    steps = {values['step'] for values in checkpoint.read(out + '/checkpoint-0-step8.pth')['optimizer']['state'].values()}
     assert steps == {6}
 
 

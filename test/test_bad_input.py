@@ -105,7 +105,7 @@ def test_the_good_data_passes(data, tmp_path, capsys):
                                              str(tmp_path / 'results')]) == 0
     out, err = capsys.readouterr()
     assert err == '' and 'Result: ' in out
-    assert 'checkpoint-0-step1.pth' in os.listdir(str(tmp_path / 'results'))
+    assert {'checkpoint-0-step1.pth', 'checkpoint-best.pth'} <= set(os.listdir(str(tmp_path / 'results')))
 
 
 # ---- data

@@ -209,7 +209,7 @@ def test_a_resumed_run_says_whether_it_is_exact(image_folder, tmp_path, capsys):
     data, output = image_folder(), str(tmp_path / 'out')
     base = RUN + ['--data_path=' + data, '--output_dir=' + output, '--epochs=2']
     assert run_class_finetuning.run(base + ['--maxstep=2', '--num_workers=0']) == 0
-    assert sorted(os.listdir(output)) == ['checkpoint-0-step2.pth', 'log.txt']
+    assert sorted(os.listdir(output)) == ['checkpoint-0-step2.pth', 'checkpoint-best.pth', 'log.txt']
     capsys.readouterr()
     assert run_class_finetuning.run(base + ['--auto_resume', '--maxstep=3', '--num_workers=1']) == 0
     assert 'Goes on exactly as if it had not been stopped' in capsys.readouterr().out
