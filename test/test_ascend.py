@@ -214,7 +214,8 @@ def test_an_overflow_on_one_of_two_processes_is_skipped_by_both(emulator, tmp_pa
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=200)
     assert done.returncode == 0, done.stdout
     assert re.findall(r'Update step (\d) skipped', done.stdout) == ['2', '5'], done.stdout
-    steps = {values['step'] for values in checkpoint.read(out + '/checkpoint-0-step8.pth')['optimizer']['state'].values()}
+    state = checkpoint.read(out + '/checkpoint-0-step8.pth')['optimizer']['state']
+    steps = {values['step'] for values in state.values()}
     assert steps == {6}
 
 

@@ -123,7 +123,8 @@ def test_gradients_that_are_not_finite_in_full_precision(policy):
                optimizer=torch.optim.SGD(model.parameters(), lr=1e-3), pilot=listener)
     if policy == 'stop':
         with pytest.raises(UserError, match=r'the gradients are not finite \(their norm is nan, the loss 1\.\d+\) at '
-                                            r'update step 0; loss scale 1; .*before: none yet; images: image-0, image-1, image-2 and'):
+                                            r'update step 0; loss scale 1; .*before: none yet; images: image-0, '
+                                            r'image-1, image-2 and'):
             engine.train_one_epoch(**run)
     else:
         assert engine.train_one_epoch(**run)['skipped_steps'] == len(loader) == len(listener.records)
