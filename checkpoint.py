@@ -43,7 +43,8 @@ def training_state(args, progress, model, optimizer, scaler, ema=None):
         'scaler': scaler.state_dict(),
         'args': dict(vars(args)),
         'accuracy': dict(progress.best),
-        'progress': {'steps': progress.steps, 'meters': progress.meters, 'run': dict(progress.run)},
+        'progress': {'steps': progress.steps, 'meters': progress.meters, 'run': dict(progress.run),
+                     'files': progress.files},
     }
     if ema is not None:
         content['model_ema'] = _to_cpu(ema.ema.state_dict())
@@ -58,10 +59,11 @@ class Progress:
         meters (list): of each process, the state of that epoch's averages; [] at its start.
         best (dict): the best accuracies so far, in percent.
         run (dict): what the order of the data hangs on: processes, total_batch, images, and the device.
+        files (list of str): the checkpoints that are written after an epoch, in this order; [] in mid-epoch.
     """
 
     def __init__(self, epoch=0, steps=0, meters=(), best=None, run=None):
-        self.epoch, self.steps, self.meters = epoch, steps, list(meters)
+        self.epoch, self.steps, self.meters, self.files = epoch, steps, list(meters), []
         self.best, self.run = dict(best or {}), dict(run or {})
 
     def meters_of(self, rank, processes):
@@ -123,8 +125,9 @@ def _portable(state):
             return value
         return float(value) if name == 'step' else value.detach().to('cpu')
 
-    state['state'] = {key: {name: portable(name, value) for name, value in values.items()}
-                      for key, values in state['state'].items()}
+    for part in {'state', 'slow_state'} & set(state):  # Lookahead keeps a second one
+        state[part] = {key: {name: portable(name, value) for name, value in values.items()}
+                       for key, values in state[part].items()}
     return state
 
 
@@ -211,7 +214,7 @@ def _first_whole(paths):
                 return (path, content), reasons
             reasons.append('--resume %s: holds no weights' % printable(path))
         except UserError as error:
-            if 'refused' in str(error):
+            if 'refused, because' in str(error):
                 raise  # not damaged, but a stranger's
             reasons.append(str(error))
         distributed.say('%s; passed over' % reasons[-1])
@@ -245,7 +248,20 @@ def find_together(args, device):
         raise UserError('--%s: the processes did not find the same checkpoint (this one %s); every machine needs the '
                         'same files there' % ('resume ' + args.resume if args.resume else 'output_dir '
                                               + args.output_dir, path or 'none'))
+    if lies_in(path, args.output_dir) and args.save_ckpt and not args.eval and distributed.is_main_process():
+        finish_save(path, content)
     return path, content
+
+
+def finish_save(path, content):
+    """Write the files that were to come after a best checkpoint in its save, which a kill broke off."""
+    progress = content.get('progress')
+    files = progress.get('files') if isinstance(progress, dict) else None
+    name = os.path.basename(path)
+    if name in (BEST, BEST_EMA) and isinstance(files, list) and name in files:
+        for later in files[files.index(name) + 1:]:
+            if re.match(r'checkpoint-(best|best-ema|\d+)\.pth$', str(later)):
+                save(os.path.join(os.path.dirname(path), later), content)
 
 
 def _name_and_position(path, content):
@@ -289,33 +305,44 @@ def _trained_with(content):
     return ' (it was trained with %s)' % ' '.join(flags) if flags else ''
 
 
+COUNTERS = ('step', 'lookahead_step')  # what some optimizers count in their groups instead of in each parameter's state
+
+
 def load_optimizer(source, optimizer, state):
-    """Load an optimizer's moments. Rates and decays stay this run's: the file's would silently outlive its flags."""
-    mine = [{name: group[name] for name in ('lr', 'lr_scale', 'weight_decay', 'decays', 'name') if name in group}
-            for group in optimizer.param_groups]
+    """Load an optimizer's moments. Rates and other settings stay this run's: the file's would outlive its flags."""
     kinds = {'betas', 'momentum', 'rho', 'alpha'}  # what tells the families of optimizers apart
     try:
-        theirs = set(state['param_groups'][0]) if state.get('param_groups') else set()
-        if kinds & theirs != kinds & set(optimizer.param_groups[0]):
+        theirs = state['param_groups']
+        if kinds & set(theirs[0] if theirs else ()) != kinds & set(optimizer.param_groups[0]):
             raise ValueError('another kind of optimizer wrote it')
-        _check_moments(optimizer, state)
-        optimizer.load_state_dict(state)
+        if len(theirs) != len(optimizer.param_groups):
+            raise ValueError('it has %d groups of parameters, this run %d' % (len(theirs), len(optimizer.param_groups)))
+        groups = [dict({name: value for name, value in mine.items() if name != 'params'}, params=group['params'],
+                       **{name: group[name] for name in COUNTERS if type(group.get(name)) is int})
+                  for mine, group in zip(optimizer.param_groups, theirs)]
+        _check_moments(optimizer, groups, state['state'])
+        optimizer.load_state_dict({'state': state['state'], 'param_groups': groups})
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError('--resume %s: its optimizer state does not fit this run (%s); use the --opt and model flags of '
-                        'that run, or give the file to --finetune' % (printable(source), error)) from None
-    for group, values in zip(optimizer.param_groups, mine):
-        group.update(values)
+                        'that run, or give the file to --finetune' % (printable(source), _short(error))) from None
 
 
-def _check_moments(optimizer, state):
+def _check_moments(optimizer, groups, state):
     """Raise a ValueError where a moment has another shape than its parameter: PyTorch looks at the number only."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
-    keys = [key for group in state['param_groups'] for key in group['params']]
+    keys = [key for group in groups for key in group['params']]
     for key, parameter in zip(keys, parameters):
-        for name, value in state['state'].get(key, {}).items():
-            if name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer') and value is not None \
+        for name, value in state.get(key, {}).items():
+            moment = name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer')
+            if moment and not (name == 'momentum_buffer' and value is None) \
                     and tuple(value.shape) != tuple(parameter.shape):
                 raise ValueError('%s is %s for a parameter of %s' % (name, tuple(value.shape), tuple(parameter.shape)))
+            if name == 'step' and not 0 <= float(value) < 2 ** 53:
+                raise ValueError('step is %r' % (value,))
+
+
+def _short(error):
+    return ' '.join(str(error).split())[:200]
 
 
 def resume_training(source, content, model, optimizer, scaler, ema=None):
@@ -331,7 +358,7 @@ def resume_training(source, content, model, optimizer, scaler, ema=None):
         return Progress()
     load_optimizer(source, optimizer, content['optimizer'])
     epoch = content['epoch']
-    if not isinstance(epoch, int) or epoch < -1:  # the reference's best checkpoint says 'best'
+    if not isinstance(epoch, int) or not -1 <= epoch < 2 ** 31:  # the reference's best checkpoint says 'best'
         raise UserError('--resume %s: it does not say after which epoch it was saved (epoch is %.40r); '
                         'give its weights to --finetune instead' % (printable(source), epoch))
     try:
@@ -345,10 +372,9 @@ def resume_training(source, content, model, optimizer, scaler, ema=None):
         progress = Progress(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
         if progress.steps < 0 or bool(progress.steps) != bool(meters):
             raise ValueError('%d steps do not fit its averages' % progress.steps)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise UserError('--resume %s: its scaler, accuracy or progress is not what a checkpoint holds (%s); give its '
-                        'weights to --finetune instead' % (printable(source), ' '.join(str(error).split())[:120])) \
-            from None
+                        'weights to --finetune instead' % (printable(source), _short(error))) from None
     distributed.say('Resumed %s: %s%s' % (printable(source), 'epoch %d is done' % epoch if not progress.steps else
                                           '%d updates of epoch %d are done' % (progress.steps, epoch + 1),
                                           ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
@@ -372,7 +398,7 @@ def differences(content, args, run):
     before = progress.get('run') if isinstance(progress, dict) else None
     if not isinstance(theirs, dict) or not isinstance(before, dict):
         return ['the checkpoint does not say with which flags it was made']
-    found = ['--%s is %s (was %s)' % (name, value, theirs[name]) for name, value in sorted(vars(args).items())
-             if name in theirs and name not in WITHOUT_EFFECT and theirs[name] != value]
-    return found + ['%s: %s (was %s)' % (name, run[name], before[name]) for name in sorted(run)
-                    if name in before and before[name] != run[name]]
+    found = ['--%s is %s (was %.60s)' % (name, value, theirs[name]) for name, value in sorted(vars(args).items())
+             if name in theirs and name not in WITHOUT_EFFECT and repr(theirs[name]) != repr(value)]
+    return found + ['%s: %s (was %.60s)' % (name, run[name], before[name]) for name in sorted(run)
+                    if name in before and repr(before[name]) != repr(run[name])]

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import datetime
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -150,7 +151,8 @@ def gather(value, device):
     text = json.dumps(value).encode()
     lengths = [length for length, in gather_numbers([len(text)], device, torch.int64)]
     padded = np.frombuffer(text + bytes(max(lengths) - len(text)), dtype=np.uint8)
-    mine = torch.from_numpy(padded.astype(np.int32)).to(device)
+    # Not memory of NumPy's: gloo's thread would free it through Python, and a loader forked in that moment hang (3.8).
+    mine = torch.from_numpy(padded.astype(np.int32)).clone().to(device)
     gathered = [torch.zeros_like(mine) for _ in lengths]
     with waiting():
         dist.all_gather(gathered, mine)
@@ -209,3 +211,6 @@ def end_with_parent():
     """From here on this process is killed when its parent ends, however that ends. Linux only."""
     if PRCTL:
         PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid != os.getppid():  # it ended before
+            os._exit(1)

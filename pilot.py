@@ -171,7 +171,7 @@ class RunPilot(Pilot):
 
     def save(self, epoch, steps, state, device):
         """Write a checkpoint of mid-epoch, by the first process; every process hands in its averages."""
-        self.progress.epoch, self.progress.steps = epoch, steps
+        self.progress.epoch, self.progress.steps, self.progress.files = epoch, steps, []
         if not self.saves:
             return
         watchdog.enter('saving a checkpoint')
@@ -186,13 +186,13 @@ class RunPilot(Pilot):
 
     def save_epoch(self, improved, numbered):
         """After an epoch and its evaluation: the files of new bests, and the numbered one where it is due."""
-        names = improved + ([self.progress.file_name()] if numbered else [])
-        if not self.saves or not names:
+        self.progress.files = improved + ([self.progress.file_name()] if numbered else [])
+        if not self.saves or not self.progress.files:
             return
         watchdog.enter('saving a checkpoint')
         if distributed.is_main_process():
             content = checkpoint.training_state(self.args, self.progress, **self.parts)
-            for name in names:
+            for name in self.progress.files:
                 checkpoint.save(os.path.join(self.args.output_dir, name), content)
             checkpoint.remove_old(self.args.output_dir, self.args.keep_checkpoints)
         watchdog.wait()

@@ -45,8 +45,6 @@ class _Refused(Exception):
     """A file holds what no weights file needs; the text says what, after 'refused, because'."""
 
 
-_multiarray = (getattr(np, '_core', None) or np.core).multiarray
-
 # Bytes of an element, by how a pickle names the storage.
 _STORAGES = {'torch %sStorage' % kind: size for size, kinds in (
     (1, 'Byte Char Bool'), (2, 'Short Half BFloat16'), (4, 'Int Float'), (8, 'Long Double ComplexFloat'),
@@ -66,7 +64,7 @@ _ALLOWED = {
     'torch._utils _rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
 }
 _ALLOWED.update(_DTYPES)
-_ALLOWED.update((name, _multiarray.scalar) for name in _SCALARS)
+_ALLOWED.update((name, np.float64().__reduce__()[0]) for name in _SCALARS)
 _ALLOWED.update((name, getattr(torch, name.split()[1])) for name in _STORAGES if hasattr(torch, name.split()[1]))
 
 
@@ -331,7 +329,8 @@ class _DryRun:
         else:  # names with underscores could replace an object's methods
             known = type(state) is dict and (
                 type(target) is collections.OrderedDict and list(state) == ['_metadata']
-                or type(target) is argparse.Namespace and not any(str(name).startswith('__') for name in state))
+                or type(target) is argparse.Namespace and all(
+                    type(name) is str and not name.startswith('__') for name in state))
         if not known:
             raise _Refused('it sets the state of an object')
         if type(state) is dict:
@@ -391,11 +390,13 @@ def _leaf_bytes(value):
         return value.bytes
     if kind is str:
         return len(value.encode('utf-8'))  # raises for half a character, which nothing could print
+    if kind is bytes:
+        return len(value)
     if kind is int and abs(value) >= 2 ** 64:
         raise _Refused('it holds a number of more than 64 bits')
     if kind is _Name and value.text not in _DTYPES:
         raise _Refused(_refers_to(value.text))
-    if kind not in (type(None), bool, int, float, bytes, _Name, _Other):
+    if kind not in (type(None), bool, int, float, _Name, _Other):
         raise _Refused('it holds %s' % kind.__name__.strip('_'))
     return 8
 
@@ -435,7 +436,7 @@ def _zip_records(file, size):
     for _ in range(count):
         (signature, _, _, flags, method, _, _, crc, packed, length, name_length, extra_length, comment_length, _, _, _,
          offset) = struct.unpack_from('<4s6H3L5H2L', directory, at)
-        name = directory[at + 46:at + 46 + name_length].decode('ascii')
+        name = directory[at + 46:at + 46 + name_length]
         extra = directory[at + 46 + name_length:at + 46 + name_length + extra_length]
         at += 46 + name_length + extra_length + comment_length
         if 0xffffffff in (packed, length, offset):  # then, and only then, those are in 64 bits, in this order
@@ -443,16 +444,17 @@ def _zip_records(file, size):
             length, packed, offset = (next(wide) if each == 0xffffffff else each for each in (length, packed, offset))
             if extra[:2] != b'\1\0':
                 raise ValueError('its directory is damaged')
-        if signature != b'PK\1\2' or not name.isprintable():
+        if signature != b'PK\1\2' or b'\0' in name:
             raise ValueError('its directory is damaged')
         if method or packed != length or flags & ~0x808:
-            raise _Refused('its record %s is compressed or encrypted, as torch.save never does' % name[:100])
+            raise _Refused('its record %s is compressed or encrypted, as torch.save never does'
+                           % printable(name.decode('utf-8', 'replace'))[:100])
         local = part(offset, '<4s5H3L2H')
-        if local[0] != b'PK\3\4' or file.read(name_length) != name.encode():
+        if local[0] != b'PK\3\4' or file.read(name_length) != name:
             raise ValueError('its directory is damaged')
         data = offset + 30 + local[-2] + local[-1]
         taken.append((offset, data + length))
-        records[name.lower()] = data, length, crc
+        records[name.lower().decode('utf-8', 'backslashreplace')] = data, length, crc
     if at != len(directory) or len(records) != count:
         raise ValueError('its directory is damaged, or names a record twice')
     taken.append((start, end))
@@ -484,9 +486,16 @@ def _dry_run_of_legacy(file, size):
     """Of what torch.save wrote up to PyTorch 1.5: five pickles, the last with the keys of the storages behind it."""
     file.seek(0)
     head = io.BytesIO(file.read(MAX_PICKLE))
+    magic = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+    if head.read(len(magic)) != magic:
+        head.seek(0)
+        foreign = _foreign_name(head)
+        if foreign:
+            raise _Refused(foreign)
+        raise ValueError('it is a pickle, and not one of torch.save')
     run = _DryRun()
-    if run.load(head) != torch.serialization.MAGIC_NUMBER or run.load(head) != torch.serialization.PROTOCOL_VERSION:
-        raise ValueError('it is a pickle, and not of torch.save')
+    if run.load(head) != torch.serialization.PROTOCOL_VERSION:
+        raise ValueError('its version is unknown')
     with contextlib.suppress(tarfile.TarError):
         tarfile.TarInfo.frombuf(head.getvalue()[:512], 'utf-8', 'surrogateescape')
         raise _Refused('it is a tar archive as well')  # torch.load would unpack that
@@ -526,7 +535,7 @@ def _numpy_scalar_types():
     """For torch's allow list, which goes by the names that things have: NumPy's before and since its version 2."""
     def scalar(module):
         def scalar(dtype, data):
-            return _multiarray.scalar(dtype, data)
+            return _ALLOWED[_SCALARS[0]](dtype, data)
         scalar.__module__, scalar.__qualname__ = module, 'scalar'
         return scalar
 
@@ -545,7 +554,7 @@ def _load(file):
     return torch.load(file, map_location='cpu', pickle_module=_restricted_pickle(), **options)
 
 
-def _read_safetensors(path, header):
+def _read_safetensors(path, header, name):
     # The package checks that shapes, offsets and the file's length agree before it makes a tensor.
     try:
         if hasattr(torch, 'frombuffer'):
@@ -553,13 +562,13 @@ def _read_safetensors(path, header):
             content = load_file(path)
         elif b'"BF16"' in header:
             raise UserError('%s: holds bfloat16 tensors, which need PyTorch 1.10 or newer in this format; store them '
-                            'as float32' % printable(path))
+                            'as float32' % name)
         else:
             from safetensors.numpy import load_file
             content = {name: torch.from_numpy(array) for name, array in load_file(path).items()}
     except ImportError:
         raise UserError('%s: a safetensors file, and the package that reads it is missing; run: pip install '
-                        'safetensors' % printable(path)) from None
+                        'safetensors' % name) from None
     _with_plain_keys(content.items())
     return content
 
@@ -591,7 +600,7 @@ def read(path, flag=''):
             header_size = int.from_bytes(start[:8], 'little')
             if start[8:] == b'{' and header_size < min(size, MAX_PICKLE):
                 file.seek(8)
-                return _read_safetensors(path, file.read(header_size))
+                return _read_safetensors(path, file.read(header_size), name)
             if start[:4] == b'PK\3\4':
                 content = _dry_run_of_zip(file, size)
             elif start[:1] == b'\x80':
@@ -606,7 +615,8 @@ def read(path, flag=''):
         raise UserError('%s: refused, because %s; a weights file holds tensors and plain values only'
                         % (name, error)) from None
     except Exception as error:  # a file made for it can raise anything
-        reason = ' '.join(printable(str(error)).split())[:120] or type(error).__name__
+        reason = printable(' '.join(str(error).encode('utf-8', 'backslashreplace').decode().split()))[:120] \
+            or type(error).__name__
         raise UserError('%s: not a weights file, or damaged (%s); fetch or copy it again' % (name, reason)) from None
 
 
@@ -749,10 +759,31 @@ def save(path, content):
     content = dict(content, checksum=content.get('checksum') or checksum(content))
     try:
         with replacing(path) as file:
-            torch.save(content, file)
+            patient = _Patient(file)
+            torch.save(content, patient)
+            if patient.error is not None:
+                raise patient.error
     except (OSError, RuntimeError) as error:
         raise UserError('--output_dir: cannot write %s (%s); earlier checkpoints are whole'
                         % (printable(path), ' '.join(str(error).split()))) from None
+
+
+class _Patient:
+    """A file to write to that keeps its error to itself: PyTorch 1.8 aborts the process where a write fails."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data):
+        if self.error is None:
+            try:
+                return self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self):
+        pass  # `replacing` does it
 
 
 def checksum(content):

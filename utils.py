@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import threading
 import time
 from collections import defaultdict, deque
 
@@ -147,20 +148,53 @@ class Throughput:
 
 
 class TensorboardLogger:
-    """Scalars to TensorBoard, through tensorboardX. The step is the caller's, in updates or epochs."""
+    """Scalars to TensorBoard, through tensorboardX. The step is the caller's, in updates or epochs.
+
+    tensorboardX writes in a thread, and waits for ever where that thread has met a full disk. So it's watched.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
 
     def __init__(self, log_dir):
         from tensorboardX import SummaryWriter  # needed only by those who ask for it
-        self.writer = SummaryWriter(logdir=log_dir)
+        self.log_dir, self.failure = log_dir, None
+        self.hook, threading.excepthook = threading.excepthook, self.note
+        try:
+            self.writer = SummaryWriter(logdir=log_dir)
+        except OSError as error:
+            self.failure = error
+            self.check()
+
+    def note(self, failed):
+        """What a thread raised."""
+        if isinstance(failed.exc_value, OSError):
+            self.failure = failed.exc_value
+        else:
+            self.hook(failed)
+
+    def check(self):
+        if self.failure is not None:
+            file_writer = getattr(getattr(self, 'writer', None), 'file_writer', None)
+            if hasattr(file_writer, 'event_writer'):
+                file_writer.event_writer.close = lambda: None  # it would be tried again, and fail, at Python's exit
+            raise UserError('--log_dir %s: cannot write there (%s); make room, or choose another'
+                            % (printable(self.log_dir), self.failure.strerror or self.failure))
 
     def update(self, head, step, **values):
         for name, value in values.items():
+            self.check()
             if value is not None:
                 self.writer.add_scalar('%s/%s' % (head, name), float(value), step)
 
     def close(self):
         """Write what is still queued."""
-        self.writer.close()
+        closing = threading.Thread(target=self.writer.close, daemon=True)
+        closing.start()
+        while closing.is_alive():
+            closing.join(0.05)
+            self.check()
+        threading.excepthook = self.hook
 
 
 def append_log(output_dir, stats):

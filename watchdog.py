@@ -116,7 +116,11 @@ class _Watchdog:
             return
         line = 'run_class_finetuning.py: error: %s (--dist_timeout %g)\n' % (self.sentence, self.seconds)
         os.write(2, line.encode())  # past Python's buffer, which a stuck thread may hold
-        time.sleep(2 * self.beat_seconds)  # until the others have heard it
+        until = time.monotonic() + 4 * self.beat_seconds
+        while not self.told and time.monotonic() < until:  # by this process's other thread
+            time.sleep(self.beat_seconds / 4)
+        if self.rank == 0:
+            time.sleep(2 * self.beat_seconds)  # the others hear it of the store, which ends with this process
         os._exit(1)
 
     def verdict(self, age):

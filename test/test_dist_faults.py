@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,14 +24,16 @@ import pytest
 
 import checkpoint
 import datasets
-from conftest import ROOT
+from conftest import ROOT, cannot_run
+from test_multinode import LONG, ends, launcher
+from test_scripts import all_end, has_proc, marked
 from test_training import RUN, lines_of
 
 SECONDS = 5  # --dist_timeout, where something hangs
 SLACK = 12  # how much later than that all has to be over, on a machine that has other things to do
 
 FORKER = r"""
-import json, os, signal, subprocess, sys, time
+import ctypes, json, os, signal, subprocess, sys, time
 ROOT = %r
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'test')]
 import distributed, launch, run_class_finetuning
@@ -67,7 +70,7 @@ class Forked(subprocess.Popen):
         self._child_created, self.pid = True, os.fork()
         if not self.pid:
             become(None, None, env)
-            leave(program, args[args.index(launch.__dict__['ROOT'] + '/run_class_finetuning.py') + 1:])
+            leave(program, args[args.index(launch.ROOT + '/run_class_finetuning.py') + 1:])
 
 def start(job, number):
     pid = os.fork()
@@ -75,7 +78,7 @@ def start(job, number):
         if job['launched']:
             become(job['folder'], '', job['env'])
             launch.subprocess.Popen = Forked
-            sys.argv = ['launch.py', '--nproc_per_node=%%d' %% job['processes'], '--'] + job['argv']
+            sys.argv = ['launch.py'] + job['launched'] + ['--'] + job['argv']
             leave(launch.main)
         place = dict(RANK=str(number), LOCAL_RANK=str(number)) if job['processes'] > 1 else {}
         become(job['folder'], number, dict(job['env'], **place))
@@ -85,6 +88,8 @@ def start(job, number):
 def keep(job):
     os.setsid()
     distributed.end_with_parent()
+    if job['netns'] and ctypes.CDLL(None).setns(os.open('/run/netns/' + job['netns'], os.O_RDONLY), 0x40000000):
+        os._exit(1)  # 0x40000000 is CLONE_NEWNET
     numbers = range(1 if job['launched'] else job['processes'])
     pids = {start(job, number): number for number in numbers}
     while pids:
@@ -118,7 +123,7 @@ class Job:
     """A job that is under way: `processes` of run_class_finetuning.py, under test/launch.py or by themselves."""
 
     def __init__(self, folder, keeper, launched):
-        self.folder, self.keeper, self.launched, self.began = folder, keeper, launched, time.time()
+        self.folder, self.keeper, self.launched = folder, keeper, launched
 
     def read(self, name):
         path = os.path.join(self.folder, name)
@@ -128,7 +133,7 @@ class Job:
             return file.read()
 
     def ended(self):
-        """{number: Ended}; launched there's the launcher only, with the output of all."""
+        """{number: Ended}; where there is a launcher only that, with the output of all."""
         found = {}
         for line in self.read('ended').splitlines():
             number, status, moment = json.loads(line)
@@ -183,10 +188,14 @@ def forker():
 
 @pytest.fixture
 def job(forker, tmp_path):
-    """job('--epochs=2', …, processes=2, launched=False, fault={1: 'Python code for process 1'}): a `Job`."""
+    """job('--epochs=2', …, launched=True, fault={1: 'Python code for process 1'}): a `Job` of two processes.
+
+    `launched` may be the launcher's options; False starts the processes by themselves. `netns` names the network
+    namespace to start in.
+    """
     jobs = []
 
-    def start(*flags, processes=2, launched=False, fault=None, **env):
+    def start(*flags, processes=2, launched=False, fault=None, netns='', **env):
         folder = tmp_path / ('job%d' % len(jobs))
         folder.mkdir()
         env = dict({name: value for name, value in os.environ.items() if name not in (
@@ -194,8 +203,9 @@ def job(forker, tmp_path):
         if processes > 1 and not launched:
             env.update(WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
         env.update({'FAULT_%d' % rank: code for rank, code in (fault or {}).items()})
-        forker.stdin.write(json.dumps(dict(argv=RUN + list(flags), env=env, processes=processes, launched=launched,
-                                           folder=str(folder))) + '\n')
+        options = ['--nproc_per_node=%d' % processes] if launched is True else launched
+        forker.stdin.write(json.dumps(dict(argv=RUN + list(flags), env=env, processes=processes, launched=options,
+                                           folder=str(folder), netns=netns)) + '\n')
         forker.stdin.flush()
         jobs.append(Job(str(folder), int(forker.stdout.readline()), launched))
         return jobs[-1]
@@ -204,6 +214,7 @@ def job(forker, tmp_path):
     for each in jobs:
         for pid in in_session(each.keeper):
             os.kill(pid, signal.SIGKILL)
+
 
 # ---- one dies or hangs
 
@@ -230,8 +241,9 @@ def set_schedules(optimizer, update_step, *values, then=engine.set_schedules):
     return act() if update_step == 2 else then(optimizer, update_step, *values)
 engine.set_schedules = set_schedules""",
     'evaluating': """import datasets
-def indices(self, first=[datasets.ExactShard.__iter__]):
-    return first.pop()(self) if first else act()
+def indices(self, then=datasets.ExactShard.__iter__, first=[0]):
+    first.pop() if first else act()
+    return then(self)
 datasets.ExactShard.__iter__ = indices""",
     'saving': """import watchdog
 def enter(stage, then=watchdog.enter, first=['saving a checkpoint']):
@@ -337,6 +349,22 @@ def test_all_processes_hang(fall):
                 r'the network between them, or a device, stuck\?', each.err)) == 1, one.everything()
 
 
+@has_proc
+def test_real_processes(data, tmp_path):
+    """Nothing forked here: the launcher's own processes, one of which is stopped with its loader."""
+    job = launcher('--data_path=' + data, *LONG, '--num_workers=1', '--dist_timeout=%d' % SECONDS, nnodes=1,
+                   processes=2, MARK=str(tmp_path))
+    try:
+        assert any('Epoch: [1]' in line for line in job.stdout)
+        for pid in [pid for pid, env in marked(str(tmp_path)).items() if env.get('RANK') == '1']:
+            os.kill(pid, signal.SIGSTOP)
+    finally:
+        run, = ends([job])
+    assert run.status == 1, run.err
+    assert 'run_class_finetuning.py: error: process 1 gives no answer for ' in run.err
+    assert all_end(str(tmp_path))
+
+
 # ---- one meets bad data
 
 def errors(ended):
@@ -425,3 +453,68 @@ def test_a_bad_file(job, tmp_path, spoilt):
     too_many, = errors(many_ended)
     assert '--max_bad_images 0.2: 8 of the 32 training images cannot be read' in too_many
     assert 'Traceback' not in ''.join(each.everything() for each in (error, skip, batch, many))
+
+
+# ---- two machines
+
+NETWORK = '10.231.77.%d'  # of addresses that exist in the namespaces only
+
+
+@pytest.fixture
+def machines():
+    """The names of two network namespaces with a cable between them, whose end in each is called cable."""
+    names = ['beit-%d-%d' % (os.getpid(), node) for node in (0, 1)]
+
+    def ip(*words):
+        return subprocess.run(('ip',) + words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              universal_newlines=True)
+
+    if shutil.which('ip') is None:
+        cannot_run('netns', 'no ip command, to make network namespaces with (iproute2)')
+    try:
+        commands = [('netns', 'add', name) for name in names]
+        commands += [('-n', names[0], 'link', 'add', 'cable', 'type', 'veth', 'peer', 'name', 'cable', 'netns', names[1])]
+        for node, name in enumerate(names):
+            commands += [('-n', name, 'address', 'add', NETWORK % (node + 1) + '/24', 'dev', 'cable'),
+                         ('-n', name, 'link', 'set', 'cable', 'up'), ('-n', name, 'link', 'set', 'lo', 'up')]
+        for command in commands:
+            done = ip(*command)
+            if done.returncode:
+                cannot_run('netns', 'this machine makes no network namespaces (%s)' % done.stdout.strip())
+        yield names
+    finally:
+        for name in names:
+            ip('netns', 'delete', name)
+
+
+def test_two_machines_are_cut_apart(job, data, tmp_path, machines):
+    """Each side says whom it lost, and ends; once the cable is whole the run goes on from its last checkpoint."""
+    output = str(tmp_path / 'output')
+
+    def start(*flags):
+        return [job('--data_path=' + data, '--output_dir=' + output, '--dist_timeout=%d' % SECONDS, *flags,
+                    launched=['--nnodes=2', '--nproc_per_node=1', '--node_rank=%d' % node, '--master_port=29500',
+                              '--master_addr=' + NETWORK % 1], netns=name, GLOO_SOCKET_IFNAME='cable')
+                for node, name in enumerate(machines)]
+
+    nodes = start('--epochs=100000', '--save_ckpt_freq=1', '--keep_checkpoints=2')
+    nodes[0].until(lambda: 'Epoch: [3]' in nodes[0].read('out'))
+    subprocess.run(['ip', '-n', machines[1], 'link', 'set', 'cable', 'down'], check=True)
+    cut = time.time()
+    for rank, node in enumerate(nodes):
+        ended, = node.end()
+        print('%d after %.1f s: %s' % (ended.status, ended.time - cut, ended.err))
+        assert ended.status == 1
+        assert ended.time - cut < SECONDS + SLACK
+        assert 'run_class_finetuning.py: error: process %d gives no answer for ' % (1 - rank) in ended.err
+        assert 'Traceback' not in ended.err
+    newest = checkpoint.numbered(output)[-1][1]
+    whole(output)
+
+    subprocess.run(['ip', '-n', machines[1], 'link', 'set', 'cable', 'up'], check=True)
+    epochs = int(re.search(r'checkpoint-(\d+)', newest).group(1)) + 2
+    nodes = start('--epochs=%d' % epochs, '--save_ckpt_freq=1', '--auto_resume')
+    ended = [node.end()[0] for node in nodes]
+    assert [each.status for each in ended] == [0, 0], ended
+    assert 'Resumed ' + newest in ended[0].out
+    assert [line['epoch'] for line in lines_of(output)] == list(range(epochs))

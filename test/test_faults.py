@@ -1,7 +1,7 @@
 """Runs that are killed, at any moment, and started again: they end with the bits of one that was never stopped.
 
-Each test starts the program on 100 digits, has it killed, starts the same command again, perhaps to be killed once more,
-until it ends by itself. Then every number in its checkpoints and every byte of its log.txt have to be those of an
+Each test starts the program on 100 digits, has it killed, starts the same command again, perhaps to be killed once
+more, until it ends by itself. Then every number in its checkpoints and every byte of its log.txt have to be those of an
 unbroken run. There are no hooks in the program: this file, run as a script, imports it once and forks a process for
 each start, which gets its fault by wrapping a function (os.fsync, os.replace, …) before the program begins.
 
@@ -9,9 +9,10 @@ BEIT_SOAK=1 (bash test/run_tests.sh --soak) kills 500 times, by another seed eac
 """
 
 import contextlib
+import functools
+import gc
 import importlib
 import importlib.util
-import io
 import itertools
 import json
 import multiprocessing
@@ -28,12 +29,12 @@ import time
 import pytest
 import torch
 
-import checkpoint
 import datasets
 import distributed
 import run_class_finetuning
 import safe_files
 from conftest import NANO, ROOT
+from errors import UserError
 
 pytestmark = pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='processes are found through /proc')
 
@@ -42,6 +43,7 @@ SEED = int(time.time()) if SOAK else 4
 KILLS_IN_CI, KILLS_IN_SOAK = 50, 500
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 SECONDS = 120  # in which a run ends, or hangs
+PAUSE = 0.004
 
 EVERYTHING = NANO[:-2] + [
     '--device=cpu', '--epochs=3', '--warmup_epochs=1', '--lr=4e-3', '--layer_decay=0.8', '--init_scale=1', '--drop=0.1',
@@ -67,6 +69,8 @@ HAS_HALF_CPU = hasattr(torch, 'autocast')
 def serve():
     """Read orders, a line of JSON each, and answer them; nothing here uses a thread, so that forking is safe."""
     torch.set_num_threads(1)
+    gc.freeze()  # so that a collection in a forked process copies nothing
+    print('ready', flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         if 'poll' in order:
@@ -84,7 +88,7 @@ def be_run(order):
     """In the forked process: what `python run_class_finetuning.py` is, in a session of its own."""
     os.setsid()
     distributed.end_with_parent()
-    log = os.open(order['log'], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(order['log'], os.O_WRONLY | os.O_APPEND)
     for handle in (1, 2):
         os.dup2(log, handle)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -158,6 +162,7 @@ class Server:
             [sys.executable, os.path.abspath(__file__)], env=dict(env, OMP_NUM_THREADS='1', PYTHONPATH=ROOT),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
             preexec_fn=distributed.end_with_parent)
+        assert self.process.stdout.readline() == 'ready\n'
 
     def ask(self, **order):
         self.process.stdin.write(json.dumps(order) + '\n')
@@ -171,23 +176,33 @@ class Server:
         self.process.wait(30)
 
 
+def state_and_session(pid):
+    """('R', 'S', 'Z' for a zombie, …; 'X' for one that is gone, session id) of a process."""
+    try:
+        words = read_bytes('/proc/%s/stat' % pid).rpartition(b')')[2].split()
+        return words[0].decode(), int(words[3])
+    except OSError:
+        return 'X', 0
+
+
 class Process:
     """One start of the program; its session holds its workers too."""
 
     def __init__(self, server, log, flags, faults=(), **env):
         self.server, self.log, self.status = server, log, None
-        self.begin = os.path.getsize(log) if os.path.exists(log) else 0
+        with open(log, 'ab') as file:
+            self.begin = file.tell()
         self.pid = server.ask(log=log, flags=flags, faults=list(faults), env=env)
 
     def poll(self):
-        if self.status is None:
+        if self.status is None and state_and_session(self.pid)[0] == 'Z':
             self.status = self.server.ask(poll=self.pid)
         return self.status
 
     def wait(self, seconds=SECONDS):
         until = time.monotonic() + seconds
         while self.poll() is None and time.monotonic() < until:
-            time.sleep(0.003)
+            time.sleep(PAUSE)
         return self.status
 
     def send(self, number, group=False):
@@ -197,18 +212,11 @@ class Process:
 
     def session(self):
         """Ids of the living processes of its session, its own not among them."""
-        members = []
-        for name in filter(str.isdigit, os.listdir('/proc')):
-            with contextlib.suppress(OSError), open('/proc/%s/stat' % name, encoding='utf-8', errors='replace') as file:
-                state, _, _, session = file.read().rpartition(')')[2].split()[:4]
-                if int(session) == self.pid and state not in 'ZX' and int(name) != self.pid:
-                    members.append(int(name))
-        return members
+        found = ((int(name),) + state_and_session(name) for name in os.listdir('/proc') if name.isdigit())
+        return [pid for pid, state, session in found if session == self.pid != pid and state not in 'ZX']
 
     def output(self):
-        with open(self.log, encoding='utf-8', errors='replace') as file:
-            file.seek(self.begin)
-            return file.read()
+        return read_bytes(self.log)[self.begin:].decode('utf-8', 'replace')
 
 
 class Tally:
@@ -251,16 +259,17 @@ class Life:
     def wait(self):
         """The exit status of every process. Where one has failed the others are ended, as launchers do."""
         until = patience = time.monotonic() + SECONDS
-        while any([each.poll() is None for each in self.running]):
-            now = time.monotonic()
+        while True:
+            now, statuses = time.monotonic(), [each.poll() for each in self.running]
+            if None not in statuses:
+                return statuses
             assert now < until, 'hangs:\n' + self.story()
-            if any(each.status for each in self.running):
-                patience = min(patience, now + (0.1 if any(each.status == -KILL for each in self.running) else 5))
+            if any(statuses):
+                patience = min(patience, now + (0.1 if -KILL in statuses else 5))
             if now > patience:
                 for each in self.running:
                     each.send(KILL)
-            time.sleep(0.003)
-        return [each.status for each in self.running]
+            time.sleep(PAUSE)
 
     def attempt(self, *faults, strike=None, rank=0):
         """Start, be struck by a fault or by `strike`, which gets the processes, and end; whether it was killed."""
@@ -276,7 +285,7 @@ class Life:
         return killed
 
     def check(self):
-        """What has to be so after any end: no orphan, no traceback, all files whole, nothing lost, and the right words."""
+        """What has to be so after any end: no orphan or traceback, all files whole, nothing lost, the right words."""
         for each in self.running:
             until = time.monotonic() + 10  # a loader that was just born asks for its parent each 5 seconds
             while each.session() and time.monotonic() < until:
@@ -284,7 +293,7 @@ class Life:
             assert not each.session(), 'left over: %s' % each.session()
             assert 'Traceback' not in each.output(), self.story()
         for name in checkpoints(self.out):
-            safe_files.read(os.path.join(self.out, name), 'checkpoint')
+            content_of(os.path.join(self.out, name))
         now, output = reached(self.out), self.running[0].output()
         assert now >= self.reached, 'fell back from %s to %s' % (self.reached, now)
         if 'Resumed ' in output:
@@ -297,7 +306,7 @@ class Life:
 
     def check_words(self, statuses, output, now):
         """A signal's status says which; the run says what it saved, or that it had not begun, or was at its end."""
-        stopped = re.search(r'stopped by (SIG\w+) after update (\d+) of epoch (\d+); saved (\S+); the same command goes',
+        stopped = re.search(r'stopped by (SIG\w+) after update (\d+) of epoch (\d+); saved (\S+); the same command',
                             output)
         if stopped:
             assert set(statuses) == {128 + signal.Signals[stopped.group(1)]}, '%s\n%s' % (statuses, self.story())
@@ -325,29 +334,22 @@ class Life:
             assert read_bytes(self.out, 'log.txt') == read_bytes(other.out, 'log.txt'), self.story()
             mine, theirs = (set(os.listdir(each.out)) for each in (self, other))
             assert all(re.match(r'(checkpoint-[\w-]+\.pth|log\.txt)$', name) for name in mine), mine
-            if self.only_killed:
-                assert mine == theirs, self.story()
-            needed = {name for name in theirs if '-step' not in name}
+            # A signal saves at other updates; and what the last save did not get to remove stays.
+            needed = theirs if self.only_killed else {name for name in theirs if '-step' not in name}
             assert needed <= mine, 'without %s\n%s' % (sorted(needed - mine), self.story())
             for name in sorted(mine & theirs - {'log.txt'}):
-                found = difference(self.content(name), other.content(name))
+                found = difference(*(content_of(os.path.join(each.out, name)) for each in (self, other)))
                 assert not found, '%s: %s\n%s' % (name, found, self.story())
             assert not [name for name in os.listdir(self.folder) if name.startswith('out-')], self.story()
 
-    def content(self, name):
-        content = safe_files.read(os.path.join(self.out, name), 'checkpoint')
-        content.pop('checksum', None)  # it is of the next, too
-        content['args'] = {name: value for name, value in content['args'].items()
-                           if name not in ('output_dir', 'num_workers')}
-        return content
-
     def story(self):
-        """What the processes said, for the report of a failure."""
+        """What there is and what the processes said, for the report of a failure."""
         files = sorted(os.listdir(self.out)) if os.path.isdir(self.out) else []
-        texts = ['\n'.join(line[:300] for line in read_bytes(log).decode('utf-8', 'replace').splitlines() if not re.match(
-            r'Flags:|Device:|Precision:|Attention:|Model:|Data:|Batch:|Test:|Epoch:|Averaged|Accuracy|Max|\*', line))
-            for log in sorted({each.log for each in self.running})]
-        return '%s\n%s\n%s' % (self.config, ' '.join(files), '\n--\n'.join(texts))
+        usual = r'(Flags|Device|Precision|Attention|Model|Data|Batch|Test|Epoch|Averaged stats):|\*|Accuracy|Max'
+        texts = ['\n'.join(line[:300] for line in read_bytes(log).decode('utf-8', 'replace').splitlines()
+                           if not re.match(usual, line)) for log in sorted({each.log for each in self.running})]
+        return '%s, %s\n%s\n%s' % (self.config, [each.status for each in self.running], ' '.join(files),
+                                   '\n--\n'.join(texts))
 
 
 def checkpoints(folder):
@@ -355,14 +357,34 @@ def checkpoints(folder):
                   if re.match(r'checkpoint-.*\.pth$', name))
 
 
+@functools.lru_cache(maxsize=60)
+def _content(path, *_):
+    content = safe_files.read_checked(path)
+    content['args'] = {name: value for name, value in content['args'].items()
+                       if name not in ('output_dir', 'num_workers', 'auto_resume')}
+    # PyTorch 1.5 names the parameters by their addresses.
+    order = [key for group in content['optimizer']['param_groups'] for key in group['params']]
+    for part in {'state', 'slow_state'} & set(content['optimizer']):
+        content['optimizer'][part] = [content['optimizer'][part].get(key) for key in order]
+    for group in content['optimizer']['param_groups']:
+        group['params'] = len(group['params'])
+    return content
+
+
+def content_of(path):
+    """What a checkpoint holds that two runs have to have in common. Raises `UserError` where it is damaged."""
+    status = os.stat(path)
+    return _content(path, status.st_mtime_ns, status.st_ino, status.st_size)
+
+
 def reached(folder):
-    """(epochs done, updates done of the next) by the newest checkpoint's content; (-1, 0) where there is none."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return position_of(checkpoint.find(folder)[1]) if checkpoints(folder) else (-1, 0)
-
-
-def position_of(content):
-    return content['epoch'] + 1, content['progress']['steps']
+    """(epochs done, updates done of the next) by the content of the whole checkpoint that is furthest, or (-1, 0)."""
+    positions = [(-1, 0)]
+    for name in checkpoints(folder):
+        with contextlib.suppress(UserError):
+            content = content_of(os.path.join(folder, name))
+            positions.append((content['epoch'] + 1, content['progress']['steps']))
+    return max(positions)
 
 
 def resumed(output):
@@ -463,76 +485,79 @@ def dies(call, path='', nth=1, when='before', do=KILL):
     return dict(call=call, path=path, nth=nth, when=when, do=int(do))
 
 
+# Each start of a run dies at the next of these, and the last goes to the end; nth counts from the start before.
 POINTS = {
-    'half of a checkpoint in mid-epoch': dies('os.fsync', r'checkpoint-0-step4', when='half'),
-    'half of a checkpoint': dies('os.fsync', r'checkpoint-1\.pth', when='half'),
-    'half of a best checkpoint': dies('os.fsync', r'checkpoint-best\.pth', when='half'),
-    'half of log.txt': dies('os.fsync', r'log\.txt', nth=2, when='half'),
-    'between write and fsync': dies('os.fsync', r'checkpoint-1-step2'),
-    'between fsync and rename': dies('os.replace', r'checkpoint-1-step4'),
-    'between fsync and rename of log.txt': dies('os.replace', r'log\.txt', nth=3),
-    'between rename and fsync of the folder': dies('os.replace', r'checkpoint-1\.pth$', when='after'),
-    'after fsync of the folder': dies('os.fsync', r'/out$', nth=7, when='after'),
-    'between log.txt and checkpoint': dies('utils.append_log', nth=2, when='after'),
-    'between two best checkpoints': dies('checkpoint.save', r'checkpoint-best\.pth', when='after'),
-    'between the best checkpoints and the last': dies('checkpoint.save', r'checkpoint-2\.pth'),
-    'between the best checkpoints and the first': dies('checkpoint.save', r'checkpoint-0\.pth'),
-    'before an old one is removed': dies('os.remove', r'checkpoint-0-step2\.pth$'),
-    'after an old one is removed': dies('os.remove', r'checkpoint-0\.pth$', when='after'),
-    'in an update': dies('precision.StepScaler._finish', nth=9, when='after'),
-    'in an evaluation': dies('engine_for_finetuning.evaluate', nth=4),
-    'between two epochs': dies('datasets.EpochSampler.set_epoch', nth=3),
-    'before anything is there': dies('pilot.RunPilot.vote', nth=2),
-    'when all is done': dies('run_class_finetuning.print_result'),
+    'writing in mid-epoch': [
+        ('half of a file', dies('os.fsync', r'checkpoint-0-step2', when='half')),
+        ('half of another, beside the first', dies('os.fsync', r'checkpoint-0-step2', when='half')),
+        ('half files are removed', dies('os.remove', r'tmp-\d+$')),
+        ('half files are removed', dies('os.remove', r'tmp-\d+$', when='after')),
+        ('between write and fsync', dies('os.fsync', r'checkpoint-0-step4')),
+        ('between fsync and rename', dies('os.replace', r'checkpoint-0-step4')),
+        ('between rename and fsync of the folder', dies('os.replace', r'checkpoint-0-step4', when='after')),
+        ('after fsync of the folder', dies('os.fsync', r'/out$', when='after'))],
+    'writing after an epoch': [
+        ('half of log.txt', dies('os.fsync', r'log\.txt', when='half')),
+        ('between fsync and rename of log.txt', dies('os.replace', r'log\.txt')),
+        ('between log.txt and the checkpoints', dies('utils.append_log', when='after')),
+        ('half of the best', dies('os.fsync', r'checkpoint-best\.pth', when='half')),
+        ('half of the numbered one', dies('os.fsync', r'checkpoint-0\.pth', when='half')),
+        ('between rename and fsync of the folder', dies('os.replace', r'checkpoint-1\.pth$', when='after')),
+        ('between log.txt and the last checkpoints', dies('utils.append_log', when='after')),
+        ('when all is done', dies('run_class_finetuning.print_result'))],
+    'between two best checkpoints': [
+        ('', dies('checkpoint.save', r'checkpoint-best\.pth', when='after')),
+        ('while that is made good', dies('os.replace', r'checkpoint-best-ema\.pth'))],
+    'between the best and the first': [('', dies('checkpoint.save', r'checkpoint-0\.pth'))],
+    'between the best and the last': [('', dies('checkpoint.save', r'checkpoint-2\.pth'))],
+    'removing old ones': [
+        ('before', dies('os.remove', r'checkpoint-0-step2\.pth$')),
+        ('after', dies('os.remove', r'checkpoint-0-step4\.pth$', when='after')),
+        ('before that of an epoch', dies('os.remove', r'checkpoint-0\.pth$'))],
+    'elsewhere': [
+        ('before anything is there', dies('pilot.RunPilot.vote', nth=2)),
+        ('in an update', dies('precision.StepScaler._finish', nth=4, when='after')),
+        ('when a checkpoint is found', dies('checkpoint.resume_training')),
+        ('when the folder is prepared', dies('utils.prepare_folder', when='after')),
+        ('in an evaluation', dies('engine_for_finetuning.evaluate', nth=2)),
+        ('between two epochs', dies('datasets.EpochSampler.set_epoch', nth=2)),
+        ('in the last evaluation', dies('engine_for_finetuning.evaluate', nth=4, when='after'))],
 }
 
 
-@pytest.mark.parametrize('point', POINTS)
-def test_killed_at_a_point(life, unbroken, point):
+@pytest.mark.parametrize('points', POINTS)
+def test_killed_at_one_point_after_another(life, unbroken, points):
     reference, run = unbroken('plain'), life('plain')
-    assert run.attempt(POINTS[point]), run.story()
-    run.finish().equals(reference)
-
-
-def test_killed_at_one_point_after_another(life, unbroken):
-    """Each start gets a little further; half files of two kills lie there when the third comes."""
-    reference, run = unbroken('plain'), life('plain')
-    for fault in (dies('os.fsync', r'checkpoint-0-step2', when='half'), dies('os.fsync', r'step2', when='half'),
-                  dies('os.remove', r'tmp-\d+$'), dies('os.fsync', r'checkpoint-0-step6'),
-                  dies('os.remove', r'tmp-\d+$', when='after'), dies('checkpoint.resume_training'),
-                  dies('utils.prepare_folder', when='after'), dies('os.replace', r'log\.txt', when='after'),
-                  dies('utils.append_log'), dies('os.fsync', r'checkpoint-1-step6', when='half'),
-                  dies('engine_for_finetuning.evaluate', nth=2)):
-        assert run.attempt(fault), run.story()
+    for name, fault in POINTS[points]:
+        assert run.attempt(fault), '%s\n%s' % (name, run.story())
     run.finish().equals(reference)
 
 
 # ---- signals that ask
 
 NOT_BEGUN = None
-ASKS = {  # where the signal comes, and (epochs, updates) at which the run stops
-    'at the start': (dies('datasets.build_datasets'), NOT_BEGUN),
-    'before the first update': (dies('utils.prepare_folder', when='after'), NOT_BEGUN),
-    'in an update': (dies('precision.StepScaler._finish', nth=8), (1, 3)),
-    'before the last update of an epoch': (dies('pilot.RunPilot.vote', nth=6), (0, 6)),
-    'after the last update of an epoch': (dies('pilot.RunPilot.between_updates', nth=6), (0, 6)),
-    'in an evaluation': (dies('engine_for_finetuning.evaluate', nth=3), (1, 6)),
-    'in a save': (dies('os.fsync', r'checkpoint-0-step4'), (0, 5)),
-    'after an evaluation': (dies('utils.append_log'), (1, 1)),
-    'in a save after an epoch': (dies('os.replace', r'checkpoint-1\.pth'), (2, 1)),
-}
+ASKS = [  # where the signal comes, in one start after another, and (epochs, updates) at which the run stops
+    (dies('datasets.build_datasets'), NOT_BEGUN),
+    (dies('utils.prepare_folder', when='after'), NOT_BEGUN),
+    (dies('os.fsync', r'checkpoint-0-step4'), (0, 5)),
+    (dies('pilot.RunPilot.vote'), (0, 6)),
+    (dies('engine_for_finetuning.evaluate', nth=2), (0, 6)),
+    (dies('utils.append_log'), (1, 1)),
+    (dies('precision.StepScaler._finish', nth=2), (1, 3)),
+    (dies('pilot.RunPilot.between_updates', nth=3), (1, 6)),  # the evaluation is broken off
+    (dies('os.replace', r'checkpoint-1\.pth'), (2, 1)),
+]
 
 
-@pytest.mark.parametrize('place', ASKS)
-def test_a_signal_stops_after_the_update_under_way(life, unbroken, place):
+@pytest.mark.parametrize('number', [TERM, INT])
+def test_a_signal_stops_after_the_update_under_way(life, unbroken, number):
     reference, run = unbroken('plain'), life('plain')
-    number = (TERM, INT)[list(ASKS).index(place) % 2]
-    fault, stop = ASKS[place]
-    assert run.attempt(dict(fault, do=int(number)))
-    assert run.running[0].status == 128 + number
-    assert ('stopped by %s after update %d of epoch %d; ' % ((number.name,) + stop[::-1]) if stop else
-            'interrupted by %s; with --output_dir' % number.name) in run.running[0].output()
-    assert reached(run.out) == (stop or (-1, 0))
+    for fault, stop in ASKS:
+        assert run.attempt(dict(fault, do=int(number)))
+        assert run.running[0].status == 128 + number, run.story()
+        assert ('stopped by %s after update %d of epoch %d; ' % ((number.name,) + stop[::-1]) if stop else
+                'interrupted by %s; with --output_dir' % number.name) in run.running[0].output(), run.story()
+        assert reached(run.out) == (stop or (-1, 0)), fault
     run.finish().equals(reference)
 
 
@@ -547,7 +572,7 @@ def says(text):
     def wait(running):
         until = time.monotonic() + SECONDS
         while text not in running[0].output() and running[0].poll() is None and time.monotonic() < until:
-            time.sleep(0.003)
+            time.sleep(PAUSE)
     return wait
 
 
@@ -624,12 +649,12 @@ class Chance:
         """Whether the run was killed."""
         draw, rank = self.rng.random(), self.rng.randrange(self.processes)
         if draw < 0.4:
-            return run.attempt(strike=self.later(lambda running: running[rank].send(KILL)))
+            return run.attempt(strike=self.later(run, lambda running: running[rank].send(KILL)))
         if draw < 0.6:
             number, group = self.rng.choice([TERM, TERM, INT, signal.SIGHUP]), self.rng.random() < 0.5
-            return run.attempt(strike=self.later(lambda running: running[rank].send(number, group)))
+            return run.attempt(strike=self.later(run, lambda running: running[rank].send(number, group)))
         if draw < 0.75 and self.config == 'workers':
-            return run.attempt(strike=self.later(kill_a_worker))
+            return run.attempt(strike=self.later(run, kill_a_worker))
         call, when = self.rng.choice([
             ('os.fsync', 'before'), ('os.fsync', 'after'), ('os.fsync', 'half'), ('os.replace', 'before'),
             ('os.replace', 'after'), ('os.remove', 'before'), ('os.remove', 'after'), ('checkpoint.save', 'before'),
@@ -638,16 +663,18 @@ class Chance:
             ('pilot.RunPilot.vote', 'before'), ('pilot.RunPilot.vote', 'after'), ('datasets.load_image', 'before')])
         path = r'out/[^/]*$' if call in ('os.fsync', 'os.replace', 'os.remove') else ''
         path = path.replace('*', '+') if when == 'half' else path
-        nth = self.rng.randint(1, 150 if call == 'datasets.load_image' else 8)
+        nth = self.rng.randint(1, 150 if call == 'datasets.load_image' else 5)
         return run.attempt(dies(call, path, nth, when, self.rng.choice([KILL, KILL, KILL, TERM])), rank=rank)
 
-    def later(self, strike):
-        seconds = self.rng.uniform(0, self.seconds)
+    def later(self, run, strike):
+        epochs, steps = reached(run.out)
+        left = 1 - (max(epochs, 0) * UPDATES + steps) / (3. * UPDATES)
+        seconds = self.rng.uniform(0, self.seconds * (0.15 + 0.85 * left))
 
         def wait(running):
             until = time.monotonic() + seconds
-            while time.monotonic() < until and all([each.poll() is None for each in running]):
-                time.sleep(0.003)
+            while time.monotonic() < until and all(each.poll() is None for each in running):
+                time.sleep(PAUSE)
             strike(running)
         return wait
 
@@ -763,7 +790,8 @@ class Launched:
         for name in filter(str.isdigit, os.listdir('/proc')):
             with contextlib.suppress(OSError):
                 parent = int(read_bytes('/proc', name, 'stat').rpartition(b')')[2].split()[1])
-                if parent == self.process.pid and b'RANK=%d' % rank in read_bytes('/proc', name, 'environ').split(b'\0'):
+                variables = read_bytes('/proc', name, 'environ').split(b'\0')
+                if parent == self.process.pid and b'RANK=%d' % rank in variables:
                     return int(name)
         raise AssertionError('there is no process of rank %d' % rank)
 
@@ -772,7 +800,7 @@ class Launched:
         until = time.monotonic() + SECONDS
         while not os.path.exists(os.path.join(self.out, name)):
             assert self.process.poll() is None and time.monotonic() < until, self.output()
-            time.sleep(0.003)
+            time.sleep(PAUSE)
 
     def end(self):
         self.process.wait(SECONDS)
@@ -784,7 +812,7 @@ class Launched:
 
 
 def test_a_launcher_whose_processes_are_struck(life, unbroken):
-    """Rank 1 of 2 is killed; then rank 1 is asked to stop; the third start is left alone."""
+    """Rank 1 of 2 is killed, then in the next start asked to stop."""
     reference, run = unbroken('two'), life('two')
     command = [os.path.join(ROOT, 'test', 'launch.py'), '--nproc_per_node=2', '--'] + run.flags
 
@@ -798,7 +826,7 @@ def test_a_launcher_whose_processes_are_struck(life, unbroken):
 
     before, launched = reached(run.out), Launched(run, *command)
     while launched.process.poll() is None and 'Epoch: ' not in launched.output():
-        time.sleep(0.003)
+        time.sleep(PAUSE)
     os.kill(launched.child(1), TERM)
     TALLY.kills += 1
     assert launched.end() == 128 + TERM, launched.output()
@@ -808,12 +836,8 @@ def test_a_launcher_whose_processes_are_struck(life, unbroken):
                       launched.output())
     assert (int(found.group(2)), int(found.group(1))) == reached(run.out) > before, launched.output()
 
-    before, launched = reached(run.out), Launched(run, *command)
-    assert launched.end() == 0, launched.output()
-    assert resumed(launched.output()) == before
-    TALLY.resumes += 1
     run.only_killed = False
-    run.equals(reference)
+    run.finish().equals(reference)
 
 
 @pytest.mark.skipif(importlib.util.find_spec('torch.distributed.run') is None,
@@ -848,7 +872,8 @@ def test_the_sum(request, capsys):
         print('\nfaults: %d kills, %d resumes, %d losses%s' % (TALLY.kills, TALLY.resumes, TALLY.losses,
                                                                ', seed %d' % SEED if SOAK else ''))
     assert TALLY.losses == 0
-    if TALLY.whole:
+    chosen = {item.function for item in request.session.items if item.fspath == request.node.fspath}
+    if {value for name, value in globals().items() if name.startswith('test_')} <= chosen:
         assert TALLY.kills >= (KILLS_IN_SOAK if SOAK else KILLS_IN_CI)
 
 
