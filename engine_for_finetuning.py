@@ -152,7 +152,8 @@ LOSS_UNIT = 2. ** -32  # losses are added up as whole multiples of this: the sum
 def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=None):
     """Top-1, top-5 and cross entropy over a validation set, every image counted once.
 
-    The figures are the same bits on any number of processes, where the model's outputs are.
+    The figures are the same bits on any number of processes: losses are added up as whole numbers, and a shorter batch
+    is filled up, since kernels round otherwise for another number of rows.
 
     Args:
         sharded (bool): each process's loader holds another part of the set; the counts are added up.
@@ -176,7 +177,7 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
             continue
         images = batch[0].to(device, non_blocking=True)
         targets = batch[1].to(device, non_blocking=True)
-        output = model(images).float()
+        output = model(fill_up(images, data_loader))[:len(images)].float()
         losses = F.cross_entropy(output, targets, reduction='none')
         top = output.topk(min(5, output.shape[1]), dim=1).indices == targets[:, None]
         correct += torch.stack((top[:, 0].sum(), top.sum(), top.new_ones(len(top), dtype=torch.int64).sum()))
@@ -200,6 +201,12 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
              'unreadable': unreadable}
     distributed.say('* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}'.format(**stats))
     return stats
+
+
+def fill_up(images, data_loader):
+    """A batch that is shorter than the loader's others, with blank images behind."""
+    missing = (getattr(data_loader, 'batch_size', None) or 0) - len(images)
+    return images if missing <= 0 else torch.cat((images, images.new_zeros((missing,) + images.shape[1:])))
 
 
 def profile(folder, device, model, data_loader, update_freq=1, cann=False, warmup_updates=2, updates=5, **training):
