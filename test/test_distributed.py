@@ -150,6 +150,6 @@ def test_evaluation_gives_the_same_bits_on_any_number_of_processes():
         if hasattr(torch, 'inference_mode'):
             assert found[processes] == found[1]
             continue
-        # The kernels of PyTorch 1.5 and 1.8 round by a row's place in the batch: the counts are equal, the loss to 1e-7.
+        # The kernels of PyTorch 1.5 and 1.8 round by a row's place in the batch: equal counts, the loss to 1e-7.
         for (one, other) in zip(found[processes], found[1]):
             assert one[:3] == other[:3] and float(one[3]) == pytest.approx(float(other[3]), rel=1e-7)
