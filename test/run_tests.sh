@@ -3,6 +3,7 @@
 #
 #   bash test/run_tests.sh                everything, on the current PyTorch
 #   bash test/run_tests.sh --stack=1.8    everything, on PyTorch 1.8 (or 1.5), in a Python 3.8 of its own
+#   bash test/run_tests.sh --soak         everything, with 500 kills in test_faults.py instead of 50; with --stack too
 #   bash test/run_tests.sh --lint         the linter only
 #   bash test/run_tests.sh -k model -x    any of pytest's own options
 #
@@ -20,11 +21,15 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 tool=pytest
 left_out=()
-case ${1:-} in
-    -h|--help) show_help; exit 0 ;;
-    --lint) tool=ruff ;;
-    --stack=*) choose_stack "${1#*=}"; shift; left_out=(--deselect test/test_stacks.py::test_across_) ;;
-esac
+while :; do
+    case ${1:-} in
+        -h|--help) show_help; exit 0 ;;
+        --lint) tool=ruff; break ;;
+        --soak) export BEIT_SOAK=1; shift ;;
+        --stack=*) choose_stack "${1#*=}"; shift; left_out=(--deselect test/test_stacks.py::test_across_) ;;
+        *) break ;;
+    esac
+done
 cd "$ROOT" || exit 2
 choose_python $tool
 if ! "$PYTHON" -c "import $tool" 2>/dev/null; then
