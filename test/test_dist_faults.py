@@ -473,7 +473,8 @@ def machines():
         cannot_run('netns', 'no ip command, to make network namespaces with (iproute2)')
     try:
         commands = [('netns', 'add', name) for name in names]
-        commands += [('-n', names[0], 'link', 'add', 'cable', 'type', 'veth', 'peer', 'name', 'cable', 'netns', names[1])]
+        commands += [('-n', names[0], 'link', 'add', 'cable', 'type', 'veth', 'peer', 'name', 'cable', 'netns',
+                      names[1])]
         for node, name in enumerate(names):
             commands += [('-n', name, 'address', 'add', NETWORK % (node + 1) + '/24', 'dev', 'cable'),
                          ('-n', name, 'link', 'set', 'cable', 'up'), ('-n', name, 'link', 'set', 'lo', 'up')]
