@@ -38,7 +38,7 @@ def training_state(args, progress, model, optimizer, scaler, ema=None):
     """
     content = {
         'model': _to_cpu(scaler.full_precision_state(model)),
-        'optimizer': _portable(optimizer.state_dict()),
+        'optimizer': _portable(optimizer),
         'epoch': progress.epoch - 1,
         'scaler': scaler.state_dict(),
         'args': dict(vars(args)),
@@ -118,17 +118,29 @@ def _to_cpu(state):
         for name, value in state.items())
 
 
-def _portable(state):
+def _portable(optimizer):
     """Optimizer state that any machine and version reads: tensors on the CPU, `step` as a number."""
     def portable(name, value):
         if not torch.is_tensor(value):
             return value
         return float(value) if name == 'step' else value.detach().to('cpu')
 
-    for part in {'state', 'slow_state'} & set(state):  # Lookahead keeps a second one
-        state[part] = {key: {name: portable(name, value) for name, value in values.items()}
-                       for key, values in state[part].items()}
+    state = optimizer.state_dict()
+    if 'slow_state' in state:  # timm 0.4's Lookahead names the parameters by their addresses there
+        names = {id(parameter): name for group, saved in zip(optimizer.param_groups, state['param_groups'])
+                 for parameter, name in zip(group['params'], saved['params'])}
+        state['slow_state'] = {names.get(key, key): values for key, values in state['slow_state'].items()}
+    for part in ('state', 'slow_state'):
+        if part in state:
+            state[part] = {key: {name: portable(name, value) for name, value in values.items()}
+                           for key, values in state[part].items()}
+    if hasattr(_inside_lookahead(optimizer), 'generator'):  # Adahessian draws numbers of its own
+        state['generator'] = _inside_lookahead(optimizer).generator.get_state()
     return state
+
+
+def _inside_lookahead(optimizer):
+    return getattr(optimizer, '_base_optimizer', getattr(optimizer, 'base_optimizer', optimizer))
 
 
 # ---- which file to resume
@@ -321,7 +333,14 @@ def load_optimizer(source, optimizer, state):
                        **{name: group[name] for name in COUNTERS if type(group.get(name)) is int})
                   for mine, group in zip(optimizer.param_groups, theirs)]
         _check_moments(optimizer, groups, state['state'])
-        optimizer.load_state_dict({'state': state['state'], 'param_groups': groups})
+        optimizer.load_state_dict(dict({name: state[name] for name in ('state', 'slow_state') if name in state},
+                                       param_groups=groups))
+        inner = _inside_lookahead(optimizer)
+        if hasattr(inner, 'generator') and 'generator' in state:
+            inner.generator = torch.Generator(inner.param_groups[0]['params'][0].device)
+            inner.generator.set_state(state['generator'])
+        if hasattr(inner, '_momentum_initialized') and state['state']:
+            inner._momentum_initialized = True  # or timm 0.4's NovoGrad would begin anew
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError('--resume %s: its optimizer state does not fit this run (%s); use the --opt and model flags of '
                         'that run, or give the file to --finetune' % (printable(source), _short(error))) from None
@@ -334,8 +353,8 @@ def _check_moments(optimizer, groups, state):
     for key, parameter in zip(keys, parameters):
         for name, value in state.get(key, {}).items():
             moment = name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer')
-            if moment and not (name == 'momentum_buffer' and value is None) \
-                    and tuple(value.shape) != tuple(parameter.shape):
+            if moment and not (name == 'momentum_buffer' and value is None) and tuple(value.shape) not in (
+                    tuple(parameter.shape), () if name == 'exp_avg_sq' else None):  # NovoGrad's is a number
                 raise ValueError('%s is %s for a parameter of %s' % (name, tuple(value.shape), tuple(parameter.shape)))
             if name == 'step' and not 0 <= float(value) < 2 ** 53:
                 raise ValueError('step is %r' % (value,))

@@ -535,6 +535,14 @@ def test_killed_at_one_point_after_another(life, unbroken, points):
     run.finish().equals(reference)
 
 
+@pytest.mark.parametrize('opt', ['adahessian', 'novograd'])  # they keep things where other optimizers don't
+def test_an_optimizer_with_secrets_goes_on(life, opt):
+    reference, run = (life('plain', '--opt=' + opt, '--epochs=2', '--lr=1e-3') for _ in range(2))
+    reference.finish()
+    assert run.attempt(dies('pilot.RunPilot.vote', nth=6))
+    run.finish().equals(reference)
+
+
 # ---- signals that ask
 
 NOT_BEGUN = None
