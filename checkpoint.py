@@ -212,8 +212,8 @@ def find(source, prefer_best=False):
                 chosen = best
     if chosen is not None:
         return chosen
-    raise UserError('--resume %s: each of its checkpoints (%d) is damaged: %s'
-                    % (printable(source), len(paths), reasons[0].replace('--resume ', '')))
+    raise UserError('--resume %s: each of its checkpoints (%d) is damaged: %s; move them away to start anew'
+                    % (printable(source), len(paths), reasons[0]))
 
 
 def _first_whole(paths):
@@ -221,14 +221,14 @@ def _first_whole(paths):
     reasons = []
     for path in paths:
         try:
-            content = read(path, '--resume')
+            content = read(path)
             if isinstance(content, dict):
                 return (path, content), reasons
-            reasons.append('--resume %s: holds no weights' % printable(path))
+            reasons.append('%s: holds no weights' % printable(path))
         except UserError as error:
             if 'refused, because' in str(error):
                 raise  # not damaged, but a stranger's
-            reasons.append(str(error))
+            reasons.append(str(error).rpartition('; ')[0])  # without advice for a file that came from elsewhere
         distributed.say('%s; passed over' % reasons[-1])
     return None, reasons
 

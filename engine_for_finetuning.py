@@ -95,9 +95,10 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
             if scaler.skipped_in_a_row:
                 pilot.skipped(update, scaler, update_step, grad_norm, device)
                 report_skip(scaler, update_step)
-            elif model_ema is not None:
-                model_ema.update(scaler.full_precision_state(model))
-            pilot.norms.append(grad_norm)
+            else:
+                pilot.norms.append(grad_norm)
+                if model_ema is not None:
+                    model_ema.update(scaler.full_precision_state(model))
             pilot.between_updates(update, epoch, micro_step // update_freq + 1,
                                   dict(meters=meters.state(), skipped_before=skipped_before), device)
             update = Update()
@@ -126,11 +127,14 @@ def rates(optimizer):
 
 
 def report_skip(scaler, update_step):
-    distributed.say('Update step %d skipped: its gradients overflowed (loss scale now %g, %d skipped so far)'
-              % (update_step, scaler.scale, scaler.skipped))
+    what = 'gradients overflowed' if scaler.overflows else 'loss or gradients are not finite'
+    distributed.say('Update step %d skipped: its %s (loss scale now %g, %d skipped so far)'
+                    % (update_step, what, scaler.scale, scaler.skipped))
     if scaler.skipped_in_a_row >= SKIPS_IN_A_ROW:
-        raise UserError('%d updates in a row had gradients that overflowed; lower --lr, or use --loss_scale dynamic'
-                        % scaler.skipped_in_a_row)
+        raise UserError('%d updates in a row had %s; lower --lr, %s' % (
+            scaler.skipped_in_a_row, 'gradients that overflowed' if scaler.overflows else
+            'a loss or gradients that are not finite', 'or use --loss_scale dynamic' if scaler.overflows else
+            'or set --clip_grad'))
 
 
 def finite_or_none(value):

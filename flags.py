@@ -96,7 +96,8 @@ def build_parser(description=__doc__):
     add('--save_ckpt_steps', default=0, type=whole, help='update steps between checkpoints in mid-epoch; 0: none (0)')
     add('--save_ckpt_minutes', default=0., type=rate, help='minutes between them; 0: none (0)')
     add('--keep_checkpoints', default=0, type=whole,
-        help='keep only the newest so many of each kind; 0: all epochs, 2 in mid-epoch (0)')
+        help='keep the newest so many of each kind; 1 leaves none for where it is damaged; 0: all epochs, 2 in '
+        'mid-epoch (0)')
     switch(run, 'deterministic', False, 'the same bits from the same command twice, on the same machine')
     add('--on_nonfinite', default='stop', choices=('stop', 'skip'),
         help='a loss or gradient that is infinite or not a number: stop, or skip that update (stop)')

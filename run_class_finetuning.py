@@ -121,9 +121,10 @@ def resume(args, model, optimizer, scaler, ema, device, run):
         raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; make '
                         '--batch_size x --update_freq x processes the same, or resume the checkpoint of a whole epoch'
                         % (source, progress.run.get('total_batch'), run['total_batch']))
+    same_order = not any(change.startswith(('--seed ', 'images: ', 'total_batch: ')) for change in changes)
     distributed.say('Goes on exactly as if it had not been stopped' if not changes else
-                    'Goes on in the same order of the data, but not with the same numbers as without a stop: '
-                    + '; '.join(changes))
+                    'Goes on in %s order of the data, %s not with the same numbers as without a stop: %s' % (
+                        'the same' if same_order else 'another', 'but' if same_order else 'and', '; '.join(changes)))
     progress.run = run
     return source, progress
 
@@ -287,6 +288,7 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
     distributed.say('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
     if first >= args.epochs:
         distributed.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
+        return
     print_result(throughput, best.get('accuracy'), train_stats.get('loss'))
 
 

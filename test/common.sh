@@ -224,7 +224,7 @@ END
 
 # launch KIND DEVICES "$@": KIND is full, performance or eval; the arguments are the user's.
 launch() {
-    local kind=$1 started status tee_option=() preset=() suffix log
+    local kind=$1 started status how results tee_option=() preset=() suffix log
     nproc_per_node=$2; shift 2
     parse_options "$@"
 
@@ -272,15 +272,20 @@ sys.stderr.write(backend.npu_passed_over("auto", device))') || exit 2
         move_aside "$LOG"
     fi
 
+    results=$(grep -ac '^Result: ' "$LOG" 2>/dev/null)
     started=$SECONDS
     run_logged ${tee_option[@]+"${tee_option[@]}"}
     status=$?
     if [ "$status" -ne 0 ]; then
-        echo "$(basename "$0"): failed with exit status $status; the log is $LOG" >&2
+        case $status in 129|130|138|143) how=stopped ;; *) how=failed ;; esac
+        echo "$(basename "$0"): $how with exit status $status; the log is $LOG" >&2
         exit "$status"
     fi
     if [ "$node_rank" != 0 ]; then echo "Finished; the result is printed and logged on node 0"; return; fi
-    if [ -z "$(field images_per_second)" ]; then echo "Finished; a profiling run has no result"; return; fi
+    if [ "$(grep -ac '^Result: ' "$LOG")" = "${results:-0}" ]; then
+        echo "Finished without a new result: there was nothing left to train, or it was a profiling run"
+        return
+    fi
     final_block $((SECONDS - started))
 }
 
@@ -336,7 +341,7 @@ run_logged() {
     trap 'signalled=yes; kill -TERM "$run" 2>/dev/null' TERM HUP  # it ends its processes; tee has to write to the end
     while :; do
         signalled=
-        wait %%
+        { wait %%; } 2>/dev/null  # without bash's own words about a process that was killed
         status=$?
         [ -n "$signalled" ] || break
     done

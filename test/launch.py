@@ -238,11 +238,12 @@ def launch(options, port, program_flags):
     heard = Signals()
     nodes, processes = Nodes(options, port), {}
     heard.processes = processes.values()
+    print('Starting %d processes on this machine' % options.nproc_per_node, flush=True)
     try:
         for local_rank in range(options.nproc_per_node):
             rank = options.node_rank * options.nproc_per_node + local_rank
             processes[rank] = start(options, nodes, rank, local_rank, program_flags)
-        status = watch(processes, nodes)
+        status = watch(processes, nodes, heard)
         if status == 0:
             nodes.part(DONE)
         return status
@@ -283,13 +284,13 @@ def start(options, nodes, rank, local_rank, program_flags):
                             env=env, preexec_fn=distributed.end_with_parent)
 
 
-def watch(processes, nodes):
+def watch(processes, nodes, heard):
     """Until all are done, or one has failed, here or on another machine: the exit status."""
     running = dict(processes)
     while running:
         for rank, process in list(running.items()):
             if process.poll():
-                return report(rank, process.returncode)
+                return report(rank, process.returncode, heard)
             if process.poll() == 0:
                 del running[rank]
         node = nodes.lost(0.2)
@@ -308,9 +309,11 @@ def stop(processes):
         process.wait()
 
 
-def report(rank, status):
+def report(rank, status, heard):
     """The shell's status for a process that failed. One that ended with 2 or by a signal's wish has said why."""
-    if status != 2 and status - 128 not in preemption.NUMBERS:
+    if -status in preemption.NUMBERS and heard.first is not None:
+        say('stopped by %s before the training began; nothing new was saved' % signal.Signals(-status).name)
+    elif status != 2 and status - 128 not in preemption.NUMBERS:
         say('process %d ended with %s; the others were stopped'
             % (rank, 'exit status %d' % status if status > 0 else signal.Signals(-status).name))
     return status if status > 0 else 128 - status

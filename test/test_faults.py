@@ -688,8 +688,8 @@ class Chance:
         return wait
 
 
-@pytest.mark.parametrize('config, in_ci, in_soak', [('plain', 12, 260), ('workers', 7, 150), ('halves', 3, 60),
-                                                    ('two', 4, 110)])
+@pytest.mark.parametrize('config, in_ci, in_soak', [('plain', 8, 260), ('workers', 5, 150), ('halves', 3, 60),
+                                                    ('two', 3, 110)])
 def test_killed_at_random_and_again(life, unbroken, config, in_ci, in_soak):
     reference = unbroken(config)
     rng, kills = random.Random('%s %s' % (SEED, config)), 0

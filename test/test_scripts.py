@@ -562,7 +562,7 @@ def test_a_script_that_is_stopped_stops_its_processes(checkout, data, tmp_path, 
     finally:
         run.kill()
     assert run.returncode == status, err
-    assert 'failed with exit status %d' % status in err
+    assert 'stopped with exit status %d' % status in err
     assert 'Final result' not in out and 'Traceback' not in out + err
     assert 'stopped by %s after update ' % ('SIGINT' if number == signal.SIGINT else 'SIGTERM') in out
     assert all_end(str(tmp_path))

@@ -8,6 +8,8 @@
 #   --data_path=DIR        folder with train/ and val/ of class folders, or the word demo: handwritten digits
 #   --finetune=FILE        pretrained weights (checkpoints/beit_base_patch16_224_pt22k_ft22k.pth); empty: from scratch
 #   --resume=FILE|DIR      go on from a checkpoint, or from the newest in a folder
+#   --auto_resume          go on where output_dir holds a checkpoint: for jobs that may be killed
+#   --save_ckpt_minutes=N  checkpoints in mid-epoch too (none); a signal always saves
 #   --output_dir=DIR       checkpoints and log.txt (./train_result); an earlier run there is moved aside
 #   --model=NAME           beit_base_patch16_224; see python run_class_finetuning.py --help
 #   --batch_size=N         images per device (64)
