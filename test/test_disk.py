@@ -93,16 +93,20 @@ def test_a_limit_on_the_size_of_files(image_folder, tmp_path):
     goes_on(base, output)
 
 
-@pytest.mark.parametrize('what', ('log.txt', 'tensorboard'))
+@pytest.mark.parametrize('what', ('log.txt', 'bad_images.txt', 'tensorboard'))
 def test_a_disk_without_room_for_a_line(image_folder, small_disk, tmp_path, what):
     disk = small_disk(64 * 1024)
     with open(os.path.join(disk, 'filler'), 'wb') as file:
         file.write(bytes(64 * 1024 - (4096 if what == 'tensorboard' else 0)))
-    base = RUN + ['--data_path=' + image_folder(), '--epochs=1', '--no_save_ckpt']
-    if what == 'log.txt':
+    data = image_folder()
+    base = RUN + ['--data_path=' + data, '--epochs=1', '--no_save_ckpt', '--bad_images=skip', '--max_bad_images=0.5']
+    if what == 'bad_images.txt':
+        with open(os.path.join(data, 'train', 'cat', '003.png'), 'w') as file:
+            file.write('no image')
+    if what != 'tensorboard':
         # An empty file in the folder can still be made, so this is found when the line is to be written.
         status, _, err = run_program(*base, '--output_dir=' + disk)
-        failed_in_one_line(status, err, 'log.txt', 'No space left on device')
+        failed_in_one_line(status, err, os.path.join(disk, what), 'No space left on device')
         assert os.listdir(disk) == ['filler']
     else:
         status, _, err = run_program(*base, '--epochs=40', '--log_dir=' + disk)
