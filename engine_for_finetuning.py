@@ -59,6 +59,8 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     skipped_before = state['skipped_before'] if state else scaler.skipped
     if state:
         meters.load_state(state['meters'])
+    if first_step:  # the rates that the last of them left in the optimizer: a checkpoint may come before the next
+        set_schedules(optimizer, start_steps + first_step - 1, lr_schedule_values, wd_schedule_values)
     update = Update()
 
     batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,

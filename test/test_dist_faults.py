@@ -350,6 +350,24 @@ def test_all_processes_hang(fall):
                 r'the network between them, or a device, stuck\?', each.err)) == 1, one.everything()
 
 
+FORKS = """import datasets, distributed, os, sys, torch
+def build_datasets(args, then=datasets.build_datasets):
+    for _ in range(300 if sys.version_info < (3, 9) else 20):
+        distributed.gather(['text'], torch.device('cpu'))
+        pid = os.fork()
+        if not pid:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    return then(args)
+datasets.build_datasets = build_datasets"""
+
+
+def test_a_fork_after_a_collective_does_not_hang(job, data):
+    """As of a loader: in Python 3.8, one that gloo's thread met while it was freeing NumPy's memory hung for ever."""
+    ended = job('--data_path=' + data, '--maxstep=1', '--dist_timeout=20', fault={0: FORKS, 1: FORKS}).end()
+    assert [each.status for each in ended] == [0, 0], ended
+
+
 @has_proc
 def test_real_processes(data, tmp_path):
     """Nothing forked here: the launcher's own processes, one of which is stopped with its loader."""
