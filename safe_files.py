@@ -22,7 +22,7 @@ import torch
 import distributed
 import dry_run
 from dry_run import ALLOWED, MAX_PICKLE, SCALARS, Refused, refers_to, with_plain_keys
-from errors import UserError, printable
+from errors import UserError, loader_death, printable
 
 MAX_DOWNLOAD = 16 << 30  # bytes
 SILENCE = 60  # seconds that a server may take for its next bytes
@@ -274,6 +274,8 @@ def save(path, content):
             if patient.error is not None:
                 raise patient.error
     except (OSError, RuntimeError) as error:
+        if loader_death(error):  # PyTorch raises that in whatever the main thread is doing
+            raise
         raise UserError('--output_dir: cannot write %s (%s); earlier checkpoints are whole'
                         % (printable(path), ' '.join(str(error).split()))) from None
 
