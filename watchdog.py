@@ -35,8 +35,9 @@ class _Watchdog:
         self.doing = self.what  # again, after a wait
         self.beats, self.heard = 0, {}  # of each process: when its newest beat came, and what that said
         self.reached = time.monotonic()  # when the store last answered
-        self.curious, self.ended, self.biting, self.parting, self.cut_off = False, False, False, False, False
+        self.curious, self.biting, self.parting, self.cut_off = False, False, False, False
         self.sentence, self.told = '', ''  # this process's verdict, and that which another one told
+        self.stopped = threading.Event()
         self.main_thread = threading.main_thread().ident
         if rank == 0:
             store.set(VERDICT, '')
@@ -54,7 +55,7 @@ class _Watchdog:
 
     def tell(self):
         try:
-            while not (self.ended or self.told):
+            while not (self.stopped.is_set() or self.told):
                 self.store.set(self.key(self.rank), self.word())
                 if self.sentence:
                     self.store.set(VERDICT, self.sentence)
@@ -62,7 +63,7 @@ class _Watchdog:
                 if self.curious:
                     self.listen()
                 self.reached = time.monotonic()
-                time.sleep(self.beat_seconds)
+                self.stopped.wait(self.beat_seconds)
         except Exception:  # whatever a store raises when process 0, which holds it, is gone
             self.cut_off = True
 
@@ -76,8 +77,7 @@ class _Watchdog:
 
     def watch(self):
         looked = awake = time.monotonic()
-        while not self.ended:
-            time.sleep(self.beat_seconds / 2)
+        while not self.stopped.wait(self.beat_seconds / 2):
             now = time.monotonic()
             if now - looked > self.seconds / 2:
                 awake = now  # this process, or all its machine, was stopped: the others had no chance
@@ -112,7 +112,7 @@ class _Watchdog:
         """Tell the others, who may be in no state to find out, print the one line, and end the process."""
         self.biting, self.sentence = True, self.told or sentence
         time.sleep(seconds)
-        if self.ended:
+        if self.stopped.is_set():
             return
         line = 'run_class_finetuning.py: error: %s (--dist_timeout %g)\n' % (self.sentence, self.seconds)
         os.write(2, line.encode())  # past Python's buffer, which a stuck thread may hold
@@ -141,6 +141,8 @@ class _Watchdog:
     def silent(self):
         """The processes that have not been heard of for a while."""
         now = time.monotonic()
+        if self.rank == 0 and now - self.reached > self.patience:
+            return list(range(1, self.processes))  # the store is here: it hangs on one that broke off in mid-word
         newest = now if self.rank == 0 else self.reached
         silent = [rank for rank, (came, _) in sorted(self.heard.items())
                   if newest - came > self.patience and rank != self.rank]
@@ -179,7 +181,10 @@ def stop():
     """Nothing more to watch: the last steps, which wait for nobody."""
     global _dog
     if _dog is not None:
-        _dog.ended, _dog = True, None
+        dog, _dog = _dog, None
+        dog.stopped.set()
+        for thread in dog.threads:  # a thread that comes back from the store into a Python that ends would abort it
+            thread.join(dog.patience)
 
 
 def enter(stage):

@@ -122,8 +122,9 @@ def free_port():
 class Job:
     """A job that is under way: `processes` of run_class_finetuning.py, under test/launch.py or by themselves."""
 
-    def __init__(self, folder, keeper, launched):
+    def __init__(self, folder, keeper, launched, processes):
         self.folder, self.keeper, self.launched = folder, keeper, launched
+        self.numbers = range(1 if launched else processes)
 
     def read(self, name):
         path = os.path.join(self.folder, name)
@@ -153,10 +154,10 @@ class Job:
 
     def end(self, *numbers, seconds=60):
         """Wait for these to end, in a list; all by default, whereupon no process may be left."""
-        self.until(lambda: all(number in self.ended() for number in numbers) if numbers
-                   else not in_session(self.keeper), seconds)
+        self.until(lambda: set(numbers or self.numbers) <= set(self.ended())
+                   and (numbers or not in_session(self.keeper)), seconds)
         ended = self.ended()
-        return [ended[number] for number in numbers or sorted(ended)]
+        return [ended[number] for number in numbers or self.numbers]
 
     def everything(self):
         return '\n'.join('%s:\n%s' % (name, self.read(name)) for name in sorted(os.listdir(self.folder)))
@@ -207,7 +208,7 @@ def job(forker, tmp_path):
         forker.stdin.write(json.dumps(dict(argv=RUN + list(flags), env=env, processes=processes, launched=options,
                                            folder=str(folder), netns=netns)) + '\n')
         forker.stdin.flush()
-        jobs.append(Job(str(folder), int(forker.stdout.readline()), launched))
+        jobs.append(Job(str(folder), int(forker.stdout.readline()), launched, processes))
         return jobs[-1]
 
     yield start
