@@ -48,7 +48,7 @@ def train(batches=24, poison=(), on_nonfinite='skip', scale=1., ema=False, **opt
 
 def assert_equal_weights(one, other, tolerance=0.):
     for name, value in one.state_dict().items():
-        torch.testing.assert_close(value, other.state_dict()[name], rtol=tolerance, atol=tolerance, msg=name)
+        assert torch.allclose(value, other.state_dict()[name], tolerance, tolerance), name
 
 
 # ---- reading late
@@ -143,7 +143,7 @@ def test_skipping_dropped_images_computes_what_a_mask_does(kept, gamma, monkeypa
         results.append([output.detach(), leaf.grad] + [parameter.grad for parameter in each.parameters()])
     for mine, theirs in zip(*results):
         assert mine is not None
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(mine, theirs, 1e-4, 1e-4)
 
 
 @pytest.mark.parametrize('skips', (True, False))
@@ -234,7 +234,7 @@ def test_average_of_the_weights_in_one_call():
     average.update(state)
     for name, value in average.ema.state_dict().items():
         if value.is_floating_point():
-            torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * state[name])
+            assert torch.allclose(value, 0.75 * before[name] + 0.25 * state[name])
     kept = copy.deepcopy(average.ema.state_dict())
     average.update(state, skip=True)
     average.update(state, skip=torch.tensor(True))
