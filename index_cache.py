@@ -91,7 +91,7 @@ class Index:
 def write_late(*parts):
     """`Index.write_late` of those data sets that have an index."""
     for part in parts:
-        if getattr(part, 'index', None) is not None:
+        if isinstance(getattr(part, 'index', None), Index):  # lists have something else of that name
             part.index.write_late()
 
 
@@ -111,7 +111,7 @@ def _write(path, packed):
 
 
 def _read(path, root):
-    """(bytes, `Tree`, '') of an index that is true of the tree; else (b'', None, why not, where that's worth telling)."""
+    """(bytes, `Tree`, '') of an index that is true of the tree; else (b'', None, why not, or '' for no word)."""
     try:
         with open_file(path) as file:
             if not file.readline(len(MAGIC) + 10).startswith(MAGIC + b' '):
@@ -134,13 +134,11 @@ def _changed(tree, same_user, root):
     """A folder or link that isn't as it was when the tree was scanned, or None."""
     folders = tree.samples.folders
     start = os.path.join(os.fsencode(root), b'')
-    for folder, before in zip(os.fsencode('\0'.join(folders)).split(b'\0'), tree.stamps):
-        try:
-            now = stamp(os.stat(start + folder))
-        except (OSError, ValueError):
-            now = None
-        if now != before or not (same_user or _may_list(start + folder)):
-            return os.fsdecode(folder)
+    paths = [start + folder for folder in os.fsencode('\0'.join(folders)).split(b'\0')]
+    if not same_user or list(map(_stamp_of, paths)) != tree.stamps:
+        for folder, path, before in zip(folders, paths, tree.stamps):
+            if _stamp_of(path) != before or not _may_list(path):
+                return folder
     for folder, real in tree.real.items():
         if os.path.realpath(os.path.join(root, folder) if folder else root) != real:
             return folder
@@ -158,6 +156,13 @@ def _changed(tree, same_user, root):
 def _user():
     """Who may list other folders than another user. What happens to a folder's own permissions is in its stamp."""
     return [os.geteuid(), os.getegid()] + sorted(os.getgroups())
+
+
+def _stamp_of(path):
+    try:
+        return stamp(os.stat(path))
+    except OSError:
+        return None
 
 
 def _may_list(path):
@@ -201,7 +206,6 @@ def _unpack(packed, root):
     folders, names = packed[start:start + length], packed[start + length:]
     _check_paths(folders[1:])
     _check_paths(os.fsencode(''.join(link + '\0' for link in links)))
-    _check_names(names)
     folders = os.fsdecode(folders).split('\0')
     classes, labels = [], [0]
     for folder in folders[1:-1]:
@@ -211,6 +215,7 @@ def _unpack(packed, root):
             raise ValueError('a folder in no class')
         labels.append(len(classes) - 1)
     samples = ImageList(root, folders[:-1], labels, counts, names)
+    _check_names(samples)
     if folders[0] or folders[-1] or len(labels) != count or counts[0] or counts.sum() != len(samples) \
             or classes != sorted(set(classes)) or '' not in real or not set(real) <= set(folders) \
             or not all(isinstance(each, str) for each in real.values()):
@@ -224,6 +229,9 @@ def _check_paths(paths):
         raise ValueError('no paths of a tree')
 
 
-def _check_names(names):
-    if names and (b'/' in names or b'\0.' in names or b'\0\0' in names or names[:1] in b'.\0' or names[-1:] != b'\0'):
+def _check_names(samples):
+    """Each name is one that isn't hidden, and not empty."""
+    names = samples.names
+    if names and (b'/' in names or names[-1:] != b'\0' or names[:1] in b'.\0' or np.isin(
+            np.frombuffer(names, dtype=np.uint8)[samples.ends[:-1] + 1], (0, ord('.'))).any()):
         raise ValueError('no names of images')
