@@ -534,61 +534,57 @@ def test_training_and_validation_have_an_index_each_and_a_run_uses_them(image_fo
 # ---- several processes
 
 SEVERAL = '''
-import argparse, os, sys, time
+import argparse, json, os, sys
 sys.path.insert(0, %r)
 import datasets, distributed, image_files, index_cache
 from errors import UserError
-root, blocks = sys.argv[1:]
 args = argparse.Namespace(device='cpu', dist_on_itp=False, local_rank=-1, dist_url='env://', dist_timeout=60.)
 device = distributed.init_distributed_mode(args)
-distributed.BLOCK, distributed.ALIVE_SECONDS = int(blocks), 0
-scans = []
+distributed.ALIVE_SECONDS = 0  # a sign of life after every folder
+scans, results = [], []
 def scan(root, alive, then=image_files.scan_classes):
     scans.append(root)
     return then(root, alive)
 index_cache.scan_classes = scan
-index = index_cache.Index('', device)
-for _ in range(2):
-    try:
-        found = datasets.ImageFolder(root, index=index)
-        print(len(scans), ascii(found.classes), ascii(list(found.samples)))
-    except UserError as error:
-        print(len(scans), 'ERROR', error)
+for root in sys.argv[1:]:
+    for distributed.BLOCK in (64, 1 << 26):
+        scans.clear()
+        try:
+            found = datasets.ImageFolder(root, index=index_cache.Index('', device))
+            result = [found.classes, list(found.samples)]
+        except UserError as error:
+            result = str(error)
+        results.append([len(scans), result])
+print('RESULTS ' + json.dumps(results))
 distributed.leave_processes()
 '''
 
 
-def several(root, processes=2, blocks=1 << 26):
-    """What each of so many processes prints."""
+def test_one_process_looks_and_the_others_are_told(tree, tmp_path):
+    """Where there is an index, where there can't be one, and of an error; the numbers are those of scans."""
+    settled, lost = str(tmp_path / 'settled' / 'root'), str(tmp_path / 'lost')
+    touch(settled + '/cat/1.png')
+    settle(settled)
+    touch(lost + '/cat/1.png')
+    os.symlink('nowhere', lost + '/cat/link')
+    later = time.time_ns() + HOUR_NS
+    os.utime(tree, ns=(later, later))
     port = free_port()
     started = [subprocess.Popen(
-        [sys.executable, '-c', SEVERAL % ROOT, root, str(blocks)], stdout=subprocess.PIPE, universal_newlines=True,
-        env=dict(os.environ, RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank), OMP_NUM_THREADS='1',
-                 MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))) for rank in range(processes)]
-    outputs = [process.communicate(timeout=120)[0].splitlines() for process in started]
+        [sys.executable, '-c', SEVERAL % ROOT, tree, settled, lost], stdout=subprocess.PIPE, universal_newlines=True,
+        env=dict(os.environ, RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), OMP_NUM_THREADS='1',
+                 MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))) for rank in range(2)]
+    outputs = [process.communicate(timeout=240)[0] for process in started]
     assert not any(process.returncode for process in started)
-    return outputs
-
-
-def test_one_process_scans_and_the_others_are_told(tree):
+    first, second = (json.loads(re.search('RESULTS (.*)', out).group(1)) for out in outputs)
     classes, samples = image_files.scan_classes(tree)[:2]
-    expected = '%s %s' % (ascii(classes), ascii(list(samples)))
-    later = time.time_ns() + HOUR_NS  # so that there is no index: each start scans
-    os.utime(tree, ns=(later, later))
-    first, second = several(tree, blocks=64)
-    assert first == ['1 ' + expected, '2 ' + expected] and second == ['0 ' + expected] * 2
-    settle(tree)
-    first, second = several(tree)
-    assert first == ['1 ' + expected] * 2 and second == ['0 ' + expected] * 2
+    every = [classes, [list(pair) for pair in samples]]
+    one = [['cat'], [[settled + '/cat/1.png', 0]]]
+    error = first[4][1]
+    assert error.startswith('%s/cat/link: cannot look for images there' % lost)
+    assert first == [[1, every], [1, every], [1, one], [0, one], [1, error], [1, error]]
+    assert second == [[0, result] for _, result in first]
 
 
-def test_all_processes_raise_the_error_of_the_one_that_scans(tree):
-    os.symlink('nowhere', tree + '/b/lost')
-    first, second = several(tree)
-    line = '%s/b/lost: cannot look for images there' % image_files.printable(tree)
-    assert [each.startswith('%d ERROR ' % number + line) for number, each in enumerate(first, 1)] == [True] * 2
-    assert second == [re.sub(r'^\d', '0', each) for each in first]
-
-
-def test_without_other_processes_nobody_is_asked(monkeypatch):
+def test_without_other_processes_nobody_is_asked():
     assert distributed.from_first(lambda alive: alive() or b'x', None) == b'x'
