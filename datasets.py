@@ -26,6 +26,7 @@ from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
 import distributed
+import index_cache
 from errors import UserError, printable, unknown
 from image_files import EXTENSIONS, UnreadableImage, load_image, scan_classes
 from modeling_finetune import INPUT_MEAN, INPUT_STD
@@ -48,23 +49,25 @@ class ImageFolder(torch.utils.data.Dataset):
 
     Args:
         fits (function): of an image's (width, height), where images aren't resized; see `small_input_rule`.
+        index (index_cache.Index): knows the files from an earlier start; None looks for them.
 
     Raises:
         UserError: the folder is missing, has no class folders, or one of them has no image; on reading, an image that
             can't be read (`UnreadableImage`) or doesn't fit.
     """
 
-    def __init__(self, root, transform=None, flag='--data_path', fits=None):
+    def __init__(self, root, transform=None, flag='--data_path', fits=None, index=None):
         shown = printable(root)
         if not os.path.isdir(root):
             raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
-        self.transform, self.fits = transform, fits
-        self.classes, self.samples = scan_classes(root)
+        self.transform, self.fits, self.index = transform, fits, index
+        tree = scan_classes(root) if index is None else index.find(root)
+        self.classes, self.samples = tree.classes, tree.samples
         if not self.classes:
             raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
                             % (flag, shown))
-        filled = {label for _, label in self.samples}
-        empty = [name for label, name in enumerate(self.classes) if label not in filled]
+        filled = np.bincount(self.samples.targets, minlength=len(self.classes)).tolist()
+        empty = [name for name, images in zip(self.classes, filled) if not images]
         if empty:
             raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder'
                             % (flag, ' '.join(EXTENSIONS), 's' if len(empty) > 1 else '',
@@ -190,7 +193,7 @@ def cifar_root(data_path):
                     % printable(data_path))
 
 
-def build_dataset(is_train, args):
+def build_dataset(is_train, args, device=None):
     """(data set, class names): samples are (image float32 (3, size, size), class index)."""
     transform = build_transform(is_train, args)
     if args.data_set == 'CIFAR':
@@ -201,17 +204,22 @@ def build_dataset(is_train, args):
                             % printable(args.data_path)) from None
         return dataset, list(getattr(dataset, 'classes', None) or map(str, range(100)))
     flag, root = split_root(is_train, args)
-    dataset = ImageFolder(root, transform, flag, small_input_rule(is_train, args.input_size))
+    index = index_cache.Index(args.output_dir, device) if args.index_cache else None
+    dataset = ImageFolder(root, transform, flag, small_input_rule(is_train, args.input_size), index)
     return dataset, dataset.classes
 
 
-def build_datasets(args):
-    """(training set or None, validation set or None, class names), checked against one another and --nb_classes."""
+def build_datasets(args, device=None):
+    """(training set or None, validation set or None, class names), checked against one another and --nb_classes.
+
+    Args:
+        device (torch.device): of this process, where all of a job call this; then the first one looks for the files.
+    """
     train = train_classes = val = val_classes = None
     if not args.eval:
-        train, train_classes = build_dataset(True, args)
+        train, train_classes = build_dataset(True, args, device)
     if needs_validation(args):
-        val, val_classes = build_dataset(False, args)
+        val, val_classes = build_dataset(False, args, device)
     if train_classes and val_classes and train_classes != val_classes:
         only = [('train', set(train_classes) - set(val_classes)), ('val', set(val_classes) - set(train_classes))]
         raise UserError('--data_path: train and val must name the same classes; %s' % '; '.join(

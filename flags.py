@@ -195,6 +195,8 @@ def build_parser(description=__doc__):
     add('--bad_images', default='error', choices=('error', 'skip'),
         help='a file that cannot be read: error, or skip: leave it out, list it in output_dir/bad_images.txt (error)')
     add('--max_bad_images', default=0.001, type=share, help='with skip, the share of bad files to stop at (0.001)')
+    switch(data, 'index_cache', True, 'keep the list of image files for the next start, beside the class folders or in '
+           'output_dir')
     switch(data, 'check_data', False, 'decode every image, report those that cannot be read, and stop')
 
     output = parser.add_argument_group('output')

@@ -1,8 +1,10 @@
 """Image files of strangers: reading one, and finding those of class folders."""
 
+import collections.abc
 import os
 import re
 import stat
+import typing
 import warnings
 
 import numpy as np
@@ -69,35 +71,117 @@ def open_file(path):
 
 # ---- class folders
 
-def scan_classes(root):
-    """(class names, [(path, class index)]): torchvision's `DatasetFolder` without hidden names, in its order.
+class ImageList(collections.abc.Sequence):
+    """(path, class index) of every image; each pair is made when it is asked for.
+
+    In memory these are a few arrays, which loader processes share with the main one, and no string for each image.
+
+    Args:
+        root (str): what every path begins with, as the user gave it.
+        folders (list of str): relative to root.
+        labels, counts (array of int): of each folder, its class index and how many images it has.
+        names (bytes): the images' names, folder after folder, a NUL behind each.
+    """
+
+    def __init__(self, root, folders, labels, counts, names):
+        self.root, self.folders, self.names = root, folders, names
+        self.labels, self.counts = np.asarray(labels, dtype=np.int64), np.asarray(counts, dtype=np.int64)
+        self.before = np.concatenate([[0], np.cumsum(self.counts)])  # the place of each folder's first image
+        self.ends = np.flatnonzero(np.frombuffer(names, dtype=np.uint8) == 0)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # negative ones count from the end, and there is an IndexError
+        folder = int(np.searchsorted(self.before, index, side='right')) - 1
+        name = self.names[int(self.ends[index - 1]) + 1 if index else 0:int(self.ends[index])]
+        return os.path.join(self.root, self.folders[folder], os.fsdecode(name)), int(self.labels[folder])
+
+    def __eq__(self, other):
+        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other))
+
+    __hash__ = None
+
+    @property
+    def targets(self):
+        """int64 (images,): the class index of each."""
+        return np.repeat(self.labels, self.counts)
+
+
+class Tree(typing.NamedTuple):
+    """What `scan_classes` found, and all that it hangs on: where none of it changes, another scan finds the same."""
+    classes: list  # their names
+    samples: ImageList  # whose `folders` are all that were listed, first root itself, as ''
+    stamps: list  # of each folder, what `stamp` said before it was listed
+    real: dict  # {folder that is a link, or '' for root: its real path}
+    links: list  # of those that lead to no folder: paths relative to root
+
+
+def scan_classes(root, alive=lambda: None):
+    """The `Tree` in `root`, as torchvision's `DatasetFolder` finds it but without hidden names, and in its order.
 
     Every folder in `root` is a class, with the image files in it at any depth; links are followed. A file counts by its
     name's ending alone. Names are as the operating system gives them, with surrogates for bytes that aren't text.
+
+    Args:
+        alive (function): called after every folder.
 
     Raises:
         UserError: a folder can't be listed, a link leads nowhere or to a folder that it lies in. Each would take images
             away, or add some twice, without a word. (A link named like an image is a file that can't be read.)
     """
-    _, classes = _list_folder(root)
-    samples = []
+    real = {'': os.path.realpath(root)}
+    _, classes, links, root_stamp = _list_folder(root, '')
+    listed = [('', 0, [], root_stamp)]
     for label, name in enumerate(sorted(classes)):
-        found, waiting = [], [(os.path.join(root, name), (os.path.realpath(root),))]
+        found, waiting = [], [(name, (real[''],))]
         while waiting:
             folder, led_here = waiting.pop()
-            led_here = _follow(folder, led_here)
-            files, folders = _list_folder(folder)
-            found.append((folder, sorted(each for each in files if each.lower().endswith(EXTENSIONS))))
+            led_here = _follow(os.path.join(root, folder), led_here)
+            if os.path.islink(os.path.join(root, folder)):
+                real[folder] = led_here[-1]
+            files, folders, more_links, its_stamp = _list_folder(root, folder)
+            found.append((folder, label, sorted(filter(is_image_name, files)), its_stamp))
             waiting += [(os.path.join(folder, each), led_here) for each in folders]
-        samples += [(os.path.join(folder, each), label) for folder, files in sorted(found) for each in files]
-    return sorted(classes), samples
+            links += more_links
+            alive()
+        listed += sorted(found)
+    folders, labels, files, stamps = zip(*listed)
+    names = os.fsencode(''.join(name + '\0' for names in files for name in names))
+    samples = ImageList(root, list(folders), labels, [len(names) for names in files], names)
+    return Tree(sorted(classes), samples, list(stamps), real, links)
 
 
-def _list_folder(folder):
-    """(names of files, names of folders) in a folder, those that links lead to among them, hidden ones not."""
-    files, folders = [], []
+def stamp(status):
+    """(inode, modification time, change time) of a folder, from os.stat: other ones where its names are others.
+
+    The change time tells where a modification time was put back (tar, rsync) and where permissions are others. The
+    device is left out: those of network disks and containers have another number after each mount. Each is below 2^64.
+    """
+    return status.st_ino & _64_BITS, status.st_mtime_ns & _64_BITS, status.st_ctime_ns & _64_BITS
+
+
+_64_BITS = 2 ** 64 - 1
+
+
+def is_image_name(name):
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _list_folder(root, folder):
+    """(names of files, names of folders, paths of links, stamp) of a folder, without what is hidden.
+
+    Folders that links lead to are among the folders; links that lead to none are among the files, and given by
+    themselves, relative to root.
+    """
+    files, folders, links = [], [], []
+    path = os.path.join(root, folder) if folder else root
     try:
-        with os.scandir(folder) as entries:
+        its_stamp = stamp(os.stat(path))
+        with os.scandir(path) as entries:
             for entry in entries:
                 if _is_hidden(entry.name):
                     continue
@@ -105,12 +189,19 @@ def _list_folder(folder):
                     folders.append(entry.name)
                     continue
                 files.append(entry.name)
-                if entry.is_symlink() and not entry.name.lower().endswith(EXTENSIONS):
-                    os.stat(entry.path)  # for its error: what can't be reached may be a folder of images
+                if entry.is_symlink():
+                    links.append(os.path.join(folder, entry.name))
+                    check_link(entry.path)
     except OSError as error:
         raise UserError('%s: cannot look for images there (%s); mend or remove it, or let this user read it'
-                        % (printable(error.filename or folder), error.strerror)) from None
-    return files, folders
+                        % (printable(error.filename or path), error.strerror)) from None
+    return files, folders, links, its_stamp
+
+
+def check_link(path):
+    """Raise an `OSError` for a link that may be to a folder of images which can't be reached."""
+    if not is_image_name(path):
+        os.stat(path)
 
 
 def _follow(folder, led_here):

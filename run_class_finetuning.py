@@ -21,6 +21,7 @@ import checkpoint
 import datasets
 import distributed
 import engine_for_finetuning as engine
+import index_cache
 import optim_factory
 import precision
 import preemption
@@ -177,7 +178,7 @@ def main(args, signals):
     dtype = backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     utils.seed_everything(args.seed)
 
-    train_set, val_set, classes = datasets.build_datasets(args)
+    train_set, val_set, classes = datasets.build_datasets(args, device)
     steps_per_epoch = None if args.eval else count_steps(args, len(train_set))
     train_loader, val_loader = datasets.build_loaders(args, train_set, val_set, backend.can_pin_memory(device))
 
@@ -203,6 +204,7 @@ def main(args, signals):
     source, progress = resume(args, model, optimizer, scaler, ema, device, run)
     goes_on = source and checkpoint.lies_in(source, args.output_dir)
     utils.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
+    index_cache.write_late(train_set, val_set)
     if distributed.world_size() > 1:
         model = backend.distributed_model(model, device)
 

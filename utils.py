@@ -388,7 +388,7 @@ def half_files(folder):
     if not os.path.isdir(folder):
         return []
     return [os.path.join(folder, name) for name in os.listdir(folder)
-            if re.match(r'(checkpoint-.*\.pth|log\.txt|bad_images\.txt|nonfinite\.txt)\.tmp-\d+$', name)]
+            if re.match(r'(checkpoint-.*\.pth|(log|bad_images|nonfinite)\.txt|\.beit-index-\w+)\.tmp-\d+$', name)]
 
 
 def files_of_a_run(folder):

@@ -229,9 +229,9 @@ DEEDS = {'dies': 'os.kill(os.getpid(), signal.SIGKILL)', 'is stopped': 'os.kill(
          'sleeps': 'time.sleep(1000)'}
 PLACES = {  # in the second epoch, but for the start
     'starting': """import datasets
-def build_datasets(args, then=datasets.build_datasets):
+def build_datasets(*args, then=datasets.build_datasets):
     act()
-    return then(args)
+    return then(*args)
 datasets.build_datasets = build_datasets""",
     'loading': """import datasets
 def get(self, key, get=datasets.SeededSamples.__getitem__):
@@ -352,14 +352,14 @@ def test_all_processes_hang(fall):
 
 
 FORKS = """import datasets, distributed, os, sys, torch
-def build_datasets(args, then=datasets.build_datasets):
+def build_datasets(*args, then=datasets.build_datasets):
     for _ in range(300 if sys.version_info < (3, 9) else 20):
         distributed.gather(['text'], torch.device('cpu'))
         pid = os.fork()
         if not pid:
             os._exit(0)
         os.waitpid(pid, 0)
-    return then(args)
+    return then(*args)
 datasets.build_datasets = build_datasets"""
 
 
