@@ -15,6 +15,7 @@ import sys
 import tempfile
 import termios
 import time
+import traceback
 import zipfile
 import zlib
 
@@ -182,6 +183,7 @@ def error_of(loader):
     batches = iter(loader)
     with pytest.raises(UserError) as caught:
         collections.deque(batches, maxlen=0)
+    traceback.clear_frames(caught.tb)  # or workers last as long as the exception, which holds the iterator
     return one_line(caught.value)
 
 
