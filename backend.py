@@ -219,6 +219,41 @@ def can_pin_memory(device):
     return device.type != 'cpu'
 
 
+def noise_generator(device):
+    """A random generator whose numbers are drawn on the device, or on the CPU where this PyTorch has none for it."""
+    try:
+        generator = torch.Generator(device=device)
+        torch.empty(1, device=device).normal_(generator=generator)
+        return generator
+    except (RuntimeError, TypeError):
+        return torch.Generator()
+
+
+def one_ahead(items, move, device):
+    """Yield move(item) of each. On npu and cuda the next is under way by then, on a stream of its own.
+
+    So copies and what else `move` does overlap with what is computed meanwhile.
+
+    Args:
+        move (function): takes an item to the device, without waiting.
+    """
+    module = _module(device)
+    if not hasattr(module, 'Stream'):
+        yield from map(move, items)
+        return
+    side, ready = module.Stream(), None
+    for item in items:
+        side.wait_stream(module.current_stream())  # what it has used so far may have been freed, for `move` to reuse
+        with module.stream(side):
+            coming = move(item)
+        if ready is not None:
+            yield ready
+        module.current_stream().wait_stream(side)
+        ready = coming
+    if ready is not None:
+        yield ready
+
+
 # By `under_apex`: where NpuFusedAdamW comes from, and that place in words.
 NPU_FUSED_HOMES = {True: (('apex.optimizers',), 'Ascend\'s apex under apex.amp'),
                    False: (('torch_npu.optim',), 'torch_npu outside apex.amp'),

@@ -25,8 +25,11 @@ from torch.utils.data.dataloader import default_collate
 from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
+import backend
 import distributed
+import fast_images
 import index_cache
+from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError, printable, unknown
 from image_files import EXTENSIONS, UnreadableImage, load_image, scan_classes
 from modeling_finetune import INPUT_MEAN, INPUT_STD
@@ -38,8 +41,10 @@ except ImportError:  # torchvision before 0.9 takes Pillow's constants
 
 DATA_SETS = ('CIFAR', 'IMNET', 'image_folder')
 INTERPOLATIONS = ('random', 'bilinear', 'bicubic', 'lanczos')
+BACKENDS = ('exact', 'fast')
 SMALL_INPUT = 32  # up to this size images are taken as they are: no resizing, random crops with padding
 PADDING = 4
+CPU = torch.device('cpu')
 
 
 # ---- data sets
@@ -50,17 +55,18 @@ class ImageFolder(torch.utils.data.Dataset):
     Args:
         fits (function): of an image's (width, height), where images aren't resized; see `small_input_rule`.
         index (index_cache.Index): knows the files from an earlier start; None looks for them.
+        read (function): of a path; gives what the transform takes.
 
     Raises:
         UserError: the folder is missing, has no class folders, or one of them has no image; on reading, an image that
             can't be read (`UnreadableImage`) or doesn't fit.
     """
 
-    def __init__(self, root, transform=None, flag='--data_path', fits=None, index=None):
+    def __init__(self, root, transform=None, flag='--data_path', fits=None, index=None, read=load_image):
         shown = printable(root)
         if not os.path.isdir(root):
             raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
-        self.transform, self.fits, self.index = transform, fits, index
+        self.transform, self.fits, self.index, self.read = transform, fits, index, read
         tree = scan_classes(root) if index is None else index.find(root)
         self.classes, self.samples = tree.classes, tree.samples
         if not self.classes:
@@ -82,7 +88,7 @@ class ImageFolder(torch.utils.data.Dataset):
         return image if self.transform is None else self.transform(image), label
 
     def load(self, path):
-        image = load_image(path)
+        image = self.read(path)
         if self.fits is not None and not self.fits(*image.size):
             raise UserError('%s is %dx%d; with --input_size of %d and less images are not resized, so give their own '
                             'size, or a larger --input_size' % ((printable(path),) + image.size + (SMALL_INPUT,)))
@@ -194,7 +200,7 @@ def cifar_root(data_path):
 
 
 def build_dataset(is_train, args, device=None):
-    """(data set, class names): samples are (image float32 (3, size, size), class index)."""
+    """(data set, class names): samples are (image uint8 (size, size, 3), class index)."""
     transform = build_transform(is_train, args)
     if args.data_set == 'CIFAR':
         try:
@@ -205,7 +211,8 @@ def build_dataset(is_train, args, device=None):
         return dataset, list(getattr(dataset, 'classes', None) or map(str, range(100)))
     flag, root = split_root(is_train, args)
     index = index_cache.Index(args.output_dir, device) if args.index_cache else None
-    dataset = ImageFolder(root, transform, flag, small_input_rule(is_train, args.input_size), index)
+    dataset = ImageFolder(root, transform, flag, small_input_rule(is_train, args.input_size), index,
+                          fast_images.load_bytes if is_fast(is_train, args) else load_image)
     return dataset, dataset.classes
 
 
@@ -234,32 +241,62 @@ def build_datasets(args, device=None):
 # ---- transforms
 
 def build_transform(is_train, args):
-    """The reference's transform: a Pillow image to a normalised float32 tensor (3, input_size, input_size).
+    """The worker's part of the reference's transform: a Pillow image to uint8 (input_size, input_size, 3).
 
     Training is timm's `create_transform`; inputs of 32 pixels and less use random crops with 4 pixels of padding.
-    Evaluation resizes the shorter side to input_size / crop_pct and crops the centre.
+    Evaluation resizes the shorter side to input_size / crop_pct and crops the centre. What follows, normalising and
+    random erasing, is `DeviceLoader`'s. Where `is_fast`, it takes what `fast_images.load_bytes` gives too.
     """
-    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if args.imagenet_default_mean_and_std \
-        else (INPUT_MEAN, INPUT_STD)
-    resizes = args.input_size > SMALL_INPUT
+    resizes, fast = args.input_size > SMALL_INPUT, is_fast(is_train, args)
     if is_train:
+        mean, std = mean_and_std(args)
+        # RandAugment turns and shears with the same interpolation; in Pillow's hands bilinear takes half the time.
+        interpolation = 'bilinear' if fast and args.train_interpolation != 'random' else args.train_interpolation
         transform = create_transform(
             input_size=args.input_size, is_training=True, color_jitter=args.color_jitter,
-            auto_augment=policy_or_none(args.aa), interpolation=args.train_interpolation,
-            hflip=getattr(args, 'hflip', 0.5), re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
-            mean=mean, std=std)
-        if not resizes:
+            auto_augment=policy_or_none(args.aa), interpolation=interpolation, hflip=getattr(args, 'hflip', 0.5),
+            re_prob=0., mean=mean, std=std, use_prefetcher=True)
+        if fast:
+            transform.transforms[0] = fast_images.RandomCrop(args.input_size, interpolation=args.train_interpolation)
+        elif not resizes:
             transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=PADDING)
-        for index, step in enumerate(transform.transforms):
-            if isinstance(step, transforms.Normalize):  # timm gives it tensors, of which torchvision 0.2 warns
-                transform.transforms[index] = transforms.Normalize(mean, std)
+        transform.transforms[-1] = as_it_lies
         return transform
     steps = []
     if resizes:
         crop_pct = args.crop_pct or (224 / 256 if args.input_size < 384 else 1.0)
-        steps = [transforms.Resize(int(args.input_size / crop_pct), interpolation=InterpolationMode.BICUBIC),
+        resized = int(args.input_size / crop_pct)
+        steps = [transforms.Resize(resized, interpolation=InterpolationMode.BICUBIC),
                  transforms.CenterCrop(args.input_size)]
-    return transforms.Compose(steps + [transforms.ToTensor(), transforms.Normalize(mean, std)])
+        if fast:
+            steps = [fast_images.CentreCrop(resized, args.input_size)]
+    return transforms.Compose(steps + [as_it_lies])
+
+
+def as_it_lies(image):
+    """A Pillow image as uint8 (H, W, 3). Turned to (3, H, W), as timm's own last step does, takes longer to collate."""
+    return torch.from_numpy(np.array(image))
+
+
+def is_fast(is_train, args):
+    """Whether --data_backend fast, or --eval_data_backend, asks for other pixels; what isn't resized stays exact."""
+    return (args.data_backend if is_train else args.eval_data_backend) == 'fast' and args.input_size > SMALL_INPUT
+
+
+def check_backend(args):
+    """Raise a `UserError` where --data_backend fast isn't to be had."""
+    for flag, backend_name in (('--data_backend', args.data_backend), ('--eval_data_backend', args.eval_data_backend)):
+        if backend_name == 'fast':
+            fast_images.check_available(flag)
+    if args.data_backend == 'fast' and args.train_interpolation not in fast_images.RESIZES:
+        raise UserError('--train_interpolation %s needs --data_backend exact; fast has %s'
+                        % (args.train_interpolation, ', '.join(fast_images.RESIZES)))
+
+
+def mean_and_std(args):
+    if args.imagenet_default_mean_and_std:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return INPUT_MEAN, INPUT_STD
 
 
 def small_input_rule(is_train, input_size):
@@ -377,24 +414,30 @@ class Unreadable(typing.NamedTuple):
 
 class Batch(typing.NamedTuple):
     """What the loaders give. B is smaller by the files that were left out; it can be 0."""
-    images: torch.Tensor  # float32 (B, 3, H, W)
+    images: torch.Tensor  # float32 (B, 3, H, W), normalised; from a worker uint8
     targets: torch.Tensor  # int64 (B,), class indices
     indices: torch.Tensor  # int64 (B,), places in the data set; see `image_name`
     unreadable: list  # of Unreadable
+    erasing: list = ()  # what is still to be erased: (place in the batch, seed, boxes), see `BoxesToErase`
 
 
 class Samples(torch.utils.data.Dataset):
-    """(image, class index, index) by index; where `skips`, an `Unreadable` for a file that can't be read."""
+    """(image, class index, index, what to erase of it) by index; where `skips`, an `Unreadable` for a bad file.
 
-    def __init__(self, dataset, skips=False):
-        self.dataset, self.skips = dataset, skips
+    Args:
+        erasing (BoxesToErase): draws its numbers behind all others of an image; None erases nothing.
+    """
+
+    def __init__(self, dataset, skips=False, erasing=None):
+        self.dataset, self.skips, self.erasing = dataset, skips, erasing
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, index):
         try:
-            return tuple(self.dataset[index]) + (index,)
+            image, target = self.dataset[index]
+            return image, target, index, self.erasing(*image.shape[:2]) if self.erasing else ()
         except UnreadableImage as error:
             if self.skips:
                 return Unreadable(error.path, error.reason)
@@ -404,8 +447,8 @@ class Samples(torch.utils.data.Dataset):
 class SeededSamples(Samples):
     """Samples by (epoch, index), the augmentation's random numbers drawn from (seed, epoch, index)."""
 
-    def __init__(self, dataset, seed=0, skips=False):
-        super().__init__(dataset, skips)
+    def __init__(self, dataset, seed=0, skips=False, erasing=None):
+        super().__init__(dataset, skips, erasing)
         self.seed = seed
 
     def __getitem__(self, key):
@@ -426,13 +469,15 @@ class SeededSamples(Samples):
 
 
 def collate(items, size):
-    """What `Samples` gave, as a `Batch` of images of size x size."""
+    """What `Samples` gave, as a `Batch` of bytes, images of size x size."""
     unreadable = [item for item in items if isinstance(item, Unreadable)]
     read = [item for item in items if not isinstance(item, Unreadable)]
     if not read:
         nothing = torch.zeros(0, dtype=torch.int64)
-        return Batch(torch.zeros(0, 3, size, size), nothing, nothing.clone(), unreadable)
-    return Batch(*default_collate(read), unreadable=unreadable)
+        return Batch(torch.zeros(0, 3, size, size, dtype=torch.uint8), nothing, nothing.clone(), unreadable, [])
+    images, targets, indices = default_collate([item[:3] for item in read])
+    erasing = [(place,) + item[3] for place, item in enumerate(read) if item[3]]
+    return Batch(images.permute(0, 3, 1, 2), targets, indices, unreadable, erasing)
 
 
 def calm_worker(_):
@@ -453,21 +498,33 @@ def _end_when_told(parent):
     os._exit(0)
 
 
-def build_loaders(args, train, val, pin_memory=False):
-    """(training loader or None, validation loader or None) for this process; both give a `Batch` at a time.
+def build_loaders(args, train, val, device=CPU):
+    """(training loader or None, validation loader or None) for this process; both give a `Batch` on `device` at a time.
 
     The validation batch is 1.5 times the training batch. Without --dist_eval each process evaluates the whole set.
     """
     skips = args.bad_images == 'skip'
-    common = dict(num_workers=args.num_workers, pin_memory=args.pin_mem and pin_memory, worker_init_fn=calm_worker,
-                  collate_fn=functools.partial(collate, size=args.input_size))
+    erasing = BoxesToErase(args.reprob, args.recount) if args.reprob > 0 else None
     train_loader = val_loader = None
     if train is not None:
-        train_loader = torch.utils.data.DataLoader(
-            SeededSamples(train, args.seed, skips), batch_size=args.batch_size, drop_last=True,
-            sampler=EpochSampler(len(train), distributed.rank(), distributed.world_size(), args.seed), **common)
+        train_loader = DeviceLoader(torch.utils.data.DataLoader(
+            SeededSamples(train, args.seed, skips, erasing), batch_size=args.batch_size, drop_last=True,
+            sampler=EpochSampler(len(train), distributed.rank(), distributed.world_size(), args.seed),
+            **loading(args, device)), device, *mean_and_std(args), remode=args.remode)
     if val is not None:
         shards = (distributed.rank(), distributed.world_size()) if args.dist_eval else (0, 1)
-        val_loader = torch.utils.data.DataLoader(
-            Samples(val, skips), batch_size=int(1.5 * args.batch_size), sampler=ExactShard(len(val), *shards), **common)
+        val_loader = DeviceLoader(torch.utils.data.DataLoader(
+            Samples(val, skips), batch_size=int(1.5 * args.batch_size), sampler=ExactShard(len(val), *shards),
+            **loading(args, device)), device, *mean_and_std(args))
     return train_loader, val_loader
+
+
+def loading(args, device):
+    """How a DataLoader is to load. Its workers stay from one epoch to the next, where PyTorch has that."""
+    wanted = dict(
+        num_workers=args.num_workers, pin_memory=args.pin_mem and backend.can_pin_memory(device),
+        worker_init_fn=calm_worker, collate_fn=functools.partial(collate, size=args.input_size),
+        persistent_workers=args.num_workers > 0,
+        generator=torch.Generator())  # new workers are given a number, ones that stay not: don't take it from the run's
+    known = inspect.signature(torch.utils.data.DataLoader.__init__).parameters
+    return {name: value for name, value in wanted.items() if name in known}

@@ -192,6 +192,10 @@ def build_parser(description=__doc__):
     add('--data_set', default='IMNET', help='IMNET (train/ and val/), image_folder (data_path and eval_data_path are '
         'the class folders) or CIFAR (CIFAR-100\'s archive, unpacked) (IMNET)')
 
+    add('--data_backend', default='exact', choices=datasets.BACKENDS,
+        help='of training: exact, the reference\'s pixels; fast: decoding and crops by torchvision, pixels differ a '
+        'little (exact)')
+    add('--eval_data_backend', default='exact', choices=datasets.BACKENDS, help='of evaluation (exact)')
     add('--bad_images', default='error', choices=('error', 'skip'),
         help='a file that cannot be read: error, or skip: leave it out, list it in output_dir/bad_images.txt (error)')
     add('--max_bad_images', default=0.001, type=share, help='with skip, the share of bad files to stop at (0.001)')
@@ -243,6 +247,7 @@ def check_args(args, local_rank=0, processes=1):
         raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s; use %s%d' % (
             args.input_size, patch, args.model, '%d or ' % below if below else '', below + patch))
     datasets.check_policy(args.aa)
+    datasets.check_backend(args)
     if args.resplit:
         raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
     if args.warmup_steps <= 0 and args.warmup_epochs > args.epochs:

@@ -46,7 +46,8 @@ def load_image(path):
                 image = Image.fromarray(np.uint8(np.clip(pixels / 257. + 0.5, 0, 255)))
             elif image.mode == 'P' and 'transparency' in image.info:
                 image = image.convert('RGBA')
-            return image.convert('RGB')
+            image.load()
+            return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy it
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         reason = getattr(error, 'strerror', None) or re.sub(r' <_io\.[^>]*>', '', str(error)) or type(error).__name__
         if isinstance(error, FileNotFoundError) and os.path.islink(path):

@@ -180,7 +180,7 @@ def main(args, signals):
 
     train_set, val_set, classes = datasets.build_datasets(args, device)
     steps_per_epoch = None if args.eval else count_steps(args, len(train_set))
-    train_loader, val_loader = datasets.build_loaders(args, train_set, val_set, backend.can_pin_memory(device))
+    train_loader, val_loader = datasets.build_loaders(args, train_set, val_set, device)
 
     model = build_model(args, len(classes))
     if args.finetune:

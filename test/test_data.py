@@ -18,6 +18,7 @@ from PIL import Image, features
 
 import datasets
 from conftest import NANO, photo
+from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError
 
 RGB = (200, 30, 90)
@@ -39,11 +40,23 @@ def pixels_of(tensor):
     return np.rint((tensor.numpy() * 0.5 + 0.5) * 255.).astype(np.int64).transpose(1, 2, 0)
 
 
+def transform_of(is_train, args):
+    """What the program makes of a Pillow image: in a worker, and then on the device."""
+    erasing = BoxesToErase(args.reprob, args.recount) if is_train and args.reprob else None
+    finish = DeviceLoader(None, datasets.CPU, *datasets.mean_and_std(args), remode=args.remode)
+    worker = datasets.build_transform(is_train, args)
+
+    def transform(image):
+        item = datasets.Samples([(worker(image), 0)], erasing=erasing)[0]
+        return finish.prepare(datasets.collate([item], args.input_size)).images[0]
+    return transform
+
+
 # ---- the evaluation transform
 
 def test_evaluation_transform_gives_the_recorded_pixels(golden, parse):
     recorded = golden('eval_transform.npz')
-    ours = datasets.build_transform(False, parse('--input_size=224'))(Image.fromarray(recorded['photo']))
+    ours = transform_of(False, parse('--input_size=224'))(Image.fromarray(recorded['photo']))
     assert ours.dtype == torch.float32 and tuple(ours.shape) == (3, 224, 224)
     assert np.abs(ours.numpy() - recorded['eval_224']).max() <= 2 / 255. + 1e-6  # one step of 255, after the /0.5
 
@@ -63,14 +76,14 @@ def test_crop_pct(golden, parse, flags, size, resized, portrait):
     image = Image.fromarray(golden('eval_transform.npz')['photo'])
     if portrait:
         image = image.transpose(Image.ROTATE_90)
-    ours = datasets.build_transform(False, parse(*flags))(image).numpy()
+    ours = transform_of(False, parse(*flags))(image).numpy()
     assert np.abs(ours - evaluation_by_hand(image, size, resized)).max() <= 2 / 255. + 1e-6
 
 
 @pytest.mark.parametrize('size', [16, 32])
 def test_small_images_are_evaluated_as_they_are(parse, size):
     image = photo(3, size, size)
-    ours = datasets.build_transform(False, parse('--input_size=%d' % size))(image)
+    ours = transform_of(False, parse('--input_size=%d' % size))(image)
     assert np.array_equal(pixels_of(ours), np.asarray(image))
 
 
@@ -79,7 +92,7 @@ def test_imagenet_mean_and_deviation(parse):
     expected = (np.array(RGB) / 255. - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     for is_train in (False, True):
         args = parse('--input_size=48', '--imagenet_default_mean_and_std', *PLAIN)
-        ours = datasets.build_transform(is_train, args)(image).numpy()
+        ours = transform_of(is_train, args)(image).numpy()
         assert ours.shape == (3, 48, 48)
         assert np.abs(ours - expected[:, None, None]).max() < 1e-5, 'is_train=%s' % is_train
 
@@ -97,7 +110,7 @@ def shifts_of(output, image, padding=4):
 @pytest.mark.parametrize('hflip', [0, 1])
 def test_small_inputs_train_on_shifted_crops(parse, hflip):
     image = photo(5, 32, 32)
-    transform = datasets.build_transform(True, parse('--input_size=32', '--hflip=%d' % hflip, *PLAIN))
+    transform = transform_of(True, parse('--input_size=32', '--hflip=%d' % hflip, *PLAIN))
     found = set()
     for seed in range(30):
         random.seed(seed)
@@ -112,7 +125,7 @@ def test_small_inputs_train_on_shifted_crops(parse, hflip):
 
 def test_half_of_the_images_are_mirrored_by_default(parse):
     image = photo(5, 32, 32)
-    transform = datasets.build_transform(True, parse('--input_size=32', *PLAIN))
+    transform = transform_of(True, parse('--input_size=32', *PLAIN))
     torch.manual_seed(0)
     random.seed(0)
     mirrored = sum(not shifts_of(pixels_of(transform(image)), image) for _ in range(200))
@@ -123,7 +136,7 @@ def test_large_inputs_train_on_resized_crops(parse):
     image = photo(6, 320, 240)
     outputs = {}
     for hflip in (0, 1):
-        transform = datasets.build_transform(True, parse('--input_size=64', '--hflip=%d' % hflip, *PLAIN))
+        transform = transform_of(True, parse('--input_size=64', '--hflip=%d' % hflip, *PLAIN))
         for seed in range(4):
             random.seed(seed)
             torch.manual_seed(seed)
@@ -138,7 +151,7 @@ def test_large_inputs_train_on_resized_crops(parse):
 
 @pytest.mark.parametrize('size', [32, 96])
 def test_default_augmentations_give_finite_tensors(parse, size):
-    transform = datasets.build_transform(True, parse('--input_size=%d' % size))
+    transform = transform_of(True, parse('--input_size=%d' % size))
     for seed in range(20):
         random.seed(seed)
         np.random.seed(seed)
@@ -150,7 +163,7 @@ def test_default_augmentations_give_finite_tensors(parse, size):
 @pytest.mark.parametrize('remode', ['const', 'rand', 'pixel'])
 def test_random_erasing_writes_what_remode_says(parse, remode):
     flags = ('--input_size=64', '--aa=none', '--color_jitter=0', '--reprob=1', '--remode=%s' % remode)
-    tensor = datasets.build_transform(True, parse(*flags))(Image.new('RGB', (64, 64), RGB))
+    tensor = transform_of(True, parse(*flags))(Image.new('RGB', (64, 64), RGB))
     untouched = torch.tensor([value / 255. * 2 - 1 for value in RGB]).view(3, 1, 1)
     erased = ((tensor - untouched).abs() > 1e-4).any(0)
     assert 0 < int(erased.sum()) < 64 * 64
@@ -163,7 +176,7 @@ def test_random_erasing_writes_what_remode_says(parse, remode):
                                     'original', 'originalr'])
 def test_known_policies_pass_and_work(parse, policy):
     datasets.check_policy(policy)
-    transform = datasets.build_transform(True, parse('--input_size=48', '--aa=%s' % policy))
+    transform = transform_of(True, parse('--input_size=48', '--aa=%s' % policy))
     assert tuple(transform(photo(1, 64, 64)).shape) == (3, 48, 48)
 
 
@@ -287,7 +300,7 @@ def test_every_kind_goes_through_the_transforms(tmp_path, parse, suffix, mode):
     path = str(tmp_path / ('a' + suffix))
     photo(7, 60, 50).convert('L' if mode == 'LA' else 'RGB').convert(mode).save(path)
     for is_train in (False, True):
-        tensor = datasets.build_transform(is_train, parse('--input_size=48'))(datasets.load_image(path))
+        tensor = transform_of(is_train, parse('--input_size=48'))(datasets.load_image(path))
         assert tuple(tensor.shape) == (3, 48, 48)
 
 
@@ -459,9 +472,9 @@ def test_cifar(tmp_path, monkeypatch, parse, given):
         tensor, label = val[index]
         assert label == content['test']['fine_labels'][index]
         expected = content['test']['data'][index].reshape(3, 32, 32).transpose(1, 2, 0)
-        assert np.array_equal(pixels_of(tensor), expected)
+        assert np.array_equal(tensor.numpy(), expected)
     assert [train[index][1] for index in range(12)] == content['train']['fine_labels']
-    assert tuple(train[0][0].shape) == (3, 32, 32)
+    assert tuple(train[0][0].shape) == (32, 32, 3)
 
 
 def test_damaged_cifar_is_refused(tmp_path, monkeypatch, parse):

@@ -1,0 +1,82 @@
+"""Batches on the device: copied there as bytes ahead of their use, and there made float32, normalised and erased."""
+
+import random
+
+import torch
+from timm.data.random_erasing import RandomErasing
+
+import backend
+
+
+class BoxesToErase(RandomErasing):
+    """timm's choice of what to erase, without the erasing: drawn in a loader's worker, carried out on the device.
+
+    Args:
+        probability (float): the share of images.
+        most (int): the largest number of boxes of one image.
+    """
+
+    def __init__(self, probability, most=1):
+        super().__init__(probability, mode='const', max_count=most, device='cpu')  # const draws no numbers for pixels
+
+    def __call__(self, height, width):
+        """(seed of the noise, [(top, left, height, width)]), or () for an image that is left alone."""
+        boxes = _Boxes()
+        self._erase(boxes, 3, height, width, torch.float32)
+        return (random.getrandbits(63), list(boxes)) if boxes else ()
+
+
+class _Boxes(list):
+    """In place of an image: notes where timm writes."""
+
+    def __setitem__(self, where, _):
+        _, rows, columns = where
+        self.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
+
+
+class DeviceLoader:
+    """What a DataLoader of bytes gives, on `device`: images float32, normalised as timm does it, and erased.
+
+    Its attributes are the DataLoader's. On a CPU and on CUDA images are the bits that torchvision's ToTensor and
+    Normalize give. The noise of an erased image hangs on its seed and the kind of device alone.
+
+    Args:
+        loader (DataLoader): gives `datasets.Batch`es of uint8 (B, 3, H, W).
+        mean, std (sequence of 3 float): of images between 0 and 1.
+        remode (str): what erasing writes: 'const' 0, 'rand' one normal colour a box, 'pixel' normal noise.
+    """
+
+    def __init__(self, loader, device, mean, std, remode='pixel'):
+        self.loader, self.device, self.remode = loader, device, remode
+        self.generator = backend.noise_generator(device)
+        # 255 too: by a number CUDA multiplies with 1/255 instead, which rounds otherwise.
+        self.white, self.mean, self.std = (torch.tensor(value, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+                                           for value in ([255.], mean, std))
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        return backend.one_ahead(self.loader, self.prepare, self.device)
+
+    def prepare(self, batch):
+        """The batch on the device; nothing waits for it to be there."""
+        images = batch.images.permute(0, 2, 3, 1).to(self.device, non_blocking=True)  # as they lie: one plain copy
+        images = images.permute(0, 3, 1, 2).contiguous().float()
+        images.div_(self.white).sub_(self.mean).div_(self.std)
+        for place, seed, boxes in batch.erasing:
+            self.generator.manual_seed(seed)
+            for top, left, height, width in boxes:
+                images[place, :, top:top + height, left:left + width] = self.pixels(height, width)
+        return batch._replace(images=images, targets=batch.targets.to(self.device, non_blocking=True), erasing=[])
+
+    def pixels(self, height, width):
+        """What erasing writes into a box: (3, height, width), or (3, 1, 1)."""
+        if self.remode == 'const':
+            return torch.zeros(3, 1, 1, device=self.device)
+        shape = (3, height, width) if self.remode == 'pixel' else (3, 1, 1)
+        noise = torch.empty(shape, device=self.generator.device).normal_(generator=self.generator)
+        return noise.to(self.device)
