@@ -398,7 +398,8 @@ DEFAULTS = dict(
     opt_level='O2', amp_dtype=None, loss_scale=None, world_size=1, local_rank=-1, dist_on_itp=False,
     dist_url='env://', hflip=0.5, jit_compile='auto', attention='auto', save_ckpt_steps=0, save_ckpt_minutes=0.,
     keep_checkpoints=0, deterministic=False, on_nonfinite='stop', bad_images='error', max_bad_images=0.001,
-    check_data=False, dist_timeout=600., data_backend='exact', eval_data_backend='exact')
+    check_data=False, dist_timeout=600., data_backend='exact', eval_data_backend='exact', index_cache=True,
+    skip_dropped='auto', grad_checkpointing=False, compile=False)
 
 
 def test_flags_and_defaults_are_the_references(parse):
