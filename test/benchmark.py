@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -236,7 +237,7 @@ class Entry:
 def measure_row(ours, other, options, setting, device, work, flops, peak):
     """One row: two contenders, (kind, mode) each, in turns. Where one can't run, the other's figures alone."""
     contenders.forget_compiled()
-    progress('%s %s against %s %s' % (ours + other))
+    progress(' against '.join('%s %s' % (kind, CONTENDERS[kind].mode_of(mode, device)) for kind, mode in (ours, other)))
     entries = [Entry(kind, setting, mode, work, options, device) for kind, mode in (ours, other)]
     able = [entry for entry in entries if entry.contender is not None]
     row = dict(ours=entries[0].record, other=entries[1].record)
@@ -633,29 +634,46 @@ def run_processes(count, order, threads):
     test/launch.py can start run_class_finetuning.py alone; here the processes get the same environment.
     """
     port, processes = free_port(), []
-    try:
-        for rank in range(count):
-            env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank),
-                       LOCAL_WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-            if threads:
-                env['OMP_NUM_THREADS'] = str(threads)
-            processes.append(subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), '_process', json.dumps(order)], env=env,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                preexec_fn=distributed.end_with_parent))
-        output = [process.communicate(timeout=RUN_SECONDS) for process in processes]
-        failed = [rank for rank, process in enumerate(processes) if process.returncode]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [os.path.join(folder, '%d.%s') % (rank, '%s') for rank in range(count)]
+        try:
+            for rank, path in enumerate(paths):
+                env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank),
+                           LOCAL_WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+                if threads:
+                    env['OMP_NUM_THREADS'] = str(threads)
+                with open(path % 'out', 'wb') as out, open(path % 'err', 'wb') as err:
+                    processes.append(subprocess.Popen(
+                        [sys.executable, os.path.abspath(__file__), '_process', json.dumps(order)], env=env,
+                        stdout=out, stderr=err, preexec_fn=distributed.end_with_parent))
+            failed = wait_for(processes)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+        if failed is not None:
+            said = last_line(paths[failed] % 'err').replace('benchmark.py: error: ', '')
+            raise UserError('process %d of %d failed: %s' % (failed, count, said or 'it does not say why'))
+        return json.loads(last_line(paths[0] % 'out'))
+
+
+def wait_for(processes):
+    """The number of the first process that fails, or None: the others would wait for it."""
+    until = time.monotonic() + RUN_SECONDS
+    while any(process.poll() is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.poll()]
         if failed:
-            said = output[failed[0]][1].strip().splitlines() or ['no message']
-            raise UserError('process %d of %d failed: %s' % (failed[0], count, said[-1]))
-        return json.loads(output[0][0].strip().splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        raise UserError('%d processes did not end in %d s' % (count, RUN_SECONDS)) from None
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+            return failed[0]
+        if time.monotonic() > until:
+            raise UserError('%d processes did not end in %d s' % (len(processes), RUN_SECONDS))
+        time.sleep(0.05)
+    return next((rank for rank, process in enumerate(processes) if process.returncode), None)
+
+
+def last_line(path):
+    with open(path, encoding='utf-8', errors='replace') as file:
+        return (file.read().strip().splitlines() or [''])[-1]
 
 
 def scaling_main(options, device):
@@ -817,4 +835,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, lambda heard, _: sys.exit(128 + heard))  # an orderly end removes what was made
     sys.exit(main())

@@ -14,7 +14,7 @@ AdamW with layer decay 0.85, stochastic depth 0.1 and clipping at 1.0 are the sa
   timm's with fused attention off, so that nothing that speeds up ours speeds it up.
 
 timm has no O2. Beside it stands timm's autocast to the same dtype: its --model-dtype, without float32 masters, loses
-small updates, and is not the same training.
+small updates, and is not the same training. Nor is TF32, which timm's train.py allows: float32 is float32 for all.
 """
 
 import contextlib
@@ -168,8 +168,8 @@ def check_compiler():
 
 def forget_compiled():
     """Drop what was compiled before, of which torch.compile keeps only so much for each function."""
-    if hasattr(torch, 'compiler') and hasattr(torch.compiler, 'reset'):
-        torch.compiler.reset()
+    if 'torch._dynamo' in sys.modules:
+        sys.modules['torch._dynamo'].reset()
 
 
 def our_flags(setting, mode, folder):
@@ -256,6 +256,16 @@ def half_dtype(precision, device):
     return backend.check_precision(device, precision != 'float32', 'O1', None if precision == 'float32' else precision)
 
 
+@contextlib.contextmanager
+def tuned_convolutions():
+    """cuDNN tries its algorithms out, as timm's train.py and the reference's script set it; only inside."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class Timm:
     """timm's model, optimizer and step, as its train.py does it."""
 
@@ -306,13 +316,14 @@ class Timm:
 
     def train(self, steps):
         self.model.train()
-        for _ in range(steps):
-            with self.autocast():
-                output = self.model(self.images)
-                loss = self.criterion(output, self.targets)
-            self.update(loss)
-            self.optimizer.zero_grad()
-            self.after_step(output, loss)
+        with tuned_convolutions():
+            for _ in range(steps):
+                with self.autocast():
+                    output = self.model(self.images)
+                    loss = self.criterion(output, self.targets)
+                self.update(loss)
+                self.optimizer.zero_grad()
+                self.after_step(output, loss)
 
     def update(self, loss):
         if self.scaler is not None:
@@ -328,7 +339,10 @@ class Timm:
     def evaluate(self, batches):
         self.model.eval()
         correct, losses = 0, 0
-        with getattr(torch, 'inference_mode', torch.no_grad)():
+        # An NPU's tensors, from outside PyTorch, need not know inference mode.
+        without_gradients = getattr(torch, 'inference_mode', torch.no_grad) if self.device.type != 'npu' \
+            else torch.no_grad
+        with without_gradients(), tuned_convolutions():
             for _ in range(batches):
                 with self.autocast():
                     output = self.model(self.images)

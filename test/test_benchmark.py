@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -231,6 +232,28 @@ def test_scaling(bench):
     check_summary(two['images_per_second'], 1)
     assert two['efficiency']['median'] == pytest.approx(  # on a CPU they share the cores
         two['images_per_second']['median'] / one['images_per_second']['median'])
+
+
+def test_a_process_that_fails_ends_the_others():
+    """They would wait for it at the meeting, for minutes."""
+    setting = contenders.Setting('beit_nano_patch8_32', 32, 2, 'cpu', extra=('--opt=adamv',))
+    order = dict(setting=setting._asdict(), mode=['float32', False], warmup=1, steps=1, samples=1)
+    with pytest.raises(benchmark.UserError, match='process [01] of 2 failed: --opt: unknown value .adamv.'):
+        benchmark.run_processes(2, order, 1)
+
+
+def test_what_was_made_goes_away_with_a_signal(tmp_path):
+    with subprocess.Popen([sys.executable, os.path.join(TEST_DIR, 'benchmark.py'), 'data', '--device=cpu',
+                           '--distinct=5000'], stderr=subprocess.PIPE, universal_newlines=True,
+                          env=dict(os.environ, TMPDIR=str(tmp_path))) as run:
+        assert 'making' in next(line for line in run.stderr if 'making' in line)
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.rglob('*.jpg')) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        made = len(list(tmp_path.rglob('*.jpg')))
+        run.terminate()
+    assert made and run.returncode == 143
+    assert list(tmp_path.rglob('*.jpg')) == []
 
 
 # ---- mistakes
