@@ -462,7 +462,7 @@ def data_main(options, device):
                   images_per_sample=options.images, extra_flags=options.extra,
                   images='folder' if options.data_path else 'made')
     with tempfile.TemporaryDirectory() as folder:
-        root = options.data_path or folder
+        root = datasets.resolve_data_path(options.data_path) if options.data_path else folder
         if not options.data_path:
             progress('making %d JPEGs' % options.distinct)
             rounded = -(-options.images // options.batch_size) + options.warmup + 2 * options.workers + 1
