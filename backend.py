@@ -8,7 +8,9 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
+import shutil
 
 # From 2.5 on, torch imports torch_npu by itself and dies with a traceback where CANN isn't set up; here it is imported
 # when it's wanted, and its failure explained.
@@ -252,6 +254,85 @@ def fused_optimizer(name, under_apex=None):
     raise UserError('--opt %s needs %s, which is not installed here; use --opt adamw' % (name.lower(), where))
 
 
+def build_optimizer(cls, groups, **settings):
+    """An optimizer, with its fused kernel where it and the device have one: one pass over the weights, not ten."""
+    if 'fused' in inspect.signature(cls.__init__).parameters:
+        try:
+            return cls(groups, fused=True, **settings)
+        except RuntimeError:  # not on this device, or not for these settings
+            pass
+    return cls(groups, **settings)
+
+
+def takes_scale(optimizer):
+    """Whether an optimizer's step divides the gradients by `grad_scale`, and does nothing where `found_inf` is 1."""
+    return getattr(optimizer, '_step_supports_amp_scaling', False)
+
+
+def step_scaled(optimizer, divisor=None, skip=None):
+    """A step of an optimizer that `takes_scale`: gradients divided by a 0-dim tensor, and none where `skip` is true."""
+    optimizer.grad_scale = divisor
+    optimizer.found_inf = None if skip is None else skip.float()
+    optimizer.step()
+    optimizer.grad_scale = optimizer.found_inf = None
+
+
+def reads_freely(device):
+    """Whether a number can be read from the device without waiting for work that it has yet to do."""
+    return device.type == 'cpu'
+
+
+_HAS_FOREACH = hasattr(torch, '_foreach_copy_')
+
+
+def multiply_all(tensors, factor):
+    """Multiply each in place by a number."""
+    if _HAS_FOREACH:
+        torch._foreach_mul_(tensors, factor)
+        return
+    for tensor in tensors:
+        tensor.mul_(factor)
+
+
+def add_all(tensors, others):
+    """Add to each in place the other of its place, which may be of another dtype."""
+    if _HAS_FOREACH and tensors:
+        torch._foreach_add_(tensors, others if tensors[0].dtype == others[0].dtype else [
+            other.to(tensor.dtype) for tensor, other in zip(tensors, others)])
+        return
+    for tensor, other in zip(tensors, others):
+        tensor.add_(other.to(tensor.dtype))
+
+
+def copy_all(tensors, others):
+    """Copy into each the other of its place, which may be of another dtype."""
+    if _HAS_FOREACH:
+        torch._foreach_copy_(tensors, others)
+        return
+    for tensor, other in zip(tensors, others):
+        tensor.copy_(other)
+
+
+def average_all(averages, values, decay, skip=False):
+    """average = decay * average + (1 - decay) * value for each, in place; where `skip` is true, as they were.
+
+    Args:
+        skip (bool or 0-dim bool tensor).
+    """
+    if skip is True:
+        return
+    if skip is not False:  # it is on the device: a step of length 0
+        length = (1 - decay) * (~skip).float()
+        for average, value in zip(averages, values):
+            average.add_((value - average) * length.to(average.device))
+    elif _HAS_FOREACH:
+        torch._foreach_mul_(averages, decay)
+        torch._foreach_add_(averages, values, alpha=1 - decay)
+    else:
+        for average, value in zip(averages, values):
+            average.mul_(decay).add_(value, alpha=1 - decay)
+
+
 # ---- attention
 
 def fused_attentions(device):
@@ -379,6 +460,22 @@ def _half_precision_problem(device, dtype):
     except (RuntimeError, TypeError) as error:
         return ' '.join(str(error).split())[:100]
     return None
+
+
+# ---- compilation
+
+def check_compile(device):
+    """Raise a `UserError` where torch.compile can't be had."""
+    if not hasattr(torch, 'compile') or not hasattr(nn.Module, 'compile'):
+        raise UserError('--compile: this PyTorch cannot compile a model in place; use 2.2 or newer, or leave it out')
+    compiler = os.environ.get('CXX', 'g++')
+    if device.type == 'cpu' and not any(shutil.which(name) for name in (compiler, 'clang++')):
+        raise UserError('--compile: compiling for a CPU needs a C++ compiler; install g++, or leave the flag out')
+
+
+def compile_in_place(model):
+    """Compile a module's forward and backward pass for the shapes that it meets, as one graph each; names stay."""
+    model.compile(fullgraph=True, dynamic=False)
 
 
 # ---- profiling

@@ -406,7 +406,7 @@ WITHOUT_EFFECT = {'output_dir', 'log_dir', 'resume', 'auto_resume', 'save_ckpt',
                   'dist_url', 'dist_on_itp', 'dist_timeout', 'dist_eval', 'data_path', 'eval_data_path', 'finetune',
                   'model_key', 'model_prefix', 'maxstep', 'prof', 'cann_prof', 'init_scale', 'start_epoch', 'eval',
                   'check_data', 'max_bad_images', 'disable_eval_during_finetuning', 'deterministic', 'nb_classes',
-                  'device', 'batch_size', 'update_freq', 'model_ema_force_cpu', 'crop_pct'}
+                  'device', 'batch_size', 'update_freq', 'model_ema_force_cpu', 'crop_pct', 'index_cache'}
 
 
 def differences(content, args, run):

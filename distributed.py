@@ -82,6 +82,7 @@ def wait_seconds(default):
 
 
 _met = []  # the store in which the processes met
+_host_group = []  # a group for `ask`, whose collectives never touch a device
 
 
 def meeting_store():
@@ -114,6 +115,7 @@ def init_distributed_mode(args):
                                     world_size=processes,
                                     timeout=datetime.timedelta(seconds=args.dist_timeout + 10))
             _met.append(store)
+            _host_group.append(_make_host_group(device, args.dist_timeout + 10))
         except (RuntimeError, ValueError) as error:
             text = ' '.join(str(error).split())
             if 'in use' in text:
@@ -124,6 +126,12 @@ def init_distributed_mode(args):
                             % (address, processes, seconds, text[:200])) from None
         barrier()
     return device
+
+
+def _make_host_group(device, seconds):
+    if backend.PROCESS_GROUP_BACKEND[device.type] == 'gloo':
+        return dist.group.WORLD
+    return dist.new_group(timeout=datetime.timedelta(seconds=seconds), backend='gloo')
 
 
 def leave_processes():
@@ -142,6 +150,27 @@ def gather_numbers(numbers, device, dtype=torch.float32):
     with waiting():
         dist.all_gather(gathered, mine)
         return [each.tolist() for each in gathered]
+
+
+def ask(numbers, device):
+    """Begin to gather whole numbers of every process between their hosts: what a device is doing is not waited for.
+
+    Returns:
+        A function to call once, which waits for the answers and gives one list for each process.
+    """
+    if world_size() == 1:
+        return lambda: [list(numbers)]
+    if not _host_group:
+        return lambda: gather_numbers(numbers, device)
+    mine = torch.tensor(numbers, dtype=torch.float32)
+    gathered = [torch.zeros_like(mine) for _ in range(world_size())]
+    work = dist.all_gather(gathered, mine, group=_host_group[-1], async_op=True)
+
+    def answers():
+        with waiting():
+            work.wait()
+            return [each.tolist() for each in gathered]
+    return answers
 
 
 def gather(value, device):

@@ -15,6 +15,7 @@ from errors import UserError
 from pilot import Pilot, Update
 
 SKIPS_IN_A_ROW = 20
+UNREAD_UPDATES = 10  # the most whose outcome may wait on the device
 
 
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler=None, max_norm=None,
@@ -61,7 +62,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         meters.load_state(state['meters'])
     if first_step:  # the rates that the last of them left in the optimizer: a checkpoint may come before the next
         set_schedules(optimizer, start_steps + first_step - 1, lr_schedule_values, wd_schedule_values)
-    update = Update()
+    update, unread = None, []
 
     batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,
                                'Epoch: [%d]' % epoch, device, distributed.world_size(), throughput,
@@ -71,8 +72,10 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     for micro_step, batch in enumerate(batches, first_micro_step):
         update_step = start_steps + micro_step // update_freq
         is_update = (micro_step + 1) % update_freq == 0
-        if seed is not None and micro_step % update_freq == 0:
-            utils.seed_step(seed, update_step)
+        if micro_step % update_freq == 0:
+            update = Update(update_step)
+            if seed is not None:
+                utils.seed_step(seed, update_step)
         set_schedules(optimizer, update_step, lr_schedule_values, wd_schedule_values)
 
         images = batch[0].to(device, non_blocking=True)
@@ -81,35 +84,51 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
 
         output = model(mixed if len(mixed) else images.new_zeros((1,) + images.shape[1:]))
         loss = criterion(output, labels) if len(mixed) else output.sum() * 0.  # no image could be read: stay in step
-        loss_value = loss.item()
-        update.add(batch, output, loss_value)
+        update.add(batch, output, loss)
         if is_update:
-            pilot.vote(update, update_step, scaler.scale, device)
-        grad_norm = scaler(loss / update_freq, optimizer, model.parameters(), max_norm, is_update, create_graph,
-                           usable=update.finite_everywhere)
+            pilot.vote(update, device)
+        update.grad_norm = scaler(loss / update_freq, optimizer, model.parameters(), max_norm, is_update, create_graph)
 
-        values = dict(rates(optimizer), loss=finite_or_none(loss_value), grad_norm=finite_or_none(grad_norm),
-                      loss_scale=scaler.scale, class_acc=None if mixup_fn or not len(images)
-                      else (output.argmax(-1) == targets).float().mean().item())
-        log_values(meters, log_writer if is_update else None, update_step, values)
-        if is_update:
-            optimizer.zero_grad()
-            if scaler.skipped_in_a_row:
-                pilot.skipped(update, scaler, update_step, grad_norm, device)
-                report_skip(scaler, update_step)
-            else:
-                pilot.norms.append(grad_norm)
-                if model_ema is not None:
-                    model_ema.update(scaler.full_precision_state(model))
-            pilot.between_updates(update, epoch, micro_step // update_freq + 1,
-                                  dict(meters=meters.state(), skipped_before=skipped_before), device)
-            update = Update()
+        class_acc = None if mixup_fn or not len(images) else (output.argmax(-1) == targets).float().mean()
+        update.values = dict(rates(optimizer), loss=loss.detach(), grad_norm=update.grad_norm, loss_scale=scaler.scale,
+                             class_acc=class_acc)
+        meters.update(**update.values)
+        if not is_update:
+            continue
+        optimizer.zero_grad()
+        update.skipped = scaler.newest_skipped
+        if model_ema is not None:
+            model_ema.update(scaler.full_precision_state(model), update.skipped)
+        unread.append(update)
+        must_read = pilot.hear(update, device) or utils.is_line(micro_step, micro_steps)
+        if must_read or backend.reads_freely(device) or update.skipped is True or len(unread) >= UNREAD_UPDATES:
+            settle(unread, scaler, pilot, log_writer, device)
+            unread = []
+        pilot.between_updates(update, epoch, micro_step // update_freq + 1,
+                              lambda: dict(meters=meters.state(), skipped_before=skipped_before), device)
 
     pilot.epoch_is_trained(dict(meters=meters.state(), skipped_before=skipped_before))
     meters.synchronize_between_processes(device)
     stats = meters.averages()
     distributed.say('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()))
     return dict(stats, skipped_steps=scaler.skipped - skipped_before)
+
+
+def settle(updates, scaler, pilot, log_writer, device):
+    """Read from the device what became of these updates, in one copy, and report those that were skipped."""
+    numbers = iter(utils.read_numbers([number for update in updates for number in (update.grad_norm, update.skipped)]))
+    for update in updates:
+        left_on_device = torch.is_tensor(update.skipped)
+        update.grad_norm, update.skipped = next(numbers), bool(next(numbers))
+        if left_on_device:
+            scaler.count(update.skipped)
+        if log_writer is not None:
+            log_update(log_writer, update)
+        if update.skipped:
+            pilot.skipped(update, scaler, device)
+            report_skip(scaler, update.step)
+        else:
+            pilot.norms.append(update.grad_norm)
 
 
 def set_schedules(optimizer, update_step, lr_values=None, wd_values=None):
@@ -139,16 +158,14 @@ def report_skip(scaler, update_step):
             'or set --clip_grad'))
 
 
-def finite_or_none(value):
-    return value if value is not None and math.isfinite(value) else None
-
-
-def log_values(meters, log_writer, update_step, values):
-    meters.update(**values)
-    if log_writer is not None:
-        log_writer.update('loss', update_step, loss=values['loss'], class_acc=values['class_acc'])
-        log_writer.update('opt', update_step, **{name: values[name] for name in (
-            'loss_scale', 'lr', 'min_lr', 'weight_decay', 'grad_norm')})
+def log_update(log_writer, update):
+    """The scalars of an update's last micro-step to TensorBoard, those that are finite."""
+    names = [name for name, value in update.values.items() if value is not None]
+    values = zip(names, utils.read_numbers([update.values[name] for name in names]))
+    values = {name: value for name, value in values if math.isfinite(value)}
+    for head, scalars in (('loss', ('loss', 'class_acc')),
+                          ('opt', ('loss_scale', 'lr', 'min_lr', 'weight_decay', 'grad_norm'))):
+        log_writer.update(head, update.step, **{name: values.get(name) for name in scalars})
 
 
 LOSS_UNIT = 2. ** -32  # losses are added up as whole multiples of this: the sum does not hang on the order
@@ -172,9 +189,10 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
     model.eval()
     meters = utils.MetricLogger()
     correct = torch.zeros(3, dtype=torch.int64, device=device)  # top-1, top-5, images
-    loss_units, not_finite, unreadable, stop = 0, 0, [], 0
+    loss_units, not_finite, unreadable, stop, unread = 0, 0, [], 0, []
     processes = distributed.world_size() if sharded else 1
-    for batch in meters.log_every(data_loader, len(data_loader), 10, 'Test:', device, processes, throughput):
+    for step, batch in enumerate(meters.log_every(data_loader, len(data_loader), 10, 'Test:', device, processes,
+                                                  throughput)):
         stop = wish() if wish else 0
         if stop:
             break
@@ -187,11 +205,13 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
         losses = F.cross_entropy(output, targets, reduction='none')
         top = output.topk(min(5, output.shape[1]), dim=1).indices == targets[:, None]
         correct += torch.stack((top[:, 0].sum(), top.sum(), top.new_ones(len(top), dtype=torch.int64).sum()))
-        losses = losses.cpu().double()
-        finite = torch.isfinite(losses) & (losses < 2. ** 24)
-        not_finite += int((~finite).sum())
-        loss_units += int((losses[finite] / LOSS_UNIT).round().to(torch.int64).sum())
-        meters.update(loss=losses.mean().item(), acc1=100 * top[:, 0].float().mean().item())
+        unread.append(losses)
+        meters.update(loss=losses.mean(), acc1=100 * top[:, 0].float().mean())
+        if utils.is_line(step, len(data_loader)):
+            units, others = sum_losses(unread)
+            loss_units, not_finite, unread = loss_units + units, not_finite + others, []
+    units, others = sum_losses(unread)
+    loss_units, not_finite = loss_units + units, not_finite + others
     acc1, acc5, images = correct.tolist()
     watchdog.mark(watchdog.LAST, 2, '')
     if wish and distributed.any_process(stop, device):
@@ -207,6 +227,13 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
              'unreadable': unreadable}
     distributed.say('* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}'.format(**stats))
     return stats
+
+
+def sum_losses(losses):
+    """(sum of the finite ones in `LOSS_UNIT`s, number of the others) of tensors of losses, in one copy."""
+    losses = torch.cat(losses).cpu().double() if losses else torch.zeros(0)
+    finite = torch.isfinite(losses) & (losses < 2. ** 24)
+    return int((losses[finite] / LOSS_UNIT).round().to(torch.int64).sum()), int((~finite).sum())
 
 
 def fill_up(images, data_loader):

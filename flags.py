@@ -126,6 +126,10 @@ def build_parser(description=__doc__):
     add('--drop', default=0., type=below_one, help='dropout (0)')
     add('--attn_drop_rate', default=0., type=below_one, help='dropout on attention weights (0)')
     add('--drop_path', '--drop_decay', default=0.1, type=below_one, help='stochastic depth of the last block (0.1)')
+    add('--skip_dropped', default='auto', choices=('auto', 'on', 'off'),
+        help='stochastic depth leaves out the work on dropped images; auto: on a CPU, without --compile (auto)')
+    switch(model, 'grad_checkpointing', False, 'compute the blocks again in the backward pass: less memory, slower')
+    switch(model, 'compile', False, 'compile the model with torch.compile; the first steps take minutes')
     switch(model, 'model_ema', False, 'keep and evaluate a moving average of the weights')
     add('--model_ema_decay', default=0.9999, type=share, help='its decay per update (0.9999)')
     switch(model, 'model_ema_force_cpu', False, 'keep it in host memory')
@@ -268,6 +272,11 @@ def check_args(args, local_rank=0, processes=1):
         pretrained.check_finetune(args.finetune)
     if args.cann_prof:
         backend.check_cann_profiler()
+    if args.compile:
+        backend.check_compile(device)
+        if args.skip_dropped == 'on':
+            raise UserError('--skip_dropped on: it changes shapes from step to step, and --compile needs one; leave '
+                            'one of them out')
     if args.eval and not (args.resume or args.finetune):
         raise UserError('--eval needs --resume: the checkpoint to evaluate, or the folder that holds it')
     if args.resume:

@@ -8,6 +8,7 @@ Shapes below: B images, C channels, a grid of H x W patches, N = H*W + 1 tokens 
 This file imports none of the project's modules: it can be copied into another project as it is.
 """
 
+import inspect
 import math
 import warnings
 from functools import partial
@@ -15,6 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 try:
     from timm.layers import DropPath, trunc_normal_
@@ -22,6 +24,9 @@ try:
 except ImportError:  # timm before 0.9
     from timm.models.layers import DropPath, trunc_normal_
     from timm.models.registry import register_model
+
+# The newer way works with autocast, hooks and inputs without gradients; old PyTorch doesn't have it.
+_CHECKPOINTING = {'use_reentrant': False} if 'use_reentrant' in inspect.signature(checkpoint).parameters else {}
 
 INPUT_MEAN = (0.5, 0.5, 0.5)
 INPUT_STD = (0.5, 0.5, 0.5)
@@ -157,7 +162,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, with layer scale where `init_values` is above 0."""
+    """A pre-norm transformer block, with layer scale where `init_values` is above 0.
+
+    Attributes:
+        skips_dropped (bool): whether stochastic depth leaves out the work on the samples that it drops, instead of
+            throwing its result away. The same distribution; the shapes inside vary from call to call.
+    """
+
+    skips_dropped = False
 
     def __init__(self, dim, num_heads, mlp_ratio=4., qkv_bias=False, qk_scale=None, drop=0., attn_drop=0.,
                  drop_path=0., init_values=None, norm_layer=nn.LayerNorm, window_size=None):
@@ -172,10 +184,24 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(init_values * torch.ones(dim)) if has_layer_scale else None
 
     def forward(self, x, shared_bias=None):
-        attended = self.attn(self.norm1(x), shared_bias)
-        x = x + self.drop_path(attended if self.gamma_1 is None else self.gamma_1 * attended)
-        expanded = self.mlp(self.norm2(x))
-        return x + self.drop_path(expanded if self.gamma_2 is None else self.gamma_2 * expanded)
+        x = self._add(x, lambda kept: self.attn(self.norm1(kept), shared_bias), self.gamma_1)
+        return self._add(x, lambda kept: self.mlp(self.norm2(kept)), self.gamma_2)
+
+    def _add(self, x, branch, gamma):
+        """x + drop_path(gamma * branch(x)), in as few passes over the tokens as it takes."""
+        drop = getattr(self.drop_path, 'drop_prob', 0.) if self.training else 0.
+        if drop and self.skips_dropped:
+            kept = (torch.rand(len(x)) >= drop).nonzero().flatten()  # drawn on the host: no device is waited for
+            factor = torch.full_like(x[0, 0], 1. / (1. - drop)) if gamma is None else gamma * (1. / (1. - drop))
+            if len(kept) < len(x):
+                kept = kept.to(x.device, non_blocking=True)
+                return x.index_add(0, kept, (branch(x.index_select(0, kept)) * factor).to(x.dtype))
+        elif drop:
+            mask = self.drop_path(x.new_ones(len(x), 1, 1))  # 0, or 1 / (1 - drop)
+            factor = mask if gamma is None else gamma * mask
+        else:
+            factor = gamma
+        return x + branch(x) if factor is None else torch.addcmul(x, factor, branch(x))
 
 
 class PatchEmbed(nn.Module):
@@ -238,6 +264,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.Identity() if use_mean_pooling else norm_layer(embed_dim)
         self.fc_norm = norm_layer(embed_dim) if use_mean_pooling else None
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.grad_checkpointing = False
         self._init_weights(init_scale)
 
     def _init_weights(self, init_scale):
@@ -264,6 +291,10 @@ class VisionTransformer(nn.Module):
         """Names of the parameters that weight decay must leave alone, besides vectors and biases."""
         return {'pos_embed', 'cls_token'}
 
+    def set_grad_checkpointing(self, enable=True):
+        """Keep only the blocks' inputs for the backward pass, and compute the rest again there: less memory, slower."""
+        self.grad_checkpointing = enable
+
     def get_classifier(self):
         return self.head
 
@@ -280,7 +311,10 @@ class VisionTransformer(nn.Module):
         x = self.pos_drop(x)
         shared_bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None
         for block in self.blocks:
-            x = block(x, shared_bias)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, shared_bias, **_CHECKPOINTING)
+            else:
+                x = block(x, shared_bias)
         x = self.norm(x)
         return x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, 1:].mean(1))
 

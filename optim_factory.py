@@ -148,7 +148,8 @@ def create_optimizer(model, opt='adamw', lr=5e-4, weight_decay=0.05, layer_decay
     if cls.__name__ == 'Adafactor':
         settings.pop('eps')  # it has two, and finds its own
     settings.update(fixed)
-    optimizer = cls(groups, **{name: value for name, value in settings.items() if name in accepted})
+    settings = {name: value for name, value in settings.items() if name in accepted}
+    optimizer = cls(groups, **settings) if under_apex else backend.build_optimizer(cls, groups, **settings)
     return timm.optim.Lookahead(optimizer) if lookahead else optimizer
 
 

@@ -19,29 +19,40 @@ NORMS_KEPT = 10  # gradient norms that a report of what is not finite shows
 
 
 class Update:
-    """What is known of the update under way: its images, and whether its loss can be used.
+    """An update under way, and what is known of it. What the device knows stays there until somebody has to read it.
 
     Attributes:
-        loss (float): the sum of the micro-steps' losses, on this process.
-        indices, suspects (list of int): positions in the data set of all images, and of those whose outputs are not
-            finite, or of a batch whose loss is not.
+        step (int): its number, from 0 over the whole run.
+        losses, outputs (list of tensors): of its micro-steps, on the device; indices (list of int64 tensors): which
+            images gave those outputs, as positions in the data set.
         unreadable (list): (path, reason) of files that were left out.
-        finite_everywhere (bool): no process's loss is infinite or not a number.
+        grad_norm (float or 0-dim tensor), skipped (bool or 0-dim tensor): what the scaler gave.
         stop (int): the number of a signal that some process got; save (bool): some process is due to save.
     """
 
-    def __init__(self):
-        self.loss, self.indices, self.suspects, self.unreadable = 0., [], [], []
-        self.finite_everywhere, self.stop, self.save = True, 0, False
+    def __init__(self, step):
+        self.step, self.losses, self.outputs, self.indices, self.unreadable = step, [], [], [], []
+        self.grad_norm, self.skipped, self.stop, self.save = None, False, 0, False
 
-    def add(self, batch, output, loss_value):
-        self.loss += loss_value
+    def add(self, batch, output, loss):
+        self.losses.append(loss.detach())
         if len(batch) > 2:
-            self.indices += batch.indices.tolist()
+            self.outputs.append(output.detach())
+            self.indices.append(batch.indices)
             self.unreadable += batch.unreadable
-        if not math.isfinite(loss_value) and len(batch) > 2:
-            rows = (~torch.isfinite(output.detach().float()).all(dim=1)).cpu()[:len(batch.indices)]
-            self.suspects += (batch.indices[rows] if rows.any() else batch.indices).tolist()
+
+    @property
+    def loss(self):
+        """The sum of the micro-steps' losses on this process, read from the device."""
+        return float(torch.stack(self.losses).sum())
+
+    def suspects(self):
+        """Positions of the images whose outputs are not finite; of all, where every output is finite."""
+        found = []
+        for indices, output in zip(self.indices, self.outputs):
+            rows = (~torch.isfinite(output.float()).all(dim=1)).cpu()[:len(indices)]
+            found += indices[rows].tolist()
+        return found or [index for indices in self.indices for index in indices.tolist()]
 
 
 class Pilot:
@@ -54,23 +65,27 @@ class Pilot:
 
     def __init__(self):
         self.norms = collections.deque(maxlen=NORMS_KEPT)  # of the last updates' gradients
+        self.answers = None
 
     def wishes(self, update_step):
         """(signal that asks to stop or 0, whether to save after this update), of this process."""
         return 0, False
 
-    def vote(self, update, update_step, scale, device):
-        """Before the step: learn of all processes whether the loss is finite, and what they wish."""
+    def vote(self, update, device):
+        """Before the step: tell the other processes what this one wishes; the answers come while the step runs."""
         watchdog.wait()
-        stop, save = self.wishes(update_step)
-        votes = distributed.gather_numbers([not math.isfinite(update.loss), stop, save, len(update.unreadable)], device)
-        update.stop, update.save = int(max(vote[1] for vote in votes)), any(vote[2] for vote in votes)
-        update.finite_everywhere = not any(vote[0] for vote in votes)
-        if any(vote[3] for vote in votes):
+        stop, save = self.wishes(update.step)
+        self.answers = distributed.ask([stop, save, len(update.unreadable)], device)
+
+    def hear(self, update, device):
+        """After the step: what all processes wish, into `update`; gives whether this update is the last before a save.
+        """
+        votes = self.answers()
+        update.stop, update.save = int(max(vote[0] for vote in votes)), any(vote[1] for vote in votes)
+        if any(vote[2] for vote in votes):
             told = distributed.gather(update.unreadable, device)
             self.unreadable([tuple(pair) for each in told for pair in each])
-        if not update.finite_everywhere:
-            self.not_finite(update, update_step, [bool(vote[0]) for vote in votes], scale, device)
+        return bool(update.stop or update.save)
 
     def unreadable(self, pairs):
         """Files, (path, reason), that no process could read."""
@@ -79,18 +94,17 @@ class Pilot:
         """Printable names of images, by their positions in the data set."""
         return []
 
-    def not_finite(self, update, update_step, guilty, scale, device):
-        rank = guilty.index(True)
-        losses, names = zip(*distributed.gather([repr(update.loss), self.name_images(update.suspects)], device))
-        what = 'the loss is %s at update step %d' % (losses[rank], update_step)
-        self.tell(what, guilty, names, update_step, scale)
-
-    def skipped(self, update, scaler, update_step, grad_norm, device):
-        """The step was skipped. Where no overflow is to be expected, something is wrong."""
-        if update.finite_everywhere and not scaler.overflows:
-            names = distributed.gather(self.name_images(update.indices), device)
-            self.tell('the gradients are not finite (their norm is %s, the loss %.4f) at update step %d' % (
-                grad_norm, update.loss, update_step), None, names, update_step, scaler.scale)
+    def skipped(self, update, scaler, device):
+        """An update was skipped, on every process. Where no overflow is to be expected, something is wrong."""
+        losses = [loss for loss, in distributed.gather_numbers([update.loss], device)]
+        guilty = [not math.isfinite(loss) for loss in losses]
+        if not any(guilty) and scaler.overflows:
+            return
+        names = distributed.gather(self.name_images(update.suspects())
+                                   if not any(guilty) or not math.isfinite(update.loss) else [], device)
+        what = 'the loss is %s' % losses[guilty.index(True)] if any(guilty) else (
+            'the gradients are not finite (their norm is %s, the loss %.4f)' % (update.grad_norm, update.loss))
+        self.tell('%s at update step %d' % (what, update.step), guilty, names, update.step, scaler.scale)
 
     def tell(self, what, guilty, names, update_step, scale):
         """Report, and stop unless such updates are to be skipped."""
@@ -105,14 +119,15 @@ class Pilot:
             distributed.say(text)
             return
         raise UserError(text + '; lower --lr, set --clip_grad, look at the images, or --on_nonfinite skip',
-                        rank=guilty.index(True) if guilty and distributed.world_size() > 1 else None)
+                        rank=guilty.index(True) if any(guilty) and distributed.world_size() > 1 else None)
 
     def keep(self, record):
         """Write a report down; gives ' (all in …)', or ''."""
         return ''
 
     def between_updates(self, update, epoch, steps, state, device):
-        """After the step: save or stop, where `update` says so. `steps` of the epoch are done now."""
+        """After the step: save or stop, where `update` says so. `steps` of the epoch are done; `state()` gives what a
+        resumed epoch needs."""
 
     def epoch_is_trained(self, state):
         """All updates of the epoch are done."""
@@ -162,7 +177,7 @@ class RunPilot(Pilot):
 
     def between_updates(self, update, epoch, steps, state, device):
         if update.stop or update.save:
-            self.save(epoch, steps, state, device)
+            self.save(epoch, steps, state(), device)
         if update.stop:
             self.stop(update.stop, epoch, steps)
 

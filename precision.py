@@ -26,7 +26,11 @@ class StepScaler:
     This one is full precision and native O1; `MasterWeightScaler` and `ApexScaler` change what differs. The loss is
     multiplied by `scale`; at an update the gradients are divided by it, checked, clipped and used. An update whose
     gradients are not finite is skipped and counted; a dynamic scale is then halved, and doubled after 2,000 good
-    updates (the scheme of "Mixed Precision Training", https://arxiv.org/abs/1710.03740, section 3.2).
+    updates (the scheme of "Mixed Precision Training", https://arxiv.org/abs/1710.03740, section 3.2). A loss that is
+    not finite makes all gradients so, and through their average those of every process.
+
+    Where the optimizer can be told on the device to skip (PyTorch's fused ones), the host does not wait for the
+    gradients' norm: it stays there, and so does whether the update was skipped. A dynamic scale has to know at once.
 
     On a device where overflow saturates (`backend.saturates`) finite gradients prove nothing: its overflow flag is read
     too, and the processes agree on it.
@@ -36,6 +40,7 @@ class StepScaler:
             to the newest, 0 where that was good.
         description (str): precision and the library that does it, for people.
         overflows (bool): whether gradients that are not finite are to be expected, as in float16.
+        newest_skipped (bool or 0-dim tensor): whether the newest update was skipped.
     """
 
     GROWTH_INTERVAL = 2000
@@ -44,30 +49,58 @@ class StepScaler:
     def __init__(self, scale=1., dynamic=False, description='float32', overflows=None):
         self.scale, self.dynamic, self.description = float(scale), dynamic, description
         self.overflows = self.scale != 1. or dynamic if overflows is None else overflows
-        self.skipped, self.skipped_in_a_row, self.good_updates = 0, 0, 0
+        self.skipped, self.skipped_in_a_row, self.good_updates, self.newest_skipped = 0, 0, 0, False
 
-    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False, usable=True):
+    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
         """One micro-step: `loss` is a scalar tensor, already divided by the number of micro-steps.
 
-        Args:
-            usable (bool): False leaves this update out, whatever its gradients are. The same on every process.
-
         Returns:
-            At an update, the norm of all gradients before clipping, unscaled, as a float; between updates, None.
+            At an update, the norm of all gradients before clipping, unscaled, as a float or a 0-dim tensor on the
+            device; between updates, None.
         """
-        (loss if self.scale == 1. else loss * self.scale).backward(create_graph=create_graph)
+        self._backward(loss, create_graph)
         if not is_update:
             return None
-        parameters = [p for p in parameters if p.grad is not None]
-        if self.scale != 1.:
-            for parameter in parameters:
-                parameter.grad.mul_(1. / self.scale)
-        return self._finish(optimizer, self._clip(optimizer, parameters, clip_grad), loss.device, usable)
+        return self._finish(optimizer, [p for p in parameters if p.grad is not None], clip_grad, loss.device)
+
+    def _backward(self, loss, create_graph):
+        loss = loss * (loss.detach() * 0. + 1.)  # times 1, or not a number where the loss is not finite
+        (loss if self.scale == 1. else loss * self.scale).backward(create_graph=create_graph)
 
     def forget_overflow(self, device):
         """Call before training: what overflowed until now, as in an evaluation, is no reason to skip a step."""
         if backend.saturates(device):
             backend.read_overflow(device)
+
+    def _finish(self, optimizer, parameters, clip_grad, device):
+        """Unscale, clip and step, unless the gradients are not finite."""
+        if backend.takes_scale(optimizer) and not (self.dynamic or backend.saturates(device)):
+            return self._finish_on_device(optimizer, parameters, clip_grad, device)
+        if self.scale != 1.:
+            backend.multiply_all([parameter.grad for parameter in parameters], 1. / self.scale)
+        grad_norm = self._clip(optimizer, parameters, clip_grad)
+        if not self._note(self._overflowed(grad_norm, device)):
+            optimizer.step()
+        self._adapt_scale(self.newest_skipped)
+        return grad_norm
+
+    def _finish_on_device(self, optimizer, parameters, clip_grad, device):
+        """The same, without waiting: the optimizer divides by scale and clipping, and skips, by itself."""
+        grad_norm = total_norm([parameter.grad for parameter in parameters])
+        divisor = None
+        if self.scale != 1.:
+            grad_norm = grad_norm / self.scale
+            divisor = torch.full_like(grad_norm, self.scale)
+        if clip_grad:
+            factor = (clip_grad / (grad_norm + 1e-6)).clamp(max=1.)  # as torch.nn.utils.clip_grad_norm_
+            divisor = self.scale / factor
+        skip = ~torch.isfinite(grad_norm)
+        if not backend.reads_freely(device):
+            self.newest_skipped = skip
+            backend.step_scaled(optimizer, divisor, skip)
+        elif not self._note(bool(skip)):
+            backend.step_scaled(optimizer, divisor)
+        return grad_norm
 
     def _overflowed(self, grad_norm, device):
         if backend.saturates(device):
@@ -81,22 +114,25 @@ class StepScaler:
             return float(optimizer.clip_grad_norm_fused_(clip_grad))
         return float(nn.utils.clip_grad_norm_(parameters, clip_grad))
 
-    def _finish(self, optimizer, grad_norm, device, usable=True):
-        if self._count(self._overflowed(grad_norm, device) or not usable):
+    def _adapt_scale(self, skipped):
+        if skipped:
             self.good_updates = 0
             if self.dynamic:
                 self.scale = max(self.scale / 2, self.SMALLEST)
         else:
-            optimizer.step()
             self.good_updates += 1
             if self.dynamic and self.good_updates % self.GROWTH_INTERVAL == 0:
                 self.scale = min(self.scale * 2, self.LARGEST)
-        return grad_norm
 
-    def _count(self, skip):
-        self.skipped += skip
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0
+    def _note(self, skip):
+        self.newest_skipped = skip
+        self.count(skip)
         return skip
+
+    def count(self, skipped):
+        """Take note of whether an update was skipped: for the caller to do where that was left on the device."""
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def full_precision_state(self, model):
         """Name to float32 tensor for every parameter and buffer, live: what is copied in is what trains on."""
@@ -131,19 +167,20 @@ class MasterWeightScaler(StepScaler):
         super().__init__(**settings)
         self.pairs = pairs
 
-    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False, usable=True):
-        (loss * self.scale).backward(create_graph=create_graph)
+    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+        self._backward(loss, create_graph)
         # Accumulate in float32, in buffers that stay where they are: NpuFusedAdamW never looks for new ones.
-        for parameter, master in self.pairs:
-            if parameter.grad is not None:
-                if master.grad is None:
-                    master.grad = torch.zeros_like(master)
-                master.grad.add_(parameter.grad.float(), alpha=1. / self.scale)
-                parameter.grad = None
+        pairs = [pair for pair in self.pairs if pair[0].grad is not None]
+        for _, master in pairs:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        backend.add_all([master.grad for _, master in pairs], [parameter.grad for parameter, _ in pairs])
+        for parameter, _ in pairs:
+            parameter.grad = None
         if not is_update:
             return None
         masters = [master for _, master in self.pairs if master.grad is not None]
-        grad_norm = self._finish(optimizer, self._clip(optimizer, masters, clip_grad), loss.device, usable)
+        grad_norm = self._finish(optimizer, masters, clip_grad, loss.device)
         self.weights_changed()
         return grad_norm
 
@@ -155,8 +192,7 @@ class MasterWeightScaler(StepScaler):
         return state
 
     def weights_changed(self):
-        for parameter, master in self.pairs:
-            parameter.data.copy_(master.data)
+        backend.copy_all([parameter.data for parameter, _ in self.pairs], [master.data for _, master in self.pairs])
 
 
 class ApexScaler(MasterWeightScaler):
@@ -166,7 +202,8 @@ class ApexScaler(MasterWeightScaler):
         super().__init__(pairs, **settings)
         self.amp = amp
 
-    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False, usable=True):
+    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+        loss = loss * (loss.detach() * 0. + 1.)
         with self.amp.scale_loss(loss, optimizer, delay_unscale=not is_update) as scaled:
             scaled.backward(create_graph=create_graph)
         if not is_update:
@@ -176,8 +213,8 @@ class ApexScaler(MasterWeightScaler):
         if self.dynamic:  # apex has decided, and made a step that is to be skipped a no-op, which has to be called
             skip = self.scale < before or not math.isfinite(grad_norm)
         else:
-            skip = self._overflowed(grad_norm, loss.device) or not usable
-        if not self._count(skip) or self.dynamic:
+            skip = self._overflowed(grad_norm, loss.device)
+        if not self._note(skip) or self.dynamic:
             optimizer.step()
         return grad_norm
 

@@ -46,6 +46,16 @@ def build_model(args, nb_classes):
         init_values=args.layer_scale_init_value)
 
 
+def choose_speed(args, model, device):
+    """What the flags say of how the model computes, where what it computes stays the same."""
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    for block in model.blocks:
+        block.skips_dropped = args.skip_dropped == 'on' or (
+            args.skip_dropped == 'auto' and device.type == 'cpu' and not args.compile)
+    if args.compile:
+        backend.compile_in_place(model)
+
+
 def build_optimizer(args, model, under_apex):
     return optim_factory.create_optimizer(
         model, args.opt, args.lr, args.weight_decay, args.layer_decay, args.opt_eps, args.opt_betas, args.momentum,
@@ -182,6 +192,7 @@ def main(args, signals):
     about_attention = attention.choose_attention(
         backend.unwrap(model), device, 'plain' if args.deterministic and args.attention == 'auto' else args.attention,
         dtype, args.batch_size)
+    choose_speed(args, backend.unwrap(model), device)
     describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch)
 
     if args.eval:
@@ -285,6 +296,8 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
         pilot.save_epoch(improved, numbered=is_last or (epoch + 1) % args.save_ckpt_freq == 0)
     if writer is not None:
         writer.close()
+    if throughput.steps:
+        distributed.say('Speed: %s' % throughput.limit())
     distributed.say('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
     if first >= args.epochs:
         distributed.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)

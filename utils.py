@@ -4,6 +4,7 @@ import contextlib
 import copy
 import datetime
 import json
+import math
 import os
 import random
 import re
@@ -58,30 +59,50 @@ class SmoothedValue:
         return self.fmt.format(median=self.median, global_avg=self.global_avg, value=self.value)
 
 
+def read_numbers(values):
+    """Floats of numbers and 0-dim tensors, all that lie on a device in one copy."""
+    tensors = [value.detach().float() for value in values if torch.is_tensor(value)]
+    read = iter(torch.stack(tensors).tolist() if tensors else ())
+    return [next(read) if torch.is_tensor(value) else float(value) for value in values]
+
+
 class MetricLogger:
-    """Named meters, and an iterator that prints them each few steps."""
+    """Named meters, and an iterator that prints them each few steps.
+
+    What it is given may lie on a device: it is read when the meters are looked at, not before.
+    """
 
     def __init__(self, delimiter='  '):
         self.meters = defaultdict(SmoothedValue)
         self.delimiter = delimiter
+        self.unread = []  # (name, number or 0-dim tensor), in order
 
     def add_meter(self, name, meter):
         self.meters[name] = meter
 
     def update(self, **values):
-        for name, value in values.items():
-            if value is not None:
-                self.meters[name].update(float(value))
+        """Take note of numbers or 0-dim tensors; None is none, and what is not finite is left out."""
+        self.unread += [item for item in values.items() if item[1] is not None]
+
+    def read(self):
+        """Bring the meters up to date."""
+        unread, self.unread = self.unread, []
+        for (name, _), value in zip(unread, read_numbers([value for _, value in unread])):
+            if math.isfinite(value):
+                self.meters[name].update(value)
 
     def synchronize_between_processes(self, device):
+        self.read()
         for name in sorted(self.meters):
             self.meters[name].synchronize_between_processes(device)
 
     def averages(self):
+        self.read()
         return {name: meter.global_avg for name, meter in self.meters.items() if meter.count}
 
     def state(self):
         """The totals, as plain values."""
+        self.read()
         return {name: [meter.count, meter.total] for name, meter in self.meters.items()}
 
     def load_state(self, state):
@@ -91,27 +112,38 @@ class MetricLogger:
     def log_every(self, iterable, steps, print_freq, header, device, processes=1, throughput=None, hidden=(), start=0):
         """Yield from `iterable`, of `steps` items those from `start` on; print a line each `print_freq`, and the last.
 
+        A device works on while the loop goes ahead. It is waited for at each line and in the first steps, and the time
+        between is shared out evenly.
+
         Args:
             iterable: gives (images, targets, …); the number of images goes into the fps of the line.
             processes (int): how many of them take such a step together.
-            throughput (Throughput): takes the time of each step.
+            throughput (Throughput): takes the time of each step, and the share of it that the loader was waited for.
             hidden (tuple of str): meters that stay out of the line.
         """
         step_seconds, data_seconds = SmoothedValue(fmt='{value:.4f}'), SmoothedValue(fmt='{value:.4f}')
+        throughput = throughput or Throughput()
         counter = '{:%dd}' % len(str(steps))
         stage = ' (%s step %%d)' % header.replace('%', '%%')
         watchdog.enter(header)
         watchdog.mark(start, 0, stage)
-        end = time.time()
+        waiting = []  # (images, seconds of waiting for data) of the steps since the device was last waited for
+        since = end = time.time()
         for step, item in enumerate(iterable, start):
             watchdog.mark(step, 1, stage)
             data_seconds.update(time.time() - end)
-            images = len(item[0]) * processes
+            waiting.append((len(item[0]) * processes, data_seconds.value))
             yield item
-            step_seconds.update(time.time() - end)
-            if throughput is not None:
-                throughput.update(images, step_seconds.value)
-            if step % print_freq == 0 or step == steps - 1:
+            is_printed = is_line(step, steps, print_freq)
+            if is_printed or backend.reads_freely(device) or len(throughput.steps) < throughput.warmup_steps:
+                backend.synchronize(device)
+                now = time.time()
+                for images, data in waiting:
+                    step_seconds.update((now - since) / len(waiting))
+                    throughput.update(images, step_seconds.value, data)
+                since, waiting = now, []
+            if is_printed:
+                self.read()
                 eta = datetime.timedelta(seconds=int(step_seconds.global_avg * (steps - step - 1)))
                 distributed.say(self.delimiter.join(
                     ['%s  [%s/%d]' % (header, counter.format(step), steps), 'eta: %s' % eta]
@@ -119,32 +151,55 @@ class MetricLogger:
                        if name not in hidden and meter.window]
                     + ['time: %s' % step_seconds, 'data: %s' % data_seconds,
                        'max mem: %.0f' % backend.max_memory_mb(device),
-                       'fps: %.0f' % (images / max(step_seconds.median, 1e-9))]))
+                       'fps: %.0f' % (len(item[0]) * processes / max(step_seconds.median, 1e-9))]))
             watchdog.mark(step + 1, 0, stage)
             end = time.time()
         watchdog.mark(watchdog.LAST, 2, stage)
 
 
+def is_line(step, steps, print_freq=10):
+    """Whether a line is printed after this step: each `print_freq`, and the last."""
+    return step % print_freq == 0 or step == steps - 1
+
+
 class Throughput:
     """Images per second over a run, without its first steps, in which kernels are compiled and caches filled."""
 
+    LOADER_LIMIT = 0.05  # from this share of the time on, the loader is said to hold up the device
+
     def __init__(self, warmup_steps=5):
         self.warmup_steps = warmup_steps
-        self.steps = []  # (images, seconds)
+        self.steps = []  # (images, seconds, those of them that the loader was waited for)
 
-    def update(self, images, seconds):
-        self.steps.append((images, seconds))
+    def update(self, images, seconds, data_seconds=0.):
+        self.steps.append((images, seconds, data_seconds))
 
     def _counted(self):
-        return self.steps[min(self.warmup_steps, len(self.steps) // 2):]
+        """(images, seconds, seconds of waiting for data, steps), in all."""
+        counted = self.steps[min(self.warmup_steps, len(self.steps) // 2):]
+        return tuple(sum(column) for column in zip(*counted)) + (len(counted),) if counted else (0, 0., 0., 0)
 
     @property
     def images_per_second(self):
-        return sum(images for images, _ in self._counted()) / max(sum(seconds for _, seconds in self._counted()), 1e-9)
+        images, seconds, _, _ = self._counted()
+        return images / max(seconds, 1e-9)
 
     @property
     def step_milliseconds(self):
-        return 1000 * sum(seconds for _, seconds in self._counted()) / max(len(self._counted()), 1)
+        _, seconds, _, steps = self._counted()
+        return 1000 * seconds / max(steps, 1)
+
+    @property
+    def data_share(self):
+        """The share of the time that was spent waiting for data."""
+        _, seconds, data_seconds, _ = self._counted()
+        return data_seconds / max(seconds, 1e-9)
+
+    def limit(self):
+        """Which of the two is the limit, for people."""
+        return 'the %s is the limit: %.1f %% of the time went by waiting for data%s' % (
+            ('loader', 100 * self.data_share, '; raise --num_workers, or try --data_backend fast')
+            if self.data_share >= self.LOADER_LIMIT else ('device', 100 * self.data_share, ''))
 
 
 class TensorboardLogger:
@@ -240,14 +295,18 @@ class ModelEma:
             parameter.requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, state):
-        """Move towards `state`, a name-to-float32-tensor dict of the model's weights and buffers."""
-        for name, average in self.ema.state_dict().items():
-            value = state[name].to(average.device)
-            if average.is_floating_point():
-                average.mul_(self.decay).add_(value, alpha=1 - self.decay)
-            else:
-                average.copy_(value)
+    def update(self, state, skip=False):
+        """Move towards `state`, a name-to-float32-tensor dict of the model's weights and buffers, unless `skip`.
+
+        Args:
+            skip (bool or 0-dim bool tensor): whether the update was skipped, as `precision.StepScaler` tells.
+        """
+        averages = self.ema.state_dict()
+        floats = [name for name, average in averages.items() if average.is_floating_point()]
+        values = [state[name].to(averages[name].device) for name in floats]
+        backend.average_all([averages[name] for name in floats], values, self.decay, skip)
+        for name in set(averages) - set(floats):
+            averages[name].copy_(state[name])
 
 
 # ---- random numbers
