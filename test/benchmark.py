@@ -242,7 +242,8 @@ def measure_row(ours, other, options, setting, device, work, flops, peak):
     able = [entry for entry in entries if entry.contender is not None]
     row = dict(ours=entries[0].record, other=entries[1].record)
     if able:
-        steps = options.steps or max(3, int(options.seconds / max(entry.seconds for entry in able)) + 1)
+        least = 3 if device.type == 'cpu' else 10  # of ours, one in ten prints a line, for which it waits
+        steps = options.steps or max(least, int(options.seconds / max(entry.seconds for entry in able)) + 1)
         row['steps_per_sample'] = steps
         results = take_turns([functools.partial(entry.rate, steps) for entry in able], options.pairs)
         for entry, rates in zip(able, results):
@@ -765,7 +766,7 @@ def build_parser():
                          choices=('timm', 'best', 'reference'),
                          help='timm in the same mode; the fastest mode of each; plain attention as the reference '
                          'computes it (all)')
-        sub.add_argument('--steps', default=0, type=number(int, 0), help='steps in a sample (3, or --seconds of them)')
+        sub.add_argument('--steps', default=0, type=number(int, 0), help='steps in a sample (--seconds of them)')
         sub.add_argument('--seconds', default=2., type=number(float, 0), help='least length of a sample (2)')
         sub.add_argument('--peak', default=None, type=number(float, 0, above=True),
                          help='the device\'s dense peak in FLOP/s, where it isn\'t known (H100, H200, A100 are)')

@@ -49,6 +49,7 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy
 
 PRECISIONS = ('float32', 'bfloat16', 'float16', 'O2')
+UPDATES = 10 ** 4  # of the run that `Ours` is set up for
 LEARNING_RATE, WEIGHT_DECAY, LAYER_DECAY, CLIP, DROP_PATH, SMOOTHING = 1e-5, 0.05, 0.85, 1., 0.1, 0.1
 
 
@@ -182,7 +183,7 @@ def our_flags(setting, mode, folder):
             *mode_flags(mode), *setting.extra]
 
 
-def build_as_main_does(args, classes, updates=10 ** 4):
+def build_as_main_does(args, classes, updates):
     """(arguments for `engine.train_one_epoch`, what main said): main runs, without images, up to its epoch loop."""
     kept, said = {}, io.StringIO()
 
@@ -211,19 +212,22 @@ class Ours:
         with tempfile.TemporaryDirectory() as folder:
             os.mkdir(os.path.join(folder, 'train'))
             self.args = program.build_parser().parse_args(our_flags(setting, mode, folder))
-            self.training, said = build_as_main_does(self.args, setting.classes)
+            self.training, said = build_as_main_does(self.args, setting.classes, UPDATES)
         self.training.pop('data_loader')
         self.device = self.training['device']
         self.about = '; '.join(re.findall(r'^(?:Precision|Attention|Compile\w*): (.*)$', said, re.M))
         images, targets = setting.batch(self.device)
         self.batch = datasets.Batch(images, targets, torch.arange(len(targets)), [])
-        self.skipped_steps = 0
+        self.steps = self.skipped_steps = 0
 
     def train(self, steps):
+        if self.steps + steps > UPDATES:
+            self.steps = 0
         with contextlib.redirect_stdout(io.StringIO()):
-            stats = engine.train_one_epoch(epoch=0, data_loader=Repeated(self.batch, steps),
-                                           num_training_steps_per_epoch=steps, throughput=utils.Throughput(),
-                                           **self.training)
+            stats = engine.train_one_epoch(  # each update has random numbers of its own, so the work differs a little
+                epoch=0, start_steps=self.steps, data_loader=Repeated(self.batch, steps),
+                num_training_steps_per_epoch=steps, throughput=utils.Throughput(), **self.training)
+        self.steps += steps
         self.skipped_steps += stats['skipped_steps']
 
     def evaluate(self, batches):

@@ -138,6 +138,7 @@ def test_our_contender_is_what_main_builds_from_the_flags():
     setting = contenders.Setting('beit_nano_patch8_32', 32, 2, 'cpu', classes=10, extra=('--opt=sgd', '--clip_grad=7'))
     ours = contenders.Ours(setting, contenders.Mode('float32'))
     assert isinstance(ours.training['optimizer'], torch.optim.SGD)
+    assert len(ours.training['lr_schedule_values']) == contenders.UPDATES
     assert ours.training['max_norm'] == 7 and ours.training['pilot'] is not None
 
 
