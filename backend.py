@@ -146,6 +146,12 @@ def max_memory_mb(device):
     return _module(device).max_memory_allocated() / 2 ** 20 if _module(device) else 0.
 
 
+def reset_max_memory(device):
+    """Let `max_memory_mb` begin anew, at what is held now."""
+    if _module(device):
+        _module(device).reset_peak_memory_stats()
+
+
 def out_of_memory(error):
     """Whether an error says that the device, or the machine, has no more memory."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in (

@@ -1,0 +1,840 @@
+#!/usr/bin/env python3
+"""Measure this repository against timm and torchvision, side by side on the same machine.
+
+    python test/benchmark.py step                     training steps, on whatever device there is
+    python test/benchmark.py step --model beit_base_patch16_224 --batch_size 128 --precision bfloat16 O2 \\
+        --compile both --json step.json -- --attention=fused     flags after -- go to run_class_finetuning.py
+    python test/benchmark.py eval                     evaluation
+    python test/benchmark.py data                     the loader against torchvision's ImageFolder and timm's transform
+    python test/benchmark.py startup                  large folders: until the first step
+    python test/benchmark.py scaling                  1, 2, 4 and 8 processes
+
+The contenders take turns, who goes first in turn too; a ratio is that of two neighbouring samples, and what is shown is
+the median of the ratios, their extremes and quartiles. Warm-up, compilation among it, is measured apart. What cannot
+run here is a row that says why. README.md, Performance, explains the columns; test/contenders.py says what exactly
+competes.
+"""
+
+import argparse
+import datetime
+import functools
+import gc
+import glob
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+TEST_DIR = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TEST_DIR)
+sys.path[:0] = [ROOT, TEST_DIR]
+
+import contenders  # first of the project's: it sets how torch is loaded
+from contenders import CONTENDERS, PRECISIONS, Mode, Ours, Setting
+
+import backend
+import datasets
+import distributed
+import modeling_finetune
+import run_class_finetuning as program
+import watchdog
+from errors import UserError, nearest, one_line, printable, unknown
+from flags import number
+
+import numpy as np
+import timm
+import timm.data
+import torch
+import torchvision
+from PIL import Image
+
+ENOUGH_PAIRS = 5  # a median over fewer is not one to publish
+RUN_SECONDS = 1800  # for one process to end, before it is given up
+
+
+# ---- statistics
+
+def summary(values):
+    """Median, extremes and quartiles (by linear interpolation) of a list of numbers, and the numbers."""
+    values = [float(value) for value in values]
+    quartiles = statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
+    return dict(median=statistics.median(values), min=min(values), max=max(values),
+                quartiles=[quartiles[0], quartiles[2]], samples=values)
+
+
+def ratios(left, right):
+    """The summary of left / right, sample by sample."""
+    return summary(a / b for a, b in zip(left, right))
+
+
+def take_turns(runs, pairs):
+    """Run each of `runs` once a round, a round for each pair; rounds go forwards and backwards in turn.
+
+    Args:
+        runs (list of functions): each gives a number.
+
+    Returns:
+        list of the numbers of each run.
+    """
+    results = [[] for _ in runs]
+    for pair in range(pairs):
+        order = list(range(len(runs)))
+        for index in order if pair % 2 == 0 else order[::-1]:
+            results[index].append(runs[index]())
+    return results
+
+
+def progress(text):
+    print('benchmark.py: ' + text, file=sys.stderr, flush=True)
+
+
+# ---- what was measured where
+
+def cpu_name():
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
+            for line in file:
+                if line.startswith('model name'):
+                    return line.partition(':')[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def about_run(options, device):
+    """Everything that the figures hang on, without the machine's name."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return dict(
+        benchmark=options.command, date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+        command=['test/benchmark.py'] + options.argv,
+        hardware=dict(device=backend.device_name(device), device_type=device.type, cpu=cpu_name(), cores=cores,
+                      threads=torch.get_num_threads()),
+        versions=dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
+                      timm=timm.__version__),
+        pairs=options.pairs, rows=[])
+
+
+def write_json(options, report):
+    if not options.json:
+        return
+    with open(options.json, 'w', encoding='utf-8') as file:
+        json.dump(report, file, indent=1)
+        file.write('\n')
+
+
+def add_row(options, report, row):
+    """Keep a row, and write what there is: whoever breaks a long run off keeps the rows that are done."""
+    report['rows'].append(row)
+    write_json(options, report)
+    return row
+
+
+# ---- tables
+
+def shown(value, form='%.1f'):
+    return 'n/a' if value is None else form % value
+
+
+def about_ratio(ratio):
+    """The cells of a ratio: its median, extremes and quartiles."""
+    if ratio is None:
+        return ['n/a', '', '']
+    return ['%.3f' % ratio['median'], '%.3f..%.3f' % (ratio['min'], ratio['max']),
+            '%.3f..%.3f' % tuple(ratio['quartiles'])]
+
+
+RATIO = ['ratio', 'min..max', 'quartiles']
+
+
+def table(head, rows, markdown=False):
+    """Lines of a table in plain text, or in Markdown."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    if markdown:
+        return '\n'.join('| %s |' % ' | '.join(row) for row in [head, ['---'] * len(head)] + rows)
+    widths = [max(len(row[column]) for row in [head] + rows) for column in range(len(head))]
+    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+                     for row in [head] + rows)
+
+
+def print_report(options, report, head, cells):
+    hardware, versions = report['hardware'], report['versions']
+    print('%s; %s, %d cores, %d threads; Python %s, torch %s, torchvision %s, timm %s; %d pairs' % (
+        hardware['device'], hardware['cpu'], hardware['cores'], hardware['threads'], versions['python'],
+        versions['torch'], versions['torchvision'], versions['timm'], options.pairs))
+    if options.pairs < ENOUGH_PAIRS:
+        print('Fewer than %d pairs: a try, and no measurement' % ENOUGH_PAIRS)
+    print()
+    print(table(head, [cells(row) for row in report['rows']], options.markdown), flush=True)
+
+
+# ---- step and eval
+
+def build(kind, setting, mode, device):
+    """(contender, MiB that were taken on the device before it)."""
+    backend.reset_max_memory(device)
+    before = backend.max_memory_mb(device)
+    return CONTENDERS[kind](setting, mode), before
+
+
+def why_not(error):
+    """The reason in a row, for a mode that cannot run here."""
+    if backend.out_of_memory(error):
+        return 'out of memory'
+    text = one_line(error) or type(error).__name__
+    return text.partition(';')[0][:150]
+
+
+class Entry:
+    """A contender in one mode, warmed up: its record for the report, and its samples."""
+
+    def __init__(self, kind, setting, mode, work, options, device):
+        self.record = dict(contender=kind, mode=str(CONTENDERS[kind].mode_of(mode, device)))
+        self.mode, self.batch_size, self.work, self.device = mode, setting.batch_size, work, device
+        self.contender = None
+        try:
+            self.contender, before = build(kind, setting, mode, device)
+            self.record['about'] = self.contender.about
+            start = time.perf_counter()
+            self.run(options.warmup)
+            self.record['warmup_seconds'] = time.perf_counter() - start
+            self.seconds = self.run(1)
+            if device.type != 'cpu':
+                self.record['peak_memory_mib'] = backend.max_memory_mb(device) - before
+        except Exception as error:  # torch.compile can fail in any way; whatever it is, the other rows stand
+            self.contender = None
+            self.record['not_available'] = why_not(error)
+            if not isinstance(error, UserError):
+                progress('%s %s: %s' % (kind, mode, one_line(error)[:500]))
+
+    def run(self, steps):
+        """Seconds of so many steps, from a device that has nothing to do to one that is done."""
+        backend.synchronize(self.device)
+        start = time.perf_counter()
+        getattr(self.contender, self.work)(steps)
+        backend.synchronize(self.device)
+        return time.perf_counter() - start
+
+    def rate(self, steps):
+        """Images per second."""
+        return self.batch_size * steps / self.run(steps)
+
+    def finish(self, rates, flops, peak):
+        self.record['images_per_second'] = summary(rates)
+        per_second = self.record['images_per_second']['median'] * flops
+        self.record['flops_per_second'] = per_second
+        if peak and self.mode is not None and self.mode.precision != 'float32':
+            self.record['peak_fraction'] = per_second / peak
+        if getattr(self.contender, 'skipped_steps', None):
+            self.record['skipped_steps'] = self.contender.skipped_steps
+
+
+def measure_row(ours, other, options, setting, device, work, flops, peak):
+    """One row: two contenders, (kind, mode) each, in turns. Where one can't run, the other's figures alone."""
+    contenders.forget_compiled()
+    progress(' against '.join('%s %s' % (kind, CONTENDERS[kind].mode_of(mode, device)) for kind, mode in (ours, other)))
+    entries = [Entry(kind, setting, mode, work, options, device) for kind, mode in (ours, other)]
+    able = [entry for entry in entries if entry.contender is not None]
+    row = dict(ours=entries[0].record, other=entries[1].record)
+    if able:
+        least = 3 if device.type == 'cpu' else 10  # of ours, one in ten prints a line, for which it waits
+        steps = options.steps or max(least, int(options.seconds / max(entry.seconds for entry in able)) + 1)
+        row['steps_per_sample'] = steps
+        results = take_turns([functools.partial(entry.rate, steps) for entry in able], options.pairs)
+        for entry, rates in zip(able, results):
+            entry.finish(rates, flops, peak)
+        if len(able) == 2:
+            row['ratio'] = ratios(*results)
+    del entries, able
+    gc.collect()
+    return row
+
+
+def measure_memory(record, mode, setting, work):
+    """On a CPU: the contender of a record once more, in a process of its own, for the most memory that it takes."""
+    order = dict(kind=record['contender'], setting=setting._asdict(), mode=mode, work=work)
+    done = subprocess.run([sys.executable, os.path.abspath(__file__), '_memory', json.dumps(order)],
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, universal_newlines=True)
+    figure = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
+    if figure and figure[0] != 'None':
+        record['peak_memory_mib'] = float(figure[0])
+
+
+def memory_main(order):
+    """A contender alone in this process: print the most resident memory, in MiB, or None where that isn't known."""
+    setting = Setting(**dict(order['setting'], extra=tuple(order['setting']['extra'])))
+    contender = CONTENDERS[order['kind']](setting, order['mode'] and Mode(*order['mode']))
+    getattr(contender, order['work'])(2)
+    print(peak_resident_mib())
+
+
+def peak_resident_mib():
+    """The most memory that this process had, in MiB. (getrusage counts in what its parent had before it started.)"""
+    try:
+        with open('/proc/self/status', encoding='utf-8') as file:
+            for line in file:
+                if line.startswith('VmHWM:'):
+                    return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return None
+
+
+def modes_of(options):
+    compiled = {'off': (False,), 'on': (True,), 'both': (False, True)}[options.compile]
+    return [Mode(precision, each) for each in compiled for precision in options.precision]
+
+
+def fastest(measured, side):
+    """The mode of the fastest record on one side of what was measured, (row, (mode, mode)) each, or None."""
+    rates = [(row[side]['images_per_second']['median'], modes[side == 'other']) for row, modes in measured
+             if 'images_per_second' in row[side]]
+    return max(rates)[1] if rates else None
+
+
+def setting_of(options, device):
+    if options.model not in modeling_finetune.MODELS:
+        raise unknown('--model', options.model, modeling_finetune.MODELS)
+    architecture = modeling_finetune.MODELS[options.model]
+    size = options.input_size or architecture['img_size']
+    if size % architecture['patch_size']:
+        raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s'
+                        % (size, architecture['patch_size'], options.model))
+    batch = options.batch_size or (4 if device.type == 'cpu' else 128)
+    program.build_parser().parse_args(options.extra)  # a wrong flag is no matter of one mode
+    return Setting(options.model, size, batch, options.device, options.classes, tuple(options.extra))
+
+
+def sides(options, device, work):
+    """`step` and `eval`: rows of the same mode, then the fastest of ours against timm's fastest and the reference."""
+    setting = setting_of(options, device)
+    options.precision = options.precision or (['float32', 'bfloat16'] if device.type == 'cpu' else list(PRECISIONS))
+    report = about_run(options, device)
+    flops = contenders.forward_flops(setting.architecture, setting.classes) * (3 if work == 'train' else 1)
+    peak = options.peak or contenders.peak_flops(report['hardware']['device'])
+    report.update(model=setting.model, input_size=setting.input_size, batch_size=setting.batch_size,
+                  flops_per_image=flops, peak_flops=peak, extra_flags=options.extra)
+
+    def measure(name, our_mode, kind, its_mode):
+        row = dict(name=name, **measure_row(('ours', our_mode), (kind, its_mode), options, setting, device, work,
+                                            flops, peak))
+        for side, mode in (('ours', our_mode), ('other', its_mode)):
+            if device.type == 'cpu' and not options.no_memory and 'not_available' not in row[side]:
+                measure_memory(row[side], mode, setting, work)
+        return add_row(options, report, row)
+
+    measured = []
+    if 'timm' in options.against or 'best' in options.against:
+        measured = [(measure('same mode', mode, 'timm', mode), (mode, mode)) for mode in modes_of(options)]
+    ours, timms = fastest(measured, 'ours'), fastest(measured, 'other')
+    if 'best' in options.against and ours and timms and len(measured) > 1:
+        measure('fastest of each', ours, 'timm', timms)
+    if 'reference' in options.against:
+        for mode in [ours] if ours else modes_of(options):
+            measure('reference', mode, 'reference', None)
+    write_json(options, report)
+    head = ['ours', 'against', 'images/s', 'its images/s'] + RATIO + [
+        'TFLOP/s', 'of peak', 'MiB', 'its MiB', 'warm-up s', 'its warm-up s', 'note']
+    print_report(options, report, head, side_cells)
+
+
+def side_cells(row):
+    ours, other = row['ours'], row['other']
+    against = {'timm': 'timm ', 'reference': 'reference '}[other['contender']] + other['mode']
+    note = 'fastest of each' if row['name'] == 'fastest of each' else ''
+    rates = [record.get('images_per_second') and record['images_per_second']['median'] for record in (ours, other)]
+    reason = ours.get('not_available') or other.get('not_available')
+    flops, share = ours.get('flops_per_second'), ours.get('peak_fraction')
+    return [ours['mode'], against, shown(rates[0], '%.2f'), shown(rates[1], '%.2f')] \
+        + about_ratio(row.get('ratio')) + [
+            shown(flops and flops / 1e12, '%.3f'), shown(share and 100 * share, '%.1f %%')] \
+        + [shown(record.get(key), form) for key, form in (('peak_memory_mib', '%.0f'), ('warmup_seconds', '%.1f'))
+           for record in (ours, other)] + ['n/a: ' + reason if reason else note]
+
+
+def step_main(options, device):
+    sides(options, device, 'train')
+
+
+def eval_main(options, device):
+    sides(options, device, 'evaluate')
+
+
+# ---- data
+
+# Sizes that are common in ImageNet, as often as there; the mean there is 469 x 387 pixels and 110 KB.
+SIZES = ((500, 375),) * 9 + ((375, 500),) * 3 + ((500, 333),) * 4 + ((333, 500),) * 2 + ((500, 400), (640, 480),
+                                                                                         (500, 500), (400, 300))
+
+
+def photograph(rng, width, height):
+    """A picture with a photograph's statistics: 1/f noise (Field, JOSA A 4, 1987), and shapes with edges."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1.
+
+    def noise(power):
+        spectrum = rng.standard_normal(frequency.shape) + 1j * rng.standard_normal(frequency.shape)
+        field = np.fft.irfft2(spectrum / frequency ** power, (height, width))
+        return (field - field.mean()) / field.std()
+
+    light, colour = noise(1.), np.stack([noise(1.6) for _ in range(3)], -1)
+    row, column = np.mgrid[:height, :width]
+    for _ in range(6):
+        centre, radius = rng.uniform(0, (height, width)), rng.uniform(0.08, 0.35, 2) * (height, width)
+        inside = ((row - centre[0]) / radius[0]) ** 2 + ((column - centre[1]) / radius[1]) ** 2 < 1
+        light = light + inside * rng.normal(0, 0.7)
+        colour = colour + inside[..., None] * rng.normal(0, 0.7, 3)
+    return Image.fromarray(np.uint8(np.clip(120 + 45 * light[..., None] + 20 * colour, 0, 255)))
+
+
+def make_photographs(root, files, distinct, classes=10):
+    """Class folders of JPEGs under `root`/train: `files` names of `distinct` different pictures, always the same."""
+    rng = np.random.default_rng(0)
+    originals = os.path.join(root, 'originals')
+    os.makedirs(originals)
+    for index in range(min(distinct, files)):
+        width, height = SIZES[index % len(SIZES)]
+        photograph(rng, width, height).save(os.path.join(originals, '%d.jpg' % index), quality=90)
+    for index in range(files):
+        folder = os.path.join(root, 'train', 'class%03d' % (index % classes))
+        os.makedirs(folder, exist_ok=True)
+        link(os.path.join(originals, '%d.jpg' % (index % distinct)), os.path.join(folder, '%06d.jpg' % index))
+
+
+def link(source, path):
+    try:
+        os.link(source, path)
+    except OSError:  # no hard links here, or too many to this file
+        shutil.copyfile(source, path)
+
+
+def our_batches(options, args, device):
+    """An iterator of our loader's batches, as the training loop gets them: on the device, normalised and erased."""
+    train, _, _ = datasets.build_datasets(args)
+    loader, _ = datasets.build_loaders(args, train, None, device)
+    return iter(loader)
+
+
+def baseline_batches(options, root, device):
+    """An iterator over torchvision's ImageFolder with timm's create_transform and PyTorch's own collate function."""
+    transform = timm.data.create_transform(
+        input_size=options.input_size, is_training=True, color_jitter=0.4, auto_augment='rand-m9-mstd0.5-inc1',
+        interpolation='bicubic', re_prob=0.25, re_mode='pixel', re_count=1, mean=modeling_finetune.INPUT_MEAN,
+        std=modeling_finetune.INPUT_STD)
+    folder = torchvision.datasets.ImageFolder(os.path.join(root, 'train'), transform)
+    return iter(torch.utils.data.DataLoader(
+        folder, batch_size=options.batch_size, shuffle=True, num_workers=options.workers, drop_last=True,
+        pin_memory=backend.can_pin_memory(device)))
+
+
+def loader_rate(start, options, device):
+    """Images per second and worker, from a batch that has come to one that comes later.
+
+    The workers have started and their queue is as full as it gets before the clock runs: between two batches that the
+    main process waits for lies what the workers take to make one.
+    """
+    batches = start()
+    for _ in range(options.warmup):
+        next(batches)
+    begin, images = time.perf_counter(), 0
+    while images < options.images:
+        batch = next(batches)
+        images += len(batch[0])
+    backend.synchronize(device)
+    seconds = time.perf_counter() - begin
+    shut = getattr(batches, '_shutdown_workers', None)
+    if shut:
+        shut()  # the next one must have the machine to itself
+    return images / seconds / options.workers
+
+
+def data_main(options, device):
+    backends = contenders.flag_choices('data_backend') or ('',)
+    report = about_run(options, device)
+    report.update(workers=options.workers, batch_size=options.batch_size, input_size=options.input_size,
+                  images_per_sample=options.images, extra_flags=options.extra,
+                  images='folder' if options.data_path else 'made')
+    with tempfile.TemporaryDirectory() as folder:
+        root = datasets.resolve_data_path(options.data_path) if options.data_path else folder
+        if not options.data_path:
+            progress('making %d JPEGs' % options.distinct)
+            rounded = -(-options.images // options.batch_size) + options.warmup + 2 * options.workers + 1
+            make_photographs(folder, rounded * options.batch_size, options.distinct)
+            sizes = [os.path.getsize(entry.path) for entry in os.scandir(os.path.join(folder, 'originals'))]
+            report['mean_file_bytes'] = sum(sizes) / len(sizes)
+        for name in backends:
+            args = program.build_parser().parse_args([
+                '--data_path=' + root, '--input_size=%d' % options.input_size, '--batch_size=%d' % options.batch_size,
+                '--num_workers=%d' % options.workers, '--disable_eval_during_finetuning'] + options.extra
+                + (['--data_backend=' + name] if name else []))
+            datasets.check_paths(args)
+            row = dict(backend=name or 'default')
+            progress('loader %s against ImageFolder' % row['backend'])
+            try:
+                ours, theirs = take_turns([
+                    functools.partial(loader_rate, functools.partial(our_batches, options, args, device), options,
+                                      device),
+                    functools.partial(loader_rate, functools.partial(baseline_batches, options, root, device), options,
+                                      device)], options.pairs)
+                row.update(ours=summary(ours), baseline=summary(theirs), ratio=ratios(ours, theirs))
+            except StopIteration:
+                raise UserError('--data_path %s: too few images for --images %d and --batch_size %d'
+                                % (printable(root), options.images, options.batch_size)) from None
+            except UserError as error:
+                if options.data_path:
+                    raise
+                row['not_available'] = why_not(error)
+            add_row(options, report, row)
+    write_json(options, report)
+
+    def cells(row):
+        return [row['backend']] + [shown(row.get(side) and row[side]['median']) for side in ('ours', 'baseline')] \
+            + about_ratio(row.get('ratio')) + [row.get('not_available', '')]
+
+    print_report(options, report, ['loader', 'images/s per worker', 'ImageFolder + timm\'s'] + RATIO + ['note'],
+                 cells)
+
+
+# ---- startup
+
+FILES_PER_CLASS = 100
+
+
+def make_tree(root, files):
+    """Class folders of so many names for one tiny JPEG, a hundred to a folder."""
+    source = os.path.join(os.path.dirname(root), 'tiny0.jpg')
+    Image.fromarray(np.uint8(np.random.RandomState(0).randint(0, 256, (32, 32, 3)))).save(source)
+    for index in range(files):
+        folder = os.path.join(root, 'class%05d' % (index // FILES_PER_CLASS))
+        if index % FILES_PER_CLASS == 0:
+            os.makedirs(folder)
+        if index and index % 30000 == 0:  # a file can have only so many names
+            source = shutil.copyfile(source, os.path.join(os.path.dirname(root), 'tiny%d.jpg' % index))
+        link(source, os.path.join(folder, '%06d.jpg' % index))
+
+
+    for folder, _, _ in os.walk(root):
+        os.utime(folder, (1e9, 1e9))  # an index of folders that changed a moment ago would not be believed
+
+
+def folder_flags(root):
+    """The flags that train on a folder of classes."""
+    return ['--data_set=image_folder', '--data_path=' + root, '--disable_eval_during_finetuning',
+            '--model=beit_nano_patch8_32', '--input_size=32', '--batch_size=16']
+
+
+def forget_index(root):
+    for index in glob.glob(os.path.join(glob.escape(os.path.dirname(root)), '.beit-index-*')):
+        os.remove(index)
+
+
+def open_folder(root, options, first=False):
+    """Seconds in which this repository's data set of a folder is there; `first`: without an index of it."""
+    if first:
+        forget_index(root)
+    args = program.build_parser().parse_args(folder_flags(root) + options.extra)
+    start = time.perf_counter()
+    datasets.build_dataset(True, args)
+    return time.perf_counter() - start
+
+
+def open_image_folder(root):
+    """Seconds in which torchvision's is there."""
+    start = time.perf_counter()
+    torchvision.datasets.ImageFolder(root)
+    return time.perf_counter() - start
+
+
+def first_step(root, options, first=False):
+    """Seconds from the start of the program to the line of its first step; `first`: without an index of the folder."""
+    if first:
+        forget_index(root)
+    command = [sys.executable, '-u', os.path.join(ROOT, 'run_class_finetuning.py')] + folder_flags(root) + [
+        '--num_workers=1', '--maxstep=1', '--epochs=1', '--warmup_epochs=0', '--device=' + options.device,
+        '--no_save_ckpt'] + options.extra
+    start, seconds, last = time.perf_counter(), None, ''
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True) as run:
+        for line in run.stdout:
+            last = line.strip() or last
+            if seconds is None and line.startswith('Epoch: [0]'):
+                seconds = time.perf_counter() - start
+    if run.returncode or seconds is None:
+        raise UserError('run_class_finetuning.py failed: %s' % last)
+    return seconds
+
+
+def startup_main(options, device):
+    report = about_run(options, device)
+    report['extra_flags'] = options.extra
+    for files in options.files:
+        with tempfile.TemporaryDirectory() as folder:
+            root = os.path.join(folder, 'images')
+            progress('%d files' % files)
+            make_tree(root, files)
+            open_image_folder(root)  # the names are in memory from here on
+            theirs, one, two = take_turns([
+                functools.partial(open_image_folder, root),
+                functools.partial(open_folder, root, options, first=True),
+                functools.partial(open_folder, root, options)], options.pairs)
+            for start, times in (('first', one), ('second', two)):
+                add_row(options, report, dict(files=files, what='data set', start=start, seconds=summary(times),
+                                              other='ImageFolder', other_seconds=summary(theirs),
+                                              ratio=ratios(theirs, times)))
+            one, two = take_turns([functools.partial(first_step, root, options, first=True),
+                                   functools.partial(first_step, root, options)], options.pairs)
+            add_row(options, report, dict(files=files, what='to first step', start='first', seconds=summary(one)))
+            add_row(options, report, dict(files=files, what='to first step', start='second', seconds=summary(two),
+                                          other='first start', other_seconds=summary(one), ratio=ratios(one, two)))
+
+    def cells(row):
+        other = row.get('other_seconds')
+        return [row['files'], row['what'], row['start'], '%.3f' % row['seconds']['median'], row.get('other', ''),
+                shown(other['median'], '%.3f') if other else ''] \
+            + (about_ratio(row['ratio']) if other else ['', '', ''])
+
+    print_report(options, report, ['files', 'what', 'start', 'seconds', 'against', 'its seconds'] + RATIO, cells)
+
+
+# ---- scaling
+
+def process_main(order):
+    """One process of several: the step of `Ours`, in samples that begin and end together; the first prints them."""
+    setting = Setting(**dict(order['setting'], extra=tuple(order['setting']['extra'])))
+    ours = Ours(setting, Mode(*order['mode']))
+    ours.train(order['warmup'])
+    rates = []
+    for _ in range(order['samples']):
+        distributed.barrier()
+        backend.synchronize(ours.device)
+        start = time.perf_counter()
+        ours.train(order['steps'])
+        backend.synchronize(ours.device)
+        distributed.barrier()
+        rates.append(distributed.world_size() * setting.batch_size * order['steps'] / (time.perf_counter() - start))
+    if distributed.is_main_process():
+        print(json.dumps(dict(rates=rates, threads=torch.get_num_threads())), flush=True)
+    watchdog.stop()
+    distributed.leave_processes()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def run_processes(count, order, threads):
+    """Start so many processes; gives what the first printed. Raises a `UserError` where one failed.
+
+    test/launch.py can start run_class_finetuning.py alone; here the processes get the same environment.
+    """
+    port, processes = free_port(), []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [os.path.join(folder, '%d.%s') % (rank, '%s') for rank in range(count)]
+        try:
+            for rank, path in enumerate(paths):
+                env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank),
+                           LOCAL_WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+                if threads:
+                    env['OMP_NUM_THREADS'] = str(threads)
+                with open(path % 'out', 'wb') as out, open(path % 'err', 'wb') as err:
+                    processes.append(subprocess.Popen(
+                        [sys.executable, os.path.abspath(__file__), '_process', json.dumps(order)], env=env,
+                        stdout=out, stderr=err, preexec_fn=distributed.end_with_parent))
+            failed = wait_for(processes)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+        if failed is not None:
+            said = last_line(paths[failed] % 'err').replace('benchmark.py: error: ', '')
+            raise UserError('process %d of %d failed: %s' % (failed, count, said or 'it does not say why'))
+        return json.loads(last_line(paths[0] % 'out'))
+
+
+def wait_for(processes):
+    """The number of the first process that fails, or None: the others would wait for it."""
+    until = time.monotonic() + RUN_SECONDS
+    while any(process.poll() is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.poll()]
+        if failed:
+            return failed[0]
+        if time.monotonic() > until:
+            raise UserError('%d processes did not end in %d s' % (len(processes), RUN_SECONDS))
+        time.sleep(0.05)
+    return next((rank for rank, process in enumerate(processes) if process.returncode), None)
+
+
+def last_line(path):
+    with open(path, encoding='utf-8', errors='replace') as file:
+        return (file.read().strip().splitlines() or [''])[-1]
+
+
+def scaling_main(options, device):
+    setting = setting_of(options, device)
+    precision = options.precision or ('float32' if device.type == 'cpu' else 'bfloat16')
+    mode = Mode(precision, options.compile == 'on')
+    contenders.mode_flags(mode)
+    report = about_run(options, device)
+    report.update(model=setting.model, input_size=setting.input_size, batch_size=setting.batch_size, mode=str(mode),
+                  extra_flags=options.extra)
+    order = dict(setting=setting._asdict(), mode=list(mode), warmup=options.warmup, steps=options.steps, samples=3)
+    counts = sorted(set(options.processes) | {1})
+    rates, threads, reasons = {count: [] for count in counts}, {}, {}
+    cores = report['hardware']['threads']
+    for turn in range(options.pairs):
+        for count in counts if turn % 2 == 0 else counts[::-1]:
+            if count in reasons:
+                continue
+            progress('%d processes, run %d of %d' % (count, turn + 1, options.pairs))
+            try:
+                backend.find_device(options.device, count - 1, count)
+                told = run_processes(count, order, max(1, cores // count) if device.type == 'cpu' else None)
+                rates[count].append(statistics.median(told['rates']))
+                threads[count] = told['threads']
+            except UserError as error:
+                reasons[count] = why_not(error)
+    for count in counts:
+        row = dict(processes=count)
+        if count in reasons or 1 in reasons:
+            row['not_available'] = reasons.get(count) or 'one process failed: %s' % reasons[1]
+        else:
+            devices = 1 if device.type == 'cpu' else count  # processes of a CPU share its cores
+            row.update(threads=threads[count], images_per_second=summary(rates[count]),
+                       speedup=ratios(rates[count], rates[1]),
+                       efficiency=ratios(rates[count], [devices * rate for rate in rates[1]]))
+        add_row(options, report, row)
+
+    def cells(row):
+        rate = row.get('images_per_second')
+        return [row['processes'], shown(row.get('threads'), '%d'), shown(rate and rate['median'], '%.2f'),
+                shown(row.get('speedup') and row['speedup']['median'], '%.3f')] \
+            + about_ratio(row.get('efficiency')) + [row.get('not_available', '')]
+
+    print_report(options, report, ['processes', 'threads each', 'images/s in all', 'against one', 'efficiency']
+                 + RATIO[1:] + ['note'], cells)
+
+
+# ---- flags
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def build_parser():
+    positive = number(int, 1)
+    parser = Parser('benchmark.py', description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', metavar='step|eval|data|startup|scaling')
+
+    def command(name, main, help_text, description=''):
+        sub = commands.add_parser(name, help=help_text, description='%s. %s' % (help_text.capitalize(), description),
+                                  allow_abbrev=False)
+        sub.set_defaults(main=main)
+        sub.add_argument('--device', default='auto', help='auto, npu, cuda, cpu or one with an index (auto)')
+        sub.add_argument('--pairs', default=ENOUGH_PAIRS, type=positive,
+                         help='how often each contender is measured (%d)' % ENOUGH_PAIRS)
+        sub.add_argument('--json', default='', help='write everything that was measured into this file')
+        sub.add_argument('--markdown', action='store_true', help='print the table in Markdown')
+        return sub
+
+    def model(sub):
+        sub.add_argument('--model', default='beit_base_patch16_224',
+                         help='one of %s (beit_base_patch16_224)' % ', '.join(modeling_finetune.MODELS))
+        sub.add_argument('--input_size', default=0, type=number(int, 0, 8192), help='pixels a side (the model\'s own)')
+        sub.add_argument('--batch_size', default=0, type=positive, help='images in a step (128, on a CPU 4)')
+        sub.add_argument('--classes', default=1000, type=positive, help='classes (1000)')
+        sub.add_argument('--warmup', default=3, type=positive, help='steps before the first sample (3)')
+
+    for name, main, text in (('step', step_main, 'training steps: forward, backward, clip, optimizer'),
+                             ('eval', eval_main, 'evaluation: forward, loss, top-1 and top-5')):
+        sub = command(name, main, text, 'Flags after -- go to run_class_finetuning.py, for this repository\'s side.')
+        model(sub)
+        sub.add_argument('--precision', default=None, nargs='+', choices=PRECISIONS,
+                         help='float32, bfloat16 and float16 autocast, O2 (all; on a CPU float32 bfloat16)')
+        sub.add_argument('--compile', default='off', choices=('off', 'on', 'both'),
+                         help='torch.compile on both sides (off)')
+        sub.add_argument('--against', default=['timm', 'best', 'reference'], nargs='+',
+                         choices=('timm', 'best', 'reference'),
+                         help='timm in the same mode; the fastest mode of each; plain attention as the reference '
+                         'computes it (all)')
+        sub.add_argument('--steps', default=0, type=number(int, 0), help='steps in a sample (--seconds of them)')
+        sub.add_argument('--seconds', default=2., type=number(float, 0), help='least length of a sample (2)')
+        sub.add_argument('--peak', default=None, type=number(float, 0, above=True),
+                         help='the device\'s dense peak in FLOP/s, where it isn\'t known (H100, H200, A100 are)')
+        sub.add_argument('--no_memory', action='store_true',
+                         help='on a CPU: leave out the extra process that each figure of memory takes')
+
+    sub = command('data', data_main, 'the loader, against torchvision\'s ImageFolder and timm\'s create_transform')
+    sub.add_argument('--data_path', default='', help='a folder with train/ in it (JPEGs of ImageNet\'s sizes are made)')
+    sub.add_argument('--input_size', default=224, type=positive, help='pixels a side (224)')
+    sub.add_argument('--batch_size', default=64, type=positive, help='images in a batch (64)')
+    sub.add_argument('--workers', default=1, type=positive, help='loader processes (1)')
+    sub.add_argument('--images', default=512, type=positive, help='images in a sample (512)')
+    sub.add_argument('--distinct', default=128, type=positive, help='different pictures to make (128)')
+    sub.add_argument('--warmup', default=2, type=positive, help='batches before a sample (2)')
+
+    sub = command('startup', startup_main, 'until the first step, with large folders',
+                  'The names are in the memory of the operating system before the first sample.')
+    sub.add_argument('--files', default=[1000, 10000, 100000], nargs='+', type=number(int, 16, 10 ** 7),
+                     help='sizes of the folders (1000 10000 100000)')
+
+    sub = command('scaling', scaling_main, 'the step on several processes of this machine',
+                  'The batch is that of each process. Efficiency is images per second over those of one process, and '
+                  'over the number of devices; on a CPU the processes share the cores, so that 1 is all there is.')
+    model(sub)
+    sub.add_argument('--processes', default=[1, 2, 4, 8], nargs='+', type=positive, help='how many (1 2 4 8)')
+    sub.add_argument('--precision', default=None, choices=PRECISIONS, help='(bfloat16, on a CPU float32)')
+    sub.add_argument('--compile', default='off', choices=('off', 'on'), help='torch.compile (off)')
+    sub.add_argument('--steps', default=5, type=positive, help='steps in a sample, of which a run has three (5)')
+    return parser
+
+
+def parse(argv):
+    extra = []
+    if '--' in argv:
+        argv, extra = argv[:argv.index('--')], argv[argv.index('--') + 1:]
+    parser = build_parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.command is None:
+        raise UserError('say what to measure: step, eval, data, startup or scaling; see --help')
+    if rest:
+        known = parser._subparsers._group_actions[0].choices[options.command]._option_string_actions
+        near = nearest(rest[0].partition('=')[0], known)
+        raise UserError('%s: unknown flag of %s; %s' % (rest[0], options.command, 'did you mean %s?' % ' or '.join(near)
+                                                        if near else 'see %s --help' % options.command))
+    options.extra, options.argv = extra, argv + (['--'] + extra if extra else [])
+    folder = os.path.dirname(os.path.abspath(options.json))
+    if options.json and (os.path.isdir(options.json) or not os.access(folder, os.W_OK)):
+        raise UserError('--json %s: cannot be written there' % printable(options.json))
+    return options
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    internal = {'_memory': memory_main, '_process': process_main}.get(argv[0] if argv else '')
+    try:
+        if internal:
+            internal(json.loads(argv[1]))
+            return 0
+        options = parse(argv)
+        options.main(options, backend.select_device(options.device))
+        return 0
+    except UserError as error:
+        print('benchmark.py: error: %s' % one_line(error), file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, lambda heard, _: sys.exit(128 + heard))  # an orderly end removes what was made
+    sys.exit(main())
