@@ -72,7 +72,7 @@ class ImageFolder(torch.utils.data.Dataset):
         if not self.classes:
             raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
                             % (flag, shown))
-        filled = np.bincount(self.samples.targets, minlength=len(self.classes)).tolist()
+        filled = np.bincount(self.samples.labels, self.samples.counts, len(self.classes)).tolist()
         empty = [name for name, images in zip(self.classes, filled) if not images]
         if empty:
             raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder'

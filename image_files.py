@@ -82,13 +82,15 @@ class ImageList(collections.abc.Sequence):
         folders (list of str): relative to root.
         labels, counts (array of int): of each folder, its class index and how many images it has.
         names (bytes): the images' names, folder after folder, a NUL behind each.
+        begin (int): where in `names` they begin.
+        ends (array of int): where each one's NUL is, for who knows it.
     """
 
-    def __init__(self, root, folders, labels, counts, names):
-        self.root, self.folders, self.names = root, folders, names
+    def __init__(self, root, folders, labels, counts, names, begin=0, ends=None):
+        self.root, self.folders, self.names, self.begin = root, folders, names, begin
         self.labels, self.counts = np.asarray(labels, dtype=np.int64), np.asarray(counts, dtype=np.int64)
         self.before = np.concatenate([[0], np.cumsum(self.counts)])  # the place of each folder's first image
-        self.ends = np.flatnonzero(np.frombuffer(names, dtype=np.uint8) == 0)
+        self.ends = np.flatnonzero(np.frombuffer(names, dtype=np.uint8) == 0) if ends is None else ends
 
     def __len__(self):
         return len(self.ends)
@@ -98,7 +100,7 @@ class ImageList(collections.abc.Sequence):
             return [self[each] for each in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # negative ones count from the end, and there is an IndexError
         folder = int(np.searchsorted(self.before, index, side='right')) - 1
-        name = self.names[int(self.ends[index - 1]) + 1 if index else 0:int(self.ends[index])]
+        name = self.names[int(self.ends[index - 1]) + 1 if index else self.begin:int(self.ends[index])]
         return os.path.join(self.root, self.folders[folder], os.fsdecode(name)), int(self.labels[folder])
 
     def __eq__(self, other):

@@ -9,6 +9,7 @@ can't be written, in output_dir. It is one line (MAGIC and a CRC-32 of the rest)
 
     stamps     uint64 (folders, 3)
     counts     uint32 (folders,)      images of each folder
+    lengths    uint16 (images,)       bytes of each image's name and its NUL
     folders    paths relative to the tree, a NUL behind each; '' is the tree itself, and first
     names      the images' names, folder after folder, a NUL behind each
 
@@ -114,12 +115,11 @@ def _read(path, root):
     """(bytes, `Tree`, '') of an index that is true of the tree; else (b'', None, why not, or '' for no word)."""
     try:
         with open_file(path) as file:
-            if not file.readline(len(MAGIC) + 10).startswith(MAGIC + b' '):
+            if os.pread(file.fileno(), len(MAGIC) + 1, 0) != MAGIC + b' ':
                 return b'', None, ''  # of another version
             if os.fstat(file.fileno()).st_size > MAX_BYTES:
                 raise ValueError('too large')
-            file.seek(0)
-            packed = file.read()
+            packed = file.raw.readall()  # at once: to touch new memory takes longer than to read what is in it
         tree, user = _unpack(packed, root), _header(packed)[0]['user']
     except OSError:  # most often there is none
         return b'', None, ''
@@ -173,10 +173,12 @@ def _may_list(path):
 
 def _pack(tree):
     folders = os.fsencode(''.join(folder + '\0' for folder in tree.samples.folders))
-    header = dict(user=_user(), extensions=EXTENSIONS, folders=len(tree.stamps), bytes=len(folders), real=tree.real,
-                  links=tree.links)
+    samples = tree.samples
+    header = dict(user=_user(), extensions=EXTENSIONS, folders=len(tree.stamps), images=len(samples),
+                  bytes=len(folders), real=tree.real, links=tree.links)
     rest = b''.join([json.dumps(header).encode(), b'\n', np.array(tree.stamps, dtype='<u8').tobytes(),
-                     tree.samples.counts.astype('<u4').tobytes(), folders, tree.samples.names])
+                     samples.counts.astype('<u4').tobytes(),
+                     np.diff(samples.ends, prepend=-1).astype('<u2').tobytes(), folders, samples.names])
     return MAGIC + b' %08x\n' % zlib.crc32(rest) + rest
 
 
@@ -197,13 +199,17 @@ def _unpack(packed, root):
     if packed[:start] != MAGIC + b' %08x\n' % zlib.crc32(memoryview(packed)[start:]):
         raise ValueError('damaged')
     header, start = _header(packed)
-    count, length, real, links = (header[name] for name in ('folders', 'bytes', 'real', 'links'))
-    if header['extensions'] != list(EXTENSIONS) or not (0 < count <= len(packed) // 28 and 0 < length <= len(packed)):
+    count, images, length, real, links = (header[name] for name in ('folders', 'images', 'bytes', 'real', 'links'))
+    if header['extensions'] != list(EXTENSIONS) or not (0 < count <= len(packed) // 28 and 0 <= images <= len(packed)
+                                                      and 0 < length <= len(packed)):
         raise ValueError('other rules, or wrong lengths')
     stamps = np.frombuffer(packed, '<u8', 3 * count, start).reshape(-1, 3)
     counts = np.frombuffer(packed, '<u4', count, start + 24 * count).astype(np.int64)
     start += 28 * count
-    folders, names = packed[start:start + length], packed[start + length:]
+    lengths = np.frombuffer(packed, '<u2', images, start)
+    start += 2 * images
+    begin = start + length
+    folders, ends = packed[start:begin], np.cumsum(lengths, dtype=np.int64) + (begin - 1)
     _check_paths(folders[1:])
     _check_paths(os.fsencode(''.join(link + '\0' for link in links)))
     folders = os.fsdecode(folders).split('\0')
@@ -214,8 +220,8 @@ def _unpack(packed, root):
         elif not classes or not folder.startswith(classes[-1] + '/'):
             raise ValueError('a folder in no class')
         labels.append(len(classes) - 1)
-    samples = ImageList(root, folders[:-1], labels, counts, names)
-    _check_names(samples)
+    _check_names(packed, begin, lengths, ends)
+    samples = ImageList(root, folders[:-1], labels, counts, packed, begin, ends)
     if folders[0] or folders[-1] or len(labels) != count or counts[0] or counts.sum() != len(samples) \
             or classes != sorted(set(classes)) or '' not in real or not set(real) <= set(folders) \
             or not all(isinstance(each, str) for each in real.values()):
@@ -229,9 +235,11 @@ def _check_paths(paths):
         raise ValueError('no paths of a tree')
 
 
-def _check_names(samples):
+def _check_names(packed, begin, lengths, ends):
     """Each name is one that isn't hidden, and not empty."""
-    names = samples.names
-    if names and (b'/' in names or names[-1:] != b'\0' or names[:1] in b'.\0' or np.isin(
-            np.frombuffer(names, dtype=np.uint8)[samples.ends[:-1] + 1], (0, ord('.'))).any()):
+    if (ends[-1] if len(ends) else begin - 1) != len(packed) - 1:
+        raise ValueError('names of another length')
+    text = np.frombuffer(packed, dtype=np.uint8)
+    if len(ends) and (packed.find(b'/', begin) >= 0 or lengths.min() < 2 or text[ends].any() or packed[begin] in b'.\0'
+                      or np.isin(text[ends[:-1] + 1], (0, ord('.'))).any()):
         raise ValueError('no names of images')

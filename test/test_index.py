@@ -361,12 +361,17 @@ def forge(good, folders=None, names=None, **header):
     start = len(index_cache.MAGIC) + 10
     end = good.index(b'\n', start) + 1
     facts = json.loads(good[start:end].decode())
-    count, length = facts['folders'], facts['bytes']
-    middle = end + 28 * count
+    count, images, length = facts['folders'], facts['images'], facts['bytes']
+    middle = end + 28 * count + 2 * images
+    old, lengths = good[middle + length:], good[middle - 2 * images:middle]
     folders = good[middle:middle + length] if folders is None else folders(good[middle:middle + length])
-    names = good[middle + length:] if names is None else names(good[middle + length:])
+    names = old if names is None else names(old)
+    if names != old:
+        ends = np.flatnonzero(np.frombuffer(names, dtype=np.uint8) == 0)
+        lengths = np.diff(ends, prepend=-1).astype('<u2').tobytes()
+        facts['images'] = len(ends)
     facts.update(bytes=len(folders), **header)
-    rest = json.dumps(facts).encode() + b'\n' + good[end:middle] + folders + names
+    rest = json.dumps(facts).encode() + b'\n' + good[end:end + 28 * count] + lengths + folders + names
     return index_cache.MAGIC + b' %08x\n' % zlib.crc32(rest) + rest
 
 
@@ -408,6 +413,9 @@ HOSTILE = {
     'no folders': dict(folders=lambda folders: b''),
     'more folders than bytes': dict(folders=None, names=None, more=10 ** 12),
     'fewer than none': dict(folders=None, names=None, more=-10),
+    'more images than bytes': dict(images=10 ** 12),
+    'fewer images than none': dict(images=-3),
+    'images that are no number': dict(images='x'),
     'links that are numbers': dict(links=[1]),
     'links that are no list': dict(links=3),
     'a link above': dict(links=['../x']),
