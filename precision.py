@@ -171,11 +171,11 @@ class MasterWeightScaler(StepScaler):
         self._backward(loss, create_graph)
         # Accumulate in float32, in buffers that stay where they are: NpuFusedAdamW never looks for new ones.
         pairs = [pair for pair in self.pairs if pair[0].grad is not None]
-        for _, master in pairs:
+        begun = [pair for pair in pairs if pair[1].grad is not None]
+        backend.add_all([master.grad for _, master in begun], [parameter.grad for parameter, _ in begun])
+        for parameter, master in pairs:
             if master.grad is None:
-                master.grad = torch.zeros_like(master)
-        backend.add_all([master.grad for _, master in pairs], [parameter.grad for parameter, _ in pairs])
-        for parameter, _ in pairs:
+                master.grad = parameter.grad.to(master.dtype)
             parameter.grad = None
         if not is_update:
             return None

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 
 import pytest
 import torch
@@ -9,13 +10,12 @@ import torch
 import backend
 import engine_for_finetuning as engine
 import modeling_finetune
-import optim_factory
 import pilot
 import precision
 import utils
 from conftest import cannot_run
 from test_numerics import Listener, Numbered
-from test_training import CPU, toy
+from test_training import CPU, check_trajectory, toy, trajectory_run
 
 FUSED = backend.takes_scale(backend.build_optimizer(torch.optim.AdamW, [torch.nn.Parameter(torch.zeros(1))], lr=1.))
 needs_fused = pytest.mark.skipif(not FUSED, reason='NOT RUN: this PyTorch has no fused AdamW for a CPU')
@@ -197,8 +197,8 @@ def test_gradient_checkpointing_computes_the_blocks_twice():
     assert len(calls) == 3
 
 
-def test_a_compiled_model_is_one_graph_and_trains_alike():
-    """Over two epochs of steps and an evaluation after each: one graph to train, one to evaluate, losses as eager's."""
+def test_a_compiled_model_is_one_graph_and_trains_as_the_reference(golden):
+    """Over the recorded two epochs, a graph each to train and to evaluate, and none anew for the second epoch."""
     if not hasattr(torch.nn.Module, 'compile'):
         pytest.skip('NOT RUN: this PyTorch cannot compile')
     try:
@@ -209,20 +209,15 @@ def test_a_compiled_model_is_one_graph_and_trains_alike():
     from torch._dynamo.utils import counters
     _dynamo.reset()
     counters.clear()
-    loader = Numbered([(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(number)),
-                        torch.arange(4) % 7) for number in range(5)])
-    eager, compiled = nano(depth=1), nano(depth=1)  # one block: compiling is slow
-    backend.compile_in_place(compiled)
-    assert list(compiled.state_dict()) == list(eager.state_dict())
-    losses = []
-    for model in (eager, compiled):
-        optimizer = optim_factory.create_optimizer(model, lr=1e-3)
-        for epoch in range(2):
-            stats = engine.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, optimizer, CPU, epoch)
-            losses += [stats['loss'], engine.evaluate(loader, model, CPU)['loss']]
-    assert losses[4:] == pytest.approx(losses[:4], rel=1e-4)
-    assert counters['stats']['unique_graphs'] == 2
+    recorded = golden('trajectory.npz')
+    stats, losses, model = trajectory_run(recorded, prepare=backend.compile_in_place)
+    check_trajectory(recorded, stats, losses, model)
+    assert counters['stats']['unique_graphs'] == 1
     assert not counters['graph_break']
+    for _ in range(2):
+        engine.evaluate([(torch.from_numpy(recorded['images'])[0].float(), torch.from_numpy(recorded['targets'])[0])],
+                        model, CPU)
+    assert counters['stats']['unique_graphs'] == 2
 
 
 def test_average_of_the_weights_in_one_call():
@@ -240,3 +235,28 @@ def test_average_of_the_weights_in_one_call():
     average.update(state, skip=torch.tensor(True))
     for name, value in average.ema.state_dict().items():
         assert torch.equal(value, kept[name])
+
+
+# ---- which of the two is the limit
+
+@pytest.mark.parametrize('seconds, limit', ((0.05, 'loader'), (0., 'device')))
+def test_a_run_says_which_of_loader_and_device_is_the_limit(seconds, limit):
+    """A loader that takes 50 ms for a batch, and one that takes none beside a model that takes 50 ms."""
+    model, loader = toy()
+
+    class Slow(Numbered):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(seconds)
+                yield batch
+
+    def criterion(output, targets):
+        time.sleep(0.05 - seconds)
+        return torch.nn.functional.cross_entropy(output, targets)
+
+    throughput = utils.Throughput(warmup_steps=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    engine.train_one_epoch(model, criterion, Slow(loader * 2), optimizer, CPU, 0, throughput=throughput)
+    assert throughput.limit().startswith('the %s is the limit: ' % limit)
+    assert throughput.data_share > 0.5 if seconds else throughput.data_share < 0.05
+    assert throughput.step_milliseconds > 50

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+import attention
+import backend
 import engine_for_finetuning as engine
 import modeling_finetune
 import optim_factory
 import precision
 import run_class_finetuning
 import utils
+from conftest import cannot_run
 from errors import UserError
 
 CPU = torch.device('cpu')
@@ -109,8 +112,12 @@ class Batches(list):
         return len(self[0][1])
 
 
-def trajectory_run(recorded, epochs=None, amp=None):
-    """The recorded training, on this project's loop: (epoch statistics, microbatch losses, model)."""
+def trajectory_run(recorded, epochs=None, amp=None, prepare=None):
+    """The recorded training, on this project's loop: (epoch statistics, microbatch losses, model).
+
+    Args:
+        prepare (function): of the model, what changes how it computes.
+    """
     from timm.loss import LabelSmoothingCrossEntropy
     config, training = json.loads(str(recorded['config'])), json.loads(str(recorded['training']))
     model = modeling_finetune.VisionTransformer(norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), **config)
@@ -121,6 +128,8 @@ def trajectory_run(recorded, epochs=None, amp=None):
     scaler = None
     if amp is not None:
         model, scaler = precision.initialize_amp(model, optimizer, CPU, **amp)
+    if prepare is not None:
+        prepare(model)
     images = (torch.from_numpy(recorded['images']).float() / 255 - 0.5) / 0.5
     loader = Batches(zip(images, torch.from_numpy(recorded['targets'])))
     steps = training['steps_per_epoch']
@@ -143,9 +152,29 @@ def trajectory_run(recorded, epochs=None, amp=None):
     return stats, losses, model
 
 
-def test_trajectory_is_the_references(golden):
+def fused(model):
+    assert attention.choose_attention(model, CPU, 'fused').startswith('fused, ')
+
+
+def skipping(model):
+    """Nothing is dropped in the recording, so the rate is so small that nothing is here."""
+    for block in model.blocks:
+        block.skips_dropped, block.drop_path.drop_prob = True, 1e-9
+
+
+MODES = {'plain': None, 'fused attention': fused, 'skip_dropped': skipping,
+         'grad_checkpointing': lambda model: model.set_grad_checkpointing()}
+
+
+@pytest.mark.parametrize('mode', sorted(MODES))
+def test_trajectory_is_the_references(golden, mode):
+    if mode == 'fused attention' and not backend.fused_attentions(CPU):
+        cannot_run('fused', 'this PyTorch has no fused attention')
     recorded = golden('trajectory.npz')
-    stats, losses, model = trajectory_run(recorded)
+    check_trajectory(recorded, *trajectory_run(recorded, prepare=MODES[mode]))
+
+
+def check_trajectory(recorded, stats, losses, model):
     np.testing.assert_allclose(losses, recorded['microbatch_losses'], rtol=1e-5)
     for mine, theirs in zip(stats, json.loads(str(recorded['epoch_stats']))):
         for name, value in theirs.items():
