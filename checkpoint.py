@@ -198,7 +198,7 @@ def find(source, prefer_best=False):
     """
     paths = candidates(source)
     if not os.path.isdir(source):
-        return source, read(fetch(source), '--resume')
+        return source, read(fetch(source, '--resume'), '--resume')
     ordered = [path for path in paths if _position(path) is not None]
     bests = [path for path in paths if path not in ordered]
     if prefer_best:

@@ -37,7 +37,7 @@ def load_pretrained(model, source, model_key='model|module', model_prefix=''):
         UserError: the file can't be read, or its weights are another model's; then it lists names and shapes.
     """
     check_finetune(source)
-    loaded = read(fetch(source), '--finetune')
+    loaded = read(fetch(source, '--finetune'), '--finetune')
     key, loaded = inner_state(loaded, model_key)
     state = strip_prefixes(loaded, model_prefix)
     if not state:

@@ -139,18 +139,18 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, response, code, message, headers, address)
 
 
-def fetch(source):
+def fetch(source, flag=''):
     """The local path of a file or an https URL; a URL is downloaded once, by the first process.
 
     A URL may end in #sha256=<64 hex digits>; a file that differs is refused. Without it a hash in the file's name, as
-    in weights-8a3f5b21.pth, is checked like PyTorch does.
+    in weights-8a3f5b21.pth, is checked like PyTorch does. `flag` is what errors name.
 
     Raises:
         UserError: the address isn't https, the server fails, or what it sent isn't what was asked for.
     """
     if not re.match(r'[a-z]+://', source):
         return source
-    shown = printable(source)
+    shown = ('%s %s' % (flag, printable(source))).strip()
     address, _, fragment = source.partition('#')
     if not address.startswith('https://'):
         raise UserError('%s: only https:// addresses are downloaded; fetch the file yourself and give its path' % shown)
