@@ -60,7 +60,12 @@ class DeviceLoader:
         return len(self.loader)
 
     def __iter__(self):
-        return backend.one_ahead(self.loader, self.prepare, self.device)
+        batches = iter(self.loader)
+        try:
+            yield from backend.one_ahead(batches, self.prepare, self.device)
+        finally:  # PyTorch 1.5 hangs where it is the garbage collector that ends the workers
+            if hasattr(batches, '_shutdown_workers') and not getattr(self.loader, 'persistent_workers', False):
+                batches._shutdown_workers()
 
     def prepare(self, batch):
         """The batch on the device; nothing waits for it to be there."""

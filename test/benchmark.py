@@ -440,18 +440,17 @@ def loader_rate(start, options, device):
     main process waits for lies what the workers take to make one.
     """
     batches = start()
-    for _ in range(options.warmup):
-        next(batches)
-    begin, images = time.perf_counter(), 0
-    while images < options.images:
-        batch = next(batches)
-        images += len(batch[0])
-    backend.synchronize(device)
-    seconds = time.perf_counter() - begin
-    shut = getattr(batches, '_shutdown_workers', None)
-    if shut:
-        shut()  # the next one must have the machine to itself
-    return images / seconds / options.workers
+    try:
+        for _ in range(options.warmup):
+            next(batches)
+        begin, images = time.perf_counter(), 0
+        while images < options.images:
+            batch = next(batches)
+            images += len(batch[0])
+        backend.synchronize(device)
+        return images / (time.perf_counter() - begin) / options.workers
+    finally:  # the next one must have the machine to itself, and an error must not keep the workers
+        (batches.close if hasattr(batches, 'close') else batches._shutdown_workers)()
 
 
 def data_main(options, device):
@@ -477,6 +476,7 @@ def data_main(options, device):
             row = dict(backend=name or 'default')
             progress('loader %s against ImageFolder' % row['backend'])
             try:
+                datasets.check_backend(args)
                 ours, theirs = take_turns([
                     functools.partial(loader_rate, functools.partial(our_batches, options, args, device), options,
                                       device),

@@ -38,7 +38,7 @@ def has_fast():
     return True
 
 
-needs_fast = pytest.mark.skipif(not has_fast(), reason='this stack has no --data_backend fast')
+needs_fast = pytest.mark.skipif(not has_fast(), reason='NOT RUN: this stack has no --data_backend fast')
 
 
 @pytest.fixture
