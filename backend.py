@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import os
 import shutil
+import time
 
 # From 2.5 on, torch imports torch_npu by itself and dies with a traceback where CANN isn't set up; here it is imported
 # when it's wanted, and its failure explained.
@@ -139,6 +140,19 @@ def synchronize(device):
     """Wait until the device has done all that it was given. Nothing to wait for on a CPU."""
     if _module(device):
         _module(device).synchronize()
+
+
+def mark(device):
+    """A moment in a device's work, for `seconds_between` once the device has been waited for; on a CPU, now."""
+    if hasattr(_module(device), 'Event'):
+        event = _module(device).Event(enable_timing=True)
+        event.record()
+        return event
+    return time.perf_counter()
+
+
+def seconds_between(mark, later):
+    return later - mark if isinstance(mark, float) else mark.elapsed_time(later) / 1000.
 
 
 def max_memory_mb(device):
@@ -341,7 +355,7 @@ def add_all(tensors, others):
 
 def copy_all(tensors, others):
     """Copy into each the other of its place, which may be of another dtype."""
-    if _HAS_FOREACH:
+    if _HAS_FOREACH and tensors:
         torch._foreach_copy_(tensors, others)
         return
     for tensor, other in zip(tensors, others):
@@ -357,9 +371,14 @@ def average_all(averages, values, decay, skip=False):
     if skip is True:
         return
     if skip is not False:  # it is on the device: a step of length 0
-        length = (1 - decay) * (~skip).float()
+        length = ((1 - decay) * (~skip).float()).to(averages[0].device)
+        if _HAS_FOREACH:
+            steps = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(steps, length)
+            torch._foreach_add_(averages, steps)
+            return
         for average, value in zip(averages, values):
-            average.add_((value - average) * length.to(average.device))
+            average.add_((value - average) * length)
     elif _HAS_FOREACH:
         torch._foreach_mul_(averages, decay)
         torch._foreach_add_(averages, values, alpha=1 - decay)
@@ -510,6 +529,9 @@ def check_compile(device):
 
 def compile_in_place(model):
     """Compile a module's forward and backward pass for the shapes that it meets, as one graph each; names stay."""
+    limits = importlib.import_module('torch._dynamo').config
+    name = 'recompile_limit' if hasattr(limits, 'recompile_limit') else 'cache_size_limit'
+    setattr(limits, name, max(getattr(limits, name), 64))  # --bad_images skip gives batches of several sizes
     model.compile(fullgraph=True, dynamic=False)
 
 

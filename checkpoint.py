@@ -405,9 +405,8 @@ WITHOUT_EFFECT = {'output_dir', 'log_dir', 'resume', 'auto_resume', 'save_ckpt',
                   'save_ckpt_minutes', 'keep_checkpoints', 'num_workers', 'pin_mem', 'world_size', 'local_rank',
                   'dist_url', 'dist_on_itp', 'dist_timeout', 'dist_eval', 'data_path', 'eval_data_path', 'finetune',
                   'model_key', 'model_prefix', 'maxstep', 'prof', 'cann_prof', 'init_scale', 'start_epoch', 'eval',
-                  'check_data', 'max_bad_images', 'disable_eval_during_finetuning', 'deterministic', 'nb_classes',
-                  'device', 'batch_size', 'update_freq', 'model_ema_force_cpu', 'crop_pct', 'index_cache',
-                  'eval_data_backend'}
+                  'check_data', 'max_bad_images', 'deterministic', 'nb_classes',
+                  'device', 'batch_size', 'update_freq', 'model_ema_force_cpu', 'index_cache'}
 
 
 def differences(content, args, run):
@@ -420,5 +419,5 @@ def differences(content, args, run):
         return ['the checkpoint does not say with which flags it was made']
     found = ['--%s is %s (was %.60s)' % (name, value, theirs[name]) for name, value in sorted(vars(args).items())
              if name in theirs and name not in WITHOUT_EFFECT and repr(theirs[name]) != repr(value)]
-    return found + ['%s: %s (was %.60s)' % (name, run[name], before[name]) for name in sorted(run)
-                    if name in before and repr(before[name]) != repr(run[name])]
+    return found + ['%s: %s (was %.60s)' % (name, run[name], before.get(name, 'of another version'))
+                    for name in sorted(run) if repr(before.get(name)) != repr(run[name])]

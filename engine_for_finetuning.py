@@ -62,7 +62,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         meters.load_state(state['meters'])
     if first_step:  # the rates that the last of them left in the optimizer: a checkpoint may come before the next
         set_schedules(optimizer, start_steps + first_step - 1, lr_schedule_values, wd_schedule_values)
-    update, unread = None, []
+    update, unread, line_is_due = None, [], False
 
     batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,
                                'Epoch: [%d]' % epoch, device, distributed.world_size(), throughput,
@@ -93,6 +93,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         update.values = dict(rates(optimizer), loss=loss.detach(), grad_norm=update.grad_norm, loss_scale=scaler.scale,
                              class_acc=class_acc)
         meters.update(**update.values)
+        line_is_due = line_is_due or utils.is_line(micro_step, micro_steps)
         if not is_update:
             continue
         optimizer.zero_grad()
@@ -100,10 +101,10 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         if model_ema is not None:
             model_ema.update(scaler.full_precision_state(model), update.skipped)
         unread.append(update)
-        must_read = pilot.hear(update, device) or utils.is_line(micro_step, micro_steps)
+        must_read = pilot.hear(update, device) or line_is_due
         if must_read or backend.reads_freely(device) or update.skipped is True or len(unread) >= UNREAD_UPDATES:
             settle(unread, scaler, pilot, log_writer, device)
-            unread = []
+            unread, line_is_due = [], False
         pilot.between_updates(update, epoch, micro_step // update_freq + 1,
                               lambda: dict(meters=meters.state(), skipped_before=skipped_before), device)
 

@@ -173,9 +173,11 @@ class MasterWeightScaler(StepScaler):
         pairs = [pair for pair in self.pairs if pair[0].grad is not None]
         begun = [pair for pair in pairs if pair[1].grad is not None]
         backend.add_all([master.grad for _, master in begun], [parameter.grad for parameter, _ in begun])
-        for parameter, master in pairs:
-            if master.grad is None:
-                master.grad = parameter.grad.to(master.dtype)
+        fresh = [pair for pair in pairs if pair[1].grad is None]
+        for _, master in fresh:
+            master.grad = torch.empty_like(master)
+        backend.copy_all([master.grad for _, master in fresh], [parameter.grad for parameter, _ in fresh])
+        for parameter, _ in pairs:
             parameter.grad = None
         if not is_update:
             return None

@@ -37,6 +37,9 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import create_model
 
 
+DRAWS = 2  # another number whenever the same seed gives a run other random numbers than before
+
+
 # ---- steps of main
 
 def build_model(args, nb_classes):
@@ -164,8 +167,8 @@ def check_data(args):
     damaged = bad_images.check_data(args)
     if damaged:
         place = ', listed in %s' % os.path.join(args.output_dir, bad_images.LIST) if args.output_dir else ''
-        raise UserError('--check_data: %d images cannot be read%s; mend or remove them, or leave them out with '
-                        '--bad_images skip' % (damaged, place))
+        raise UserError('--check_data: %d image%s cannot be read%s; mend or remove what is listed, or leave it out with '
+                        '--bad_images skip' % (damaged, 's' if damaged > 1 else '', place))
 
 
 def main(args, signals):
@@ -199,7 +202,7 @@ def main(args, signals):
     if args.eval:
         evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
         return
-    run = dict(processes=distributed.world_size(), images=len(train_set), device=device.type,
+    run = dict(processes=distributed.world_size(), images=len(train_set), device=device.type, random_numbers=DRAWS,
                total_batch=args.batch_size * args.update_freq * distributed.world_size())
     source, progress = resume(args, model, optimizer, scaler, ema, device, run)
     goes_on = source and checkpoint.lies_in(source, args.output_dir)
@@ -288,9 +291,9 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
             pilot.stop_after(epoch, steps, device)
         improved = note_best(best, test_stats, ema_stats)
         record(args, writer, epoch, training['model'], train_stats, test_stats, ema_stats)
-        if steps < steps_per_epoch:  # --maxstep, in mid-epoch: what goes on from here has not seen this evaluation
+        if steps < steps_per_epoch:  # --maxstep, in mid-epoch
+            progress.best = dict(best)  # or a run that goes on would put worse weights in the best's place
             pilot.save(epoch, steps, pilot.state, device)
-            progress.best = dict(best)
             pilot.save_epoch(improved, numbered=False)
             break
         progress.epoch, progress.steps, progress.meters, progress.best = epoch + 1, 0, [], dict(best)

@@ -113,7 +113,7 @@ class MetricLogger:
         """Yield from `iterable`, of `steps` items those from `start` on; print a line each `print_freq`, and the last.
 
         A device works on while the loop goes ahead. It is waited for at each line and in the first steps, and the time
-        between is shared out evenly.
+        between is shared out evenly. Waiting for data is what the device does, not what the loop does.
 
         Args:
             iterable: gives (images, targets, …); the number of images goes into the fps of the line.
@@ -127,20 +127,20 @@ class MetricLogger:
         stage = ' (%s step %%d)' % header.replace('%', '%%')
         watchdog.enter(header)
         watchdog.mark(start, 0, stage)
-        waiting = []  # (images, seconds of waiting for data) of the steps since the device was last waited for
-        since = end = time.time()
+        waiting = []  # (images, marks before and after waiting for data) of the steps since the device was waited for
+        since, before = time.time(), backend.mark(device)
         for step, item in enumerate(iterable, start):
             watchdog.mark(step, 1, stage)
-            data_seconds.update(time.time() - end)
-            waiting.append((len(item[0]) * processes, data_seconds.value))
+            waiting.append((len(item[0]) * processes, before, backend.mark(device)))
             yield item
             is_printed = is_line(step, steps, print_freq)
             if is_printed or backend.reads_freely(device) or len(throughput.steps) < throughput.warmup_steps:
                 backend.synchronize(device)
                 now = time.time()
-                for images, data in waiting:
+                for images, before, after in waiting:
                     step_seconds.update((now - since) / len(waiting))
-                    throughput.update(images, step_seconds.value, data)
+                    data_seconds.update(backend.seconds_between(before, after))
+                    throughput.update(images, step_seconds.value, data_seconds.value)
                 since, waiting = now, []
             if is_printed:
                 self.read()
@@ -153,7 +153,7 @@ class MetricLogger:
                        'max mem: %.0f' % backend.max_memory_mb(device),
                        'fps: %.0f' % (len(item[0]) * processes / max(step_seconds.median, 1e-9))]))
             watchdog.mark(step + 1, 0, stage)
-            end = time.time()
+            before = backend.mark(device)
         watchdog.mark(watchdog.LAST, 2, stage)
 
 
@@ -164,8 +164,6 @@ def is_line(step, steps, print_freq=10):
 
 class Throughput:
     """Images per second over a run, without its first steps, in which kernels are compiled and caches filled."""
-
-    LOADER_LIMIT = 0.05  # from this share of the time on, the loader is said to hold up the device
 
     def __init__(self, warmup_steps=5):
         self.warmup_steps = warmup_steps
@@ -197,9 +195,9 @@ class Throughput:
 
     def limit(self):
         """Which of the two is the limit, for people."""
-        return 'the %s is the limit: %.1f %% of the time went by waiting for data%s' % (
-            ('loader', 100 * self.data_share, '; raise --num_workers, or try --data_backend fast')
-            if self.data_share >= self.LOADER_LIMIT else ('device', 100 * self.data_share, ''))
+        return 'the %s is the limit; %.1f %% of the time the device waited for data%s' % (
+            'device' if self.data_share < 0.5 else 'loader', 100 * self.data_share,
+            '; --num_workers and --data_backend may help' if self.data_share >= 0.05 else '')
 
 
 class TensorboardLogger:

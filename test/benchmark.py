@@ -87,8 +87,19 @@ def take_turns(runs, pairs):
     for pair in range(pairs):
         order = list(range(len(runs)))
         for index in order if pair % 2 == 0 else order[::-1]:
+            if _heard:
+                sys.exit(128 + _heard[0])
             results[index].append(runs[index]())
     return results
+
+
+_heard = []  # signals
+
+
+def stop(number, _):
+    """An orderly end removes what was made. One that comes in mid-fork gets lost there: `take_turns` looks again."""
+    _heard.append(number)
+    sys.exit(128 + number)
 
 
 def progress(text):
@@ -436,7 +447,7 @@ def baseline_batches(options, root, device):
 def loader_rate(start, options, device):
     """Images per second and worker, from a batch that has come to one that comes later.
 
-    The workers have started and their queue is as full as it gets before the clock runs: between two batches that the
+    The workers have started, and what they had ready is used up, before the clock runs: between two batches that the
     main process waits for lies what the workers take to make one.
     """
     batches = start()
@@ -836,5 +847,6 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, lambda heard, _: sys.exit(128 + heard))  # an orderly end removes what was made
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
     sys.exit(main())

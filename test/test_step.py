@@ -257,6 +257,6 @@ def test_a_run_says_which_of_loader_and_device_is_the_limit(seconds, limit):
     throughput = utils.Throughput(warmup_steps=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     engine.train_one_epoch(model, criterion, Slow(loader * 2), optimizer, CPU, 0, throughput=throughput)
-    assert throughput.limit().startswith('the %s is the limit: ' % limit)
+    assert throughput.limit().startswith('the %s is the limit; ' % limit)
     assert throughput.data_share > 0.5 if seconds else throughput.data_share < 0.05
     assert throughput.step_milliseconds > 50
