@@ -167,8 +167,8 @@ def check_data(args):
     damaged = bad_images.check_data(args)
     if damaged:
         place = ', listed in %s' % os.path.join(args.output_dir, bad_images.LIST) if args.output_dir else ''
-        raise UserError('--check_data: %d image%s cannot be read%s; mend or remove what is listed, or leave it out with '
-                        '--bad_images skip' % (damaged, 's' if damaged > 1 else '', place))
+        raise UserError('--check_data: %d image%s cannot be read%s; mend or remove what is listed, or leave it out '
+                        'with --bad_images skip' % (damaged, 's' if damaged > 1 else '', place))
 
 
 def main(args, signals):
