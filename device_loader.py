@@ -1,6 +1,8 @@
 """Batches on the device: copied there as bytes ahead of their use, and there made float32, normalised and erased."""
 
+import contextlib
 import random
+import signal
 
 import torch
 from timm.data.random_erasing import RandomErasing
@@ -60,7 +62,8 @@ class DeviceLoader:
         return len(self.loader)
 
     def __iter__(self):
-        batches = iter(self.loader)
+        with _signals_wait():
+            batches = iter(self.loader)
         try:
             yield from backend.one_ahead(batches, self.prepare, self.device)
         finally:  # PyTorch 1.5 hangs where it is the garbage collector that ends the workers
@@ -85,3 +88,16 @@ class DeviceLoader:
         shape = (3, height, width) if self.remode == 'pixel' else (3, 1, 1)
         noise = torch.empty(shape, device=self.generator.device).normal_(generator=self.generator)
         return noise.to(self.device)
+
+
+@contextlib.contextmanager
+def _signals_wait():
+    """Workers that start in here cannot be ended by a signal to all processes of a job; see `datasets.calm_worker`."""
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
