@@ -65,7 +65,7 @@ class DeviceLoader:
         with _signals_wait():
             batches = iter(self.loader)
         try:
-            yield from backend.one_ahead(batches, self.prepare, self.device)
+            yield from backend.one_ahead(_or_loader_death(batches), self.prepare, self.device)
         finally:  # PyTorch 1.5 hangs where it is the garbage collector that ends the workers
             if hasattr(batches, '_shutdown_workers') and not getattr(self.loader, 'persistent_workers', False):
                 batches._shutdown_workers()
@@ -88,6 +88,17 @@ class DeviceLoader:
         shape = (3, height, width) if self.remode == 'pixel' else (3, 1, 1)
         noise = torch.empty(shape, device=self.generator.device).normal_(generator=self.generator)
         return noise.to(self.device)
+
+
+def _or_loader_death(batches):
+    """The batches; a worker that was killed while it handed one over is told of as PyTorch tells of the others."""
+    try:
+        yield from batches
+    except (EOFError, ConnectionError, FileNotFoundError) as error:
+        dead = [str(worker.pid) for worker in getattr(batches, '_workers', ()) if not worker.is_alive()]
+        if not dead or 'Caught ' in str(error):  # raised in a worker, and handed on
+            raise
+        raise RuntimeError('DataLoader worker (pid(s) %s) exited unexpectedly' % ', '.join(dead)) from error
 
 
 @contextlib.contextmanager

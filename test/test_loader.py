@@ -1,5 +1,6 @@
 """The loaders of bytes against timm's own transform, bit for bit; erasing on the device; the fast backend."""
 
+import argparse
 import contextlib
 import gc
 import inspect
@@ -20,6 +21,8 @@ from torchvision import transforms
 
 import backend
 import datasets
+import device_loader
+import errors
 import fast_images
 import image_files
 from conftest import photo
@@ -387,3 +390,18 @@ def test_fast_is_refused_where_it_cannot_be(parse, monkeypatch):
         with pytest.raises(UserError, match='%s fast: this torchvision cannot decode JPEG files; use a newer one, or '
                                             '%s exact' % (flag, flag)):
             datasets.check_backend(parse(flag + '=fast'))
+
+
+@pytest.mark.parametrize('error', (EOFError(), ConnectionResetError('reset'), FileNotFoundError('a socket')))
+@pytest.mark.parametrize('alive', (True, False))
+def test_a_worker_that_dies_while_it_hands_a_batch_over_is_told_of(error, alive):
+    """In Python 3.8 that came to light as an error of the connection."""
+    class Batches:
+        _workers = [argparse.Namespace(pid=7, is_alive=lambda: alive)]
+
+        def __iter__(self):
+            raise error
+
+    with pytest.raises(type(error) if alive else RuntimeError) as caught:
+        list(device_loader._or_loader_death(Batches()))
+    assert alive or 'a loader process (7) exited unexpectedly' in errors.loader_death(caught.value)
