@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import backend
 import run_class_finetuning
 from test_training import RUN
 
@@ -66,7 +67,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_flag_with_wrong_values(image_folder, folder, capfd):
+def test_every_flag_with_wrong_values(image_folder, folder, capfd, monkeypatch):
+    monkeypatch.setattr(backend, 'compile_in_place', lambda model: None)  # it takes a minute; test_step.py compiles
     data = image_folder(train=4, val=2)
     base = RUN + ['--data_path=' + data, '--epochs=1', '--maxstep=1', '--batch_size=2']
     tried, refused, failures = 0, 0, []
