@@ -3,6 +3,7 @@
 import contextlib
 import random
 import signal
+import time
 
 import torch
 from timm.data.random_erasing import RandomErasing
@@ -95,8 +96,11 @@ def _or_loader_death(batches):
     try:
         yield from batches
     except (EOFError, ConnectionError, FileNotFoundError) as error:
-        dead = [str(worker.pid) for worker in getattr(batches, '_workers', ()) if not worker.is_alive()]
-        if not dead or 'Caught ' in str(error):  # raised in a worker, and handed on
+        dead, until = [], time.monotonic() + 2  # its connection may end before the worker is seen to be dead
+        while not dead and 'Caught ' not in str(error) and time.monotonic() < until:  # Caught: in a worker that lives
+            dead = [str(worker.pid) for worker in getattr(batches, '_workers', ()) if not worker.is_alive()]
+            time.sleep(0.05)
+        if not dead:
             raise
         raise RuntimeError('DataLoader worker (pid(s) %s) exited unexpectedly' % ', '.join(dead)) from error
 
