@@ -190,10 +190,9 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
     model.eval()
     meters = utils.MetricLogger()
     correct = torch.zeros(3, dtype=torch.int64, device=device)  # top-1, top-5, images
-    loss_units, not_finite, unreadable, stop, unread = 0, 0, [], 0, []
+    all_losses, unreadable, stop = [], [], 0
     processes = distributed.world_size() if sharded else 1
-    for step, batch in enumerate(meters.log_every(data_loader, len(data_loader), 10, 'Test:', device, processes,
-                                                  throughput)):
+    for batch in meters.log_every(data_loader, len(data_loader), 10, 'Test:', device, processes, throughput):
         stop = wish() if wish else 0
         if stop:
             break
@@ -206,13 +205,9 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
         losses = F.cross_entropy(output, targets, reduction='none')
         top = output.topk(min(5, output.shape[1]), dim=1).indices == targets[:, None]
         correct += torch.stack((top[:, 0].sum(), top.sum(), top.new_ones(len(top), dtype=torch.int64).sum()))
-        unread.append(losses)
+        all_losses.append(losses)
         meters.update(loss=losses.mean(), acc1=100 * top[:, 0].float().mean())
-        if utils.is_line(step, len(data_loader)):
-            units, others = sum_losses(unread)
-            loss_units, not_finite, unread = loss_units + units, not_finite + others, []
-    units, others = sum_losses(unread)
-    loss_units, not_finite = loss_units + units, not_finite + others
+    loss_units, not_finite = sum_losses(all_losses)
     acc1, acc5, images = correct.tolist()
     watchdog.mark(watchdog.LAST, 2, '')
     if wish and distributed.any_process(stop, device):

@@ -27,12 +27,13 @@ class Update:
             images gave those outputs, as positions in the data set.
         unreadable (list): (path, reason) of files that were left out.
         grad_norm (float or 0-dim tensor), skipped (bool or 0-dim tensor): what the scaler gave.
+        values (dict): what is logged of its last micro-step, numbers and 0-dim tensors.
         stop (int): the number of a signal that some process got; save (bool): some process is due to save.
     """
 
     def __init__(self, step):
         self.step, self.losses, self.outputs, self.indices, self.unreadable = step, [], [], [], []
-        self.grad_norm, self.skipped, self.stop, self.save = None, False, 0, False
+        self.grad_norm, self.skipped, self.values, self.stop, self.save = None, False, {}, 0, False
 
     def add(self, batch, output, loss):
         self.losses.append(loss.detach())

@@ -35,6 +35,18 @@ def cannot_run(need, reason):
     pytest.skip('NOT RUN: ' + reason)
 
 
+def only_with(need, present, reason):
+    """A mark for tests that can run only where something is present: else they are as `cannot_run` has them."""
+    if not present and need in os.environ.get('MUST_RUN', '').split():
+        return pytest.mark.usefixtures('missing_need')
+    return pytest.mark.skipif(not present, reason='NOT RUN: ' + reason)
+
+
+@pytest.fixture
+def missing_need():
+    pytest.fail('what this test needs is not here, and MUST_RUN names it')
+
+
 def pytest_terminal_summary(terminalreporter):
     """One line for each reason that tests were skipped for, with their number."""
     reasons = collections.Counter(report.longrepr[2] for report in terminalreporter.stats.get('skipped', ()))

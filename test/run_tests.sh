@@ -15,6 +15,9 @@
 #   stacks     the virtual environments of --stack=1.5 and --stack=1.8, whose files the current PyTorch reads and they
 #              its own (STACKS=/path/to/python:/path/to/python names others)
 #   registry   the package registry, for the published torch_npu
+#   linux      what Linux tells of processes           netns, tmpfs   the right to make network namespaces, to mount
+#   current    what the current PyTorch, timm, torchvision and Pillow have: bfloat16, torch.compile, fused kernels …
+#   cuda       a GPU                                    soak           the long ones, with --soak
 #   MUST_RUN="compiler openssl stacks" bash test/run_tests.sh
 # The tests run on up to four cores at once; -n 0 runs them one after the other.
 # With --stack the tests across the three stacks are left out: the current PyTorch's run holds them for all.

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import checkpoint
-from conftest import EMULATOR, ROOT, run_program
+from conftest import EMULATOR, ROOT, cannot_run, run_program
 from test_scripts import TINY, all_end, check_summary, copy_checkout, fails, fake_cann, output, result, run_script, text
 from test_training import lines_of, scalars
 
@@ -295,7 +295,7 @@ RESUMED = {
 def test_a_run_resumed_on_npus_computes_what_an_unbroken_one_does(train, half_learnt, way):
     """The masters, the moments, the scale and the device's random numbers come back."""
     if way in ('float32', 'apex O1') and not os.environ.get('BEIT_SOAK'):
-        pytest.skip('NOT RUN: a minute, and the same code as the other ways; bash test/run_tests.sh --soak has it')
+        cannot_run('soak', 'a minute, and the same code as the other ways; bash test/run_tests.sh --soak has it')
     more, apex, tolerance = RESUMED[way]
     flags = ['--epochs=2', '--batch_size=128', '--save_ckpt_freq=1', '--lr=1e-3', FUSED] + more
     unbroken = train(*flags, '--finetune=' + half_learnt, apex=apex)
@@ -319,7 +319,7 @@ def test_a_checkpoint_of_an_npu_is_read_where_there_is_none(train):
 
 def test_a_checkpoint_of_an_npu_goes_on_with_cuda(train):
     if not torch.cuda.is_available():
-        pytest.skip('NOT RUN: no CUDA GPU to resume an NPU checkpoint on')
+        cannot_run('cuda', 'no CUDA GPU to resume an NPU checkpoint on')
     first = train('--epochs=2', '--maxstep=22', '--save_ckpt_freq=1', FUSED)
     second = train('--epochs=2', '--resume=' + first.folder, on='cuda')
     assert 'epoch 0 is done' in second.out and second.epochs()[-1]['epoch'] == 1

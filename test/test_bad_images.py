@@ -28,7 +28,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 import bad_images
 import datasets
 import distributed
-from conftest import NANO, ROOT, photo
+from conftest import NANO, ROOT, only_with, photo
 from errors import UserError, one_line
 from test_data import write_cifar
 
@@ -724,7 +724,7 @@ def test_a_signal_to_all_leaves_the_workers_to_the_main_process():
         assert not any(map(is_alive, workers))
 
 
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='the kernel tells of a parent\'s end on Linux only')
+@only_with('linux', sys.platform.startswith('linux'), 'the kernel tells of a parent\'s end on Linux only')
 def test_workers_end_with_a_main_process_that_is_killed():
     with loading() as (process, workers):
         time.sleep(0.5)  # all that they were asked for is read, and they wait

@@ -21,7 +21,7 @@ import backend
 import launch
 import run_class_finetuning
 from errors import printable
-from conftest import NANO, ROOT, TEST_DIR, photo
+from conftest import NANO, ROOT, TEST_DIR, cannot_run, photo
 
 SHORT = NANO + ['--batch_size=4', '--epochs=2', '--warmup_epochs=0']
 EARLIER_RUN = {'log.txt': b'{"epoch": 0}\n', 'checkpoint-0.pth': b'not really weights'}
@@ -380,7 +380,7 @@ def test_torch_npu_that_sees_no_npu(refused, monkeypatch, fresh_devices):
 def test_npu_without_cann(program, data, tmp_path):
     """torch_npu is installed, as a package that torch itself would load at once, but CANN's libraries are not found."""
     if hasattr(torch, 'npu'):
-        pytest.skip('THIS PYTORCH HAS NPUS BUILT IN: a torch_npu without CANN was not tested')
+        cannot_run('current', 'this PyTorch has NPUs built in: no torch_npu without CANN')
     site = tmp_path / 'site'
     (site / 'torch_npu').mkdir(parents=True)
     (site / 'torch_npu' / '__init__.py').write_text(
@@ -612,7 +612,7 @@ def test_output_that_cannot_be_written(refused, tmp_path, flag):
     if os.access(str(folder), os.W_OK):  # root may write anywhere but where no files are kept
         folder = type(folder)('/proc')
         if not folder.is_dir():
-            pytest.skip('ROOT CAN WRITE TO EVERY FOLDER HERE: an output folder that cannot be written was not tested')
+            cannot_run('linux', 'root can write to every folder here')
     refused(flag, str(folder / 'results'), says=[flag, str(folder / 'results'), 'cannot be written', 'choose another'])
 
 

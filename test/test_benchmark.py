@@ -1,5 +1,7 @@
 """test/benchmark.py: each sub-command runs from end to end on tiny settings; its arithmetic is right."""
 
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import TEST_DIR
+from conftest import TEST_DIR, cannot_run
 
 import benchmark
 import contenders
@@ -79,9 +81,11 @@ def test_table_in_markdown_and_in_text():
                                         ('beit_large_patch16_384', 384)])
 def test_flops_are_those_that_pytorch_counts(name, size):
     """On the meta device, where nothing is computed; timm's model, so that the formula is not checked by its own."""
-    counter = pytest.importorskip('torch.utils.flop_counter', reason='NOT RUN: this PyTorch does not count operations')
+    if importlib.util.find_spec('torch.utils.flop_counter') is None:
+        cannot_run('current', 'this PyTorch does not count operations')
+    counter = importlib.import_module('torch.utils.flop_counter')
     if not HAS_TIMM_BEIT:
-        pytest.skip('NOT RUN: this timm is too old to have a BEiT')
+        cannot_run('current', 'this timm is too old to have a BEiT')
     setting = contenders.Setting(name, size, 2, 'cpu')
     with torch.device('meta'):
         model = contenders.timm_model(setting)
@@ -108,7 +112,7 @@ def test_peaks_by_device_name():
 
 def test_timms_model_is_timms_though_ours_took_its_name():
     if not HAS_TIMM_BEIT:
-        pytest.skip('NOT RUN: this timm is too old to have a BEiT')
+        cannot_run('current', 'this timm is too old to have a BEiT')
     for name in ('beit_nano_patch8_32', 'beit_base_patch16_224'):
         with torch.device('meta'):
             model = contenders.timm_model(contenders.Setting(name, 32, 2, 'cpu', classes=5))
@@ -123,7 +127,7 @@ def test_timms_model_is_timms_though_ours_took_its_name():
 def test_a_contender_trains(kind):
     """So many steps, each of which moves the weights."""
     if kind == 'timm' and not HAS_TIMM_BEIT:
-        pytest.skip('NOT RUN: this timm is too old to have a BEiT')
+        cannot_run('current', 'this timm is too old to have a BEiT')
     setting = contenders.Setting('beit_nano_patch8_32', 32, 2, 'cpu', classes=10)
     contender = contenders.CONTENDERS[kind](setting, contenders.Mode('float32'))
     model = contender.training['model'] if kind == 'ours' else contender.model
@@ -174,7 +178,7 @@ def test_step(bench):
 def test_memory_is_that_of_the_contender_alone():
     """This process has had more, and its child is not charged with it."""
     if benchmark.peak_resident_mib() is None:
-        pytest.skip('this system does not tell')
+        cannot_run('linux', 'this system does not tell the peak of a process')
     more = torch.ones(2 ** 28)  # 1 GiB
     assert benchmark.peak_resident_mib() > 1024
     del more

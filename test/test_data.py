@@ -17,7 +17,7 @@ import torchvision
 from PIL import Image, features
 
 import datasets
-from conftest import NANO, photo
+from conftest import NANO, cannot_run, photo
 from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError
 
@@ -285,7 +285,7 @@ def test_one_bit(tmp_path, suffix):
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA'])
 def test_webp(tmp_path, mode):
     if not features.check('webp'):
-        pytest.skip('THIS PILLOW HAS NO WEBP: reading WebP files was not tested')
+        cannot_run('current', 'this Pillow has no WebP')
     image = photo(4, 24, 24)
     saved = image.copy()
     if mode == 'RGBA':

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ import pytest
 import checkpoint
 import datasets
 from conftest import ROOT, cannot_run
-from test_multinode import LONG, ends, launcher
+from test_multinode import LONG, ends, free_port, launcher
 from test_scripts import all_end, has_proc, marked
 from test_training import RUN, lines_of
 
@@ -111,12 +110,6 @@ for line in sys.stdin:
 
 
 Ended = collections.namedtuple('Ended', 'status time out err')
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
 
 
 class Job:
@@ -351,9 +344,9 @@ def test_all_processes_hang(fall):
                 r'the network between them, or a device, stuck\?', each.err)) == 1, one.everything()
 
 
-FORKS = """import datasets, distributed, os, sys, torch
+FORKS = """import datasets, distributed, os, torch
 def build_datasets(*args, then=datasets.build_datasets):
-    for _ in range(300 if sys.version_info < (3, 9) else 20):
+    for _ in range(300):
         distributed.gather(['text'], torch.device('cpu'))
         pid = os.fork()
         if not pid:

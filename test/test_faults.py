@@ -21,7 +21,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,10 +32,11 @@ import datasets
 import distributed
 import run_class_finetuning
 import safe_files
-from conftest import NANO, ROOT
+from conftest import NANO, ROOT, cannot_run, only_with
 from errors import UserError
+from test_multinode import free_port
 
-pytestmark = pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='processes are found through /proc')
+pytestmark = only_with('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
 
 SOAK = os.environ.get('BEIT_SOAK', '0') not in ('', '0')
 SEED = int(time.time()) if SOAK else 4
@@ -422,11 +422,6 @@ def difference(mine, theirs, place=''):
     return '' if repr(mine) == repr(theirs) else '%s is %r, not %r' % (place, mine, theirs)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
 
 # ---- fixtures
 
@@ -440,7 +435,6 @@ def server():
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
     """10 training and 4 validation images of each digit."""
-    pytest.importorskip('sklearn')
     root = str(tmp_path_factory.mktemp('digits') / 'digits')
     datasets.write_digits(root)
     for split, count in (('train', 10), ('val', 4)):
@@ -457,7 +451,7 @@ def unbroken(server, digits, tmp_path_factory):
 
     def get(config):
         if config == 'halves' and not HAS_HALF_CPU:
-            pytest.skip('NOT RUN: this PyTorch has no bfloat16 training on a CPU')
+            cannot_run('current', 'this PyTorch has no bfloat16 training on a CPU')
         if config not in known:
             life = Life(server, digits, str(tmp_path_factory.mktemp('unbroken')), config)
             started = time.monotonic()
@@ -851,8 +845,7 @@ def test_a_launcher_whose_processes_are_struck(life, unbroken):
     run.finish().equals(reference)
 
 
-@pytest.mark.skipif(importlib.util.find_spec('torch.distributed.run') is None,
-                    reason='NOT RUN: this PyTorch has no torchrun')
+@only_with('current', importlib.util.find_spec('torch.distributed.run') is not None, 'this PyTorch has no torchrun')
 def test_torchrun_starts_again_by_itself(life, unbroken):
     """Rank 1 is killed in its ninth update; nobody but torchrun does anything then."""
     reference, run = unbroken('two'), life('two')

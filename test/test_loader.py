@@ -25,7 +25,7 @@ import device_loader
 import errors
 import fast_images
 import image_files
-from conftest import photo
+from conftest import only_with, photo
 from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError
 
@@ -41,7 +41,7 @@ def has_fast():
     return True
 
 
-needs_fast = pytest.mark.skipif(not has_fast(), reason='NOT RUN: this stack has no --data_backend fast')
+needs_fast = only_with('current', has_fast(), 'this stack has no --data_backend fast')
 
 
 @pytest.fixture

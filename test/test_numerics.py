@@ -17,7 +17,7 @@ import pilot
 import precision
 import run_class_finetuning
 import utils
-from conftest import ROOT
+from conftest import ROOT, cannot_run
 from errors import UserError
 from test_training import CPU, RUN, lines_of, toy
 
@@ -177,7 +177,7 @@ def test_the_program_writes_the_report_and_stops_or_goes_on(image_folder, tmp_pa
 @pytest.mark.parametrize('device', ('cpu', 'cuda'))
 def test_the_same_bits_twice(image_folder, tmp_path, device):
     if device == 'cuda' and not torch.cuda.is_available():
-        pytest.skip('NOT RUN: no CUDA GPU to be deterministic on')
+        cannot_run('cuda', 'no CUDA GPU to be deterministic on')
     data, weights = image_folder(train=12), []
     for number in range(2):
         output = str(tmp_path / str(number))
@@ -194,7 +194,7 @@ def test_the_same_bits_twice(image_folder, tmp_path, device):
 
 def test_deterministic_kernels_are_asked_for(image_folder):
     if not hasattr(torch, 'are_deterministic_algorithms_enabled'):
-        pytest.skip('NOT RUN: this PyTorch cannot be asked whether its algorithms are deterministic')
+        cannot_run('current', 'this PyTorch cannot be asked whether its algorithms are deterministic')
     try:
         assert run_class_finetuning.run(RUN + ['--data_path=' + image_folder(train=8), '--epochs=1',
                                                '--deterministic']) == 0

@@ -10,13 +10,14 @@ import backend
 import engine_for_finetuning as engine
 import optim_factory
 import precision
+from conftest import only_with
 from errors import UserError
 from test_training import CPU, Batches, toy, trajectory_run
 
 HAS_AUTOCAST = hasattr(torch, 'autocast')
 HAS_HALF_CPU = backend._half_precision_problem(CPU, torch.bfloat16) is None
-needs_autocast = pytest.mark.skipif(not HAS_AUTOCAST, reason='NOT RUN: this PyTorch has no autocast on a CPU')
-needs_half = pytest.mark.skipif(not HAS_HALF_CPU, reason='NOT RUN: this PyTorch has no bfloat16 training on a CPU')
+needs_autocast = only_with('current', HAS_AUTOCAST, 'this PyTorch has no autocast on a CPU')
+needs_half = only_with('current', HAS_HALF_CPU, 'this PyTorch has no bfloat16 training on a CPU')
 
 
 @pytest.mark.parametrize('level', [pytest.param('O1', marks=needs_autocast), pytest.param('O2', marks=needs_half)])

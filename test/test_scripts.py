@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from conftest import NANO, ROOT
+from conftest import NANO, ROOT, only_with
 
 TRAINING = ('train_full_1p', 'train_full_8p', 'train_performance_1p', 'train_performance_8p')
 SCRIPTS = TRAINING + ('train_eval_1p',)
@@ -510,7 +510,7 @@ def all_end(mark, seconds=10):
     return not marked(mark)
 
 
-has_proc = pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='processes are found through /proc')
+has_proc = only_with('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
 
 
 @has_proc

@@ -13,12 +13,12 @@ import modeling_finetune
 import pilot
 import precision
 import utils
-from conftest import cannot_run
+from conftest import cannot_run, only_with
 from test_numerics import Listener, Numbered
 from test_training import CPU, check_trajectory, toy, trajectory_run
 
 FUSED = backend.takes_scale(backend.build_optimizer(torch.optim.AdamW, [torch.nn.Parameter(torch.zeros(1))], lr=1.))
-needs_fused = pytest.mark.skipif(not FUSED, reason='NOT RUN: this PyTorch has no fused AdamW for a CPU')
+needs_fused = only_with('current', FUSED, 'this PyTorch has no fused AdamW for a CPU')
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_gradient_checkpointing_computes_the_blocks_twice():
 def test_a_compiled_model_is_one_graph_and_trains_as_the_reference(golden):
     """Over the recorded two epochs, a graph each to train and to evaluate, and none anew for the second epoch."""
     if not hasattr(torch.nn.Module, 'compile'):
-        pytest.skip('NOT RUN: this PyTorch cannot compile')
+        cannot_run('current', 'this PyTorch cannot compile')
     try:
         backend.check_compile(CPU)
     except engine.UserError as error:

@@ -169,7 +169,7 @@ MODES = {'plain': None, 'fused attention': fused, 'skip_dropped': skipping,
 @pytest.mark.parametrize('mode', sorted(MODES))
 def test_trajectory_is_the_references(golden, mode):
     if mode == 'fused attention' and not backend.fused_attentions(CPU):
-        cannot_run('fused', 'this PyTorch has no fused attention')
+        cannot_run('current', 'this PyTorch has no fused attention')
     recorded = golden('trajectory.npz')
     check_trajectory(recorded, *trajectory_run(recorded, prepare=MODES[mode]))
 

@@ -659,7 +659,7 @@ BOMBS = """
 def test_bombs_take_no_memory(tmp_path):
     """In a process that may have 400 MiB more than it started with; what it asked for beyond would be an error."""
     if not os.path.isfile('/proc/self/status'):
-        cannot_run('proc', 'no /proc to learn the size of a process from')
+        cannot_run('linux', 'no /proc to learn the size of a process from')
     done = subprocess.run([sys.executable, '-c', textwrap.dedent(BOMBS % (ROOT, os.path.join(ROOT, 'test'))),
                            str(tmp_path / 'w.pth')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=300,
                           universal_newlines=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
