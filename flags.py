@@ -6,6 +6,7 @@ import os
 import re
 import sys
 
+import augmentation
 import backend
 import checkpoint
 import datasets
@@ -153,19 +154,20 @@ def build_parser(description=__doc__):
     add('--warmup_epochs', default=5, type=whole, help='epochs of linear warm-up (5)')
     add('--warmup_steps', default=-1, type=number(int, -1), help='update steps instead, when above 0 (-1)')
 
-    augmentation = parser.add_argument_group('augmentation')
-    add = augmentation.add_argument
+    augmenting = parser.add_argument_group('augmentation')
+    add = augmenting.add_argument
     add('--color_jitter', default=0.4, type=number(float, 0, 1000), help='strength, where --aa is none (0.4)')
     add('--aa', default='rand-m9-mstd0.5-inc1', help='AutoAugment policy or none (rand-m9-mstd0.5-inc1)')
     add('--hflip', default=0.5, type=share, help='share of images that are mirrored (0.5)')
     add('--smoothing', default=0.1, type=below_one, help='label smoothing (0.1)')
-    add('--train_interpolation', default='bicubic', choices=datasets.INTERPOLATIONS, help='of random crops (bicubic)')
+    add('--train_interpolation', default='bicubic', choices=augmentation.INTERPOLATIONS,
+        help='of random crops (bicubic)')
     add('--crop_pct', default=None, type=number(float, 0, 1, above=True),
         help='share of the resized image that evaluation crops (224/256; 1.0 from 384 pixels on)')
     add('--reprob', default=0.25, type=share, help='share of images with random erasing (0.25)')
     add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what erasing writes (pixel)')
     add('--recount', default=1, type=positive, help='how many areas it erases (1)')
-    switch(augmentation, 'resplit', False, 'refused: it needs augmentation splits, which this recipe does not have')
+    switch(augmenting, 'resplit', False, 'refused: it needs augmentation splits, which this recipe does not have')
     add('--mixup', default=0., type=rate, help='mixup alpha; 0 is off (0)')
     add('--cutmix', default=0., type=rate, help='cutmix alpha; 0 is off (0)')
     add('--cutmix_minmax', default=None, type=share, nargs=2, help='bounds of cutmix\'s area, instead of its alpha')
@@ -192,10 +194,10 @@ def build_parser(description=__doc__):
     add('--data_set', default='IMNET', help='IMNET (train/ and val/), image_folder (data_path and eval_data_path are '
         'the class folders) or CIFAR (CIFAR-100\'s archive, unpacked) (IMNET)')
 
-    add('--data_backend', default='exact', choices=datasets.BACKENDS,
+    add('--data_backend', default='exact', choices=augmentation.BACKENDS,
         help='of training: exact, the reference\'s pixels; fast: decoding and crops by torchvision, pixels differ a '
         'little (exact)')
-    add('--eval_data_backend', default='exact', choices=datasets.BACKENDS, help='of evaluation (exact)')
+    add('--eval_data_backend', default='exact', choices=augmentation.BACKENDS, help='of evaluation (exact)')
     add('--bad_images', default='error', choices=('error', 'skip'),
         help='a file that cannot be read: error, or skip: leave it out, list it in output_dir/bad_images.txt (error)')
     add('--max_bad_images', default=0.001, type=share, help='with skip, the share of bad files to stop at (0.001)')
@@ -246,14 +248,14 @@ def check_args(args, local_rank=0, processes=1):
         below = args.input_size // patch * patch
         raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s; use %s%d' % (
             args.input_size, patch, args.model, '%d or ' % below if below else '', below + patch))
-    datasets.check_policy(args.aa)
-    datasets.check_backend(args)
+    augmentation.check_policy(args.aa)
+    augmentation.check_backend(args)
     if args.resplit:
         raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
     if args.warmup_steps <= 0 and args.warmup_epochs > args.epochs:
         raise UserError('--warmup_epochs %d is longer than --epochs %d; give --warmup_epochs=%d or fewer'
                         % (args.warmup_epochs, args.epochs, args.epochs))
-    if datasets.mixes(args) and args.batch_size % 2 and not args.eval:
+    if augmentation.mixes(args) and args.batch_size % 2 and not args.eval:
         raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
     for flag in ('mixup', 'cutmix'):
         if 0 < getattr(args, flag) < 1e-6:  # NumPy's beta distribution gives no number there

@@ -16,6 +16,7 @@ import time
 
 import backend  # first: it sets how torch loads its devices
 import attention
+import augmentation
 import bad_images
 import checkpoint
 import datasets
@@ -211,7 +212,7 @@ def main(args, signals):
     if distributed.world_size() > 1:
         model = backend.distributed_model(model, device)
 
-    mixup = datasets.build_mixup(args, len(classes))
+    mixup = augmentation.build_mixup(args, len(classes))
     lr_values, wd_values = build_schedules(args, steps_per_epoch)
     training = dict(model=model, criterion=build_criterion(args, mixup), data_loader=train_loader,
                     optimizer=optimizer, device=device, loss_scaler=scaler, max_norm=args.clip_grad, model_ema=ema,

@@ -39,6 +39,7 @@ sys.path[:0] = [ROOT, TEST_DIR]
 import contenders  # first of the project's: it sets how torch is loaded
 from contenders import CONTENDERS, PRECISIONS, Mode, Ours, Setting
 
+import augmentation
 import backend
 import datasets
 import distributed
@@ -487,7 +488,7 @@ def data_main(options, device):
             row = dict(backend=name or 'default')
             progress('loader %s against ImageFolder' % row['backend'])
             try:
-                datasets.check_backend(args)
+                augmentation.check_backend(args)
                 ours, theirs = take_turns([
                     functools.partial(loader_rate, functools.partial(our_batches, options, args, device), options,
                                       device),

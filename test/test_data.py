@@ -16,6 +16,7 @@ import torch
 import torchvision
 from PIL import Image, features
 
+import augmentation
 import datasets
 from conftest import NANO, cannot_run, photo
 from device_loader import BoxesToErase, DeviceLoader
@@ -43,8 +44,8 @@ def pixels_of(tensor):
 def transform_of(is_train, args):
     """What the program makes of a Pillow image: in a worker, and then on the device."""
     erasing = BoxesToErase(args.reprob, args.recount) if is_train and args.reprob else None
-    finish = DeviceLoader(None, datasets.CPU, *datasets.mean_and_std(args), remode=args.remode)
-    worker = datasets.build_transform(is_train, args)
+    finish = DeviceLoader(None, datasets.CPU, *augmentation.mean_and_std(args), remode=args.remode)
+    worker = augmentation.build_transform(is_train, args)
 
     def transform(image):
         item = datasets.Samples([(worker(image), 0)], erasing=erasing)[0]
@@ -175,7 +176,7 @@ def test_random_erasing_writes_what_remode_says(parse, remode):
 @pytest.mark.parametrize('policy', ['none', 'rand-m9-mstd0.5-inc1', 'rand-m5-n3', 'augmix-m3-w3', 'v0', 'v0r',
                                     'original', 'originalr'])
 def test_known_policies_pass_and_work(parse, policy):
-    datasets.check_policy(policy)
+    augmentation.check_policy(policy)
     transform = transform_of(True, parse('--input_size=48', '--aa=%s' % policy))
     assert tuple(transform(photo(1, 64, 64)).shape) == (3, 48, 48)
 
@@ -781,7 +782,7 @@ def test_even_batches_are_mixed_as_timm_mixes_them(monkeypatch, settings, mode):
     changed = 0
     for seed in range(6):
         for count in (2, 4, 10):
-            before, images, _, soft = mixed(datasets.DeviceMixup(**settings), count, seed)
+            before, images, _, soft = mixed(augmentation.DeviceMixup(**settings), count, seed)
             _, expected_images, _, expected_soft = mixed(theirs, count, seed)
             assert torch.equal(images, expected_images) and torch.equal(soft, expected_soft)
             changed += not torch.equal(images, before)
@@ -794,14 +795,14 @@ def test_the_last_image_of_an_odd_batch_is_not_mixed(mode, count):
     settings = dict(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, num_classes=5, label_smoothing=0.1)
     changed = 0
     for seed in range(6):
-        before, images, targets, soft = mixed(datasets.DeviceMixup(**settings), count, seed)
+        before, images, targets, soft = mixed(augmentation.DeviceMixup(**settings), count, seed)
         assert torch.equal(images[-1], before[-1])
         smooth = torch.full((5,), 0.1 / 5)
         smooth[targets[-1]] += 0.9
         assert soft.shape == (count, 5) and torch.allclose(soft[-1], smooth, atol=1e-7)
         assert torch.allclose(soft.sum(1), torch.ones(count), atol=1e-6)
         np.random.seed(seed)
-        even_images, even_soft = datasets.DeviceMixup(**settings)(before[:-1].clone(), targets[:-1])
+        even_images, even_soft = augmentation.DeviceMixup(**settings)(before[:-1].clone(), targets[:-1])
         assert torch.equal(images[:-1], even_images) and torch.equal(soft[:-1], even_soft)
         changed += not torch.equal(images, before)
     assert changed >= 3 if count > 1 else changed == 0
@@ -809,5 +810,5 @@ def test_the_last_image_of_an_odd_batch_is_not_mixed(mode, count):
 
 @pytest.mark.parametrize('mode', ['batch', 'pair', 'elem'])
 def test_an_empty_batch_stays_empty(mode):
-    _, images, _, soft = mixed(datasets.DeviceMixup(mixup_alpha=0.8, mode=mode, num_classes=5), 0)
+    _, images, _, soft = mixed(augmentation.DeviceMixup(mixup_alpha=0.8, mode=mode, num_classes=5), 0)
     assert images.shape == (0, 3, 16, 16) and soft.shape == (0, 5) and soft.dtype == torch.float32

@@ -19,6 +19,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
+import augmentation
 import backend
 import datasets
 import device_loader
@@ -96,7 +97,7 @@ def test_training_images_are_the_bits_of_timms_transform(loaders, flags, setting
 def test_validation_images_are_the_bits_of_torchvisions_transform(loaders):
     loader = loaders('--imagenet_default_mean_and_std')[1]
     oracle = transforms.Compose([
-        transforms.Resize(54, interpolation=datasets.InterpolationMode.BICUBIC), transforms.CenterCrop(48),
+        transforms.Resize(54, interpolation=augmentation.InterpolationMode.BICUBIC), transforms.CenterCrop(48),
         transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
     images = samples_of(loader)
     assert len(images) == 4
@@ -380,16 +381,16 @@ def test_small_inputs_are_the_same_with_fast(loaders):
 
 
 def test_fast_is_refused_where_it_cannot_be(parse, monkeypatch):
-    datasets.check_backend(parse())
+    augmentation.check_backend(parse())
     if has_fast():
-        datasets.check_backend(parse('--data_backend=fast'))
+        augmentation.check_backend(parse('--data_backend=fast'))
         with pytest.raises(UserError, match='--train_interpolation lanczos needs --data_backend exact'):
-            datasets.check_backend(parse('--data_backend=fast', '--train_interpolation=lanczos'))
+            augmentation.check_backend(parse('--data_backend=fast', '--train_interpolation=lanczos'))
     monkeypatch.setattr(fast_images, 'decode_jpeg', None)
     for flag in ('--data_backend', '--eval_data_backend'):
         with pytest.raises(UserError, match='%s fast: this torchvision cannot decode JPEG files; use a newer one, or '
                                             '%s exact' % (flag, flag)):
-            datasets.check_backend(parse(flag + '=fast'))
+            augmentation.check_backend(parse(flag + '=fast'))
 
 
 @pytest.mark.parametrize('error', (EOFError(), ConnectionResetError('reset'), FileNotFoundError('a socket')))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import attention
+import augmentation
 import backend
 import engine_for_finetuning as engine
 import modeling_finetune
@@ -388,9 +389,8 @@ def scalars(folder):
     ('0', '0', 'CrossEntropyLoss'), ('0.1', '0', 'LabelSmoothingCrossEntropy'),
     ('0.1', '0.5', 'SoftTargetCrossEntropy')))
 def test_choice_of_the_loss(parse, smoothing, mixup, expected):
-    import datasets
     args = parse('--smoothing', smoothing, '--mixup', mixup)
-    assert type(run_class_finetuning.build_criterion(args, datasets.build_mixup(args, 3))).__name__ == expected
+    assert type(run_class_finetuning.build_criterion(args, augmentation.build_mixup(args, 3))).__name__ == expected
 
 
 def test_profile_writes_a_chrome_trace(image_folder, tmp_path):
