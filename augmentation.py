@@ -56,13 +56,27 @@ def build_transform(is_train, args):
         return transform
     steps = []
     if resizes:
-        crop_pct = args.crop_pct or (224 / 256 if args.input_size < 384 else 1.0)
-        resized = int(args.input_size / crop_pct)
+        resized = int(args.input_size / crop_share(args))
         steps = [transforms.Resize(resized, interpolation=InterpolationMode.BICUBIC),
                  transforms.CenterCrop(args.input_size)]
         if fast:
             steps = [fast_images.CentreCrop(resized, args.input_size)]
     return transforms.Compose(steps + [as_it_lies])
+
+
+def crop_share(args):
+    """--crop_pct, or what the reference takes for this input size."""
+    return args.crop_pct or (224 / 256 if args.input_size < 384 else 1.0)
+
+
+def preprocessing(args):
+    """How evaluation prepares an image, in timm's words: input_size (3, H, W), crop_pct, interpolation, mean and std.
+
+    Inputs of `SMALL_INPUT` and less are not resized in training: there crop_pct is 1.
+    """
+    mean, std = mean_and_std(args)
+    return {'input_size': (3, args.input_size, args.input_size), 'interpolation': 'bicubic', 'mean': tuple(mean),
+            'std': tuple(std), 'crop_pct': crop_share(args) if args.input_size > SMALL_INPUT else 1.0}
 
 
 def as_it_lies(image):

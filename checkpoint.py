@@ -27,14 +27,15 @@ MODEL_FLAGS = ('model', 'input_size', 'nb_classes', 'rel_pos_bias', 'abs_pos_emb
 
 # ---- saving
 
-def training_state(args, progress, model, optimizer, scaler, ema=None):
-    """The dict that a checkpoint holds: model, optimizer, epoch, scaler, args, and with an average model_ema.
+def training_state(args, progress, model, optimizer, scaler, ema=None, classes=()):
+    """The dict that a checkpoint holds: model, optimizer, epoch, scaler, args, classes, and with an average model_ema.
 
     There is no state of random numbers in it: those of a step follow from seed, step and process (`utils.seed_step`).
 
     Args:
         progress (Progress): how far the run has come. `epoch` in the file is the last finished one, as in the
             reference's; where an epoch is under way, `progress` in the file says how much of it is done.
+        classes (sequence of str): the names of the model's outputs.
     """
     content = {
         'model': _to_cpu(scaler.full_precision_state(model)),
@@ -42,6 +43,7 @@ def training_state(args, progress, model, optimizer, scaler, ema=None):
         'epoch': progress.epoch - 1,
         'scaler': scaler.state_dict(),
         'args': dict(vars(args)),
+        'classes': [printable(name) for name in classes],  # text: another machine may refuse a name's raw bytes
         'accuracy': dict(progress.best),
         'progress': {'steps': progress.steps, 'meters': progress.meters, 'run': dict(progress.run),
                      'files': progress.files},
@@ -307,12 +309,16 @@ def load_weights(source, content, model, scaler, ema=None):
         ema.ema.load_state_dict({**ema.ema.state_dict(), **average})
 
 
-def _trained_with(content):
-    """' (it was trained with --model …)', where the file says so."""
+def flags_inside(content):
+    """The flags that a checkpoint was trained with, by name; {} where it says none."""
     args = content.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    if not isinstance(args, dict):
-        return ''
+    return args if isinstance(args, dict) else {}
+
+
+def _trained_with(content):
+    """' (it was trained with --model …)', where the file says so."""
+    args = flags_inside(content)
     flags = ['--%s %s' % (name, args[name]) for name in MODEL_FLAGS if name in args]
     return ' (it was trained with %s)' % ' '.join(flags) if flags else ''
 
@@ -411,11 +417,10 @@ WITHOUT_EFFECT = {'output_dir', 'log_dir', 'resume', 'auto_resume', 'save_ckpt',
 
 def differences(content, args, run):
     """What makes a resumed run compute other numbers than an unbroken one would, in words; [] where nothing does."""
-    theirs = content.get('args')
-    theirs = vars(theirs) if isinstance(theirs, argparse.Namespace) else theirs
+    theirs = flags_inside(content)
     progress = content.get('progress')
     before = progress.get('run') if isinstance(progress, dict) else None
-    if not isinstance(theirs, dict) or not isinstance(before, dict):
+    if not theirs or not isinstance(before, dict):
         return ['the checkpoint does not say with which flags it was made']
     found = ['--%s is %s (was %.60s)' % (name, value, theirs[name]) for name, value in sorted(vars(args).items())
              if name in theirs and name not in WITHOUT_EFFECT and repr(theirs[name]) != repr(value)]

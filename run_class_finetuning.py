@@ -31,25 +31,17 @@ import utils
 import watchdog
 from errors import UserError, loader_death, one_line, printable
 from flags import build_parser, check_args
+from networks import build_model
 from pilot import RunPilot
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import create_model
 
 
 DRAWS = 2  # another number whenever the same seed gives a run other random numbers than before
 
 
 # ---- steps of main
-
-def build_model(args, nb_classes):
-    return create_model(
-        args.model, pretrained=False, num_classes=nb_classes, img_size=args.input_size, drop_rate=args.drop,
-        drop_path_rate=args.drop_path, attn_drop_rate=args.attn_drop_rate, use_mean_pooling=args.use_mean_pooling,
-        init_scale=args.init_scale, use_rel_pos_bias=args.rel_pos_bias, use_abs_pos_emb=args.abs_pos_emb,
-        init_values=args.layer_scale_init_value)
-
 
 def choose_speed(args, model, device):
     """What the flags say of how the model computes, where what it computes stays the same."""
@@ -222,7 +214,7 @@ def main(args, signals):
         engine.profile(os.path.join(args.output_dir or '.', 'prof'), cann=args.cann_prof, **training)
         return
     pilot = RunPilot(args, signals, progress, bad_images.BadImages(args.output_dir, args.max_bad_images), train_set,
-                     dict(model=model, optimizer=optimizer, scaler=scaler, ema=ema))
+                     dict(model=model, optimizer=optimizer, scaler=scaler, ema=ema, classes=classes))
     with signals.finishing():
         fit(args, training, val_loader, pilot, steps_per_epoch, dtype)
 

@@ -1,0 +1,84 @@
+"""Builds the network that flags describe, or that a checkpoint tells of, with its classes and how images are prepared.
+
+What a checkpoint of this project holds is enough to use it: `run_predict.py` and `run_export.py` need no other flag.
+"""
+
+import argparse
+import typing
+
+import torch
+from timm.models import create_model
+
+import augmentation
+import checkpoint
+import modeling_finetune
+from errors import UserError, printable, unknown
+from flags import build_parser
+from pretrained import inner_state, mismatches, strip_prefixes
+
+
+def build_model(args, nb_classes):
+    return create_model(
+        args.model, pretrained=False, num_classes=nb_classes, img_size=args.input_size, drop_rate=args.drop,
+        drop_path_rate=args.drop_path, attn_drop_rate=args.attn_drop_rate, use_mean_pooling=args.use_mean_pooling,
+        init_scale=args.init_scale, use_rel_pos_bias=args.rel_pos_bias, use_abs_pos_emb=args.abs_pos_emb,
+        init_values=args.layer_scale_init_value)
+
+
+class Trained(typing.NamedTuple):
+    """A trained network and what is needed to use it."""
+    model: torch.nn.Module  # in evaluation mode, float32, on the CPU
+    classes: list  # of str, one per output; numbers where the checkpoint does not name them
+    preprocessing: dict  # see `augmentation.preprocessing`
+    args: argparse.Namespace  # all flags, with the values that the checkpoint was trained with
+    source: str  # the file
+
+
+def open_trained(source, use_ema=False, **given):
+    """Build the network that a checkpoint holds; all it needs to know comes from the file.
+
+    Args:
+        source (str): a file, an https URL or a folder, of which the best checkpoint is taken.
+        use_ema (bool): take the averaged weights.
+        given: flags that the file does not tell, such as `model` for a file of weights only; they win over the file.
+
+    Raises:
+        UserError: the file can't be read, does not say what it is of, or holds other weights than it says.
+    """
+    path, content = checkpoint.find(source, prefer_best=True)
+    if not isinstance(content, dict):
+        raise UserError('--resume %s: holds no weights' % printable(path))
+    told = checkpoint.flags_inside(content)
+    if 'model' not in told and not given.get('model'):
+        raise UserError('--resume %s: it does not say which model it is of; give --model, and --input_size where it is '
+                        'not 224' % printable(path))
+    args = build_parser('').parse_args([])
+    vars(args).update({name: value for name, value in told.items() if hasattr(args, name)})
+    vars(args).update({name: value for name, value in given.items() if value is not None})
+    if args.model not in modeling_finetune.MODELS:
+        raise unknown('--model', args.model, modeling_finetune.MODELS)
+    if use_ema and not content.get('model_ema'):
+        raise UserError('--resume %s holds no averaged weights (it was trained without --model_ema)' % printable(path))
+    state = strip_prefixes(content['model_ema'] if use_ema else inner_state(content, 'model|module|state_dict')[1])
+    if 'head.weight' not in state:
+        raise UserError('--resume %s: it has no head, so it names no class; fine-tune it first' % printable(path))
+    nb_classes = len(state['head.weight'])
+    try:
+        model = build_model(args, nb_classes)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError('--resume %s: no model can be built of what it says (%s)' % (printable(path), error)) from None
+    problems = mismatches(state, model.state_dict())
+    if problems:
+        raise UserError('--resume %s: these are not the weights of --model %s: %s'
+                        % (printable(path), args.model, problems))
+    model.load_state_dict({name: value for name, value in state.items()
+                           if not name.endswith('relative_position_index')}, strict=False)
+    return Trained(model.eval(), _classes(content, nb_classes), augmentation.preprocessing(args), args, path)
+
+
+def _classes(content, nb_classes):
+    """The names inside a checkpoint, or numbers."""
+    names = content.get('classes')
+    if isinstance(names, (list, tuple)) and len(names) == nb_classes and all(isinstance(name, str) for name in names):
+        return list(names)
+    return [str(number) for number in range(nb_classes)]
