@@ -16,6 +16,7 @@ from timm.data.mixup import mixup_target
 from torchvision import transforms
 
 import fast_images
+import rand_augment
 from errors import UserError, unknown
 from modeling_finetune import INPUT_MEAN, INPUT_STD
 
@@ -49,7 +50,12 @@ def build_transform(is_train, args):
             auto_augment=policy_or_none(args.aa), interpolation=interpolation, hflip=getattr(args, 'hflip', 0.5),
             re_prob=0., mean=mean, std=std, use_prefetcher=True)
         if fast:
-            transform.transforms[0] = fast_images.RandomCrop(args.input_size, interpolation=args.train_interpolation)
+            draws = rand_augment.can_draw(transform.transforms[1:-1])
+            transform.transforms[0] = fast_images.RandomCrop(args.input_size, interpolation=args.train_interpolation,
+                                                             as_tensor=draws)
+            if draws:  # the rest is the device's
+                transform.transforms[1:] = [rand_augment.Draw(*transform.transforms[1:-1])]
+                return transform
         elif not resizes:
             transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=PADDING)
         transform.transforms[-1] = as_it_lies

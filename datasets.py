@@ -24,6 +24,7 @@ import backend
 import distributed
 import fast_images
 import index_cache
+import rand_augment
 from augmentation import SMALL_INPUT, build_transform, is_fast, mean_and_std, small_input_rule
 from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError, printable, unknown
@@ -278,10 +279,20 @@ class Batch(typing.NamedTuple):
     indices: torch.Tensor  # int64 (B,), places in the data set; see `image_name`
     unreadable: list  # of Unreadable
     erasing: list = ()  # what is still to be erased: (place in the batch, seed, boxes), see `BoxesToErase`
+    augmenting: list = ()  # what is still to be done to the bytes, see `rand_augment.pack`
+
+
+class Sample(typing.NamedTuple):
+    """What a worker makes of an image, for `collate`."""
+    image: torch.Tensor  # uint8 (H, W, 3)
+    target: int
+    index: int
+    erasing: tuple = ()  # what to erase of it
+    drawn: rand_augment.Drawn = None  # what else is to be done to it
 
 
 class Samples(torch.utils.data.Dataset):
-    """(image, class index, index, what to erase of it) by index; where `skips`, an `Unreadable` for a bad file.
+    """A `Sample` by index; where `skips`, an `Unreadable` for a bad file.
 
     Args:
         erasing (BoxesToErase): draws its numbers behind all others of an image; None erases nothing.
@@ -296,7 +307,9 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, index):
         try:
             image, target = self.dataset[index]
-            return image, target, index, self.erasing(*image.shape[:2]) if self.erasing else ()
+            drawn = image if isinstance(image, rand_augment.Drawn) else None
+            image = image if drawn is None else drawn.image
+            return Sample(image, target, index, self.erasing(*image.shape[:2]) if self.erasing else (), drawn)
         except UnreadableImage as error:
             if self.skips:
                 return Unreadable(error.path, error.reason)
@@ -334,9 +347,10 @@ def collate(items, size):
     if not read:
         nothing = torch.zeros(0, dtype=torch.int64)
         return Batch(torch.zeros(0, 3, size, size, dtype=torch.uint8), nothing, nothing.clone(), unreadable, [])
-    images, targets, indices = default_collate([item[:3] for item in read])
-    erasing = [(place,) + item[3] for place, item in enumerate(read) if item[3]]
-    return Batch(images.permute(0, 3, 1, 2), targets, indices, unreadable, erasing)
+    images, targets, indices = default_collate([sample[:3] for sample in read])
+    erasing = [(place,) + sample.erasing for place, sample in enumerate(read) if sample.erasing]
+    augmenting = rand_augment.pack([sample.drawn for sample in read])
+    return Batch(images.permute(0, 3, 1, 2), targets, indices, unreadable, erasing, augmenting)
 
 
 def calm_worker(_):

@@ -9,6 +9,7 @@ import torch
 from timm.data.random_erasing import RandomErasing
 
 import backend
+import rand_augment
 
 
 class BoxesToErase(RandomErasing):
@@ -74,13 +75,16 @@ class DeviceLoader:
     def prepare(self, batch):
         """The batch on the device; nothing waits for it to be there."""
         images = batch.images.permute(0, 2, 3, 1).to(self.device, non_blocking=True)  # as they lie: one plain copy
-        images = images.permute(0, 3, 1, 2).contiguous().float()
+        images = images.permute(0, 3, 1, 2).contiguous()
+        rand_augment.carry_out(images, batch.augmenting)
+        images = images.float()
         images.div_(self.white).sub_(self.mean).div_(self.std)
         for place, seed, boxes in batch.erasing:
             self.generator.manual_seed(seed)
             for top, left, height, width in boxes:
                 images[place, :, top:top + height, left:left + width] = self.pixels(height, width)
-        return batch._replace(images=images, targets=batch.targets.to(self.device, non_blocking=True), erasing=[])
+        return batch._replace(images=images, targets=batch.targets.to(self.device, non_blocking=True), erasing=[],
+                              augmenting=[])
 
     def pixels(self, height, width):
         """What erasing writes into a box: (3, height, width), or (3, 1, 1)."""

@@ -71,7 +71,14 @@ def resize(image, size, interpolation):
 
 
 class RandomCrop(RandomResizedCropAndInterpolation):
-    """timm's random resized crop, the same boxes from the same random numbers; gives a Pillow image."""
+    """timm's random resized crop, the same boxes from the same random numbers.
+
+    Gives a Pillow image or, where `as_tensor`, uint8 (3, H, W).
+    """
+
+    def __init__(self, size, interpolation, as_tensor=False):
+        super().__init__(size, interpolation=interpolation)
+        self.as_tensor = as_tensor
 
     def __call__(self, image):
         image = as_bytes(image)
@@ -80,7 +87,7 @@ class RandomCrop(RandomResizedCropAndInterpolation):
         if isinstance(interpolation, (tuple, list)):
             interpolation = random.choice(interpolation)
         crop = resize(image[:, top:top + height, left:left + width], self.size, interpolation.value)
-        return Image.fromarray(crop.permute(1, 2, 0).numpy())
+        return crop if self.as_tensor else Image.fromarray(crop.permute(1, 2, 0).numpy())
 
 
 class CentreCrop:

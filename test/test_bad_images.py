@@ -335,7 +335,8 @@ def test_batches_survive_page_locking(monkeypatch):
     locked = []
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor, *_: locked.append(tensor.shape) or tensor)
     item = torch.zeros(8, 8, 3, dtype=torch.uint8)
-    items = [(item, 1, 5, ()), datasets.Unreadable('a.png', 'it is empty'), (item, 0, 7, (3, [(1, 2, 3, 4)]))]
+    items = [datasets.Sample(item, 1, 5), datasets.Unreadable('a.png', 'it is empty'),
+             datasets.Sample(item, 0, 7, (3, [(1, 2, 3, 4)]))]
     for batch in (datasets.collate(items, 8), datasets.collate(items[1:2], 8)):
         pinned = pin_memory(batch)
         assert isinstance(pinned, datasets.Batch)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
@@ -26,6 +27,7 @@ import device_loader
 import errors
 import fast_images
 import image_files
+import rand_augment
 from conftest import only_with, photo
 from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError
@@ -111,7 +113,7 @@ def test_every_byte_becomes_the_number_that_torchvision_makes_of_it():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = np.stack((ramp, ramp[::-1], ramp.T), axis=2)
     oracle = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
-    batch = datasets.collate([(torch.from_numpy(image.copy()), 0, 0, ())], 16)
+    batch = datasets.collate([datasets.Sample(torch.from_numpy(image.copy()), 0, 0)], 16)
     assert batch.images.dtype == torch.uint8 and batch.images.shape == (1, 3, 16, 16)
     assert torch.equal(DeviceLoader(None, CPU, mean, std).prepare(batch).images[0], oracle(Image.fromarray(image)))
 
@@ -138,7 +140,7 @@ def erased_by(mode, images):
     """What erasing the same box of 40x40 writes into so many images: (images, 3, 40, 40)."""
     loader = DeviceLoader(None, CPU, (0.5,) * 3, (0.5,) * 3, remode=mode)
     black = torch.zeros(48, 48, 3, dtype=torch.uint8)
-    items = [(black, 0, index, (index, [(2, 3, 40, 40)])) for index in range(images)]
+    items = [datasets.Sample(black, 0, index, (index, [(2, 3, 40, 40)])) for index in range(images)]
     result = loader.prepare(datasets.collate(items, 48))
     assert result.erasing == []
     inside = result.images[:, :, 2:42, 3:43].clone()
@@ -298,16 +300,81 @@ def test_fast_takes_the_same_crops_and_flips(loaders, monkeypatch):
 
 @needs_fast
 def test_fast_augments_by_the_same_policy(loaders):
-    """Only turned and sheared images differ by more than a step: these ops sample bilinearly."""
+    """Only turned, sheared and shifted images differ by more than a step: these ops sample bilinearly."""
     def policy(name):
         loader = loaders('--reprob=0', '--data_backend=' + name)[0]
-        ops = loader.dataset.dataset.transform.transforms[2].ops
+        step = loader.dataset.dataset.transform.transforms[1 if name == 'fast' else 2]
+        ops = getattr(step, 'policy', step).ops
         return loader, [(op.name, op.prob, op.magnitude, op.magnitude_std) for op in ops]
     (exact, theirs), (fast, ours) = policy('exact'), policy('fast')
     assert ours == theirs
     mean, _ = differences(samples_of(exact), samples_of(fast))
     print('with RandAugment: mean difference %.3f' % mean)
     assert 0 < mean < 1
+
+
+RAND_AUGMENT = ('AutoContrast', 'Equalize', 'Invert', 'Rotate', 'PosterizeIncreasing', 'SolarizeIncreasing',
+                'SolarizeAdd', 'ColorIncreasing', 'ContrastIncreasing', 'BrightnessIncreasing', 'SharpnessIncreasing',
+                'ShearX', 'ShearY', 'TranslateXRel', 'TranslateYRel')
+
+
+def one_operation(name):
+    """timm's RandAugment of this operation alone, always carried out, bilinear."""
+    policy = rand_augment_transform('rand-m9-mstd0.5-inc1', dict(
+        translate_const=100, img_mean=(124, 116, 104), interpolation=Image.BILINEAR))
+    assert sorted(operation.name for operation in policy.ops) == sorted(RAND_AUGMENT)
+    policy.ops = [operation for operation in policy.ops if operation.name == name]
+    policy.ops[0].prob, policy.num_layers = 1., 1
+    return policy
+
+
+@needs_fast
+@pytest.mark.parametrize('name', RAND_AUGMENT)
+def test_the_devices_operations_are_pillows(name):
+    generator = np.random.RandomState(0)
+    pictures = [np.uint8(generator.randint(low, high, (40, 56, 3))) for low, high in ((0, 256), (40, 90), (200, 256))]
+    pictures += [np.full((40, 56, 3), 77, np.uint8), np.uint8(np.arange(40 * 56 * 3).reshape(40, 56, 3) // 27)]
+    flip = transforms.RandomHorizontalFlip(0.)
+    theirs, draw = one_operation(name), rand_augment.Draw(flip, one_operation(name))
+    random.seed(1)
+    expected = np.stack([np.array(theirs(Image.fromarray(picture))) for picture in pictures])
+    random.seed(1)
+    drawn = [draw(torch.from_numpy(picture).permute(2, 0, 1)) for picture in pictures]
+    images = torch.stack([each.image for each in drawn]).permute(0, 3, 1, 2).contiguous()
+    rand_augment.carry_out(images, rand_augment.pack(drawn))
+    assert (expected != np.stack(pictures)).any()
+    differ = np.abs(images.permute(0, 2, 3, 1).numpy().astype(int) - expected)
+    rounds = name.startswith(('Rotate', 'Shear', 'Translate', 'AutoContrast'))  # in float32 here, in float64 there
+    assert differ.max() <= rounds and (differ > 0).mean() <= 0.02 * rounds
+
+
+@needs_fast
+def test_operations_are_carried_out_in_their_order(monkeypatch):
+    """Two of an image, other ones of the next, none of the last: as Pillow does them one after the other."""
+    flip = transforms.RandomHorizontalFlip(1.)
+    picture = np.uint8(np.random.RandomState(0).randint(0, 256, (3, 32, 32, 3)))
+    chosen = [('SolarizeAdd', 'Invert'), ('Invert', 'ContrastIncreasing'), ()]
+    expected, drawn = [], []
+    for image, names in zip(picture, chosen):
+        pillow, operations = Image.fromarray(image[:, ::-1].copy()), []
+        for name in names:
+            random.seed(3)
+            pillow = one_operation(name)(pillow)
+            random.seed(3)
+            draw = rand_augment.Draw(flip, one_operation(name))
+            operations += draw(torch.from_numpy(image).permute(2, 0, 1)).operations
+        expected.append(np.array(pillow))
+        drawn.append(rand_augment.Drawn(torch.from_numpy(image), True, operations))
+    images = torch.from_numpy(picture).permute(0, 3, 1, 2).contiguous()
+    rand_augment.carry_out(images, rand_augment.pack(drawn))
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+
+
+@needs_fast
+def test_fast_leaves_a_policy_that_the_device_does_not_know_to_the_worker(loaders):
+    steps = loaders('--data_backend=fast', '--aa=augmix-m3-w3')[0].dataset.dataset.transform.transforms
+    assert not any(isinstance(step, rand_augment.Draw) for step in steps)
+    assert len(samples_of(loaders('--data_backend=fast', '--aa=augmix-m3-w3')[0])) == 12
 
 
 @needs_fast

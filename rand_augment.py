@@ -1,0 +1,192 @@
+"""RandAugment in two halves, for `--data_backend fast`: drawn in a loader's worker, carried out on the device.
+
+A worker lets timm draw, from the same random numbers and by timm's own code, but on a stand-in that notes what would be
+done to an image. Pixels are Pillow's but where it rounds otherwise, and turns, shears and shifts are bilinear.
+"""
+
+import math
+import typing
+
+import torch
+import torch.nn.functional as F
+from timm.data.auto_augment import RandAugment
+from torchvision.transforms import RandomHorizontalFlip
+
+ENHANCED = {'ColorIncreasing', 'ContrastIncreasing', 'BrightnessIncreasing', 'SharpnessIncreasing',
+            'Color', 'Contrast', 'Brightness', 'Sharpness'}
+NOTED = {'Invert', 'Posterize', 'PosterizeIncreasing', 'PosterizeOriginal', 'Solarize', 'SolarizeIncreasing',
+         'SolarizeAdd', 'Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY', 'TranslateXRel', 'TranslateYRel'}
+OPERATIONS = ENHANCED | NOTED | {'AutoContrast', 'Equalize'}
+
+
+# ---- in the worker
+
+class Drawn(typing.NamedTuple):
+    """An image, and what is to be done to it on the device."""
+    image: torch.Tensor  # uint8 (H, W, 3)
+    mirrored: bool  # before all else
+    operations: list  # of (kind, arguments), in order
+
+
+class Draw:
+    """torchvision's flip and timm's RandAugment up to their drawing: a uint8 tensor (3, H, W) to a `Drawn`."""
+
+    def __init__(self, flip, policy):
+        self.mirrors, self.policy = flip.p, policy
+        for operation in policy.ops:
+            operation.aug_fn = _Noting(operation.name, operation.aug_fn)
+
+    def __call__(self, image):
+        mirrored = bool(torch.rand(1) < self.mirrors)
+        notes = self.policy(_Notes(image.shape[2], image.shape[1]))
+        return Drawn(image.permute(1, 2, 0).contiguous(), mirrored, notes.operations)
+
+
+def can_draw(steps):
+    """Whether these steps of a transform are a flip and a RandAugment of which the device has all operations."""
+    return len(steps) == 2 and isinstance(steps[0], RandomHorizontalFlip) and isinstance(steps[1], RandAugment) \
+        and {operation.name for operation in steps[1].ops} <= OPERATIONS
+
+
+class _Noting:
+    """In place of timm's function of an operation: notes it."""
+
+    def __init__(self, name, function):
+        self.name, self.function = name, function
+
+    def __call__(self, notes, *arguments, **options):
+        if self.name in NOTED:
+            return self.function(notes, *arguments, **options)
+        notes.operations.append((self.name.replace('Increasing', ''), [float(each) for each in arguments]))
+        return notes
+
+
+class _Notes:
+    """In place of an image: what timm and Pillow would do to it."""
+
+    mode = 'RGB'
+
+    def __init__(self, width, height):
+        self.size, self.operations = (width, height), []
+
+    def point(self, table):
+        self.operations.append(('table', [int(value) for value in table]))
+        return self
+
+    def transform(self, size, method, matrix, resample=None, fillcolor=None):
+        colour = fillcolor if isinstance(fillcolor, (tuple, list)) else (fillcolor or 0,) * 3
+        self.operations.append(('affine', [float(value) for value in tuple(matrix) + tuple(colour)]))
+        return self
+
+    def rotate(self, degrees, resample=None, fillcolor=None):
+        """About the centre, counter-clockwise, as Pillow turns."""
+        cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        x, y = self.size[0] / 2, self.size[1] / 2
+        return self.transform(self.size, None, (cosine, -sine, x - cosine * x + sine * y,
+                                                sine, cosine, y - sine * x - cosine * y), resample, fillcolor)
+
+
+def pack(drawn):
+    """[(kind, places in the batch int64 (n,), arguments (n, ...))] of what is to be done to a batch, in order.
+
+    Args:
+        drawn (list of Drawn or None): of each image. What they have in common at their first operation comes first,
+            then at their second.
+    """
+    mirrored = [place for place, each in enumerate(drawn) if each and each.mirrored]
+    packed = [('mirror', torch.tensor(mirrored), torch.zeros(0))] if mirrored else []
+    operations = [each.operations if each else [] for each in drawn]
+    for turn in range(max(map(len, operations), default=0)):
+        groups = {}
+        for place, mine in enumerate(operations):
+            if turn < len(mine):
+                kind, arguments = mine[turn]
+                groups.setdefault(kind, []).append((place, arguments))
+        packed += [(kind, torch.tensor([place for place, _ in groups[kind]]),
+                    torch.tensor([arguments for _, arguments in groups[kind]],
+                                 dtype=torch.uint8 if kind == 'table' else torch.float32))
+                   for kind in sorted(groups)]
+    return packed
+
+
+# ---- on the device
+
+def carry_out(images, packed):
+    """Do to uint8 images (B, 3, H, W), in place, what `pack` gave."""
+    for kind, places, arguments in packed:
+        places = places.to(images.device, non_blocking=True)
+        arguments = arguments.to(images.device, non_blocking=True)
+        images.index_copy_(0, places, KINDS[kind](images.index_select(0, places), arguments))
+
+
+def look_up(images, tables):
+    """Each channel's values by its table. images: uint8 (n, 3, H, W); tables: uint8 (n, 768)."""
+    return tables.view(len(images) * 3, 256).gather(1, images.reshape(len(images) * 3, -1).long()).view_as(images)
+
+
+def affine(images, arguments):
+    """out(x, y) = in(a x + b y + c, d x + e y + f), bilinear, the colour outside; arguments (n, 9): a to f, colour.
+
+    Coordinates are of pixel centres, the first at 0.5, as Pillow has them.
+    """
+    height, width = images.shape[2:]
+    a, b, c, d, e, f = (value.view(-1, 1, 1) for value in arguments[:, :6].unbind(1))
+    x = torch.arange(width, device=images.device, dtype=torch.float32).add_(0.5).view(1, 1, -1)
+    y = torch.arange(height, device=images.device, dtype=torch.float32).add_(0.5).view(1, -1, 1)
+    from_x, from_y = a * x + b * y + c, d * x + e * y + f
+    grid = torch.stack((from_x * (2. / width) - 1, from_y * (2. / height) - 1), dim=3)
+    sampled = F.grid_sample(images.float(), grid, padding_mode='border', align_corners=False).add_(1e-3)
+    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
+    return torch.where(inside[:, None], sampled, arguments[:, 6:, None, None]).to(torch.uint8)
+
+
+def blend(degenerate, images, factors):
+    """degenerate + factor * (images - degenerate), cut off to whole numbers; factors (n, 1)."""
+    images = images.float()
+    return (degenerate + factors.view(-1, 1, 1, 1) * (images - degenerate)).clamp_(0, 255).to(torch.uint8)
+
+
+def grey(images):
+    """ITU-R 601 luma as Pillow rounds it, float32 (n, 1, H, W) of whole numbers."""
+    red, green, blue = images.int().unbind(1)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).float()[:, None]
+
+
+def contrast(images, factors):
+    return blend(grey(images).mean((1, 2, 3), keepdim=True).add_(0.5).floor_(), images, factors)
+
+
+def sharpness(images, factors):
+    """Blended with its smoothing by 3 x 3: the middle counts 5, its neighbours 1; the border is left as it is."""
+    smooth = images.float()
+    rows = smooth[:, :, :-2] + smooth[:, :, 1:-1] + smooth[:, :, 2:]
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * smooth[:, :, 1:-1, 1:-1]
+    smooth[:, :, 1:-1, 1:-1] = ((total + 6.5) / 13).floor_()
+    return blend(smooth, images, factors)
+
+
+def autocontrast(images, _):
+    """Each channel stretched over 0 to 255; one of a single value stays."""
+    flat = images.view(len(images) * 3, -1)
+    low, high = flat.min(1, keepdim=True).values.float(), flat.max(1, keepdim=True).values.float()
+    values = torch.arange(256, device=images.device, dtype=torch.float32)
+    stretched = ((values - low) * 255 / (high - low).clamp(min=1)).add_(1e-3).clamp_(0, 255).floor_()  # no 254.9999
+    return look_up(images, torch.where(high > low, stretched, values).to(torch.uint8))
+
+
+def equalize(images, _):
+    """Each channel's histogram made even, by Pillow's whole-number arithmetic."""
+    flat = images.view(len(images) * 3, -1).long()
+    counts = torch.zeros(len(flat), 256, device=images.device).scatter_add_(1, flat, torch.ones_like(flat).float())
+    newest = flat.max(1, keepdim=True).values
+    step = ((flat.shape[1] - counts.gather(1, newest)) / 255).floor_()
+    below = counts.cumsum(1) - counts
+    table = ((below + (step / 2).floor_()) / step.clamp(min=1)).floor_().clamp_(0, 255)
+    values = torch.arange(256, device=images.device, dtype=torch.float32)
+    return look_up(images, torch.where(step > 0, table, values).to(torch.uint8))
+
+
+KINDS = {'mirror': lambda images, _: images.flip(3), 'table': look_up, 'affine': affine,
+         'AutoContrast': autocontrast, 'Equalize': equalize, 'Contrast': contrast, 'Sharpness': sharpness,
+         'Color': lambda images, factors: blend(grey(images), images, factors),
+         'Brightness': lambda images, factors: blend(torch.zeros((), device=images.device), images, factors)}
