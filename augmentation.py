@@ -33,12 +33,13 @@ PADDING = 4
 
 # ---- an image
 
-def build_transform(is_train, args):
+def build_transform(is_train, args, device=None):
     """The worker's part of the reference's transform: a Pillow image to uint8 (input_size, input_size, 3).
 
     Training is timm's `create_transform`; inputs of 32 pixels and less use random crops with 4 pixels of padding.
     Evaluation resizes the shorter side to input_size / crop_pct and crops the centre. What follows, normalising and
-    random erasing, is `DeviceLoader`'s. Where `is_fast`, it takes what `fast_images.load_bytes` gives too.
+    random erasing, is `DeviceLoader`'s. Where `is_fast`, it takes what `fast_images.load_bytes` gives too, and leaves
+    flips and RandAugment to a `device` that is not the CPU, where the loop has better to do.
     """
     resizes, fast = args.input_size > SMALL_INPUT, is_fast(is_train, args)
     if is_train:
@@ -50,7 +51,7 @@ def build_transform(is_train, args):
             auto_augment=policy_or_none(args.aa), interpolation=interpolation, hflip=getattr(args, 'hflip', 0.5),
             re_prob=0., mean=mean, std=std, use_prefetcher=True)
         if fast:
-            draws = rand_augment.can_draw(transform.transforms[1:-1])
+            draws = device is not None and device.type != 'cpu' and rand_augment.can_draw(transform.transforms[1:-1])
             transform.transforms[0] = fast_images.RandomCrop(args.input_size, interpolation=args.train_interpolation,
                                                              as_tensor=draws)
             if draws:  # the rest is the device's

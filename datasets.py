@@ -188,7 +188,7 @@ def cifar_root(data_path):
 
 def build_dataset(is_train, args, device=None):
     """(data set, class names): samples are (image uint8 (size, size, 3), class index)."""
-    transform = build_transform(is_train, args)
+    transform = build_transform(is_train, args, device)
     if args.data_set == 'CIFAR':
         try:
             dataset = torchvision_datasets.CIFAR100(cifar_root(args.data_path), train=is_train, transform=transform)

@@ -1,7 +1,8 @@
 """RandAugment in two halves, for `--data_backend fast`: drawn in a loader's worker, carried out on the device.
 
-A worker lets timm draw, from the same random numbers and by timm's own code, but on a stand-in that notes what would be
-done to an image. Pixels are Pillow's but where it rounds otherwise, and turns, shears and shifts are bilinear.
+For accelerators: a CPU would take longer over it than Pillow in the worker. A worker lets timm draw, from the same
+random numbers and by timm's own code, but on a stand-in that notes what would be done to an image. Pixels are Pillow's
+but where it rounds otherwise, and turns, shears and shifts are bilinear.
 """
 
 import math

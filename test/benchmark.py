@@ -426,11 +426,15 @@ def link(source, path):
         shutil.copyfile(source, path)
 
 
-def our_batches(options, args, device):
-    """An iterator of our loader's batches, as the training loop gets them: on the device, normalised and erased."""
-    train, _, _ = datasets.build_datasets(args)
+def our_batches(options, args, device, alone=False):
+    """An iterator of our loader's batches, as the training loop gets them: on the device, normalised and erased.
+
+    Args:
+        alone (bool): as the workers give them for an accelerator, which does the rest.
+    """
+    train, _, _ = datasets.build_datasets(args, torch.device('cuda') if alone else device)
     loader, _ = datasets.build_loaders(args, train, None, device)
-    return iter(loader)
+    return iter(loader.loader if alone else loader)
 
 
 def baseline_batches(options, root, device):
@@ -479,19 +483,19 @@ def data_main(options, device):
             make_photographs(folder, rounded * options.batch_size, options.distinct)
             sizes = [os.path.getsize(entry.path) for entry in os.scandir(os.path.join(folder, 'originals'))]
             report['mean_file_bytes'] = sum(sizes) / len(sizes)
-        for name in backends:
+        for name, alone in [(name, alone) for alone in (False, True)[:1 + (device.type == 'cpu')] for name in backends]:
             args = program.build_parser().parse_args([
                 '--data_path=' + root, '--input_size=%d' % options.input_size, '--batch_size=%d' % options.batch_size,
                 '--num_workers=%d' % options.workers, '--disable_eval_during_finetuning'] + options.extra
                 + (['--data_backend=' + name] if name else []))
             datasets.check_paths(args)
-            row = dict(backend=name or 'default')
+            row = dict(backend=(name or 'default') + (', workers alone' if alone else ''))
             progress('loader %s against ImageFolder' % row['backend'])
             try:
                 augmentation.check_backend(args)
                 ours, theirs = take_turns([
-                    functools.partial(loader_rate, functools.partial(our_batches, options, args, device), options,
-                                      device),
+                    functools.partial(loader_rate, functools.partial(our_batches, options, args, device, alone),
+                                      options, device),
                     functools.partial(loader_rate, functools.partial(baseline_batches, options, root, device), options,
                                       device)], options.pairs)
                 row.update(ours=summary(ours), baseline=summary(theirs), ratio=ratios(ours, theirs))
