@@ -42,6 +42,11 @@ def only_with(need, present, reason):
     return pytest.mark.skipif(not present, reason='NOT RUN: ' + reason)
 
 
+# For the cases that go another way through code that a case beside them goes through already.
+variant = only_with('soak', bool(os.environ.get('BEIT_SOAK')),
+                    'another way through the same code; bash test/run_tests.sh --soak has it')
+
+
 @pytest.fixture
 def missing_need():
     pytest.fail('what this test needs is not here, and MUST_RUN names it')

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import checkpoint
-from conftest import EMULATOR, ROOT, cannot_run, run_program
+from conftest import EMULATOR, ROOT, cannot_run, run_program, variant
 from test_scripts import TINY, all_end, check_summary, copy_checkout, fails, fake_cann, output, result, run_script, text
 from test_training import lines_of, scalars
 
@@ -105,14 +105,16 @@ def in_float32(tmp_path_factory, emulator, half_learnt):
 
 HALVES = [
     ('apex O2', [FUSED], 'ascend', r"O2 float16 by apex.amp \(Ascend's\)"),
-    ('apex O1', [FUSED, '--opt-level=O1'], 'ascend', r"O1 float16 by apex.amp \(Ascend's\)"),
+    pytest.param('apex O1', [FUSED, '--opt-level=O1'], 'ascend', r"O1 float16 by apex.amp \(Ascend's\)",
+                 marks=variant),
     ('O2', [FUSED], None, r'O2 float16 by PyTorch \(apex is not installed\)'),
     ('O1', [FUSED, '--opt-level=O1'], 'nvidia', r"O1 float16 by PyTorch \(.*NVIDIA's without amp"),
-    ('O2 dynamic', ['--loss_scale=dynamic'], 'pypi', r'O2 float16 by PyTorch \(.*unrelated package'),
-    ('O2 bfloat16', [FUSED, '--amp_dtype=bfloat16'], None, 'O2 bfloat16 by PyTorch')]
+    pytest.param('O2 dynamic', ['--loss_scale=dynamic'], 'pypi', r'O2 float16 by PyTorch \(.*unrelated package',
+                 marks=variant),
+    pytest.param('O2 bfloat16', [FUSED, '--amp_dtype=bfloat16'], None, 'O2 bfloat16 by PyTorch', marks=variant)]
 
 
-@pytest.mark.parametrize('way, flags, apex, about', HALVES, ids=[way for way, _, _, _ in HALVES])
+@pytest.mark.parametrize('way, flags, apex, about', HALVES, ids=lambda value: str(value)[:12])
 def test_half_precision_learns_as_float32_does(train, half_learnt, in_float32, way, flags, apex, about):
     half = train('--epochs=2', '--lr=1e-3', '--finetune=' + half_learnt, '--amp', *flags, apex=apex)
     assert re.search('Precision: ' + about, half.out), half.out + half.err
@@ -175,9 +177,10 @@ sys.exit(program.run(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize('soc', ['910A', '910B'])
-@pytest.mark.parametrize('scale', ['65504', 'dynamic'])
-@pytest.mark.parametrize('apex', [None, 'ascend'])
+@pytest.mark.parametrize('soc, scale, apex', [
+    ('910A', '65504', 'ascend'), ('910A', 'dynamic', None), ('910B', '65504', None), ('910B', 'dynamic', 'ascend')] + [
+    pytest.param(*way, marks=variant) for way in [('910A', '65504', None), ('910A', 'dynamic', 'ascend'),
+                                                  ('910B', '65504', 'ascend'), ('910B', 'dynamic', None)]])
 def test_an_overflow_is_skipped_counted_and_logged(emulator, tmp_path, soc, scale, apex):
     """Twice in eight updates; on a 910A the gradients stay finite, and only its flag tells."""
     out = str(tmp_path / 'out')
@@ -234,12 +237,12 @@ def checkout(tmp_path):
 
 ON_NPU = TINY + ['--device=npu']
 WAYS = [('train_full_1p', 1, 'ascend', [], r"O2 float16 by apex.amp \(Ascend's\)"),
-        ('train_full_1p', 1, None, ['--opt-level=O1'], 'O1 float16 by PyTorch'),
-        ('train_full_1p', 1, 'nvidia', [], 'O2 float16 by PyTorch'),
+        pytest.param('train_full_1p', 1, None, ['--opt-level=O1'], 'O1 float16 by PyTorch', marks=variant),
+        pytest.param('train_full_1p', 1, 'nvidia', [], 'O2 float16 by PyTorch', marks=variant),
         ('train_full_1p', 1, None, ['--no_amp'], 'float32'),
         ('train_full_8p', 8, 'ascend', ['--batch_size=2'], r"O2 float16 by apex.amp \(Ascend's\)"),
         ('train_performance_1p', 1, 'ascend', [], r"O2 float16 by apex.amp \(Ascend's\)"),
-        ('train_performance_8p', 2, None, ['--nproc_per_node=2'], 'O2 float16 by PyTorch')]
+        pytest.param('train_performance_8p', 2, None, ['--nproc_per_node=2'], 'O2 float16 by PyTorch', marks=variant)]
 
 
 @pytest.mark.parametrize('script, devices, apex, flags, about', WAYS, ids=lambda value: str(value)[:16])
@@ -291,11 +294,10 @@ RESUMED = {
     'apex O1': (['--amp', '--opt-level=O1'], 'ascend', 1e-6)}
 
 
-@pytest.mark.parametrize('way', sorted(RESUMED))
+@pytest.mark.parametrize('way', ['O2', 'apex O2 dynamic'] + [
+    pytest.param(way, marks=variant) for way in ('float32', 'apex O1', 'apex O2')])
 def test_a_run_resumed_on_npus_computes_what_an_unbroken_one_does(train, half_learnt, way):
     """The masters, the moments, the scale and the device's random numbers come back."""
-    if way in ('float32', 'apex O1') and not os.environ.get('BEIT_SOAK'):
-        cannot_run('soak', 'a minute, and the same code as the other ways; bash test/run_tests.sh --soak has it')
     more, apex, tolerance = RESUMED[way]
     flags = ['--epochs=2', '--batch_size=128', '--save_ckpt_freq=1', '--lr=1e-3', FUSED] + more
     unbroken = train(*flags, '--finetune=' + half_learnt, apex=apex)
