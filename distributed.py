@@ -35,10 +35,25 @@ def is_main_process():
     return rank() == 0
 
 
-def say(text):
-    """Print a line, on the first process only and at once."""
-    if is_main_process():
+screen = None  # where a person watches the first process, see `progress`
+
+
+def say(text, detail=False):
+    """Print a line, on the first process only and at once; a `detail` is not for a terminal with a bar."""
+    if screen is not None:
+        screen.say(text, detail)
+    elif is_main_process():
         print(text, flush=True)
+
+
+def say_table(rows):
+    """Lines 'name: value' of (name, value); on a terminal the values stand below one another."""
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        if screen is None:
+            say('%s: %s' % (name, value) if name else value)
+        else:
+            screen.say_row(name, value, width)
 
 
 waiting = contextlib.nullcontext  # around each collective; `watchdog` puts its own here

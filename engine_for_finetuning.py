@@ -111,7 +111,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     pilot.epoch_is_trained(dict(meters=meters.state(), skipped_before=skipped_before))
     meters.synchronize_between_processes(device)
     stats = meters.averages()
-    distributed.say('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()))
+    distributed.say('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()), detail=True)
     return dict(stats, skipped_steps=scaler.skipped - skipped_before)
 
 
@@ -221,7 +221,7 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
     loss = float('nan') if not_finite else loss_units * LOSS_UNIT / images
     stats = {'acc1': 100. * acc1 / images, 'acc5': 100. * acc5 / images, 'loss': loss, 'images': images,
              'unreadable': unreadable}
-    distributed.say('* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}'.format(**stats))
+    distributed.say('* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}'.format(**stats), detail=True)
     return stats
 
 

@@ -27,6 +27,7 @@ import optim_factory
 import precision
 import preemption
 import pretrained
+import progress as watching
 import utils
 import watchdog
 from errors import UserError, loader_death, one_line, printable
@@ -101,7 +102,8 @@ def evaluate_all(args, loader, model, ema, device, dtype, throughput, unreadable
             del stats['unreadable']
             distributed.say('Accuracy of the %s on the %d test images: %.3f%%%s' % (
                 name, stats['images'], stats['acc1'],
-                ' (%d more could not be read and are not counted)' % left_out if left_out else ''))
+                ' (%d more could not be read and are not counted)' % left_out if left_out else ''),
+                detail=wish is not None)  # in training, the epoch's own line has it
         return stats
 
     stats, ema_stats = evaluate('network', model, throughput), None
@@ -149,6 +151,7 @@ def start(args):
         backend.prepare_determinism()
     device = distributed.init_distributed_mode(args)
     watchdog.start(distributed.meeting_store(), args.dist_timeout)
+    watching.watch()
     backend.set_compile_mode(device, args.jit_compile)
     if args.deterministic:
         backend.make_deterministic(device)
@@ -190,14 +193,16 @@ def main(args, signals):
         backend.unwrap(model), device, 'plain' if args.deterministic and args.attention == 'auto' else args.attention,
         dtype, args.batch_size)
     choose_speed(args, backend.unwrap(model), device)
-    describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch)
+    about = (args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch)
 
     if args.eval:
+        describe(*about)
         evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
         return
     run = dict(processes=distributed.world_size(), images=len(train_set), device=device.type, random_numbers=DRAWS,
                total_batch=args.batch_size * args.update_freq * distributed.world_size())
     source, progress = resume(args, model, optimizer, scaler, ema, device, run)
+    describe(*about, source)
     goes_on = source and checkpoint.lies_in(source, args.output_dir)
     utils.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
     index_cache.write_late(train_set, val_set)
@@ -219,26 +224,37 @@ def main(args, signals):
         fit(args, training, val_loader, pilot, steps_per_epoch, dtype)
 
 
-def describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch):
+def describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch, source=''):
     """Say at the start what this run is."""
-    say = distributed.say
-    say('Flags: %s' % printable(' '.join('--%s=%s' % item for item in sorted(vars(args).items())
-                                         if item[1] is not None)))
-    say('Device: %s, %s, %d process%s' % (device, backend.device_name(device), distributed.world_size(),
-                                          'es' if distributed.world_size() > 1 else ''))
+    distributed.say('Flags: %s' % printable(' '.join('--%s=%s' % item for item in sorted(vars(args).items())
+                                                     if item[1] is not None)), detail=True)
+    processes = distributed.world_size()
+    rows = [('Device', '%s, %s, %d process%s' % (device, backend.device_name(device), processes,
+                                                 'es' if processes > 1 else ''))]
     if backend.npu_passed_over(args.device, device):
-        say(backend.npu_passed_over(args.device, device).rstrip())
-    say('Precision: %s' % scaler.description)
-    say('Attention: %s' % about_attention)
-    say('Model: %s, %.2f M parameters, %d classes, input %dx%d' % (
-        args.model, parameters(model) / 1e6, len(classes), args.input_size, args.input_size))
-    say('Data: %s training and %s validation images' % tuple('no' if part is None else len(part)
-                                                             for part in (train_set, val_set)))
+        rows.append(('', backend.npu_passed_over(args.device, device).rstrip()))
+    rows += [
+        ('Precision', scaler.description),
+        ('Attention', about_attention),
+        ('Model', '%s, %.2f M parameters, %d classes, input %dx%d' % (
+            args.model, parameters(model) / 1e6, len(classes), args.input_size, args.input_size)),
+        ('Classes', shorten_names(classes)),
+        ('Data', '%s training and %s validation images' % tuple('no' if part is None else len(part)
+                                                                for part in (train_set, val_set)))]
     if steps_per_epoch:
-        say('Batch: %d per device x %d x %d accumulated = %d; %d update steps an epoch, %d in all' % (
-            args.batch_size, distributed.world_size(), args.update_freq,
-            args.batch_size * args.update_freq * distributed.world_size(), steps_per_epoch,
-            steps_per_epoch * args.epochs))
+        rows.append(('Batch', '%d per device x %d x %d accumulated = %d; %d update steps an epoch, %d in all' % (
+            args.batch_size, processes, args.update_freq, args.batch_size * args.update_freq * processes,
+            steps_per_epoch, steps_per_epoch * args.epochs)))
+        rows.append(('Checkpoints', 'each %d epochs and the best into %s' % (args.save_ckpt_freq,
+                                                                           printable(args.output_dir))
+                     if args.output_dir and args.save_ckpt else 'none'))
+        rows.append(('Resumed', printable(source) if source else 'nothing, training starts'))
+    distributed.say_table(rows)
+
+
+def shorten_names(names, most=6):
+    shown = [printable(name) for name in names[:most]]
+    return ', '.join(shown) + (', … and %d more' % (len(names) - most) if len(names) > most else '')
 
 
 def parameters(model):
@@ -273,6 +289,7 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
         if steps <= 0:
             break
         training['data_loader'].sampler.set_epoch(epoch, progress.steps * args.update_freq * args.batch_size)
+        begun = time.time()
         train_stats = engine.train_one_epoch(
             epoch=epoch, log_writer=writer, start_steps=epoch * steps_per_epoch, first_step=progress.steps,
             num_training_steps_per_epoch=steps, throughput=throughput, pilot=pilot,
@@ -284,6 +301,8 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
             pilot.stop_after(epoch, steps, device)
         improved = note_best(best, test_stats, ema_stats)
         record(args, writer, epoch, training['model'], train_stats, test_stats, ema_stats)
+        watching.epoch(epoch, args.epochs, train_stats, test_stats, best, throughput.images_per_second,
+                       time.time() - begun)
         if steps < steps_per_epoch:  # --maxstep, in mid-epoch
             progress.best = dict(best)  # or a run that goes on would put worse weights in the best's place
             pilot.save(epoch, steps, pilot.state, device)
@@ -313,7 +332,7 @@ def note_best(best, test_stats, ema_stats):
             improved.append(file_name)
     if test_stats is not None:
         distributed.say('Max accuracy: %.3f%%%s' % (best['accuracy'], '' if ema_stats is None
-                                              else ', of the average: %.3f%%' % best['ema_accuracy']))
+                                              else ', of the average: %.3f%%' % best['ema_accuracy']), detail=True)
     return improved
 
 
@@ -378,6 +397,8 @@ def run_and_explain(argv, signals):
 def fail(message, status, rank=None):
     """Print the one line. `rank` is whom it is about, where that isn't this process."""
     about = rank if rank is not None else distributed.rank() or None
+    if distributed.screen is not None:
+        distributed.screen.end()
     print('run_class_finetuning.py: error: %s%s' % ('' if about is None else 'process %d: ' % about, message),
           file=sys.stderr, flush=True)
     return leave(status)

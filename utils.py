@@ -17,6 +17,7 @@ import torch
 
 import backend
 import distributed
+import progress
 import watchdog
 from errors import UserError, printable
 from safe_files import write_bytes
@@ -125,6 +126,9 @@ class MetricLogger:
         throughput = throughput or Throughput()
         counter = '{:%dd}' % len(str(steps))
         stage = ' (%s step %%d)' % header.replace('%', '%%')
+        screen = distributed.screen
+        if screen is not None:
+            screen.begin(header, steps, start)
         watchdog.enter(header)
         watchdog.mark(start, 0, stage)
         waiting = []  # (images, marks before and after waiting for data) of the steps since the device was waited for
@@ -144,6 +148,7 @@ class MetricLogger:
                 since, waiting = now, []
             if is_printed:
                 self.read()
+                images_per_second = len(item[0]) * processes / max(step_seconds.median, 1e-9)
                 eta = datetime.timedelta(seconds=int(step_seconds.global_avg * (steps - step - 1)))
                 distributed.say(self.delimiter.join(
                     ['%s  [%s/%d]' % (header, counter.format(step), steps), 'eta: %s' % eta]
@@ -151,9 +156,13 @@ class MetricLogger:
                        if name not in hidden and meter.window]
                     + ['time: %s' % step_seconds, 'data: %s' % data_seconds,
                        'max mem: %.0f' % backend.max_memory_mb(device),
-                       'fps: %.0f' % (len(item[0]) * processes / max(step_seconds.median, 1e-9))]))
+                       'fps: %.0f' % images_per_second]), detail=True)
+            if screen is not None:
+                screen.step(progress.figures(self.meters, images_per_second) if is_printed else None)
             watchdog.mark(step + 1, 0, stage)
             before = backend.mark(device)
+        if screen is not None:
+            screen.end()
         watchdog.mark(watchdog.LAST, 2, stage)
 
 

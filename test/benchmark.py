@@ -7,6 +7,7 @@
     python test/benchmark.py eval                     evaluation
     python test/benchmark.py data                     the loader against torchvision's ImageFolder and timm's transform
     python test/benchmark.py startup                  large folders: until the first step
+    python test/benchmark.py script                   test/train_performance_1p.sh against its own step
     python test/benchmark.py scaling                  1, 2, 4 and 8 processes
 
 The contenders take turns, who goes first in turn too; a ratio is that of two neighbouring samples, and what is shown is
@@ -23,6 +24,7 @@ import glob
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -617,6 +619,51 @@ def startup_main(options, device):
     print_report(options, report, ['files', 'what', 'start', 'seconds', 'against', 'its seconds'] + RATIO, cells)
 
 
+# ---- the script, from JPEG files to its last lines
+
+def script_rate(options, setting, mode, root):
+    """Images per second that test/train_performance_1p.sh reports, and its words on what limits them."""
+    flags = [flag for flag in contenders.our_flags(setting, mode, root)
+             if not flag.startswith(('--num_workers=', '--epochs=', '--disable_eval'))]
+    command = ['bash', os.path.join(contenders.ROOT, 'test', 'train_performance_1p.sh'), *flags, '--epochs=1',
+               '--num_workers=%d' % options.workers, '--maxstep=%d' % options.steps, '--finetune=', '--loss_scale=1'] \
+        + ([] if mode.precision != 'float32' else ['--no_amp'])
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                          env=dict(os.environ, PYTHON=sys.executable), timeout=RUN_SECONDS)
+    found = re.search(r'^Final Performance images/sec : ([\d.]+)', done.stdout, re.M)
+    if done.returncode or not found:
+        raise UserError('test/train_performance_1p.sh failed: %s' % one_line(done.stderr.strip()[-300:]))
+    return float(found.group(1)), re.search(r'^Speed: (.*)', done.stdout, re.M).group(1)
+
+
+def script_main(options, device):
+    setting = setting_of(options, device)
+    mode = Mode(options.precision or ('float32' if device.type == 'cpu' else 'bfloat16'), options.compile == 'on')
+    report = about_run(options, device)
+    report.update(model=setting.model, input_size=setting.input_size, batch_size=setting.batch_size, mode=str(mode),
+                  steps_per_sample=options.steps, extra_flags=options.extra)
+    entry, limits = Entry('ours', setting, mode, 'train', options, device), []
+    if entry.contender is None:
+        raise UserError('%s cannot run here: %s' % (mode, entry.record['not_available']))
+    with tempfile.TemporaryDirectory() as root:
+        progress('making JPEGs')
+        make_photographs(root, setting.batch_size * options.steps, min(128, setting.batch_size * options.steps))
+
+        def script():
+            rate, limit = script_rate(options, setting, mode, root)
+            limits.append(limit)
+            return rate
+        scripts, steps = take_turns([script, functools.partial(entry.rate, max(3, options.steps - 5))], options.pairs)
+    add_row(options, report, dict(script=summary(scripts), step=summary(steps), ratio=ratios(scripts, steps),
+                                  limits=limits))
+
+    def cells(row):
+        return [str(mode), shown(row['script']['median'], '%.2f'), shown(row['step']['median'], '%.2f')] \
+            + about_ratio(row['ratio']) + [row['limits'][-1].partition(';')[0]]
+
+    print_report(options, report, ['mode', 'script, images/s', 'step, images/s'] + RATIO + ['the last run says'], cells)
+
+
 # ---- scaling
 
 def process_main(order):
@@ -749,7 +796,7 @@ def build_parser():
     positive = number(int, 1)
     parser = Parser('benchmark.py', description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest='command', metavar='step|eval|data|startup|scaling')
+    commands = parser.add_subparsers(dest='command', metavar='step|eval|data|startup|script|scaling')
 
     def command(name, main, help_text, description=''):
         sub = commands.add_parser(name, help=help_text, description='%s. %s' % (help_text.capitalize(), description),
@@ -803,6 +850,14 @@ def build_parser():
     sub.add_argument('--files', default=[1000, 10000, 100000], nargs='+', type=number(int, 16, 10 ** 7),
                      help='sizes of the folders (1000 10000 100000)')
 
+    sub = command('script', script_main, 'what test/train_performance_1p.sh reports from JPEG files, against the step',
+                  'A ratio of 1 means that loader, logging and all the rest cost nothing.')
+    model(sub)
+    sub.add_argument('--precision', default=None, choices=PRECISIONS, help='(bfloat16, on a CPU float32)')
+    sub.add_argument('--compile', default='off', choices=('off', 'on'), help='torch.compile (off)')
+    sub.add_argument('--steps', default=15, type=number(int, 7), help='steps of a run, of which 5 are not counted (15)')
+    sub.add_argument('--workers', default=2, type=positive, help='loader processes (2)')
+
     sub = command('scaling', scaling_main, 'the step on several processes of this machine',
                   'The batch is that of each process. Efficiency is images per second over those of one process, and '
                   'over the number of devices; on a CPU the processes share the cores, so that 1 is all there is.')
@@ -821,7 +876,7 @@ def parse(argv):
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
     if options.command is None:
-        raise UserError('say what to measure: step, eval, data, startup or scaling; see --help')
+        raise UserError('say what to measure: step, eval, data, startup, script or scaling; see --help')
     if rest:
         known = parser._subparsers._group_actions[0].choices[options.command]._option_string_actions
         near = nearest(rest[0].partition('=')[0], known)

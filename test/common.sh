@@ -334,7 +334,14 @@ set_preset() {
 run_logged() {
     local run signalled status
     set -m  # a group of its own, in which SIGINT works
-    run_python </dev/null 2>&1 | tee -i "$@" "$LOG" &
+    if [ -t 1 ] && { BEIT_TERMINAL=$(tty <&4); } 4>&1 && [ "${TERM:-dumb}" != dumb ] && has_module tqdm; then
+        # A person watches: Python draws a bar there, says what is for people, and sends all its words to the log.
+        export BEIT_TERMINAL
+        case ${1:-} in -a) ;; *) : >"$LOG" ;; esac
+        run_python </dev/null 2>&1 >>"$LOG" | tee -i -a "$LOG" >&2 &
+    else
+        run_python </dev/null 2>&1 | tee -i "$@" "$LOG" &
+    fi
     set +m
     run=$(jobs -p %%)
     trap 'signalled=yes; kill -INT -- "-$run" 2>/dev/null' INT

@@ -1,0 +1,120 @@
+"""What a person at a terminal sees of a run: a bar per epoch and one line after it; a pipe or a log gets every line.
+
+The scripts in test/ send this program's words to a log, and name the terminal that they themselves were called from in
+`BEIT_TERMINAL`.
+"""
+
+import contextlib
+import os
+import re
+import sys
+
+import distributed
+
+BAR = '{desc}  {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]'
+SLOWEST_DRAW = 0.1  # seconds between two drawings of a bar
+
+
+def watch():
+    """Show the first process's run on the terminal that it has, if any. Raises nothing: a bar is a courtesy."""
+    screen = None
+    if distributed.is_main_process() and os.environ.get('TERM') != 'dumb':
+        screen = _open()
+    distributed.screen = screen
+    return screen
+
+
+def _open():
+    try:
+        from tqdm import tqdm  # not everybody has it
+    except ImportError:
+        return None
+    tqdm.monitor_interval = 0  # its thread must not be there when processes are forked
+    path = os.environ.get('BEIT_TERMINAL')
+    if path:
+        try:
+            stream = open(path, 'w', encoding='utf-8', errors='backslashreplace')
+        except (OSError, ValueError):
+            return None
+        return Screen(stream, tqdm, logs=True) if stream.isatty() else None
+    return Screen(sys.stdout, tqdm, logs=False) if sys.stdout.isatty() else None
+
+
+class Screen:
+    """A terminal with at most one bar at its bottom.
+
+    Args:
+        logs (bool): standard output is another place, and gets every line.
+    """
+
+    def __init__(self, stream, tqdm, logs):
+        self.stream, self.tqdm, self.logs, self.bar = stream, tqdm, logs, None
+
+    def say(self, text, detail=False):
+        """A line; a `detail` is for logs."""
+        if self.logs:
+            print(text, flush=True)
+        if not detail:
+            self.show(text)
+
+    def say_row(self, name, value, width):
+        """A row of a table."""
+        if self.logs:
+            print('%s: %s' % (name, value) if name else value, flush=True)
+        self.show(name.ljust(width) + value)
+
+    def show(self, text):
+        """A line for the person alone."""
+        with contextlib.suppress(OSError, ValueError):  # the terminal has been closed
+            self.tqdm.write(text, file=self.stream)
+            self.stream.flush()
+
+    def begin(self, header, total, done=0):
+        """A bar of so many steps; `header` is what the lines of the log begin with."""
+        self.end()
+        name = re.sub(r'Epoch: \[(\d+)\]', lambda found: 'Epoch %d' % (int(found.group(1)) + 1), header)
+        name = 'Validation' if name == 'Test:' else name
+        with contextlib.suppress(OSError, ValueError):
+            shape = dict(dynamic_ncols=True)
+            if 0 in os.get_terminal_size(self.stream.fileno()):  # some terminals don't tell; tqdm would draw nothing
+                shape = dict(ncols=80, nrows=24)
+            self.bar = self.tqdm(total=total, initial=done, desc=name, file=self.stream, leave=False, bar_format=BAR,
+                                 mininterval=SLOWEST_DRAW, **shape)
+
+    def step(self, figures=None):
+        """One step further; `figures` are words to stand behind the bar."""
+        if self.bar is None:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            if figures:
+                self.bar.set_postfix_str(figures, refresh=False)
+            self.bar.update(1)
+
+    def end(self):
+        bar, self.bar = self.bar, None
+        if bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                bar.close()
+
+
+def figures(meters, images_per_second):
+    """'loss 0.512, accuracy 97.2 %, 960 images/s' of what a loop's meters hold, for a bar."""
+    words = []
+    if 'loss' in meters and meters['loss'].window:
+        words.append('loss %.3f' % meters['loss'].global_avg)
+    for name, percent in (('class_acc', 100.), ('acc1', 1.)):
+        if name in meters and meters[name].window:
+            words.append('accuracy %.1f %%' % (percent * meters[name].global_avg))
+    return ', '.join(words + ['%.0f images/s' % images_per_second])
+
+
+def epoch(number, epochs, train_stats, test_stats, best, images_per_second, seconds):
+    """Say on a terminal, if there is one, what came of an epoch."""
+    if distributed.screen is None:
+        return
+    words = ['Epoch %d/%d: loss %.3f' % (number + 1, epochs, train_stats.get('loss', float('nan')))]
+    if 'class_acc' in train_stats:
+        words.append('accuracy in training %.1f %%' % (100 * train_stats['class_acc']))
+    if test_stats is not None and 'acc1' in test_stats:
+        words.append('in validation %.2f %% (best %.2f %%)' % (test_stats['acc1'], best['accuracy']))
+    distributed.screen.show(', '.join(words + ['%.0f images/s' % images_per_second, '%.1f s' % seconds]))
