@@ -11,8 +11,9 @@ import safe_files
 from errors import UserError, printable
 
 KINDS = ('cls', 'mean')
-COOL, WARM, HOT = '#04051a', '#cb1b4f', '#faebdd'  # little attention, half, most
-OPACITY = 0.6  # of the heat map over the picture
+COOL, WARM, HOT = '#300080', '#ff3010', '#ffe600'  # of little attention, half and most
+GREY = 0.6  # the brightness that the picture keeps, all grey, so that colours mean attention alone
+OPACITY = 0.67  # of the colour for most attention; there is none over the least
 SHORTEST = 224  # pixels of a picture's side; smaller ones are enlarged by a whole number
 
 
@@ -76,8 +77,14 @@ def paint(picture, heat):
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
     smooth = np.asarray(Image.fromarray(heat).resize(picture.size, Image.BICUBIC))
     smooth = (smooth - smooth.min()) / max(float(smooth.max() - smooth.min()), 1e-12)
-    colours = ImageOps.colorize(Image.fromarray(np.uint8(smooth * 255 + 0.5)), COOL, HOT, WARM)
-    return Image.blend(picture, colours, OPACITY)
+    colours = ImageOps.colorize(to_grey(smooth), COOL, HOT, WARM)
+    dimmed = picture.convert('L').point(lambda value: value * GREY).convert('RGB')
+    return Image.composite(colours, dimmed, to_grey(OPACITY * smooth ** 0.7))  # 0.7: half of it is seen well
+
+
+def to_grey(values):
+    """Numbers from 0 to 1, (H, W), as a Pillow image."""
+    return Image.fromarray(np.uint8(values * 255 + 0.5))
 
 
 class Painter:

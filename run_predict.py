@@ -460,7 +460,8 @@ def run(argv=None):
         watchdog.stop()
         if not distributed.speaks_first():
             return leave(128 + stop.number)
-        return fail('interrupted by %s; no --output was written' % preemption.name(stop.number), 128 + stop.number)
+        return fail('interrupted by %s; a file for --output is not written' % preemption.name(stop.number),
+                    128 + stop.number)
 
 
 def run_and_explain(argv, stdout):
