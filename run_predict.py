@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 import typing
@@ -154,8 +155,9 @@ def check_args(args):
     else:
         beside = '' if args.output in ('', '-') else os.path.dirname(args.output)
         args.attention_dir = args.attention_dir or os.path.join(beside, 'attention')
-        if any(os.path.realpath(each) == os.path.realpath(args.attention_dir) for each in args.inputs):
-            raise UserError('--attention_dir %s is one of the inputs; choose another folder'
+        folder = os.path.join(os.path.realpath(args.attention_dir), '')
+        if any(os.path.join(os.path.realpath(each), '').startswith(folder) for each in args.inputs):
+            raise UserError('--attention_dir %s holds inputs, and its pictures would become some; choose another folder'
                             % printable(args.attention_dir))
         utils.check_writable('--attention_dir', args.attention_dir)
     if args.data_backend == 'fast':
@@ -345,16 +347,21 @@ def destination(args, stdout):
     """The file that takes the results, as bytes; one that is named appears only when it is whole."""
     if not distributed.is_main_process():
         yield io.BytesIO()
-    elif args.output in ('', '-'):
-        yield stdout.buffer
-    else:
-        try:
+        return
+    to_file = args.output not in ('', '-')
+    try:
+        if to_file:
             os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-            with safe_files.replacing(args.output) as file:
-                yield file
-        except OSError as error:
-            raise UserError('--output: cannot write %s (%s); is the disk full, or its folder gone?'
-                            % (printable(args.output), error.strerror or error)) from None
+        with safe_files.replacing(args.output) if to_file else contextlib.nullcontext(stdout.buffer) as file:
+            yield file
+    except OSError as error:
+        if not to_file:  # Python would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError('cannot write %s (%s); is the disk full, or its folder gone?' % (
+            '--output ' + printable(args.output) if to_file else 'to standard output', error.strerror or error)
+                        ) from None
 
 
 def report(predictor, args, stdout, trained, device):
@@ -404,7 +411,7 @@ def loader_processes(args, found):
     """How many load images, where no flag says it. A single batch is loaded before new processes would have begun."""
     if args.num_workers is not None:
         return args.num_workers
-    return 0 if found < args.batch_size else min(8, os.cpu_count() or 1)
+    return 0 if found < args.batch_size else max(1, min(8, (os.cpu_count() or 1) // distributed.world_size()))
 
 
 def build_loader(args, trained, stream, device):
@@ -477,8 +484,7 @@ def run_and_explain(argv, stdout):
         distributed.wait_for_others_to_speak(first=mine)
         return fail(one_line(error), 2, error.rank)
     except BrokenPipeError:  # whoever read the results has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # or Python would complain at its end
-        return leave(128 + 13)
+        return leave(128 + signal.SIGPIPE)
     except (RuntimeError, MemoryError) as error:
         if loader_death(error):
             return fail(loader_death(error).rpartition('; ')[0], 1)

@@ -298,12 +298,16 @@ def test_ctrl_c_leaves_no_half_file(large, photos, tmp_path, capfd, monkeypatch)
     assert sorted(os.listdir(str(tmp_path))) == ['large.pth', 'photos']
 
 
-def test_a_reader_that_has_seen_enough(large, photos, monkeypatch, capfd):
+def test_a_reader_that_has_seen_enough_and_a_full_disk(large, photos, monkeypatch, capfd):
     reading, writing = os.pipe()
     os.close(reading)
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(os.fdopen(writing, 'wb'), encoding='utf-8'))
     assert predict('--resume', large[0], photos) == 141
     assert 'rror' not in capfd.readouterr().err
+    if os.path.exists('/dev/full'):
+        monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(open('/dev/full', 'wb'), encoding='utf-8'))
+        assert predict('--resume', large[0], photos) == 2
+        assert 'cannot write to standard output (No space left on device)' in capfd.readouterr().err
 
 
 # ---- where the model looks
@@ -535,7 +539,7 @@ def test_results_of_a_long_stream_are_not_kept(large, tmp_path, monkeypatch):
     (['--resume=large.pth', 'photos', '--use_ema'], 'holds no averaged weights'),
     (['--resume=large.pth', 'photos', '--attention', '--attention_block=9'], 'the model has blocks 1 to 4'),
     (['--resume=large.pth', 'photos', '--attention_heads'], '--attention_heads needs --attention'),
-    (['--resume=large.pth', 'photos', '--attention', '--attention_dir=photos'], 'is one of the inputs'),
+    (['--resume=large.pth', 'photos', '--attention', '--attention_dir=photos'], '--attention_dir photos holds inputs'),
     (['--resume=large.pth', 'photos', '--attention', '--attention_dir=large.pth'], '--attention_dir large.pth'),
     (['--resume=large.pth', 'photos', '--model=beit_nano'], '--model'),
     (['--resume=weights.pth', 'photos'], 'does not say which model it is of; give --model'),
