@@ -64,11 +64,14 @@ def build_transform(is_train, args, device=None):
     steps = []
     if resizes:
         resized = int(args.input_size / crop_share(args))
-        steps = [transforms.Resize(resized, interpolation=InterpolationMode.BICUBIC),
-                 transforms.CenterCrop(args.input_size)]
-        if fast:
-            steps = [fast_images.CentreCrop(resized, args.input_size)]
+        steps = [fast_images.CentreCrop(resized, args.input_size) if fast else centre_crop(resized, args.input_size)]
     return transforms.Compose(steps + [as_it_lies])
+
+
+def centre_crop(resized, size):
+    """Takes a Pillow image: the shorter side becomes `resized` pixels, and the centre is cropped to size x size."""
+    return transforms.Compose([transforms.Resize(resized, interpolation=InterpolationMode.BICUBIC),
+                               transforms.CenterCrop(size)])
 
 
 def crop_share(args):

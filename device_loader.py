@@ -86,6 +86,10 @@ class DeviceLoader:
         return batch._replace(images=images, targets=batch.targets.to(self.device, non_blocking=True), erasing=[],
                               augmenting=[])
 
+    def as_bytes(self, images):
+        """What `prepare` normalised, as uint8 (B, H, W, 3) on the CPU: the pixels that the model was shown."""
+        return ((images * self.std + self.mean) * self.white).round().byte().permute(0, 2, 3, 1).cpu()
+
     def pixels(self, height, width):
         """What erasing writes into a box: (3, height, width), or (3, 1, 1)."""
         if self.remode == 'const':

@@ -33,7 +33,8 @@ class OneLineParser(argparse.ArgumentParser):
                 raise UserError('%s: -- is not a value' % arg)
         args = [re.sub(r'^--[^=]+', lambda flag: '--' + flag.group()[2:].replace('-', '_'), arg) for arg in args]
         parsed, rest = self.parse_known_args(args, namespace)
-        parsed.auto_resume = parsed.auto_resume or was_restarted()
+        if 'auto_resume' in parsed:  # not every program goes on
+            parsed.auto_resume = parsed.auto_resume or was_restarted()
         if rest:
             flag = rest[0].partition('=')[0]
             if not flag.startswith('-'):

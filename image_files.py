@@ -143,7 +143,7 @@ def scan_classes(root, alive=lambda: None):
         found, waiting = [], [(name, (real[''],))]
         while waiting:
             folder, led_here = waiting.pop()
-            led_here = _follow(os.path.join(root, folder), led_here)
+            led_here = follow(os.path.join(root, folder), led_here)
             if os.path.islink(os.path.join(root, folder)):
                 real[folder] = led_here[-1]
             files, folders, more_links, its_stamp = _list_folder(root, folder)
@@ -186,7 +186,7 @@ def _list_folder(root, folder):
         its_stamp = stamp(os.stat(path))
         with os.scandir(path) as entries:
             for entry in entries:
-                if _is_hidden(entry.name):
+                if is_hidden(entry.name):
                     continue
                 if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                     folders.append(entry.name)
@@ -207,7 +207,7 @@ def check_link(path):
         os.stat(path)
 
 
-def _follow(folder, led_here):
+def follow(folder, led_here):
     """The real folders on the way to `folder` and it: the last before each link, and where it is now."""
     if not os.path.islink(folder):
         return led_here[:-1] + (os.path.join(led_here[-1], os.path.basename(folder)),)
@@ -218,6 +218,6 @@ def _follow(folder, led_here):
     return led_here + (target,)
 
 
-def _is_hidden(name):
+def is_hidden(name):
     """.ipynb_checkpoints, ._photo.jpg, __MACOSX: never meant as data."""
     return name.startswith('.') or name == '__MACOSX'

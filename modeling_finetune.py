@@ -87,6 +87,18 @@ class RelativePositionBias(nn.Module):
         return _relative_position_bias(self)
 
 
+def attention_weights(q, k, bias, scale):
+    """softmax(scale * q k^T + bias), (B, heads, N, N): each row is a query's, and adds up to 1.
+
+    Args:
+        q, k: (B, heads, N, head_dim). bias: broadcasts to (B, heads, N, N), or None.
+    """
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(dim=-1)
+
+
 def plain_attention(q, k, v, bias, scale, drop=None):
     """softmax(scale * q k^T + bias) v, one operator at a time.
 
@@ -94,10 +106,7 @@ def plain_attention(q, k, v, bias, scale, drop=None):
         q, k, v: (B, heads, N, head_dim). bias: broadcasts to (B, heads, N, N), or None.
         drop (callable): dropout on the attention weights.
     """
-    scores = (q * scale) @ k.transpose(-2, -1)  # (B, heads, N, N)
-    if bias is not None:
-        scores = scores + bias
-    weights = scores.softmax(dim=-1)
+    weights = attention_weights(q, k, bias, scale)
     return (weights if drop is None else drop(weights)) @ v
 
 
@@ -134,14 +143,23 @@ class Attention(nn.Module):
             return None
         return (biases[0] if len(biases) == 1 else biases[0] + biases[1])[None]
 
-    def forward(self, x, shared_bias=None):
+    def queries_keys_values(self, x):
+        """Three of (B, heads, N, head_dim), from (B, N, D)."""
         batch, tokens, dim = x.shape
         qkv_bias = None
         if self.q_bias is not None:
             qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, qkv_bias).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
+    def weights(self, x, shared_bias=None):
+        """What `forward` weighs the values with for the same arguments, (B, heads, N, N); for people to look at."""
+        q, k, _ = self.queries_keys_values(x)
+        return attention_weights(q, k, self.bias(shared_bias), self.scale)
+
+    def forward(self, x, shared_bias=None):
+        batch, tokens, dim = x.shape
+        q, k, v = self.queries_keys_values(x)
         bias = self.bias(shared_bias)
         if self.fused is None or (self.training and self.attn_drop.p > 0):
             x = plain_attention(q, k, v, bias, self.scale, self.attn_drop)
