@@ -4,6 +4,7 @@ What a process gets depends on the seed, the epoch and the image's index alone: 
 how many processes share the data.
 """
 
+import copy
 import functools
 import inspect
 import os
@@ -24,6 +25,7 @@ import backend
 import distributed
 import fast_images
 import index_cache
+import splits
 from augmentation import SMALL_INPUT, build_transform, is_fast, mean_and_std, small_input_rule
 from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError, printable, unknown
@@ -64,6 +66,13 @@ class ImageFolder(torch.utils.data.Dataset):
             raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder'
                             % (flag, ' '.join(EXTENSIONS), 's' if len(empty) > 1 else '',
                                ', '.join(printable(os.path.join(root, name)) for name in empty[:3])))
+
+    def part(self, places, **seen):
+        """The same data set with those samples only, and with another transform, fits or read where they are given."""
+        part = copy.copy(self)
+        part.samples = splits.Chosen(self.samples, places)
+        vars(part).update(seen)
+        return part
 
     def __len__(self):
         return len(self.samples)
@@ -137,6 +146,7 @@ def check_paths(args):
     """Raise a `UserError` where the folders that the flags name can't be right. Cheap, so that it can come first."""
     if args.data_set not in DATA_SETS:
         raise unknown('--data_set', args.data_set, DATA_SETS)
+    check_split(args)
     if not args.data_path and not (args.eval and args.eval_data_path):
         raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo')
     for flag, path in (('--data_path', args.data_path), ('--eval_data_path', args.eval_data_path)):
@@ -153,8 +163,25 @@ def check_paths(args):
         if args.data_set != 'CIFAR' and (is_train or needs_validation(args)):
             flag, root = split_root(is_train, args)
             if not os.path.isdir(root):
-                raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class'
-                                % (flag, printable(getattr(args, flag[2:])), printable(root)))
+                raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s' % (
+                    flag, printable(getattr(args, flag[2:])), printable(root), '' if is_train or args.eval_data_path
+                    else '; or --val_split 0.1 takes a tenth of the training images for it'))
+
+
+def check_split(args):
+    """Raise a `UserError` where --val_split stands beside validation images that are there."""
+    if not args.val_split:
+        return
+    about = '--val_split %g: ' % args.val_split
+    if args.eval_data_path:
+        raise UserError(about + '--eval_data_path names the validation images; leave one of the two out')
+    if args.data_set == 'CIFAR':
+        raise UserError(about + 'CIFAR has a test set of its own; leave the flag out')
+    val = os.path.join(resolve_data_path(args.data_path), 'val')
+    if args.data_set == 'IMNET' and args.data_path and os.path.lexists(val):
+        raise UserError(about + 'there is a folder %s with validation images; leave the flag out, or name the class '
+                        'folders with --data_set image_folder --data_path %s'
+                        % (printable(val), printable(os.path.join(os.path.dirname(val), 'train'))))
 
 
 def needs_validation(args):
@@ -162,7 +189,8 @@ def needs_validation(args):
 
 
 def split_root(is_train, args):
-    """(flag, folder) of the class folders for training or validation."""
+    """(flag, folder) of the class folders for training or validation; with --val_split these are the same."""
+    is_train = is_train or args.val_split > 0
     if args.data_set == 'image_folder':
         if is_train:
             return '--data_path', args.data_path
@@ -211,17 +239,51 @@ def build_datasets(args, device=None):
     train = train_classes = val = val_classes = None
     if not args.eval:
         train, train_classes = build_dataset(True, args, device)
-    if needs_validation(args):
+    if args.val_split:
+        train, val, val_classes = put_aside(train, args, device)
+    elif needs_validation(args):
         val, val_classes = build_dataset(False, args, device)
     if train_classes and val_classes and train_classes != val_classes:
         only = [('train', set(train_classes) - set(val_classes)), ('val', set(val_classes) - set(train_classes))]
         raise UserError('--data_path: train and val must name the same classes; %s' % '; '.join(
             'only in %s: %s' % (split, ', '.join(map(printable, sorted(names)[:5]))) for split, names in only if names))
     classes = train_classes or val_classes
+    if train is not None and args.max_train_samples:
+        train = take_fewer(train, args)
     if args.nb_classes and args.nb_classes != len(classes):
         raise UserError('--nb_classes %d: the data has %d classes; leave the flag out, or mend the folders'
                         % (args.nb_classes, len(classes)))
     return train, val, classes
+
+
+def put_aside(train, args, device=None):
+    """(the training set without what --val_split takes, or None; that part or None, classes). The files are found once.
+
+    Args:
+        train (ImageFolder): all images; None where only the validation part is wanted.
+    """
+    whole = train if train is not None else build_dataset(False, args, device)[0]
+    kept, aside = splits.split(whole.samples, args.val_split, args.seed)
+    val = None
+    if needs_validation(args):
+        val = whole.part(aside, transform=build_transform(False, args), fits=small_input_rule(False, args.input_size),
+                         read=fast_images.load_bytes if is_fast(False, args) else load_image)
+    return None if train is None else train.part(kept), val, whole.classes
+
+
+def take_fewer(train, args):
+    """At most --max_train_samples of the training set: the same ones in every epoch."""
+    places = splits.fewer(labelled(train), args.max_train_samples, args.seed)
+    if hasattr(train, 'part'):
+        return train.part(places)
+    part = torch.utils.data.Subset(train, places.tolist())
+    part.targets = np.asarray(train.targets)[places]
+    return part
+
+
+def labelled(dataset):
+    """What knows the classes of a data set's images: its samples, or CIFAR itself."""
+    return getattr(dataset, 'samples', dataset)
 
 
 # ---- order and randomness

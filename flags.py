@@ -106,6 +106,11 @@ def build_parser(description=__doc__):
     add('--num_workers', default=10, type=number(int, 0, 1024),
         help='loader processes per device; 0 loads in the main one (10)')
     switch(run, 'pin_mem', True, 'page-locked memory for batches on their way to npu or cuda')
+    add('--max_train_samples', default=0, type=whole,
+        help='train on so many of the training images, the same in every epoch; the seed chooses; 0: all (0)')
+    add('--val_interval', default=1, type=positive, help='evaluate after each so many epochs, and the last (1)')
+    add('--early_stop', default=0, type=whole,
+        help='stop after so many evaluations in a row without a new best; 0: never (0)')
     add('--start_epoch', default=0, type=whole, help='first epoch, where no checkpoint says it (0)')
     add('--device', default='auto', help='auto (npu, cuda, cpu: the first present), npu, cuda, cpu, cuda:1 … (auto)')
     add('--jit_compile', default='auto', choices=('auto', 'on', 'off'),
@@ -189,6 +194,9 @@ def build_parser(description=__doc__):
     add = data.add_argument
     add('--data_path', default='', help='folder with train/ and val/ of class folders; or demo: handwritten digits')
     add('--eval_data_path', default=None, help='class folders to evaluate on, instead of data_path/val')
+    add('--val_split', default=0., type=number(float, 0, 0.9),
+        help='share of the training images, of each class, to evaluate on, where there are none for that; the seed '
+        'chooses (0)')
     add('--nb_classes', default=0, type=whole, help='checked against the folders; 0 takes their number (0)')
     switch(data, 'imagenet_default_mean_and_std', False, 'ImageNet\'s mean and deviation instead of 0.5')
     add('--data_set', default='IMNET', help='IMNET (train/ and val/), image_folder (data_path and eval_data_path are '

@@ -249,6 +249,7 @@ def evaluate_only(args, model, scaler, ema, val_loader, device, dtype):
     if args.resume:
         source, content = checkpoint.find_together(args, device)
         distributed.say('Evaluating %s' % printable(source))
+        checkpoint.check_same_split(source, content, args)
         checkpoint.load_weights(source, content, model, scaler, ema)
         if ema is not None and not content.get('model_ema'):
             distributed.say('%s holds no averaged weights (it was trained without --model_ema)' % printable(source))
@@ -270,19 +271,24 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
     progress, best, train_stats, first = pilot.progress, dict(pilot.progress.best), {}, pilot.progress.epoch
     for epoch in range(first, args.epochs):
         steps = min(steps_per_epoch, step_limit - epoch * steps_per_epoch)
-        if steps <= 0:
+        if steps <= 0 or is_stale(args, progress, device):
             break
         training['data_loader'].sampler.set_epoch(epoch, progress.steps * args.update_freq * args.batch_size)
         train_stats = engine.train_one_epoch(
             epoch=epoch, log_writer=writer, start_steps=epoch * steps_per_epoch, first_step=progress.steps,
             num_training_steps_per_epoch=steps, throughput=throughput, pilot=pilot,
             state=progress.meters_of(distributed.rank(), distributed.world_size()), **training)
-        test_stats, ema_stats = (None, None) if val_loader is None else evaluate_all(
+        is_last = epoch * steps_per_epoch + steps >= step_limit
+        is_due = (epoch + 1) % args.val_interval == 0
+        evaluates = val_loader is not None and (is_due or is_last)
+        test_stats, ema_stats = (None, None) if not evaluates else evaluate_all(
             args, val_loader, training['model'], ema, device, dtype, None, pilot.bad_images,
             lambda: pilot.signals.wish)
-        if val_loader is not None and test_stats is None:
+        if evaluates and test_stats is None:
             pilot.stop_after(epoch, steps, device)
         improved = note_best(best, test_stats, ema_stats)
+        counts = evaluates and is_due and steps == steps_per_epoch  # an unbroken run has it too
+        progress.stale = 0 if improved else progress.stale + counts
         record(args, writer, epoch, training['model'], train_stats, test_stats, ema_stats)
         if steps < steps_per_epoch:  # --maxstep, in mid-epoch
             progress.best = dict(best)  # or a run that goes on would put worse weights in the best's place
@@ -290,17 +296,26 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
             pilot.save_epoch(improved, numbered=False)
             break
         progress.epoch, progress.steps, progress.meters, progress.best = epoch + 1, 0, [], dict(best)
-        is_last = (epoch + 1) * steps_per_epoch >= step_limit
+        is_last = is_last or is_stale(args, progress, device)
         pilot.save_epoch(improved, numbered=is_last or (epoch + 1) % args.save_ckpt_freq == 0)
     if writer is not None:
         writer.close()
     if throughput.steps:
         distributed.say('Speed: %s' % throughput.limit())
     distributed.say('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
+    if is_stale(args, progress, device):
+        distributed.say('Stopped early: the last %d evaluations gave no new best (--early_stop %d)'
+                        % (progress.stale, args.early_stop))
     if first >= args.epochs:
         distributed.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
         return
     print_result(throughput, best.get('accuracy'), train_stats.get('loss'))
+
+
+def is_stale(args, progress, device):
+    """Whether --early_stop ends the run. The first process decides: the others' figures may round otherwise."""
+    return args.early_stop > 0 and distributed.any_process(
+        distributed.is_main_process() and progress.stale >= args.early_stop, device)
 
 
 def note_best(best, test_stats, ema_stats):
