@@ -9,11 +9,13 @@ import sys
 import augmentation
 import backend
 import checkpoint
+import criteria
 import datasets
 import distributed
 import modeling_finetune
 import optim_factory
 import pretrained
+import scores
 import utils
 from errors import UserError, nearest, unknown
 
@@ -164,6 +166,10 @@ def build_parser(description=__doc__):
     add('--color_jitter', default=0.4, type=number(float, 0, 1000), help='strength, where --aa is none (0.4)')
     add('--aa', default='rand-m9-mstd0.5-inc1', help='AutoAugment policy or none (rand-m9-mstd0.5-inc1)')
     add('--hflip', default=0.5, type=share, help='share of images that are mirrored (0.5)')
+    add('--loss', default='auto', choices=criteria.LOSSES, help='ce, cross entropy; bce, a binary cross entropy for '
+        'each class; auto: bce where images have several classes, else ce (auto)')
+    add('--class_weights', default='', help='balanced: rare classes weigh more; or a CSV or JSON file of class and '
+        'weight; empty: all weigh the same')
     add('--smoothing', default=0.1, type=below_one, help='label smoothing (0.1)')
     add('--train_interpolation', default='bicubic', choices=augmentation.INTERPOLATIONS,
         help='of random crops (bicubic)')
@@ -194,6 +200,9 @@ def build_parser(description=__doc__):
     add = data.add_argument
     add('--data_path', default='', help='folder with train/ and val/ of class folders; or demo: handwritten digits')
     add('--eval_data_path', default=None, help='class folders to evaluate on, instead of data_path/val')
+    add('--train_csv', default='', help='CSV file of the training images, path,label or path,label;label, instead of '
+        'folders; paths begin at data_path, or where the file is')
+    add('--val_csv', default='', help='likewise of the validation images')
     add('--val_split', default=0., type=number(float, 0, 0.9),
         help='share of the training images, of each class, to evaluate on, where there are none for that; the seed '
         'chooses (0)')
@@ -221,6 +230,11 @@ def build_parser(description=__doc__):
     switch(output, 'auto_resume', False, 'resume the newest checkpoint of output_dir, where there is one')
     switch(output, 'save_ckpt', True, 'write checkpoints')
     switch(output, 'eval', False, 'evaluate --resume, and nothing else')
+    switch(output, 'test_flip', False, 'evaluate on the mean of the logits of an image and of its mirror image')
+    add('--results_file', default='', help='with --eval: write the figures there, .csv or .json; the latter with the '
+        'accuracy of each class')
+    add('--real_labels', default='', help='with --eval: a JSON list of the right classes of each of ImageNet\'s '
+        'validation images, whose accuracy is printed too')
     switch(output, 'dist_eval', False, 'share the evaluation among the processes, every image exactly once')
 
     halves = parser.add_argument_group('precision')
@@ -294,6 +308,16 @@ def check_args(args, local_rank=0, processes=1):
         if args.skip_dropped == 'on':
             raise UserError('--skip_dropped on: it changes shapes from step to step, and --compile needs one; leave '
                             'one of them out')
+    for flag in ('results_file', 'real_labels'):
+        if getattr(args, flag) and not args.eval:
+            raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
+    if args.results_file:
+        scores.check_results_file(args.results_file)
+        utils.check_writable('--results_file', os.path.dirname(args.results_file))
+    if args.real_labels and not os.path.isfile(args.real_labels):
+        raise UserError('--real_labels %s: no such file' % args.real_labels)
+    if args.class_weights and not args.eval:
+        criteria.check_weights(args.class_weights)
     if args.eval and not (args.resume or args.finetune):
         raise UserError('--eval needs --resume: the checkpoint to evaluate, or the folder that holds it')
     if args.resume:

@@ -19,6 +19,7 @@ import attention
 import augmentation
 import bad_images
 import checkpoint
+import criteria
 import datasets
 import distributed
 import engine_for_finetuning as engine
@@ -27,15 +28,15 @@ import optim_factory
 import precision
 import preemption
 import pretrained
+import scores
+import splits
 import utils
 import watchdog
+from criteria import build_criterion
 from errors import UserError, loader_death, one_line, printable
 from flags import build_parser, check_args
 from networks import build_model
 from pilot import RunPilot
-
-import torch
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 
 DRAWS = 2  # another number whenever the same seed gives a run other random numbers than before
@@ -57,12 +58,6 @@ def build_optimizer(args, model, under_apex):
     return optim_factory.create_optimizer(
         model, args.opt, args.lr, args.weight_decay, args.layer_decay, args.opt_eps, args.opt_betas, args.momentum,
         args.disable_weight_decay_on_rel_pos_bias, under_apex)
-
-
-def build_criterion(args, mixup):
-    if mixup is not None:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else torch.nn.CrossEntropyLoss()
 
 
 def count_steps(args, images):
@@ -93,15 +88,20 @@ def evaluate_all(args, loader, model, ema, device, dtype, throughput, unreadable
     sharded = args.dist_eval and distributed.world_size() > 1
 
     def evaluate(name, network, throughput=None):
-        stats = engine.evaluate(loader, network, device, sharded, throughput, wish)
+        stats = engine.evaluate(loader, engine.WithMirrorImage(network) if args.test_flip else network, device, sharded,
+                                throughput, wish, scores.scores_for(args, loader.dataset.dataset))
         if stats is not None:
             left_out = len(set(stats['unreadable']))
             if left_out:
                 unreadable.report(stats['unreadable'], len(loader.dataset), 'validation')
             del stats['unreadable']
-            distributed.say('Accuracy of the %s on the %d test images: %.3f%%%s' % (
-                name, stats['images'], stats['acc1'],
+            figure = scores.best_by(stats)
+            distributed.say('%s of the %s on the %d test images: %.3f%%%s' % (
+                'Accuracy' if figure == 'acc1' else figure, name, stats['images'], stats[figure],
                 ' (%d more could not be read and are not counted)' % left_out if left_out else ''))
+            if 'real_acc1' in stats:
+                distributed.say('By real labels: top-1 %.3f%%, top-5 %.3f%% of %d images' % (
+                    stats['real_acc1'], stats['real_acc5'], stats['real_images']))
         return stats
 
     stats, ema_stats = evaluate('network', model, throughput), None
@@ -136,11 +136,12 @@ def resume(args, model, optimizer, scaler, ema, device, run):
     return source, progress
 
 
-def print_result(throughput, accuracy, loss):
-    """The line that the scripts in test/ read. A figure that there is none of is n/a."""
-    distributed.say('Result: images_per_second %.2f step_milliseconds %.3f accuracy %s loss %s' % (
+def print_result(throughput, accuracy, loss, average_precision=None):
+    """The line that the scripts in test/ read. A figure that there is none of is n/a, mAP left out."""
+    distributed.say('Result: images_per_second %.2f step_milliseconds %.3f accuracy %s loss %s%s' % (
         throughput.images_per_second, throughput.step_milliseconds,
-        'n/a' if accuracy is None else '%.3f' % accuracy, 'n/a' if loss is None else '%.4f' % loss))
+        'n/a' if accuracy is None else '%.3f' % accuracy, 'n/a' if loss is None else '%.4f' % loss,
+        '' if average_precision is None else ' mAP %.3f' % average_precision))
 
 
 def start(args):
@@ -153,6 +154,15 @@ def start(args):
     if args.deterministic:
         backend.make_deterministic(device)
     return device
+
+
+def known_classes(args, device):
+    """The class names in the checkpoint to evaluate, where no folder and no --train_csv tells them; or None."""
+    if not (args.eval and args.val_csv and args.resume) or args.train_csv:
+        return None
+    content = checkpoint.find_together(args, device)[1]
+    names = content.get('classes') if isinstance(content, dict) else None
+    return names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None
 
 
 def check_data(args):
@@ -174,7 +184,11 @@ def main(args, signals):
     dtype = backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     utils.seed_everything(args.seed)
 
-    train_set, val_set, classes = datasets.build_datasets(args, device)
+    train_set, val_set, classes = datasets.build_datasets(args, device, known_classes(args, device))
+    if val_set is not None:
+        scores.check_scores(args, val_set)
+    weights = None if args.eval or not args.class_weights else criteria.class_weights(
+        args.class_weights, classes, splits.class_counts(datasets.labelled(train_set), len(classes)))
     steps_per_epoch = None if args.eval else count_steps(args, len(train_set))
     train_loader, val_loader = datasets.build_loaders(args, train_set, val_set, device)
 
@@ -195,8 +209,11 @@ def main(args, signals):
     if args.eval:
         evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
         return
+    if weights is not None:
+        distributed.say(criteria.describe_weights(weights, classes))
     run = dict(processes=distributed.world_size(), images=len(train_set), device=device.type, random_numbers=DRAWS,
-               total_batch=args.batch_size * args.update_freq * distributed.world_size())
+               total_batch=args.batch_size * args.update_freq * distributed.world_size(),
+               **({} if weights is None else {'class_weights': criteria.fingerprint(weights)}))
     source, progress = resume(args, model, optimizer, scaler, ema, device, run)
     goes_on = source and checkpoint.lies_in(source, args.output_dir)
     utils.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
@@ -205,8 +222,10 @@ def main(args, signals):
         model = backend.distributed_model(model, device)
 
     mixup = augmentation.build_mixup(args, len(classes))
+    criterion = build_criterion(args, mixup, None if weights is None else weights.to(device),
+                                splits.is_multi_label(datasets.labelled(train_set)))
     lr_values, wd_values = build_schedules(args, steps_per_epoch)
-    training = dict(model=model, criterion=build_criterion(args, mixup), data_loader=train_loader,
+    training = dict(model=model, criterion=criterion, data_loader=train_loader,
                     optimizer=optimizer, device=device, loss_scaler=scaler, max_norm=args.clip_grad, model_ema=ema,
                     mixup_fn=mixup, lr_schedule_values=lr_values, wd_schedule_values=wd_values,
                     update_freq=args.update_freq, seed=args.seed)
@@ -246,6 +265,7 @@ def parameters(model):
 
 
 def evaluate_only(args, model, scaler, ema, val_loader, device, dtype):
+    source = args.finetune
     if args.resume:
         source, content = checkpoint.find_together(args, device)
         distributed.say('Evaluating %s' % printable(source))
@@ -256,8 +276,22 @@ def evaluate_only(args, model, scaler, ema, val_loader, device, dtype):
             ema = None
     unreadable = bad_images.BadImages(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
-    stats, _ = evaluate_all(args, val_loader, model, ema, device, dtype, throughput, unreadable)
-    print_result(throughput, stats['acc1'], stats['loss'])
+    stats, ema_stats = evaluate_all(args, val_loader, model, ema, device, dtype, throughput, unreadable)
+    if args.results_file and distributed.is_main_process():
+        scores.write_results(args.results_file, [
+            results_row(args, source, weights, model, each)
+            for weights, each in (('model', stats), ('model_ema', ema_stats)) if each is not None])
+    print_result(throughput, stats.get('acc1'), stats['loss'], stats.get('mAP'))
+
+
+def results_row(args, source, weights, model, stats):
+    """What --results_file says of one evaluation: the figures, and all that they hang on."""
+    prepared = augmentation.preprocessing(args)
+    about = {'model': args.model, 'checkpoint': printable(source), 'weights': weights}
+    about.update((name, value) for name, value in stats.items() if name != 'classes')
+    about.update(param_count=parameters(model), img_size=args.input_size, crop_pct=prepared['crop_pct'],
+                 interpolation=prepared['interpolation'], test_flip=args.test_flip)
+    return dict(about, classes=stats['classes']) if 'classes' in stats else about
 
 
 def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
@@ -309,7 +343,7 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
     if first >= args.epochs:
         distributed.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
         return
-    print_result(throughput, best.get('accuracy'), train_stats.get('loss'))
+    print_result(throughput, best.get('accuracy'), train_stats.get('loss'), best.get('mAP'))
 
 
 def is_stale(args, progress, device):
@@ -321,15 +355,21 @@ def is_stale(args, progress, device):
 def note_best(best, test_stats, ema_stats):
     """Update the best accuracies; gives the checkpoint names that are new bests."""
     improved = []
-    for name, stats, file_name in (('accuracy', test_stats, checkpoint.BEST),
-                                   ('ema_accuracy', ema_stats, checkpoint.BEST_EMA)):
-        if stats is not None and stats['acc1'] > best.get(name, -1.):
-            best[name] = stats['acc1']
-            improved.append(file_name)
+    for prefix, stats, file_name in (('', test_stats, checkpoint.BEST), ('ema_', ema_stats, checkpoint.BEST_EMA)):
+        if stats is not None:
+            figure = scores.best_by(stats)
+            name = prefix + FIGURES[figure]
+            if stats[figure] > best.get(name, -1.):
+                best[name] = stats[figure]
+                improved.append(file_name)
     if test_stats is not None:
-        distributed.say('Max accuracy: %.3f%%%s' % (best['accuracy'], '' if ema_stats is None
-                                              else ', of the average: %.3f%%' % best['ema_accuracy']))
+        name = FIGURES[scores.best_by(test_stats)]
+        distributed.say('Max %s: %.3f%%%s' % (name, best.get(name, float('nan')), '' if ema_stats is None else
+                                              ', of the average: %.3f%%' % best.get('ema_' + name, float('nan'))))
     return improved
+
+
+FIGURES = {'acc1': 'accuracy', 'mAP': 'mAP'}  # what they are called among the best
 
 
 def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
@@ -345,7 +385,7 @@ def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
         for prefix, results in (('test', test_stats), ('ema', ema_stats)):
             if results:
                 writer.update('perf', epoch, **{'%s_%s' % (prefix, name): results[name]
-                                                for name in ('acc1', 'acc5', 'loss')})
+                                                for name in ('acc1', 'acc5', 'mAP', 'loss') if name in results})
 
 
 def run(argv=None):
