@@ -194,6 +194,9 @@ def build_parser(description=__doc__):
     add('--init_scale', default=0.001, type=rate, help='factor on the head\'s initial weights (0.001)')
     switch(finetuning, 'use_mean_pooling', True, 'pool by the mean of the patches; --use_cls: class token',
            off='use_cls')
+    switch(finetuning, 'freeze_backbone', False, 'train the head alone (linear probing)')
+    add('--unfreeze_epoch', default=0, type=whole, help='with it: train all from this epoch on, counted from 0; '
+        '0: never (0)')
     switch(finetuning, 'disable_weight_decay_on_rel_pos_bias', False, 'no weight decay on bias tables')
 
     data = parser.add_argument_group('data')
@@ -256,6 +259,18 @@ def build_parser(description=__doc__):
     return parser
 
 
+def check_unfreezing(args):
+    about = '--unfreeze_epoch %d: ' % args.unfreeze_epoch
+    if not args.freeze_backbone:
+        raise UserError(about + 'it needs --freeze_backbone, without which nothing is frozen')
+    if args.unfreeze_epoch >= args.epochs and not args.eval:
+        raise UserError(about + '--epochs %d ends before; lower it, or leave it out to train the head alone'
+                        % args.epochs)
+    if 'fused' in args.opt.lower() or optim_factory.optimizer_class(args.opt)[0].__name__ == 'NovoGrad':
+        raise UserError(about + '--opt %s looks for gradients in its first step and for no others later; use '
+                        '--opt adamw, or two runs, the second with --finetune' % args.opt)
+
+
 def check_args(args, local_rank=0, processes=1):
     """Everything that can be found wrong before anything slow starts. Raises `UserError`.
 
@@ -311,6 +326,8 @@ def check_args(args, local_rank=0, processes=1):
     for flag in ('results_file', 'real_labels'):
         if getattr(args, flag) and not args.eval:
             raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
+    if args.unfreeze_epoch:
+        check_unfreezing(args)
     if args.results_file:
         scores.check_results_file(args.results_file)
         utils.check_writable('--results_file', os.path.dirname(args.results_file))

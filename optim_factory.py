@@ -153,6 +153,19 @@ def create_optimizer(model, opt='adamw', lr=5e-4, weight_decay=0.05, layer_decay
     return timm.optim.Lookahead(optimizer) if lookahead else optimizer
 
 
+def complete_momenta(optimizer):
+    """Give the parameters of SGD that had no gradient yet, beside some that had, a momentum of 0: as they begin anyway.
+
+    PyTorch's fused kernel takes groups of which all or none have begun.
+    """
+    inner = getattr(optimizer, '_base_optimizer', getattr(optimizer, 'base_optimizer', optimizer))
+    for group in inner.param_groups if isinstance(inner, torch.optim.SGD) else ():
+        begun = [inner.state.get(parameter, {}).get('momentum_buffer') is not None for parameter in group['params']]
+        for parameter, has_momentum in zip(group['params'], begun):
+            if any(begun) and not has_momentum:
+                inner.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+
+
 # ---- schedules
 
 def cosine_scheduler(base_value, final_value, epochs, niter_per_ep, warmup_epochs=0, start_warmup_value=0,

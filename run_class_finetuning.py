@@ -10,6 +10,7 @@ The scripts in test/ call this with the published hyper-parameters. BEiT base fi
 """
 
 import datetime
+import gc
 import os
 import sys
 import time
@@ -52,6 +53,37 @@ def choose_speed(args, model, device):
             args.skip_dropped == 'auto' and device.type == 'cpu' and not args.compile)
     if args.compile:
         backend.compile_in_place(model)
+
+
+def freeze_as_due(args, model, epoch):
+    """Freeze or unfreeze the backbone as --freeze_backbone has it in this epoch; gives whether that changed.
+
+    The optimizer holds all parameters all along: those without a gradient it leaves alone, so a checkpoint has the same
+    groups before and after, and a parameter's moments begin when it does.
+    """
+    freeze = args.freeze_backbone and not 0 < args.unfreeze_epoch <= epoch
+    if freeze == model.backbone_frozen:
+        return False
+    model.freeze_backbone(freeze)
+    distributed.say('Epoch %d: %s, %d of %d parameters train' % (
+        epoch, 'only the head' if freeze else 'the whole model', parameters(model),
+        sum(parameter.numel() for parameter in model.parameters())))
+    return True
+
+
+def distribute(model, device):
+    """The model in DistributedDataParallel, which takes note now of what trains; itself where there's one process."""
+    return backend.distributed_model(model, device) if distributed.world_size() > 1 else model
+
+
+def unfreeze_when_due(args, training, epoch):
+    """Before an epoch: where the backbone begins to train, all that hangs on what trains is made anew."""
+    if freeze_as_due(args, backend.unwrap(training['model']), epoch) and distributed.world_size() > 1:
+        model = training.pop('model').module
+        gc.collect()  # with the old DistributedDataParallel its hooks go
+        training['model'] = distribute(model, training['device'])
+    if 0 < args.unfreeze_epoch <= epoch:
+        optim_factory.complete_momenta(training['optimizer'])
 
 
 def build_optimizer(args, model, under_apex):
@@ -199,6 +231,9 @@ def main(args, signals):
     optimizer = None if args.eval else build_optimizer(args, model, backend.apex_amp(device, dtype) is not None)
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
         if args.model_ema else None
+    if args.unfreeze_epoch and backend.apex_amp(device, dtype) is not None:
+        raise UserError('--unfreeze_epoch %d: apex gathers the gradients of the first step and looks for no others '
+                        'later; leave --amp out, or use two runs, the second with --finetune' % args.unfreeze_epoch)
     model, scaler = precision.initialize_amp(model, optimizer, device, dtype, args.opt_level, args.loss_scale)
     about_attention = attention.choose_attention(
         backend.unwrap(model), device, 'plain' if args.deterministic and args.attention == 'auto' else args.attention,
@@ -218,14 +253,13 @@ def main(args, signals):
     goes_on = source and checkpoint.lies_in(source, args.output_dir)
     utils.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
     index_cache.write_late(train_set, val_set)
-    if distributed.world_size() > 1:
-        model = backend.distributed_model(model, device)
+    freeze_as_due(args, backend.unwrap(model), progress.epoch)
 
     mixup = augmentation.build_mixup(args, len(classes))
     criterion = build_criterion(args, mixup, None if weights is None else weights.to(device),
                                 splits.is_multi_label(datasets.labelled(train_set)))
     lr_values, wd_values = build_schedules(args, steps_per_epoch)
-    training = dict(model=model, criterion=criterion, data_loader=train_loader,
+    training = dict(model=distribute(model, device), criterion=criterion, data_loader=train_loader,
                     optimizer=optimizer, device=device, loss_scaler=scaler, max_norm=args.clip_grad, model_ema=ema,
                     mixup_fn=mixup, lr_schedule_values=lr_values, wd_schedule_values=wd_values,
                     update_freq=args.update_freq, seed=args.seed)
@@ -307,6 +341,7 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
         steps = min(steps_per_epoch, step_limit - epoch * steps_per_epoch)
         if steps <= 0 or is_stale(args, progress, device):
             break
+        unfreeze_when_due(args, training, epoch)
         training['data_loader'].sampler.set_epoch(epoch, progress.steps * args.update_freq * args.batch_size)
         train_stats = engine.train_one_epoch(
             epoch=epoch, log_writer=writer, start_steps=epoch * steps_per_epoch, first_step=progress.steps,

@@ -5,13 +5,18 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 import checkpoint
 import datasets
+import engine_for_finetuning as engine
+import modeling_finetune
+import optim_factory
 import run_class_finetuning
 import splits
 from conftest import photo
-from test_training import RUN, lines_of
+from test_distributed import launch
+from test_training import RUN, Batches, lines_of
 
 
 @pytest.fixture
@@ -173,3 +178,95 @@ def test_a_run_stops_early_and_a_resume_remembers(data, tmp_path, monkeypatch, c
     assert os.path.isfile(os.path.join(output, 'checkpoint-4.pth'))
     assert run_class_finetuning.run(base + ['--epochs=9', '--auto_resume']) == 0
     assert len(lines_of(output)) == 5 and next(accuracies) == 70.
+
+
+# ---- --freeze_backbone
+
+def backbone(content):
+    return {name: value for name, value in content['model'].items() if not name.startswith('head.')}
+
+
+def same(one, other):
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_frozen_backbone_trains_as_a_linear_classifier_on_features():
+    torch.manual_seed(0)
+    model = modeling_finetune.beit_nano_patch8_32(num_classes=3, drop_path_rate=0.5, drop_rate=0.3, init_scale=1.)
+    batches = [(torch.randn(4, 3, 32, 32), torch.randint(0, 3, (4,))) for _ in range(5)]
+    model.eval()
+    with torch.no_grad():
+        features = [model.forward_features(images) for images, _ in batches]
+    head = torch.nn.Linear(64, 3)
+    head.load_state_dict(model.head.state_dict())
+    theirs = torch.optim.AdamW([{'params': [head.weight], 'weight_decay': 0.05},
+                                {'params': [head.bias], 'weight_decay': 0.}], lr=1e-2)
+    for each, (_, targets) in zip(features, batches):
+        theirs.zero_grad()
+        torch.nn.functional.cross_entropy(head(each), targets).backward()
+        theirs.step()
+    model.freeze_backbone()
+    ours = optim_factory.create_optimizer(model, 'adamw', lr=1e-2, weight_decay=0.05)
+    engine.train_one_epoch(model, torch.nn.CrossEntropyLoss(), Batches(batches), ours, torch.device('cpu'), 0)
+    assert torch.allclose(model.head.weight, head.weight, atol=1e-6)
+    assert torch.allclose(model.head.bias, head.bias, atol=1e-6)
+
+
+@pytest.mark.parametrize('how', (
+    [], ['--opt=sgd', '--use_cls'], ['--opt=lookahead_adamw', '--model_ema', '--model_ema_decay=0.5'],
+    ['--amp', '--opt-level=O2'], ['--grad_checkpointing', '--drop=0.1', '--update_freq=2']), ids=' '.join)
+def test_frozen_weights_keep_every_bit_and_move_once_unfrozen(data, tmp_path, how):
+    output, pretrained = str(tmp_path / 'out'), str(tmp_path / 'weights.pth')
+    torch.manual_seed(3)
+    initial = modeling_finetune.beit_nano_patch8_32(num_classes=7, use_mean_pooling='--use_cls' not in how)
+    torch.save({'model': initial.state_dict()}, pretrained)
+    assert run_class_finetuning.run(RUN + how + [
+        '--data_path', data, '--finetune', pretrained, '--freeze_backbone', '--unfreeze_epoch=2', '--epochs=3',
+        '--lr=1e-2', '--drop_path=0.5', '--save_ckpt_freq=1', '--output_dir', output, '--clip_grad=1']) == 0
+    states = [checkpoint.read(os.path.join(output, 'checkpoint-%d.pth' % epoch)) for epoch in range(3)]
+    before = backbone({'model': initial.state_dict()})
+    assert same(before, backbone(states[0])) and same(before, backbone(states[1]))
+    assert not torch.equal(states[0]['model']['head.weight'], states[1]['model']['head.weight'])
+    moved = {name for name, value in backbone(states[2]).items() if not torch.equal(value, before[name])}
+    assert set(before) - moved == set() or '--amp' in how and len(moved) > len(before) / 2
+
+
+def test_frozen_runs_resume_to_the_bit_before_and_after_unfreezing(data, tmp_path, capsys):
+    base = RUN + ['--data_path', data, '--freeze_backbone', '--unfreeze_epoch=1', '--epochs=3', '--lr=1e-3',
+                  '--save_ckpt_freq=1', '--batch_size=8', '--drop_path=0.3', '--model_ema']
+    whole = str(tmp_path / 'whole')
+    assert run_class_finetuning.run(base + ['--output_dir', whole]) == 0
+    expected = checkpoint.read(os.path.join(whole, 'checkpoint-2.pth'))
+    for stop in (2, 4, 6):  # four updates an epoch: frozen, at the end of the frozen epoch, unfrozen
+        output = str(tmp_path / ('stop %d' % stop))
+        assert run_class_finetuning.run(base + ['--output_dir', output, '--maxstep=%d' % stop]) == 0
+        capsys.readouterr()
+        assert run_class_finetuning.run(base + ['--output_dir', output, '--auto_resume']) == 0
+        assert 'exactly as if it had not been stopped' in capsys.readouterr().out
+        found = checkpoint.read(os.path.join(output, 'checkpoint-2.pth'))
+        assert same(expected['model'], found['model']) and same(expected['model_ema'], found['model_ema'])
+        for key, state in expected['optimizer']['state'].items():
+            for name, value in state.items():
+                other = found['optimizer']['state'][key][name]
+                assert torch.equal(value, other) if torch.is_tensor(value) else value == other
+
+
+def test_two_processes_freeze_and_unfreeze_as_one(data, tmp_path):
+    base = ['--data_path', data, '--freeze_backbone', '--unfreeze_epoch=1', '--epochs=2', '--lr=1e-3', '--opt=sgd',
+            '--drop_path=0', '--reprob=0', '--hflip=0', '--save_ckpt_freq=1', '--disable_eval_during_finetuning']
+    one, two = str(tmp_path / 'one'), str(tmp_path / 'two')
+    assert run_class_finetuning.run(RUN + base + ['--batch_size=16', '--output_dir', one]) == 0
+    status, _, err = launch(2, *(base + ['--output_dir', two]))
+    assert status == 0, err
+    contents = [checkpoint.read(os.path.join(folder, 'checkpoint-1.pth'))['model'] for folder in (one, two)]
+    first = checkpoint.read(os.path.join(two, 'checkpoint-0.pth'))['model']
+    for name, value in contents[0].items():
+        assert torch.allclose(value.float(), contents[1][name].float(), atol=1e-5), name
+    assert not torch.allclose(first['blocks.0.mlp.fc1.weight'], contents[1]['blocks.0.mlp.fc1.weight'], atol=1e-6)
+
+
+def test_unfreezing_that_cannot_be(refused, data):
+    base = RUN + ['--data_path', data, '--epochs=2']
+    refused(base + ['--unfreeze_epoch=1'], '--unfreeze_epoch 1', '--freeze_backbone')
+    refused(base + ['--unfreeze_epoch=2', '--freeze_backbone'], '--unfreeze_epoch 2', '--epochs 2')
+    refused(base + ['--unfreeze_epoch=1', '--freeze_backbone', '--opt=npufusedadamw'], 'npufusedadamw', '--opt adamw')

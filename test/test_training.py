@@ -430,7 +430,8 @@ DEFAULTS = dict(
     check_data=False, dist_timeout=600., data_backend='exact', eval_data_backend='exact', index_cache=True,
     skip_dropped='auto', grad_checkpointing=False, compile=False,
     val_split=0., max_train_samples=0, val_interval=1, early_stop=0,
-    train_csv='', val_csv='', loss='auto', class_weights='', test_flip=False, results_file='', real_labels='')
+    train_csv='', val_csv='', loss='auto', class_weights='', test_flip=False, results_file='', real_labels='',
+    freeze_backbone=False, unfreeze_epoch=0)
 
 
 def test_flags_and_defaults_are_the_references(parse):
