@@ -133,6 +133,7 @@ def create_optimizer(model, opt='adamw', lr=5e-4, weight_decay=0.05, layer_decay
         UserError: see `optimizer_class`; or `opt_betas` for an optimizer without betas.
     """
     cls, fixed, lookahead = optimizer_class(opt, under_apex)
+    cls = backend.mended_optimizer(cls)
     if lookahead and under_apex and 'fused' in opt.lower():
         raise UserError('--opt %s: apex works on the fused optimizer itself, which lookahead hides; use --opt %s or '
                         'lookahead_adamw' % (opt, opt.lower().replace('lookahead_', '')))
