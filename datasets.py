@@ -283,10 +283,10 @@ def build_dataset(is_train, args, device=None, classes=None, multi_label=None):
 
 
 def read_manifest(is_train, args, device, classes=None, multi_label=None, must_exist=True):
-    """`manifests.read` as the flags have it; an image that isn't there is an unreadable one under --bad_images skip."""
+    """`manifests.read` as the flags have it; an image that isn't there may be an unreadable one."""
     flag, path = manifest_of(is_train, args)
     return manifests.read(flag, path, resolve_data_path(args.data_path), args.loss, classes, multi_label, device,
-                          must_exist and args.bad_images == 'error')
+                          must_exist and args.bad_images == 'error' and not args.check_data)
 
 
 def build_datasets(args, device=None, classes=None):

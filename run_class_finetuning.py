@@ -87,9 +87,22 @@ def unfreeze_when_due(args, training, epoch):
 
 
 def build_optimizer(args, model, under_apex):
+    if args.unfreeze_epoch and under_apex:
+        raise UserError('--unfreeze_epoch %d: apex gathers the gradients of the first step and looks for no others '
+                        'later; leave --amp out, or use two runs, the second with --finetune' % args.unfreeze_epoch)
     return optim_factory.create_optimizer(
         model, args.opt, args.lr, args.weight_decay, args.layer_decay, args.opt_eps, args.opt_betas, args.momentum,
         args.disable_weight_decay_on_rel_pos_bias, under_apex)
+
+
+def choose_class_weights(args, train_set, classes):
+    """What each class weighs in the loss, float32 (classes,), told; or None."""
+    if args.eval or not args.class_weights:
+        return None
+    counts = splits.class_counts(datasets.labelled(train_set), len(classes))
+    weights = criteria.class_weights(args.class_weights, classes, counts)
+    distributed.say(criteria.describe_weights(weights, classes))
+    return weights
 
 
 def count_steps(args, images):
@@ -219,8 +232,7 @@ def main(args, signals):
     train_set, val_set, classes = datasets.build_datasets(args, device, known_classes(args, device))
     if val_set is not None:
         scores.check_scores(args, val_set)
-    weights = None if args.eval or not args.class_weights else criteria.class_weights(
-        args.class_weights, classes, splits.class_counts(datasets.labelled(train_set), len(classes)))
+    weights = choose_class_weights(args, train_set, classes)
     steps_per_epoch = None if args.eval else count_steps(args, len(train_set))
     train_loader, val_loader = datasets.build_loaders(args, train_set, val_set, device)
 
@@ -231,9 +243,6 @@ def main(args, signals):
     optimizer = None if args.eval else build_optimizer(args, model, backend.apex_amp(device, dtype) is not None)
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
         if args.model_ema else None
-    if args.unfreeze_epoch and backend.apex_amp(device, dtype) is not None:
-        raise UserError('--unfreeze_epoch %d: apex gathers the gradients of the first step and looks for no others '
-                        'later; leave --amp out, or use two runs, the second with --finetune' % args.unfreeze_epoch)
     model, scaler = precision.initialize_amp(model, optimizer, device, dtype, args.opt_level, args.loss_scale)
     about_attention = attention.choose_attention(
         backend.unwrap(model), device, 'plain' if args.deterministic and args.attention == 'auto' else args.attention,
@@ -244,8 +253,6 @@ def main(args, signals):
     if args.eval:
         evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
         return
-    if weights is not None:
-        distributed.say(criteria.describe_weights(weights, classes))
     run = dict(processes=distributed.world_size(), images=len(train_set), device=device.type, random_numbers=DRAWS,
                total_batch=args.batch_size * args.update_freq * distributed.world_size(),
                **({} if weights is None else {'class_weights': criteria.fingerprint(weights)}))

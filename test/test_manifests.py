@@ -133,6 +133,9 @@ def test_a_missing_image_can_be_left_out(pictures, capsys):
     assert run_class_finetuning.run(RUN + ['--train_csv', path, '--disable_eval_during_finetuning', '--epochs=1',
                                            '--bad_images=skip', '--max_bad_images=0.5', '--batch_size=17']) == 0
     assert 'gone.png cannot be read' in capsys.readouterr().out
+    assert run_class_finetuning.run(RUN + ['--train_csv', path, '--disable_eval_during_finetuning',
+                                           '--check_data']) == 2
+    assert 'Checked 17 images: 1 cannot be read' in capsys.readouterr().out
 
 
 def test_a_split_of_images_with_several_classes(several, parse):
