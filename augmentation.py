@@ -166,8 +166,15 @@ class DeviceMixup(Mixup):
         parts = [(targets[:even], mix(images[:even]))] if even else []
         parts += [(targets[even:], 1.)] if even < len(images) else []
         place = {'device': images.device} if 'device' in inspect.signature(mixup_target).parameters else {}
-        soft = [mixup_target(part, self.num_classes, share, self.label_smoothing, **place) for part, share in parts]
+        soft = [_mix_dense(part, share, self.label_smoothing) if part.dim() > 1 else
+                mixup_target(part, self.num_classes, share, self.label_smoothing, **place) for part, share in parts]
         return images, torch.cat(soft) if soft else images.new_zeros(0, self.num_classes)
+
+
+def _mix_dense(targets, share, smoothing):
+    """Ones and zeros (B, classes) mixed with those of the batch turned round, each moved towards 0.5 by `smoothing`."""
+    targets = targets * (1. - smoothing) + 0.5 * smoothing
+    return targets * share + targets.flip(0) * (1. - share)
 
 
 def mixes(args):
@@ -175,7 +182,10 @@ def mixes(args):
 
 
 def build_mixup(args, nb_classes):
-    """What mixes a batch in place, (images, class indices) to (images, soft targets (B, classes)); or None."""
+    """What mixes a batch in place, (images, targets) to (images, soft targets (B, classes)); or None.
+
+    Targets are class indices (B,), or ones and zeros (B, classes) where images have several classes.
+    """
     if not mixes(args):
         return None
     return DeviceMixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,

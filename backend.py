@@ -313,6 +313,29 @@ def build_optimizer(cls, groups, **settings):
     return cls(groups, **settings)
 
 
+@functools.lru_cache(maxsize=None)
+def mended_optimizer(cls):
+    """The class of an optimizer, or one in its place that passes over groups without a gradient: PyTorch 1.8's AdamW
+    fails where the first group has none."""
+    if cls is not torch.optim.AdamW:
+        return cls
+    try:
+        cls([nn.Parameter(torch.zeros(1))], lr=1.).step()
+        return cls
+    except UnboundLocalError:
+        return _AdamWOfGroupsWithGradients
+
+
+class _AdamWOfGroupsWithGradients(torch.optim.AdamW):
+    def step(self, closure=None):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if any(each.grad is not None for each in group['params'])]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
 def takes_scale(optimizer):
     """Whether an optimizer's step divides the gradients by `grad_scale`, and does nothing where `found_inf` is 1."""
     return getattr(optimizer, '_step_supports_amp_scaling', False)

@@ -46,7 +46,7 @@ def training_state(args, progress, model, optimizer, scaler, ema=None, classes=(
         'classes': [printable(name) for name in classes],  # text: another machine may refuse a name's raw bytes
         'accuracy': dict(progress.best),
         'progress': {'steps': progress.steps, 'meters': progress.meters, 'run': dict(progress.run),
-                     'files': progress.files},
+                     'files': progress.files, 'stale': progress.stale},
     }
     if ema is not None:
         content['model_ema'] = _to_cpu(ema.ema.state_dict())
@@ -61,12 +61,13 @@ class Progress:
         meters (list): of each process, the state of that epoch's averages; [] at its start.
         best (dict): the best accuracies so far, in percent.
         run (dict): what the order of the data hangs on: processes, total_batch, images, and the device.
+        stale (int): evaluations in a row that gave no new best.
         files (list of str): the checkpoints that are written after an epoch, in this order; [] in mid-epoch.
     """
 
     def __init__(self, epoch=0, steps=0, meters=(), best=None, run=None):
         self.epoch, self.steps, self.meters, self.files = epoch, steps, list(meters), []
-        self.best, self.run = dict(best or {}), dict(run or {})
+        self.best, self.run, self.stale = dict(best or {}), dict(run or {}), 0
 
     def meters_of(self, rank, processes):
         """The state of the averages for a process; with another number of processes the first takes all of them."""
@@ -316,6 +317,18 @@ def flags_inside(content):
     return args if isinstance(args, dict) else {}
 
 
+def check_same_split(source, content, args):
+    """Raise a `UserError` where --val_split takes images for evaluation that the checkpoint was trained on."""
+    theirs = flags_inside(content) if isinstance(content, dict) else {}
+    if not args.val_split or not theirs.get('val_split'):
+        return
+    for name in ('val_split', 'seed'):
+        if theirs.get(name) != getattr(args, name):
+            raise UserError('--%s %s: %s was trained with --%s %s, so it knows some of the images that would be '
+                            'evaluated; give its --seed and --val_split' % (
+                                name, getattr(args, name), printable(source), name, printable(str(theirs.get(name)))))
+
+
 def _trained_with(content):
     """' (it was trained with --model …)', where the file says so."""
     args = flags_inside(content)
@@ -395,6 +408,7 @@ def resume_training(source, content, model, optimizer, scaler, ema=None):
                    'skipped_before': int(each['skipped_before'])}
                   for each in inside.get('meters', ())]
         progress = Progress(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
+        progress.stale = int(inside.get('stale', 0))
         if progress.steps < 0 or bool(progress.steps) != bool(meters):
             raise ValueError('%d steps do not fit its averages' % progress.steps)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
@@ -412,7 +426,8 @@ WITHOUT_EFFECT = {'output_dir', 'log_dir', 'resume', 'auto_resume', 'save_ckpt',
                   'dist_url', 'dist_on_itp', 'dist_timeout', 'dist_eval', 'data_path', 'eval_data_path', 'finetune',
                   'model_key', 'model_prefix', 'maxstep', 'prof', 'cann_prof', 'init_scale', 'start_epoch', 'eval',
                   'check_data', 'max_bad_images', 'deterministic', 'nb_classes',
-                  'device', 'batch_size', 'update_freq', 'model_ema_force_cpu', 'index_cache'}
+                  'device', 'batch_size', 'update_freq', 'model_ema_force_cpu', 'index_cache', 'early_stop',
+                  'train_csv', 'val_csv', 'results_file', 'real_labels'}
 
 
 def differences(content, args, run):

@@ -1,9 +1,10 @@
-"""Images from class folders, CIFAR-100 or the digits demo; samplers and loaders.
+"""Images from class folders, CSV manifests, CIFAR-100 or the digits demo; samplers and loaders.
 
 What a process gets depends on the seed, the epoch and the image's index alone: not on the number of workers, nor on
 how many processes share the data.
 """
 
+import copy
 import functools
 import inspect
 import os
@@ -24,7 +25,9 @@ import backend
 import distributed
 import fast_images
 import index_cache
+import manifests
 import rand_augment
+import splits
 from augmentation import SMALL_INPUT, build_transform, is_fast, mean_and_std, small_input_rule
 from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError, printable, unknown
@@ -36,35 +39,28 @@ CPU = torch.device('cpu')
 
 # ---- data sets
 
-class ImageFolder(torch.utils.data.Dataset):
-    """Class folders of images; the classes are the folders' names in sorted order.
+class Images(torch.utils.data.Dataset):
+    """Image files with their classes.
 
     Args:
+        samples (sequence): (path, class index), or with several classes (path, float32 (classes,)), of each.
+        classes (list of str): their names.
         fits (function): of an image's (width, height), where images aren't resized; see `small_input_rule`.
-        index (index_cache.Index): knows the files from an earlier start; None looks for them.
         read (function): of a path; gives what the transform takes.
 
     Raises:
-        UserError: the folder is missing, has no class folders, or one of them has no image; on reading, an image that
-            can't be read (`UnreadableImage`) or doesn't fit.
+        UserError: on reading, an image that can't be read (`UnreadableImage`) or doesn't fit.
     """
 
-    def __init__(self, root, transform=None, flag='--data_path', fits=None, index=None, read=load_image):
-        shown = printable(root)
-        if not os.path.isdir(root):
-            raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
-        self.transform, self.fits, self.index, self.read = transform, fits, index, read
-        tree = scan_classes(root) if index is None else index.find(root)
-        self.classes, self.samples = tree.classes, tree.samples
-        if not self.classes:
-            raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
-                            % (flag, shown))
-        filled = np.bincount(self.samples.labels, self.samples.counts, len(self.classes)).tolist()
-        empty = [name for name, images in zip(self.classes, filled) if not images]
-        if empty:
-            raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder'
-                            % (flag, ' '.join(EXTENSIONS), 's' if len(empty) > 1 else '',
-                               ', '.join(printable(os.path.join(root, name)) for name in empty[:3])))
+    def __init__(self, samples, classes, transform=None, fits=None, read=load_image):
+        self.samples, self.classes, self.transform, self.fits, self.read = samples, classes, transform, fits, read
+
+    def part(self, places, **seen):
+        """The same data set with those samples only, and with another transform, fits or read where they are given."""
+        part = copy.copy(self)
+        part.samples = splits.Chosen(self.samples, places)
+        vars(part).update(seen)
+        return part
 
     def __len__(self):
         return len(self.samples)
@@ -80,6 +76,34 @@ class ImageFolder(torch.utils.data.Dataset):
             raise UserError('%s is %dx%d; with --input_size of %d and less images are not resized, so give their own '
                             'size, or a larger --input_size' % ((printable(path),) + image.size + (SMALL_INPUT,)))
         return image
+
+
+class ImageFolder(Images):
+    """Class folders of images; the classes are the folders' names in sorted order.
+
+    Args:
+        index (index_cache.Index): knows the files from an earlier start; None looks for them.
+
+    Raises:
+        UserError: the folder is missing, has no class folders, or one of them has no image.
+    """
+
+    def __init__(self, root, transform=None, flag='--data_path', fits=None, index=None, read=load_image):
+        shown = printable(root)
+        if not os.path.isdir(root):
+            raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
+        self.index = index
+        tree = scan_classes(root) if index is None else index.find(root)
+        super().__init__(tree.samples, tree.classes, transform, fits, read)
+        if not self.classes:
+            raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
+                            % (flag, shown))
+        filled = np.bincount(self.samples.labels, self.samples.counts, len(self.classes)).tolist()
+        empty = [name for name, images in zip(self.classes, filled) if not images]
+        if empty:
+            raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder'
+                            % (flag, ' '.join(EXTENSIONS), 's' if len(empty) > 1 else '',
+                               ', '.join(printable(os.path.join(root, name)) for name in empty[:3])))
 
 
 def image_name(dataset, index):
@@ -138,8 +162,13 @@ def check_paths(args):
     """Raise a `UserError` where the folders that the flags name can't be right. Cheap, so that it can come first."""
     if args.data_set not in DATA_SETS:
         raise unknown('--data_set', args.data_set, DATA_SETS)
-    if not args.data_path and not (args.eval and args.eval_data_path):
-        raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo')
+    check_split(args)
+    check_manifests(args)
+    in_folders = [is_train for is_train in needed_parts(args) if manifest_of(is_train, args) is None]
+    if not args.data_path and any(is_train or not args.eval_data_path for is_train in in_folders):
+        raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo'
+                        if not args.train_csv else '--train_csv %s: there are no validation images; give --val_csv, or '
+                        '--val_split 0.1 to take a tenth of these' % printable(args.train_csv))
     for flag, path in (('--data_path', args.data_path), ('--eval_data_path', args.eval_data_path)):
         if path and (path, flag) != ('demo', '--data_path') and not os.path.isdir(path):
             raise UserError('%s %s: no such folder' % (flag, printable(path)))
@@ -150,12 +179,54 @@ def check_paths(args):
         if args.input_size < SMALL_INPUT:
             raise UserError('--input_size %d: the images of CIFAR are 32x32 and are not made smaller; use 32 or more'
                             % args.input_size)
-    for is_train in (False,) if args.eval else (True, False):
-        if args.data_set != 'CIFAR' and (is_train or needs_validation(args)):
+    for is_train in in_folders:
+        if args.data_set != 'CIFAR':
             flag, root = split_root(is_train, args)
             if not os.path.isdir(root):
-                raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class'
-                                % (flag, printable(getattr(args, flag[2:])), printable(root)))
+                raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s' % (
+                    flag, printable(getattr(args, flag[2:])), printable(root), '' if is_train or args.eval_data_path
+                    else '; or --val_split 0.1 takes a tenth of the training images for it'))
+
+
+def check_split(args):
+    """Raise a `UserError` where --val_split stands beside validation images that are there."""
+    if not args.val_split:
+        return
+    about = '--val_split %g: ' % args.val_split
+    for flag in ('eval_data_path', 'val_csv'):
+        if getattr(args, flag):
+            raise UserError(about + '--%s names the validation images; leave one of the two out' % flag)
+    if args.data_set == 'CIFAR':
+        raise UserError(about + 'CIFAR has a test set of its own; leave the flag out')
+    val = os.path.join(resolve_data_path(args.data_path), 'val')
+    if args.data_set == 'IMNET' and args.data_path and not args.train_csv and os.path.lexists(val):
+        raise UserError(about + 'there is a folder %s with validation images; leave the flag out, or name the class '
+                        'folders with --data_set image_folder --data_path %s'
+                        % (printable(val), printable(os.path.join(os.path.dirname(val), 'train'))))
+
+
+def check_manifests(args):
+    """Raise a `UserError` where --train_csv or --val_csv can't be."""
+    for flag, path in (('--train_csv', args.train_csv), ('--val_csv', args.val_csv)):
+        if path and not os.path.isfile(path):
+            raise UserError('%s %s: no such file' % (flag, printable(path)))
+        if path and args.data_set == 'CIFAR':
+            raise UserError('%s %s: --data_set CIFAR has no image files to list; leave one of the two out'
+                            % (flag, printable(path)))
+    if args.val_csv and args.eval_data_path:
+        raise UserError('--val_csv %s: --eval_data_path names validation images too; leave one of the two out'
+                        % printable(args.val_csv))
+
+
+def needed_parts(args):
+    """Of training (True) and validation (False) those that the flags need."""
+    return ([] if args.eval else [True]) + ([False] if needs_validation(args) else [])
+
+
+def manifest_of(is_train, args):
+    """(flag, CSV file) that lists the images for training or validation, or None."""
+    flag = 'train_csv' if is_train or args.val_split else 'val_csv'
+    return ('--' + flag, getattr(args, flag)) if getattr(args, flag) else None
 
 
 def needs_validation(args):
@@ -163,7 +234,8 @@ def needs_validation(args):
 
 
 def split_root(is_train, args):
-    """(flag, folder) of the class folders for training or validation."""
+    """(flag, folder) of the class folders for training or validation; with --val_split these are the same."""
+    is_train = is_train or args.val_split > 0
     if args.data_set == 'image_folder':
         if is_train:
             return '--data_path', args.data_path
@@ -186,8 +258,12 @@ def cifar_root(data_path):
                     % printable(data_path))
 
 
-def build_dataset(is_train, args, device=None):
-    """(data set, class names): samples are (image uint8 (size, size, 3), class index)."""
+def build_dataset(is_train, args, device=None, classes=None, multi_label=None):
+    """(data set, class names): samples are (image uint8 (size, size, 3), class index).
+
+    Args:
+        classes, multi_label: for a CSV file, see `manifests.read`.
+    """
     transform = build_transform(is_train, args, device)
     if args.data_set == 'CIFAR':
         try:
@@ -196,33 +272,86 @@ def build_dataset(is_train, args, device=None):
             raise UserError('--data_path %s: cifar-100-python is damaged (its checksums differ); unpack it again'
                             % printable(args.data_path)) from None
         return dataset, list(getattr(dataset, 'classes', None) or map(str, range(100)))
+    seen = dict(transform=transform, fits=small_input_rule(is_train, args.input_size),
+                read=fast_images.load_bytes if is_fast(is_train, args) else load_image)
+    if manifest_of(is_train, args):
+        dataset = Images(*read_manifest(is_train, args, device, classes, multi_label), **seen)
+        return dataset, dataset.classes
     flag, root = split_root(is_train, args)
     index = index_cache.Index(args.output_dir, device) if args.index_cache else None
-    dataset = ImageFolder(root, transform, flag, small_input_rule(is_train, args.input_size), index,
-                          fast_images.load_bytes if is_fast(is_train, args) else load_image)
+    dataset = ImageFolder(root, flag=flag, index=index, **seen)
     return dataset, dataset.classes
 
 
-def build_datasets(args, device=None):
+def read_manifest(is_train, args, device, classes=None, multi_label=None, must_exist=True):
+    """`manifests.read` as the flags have it; an image that isn't there may be an unreadable one."""
+    flag, path = manifest_of(is_train, args)
+    return manifests.read(flag, path, resolve_data_path(args.data_path), args.loss, classes, multi_label, device,
+                          must_exist and args.bad_images == 'error' and not args.check_data)
+
+
+def build_datasets(args, device=None, classes=None):
     """(training set or None, validation set or None, class names), checked against one another and --nb_classes.
 
     Args:
         device (torch.device): of this process, where all of a job call this; then the first one looks for the files.
+        classes (list of str): those that --val_csv may name, where no training images tell.
     """
-    train = train_classes = val = val_classes = None
+    train = train_classes = val = val_classes = multi_label = None
     if not args.eval:
         train, train_classes = build_dataset(True, args, device)
-    if needs_validation(args):
-        val, val_classes = build_dataset(False, args, device)
+        multi_label = splits.is_multi_label(labelled(train))
+    elif args.train_csv and args.val_csv:  # it says which classes there are
+        listed, classes = read_manifest(True, args, device, must_exist=False)
+        multi_label = listed.multi_label
+    if args.val_split:
+        train, val, val_classes = put_aside(train, args, device)
+    elif needs_validation(args):
+        val, val_classes = build_dataset(False, args, device, train_classes or classes, multi_label)
+    if train is not None and val is not None and splits.is_multi_label(labelled(val)) != multi_label:
+        raise UserError('--train_csv %s: it gives images several classes, and class folders give one; give --val_csv'
+                        % printable(args.train_csv))
     if train_classes and val_classes and train_classes != val_classes:
         only = [('train', set(train_classes) - set(val_classes)), ('val', set(val_classes) - set(train_classes))]
         raise UserError('--data_path: train and val must name the same classes; %s' % '; '.join(
             'only in %s: %s' % (split, ', '.join(map(printable, sorted(names)[:5]))) for split, names in only if names))
     classes = train_classes or val_classes
+    if train is not None and args.max_train_samples:
+        train = take_fewer(train, args)
     if args.nb_classes and args.nb_classes != len(classes):
         raise UserError('--nb_classes %d: the data has %d classes; leave the flag out, or mend the folders'
                         % (args.nb_classes, len(classes)))
     return train, val, classes
+
+
+def put_aside(train, args, device=None):
+    """(the training set without what --val_split takes, or None; that part or None, classes). The files are found once.
+
+    Args:
+        train (ImageFolder): all images; None where only the validation part is wanted.
+    """
+    whole = train if train is not None else build_dataset(False, args, device)[0]
+    kept, aside = splits.split(whole.samples, args.val_split, args.seed)
+    val = None
+    if needs_validation(args):
+        val = whole.part(aside, transform=build_transform(False, args), fits=small_input_rule(False, args.input_size),
+                         read=fast_images.load_bytes if is_fast(False, args) else load_image)
+    return None if train is None else train.part(kept), val, whole.classes
+
+
+def take_fewer(train, args):
+    """At most --max_train_samples of the training set: the same ones in every epoch."""
+    places = splits.fewer(labelled(train), args.max_train_samples, args.seed)
+    if hasattr(train, 'part'):
+        return train.part(places)
+    part = torch.utils.data.Subset(train, places.tolist())
+    part.targets = np.asarray(train.targets)[places]
+    return part
+
+
+def labelled(dataset):
+    """What knows the classes of a data set's images: its samples, or CIFAR itself."""
+    return getattr(dataset, 'samples', dataset)
 
 
 # ---- order and randomness

@@ -204,6 +204,30 @@ def gather(value, device):
     return [json.loads(each[:length].astype(np.uint8).tobytes().decode()) for each, length in zip(gathered, lengths)]
 
 
+def gather_rows(columns, device):
+    """Tensors of all processes, one behind the other: (n, …) each, n another on each process, the same in all columns.
+
+    Args:
+        columns (list of float32 or int64 tensors, or None): None where this process has no row; some process has one.
+
+    Returns:
+        list of tensors on the CPU.
+    """
+    told = gather([None if column is None else [str(column.dtype), list(column.shape)] for column in columns], device)
+    gathered = []
+    for place, column in enumerate(columns):
+        rows = [0 if each[place] is None else each[place][1][0] for each in told]
+        dtype, shape = next(each[place] for each in told if each[place] is not None)
+        padded = torch.zeros([max(rows)] + shape[1:], dtype=getattr(torch, dtype.replace('torch.', '')), device=device)
+        if column is not None:
+            padded[:len(column)] = column.to(device)
+        parts = [torch.zeros_like(padded) for _ in rows]
+        with waiting():
+            dist.all_gather(parts, padded)
+            gathered.append(torch.cat([part[:number].cpu() for part, number in zip(parts, rows)]))
+    return gathered
+
+
 def any_process(flag, device):
     """Whether `flag` is true in at least one process; all learn it together."""
     return any(vote > 0 for vote, in gather_numbers([float(flag)], device))

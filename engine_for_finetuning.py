@@ -38,8 +38,8 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         pilot (pilot.Pilot): what becomes of signals, saves in mid-epoch, unreadable images and non-finite losses.
 
     Returns:
-        dict of the epoch's averages over all processes: loss, class_acc (a share; without mixup), lr, min_lr,
-        weight_decay, grad_norm, loss_scale, and skipped_steps, a count.
+        dict of the epoch's averages over all processes: loss, class_acc (a share; without mixup, and with one
+        class an image), lr, min_lr, weight_decay, grad_norm, loss_scale, and skipped_steps, a count.
 
     Raises:
         UserError: a loss or gradient is not finite, in any process, or 20 updates in a row were skipped.
@@ -89,7 +89,8 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
             pilot.vote(update, device)
         update.grad_norm = scaler(loss / update_freq, optimizer, model.parameters(), max_norm, is_update, create_graph)
 
-        class_acc = None if mixup_fn or not len(images) else (output.argmax(-1) == targets).float().mean()
+        has_classes = len(images) and targets.dim() == 1 and not mixup_fn
+        class_acc = (output.argmax(-1) == targets).float().mean() if has_classes else None
         update.values = dict(rates(optimizer), loss=loss.detach(), grad_norm=update.grad_norm, loss_scale=scaler.scale,
                              class_acc=class_acc)
         meters.update(**update.values)
@@ -173,8 +174,11 @@ LOSS_UNIT = 2. ** -32  # losses are added up as whole multiples of this: the sum
 
 
 @torch.no_grad()
-def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=None):
+def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=None, scores=()):
     """Top-1, top-5 and cross entropy over a validation set, every image counted once.
+
+    Where images have several classes, targets float32 (B, classes), the loss is the binary cross entropy averaged over
+    the classes, and there is no top-1 or top-5.
 
     The figures are the same bits on any number of processes: losses are added up as whole numbers, and a shorter batch
     is filled up, since kernels round otherwise for another number of rows.
@@ -182,10 +186,12 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
     Args:
         sharded (bool): each process's loader holds another part of the set; the counts are added up.
         wish (function): gives the number of a signal that asks to stop, or 0.
+        scores (sequence): of `scores`; each is told of every batch, and its result stands beside the others.
 
     Returns:
-        dict of acc1, acc5 (percent), loss (per image), images (the count), and unreadable: (path, reason) of the files
-        that were left out, on all processes; or None where the evaluation was given up for a signal, on any of them.
+        dict of acc1, acc5 (percent), loss (per image), images (the count), the results of `scores`, and unreadable:
+        (path, reason) of the files that were left out, on all processes; or None where the evaluation was given up for
+        a signal, on any of them.
     """
     model.eval()
     meters = utils.MetricLogger()
@@ -202,11 +208,12 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
         images = batch[0].to(device, non_blocking=True)
         targets = batch[1].to(device, non_blocking=True)
         output = model(fill_up(images, data_loader))[:len(images)].float()
-        losses = F.cross_entropy(output, targets, reduction='none')
-        top = output.topk(min(5, output.shape[1]), dim=1).indices == targets[:, None]
+        losses, top = losses_and_hits(output, targets)
+        for score in scores:
+            score.add(batch, output)
         correct += torch.stack((top[:, 0].sum(), top.sum(), top.new_ones(len(top), dtype=torch.int64).sum()))
         all_losses.append(losses)
-        meters.update(loss=losses.mean(), acc1=100 * top[:, 0].float().mean())
+        meters.update(loss=losses.mean(), acc1=100 * top[:, 0].float().mean() if targets.dim() == 1 else None)
     loss_units, not_finite = sum_losses(all_losses)
     acc1, acc5, images = correct.tolist()
     watchdog.mark(watchdog.LAST, 2, '')
@@ -221,8 +228,33 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
     loss = float('nan') if not_finite else loss_units * LOSS_UNIT / images
     stats = {'acc1': 100. * acc1 / images, 'acc5': 100. * acc5 / images, 'loss': loss, 'images': images,
              'unreadable': unreadable}
-    distributed.say('* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}'.format(**stats), detail=True)
+    for score in scores:
+        stats.update(score.result(sharded and distributed.world_size() > 1, device))
+    if 'mAP' in stats:
+        del stats['acc1'], stats['acc5']
+    distributed.say(('* mAP {mAP:.3f} loss {loss:.3f}' if 'mAP' in stats else
+                     '* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}').format(**stats), detail=True)
     return stats
+
+
+def losses_and_hits(output, targets):
+    """(loss of each image (B,), whether each of the five highest outputs is of a right class (B, 5))."""
+    best = output.topk(min(5, output.shape[1]), dim=1).indices
+    if targets.dim() > 1:
+        losses = F.binary_cross_entropy_with_logits(output, targets, reduction='none').mean(dim=1)
+        return losses, targets.gather(1, best) > 0
+    return F.cross_entropy(output, targets, reduction='none'), best == targets[:, None]
+
+
+class WithMirrorImage(torch.nn.Module):
+    """A network whose logits are the mean of those of an image and of its mirror image (--test_flip)."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return (self.network(images).float() + self.network(images.flip(3)).float()) / 2
 
 
 def sum_losses(losses):

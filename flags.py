@@ -9,11 +9,13 @@ import sys
 import augmentation
 import backend
 import checkpoint
+import criteria
 import datasets
 import distributed
 import modeling_finetune
 import optim_factory
 import pretrained
+import scores
 import utils
 from errors import UserError, nearest, unknown
 
@@ -107,6 +109,11 @@ def build_parser(description=__doc__):
     add('--num_workers', default=10, type=number(int, 0, 1024),
         help='loader processes per device; 0 loads in the main one (10)')
     switch(run, 'pin_mem', True, 'page-locked memory for batches on their way to npu or cuda')
+    add('--max_train_samples', default=0, type=whole,
+        help='train on so many of the training images, the same in every epoch; the seed chooses; 0: all (0)')
+    add('--val_interval', default=1, type=positive, help='evaluate after each so many epochs, and the last (1)')
+    add('--early_stop', default=0, type=whole,
+        help='stop after so many evaluations in a row without a new best; 0: never (0)')
     add('--start_epoch', default=0, type=whole, help='first epoch, where no checkpoint says it (0)')
     add('--device', default='auto', help='auto (npu, cuda, cpu: the first present), npu, cuda, cpu, cuda:1 … (auto)')
     add('--jit_compile', default='auto', choices=('auto', 'on', 'off'),
@@ -160,6 +167,10 @@ def build_parser(description=__doc__):
     add('--color_jitter', default=0.4, type=number(float, 0, 1000), help='strength, where --aa is none (0.4)')
     add('--aa', default='rand-m9-mstd0.5-inc1', help='AutoAugment policy or none (rand-m9-mstd0.5-inc1)')
     add('--hflip', default=0.5, type=share, help='share of images that are mirrored (0.5)')
+    add('--loss', default='auto', choices=criteria.LOSSES, help='ce, cross entropy; bce, a binary cross entropy for '
+        'each class; auto: bce where images have several classes, else ce (auto)')
+    add('--class_weights', default='', help='balanced: rare classes weigh more; or a CSV or JSON file of class and '
+        'weight; empty: all weigh the same')
     add('--smoothing', default=0.1, type=below_one, help='label smoothing (0.1)')
     add('--train_interpolation', default='bicubic', choices=augmentation.INTERPOLATIONS,
         help='of random crops (bicubic)')
@@ -184,12 +195,21 @@ def build_parser(description=__doc__):
     add('--init_scale', default=0.001, type=rate, help='factor on the head\'s initial weights (0.001)')
     switch(finetuning, 'use_mean_pooling', True, 'pool by the mean of the patches; --use_cls: class token',
            off='use_cls')
+    switch(finetuning, 'freeze_backbone', False, 'train the head alone (linear probing)')
+    add('--unfreeze_epoch', default=0, type=whole, help='with it: train all from this epoch on, counted from 0; '
+        '0: never (0)')
     switch(finetuning, 'disable_weight_decay_on_rel_pos_bias', False, 'no weight decay on bias tables')
 
     data = parser.add_argument_group('data')
     add = data.add_argument
     add('--data_path', default='', help='folder with train/ and val/ of class folders; or demo: handwritten digits')
     add('--eval_data_path', default=None, help='class folders to evaluate on, instead of data_path/val')
+    add('--train_csv', default='', help='CSV file of the training images, path,label or path,label;label, instead of '
+        'folders; paths begin at data_path, or where the file is')
+    add('--val_csv', default='', help='likewise of the validation images')
+    add('--val_split', default=0., type=number(float, 0, 0.9),
+        help='share of the training images, of each class, to evaluate on, where there are none for that; the seed '
+        'chooses (0)')
     add('--nb_classes', default=0, type=whole, help='checked against the folders; 0 takes their number (0)')
     switch(data, 'imagenet_default_mean_and_std', False, 'ImageNet\'s mean and deviation instead of 0.5')
     add('--data_set', default='IMNET', help='IMNET (train/ and val/), image_folder (data_path and eval_data_path are '
@@ -214,6 +234,11 @@ def build_parser(description=__doc__):
     switch(output, 'auto_resume', False, 'resume the newest checkpoint of output_dir, where there is one')
     switch(output, 'save_ckpt', True, 'write checkpoints')
     switch(output, 'eval', False, 'evaluate --resume, and nothing else')
+    switch(output, 'test_flip', False, 'evaluate on the mean of the logits of an image and of its mirror image')
+    add('--results_file', default='', help='with --eval: write the figures there, .csv or .json; the latter with the '
+        'accuracy of each class')
+    add('--real_labels', default='', help='with --eval: a JSON list of the right classes of each of ImageNet\'s '
+        'validation images, whose accuracy is printed too')
     switch(output, 'dist_eval', False, 'share the evaluation among the processes, every image exactly once')
 
     halves = parser.add_argument_group('precision')
@@ -233,6 +258,18 @@ def build_parser(description=__doc__):
         help='seconds that a process may hold up the others before the job ends (600)')
     add('--dist_url', default='env://', help='where the processes meet (env://)')
     return parser
+
+
+def check_unfreezing(args):
+    about = '--unfreeze_epoch %d: ' % args.unfreeze_epoch
+    if not args.freeze_backbone:
+        raise UserError(about + 'it needs --freeze_backbone, without which nothing is frozen')
+    if args.unfreeze_epoch >= args.epochs and not args.eval:
+        raise UserError(about + '--epochs %d ends before; lower it, or leave it out to train the head alone'
+                        % args.epochs)
+    if 'fused' in args.opt.lower() or optim_factory.optimizer_class(args.opt)[0].__name__ == 'NovoGrad':
+        raise UserError(about + '--opt %s looks for gradients in its first step and for no others later; use '
+                        '--opt adamw, or two runs, the second with --finetune' % args.opt)
 
 
 def check_args(args, local_rank=0, processes=1):
@@ -287,6 +324,18 @@ def check_args(args, local_rank=0, processes=1):
         if args.skip_dropped == 'on':
             raise UserError('--skip_dropped on: it changes shapes from step to step, and --compile needs one; leave '
                             'one of them out')
+    for flag in ('results_file', 'real_labels'):
+        if getattr(args, flag) and not args.eval:
+            raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
+    if args.unfreeze_epoch:
+        check_unfreezing(args)
+    if args.results_file:
+        scores.check_results_file(args.results_file)
+        utils.check_writable('--results_file', os.path.dirname(args.results_file))
+    if args.real_labels and not os.path.isfile(args.real_labels):
+        raise UserError('--real_labels %s: no such file' % args.real_labels)
+    if args.class_weights and not args.eval:
+        criteria.check_weights(args.class_weights)
     if args.eval and not (args.resume or args.finetune):
         raise UserError('--eval needs --resume: the checkpoint to evaluate, or the folder that holds it')
     if args.resume:

@@ -285,7 +285,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.Identity() if use_mean_pooling else norm_layer(embed_dim)
         self.fc_norm = norm_layer(embed_dim) if use_mean_pooling else None
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self.grad_checkpointing = False
+        self.grad_checkpointing, self.backbone_frozen = False, False
         self._init_weights(init_scale)
 
     def _init_weights(self, init_scale):
@@ -316,6 +316,20 @@ class VisionTransformer(nn.Module):
         """Keep only the blocks' inputs for the backward pass, and compute the rest again there: less memory, slower."""
         self.grad_checkpointing = enable
 
+    def freeze_backbone(self, freeze=True):
+        """Train the head alone, on features without dropout or stochastic depth; or all again."""
+        self.backbone_frozen = freeze
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not freeze or name.startswith('head.'))
+        self.train(self.training)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for child in self.children() if self.backbone_frozen else ():
+            if child is not self.head:
+                child.train(False)
+        return self
+
     def get_classifier(self):
         return self.head
 
@@ -332,7 +346,7 @@ class VisionTransformer(nn.Module):
         x = self.pos_drop(x)
         shared_bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
+            if self.grad_checkpointing and torch.is_grad_enabled() and not self.backbone_frozen:
                 x = checkpoint(block, x, shared_bias, **_CHECKPOINTING)
             else:
                 x = block(x, shared_bias)

@@ -133,6 +133,7 @@ def create_optimizer(model, opt='adamw', lr=5e-4, weight_decay=0.05, layer_decay
         UserError: see `optimizer_class`; or `opt_betas` for an optimizer without betas.
     """
     cls, fixed, lookahead = optimizer_class(opt, under_apex)
+    cls = backend.mended_optimizer(cls)
     if lookahead and under_apex and 'fused' in opt.lower():
         raise UserError('--opt %s: apex works on the fused optimizer itself, which lookahead hides; use --opt %s or '
                         'lookahead_adamw' % (opt, opt.lower().replace('lookahead_', '')))
@@ -151,6 +152,19 @@ def create_optimizer(model, opt='adamw', lr=5e-4, weight_decay=0.05, layer_decay
     settings = {name: value for name, value in settings.items() if name in accepted}
     optimizer = cls(groups, **settings) if under_apex else backend.build_optimizer(cls, groups, **settings)
     return timm.optim.Lookahead(optimizer) if lookahead else optimizer
+
+
+def complete_momenta(optimizer):
+    """Give the parameters of SGD that had no gradient yet, beside some that had, a momentum of 0: as they begin anyway.
+
+    PyTorch's fused kernel takes groups of which all or none have begun.
+    """
+    inner = getattr(optimizer, '_base_optimizer', getattr(optimizer, 'base_optimizer', optimizer))
+    for group in inner.param_groups if isinstance(inner, torch.optim.SGD) else ():
+        begun = [inner.state.get(parameter, {}).get('momentum_buffer') is not None for parameter in group['params']]
+        for parameter, has_momentum in zip(group['params'], begun):
+            if any(begun) and not has_momentum:
+                inner.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
 
 
 # ---- schedules

@@ -10,6 +10,7 @@ The scripts in test/ call this with the published hyper-parameters. BEiT base fi
 """
 
 import datetime
+import gc
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ import attention
 import augmentation
 import bad_images
 import checkpoint
+import criteria
 import datasets
 import distributed
 import engine_for_finetuning as engine
@@ -28,15 +30,15 @@ import precision
 import preemption
 import pretrained
 import progress as watching
+import scores
+import splits
 import utils
 import watchdog
+from criteria import build_criterion
 from errors import UserError, loader_death, one_line, printable
 from flags import build_parser, check_args
 from networks import build_model
 from pilot import RunPilot
-
-import torch
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 
 DRAWS = 2  # another number whenever the same seed gives a run other random numbers than before
@@ -54,16 +56,54 @@ def choose_speed(args, model, device):
         backend.compile_in_place(model)
 
 
+def freeze_as_due(args, model, epoch):
+    """Freeze or unfreeze the backbone as --freeze_backbone has it in this epoch; gives whether that changed.
+
+    The optimizer holds all parameters all along: those without a gradient it leaves alone, so a checkpoint has the same
+    groups before and after, and a parameter's moments begin when it does.
+    """
+    freeze = args.freeze_backbone and not 0 < args.unfreeze_epoch <= epoch
+    if freeze == model.backbone_frozen:
+        return False
+    model.freeze_backbone(freeze)
+    distributed.say('Epoch %d: %s, %d of %d parameters train' % (
+        epoch, 'only the head' if freeze else 'the whole model', parameters(model),
+        sum(parameter.numel() for parameter in model.parameters())))
+    return True
+
+
+def distribute(model, device):
+    """The model in DistributedDataParallel, which takes note now of what trains; itself where there's one process."""
+    return backend.distributed_model(model, device) if distributed.world_size() > 1 else model
+
+
+def unfreeze_when_due(args, training, epoch):
+    """Before an epoch: where the backbone begins to train, all that hangs on what trains is made anew."""
+    if freeze_as_due(args, backend.unwrap(training['model']), epoch) and distributed.world_size() > 1:
+        model = training.pop('model').module
+        gc.collect()  # with the old DistributedDataParallel its hooks go
+        training['model'] = distribute(model, training['device'])
+    if 0 < args.unfreeze_epoch <= epoch:
+        optim_factory.complete_momenta(training['optimizer'])
+
+
 def build_optimizer(args, model, under_apex):
+    if args.unfreeze_epoch and under_apex:
+        raise UserError('--unfreeze_epoch %d: apex gathers the gradients of the first step and looks for no others '
+                        'later; leave --amp out, or use two runs, the second with --finetune' % args.unfreeze_epoch)
     return optim_factory.create_optimizer(
         model, args.opt, args.lr, args.weight_decay, args.layer_decay, args.opt_eps, args.opt_betas, args.momentum,
         args.disable_weight_decay_on_rel_pos_bias, under_apex)
 
 
-def build_criterion(args, mixup):
-    if mixup is not None:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else torch.nn.CrossEntropyLoss()
+def choose_class_weights(args, train_set, classes):
+    """What each class weighs in the loss, float32 (classes,), told; or None."""
+    if args.eval or not args.class_weights:
+        return None
+    counts = splits.class_counts(datasets.labelled(train_set), len(classes))
+    weights = criteria.class_weights(args.class_weights, classes, counts)
+    distributed.say(criteria.describe_weights(weights, classes))
+    return weights
 
 
 def count_steps(args, images):
@@ -94,16 +134,21 @@ def evaluate_all(args, loader, model, ema, device, dtype, throughput, unreadable
     sharded = args.dist_eval and distributed.world_size() > 1
 
     def evaluate(name, network, throughput=None):
-        stats = engine.evaluate(loader, network, device, sharded, throughput, wish)
+        stats = engine.evaluate(loader, engine.WithMirrorImage(network) if args.test_flip else network, device, sharded,
+                                throughput, wish, scores.scores_for(args, loader.dataset.dataset))
         if stats is not None:
             left_out = len(set(stats['unreadable']))
             if left_out:
                 unreadable.report(stats['unreadable'], len(loader.dataset), 'validation')
             del stats['unreadable']
-            distributed.say('Accuracy of the %s on the %d test images: %.3f%%%s' % (
-                name, stats['images'], stats['acc1'],
+            figure = scores.best_by(stats)
+            distributed.say('%s of the %s on the %d test images: %.3f%%%s' % (
+                'Accuracy' if figure == 'acc1' else figure, name, stats['images'], stats[figure],
                 ' (%d more could not be read and are not counted)' % left_out if left_out else ''),
                 detail=wish is not None)  # in training, the epoch's own line has it
+            if 'real_acc1' in stats:
+                distributed.say('By real labels: top-1 %.3f%%, top-5 %.3f%% of %d images' % (
+                    stats['real_acc1'], stats['real_acc5'], stats['real_images']))
         return stats
 
     stats, ema_stats = evaluate('network', model, throughput), None
@@ -138,11 +183,12 @@ def resume(args, model, optimizer, scaler, ema, device, run):
     return source, progress
 
 
-def print_result(throughput, accuracy, loss):
-    """The line that the scripts in test/ read. A figure that there is none of is n/a."""
-    distributed.say('Result: images_per_second %.2f step_milliseconds %.3f accuracy %s loss %s' % (
+def print_result(throughput, accuracy, loss, average_precision=None):
+    """The line that the scripts in test/ read. A figure that there is none of is n/a, mAP left out."""
+    distributed.say('Result: images_per_second %.2f step_milliseconds %.3f accuracy %s loss %s%s' % (
         throughput.images_per_second, throughput.step_milliseconds,
-        'n/a' if accuracy is None else '%.3f' % accuracy, 'n/a' if loss is None else '%.4f' % loss))
+        'n/a' if accuracy is None else '%.3f' % accuracy, 'n/a' if loss is None else '%.4f' % loss,
+        '' if average_precision is None else ' mAP %.3f' % average_precision))
 
 
 def start(args):
@@ -156,6 +202,15 @@ def start(args):
     if args.deterministic:
         backend.make_deterministic(device)
     return device
+
+
+def known_classes(args, device):
+    """The class names in the checkpoint to evaluate, where no folder and no --train_csv tells them; or None."""
+    if not (args.eval and args.val_csv and args.resume) or args.train_csv:
+        return None
+    content = checkpoint.find_together(args, device)[1]
+    names = content.get('classes') if isinstance(content, dict) else None
+    return names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None
 
 
 def check_data(args):
@@ -177,7 +232,10 @@ def main(args, signals):
     dtype = backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     utils.seed_everything(args.seed)
 
-    train_set, val_set, classes = datasets.build_datasets(args, device)
+    train_set, val_set, classes = datasets.build_datasets(args, device, known_classes(args, device))
+    if val_set is not None:
+        scores.check_scores(args, val_set)
+    weights = choose_class_weights(args, train_set, classes)
     steps_per_epoch = None if args.eval else count_steps(args, len(train_set))
     train_loader, val_loader = datasets.build_loaders(args, train_set, val_set, device)
 
@@ -200,18 +258,20 @@ def main(args, signals):
         evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
         return
     run = dict(processes=distributed.world_size(), images=len(train_set), device=device.type, random_numbers=DRAWS,
-               total_batch=args.batch_size * args.update_freq * distributed.world_size())
+               total_batch=args.batch_size * args.update_freq * distributed.world_size(),
+               **({} if weights is None else {'class_weights': criteria.fingerprint(weights)}))
     source, progress = resume(args, model, optimizer, scaler, ema, device, run)
     describe(*about, source)
     goes_on = source and checkpoint.lies_in(source, args.output_dir)
     utils.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
     index_cache.write_late(train_set, val_set)
-    if distributed.world_size() > 1:
-        model = backend.distributed_model(model, device)
+    freeze_as_due(args, backend.unwrap(model), progress.epoch)
 
     mixup = augmentation.build_mixup(args, len(classes))
+    criterion = build_criterion(args, mixup, None if weights is None else weights.to(device),
+                                splits.is_multi_label(datasets.labelled(train_set)))
     lr_values, wd_values = build_schedules(args, steps_per_epoch)
-    training = dict(model=model, criterion=build_criterion(args, mixup), data_loader=train_loader,
+    training = dict(model=distribute(model, device), criterion=criterion, data_loader=train_loader,
                     optimizer=optimizer, device=device, loss_scaler=scaler, max_norm=args.clip_grad, model_ema=ema,
                     mixup_fn=mixup, lr_schedule_values=lr_values, wd_schedule_values=wd_values,
                     update_freq=args.update_freq, seed=args.seed)
@@ -262,17 +322,33 @@ def parameters(model):
 
 
 def evaluate_only(args, model, scaler, ema, val_loader, device, dtype):
+    source = args.finetune
     if args.resume:
         source, content = checkpoint.find_together(args, device)
         distributed.say('Evaluating %s' % printable(source))
+        checkpoint.check_same_split(source, content, args)
         checkpoint.load_weights(source, content, model, scaler, ema)
         if ema is not None and not content.get('model_ema'):
             distributed.say('%s holds no averaged weights (it was trained without --model_ema)' % printable(source))
             ema = None
     unreadable = bad_images.BadImages(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
-    stats, _ = evaluate_all(args, val_loader, model, ema, device, dtype, throughput, unreadable)
-    print_result(throughput, stats['acc1'], stats['loss'])
+    stats, ema_stats = evaluate_all(args, val_loader, model, ema, device, dtype, throughput, unreadable)
+    if args.results_file and distributed.is_main_process():
+        scores.write_results(args.results_file, [
+            results_row(args, source, weights, model, each)
+            for weights, each in (('model', stats), ('model_ema', ema_stats)) if each is not None])
+    print_result(throughput, stats.get('acc1'), stats['loss'], stats.get('mAP'))
+
+
+def results_row(args, source, weights, model, stats):
+    """What --results_file says of one evaluation: the figures, and all that they hang on."""
+    prepared = augmentation.preprocessing(args)
+    about = {'model': args.model, 'checkpoint': printable(source), 'weights': weights}
+    about.update((name, value) for name, value in stats.items() if name != 'classes')
+    about.update(param_count=parameters(model), img_size=args.input_size, crop_pct=prepared['crop_pct'],
+                 interpolation=prepared['interpolation'], test_flip=args.test_flip)
+    return dict(about, classes=stats['classes']) if 'classes' in stats else about
 
 
 def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
@@ -286,20 +362,26 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
     progress, best, train_stats, first = pilot.progress, dict(pilot.progress.best), {}, pilot.progress.epoch
     for epoch in range(first, args.epochs):
         steps = min(steps_per_epoch, step_limit - epoch * steps_per_epoch)
-        if steps <= 0:
+        if steps <= 0 or is_stale(args, progress, device):
             break
+        unfreeze_when_due(args, training, epoch)
         training['data_loader'].sampler.set_epoch(epoch, progress.steps * args.update_freq * args.batch_size)
         begun = time.time()
         train_stats = engine.train_one_epoch(
             epoch=epoch, log_writer=writer, start_steps=epoch * steps_per_epoch, first_step=progress.steps,
             num_training_steps_per_epoch=steps, throughput=throughput, pilot=pilot,
             state=progress.meters_of(distributed.rank(), distributed.world_size()), **training)
-        test_stats, ema_stats = (None, None) if val_loader is None else evaluate_all(
+        is_last = epoch * steps_per_epoch + steps >= step_limit
+        is_due = (epoch + 1) % args.val_interval == 0
+        evaluates = val_loader is not None and (is_due or is_last)
+        test_stats, ema_stats = (None, None) if not evaluates else evaluate_all(
             args, val_loader, training['model'], ema, device, dtype, None, pilot.bad_images,
             lambda: pilot.signals.wish)
-        if val_loader is not None and test_stats is None:
+        if evaluates and test_stats is None:
             pilot.stop_after(epoch, steps, device)
         improved = note_best(best, test_stats, ema_stats)
+        counts = evaluates and is_due and steps == steps_per_epoch  # an unbroken run has it too
+        progress.stale = 0 if improved else progress.stale + counts
         record(args, writer, epoch, training['model'], train_stats, test_stats, ema_stats)
         watching.epoch(epoch, args.epochs, train_stats, test_stats, best, throughput.images_per_second,
                        time.time() - begun)
@@ -309,31 +391,46 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
             pilot.save_epoch(improved, numbered=False)
             break
         progress.epoch, progress.steps, progress.meters, progress.best = epoch + 1, 0, [], dict(best)
-        is_last = (epoch + 1) * steps_per_epoch >= step_limit
+        is_last = is_last or is_stale(args, progress, device)
         pilot.save_epoch(improved, numbered=is_last or (epoch + 1) % args.save_ckpt_freq == 0)
     if writer is not None:
         writer.close()
     if throughput.steps:
         distributed.say('Speed: %s' % throughput.limit())
     distributed.say('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
+    if is_stale(args, progress, device):
+        distributed.say('Stopped early: the last %d evaluations gave no new best (--early_stop %d)'
+                        % (progress.stale, args.early_stop))
     if first >= args.epochs:
         distributed.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
         return
-    print_result(throughput, best.get('accuracy'), train_stats.get('loss'))
+    print_result(throughput, best.get('accuracy'), train_stats.get('loss'), best.get('mAP'))
+
+
+def is_stale(args, progress, device):
+    """Whether --early_stop ends the run. The first process decides: the others' figures may round otherwise."""
+    return args.early_stop > 0 and distributed.any_process(
+        distributed.is_main_process() and progress.stale >= args.early_stop, device)
 
 
 def note_best(best, test_stats, ema_stats):
     """Update the best accuracies; gives the checkpoint names that are new bests."""
     improved = []
-    for name, stats, file_name in (('accuracy', test_stats, checkpoint.BEST),
-                                   ('ema_accuracy', ema_stats, checkpoint.BEST_EMA)):
-        if stats is not None and stats['acc1'] > best.get(name, -1.):
-            best[name] = stats['acc1']
-            improved.append(file_name)
+    for prefix, stats, file_name in (('', test_stats, checkpoint.BEST), ('ema_', ema_stats, checkpoint.BEST_EMA)):
+        if stats is not None:
+            figure = scores.best_by(stats)
+            name = prefix + FIGURES[figure]
+            if stats[figure] > best.get(name, -1.):
+                best[name] = stats[figure]
+                improved.append(file_name)
     if test_stats is not None:
-        distributed.say('Max accuracy: %.3f%%%s' % (best['accuracy'], '' if ema_stats is None
-                                              else ', of the average: %.3f%%' % best['ema_accuracy']), detail=True)
+        name = FIGURES[scores.best_by(test_stats)]
+        average = '' if ema_stats is None else ', of the average: %.3f%%' % best.get('ema_' + name, float('nan'))
+        distributed.say('Max %s: %.3f%%%s' % (name, best.get(name, float('nan')), average), detail=True)
     return improved
+
+
+FIGURES = {'acc1': 'accuracy', 'mAP': 'mAP'}  # what they are called among the best
 
 
 def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
@@ -349,7 +446,7 @@ def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
         for prefix, results in (('test', test_stats), ('ema', ema_stats)):
             if results:
                 writer.update('perf', epoch, **{'%s_%s' % (prefix, name): results[name]
-                                                for name in ('acc1', 'acc5', 'loss')})
+                                                for name in ('acc1', 'acc5', 'mAP', 'loss') if name in results})
 
 
 def run(argv=None):

@@ -146,8 +146,8 @@ def poisoned_program(monkeypatch):
     """The program, in which one training image gives a loss that is not a number."""
     build = run_class_finetuning.build_criterion
 
-    def build_poisoned(args, mixup):
-        criterion = build(args, mixup)
+    def build_poisoned(*how):
+        criterion = build(*how)
 
         def poisoned(output, labels):
             loss = criterion(output, labels)

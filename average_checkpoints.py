@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""Average the weights of several checkpoints of one model into one file, in float64.
+
+    python average_checkpoints.py --inputs out/checkpoint-8.pth out/checkpoint-9.pth --output avg.pth
+    python average_checkpoints.py --inputs out --best 5 --output avg.pth
+    python run_class_finetuning.py --eval --resume avg.pth --data_path /data/ImageNet2012 …
+
+The file holds model, args and classes, as a checkpoint does, without optimizer: it can be evaluated and given to
+--finetune.
+"""
+
+import argparse
+import collections
+import json
+import math
+import os
+import sys
+
+import torch
+
+import checkpoint
+import distributed
+import utils
+from errors import UserError, one_line, printable
+from flags import number
+from pretrained import inner_state, mismatches, strip_prefixes
+
+SAME = ('model', 'input_size', 'use_mean_pooling', 'imagenet_default_mean_and_std', 'crop_pct')  # what one file says
+
+
+def build_parser():
+    parser = argparse.ArgumentParser('average_checkpoints.py', description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = _refuse
+    add = parser.add_argument
+    add('--inputs', nargs='+', required=True,
+        help='checkpoints, or folders, of which those after whole epochs are taken')
+    add('--output', required=True, help='the file to write; it must not be there yet')
+    add('--best', default=0, type=number(int, 1), help='take only so many, the best by the validation figures in the '
+        'log.txt beside them; all count alike (all)')
+    add('--use_ema', action='store_true', help='average the averaged weights (--model_ema), not the trained ones (off)')
+    return parser
+
+
+def _refuse(message):
+    raise UserError(message)
+
+
+# ---- which files
+
+def find(inputs):
+    """The files that --inputs names: of a folder its checkpoints after whole epochs, oldest first."""
+    found = []
+    for source in inputs:
+        if os.path.isdir(source):
+            paths = [path for (_, steps), path in checkpoint.numbered(source) if not steps]
+            if not paths:
+                raise UserError('--inputs %s: the folder holds no checkpoint-<epoch>.pth' % printable(source))
+            found += paths
+        elif os.path.isfile(source):
+            found.append(source)
+        else:
+            raise UserError('--inputs %s: no such file or folder' % printable(source))
+    real = [os.path.realpath(path) for path in found]
+    twice = [path for path, where in zip(found, real) if real.count(where) > 1]
+    if twice:
+        raise UserError('--inputs %s: given more than once; each counts once' % printable(twice[0]))
+    return found
+
+
+def take_best(paths, most, use_ema=False):
+    """The `most` of the files whose epochs have the best validation figures in the log.txt beside them, best first."""
+    figures = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        log = _read_log(os.path.join(folder, 'log.txt'))
+        epochs = {each: epoch for (epoch, steps), each in checkpoint.numbered(folder or '.') if not steps}
+        epoch = epochs.get(os.path.join(folder or '.', name), 0) - 1
+        prefix = 'test_ema_' if use_ema else 'test_'
+        values = [log.get(epoch, {}).get(prefix + name) for name in ('mAP', 'acc1')]
+        value = next((each for each in values if isinstance(each, (int, float)) and math.isfinite(each)), None)
+        if value is None:
+            raise UserError('--best %d: the log.txt beside %s has no %sacc1 or mAP of its epoch; leave --best out, or '
+                            'name the files' % (most, printable(path), prefix))
+        figures[path] = value
+    if most > len(paths):
+        raise UserError('--best %d: there are %d checkpoints only; lower it' % (most, len(paths)))
+    chosen = sorted(paths, key=lambda path: -figures[path])[:most]
+    for path in chosen:
+        print('%s: %.3f' % (printable(path), figures[path]))
+    return chosen
+
+
+def _read_log(path):
+    """{epoch: its line} of a log.txt; {} where there is none."""
+    lines = {}
+    if os.path.isfile(path):
+        with open(path, encoding='utf-8', errors='replace') as file:
+            for text in file:
+                try:
+                    line = json.loads(text)
+                    lines[line['epoch']] = line
+                except (ValueError, KeyError, TypeError):
+                    continue
+    return lines
+
+
+# ---- the average
+
+def average(paths, use_ema=False):
+    """What the averaged checkpoint holds: model (float32; each file counts alike), args, classes, averaged (names).
+
+    One file is in memory at a time. Numbers that are no weights, such as the relative position index, are the same in
+    all.
+
+    Raises:
+        UserError: a file can't be read, has no averaged weights, or is of another model; it lists what differs.
+    """
+    total, first = None, None
+    for path in paths:
+        content = checkpoint.read(path, '--inputs')
+        state = weights_of(path, content, use_ema)
+        about = about_model(content)
+        if total is None:
+            total = collections.OrderedDict((name, value.double() if value.is_floating_point() else value)
+                                            for name, value in state.items())
+            first = dict(args=checkpoint.flags_inside(content), classes=content.get('classes'), about=about)
+            continue
+        check_alike(path, state, about, paths[0], total, first['about'])
+        for name, value in state.items():
+            if value.is_floating_point():
+                total[name] += value.double()
+    for name, value in total.items():
+        if value.is_floating_point():
+            total[name] = (value / len(paths)).float()
+    content = {'model': total, 'args': first['args'], 'averaged': [printable(os.path.basename(path)) for path in paths]}
+    if isinstance(first['classes'], (list, tuple)):
+        content['classes'] = list(first['classes'])
+    return content
+
+
+def weights_of(path, content, use_ema):
+    if use_ema and not (isinstance(content, dict) and content.get('model_ema')):
+        raise UserError('--use_ema: %s holds no averaged weights (it was trained without --model_ema)'
+                        % printable(path))
+    state = strip_prefixes(content['model_ema'] if use_ema else inner_state(content, 'model|module|state_dict')[1])
+    if not state:
+        raise UserError('--inputs %s: holds no weights' % printable(path))
+    broken = [name for name, value in state.items()
+              if value.is_floating_point() and not torch.isfinite(value.double().sum())]
+    if broken:
+        raise UserError('--inputs %s: %s is not finite; leave this file out' % (printable(path), broken[0]))
+    return state
+
+
+def about_model(content):
+    """{what has to be the same in all files: what this one says}"""
+    args = checkpoint.flags_inside(content)
+    about = {'--' + name: args.get(name) for name in SAME if name in args}
+    if isinstance(content.get('classes'), (list, tuple)):
+        about['classes'] = list(content['classes'])
+    return about
+
+
+def check_alike(path, state, about, first_path, first_state, first_about):
+    differences = ['%s is %.60s (%.60s in the first)' % (name, about[name], first_about[name])
+                   for name in about if name in first_about and about[name] != first_about[name]]
+    weights = mismatches(state, first_state)
+    if weights:
+        differences.append(weights.replace('in the model', 'in the first'))
+    differences += ['%s has other values' % name for name, value in state.items()
+                    if not weights and not value.is_floating_point() and not value.equal(first_state[name])]
+    if differences:
+        raise UserError('--inputs %s: it is not of the same model as %s: %s'
+                        % (printable(path), printable(first_path), '; '.join(differences)))
+
+
+def main(args):
+    if os.path.lexists(args.output):
+        raise UserError('--output %s: there is something of that name; choose another' % printable(args.output))
+    utils.check_writable('--output', os.path.dirname(args.output) or '.')
+    if not os.path.isdir(os.path.dirname(args.output) or '.'):
+        raise UserError('--output %s: there is no folder for it' % printable(args.output))
+    paths = find(args.inputs)
+    if args.best:
+        paths = take_best(paths, args.best, args.use_ema)
+    content = average(paths, args.use_ema)
+    checkpoint.save(args.output, content)
+    distributed.say('Averaged %s of %d checkpoints into %s' % (
+        'the averaged weights' if args.use_ema else 'the weights', len(paths), printable(args.output)))
+
+
+def run(argv=None):
+    """Parse and run; what the user can mend is one line and exit status 2."""
+    try:
+        main(build_parser().parse_args(argv))
+    except UserError as error:
+        print('average_checkpoints.py: error: %s' % one_line(error), file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(run())
