@@ -412,7 +412,7 @@ WITHOUT_EFFECT = {'output_dir', 'log_dir', 'resume', 'auto_resume', 'save_ckpt',
                   'dist_url', 'dist_on_itp', 'dist_timeout', 'dist_eval', 'data_path', 'eval_data_path', 'finetune',
                   'model_key', 'model_prefix', 'maxstep', 'prof', 'cann_prof', 'init_scale', 'start_epoch', 'eval',
                   'check_data', 'max_bad_images', 'deterministic', 'nb_classes',
-                  'device', 'batch_size', 'update_freq', 'model_ema_force_cpu', 'index_cache'}
+                  'device', 'batch_size', 'update_freq', 'model_ema_force_cpu', 'index_cache', 'curves', 'report'}
 
 
 def differences(content, args, run):

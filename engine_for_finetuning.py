@@ -173,7 +173,7 @@ LOSS_UNIT = 2. ** -32  # losses are added up as whole multiples of this: the sum
 
 
 @torch.no_grad()
-def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=None):
+def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=None, predictions=None):
     """Top-1, top-5 and cross entropy over a validation set, every image counted once.
 
     The figures are the same bits on any number of processes: losses are added up as whole numbers, and a shorter batch
@@ -182,6 +182,7 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
     Args:
         sharded (bool): each process's loader holds another part of the set; the counts are added up.
         wish (function): gives the number of a signal that asks to stop, or 0.
+        predictions (predictions.Predictions): is given every image, and finished with those of all processes.
 
     Returns:
         dict of acc1, acc5 (percent), loss (per image), images (the count), and unreadable: (path, reason) of the files
@@ -203,15 +204,20 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
         targets = batch[1].to(device, non_blocking=True)
         output = model(fill_up(images, data_loader))[:len(images)].float()
         losses = F.cross_entropy(output, targets, reduction='none')
-        top = output.topk(min(5, output.shape[1]), dim=1).indices == targets[:, None]
+        ranked = output.topk(min(5, output.shape[1]), dim=1).indices
+        top = ranked == targets[:, None]
         correct += torch.stack((top[:, 0].sum(), top.sum(), top.new_ones(len(top), dtype=torch.int64).sum()))
         all_losses.append(losses)
+        if predictions is not None:
+            predictions.add(batch[2], targets, ranked[:, 0], output, losses)
         meters.update(loss=losses.mean(), acc1=100 * top[:, 0].float().mean())
     loss_units, not_finite = sum_losses(all_losses)
     acc1, acc5, images = correct.tolist()
     watchdog.mark(watchdog.LAST, 2, '')
     if wish and distributed.any_process(stop, device):
         return None
+    if predictions is not None:
+        predictions.finish(sharded, device)
     if sharded and distributed.world_size() > 1:
         words = distributed.gather([acc1, acc5, images, loss_units, not_finite, unreadable], device)
         acc1, acc5, images, loss_units, not_finite = (sum(each) for each in list(zip(*words))[:5])

@@ -27,12 +27,14 @@ import optim_factory
 import precision
 import preemption
 import pretrained
+import run_files
 import utils
 import watchdog
 from errors import UserError, loader_death, one_line, printable
 from flags import build_parser, check_args
 from networks import build_model
 from pilot import RunPilot
+from report import Report
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -88,12 +90,12 @@ def build_schedules(args, steps_per_epoch):
     return lr, optim_factory.cosine_scheduler(args.weight_decay, end, args.epochs, steps_per_epoch)
 
 
-def evaluate_all(args, loader, model, ema, device, dtype, throughput, unreadable, wish=None):
+def evaluate_all(args, loader, model, ema, device, dtype, throughput, unreadable, wish=None, predictions=None):
     """(statistics of the model, of its average or None), each printed; (None, None) where a signal broke it off."""
     sharded = args.dist_eval and distributed.world_size() > 1
 
-    def evaluate(name, network, throughput=None):
-        stats = engine.evaluate(loader, network, device, sharded, throughput, wish)
+    def evaluate(name, network, throughput=None, predictions=None):
+        stats = engine.evaluate(loader, network, device, sharded, throughput, wish, predictions)
         if stats is not None:
             left_out = len(set(stats['unreadable']))
             if left_out:
@@ -104,7 +106,7 @@ def evaluate_all(args, loader, model, ema, device, dtype, throughput, unreadable
                 ' (%d more could not be read and are not counted)' % left_out if left_out else ''))
         return stats
 
-    stats, ema_stats = evaluate('network', model, throughput), None
+    stats, ema_stats = evaluate('network', model, throughput, predictions), None
     if ema is not None and stats is not None:
         average = precision.autocast_for_evaluation(ema.ema.to(device), device, dtype, args.opt_level)
         ema_stats = evaluate('averaged network (EMA)', average)
@@ -192,8 +194,10 @@ def main(args, signals):
     choose_speed(args, backend.unwrap(model), device)
     describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch)
 
+    about = run_files.environment(args, device, scaler, parameters(model), classes, train_set, val_set)
     if args.eval:
-        evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
+        report = Report(args, about, classes, None, val_set, prefix='eval-')
+        evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report)
         return
     run = dict(processes=distributed.world_size(), images=len(train_set), device=device.type, random_numbers=DRAWS,
                total_batch=args.batch_size * args.update_freq * distributed.world_size())
@@ -215,8 +219,9 @@ def main(args, signals):
         return
     pilot = RunPilot(args, signals, progress, bad_images.BadImages(args.output_dir, args.max_bad_images), train_set,
                      dict(model=model, optimizer=optimizer, scaler=scaler, ema=ema, classes=classes))
+    report = Report(args, about, classes, train_set, val_set)
     with signals.finishing():
-        fit(args, training, val_loader, pilot, steps_per_epoch, dtype)
+        fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report)
 
 
 def describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch):
@@ -245,7 +250,8 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def evaluate_only(args, model, scaler, ema, val_loader, device, dtype):
+def evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report):
+    started, source = time.time(), args.finetune
     if args.resume:
         source, content = checkpoint.find_together(args, device)
         distributed.say('Evaluating %s' % printable(source))
@@ -255,11 +261,21 @@ def evaluate_only(args, model, scaler, ema, val_loader, device, dtype):
             ema = None
     unreadable = bad_images.BadImages(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
-    stats, _ = evaluate_all(args, val_loader, model, ema, device, dtype, throughput, unreadable)
+    stats, ema_stats = evaluate_all(args, val_loader, model, ema, device, dtype, throughput, unreadable,
+                                    predictions=report.predictions())
     print_result(throughput, stats['acc1'], stats['loss'])
+    report.of_weights(source)
+    report.finish(figures(throughput, time.time() - started, stats['acc1'], stats['loss'], ema_stats and ema_stats['acc1'],
+                          top5=stats['acc5'], images=stats['images']))
 
 
-def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
+def figures(throughput, seconds, accuracy, loss, ema_accuracy, **more):
+    """The result block's figures as summary.json has them; None for those that there are not."""
+    return dict(more, images_per_second=throughput.images_per_second, step_milliseconds=throughput.step_milliseconds,
+                accuracy=accuracy, ema_accuracy=ema_accuracy, loss=loss, duration_seconds=round(seconds, 3))
+
+
+def fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report):
     """Train on from `pilot.progress`; evaluate, log and save after each epoch.
 
     The line in log.txt comes before the checkpoint: where a kill falls between them, the resumed run writes it again.
@@ -268,6 +284,7 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
     writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and distributed.is_main_process() else None
     step_limit = min(args.maxstep or args.epochs * steps_per_epoch, args.epochs * steps_per_epoch)
     progress, best, train_stats, first = pilot.progress, dict(pilot.progress.best), {}, pilot.progress.epoch
+    report.begin(writer)
     for epoch in range(first, args.epochs):
         steps = min(steps_per_epoch, step_limit - epoch * steps_per_epoch)
         if steps <= 0:
@@ -279,11 +296,12 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
             state=progress.meters_of(distributed.rank(), distributed.world_size()), **training)
         test_stats, ema_stats = (None, None) if val_loader is None else evaluate_all(
             args, val_loader, training['model'], ema, device, dtype, None, pilot.bad_images,
-            lambda: pilot.signals.wish)
+            lambda: pilot.signals.wish, report.predictions())
         if val_loader is not None and test_stats is None:
             pilot.stop_after(epoch, steps, device)
         improved = note_best(best, test_stats, ema_stats)
         record(args, writer, epoch, training['model'], train_stats, test_stats, ema_stats)
+        report.after_epoch(writer, epoch, checkpoint.BEST in improved)
         if steps < steps_per_epoch:  # --maxstep, in mid-epoch
             progress.best = dict(best)  # or a run that goes on would put worse weights in the best's place
             pilot.save(epoch, steps, pilot.state, device)
@@ -301,6 +319,8 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
         distributed.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
         return
     print_result(throughput, best.get('accuracy'), train_stats.get('loss'))
+    report.finish(figures(throughput, time.time() - started, best.get('accuracy'), train_stats.get('loss'),
+                          best.get('ema_accuracy'), epochs=epoch + 1))
 
 
 def note_best(best, test_stats, ema_stats):

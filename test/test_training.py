@@ -428,7 +428,7 @@ DEFAULTS = dict(
     dist_url='env://', hflip=0.5, jit_compile='auto', attention='auto', save_ckpt_steps=0, save_ckpt_minutes=0.,
     keep_checkpoints=0, deterministic=False, on_nonfinite='stop', bad_images='error', max_bad_images=0.001,
     check_data=False, dist_timeout=600., data_backend='exact', eval_data_backend='exact', index_cache=True,
-    skip_dropped='auto', grad_checkpointing=False, compile=False)
+    skip_dropped='auto', grad_checkpointing=False, compile=False, curves=True, report=False)
 
 
 def test_flags_and_defaults_are_the_references(parse):
