@@ -4,23 +4,32 @@ Each line is `flag: value`, the value as JSON has it; so it is YAML, and can be 
 """
 
 import json
+import os
 import re
 
+import distributed
 from errors import UserError, printable
 from safe_files import write_bytes
 
 HEAD = '# The flags of this run, all of them. To start another with them: run_class_finetuning.py --config THIS_FILE\n'
 LARGEST = 1 << 20  # bytes; nobody writes so many flags
 NULLS = ('', '~', 'null', 'Null', 'NULL')
-ESCAPED = '[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]'  # what YAML has no room for
+ESCAPED = '[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]'  # YAML has no room
 
 
 def write(path, flags):
     """Write a dict of flag to value (bool, number, str, list or None), whole or not at all.
 
+    A file of that name that no run wrote stays as it is.
+
     Raises:
         UserError: the disk is full or the folder can't be written.
     """
+    if os.path.isfile(path):
+        with open(path, 'rb') as file:
+            if file.read(len(HEAD)) != HEAD.encode():  # somebody's own, which --config may have read
+                distributed.say('%s is not of a run, and stays as it is' % printable(path))
+                return
     lines = ['%s: %s' % (name, json.dumps(flags[name], ensure_ascii=False)) for name in sorted(flags)]
     lines = [re.sub(ESCAPED, lambda found: '\\u%04x' % ord(found.group()), line) + '\n' for line in lines]
     write_bytes(path, (HEAD + ''.join(lines)).encode())
@@ -91,7 +100,7 @@ def _read_flat(text, shown):
         key, colon, value = line.partition(':')
         value = value.strip()
         try:
-            if not re.match(r'\w[\w-]*$', key) or not colon or value[:1] in "'{|>&*!":
+            if not re.match(r'\w[\w-]*$', key) or not colon or value.startswith(tuple("'{|>&*!")):
                 raise ValueError
             if value[:1] in ('"', '['):
                 value = json.JSONDecoder().raw_decode(value)[0]
@@ -100,7 +109,7 @@ def _read_flat(text, shown):
             else:
                 value = re.sub(r'(^|\s)#.*', '', value).strip()
                 value = None if value in NULLS else value
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError('%s, line %d: only lines of the form flag: value, with the value as JSON has it, can be '
                             'read without PyYAML; run: pip install PyYAML' % (shown, number)) from None
         pairs.append((key, value))

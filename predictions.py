@@ -1,4 +1,4 @@
-"""What an evaluation took each image for: counts of every confusion, and the images it was surest and most mistaken of."""
+"""What an evaluation took each image for: counts of every confusion, the surest images and the most mistaken."""
 
 import collections
 import math

@@ -1,4 +1,4 @@
-"""What a run shows of itself while it trains and at its end: curves, images to TensorBoard, summary.json, report.html."""
+"""What a run shows of itself, while it trains and at its end: curves, images to TensorBoard, summary, report.html."""
 
 import io
 import os
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import augmentation
+import checkpoint
 import datasets
 import distributed
 import report_page
@@ -33,16 +34,15 @@ class Report:
 
     def __init__(self, args, about, classes, train_set, val_set, prefix=''):
         self.args, self.about, self.classes, self.val_set, self.prefix = args, about, classes, val_set, prefix
-        self.train_set, self.started = train_set, time.time()
+        self.train_set, self.has_log = train_set, not prefix
         self.curves = run_files.Curves(args.output_dir if args.curves and not prefix else '')
         self.evaluated, self.newest, self.kept, self.samples = '', None, None, []
         run_files.write_args(args, prefix + 'args.yaml')
 
     def begin(self, writer):
         """Before the first step: the augmented images, where somebody will look at them."""
-        if self.args.report or writer is not None:
-            if distributed.is_main_process():
-                self.samples = augmented_samples(self.args, self.train_set, self.classes)
+        if (self.args.report or writer is not None) and distributed.is_main_process():
+            self.samples = augmented_samples(self.args, self.train_set, self.classes)
         if writer is not None and self.samples:
             writer.image('images/training', 0, sheet([pixels for pixels, _ in self.samples]))
 
@@ -64,8 +64,9 @@ class Report:
         self.curves.draw()
 
     def of_weights(self, source):
-        """After an evaluation of the weights in a file."""
+        """After an evaluation of the weights in a file; where they lie in output_dir, its curves are shown too."""
         self.kept, self.evaluated = self.newest, 'Of the weights in %s.' % printable(source)
+        self.has_log = checkpoint.lies_in(source, self.args.output_dir)
 
     def finish(self, figures):
         """At the end: all files.
@@ -79,9 +80,14 @@ class Report:
         if self.args.report and distributed.is_main_process():
             self.write_page(figures)
 
+    def is_complete(self):
+        """Whether what `finish` writes is there."""
+        folder, names = self.args.output_dir, [self.prefix + 'summary.json'] + ['report.html'] * self.args.report
+        return not folder or all(os.path.isfile(os.path.join(folder, name)) for name in names)
+
     def write_page(self, figures):
         path = os.path.join(self.args.output_dir, 'report.html')
-        log = [] if self.prefix else run_files.read_log(self.args.output_dir)
+        log = run_files.read_log(self.args.output_dir) if self.has_log else []
         plots, hint = svg_plots(log)
         found = self.kept
         classes = [str(name) for name in self.classes]
@@ -121,7 +127,8 @@ def tiles(figures, about):
     seconds = int(figures.get('duration_seconds') or 0)
     named = (('Accuracy, top-1', figures.get('accuracy'), '%.2f %%'), ('Top-5', figures.get('top5'), '%.2f %%'),
              ('Accuracy of the EMA', figures.get('ema_accuracy'), '%.2f %%'),
-             ('Loss', figures.get('loss'), '%.4f'), ('Images/s', figures.get('images_per_second'), '%.1f'),
+             ('Training loss' if 'epochs' in figures else 'Loss', figures.get('loss'), '%.4f'),
+             ('Images/s', figures.get('images_per_second'), '%.1f'),
              ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
              ('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
              ('Epochs', figures.get('epochs'), '%d'), ('Parameters', about['parameters'] / 1e6, '%.2f M'),
@@ -208,7 +215,7 @@ def svg_plots(log):
                 axes.patch.set_alpha(0)
                 run_files.draw_panel(axes, log, panel)
                 figure.tight_layout(pad=0.6)
-                figure.savefig(file, format='svg', metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None})
+                figure.savefig(file, format='svg')
                 plots.append(_for_page(file.getvalue(), panel[0]))
         return plots, ''
     except Exception as error:  # whatever matplotlib meets: the rest of the page is worth more
@@ -223,6 +230,7 @@ def _for_page(svg, title):
     svg = svg[svg.index('<svg'):]
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.S)
     svg = re.sub(r'\s(xmlns(:\w+)?)="[^"]*"', '', svg).replace('xlink:href=', 'href=')
-    svg = re.sub(r'<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-label="%s">' % title, svg, 1)
+    svg = re.sub(r'<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-label="%s">' % title, svg,
+                 count=1)
     svg = re.sub(r'\sid="[\w.]+_\d+"', '', svg)  # names of groups, alike in every plot
     return svg.replace(MARKER, 'currentColor')

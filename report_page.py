@@ -55,6 +55,7 @@ table { border-collapse: collapse; font-size: .9rem; }
 .heat th { font-weight: 500; padding: .2rem .45rem; }
 .heat tbody th { text-align: right; position: sticky; left: 0; background: var(--ground); max-width: 9rem;
   overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.heat th.note { font-size: .7rem; max-width: 5rem; vertical-align: bottom; }
 .heat .tall { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 9rem; overflow: hidden;
   white-space: nowrap; text-align: left; margin: 0 auto; }
 .full { color: #ffffff; }
@@ -63,12 +64,13 @@ table { border-collapse: collapse; font-size: .9rem; }
 .list th { text-align: left; font-weight: 600; color: var(--soft); }
 .list td, .list th { padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 .list td.number, .list th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.flags { columns: 19rem; column-gap: 2rem; font: .82rem/1.6 ui-monospace, "DejaVu Sans Mono", monospace; margin: .6rem 0; }
+.flags { columns: 19rem; column-gap: 2rem; margin: .6rem 0;
+  font: .82rem/1.6 ui-monospace, "DejaVu Sans Mono", monospace; }
 .flags div { break-inside: avoid; display: flex; gap: .8rem; justify-content: space-between;
   border-bottom: 1px dotted var(--line); }
 .flags dt { color: var(--soft); white-space: nowrap; }
 .flags dd { margin: 0; text-align: right; }
-.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.4rem, 1fr)); gap: .9rem; }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.2rem, 1fr)); gap: .9rem; }
 .images figure { margin: 0; }
 .images img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--panel);
   border-radius: .35rem; }
@@ -77,8 +79,10 @@ table { border-collapse: collapse; font-size: .9rem; }
 .images .path { color: var(--soft); font-size: .72rem; }
 .wrong { color: var(--bad); font-weight: 600; }
 .right { color: var(--good); font-weight: 600; }
+h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
 summary { cursor: pointer; color: var(--good); }
-@media (max-width: 480px) { .bars .share small { display: none; } .bars .name { max-width: 8rem; } }
+@media (max-width: 480px) { .bars .share small { display: none; } .bars .name { max-width: 8rem; }
+  .heat td { min-width: 1.75rem; } .heat th { padding: .2rem; } .heat th.note { max-width: 3.6rem; } }
 @media print { details { display: block; } }
 </style>
 </head>
@@ -185,8 +189,9 @@ def _confusions(data):
 
 def _heat_map(matrix, classes):
     long_names = any(len(name) > 3 for name in classes)
-    head = ''.join('<th scope="col">%s</th>' % ('<div class="tall">%s</div>' % escape(name) if long_names
-                                                else escape(name)) for name in classes)
+    name_form = '<div class="tall">%s</div>' if long_names else '%s'
+    head = '<th class="note">true ↓&nbsp; taken for →</th>' + ''.join(
+        '<th scope="col">%s</th>' % (name_form % escape(name)) for name in classes)
     rows = []
     for true, name in enumerate(classes):
         total, cells = max(int(matrix[true].sum()), 1), []
@@ -200,7 +205,7 @@ def _heat_map(matrix, classes):
                 'right' if predicted == true else 'wrong', shade, ' class="full"' if shade > 0.6 else '', escape(name),
                 escape(classes[predicted]), count, 100 * share, count))
         rows.append('<tr><th scope="row" title="%s">%s</th>%s</tr>' % (escape(name), escape(name), ''.join(cells)))
-    return '<div class="scroll"><table class="heat"><thead><tr><th></th>%s</tr></thead>\n<tbody>\n%s\n</tbody>' \
+    return '<div class="scroll"><table class="heat"><thead><tr>%s</tr></thead>\n<tbody>\n%s\n</tbody>' \
         '</table></div>' % (head, '\n'.join(rows))
 
 
@@ -211,9 +216,9 @@ def _wrong(data):
         return ''
     return _images('Most mistaken', 'Wrong ones with the highest loss, as the model saw them.', [
         (pixels, '%s taken for %s' % (data['classes'][each.true], data['classes'][each.predicted]),
-         '<span class="wrong">%s</span> %s<br>true: %s %s<br><span class="path">%s</span>' % (
+         'taken for <span class="wrong">%s</span> (%s)<br>is %s (%s)<br>%s' % (
              escape(data['classes'][each.predicted]), percent(each.probability), escape(data['classes'][each.true]),
-             percent(math.exp(-each.loss) if math.isfinite(each.loss) else math.nan), escape(shortened(path))))
+             percent(math.exp(-each.loss) if math.isfinite(each.loss) else math.nan), _path(path)))
         for pixels, each, path in data['worst']])
 
 
@@ -221,8 +226,8 @@ def _right(data):
     if not data['best']:
         return _section('Surest', 'No image was taken for what it is.', '')
     return _images('Surest', 'Right ones with the highest probability.', [
-        (pixels, data['classes'][each.true], '<span class="right">%s</span> %s<br><span class="path">%s</span>' % (
-            escape(data['classes'][each.true]), percent(each.probability), escape(shortened(path))))
+        (pixels, data['classes'][each.true], '<span class="right">%s</span> (%s)<br>%s' % (
+            escape(data['classes'][each.true]), percent(each.probability), _path(path)))
         for pixels, each, path in data['best']])
 
 
@@ -258,9 +263,11 @@ def percent(share):
     return '%.*f %%' % (1 if 0.001 <= share <= 0.999 else 3, 100 * share)
 
 
-def shortened(path):
-    """The end of a path, where the file's name is."""
-    return path if len(path) <= PATH_LETTERS else '…' + path[1 - PATH_LETTERS:]
+def _path(path):
+    """The file and its folder; all of it where the mouse rests."""
+    end = '/'.join(path.replace('\\', '/').split('/')[-2:])
+    return '<span class="path" title="%s">%s</span>' % (escape(path), escape(
+        end if len(end) <= PATH_LETTERS else '…' + end[1 - PATH_LETTERS:]))
 
 
 def _flags(data):

@@ -265,14 +265,16 @@ def evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report):
                                     predictions=report.predictions())
     print_result(throughput, stats['acc1'], stats['loss'])
     report.of_weights(source)
-    report.finish(figures(throughput, time.time() - started, stats['acc1'], stats['loss'], ema_stats and ema_stats['acc1'],
-                          top5=stats['acc5'], images=stats['images']))
+    report.finish(figures(throughput, time.time() - started, stats['acc1'], stats['loss'],
+                          ema_stats and ema_stats['acc1'], top5=stats['acc5'], images=stats['images']))
 
 
 def figures(throughput, seconds, accuracy, loss, ema_accuracy, **more):
     """The result block's figures as summary.json has them; None for those that there are not."""
-    return dict(more, images_per_second=throughput.images_per_second, step_milliseconds=throughput.step_milliseconds,
-                accuracy=accuracy, ema_accuracy=ema_accuracy, loss=loss, duration_seconds=round(seconds, 3))
+    measured = bool(throughput.steps)
+    return dict(more, images_per_second=throughput.images_per_second if measured else None,
+                step_milliseconds=throughput.step_milliseconds if measured else None, accuracy=accuracy,
+                ema_accuracy=ema_accuracy, loss=loss, duration_seconds=round(seconds, 3))
 
 
 def fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report):
@@ -284,6 +286,7 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report):
     writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and distributed.is_main_process() else None
     step_limit = min(args.maxstep or args.epochs * steps_per_epoch, args.epochs * steps_per_epoch)
     progress, best, train_stats, first = pilot.progress, dict(pilot.progress.best), {}, pilot.progress.epoch
+    epoch = first - 1
     report.begin(writer)
     for epoch in range(first, args.epochs):
         steps = min(steps_per_epoch, step_limit - epoch * steps_per_epoch)
@@ -317,8 +320,10 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report):
     distributed.say('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
     if first >= args.epochs:
         distributed.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
-        return
-    print_result(throughput, best.get('accuracy'), train_stats.get('loss'))
+        if report.is_complete():
+            return  # else it was killed between its last checkpoint and its summary
+    else:
+        print_result(throughput, best.get('accuracy'), train_stats.get('loss'))
     report.finish(figures(throughput, time.time() - started, best.get('accuracy'), train_stats.get('loss'),
                           best.get('ema_accuracy'), epochs=epoch + 1))
 

@@ -1,5 +1,6 @@
 """What a run leaves for people beside its checkpoints: args.yaml, summary.json and curves.png."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -13,7 +14,7 @@ import torch
 import backend
 import config_file
 import distributed
-from errors import one_line
+from errors import UserError, one_line
 from safe_files import write_bytes
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -23,16 +24,27 @@ SECONDS_BETWEEN = 20  # two drawings of the curves: a run of many tiny epochs sh
 def write_args(args, name='args.yaml'):
     """output_dir/args.yaml, by the first process."""
     if args.output_dir and distributed.is_main_process():
-        os.makedirs(args.output_dir, exist_ok=True)
-        config_file.write(os.path.join(args.output_dir, name), vars(args))
+        with _no_matter():
+            os.makedirs(args.output_dir, exist_ok=True)
+            config_file.write(os.path.join(args.output_dir, name), vars(args))
 
 
 def write_summary(args, figures, name='summary.json'):
     """output_dir/summary.json, by the first process: one object; what isn't a finite number is null."""
     if args.output_dir and distributed.is_main_process():
-        os.makedirs(args.output_dir, exist_ok=True)
         text = json.dumps(finite(figures), indent=2, allow_nan=False)
-        write_bytes(os.path.join(args.output_dir, name), (text + '\n').encode())
+        with _no_matter():
+            os.makedirs(args.output_dir, exist_ok=True)
+            write_bytes(os.path.join(args.output_dir, name), (text + '\n').encode())
+
+
+@contextlib.contextmanager
+def _no_matter():
+    """A full disk is told, but does not end the run: these files can be had again, what was trained cannot."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        distributed.say('Not written: ' + one_line(error))
 
 
 def finite(value):
@@ -118,14 +130,15 @@ def curves_of(log, panel):
     for label, name, factor in panel[3]:
         points = [(stats['epoch'] + 1, factor * stats[name]) for stats in log
                   if isinstance(stats.get(name), (int, float)) and math.isfinite(stats[name])]
-        if points:
-            found.append((label,) + tuple(zip(*points)))
+        curve = (label,) + tuple(zip(*points))
+        if points and not (label == 'lowest' and found and found[0][1:] == curve[1:]):  # the same without layer decay
+            found.append(curve)
     return found
 
 
 def draw_panel(axes, log, panel):
     """One panel into matplotlib's axes; a run's single epoch is a dot."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FormatStrFormatter, MaxNLocator
     title, unit, from_zero, _ = panel
     for label, epochs, values in curves_of(log, panel):
         axes.plot(epochs, values, label=label, color=COLOURS[label], linewidth=1.6,
@@ -136,7 +149,7 @@ def draw_panel(axes, log, panel):
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     if from_zero:
         axes.set_ylim(bottom=0)
-        axes.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
+        axes.yaxis.set_major_formatter(FormatStrFormatter('%.2g'))
     axes.grid(alpha=0.25, linewidth=0.6)
     for side in ('top', 'right'):
         axes.spines[side].set_visible(False)

@@ -22,7 +22,8 @@ import run_class_finetuning  # noqa: E402
 
 collect_ignore = ['npu_emulator']  # its tests run in a process of their own, where torch_npu is the emulator
 
-NANO = ['--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu']
+# Curves take a second of each run; test_report.py draws them.
+NANO = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu']
 
 
 def cannot_run(need, reason):
