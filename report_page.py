@@ -52,12 +52,13 @@ p { margin: .35rem 0 .8rem; }
 table { border-collapse: collapse; font-size: .9rem; }
 .heat { font-size: .78rem; font-variant-numeric: tabular-nums; margin: .3rem 0; overflow-wrap: normal; }
 .heat td { min-width: 2.1rem; height: 2.1rem; text-align: center; border: 1px solid var(--ground); }
+.heat.dense td { min-width: 1.65rem; height: 1.65rem; font-size: .7rem; }
 .heat th { font-weight: 500; padding: .2rem .45rem; }
 .heat tbody th { text-align: right; position: sticky; left: 0; background: var(--ground); max-width: 9rem;
   overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .heat th.note { font-size: .7rem; max-width: 5rem; vertical-align: bottom; }
 .heat .tall { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 9rem; overflow: hidden;
-  white-space: nowrap; text-align: left; margin: 0 auto; }
+  white-space: nowrap; text-overflow: ellipsis; text-align: left; margin: 0 auto; }
 .full { color: #ffffff; }
 .none { color: var(--soft); opacity: .45; }
 .list { width: 100%; }
@@ -205,8 +206,8 @@ def _heat_map(matrix, classes):
                 'right' if predicted == true else 'wrong', shade, ' class="full"' if shade > 0.6 else '', escape(name),
                 escape(classes[predicted]), count, 100 * share, count))
         rows.append('<tr><th scope="row" title="%s">%s</th>%s</tr>' % (escape(name), escape(name), ''.join(cells)))
-    return '<div class="scroll"><table class="heat"><thead><tr>%s</tr></thead>\n<tbody>\n%s\n</tbody>' \
-        '</table></div>' % (head, '\n'.join(rows))
+    return '<div class="scroll"><table class="heat%s"><thead><tr>%s</tr></thead>\n<tbody>\n%s\n</tbody>' \
+        '</table></div>' % (' dense' if len(classes) > 18 else '', head, '\n'.join(rows))
 
 
 # ---- images

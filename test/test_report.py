@@ -105,7 +105,7 @@ def test_a_file_written_by_hand(tmp_path, parse, monkeypatch, with_yaml):
     ('- lr', 'flag: value'),
     ('a: [', 'line 1'),
     ('config: x', 'config: this one works on the command line only'),
-    ('epochs: ' + '[' * 4000, '--config'),
+    ('epochs: ' + '[' * 1500, '--config'),
     ('x: ' + 'x' * 2 ** 20, 'larger than 1 MiB'),
 ], ids=lambda value: value[:20])
 def test_what_is_wrong_in_a_file_is_one_line(tmp_path, parse, monkeypatch, with_yaml, text, says):
