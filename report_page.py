@@ -54,9 +54,11 @@ table { border-collapse: collapse; font-size: .9rem; }
 .heat td { min-width: 2.1rem; height: 2.1rem; text-align: center; border: 1px solid var(--ground); }
 .heat.dense td { min-width: 1.65rem; height: 1.65rem; font-size: .7rem; }
 .heat th { font-weight: 500; padding: .2rem .45rem; }
+.heat thead th { vertical-align: bottom; }
+.heat.dense thead th { padding: .2rem .1rem; }
 .heat tbody th { text-align: right; position: sticky; left: 0; background: var(--ground); max-width: 9rem;
   overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.heat th.note { font-size: .7rem; max-width: 5rem; vertical-align: bottom; }
+.heat th.note { font-size: .7rem; max-width: 5rem; }
 .heat .tall { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 9rem; overflow: hidden;
   white-space: nowrap; text-overflow: ellipsis; text-align: left; margin: 0 auto; }
 .full { color: #ffffff; }
