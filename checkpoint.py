@@ -427,7 +427,7 @@ WITHOUT_EFFECT = {'output_dir', 'log_dir', 'resume', 'auto_resume', 'save_ckpt',
                   'model_key', 'model_prefix', 'maxstep', 'prof', 'cann_prof', 'init_scale', 'start_epoch', 'eval',
                   'check_data', 'max_bad_images', 'deterministic', 'nb_classes',
                   'device', 'batch_size', 'update_freq', 'model_ema_force_cpu', 'index_cache', 'early_stop',
-                  'train_csv', 'val_csv', 'results_file', 'real_labels'}
+                  'train_csv', 'val_csv', 'results_file', 'real_labels', 'curves', 'report'}
 
 
 def differences(content, args, run):

@@ -9,6 +9,7 @@ import sys
 import augmentation
 import backend
 import checkpoint
+import config_file
 import criteria
 import datasets
 import distributed
@@ -17,7 +18,7 @@ import optim_factory
 import pretrained
 import scores
 import utils
-from errors import UserError, nearest, unknown
+from errors import UserError, nearest, printable, unknown
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -27,14 +28,12 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else list(args)
-        for arg in args:
-            if '\0' in arg:
-                raise UserError('%r: a flag cannot hold a NUL character' % arg)
-            if re.match(r'--[^=]+=--$', arg):  # argparse would drop the value
-                raise UserError('%s: -- is not a value' % arg)
-        args = [re.sub(r'^--[^=]+', lambda flag: '--' + flag.group()[2:].replace('-', '_'), arg) for arg in args]
+        args = without_traps(sys.argv[1:] if args is None else list(args))
         parsed, rest = self.parse_known_args(args, namespace)
+        if getattr(parsed, 'config', None):  # once more, behind those of the file
+            parsed, rest = self.parse_known_args(args, self.read_config(parsed.config))
+        if 'config' in parsed:
+            del parsed.config  # what it says is in the other flags now
         if 'auto_resume' in parsed:  # not every program goes on
             parsed.auto_resume = parsed.auto_resume or was_restarted()
         if rest:
@@ -45,6 +44,50 @@ class OneLineParser(argparse.ArgumentParser):
             near = ' or '.join('--' + name for name in nearest(flag.lstrip('-'), known))
             raise UserError('%s: unknown flag; %s' % (flag, 'did you mean %s?' % near if near else 'see --help'))
         return parsed
+
+    def read_config(self, path):
+        """A namespace of the flags that a --config file holds. `UserError`s name the file and the key."""
+        parsed, known = argparse.Namespace(), self._option_string_actions
+        for key, value in config_file.read(path).items():
+            shown, flag = '--config %s: %s' % (printable(path), printable(key)), '--' + key.replace('-', '_')
+            if flag in ('--help', '--config'):
+                raise UserError('%s: this one works on the command line only' % shown)
+            if flag not in known:
+                near = ' or '.join(nearest(key, [name[2:] for name in known if name.startswith('--')]))
+                raise UserError('%s: no flag has this name; %s' % (shown, 'did you mean %s?' % near if near else
+                                                                   'see --help'))
+            if value is None:  # null, the default
+                continue
+            if known[flag].nargs == 0:
+                flag, value = self.turned(known[flag], value, shown), []
+            elif isinstance(value, list) != (known[flag].nargs is not None):
+                raise UserError('%s: it takes %s' % (shown, 'one value, not a list' if known[flag].nargs is None else
+                                                     'a list of numbers, as in [0.9, 0.999]'))
+            try:
+                args = [flag + '=' + value] if isinstance(value, str) else [flag] + value
+                if self.parse_known_args(without_traps(args), parsed)[1]:
+                    raise UserError('%d values are too many' % len(value))
+            except UserError as error:
+                raise UserError('%s: %s' % (shown, error)) from None
+        return parsed
+
+    def turned(self, switch, value, shown):
+        """The option that sets a switch as a file's `value` says."""
+        if str(value).lower() not in ('true', 'false'):
+            raise UserError('%s: it must be true or false, got %r' % (shown, value))
+        wanted = switch.const if str(value).lower() == 'true' else not switch.const
+        return next(action.option_strings[0] for action in self._actions
+                    if action.dest == switch.dest and action.const is wanted)
+
+
+def without_traps(args):
+    """The command line with `_` in flags; refuses what argparse would misread or drop."""
+    for arg in args:
+        if '\0' in arg:
+            raise UserError('%r: a flag cannot hold a NUL character' % arg)
+        if re.match(r'--[^=]+=--$', arg):
+            raise UserError('%s: -- is not a value' % arg)
+    return [re.sub(r'^--[^=]+', lambda flag: '--' + flag.group()[2:].replace('-', '_'), arg) for arg in args]
 
 
 def was_restarted():
@@ -229,6 +272,10 @@ def build_parser(description=__doc__):
     output = parser.add_argument_group('output')
     add = output.add_argument
     add('--output_dir', default='', help='folder for checkpoints and log.txt; empty writes none')
+    add('--config', default=None, metavar='FILE',
+        help='take flags from a file, such as a run\'s args.yaml; those given here win (none)')
+    switch(output, 'curves', True, 'draw output_dir/curves.png after each epoch, at most every 20 s')
+    switch(output, 'report', False, 'write output_dir/report.html at the end: curves, classes, confusions, images')
     add('--log_dir', default=None, help='folder for TensorBoard')
     add('--resume', default='', help='checkpoint, or the folder that holds it (newest; for --eval the best)')
     switch(output, 'auto_resume', False, 'resume the newest checkpoint of output_dir, where there is one')
@@ -340,6 +387,8 @@ def check_args(args, local_rank=0, processes=1):
         raise UserError('--eval needs --resume: the checkpoint to evaluate, or the folder that holds it')
     if args.resume:
         checkpoint.candidates(args.resume)
+    if args.report and not args.output_dir:
+        raise UserError('--report needs --output_dir, the folder for report.html')
     if args.log_dir and importlib.util.find_spec('tensorboardX') is None:
         raise UserError('--log_dir %s needs tensorboardX; run: pip install tensorboardX' % args.log_dir)
     for flag, folder in (('--output_dir', args.output_dir), ('--log_dir', args.log_dir)):

@@ -30,6 +30,7 @@ import precision
 import preemption
 import pretrained
 import progress as watching
+import run_files
 import scores
 import splits
 import utils
@@ -39,6 +40,7 @@ from errors import UserError, loader_death, one_line, printable
 from flags import build_parser, check_args
 from networks import build_model
 from pilot import RunPilot
+from report import Report
 
 
 DRAWS = 2  # another number whenever the same seed gives a run other random numbers than before
@@ -129,13 +131,14 @@ def build_schedules(args, steps_per_epoch):
     return lr, optim_factory.cosine_scheduler(args.weight_decay, end, args.epochs, steps_per_epoch)
 
 
-def evaluate_all(args, loader, model, ema, device, dtype, throughput, unreadable, wish=None):
+def evaluate_all(args, loader, model, ema, device, dtype, throughput, unreadable, wish=None, predictions=None):
     """(statistics of the model, of its average or None), each printed; (None, None) where a signal broke it off."""
     sharded = args.dist_eval and distributed.world_size() > 1
 
-    def evaluate(name, network, throughput=None):
+    def evaluate(name, network, throughput=None, predictions=None):
+        wanted = scores.scores_for(args, loader.dataset.dataset) + ([predictions] if predictions is not None else [])
         stats = engine.evaluate(loader, engine.WithMirrorImage(network) if args.test_flip else network, device, sharded,
-                                throughput, wish, scores.scores_for(args, loader.dataset.dataset))
+                                throughput, wish, wanted)
         if stats is not None:
             left_out = len(set(stats['unreadable']))
             if left_out:
@@ -151,7 +154,7 @@ def evaluate_all(args, loader, model, ema, device, dtype, throughput, unreadable
                     stats['real_acc1'], stats['real_acc5'], stats['real_images']))
         return stats
 
-    stats, ema_stats = evaluate('network', model, throughput), None
+    stats, ema_stats = evaluate('network', model, throughput, predictions), None
     if ema is not None and stats is not None:
         average = precision.autocast_for_evaluation(ema.ema.to(device), device, dtype, args.opt_level)
         ema_stats = evaluate('averaged network (EMA)', average)
@@ -253,9 +256,11 @@ def main(args, signals):
     choose_speed(args, backend.unwrap(model), device)
     about = (args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch)
 
+    environment = run_files.environment(args, device, scaler, parameters(model), classes, train_set, val_set)
     if args.eval:
         describe(*about)
-        evaluate_only(args, model, scaler, ema, val_loader, device, dtype)
+        report = Report(args, environment, classes, None, val_set, prefix='eval-')
+        evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report)
         return
     run = dict(processes=distributed.world_size(), images=len(train_set), device=device.type, random_numbers=DRAWS,
                total_batch=args.batch_size * args.update_freq * distributed.world_size(),
@@ -280,8 +285,9 @@ def main(args, signals):
         return
     pilot = RunPilot(args, signals, progress, bad_images.BadImages(args.output_dir, args.max_bad_images), train_set,
                      dict(model=model, optimizer=optimizer, scaler=scaler, ema=ema, classes=classes))
+    report = Report(args, environment, classes, train_set, val_set)
     with signals.finishing():
-        fit(args, training, val_loader, pilot, steps_per_epoch, dtype)
+        fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report)
 
 
 def describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch, source=''):
@@ -321,8 +327,8 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def evaluate_only(args, model, scaler, ema, val_loader, device, dtype):
-    source = args.finetune
+def evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report):
+    started, source = time.time(), args.finetune
     if args.resume:
         source, content = checkpoint.find_together(args, device)
         distributed.say('Evaluating %s' % printable(source))
@@ -333,12 +339,17 @@ def evaluate_only(args, model, scaler, ema, val_loader, device, dtype):
             ema = None
     unreadable = bad_images.BadImages(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
-    stats, ema_stats = evaluate_all(args, val_loader, model, ema, device, dtype, throughput, unreadable)
+    stats, ema_stats = evaluate_all(args, val_loader, model, ema, device, dtype, throughput, unreadable,
+                                    predictions=report.predictions())
     if args.results_file and distributed.is_main_process():
         scores.write_results(args.results_file, [
             results_row(args, source, weights, model, each)
             for weights, each in (('model', stats), ('model_ema', ema_stats)) if each is not None])
     print_result(throughput, stats.get('acc1'), stats['loss'], stats.get('mAP'))
+    report.of_weights(source)
+    report.finish(figures(throughput, time.time() - started, stats.get('acc1'), stats['loss'],
+                          ema_stats and ema_stats.get('acc1'), top5=stats.get('acc5'), images=stats['images'],
+                          mAP=stats.get('mAP')))
 
 
 def results_row(args, source, weights, model, stats):
@@ -351,7 +362,15 @@ def results_row(args, source, weights, model, stats):
     return dict(about, classes=stats['classes']) if 'classes' in stats else about
 
 
-def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
+def figures(throughput, seconds, accuracy, loss, ema_accuracy, **more):
+    """The result block's figures as summary.json has them; None for those that there are not."""
+    measured = bool(throughput.steps)
+    return dict(more, images_per_second=throughput.images_per_second if measured else None,
+                step_milliseconds=throughput.step_milliseconds if measured else None, accuracy=accuracy,
+                ema_accuracy=ema_accuracy, loss=loss, duration_seconds=round(seconds, 3))
+
+
+def fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report):
     """Train on from `pilot.progress`; evaluate, log and save after each epoch.
 
     The line in log.txt comes before the checkpoint: where a kill falls between them, the resumed run writes it again.
@@ -360,6 +379,8 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
     writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and distributed.is_main_process() else None
     step_limit = min(args.maxstep or args.epochs * steps_per_epoch, args.epochs * steps_per_epoch)
     progress, best, train_stats, first = pilot.progress, dict(pilot.progress.best), {}, pilot.progress.epoch
+    epoch = first - 1
+    report.begin(writer)
     for epoch in range(first, args.epochs):
         steps = min(steps_per_epoch, step_limit - epoch * steps_per_epoch)
         if steps <= 0 or is_stale(args, progress, device):
@@ -376,7 +397,7 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
         evaluates = val_loader is not None and (is_due or is_last)
         test_stats, ema_stats = (None, None) if not evaluates else evaluate_all(
             args, val_loader, training['model'], ema, device, dtype, None, pilot.bad_images,
-            lambda: pilot.signals.wish)
+            lambda: pilot.signals.wish, report.predictions())
         if evaluates and test_stats is None:
             pilot.stop_after(epoch, steps, device)
         improved = note_best(best, test_stats, ema_stats)
@@ -385,6 +406,7 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
         record(args, writer, epoch, training['model'], train_stats, test_stats, ema_stats)
         watching.epoch(epoch, args.epochs, train_stats, test_stats, best, throughput.images_per_second,
                        time.time() - begun)
+        report.after_epoch(writer, epoch, checkpoint.BEST in improved)
         if steps < steps_per_epoch:  # --maxstep, in mid-epoch
             progress.best = dict(best)  # or a run that goes on would put worse weights in the best's place
             pilot.save(epoch, steps, pilot.state, device)
@@ -403,8 +425,12 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype):
                         % (progress.stale, args.early_stop))
     if first >= args.epochs:
         distributed.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
-        return
-    print_result(throughput, best.get('accuracy'), train_stats.get('loss'), best.get('mAP'))
+        if report.is_complete():
+            return  # else it was killed between its last checkpoint and its summary
+    else:
+        print_result(throughput, best.get('accuracy'), train_stats.get('loss'), best.get('mAP'))
+    report.finish(figures(throughput, time.time() - started, best.get('accuracy'), train_stats.get('loss'),
+                          best.get('ema_accuracy'), epochs=epoch + 1, mAP=best.get('mAP')))
 
 
 def is_stale(args, progress, device):

@@ -249,6 +249,11 @@ class TensorboardLogger:
             if value is not None:
                 self.writer.add_scalar('%s/%s' % (head, name), float(value), step)
 
+    def image(self, tag, step, pixels):
+        """A picture, uint8 (H, W, 3)."""
+        self.check()
+        self.writer.add_image(tag, pixels, step, dataformats='HWC')
+
     def close(self):
         """Write what is still queued."""
         closing = threading.Thread(target=self.writer.close, daemon=True)
@@ -395,7 +400,8 @@ def half_files(folder):
     if not os.path.isdir(folder):
         return []
     return [os.path.join(folder, name) for name in os.listdir(folder)
-            if re.match(r'(checkpoint-.*\.pth|(log|bad_images|nonfinite)\.txt|\.beit-index-\w+)\.tmp-\d+$', name)]
+            if re.match(r'(checkpoint-.*\.pth|(log|bad_images|nonfinite)\.txt|(eval-)?args\.yaml|'
+                     r'(eval-)?summary\.json|curves\.png|report\.html|\.beit-index-\w+)\.tmp-\d+$', name)]
 
 
 def files_of_a_run(folder):
@@ -409,7 +415,8 @@ def files_of_a_run(folder):
             if file.read(9) == '{"train_l':  # as append_log begins; anybody may have a log.txt
                 names.append('log.txt')
     if names:
-        names += [name for name in ('prof', 'bad_images.txt', 'nonfinite.txt')
+        names += [name for name in ('prof', 'bad_images.txt', 'nonfinite.txt', 'args.yaml', 'summary.json',
+                                    'curves.png', 'report.html', 'eval-args.yaml', 'eval-summary.json')
                   if os.path.lexists(os.path.join(folder, name))]
     return [os.path.join(folder, name) for name in names]
 

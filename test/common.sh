@@ -35,7 +35,13 @@ install() {
 installed() { [ -x "$VENV/bin/python" ] && cmp -s "$1" "$(stamp "$1")"; }
 
 # One copy for each file: requirements.txt and test/requirements.txt share a name.
-stamp() { case $1 in */test/*) echo "$VENV/installed-test.txt" ;; *) echo "$VENV/installed.txt" ;; esac; }
+stamp() {
+    case $1 in
+        */test/*) echo "$VENV/installed-test.txt" ;;
+        */requirements-extra.txt) echo "$VENV/installed-extra.txt" ;;
+        *) echo "$VENV/installed.txt" ;;
+    esac
+}
 
 # keep_torch BASE TORCH: a $VENV that sees the packages of the Python BASE and keeps its torch, such as the one that fits
 # an Ascend machine's torch_npu. BASE may itself be in a virtual environment.

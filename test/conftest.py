@@ -1,6 +1,7 @@
 """What the tests share: the recorded figures, small data sets made on the spot, and the program as a subprocess."""
 
 import collections
+import importlib.util
 import json
 import os
 import shutil
@@ -21,7 +22,8 @@ import run_class_finetuning  # noqa: E402
 
 collect_ignore = ['npu_emulator']  # its tests run in a process of their own, where torch_npu is the emulator
 
-NANO = ['--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu']
+# Curves take a second of each run; test_report.py draws them.
+NANO = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu']
 
 
 def cannot_run(need, reason):
@@ -40,6 +42,12 @@ def only_with(need, present, reason):
     if not present and need in os.environ.get('MUST_RUN', '').split():
         return pytest.mark.usefixtures('missing_need')
     return pytest.mark.skipif(not present, reason='NOT RUN: ' + reason)
+
+
+def needs_extra(*modules):
+    """A mark for tests that need packages of requirements-extra.txt, named as they are imported."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return only_with('extras', not missing, 'it needs %s, of requirements-extra.txt' % ', '.join(missing))
 
 
 # For the cases that go another way through code that a case beside them goes through already.

@@ -17,10 +17,12 @@
 #   registry   the package registry, for the published torch_npu
 #   linux      what Linux tells of processes           netns, tmpfs   the right to make network namespaces, to mount
 #   current    what the current PyTorch, timm, torchvision and Pillow have: bfloat16, torch.compile, fused kernels …
+#   extras     the packages of requirements-extra.txt   browser        a Chromium, which opens the report
 #   cuda       a GPU                                    soak           the long ones, with --soak
 #   MUST_RUN="compiler openssl stacks" bash test/run_tests.sh
 # The tests run on up to four cores at once; -n 0 runs them one after the other.
-# With --stack the tests across the three stacks are left out: the current PyTorch's run holds them for all.
+# With --stack the tests across the three stacks are left out: the current PyTorch's run holds them for all. Only the
+# current stack gets the packages of requirements-extra.txt.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 tool=pytest
 left_out=()
@@ -34,13 +36,19 @@ while :; do
     esac
 done
 cd "$ROOT" || exit 2
-choose_python $tool
+extras=()
+[ $tool != pytest ] || [ "$VENV" != "$ROOT/.venv" ] || extras=(matplotlib yaml tensorboard onnx onnxscript onnxruntime transformers)
+choose_python $tool ${extras[@]+"${extras[@]}"}
 if ! "$PYTHON" -c "import $tool" 2>/dev/null; then
     [ "$PYTHON" = "$VENV/bin/python" ] \
         || die "PYTHON=$PYTHON has no $tool; run: $PYTHON -m pip install -r test/requirements.txt"
     install "$ROOT/test/requirements.txt" || die "pip could not install test/requirements.txt; see $VENV/install.log"
 fi
 if [ $tool = ruff ]; then exec "$PYTHON" -m ruff check .; fi
+if [ ${#extras[@]} != 0 ] && [ "$PYTHON" = "$VENV/bin/python" ]; then
+    install "$ROOT/requirements-extra.txt" \
+        || echo "pip could not install requirements-extra.txt (see $VENV/install.log); what needs it is not tested" >&2
+fi
 # The files of tests are shared out among the cores; their models are so small that threads would only be in the way.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)

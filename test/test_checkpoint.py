@@ -391,7 +391,8 @@ def test_only_a_runs_own_files_are_moved_aside(image_folder, tmp_path):
         assert run_class_finetuning.run(base) == 0
     assert {'train', 'val', 'notes.txt', 'dangling', 'log.txt', 'checkpoint-0.pth'} <= set(os.listdir(data))
     aside, = [name for name in os.listdir(str(tmp_path)) if name.startswith('my data-')]
-    assert sorted(os.listdir(str(tmp_path / aside))) == ['checkpoint-0.pth', 'checkpoint-best.pth', 'log.txt']
+    assert sorted(os.listdir(str(tmp_path / aside))) == [
+        'args.yaml', 'checkpoint-0.pth', 'checkpoint-best.pth', 'log.txt', 'summary.json']
 
 
 def test_somebody_elses_log_is_not_a_run(image_folder, tmp_path):

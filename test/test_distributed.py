@@ -64,10 +64,15 @@ def test_more_processes_than_images(trained, image_folder):
 def test_one_process_has_a_batch_more_than_the_other(image_folder, tmp_path):
     output = str(tmp_path / 'out')
     status, out, err = launch(2, '--data_path=' + image_folder(val=3, classes=('a', 'b', 'c')), '--epochs=1',
-                              '--batch_size=1', '--maxstep=2', '--dist_eval', '--output_dir=' + output, '--model_ema')
+                              '--batch_size=1', '--maxstep=2', '--dist_eval', '--output_dir=' + output, '--model_ema',
+                              '--report')
     assert status == 0, err
     assert 'Accuracy of the network on the 9 test images' in out  # 5 batches of one image and 4
     assert 'Accuracy of the averaged network (EMA) on the 9 test images' in out
+    with open(os.path.join(output, 'report.html'), encoding='utf-8') as file:
+        cells = re.findall(r'<td[^>]*>(\d+|·)</td>', file.read())
+    assert len(cells) == 9 and sum(int(cell) for cell in cells if cell != '·') == 9  # each image once
+    assert out.count('Report: ') == 1
 
 
 def test_one_process_evaluates_all_without_dist_eval(trained):

@@ -336,11 +336,12 @@ class Life:
         with TALLY.may_lose():
             assert read_bytes(self.out, 'log.txt') == read_bytes(other.out, 'log.txt'), self.story()
             mine, theirs = (set(os.listdir(each.out)) for each in (self, other))
-            assert all(re.match(r'(checkpoint-[\w-]+\.pth|log\.txt)$', name) for name in mine), mine
+            texts = {'log.txt', 'args.yaml', 'summary.json'}
+            assert all(re.match(r'checkpoint-[\w-]+\.pth$', name) for name in mine - texts), mine
             # A signal saves at other updates; and what the last save did not get to remove stays.
             needed = theirs if self.only_killed else {name for name in theirs if '-step' not in name}
             assert needed <= mine, 'without %s\n%s' % (sorted(needed - mine), self.story())
-            for name in sorted(mine & theirs - {'log.txt'}):
+            for name in sorted(mine & theirs - texts):
                 found = difference(*(content_of(os.path.join(each.out, name)) for each in (self, other)))
                 assert not found, '%s: %s\n%s' % (name, found, self.story())
             assert not [name for name in os.listdir(self.folder) if name.startswith('out-')], self.story()

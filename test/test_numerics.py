@@ -210,7 +210,8 @@ def test_a_resumed_run_says_whether_it_is_exact(image_folder, tmp_path, capsys):
     data, output = image_folder(), str(tmp_path / 'out')
     base = RUN + ['--data_path=' + data, '--output_dir=' + output, '--epochs=2']
     assert run_class_finetuning.run(base + ['--maxstep=2', '--num_workers=0']) == 0
-    assert sorted(os.listdir(output)) == ['checkpoint-0-step2.pth', 'checkpoint-best.pth', 'log.txt']
+    assert sorted(os.listdir(output)) == ['args.yaml', 'checkpoint-0-step2.pth', 'checkpoint-best.pth', 'log.txt',
+                                          'summary.json']
     capsys.readouterr()
     assert run_class_finetuning.run(base + ['--auto_resume', '--maxstep=3', '--num_workers=1']) == 0
     assert 'Goes on exactly as if it had not been stopped' in capsys.readouterr().out
@@ -234,12 +235,12 @@ def test_checkpoints_in_mid_epoch_are_written_and_removed(image_folder, tmp_path
     data, output = image_folder(), str(tmp_path / 'out')
     base = RUN + ['--data_path=' + data, '--output_dir=' + output, '--epochs=3', '--save_ckpt_freq=1']
     assert run_class_finetuning.run(base + ['--save_ckpt_steps=1']) == 0
-    assert sorted(os.listdir(output)) == ['checkpoint-0.pth', 'checkpoint-1.pth', 'checkpoint-2-step3.pth',
+    assert sorted(os.listdir(output)) == ['args.yaml', 'checkpoint-0.pth', 'checkpoint-1.pth', 'checkpoint-2-step3.pth',
                                           'checkpoint-2-step4.pth', 'checkpoint-2.pth', 'checkpoint-best.pth',
-                                          'log.txt']
+                                          'log.txt', 'summary.json']
     assert run_class_finetuning.run(base + ['--save_ckpt_minutes=1e-9', '--keep_checkpoints=1']) == 0
-    assert sorted(os.listdir(output)) == ['checkpoint-2-step4.pth', 'checkpoint-2.pth', 'checkpoint-best.pth',
-                                          'log.txt']
+    assert sorted(os.listdir(output)) == ['args.yaml', 'checkpoint-2-step4.pth', 'checkpoint-2.pth',
+                                          'checkpoint-best.pth', 'log.txt', 'summary.json']
 
 
 @pytest.mark.parametrize('variable', ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT'))

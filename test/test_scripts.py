@@ -347,7 +347,7 @@ def test_full_1p_trains_and_evaluates(trained):
     assert 'Epoch: [0]  [7/8]' in log
     assert 'Max accuracy: %s%%' % figures['TrainAccuracy'] in log
     assert set(os.listdir(os.path.join(checkout, 'train_result'))) \
-        == {'checkpoint-0.pth', 'checkpoint-best.pth', 'log.txt'}
+        == {'checkpoint-0.pth', 'checkpoint-best.pth', 'log.txt', 'args.yaml', 'summary.json'}
     epoch = json.loads(text(os.path.join(checkout, 'train_result', 'log.txt')))
     assert '%.3f' % epoch['test_acc1'] == figures['TrainAccuracy']
     assert '%.4f' % epoch['train_loss'] == figures['ActualLoss']

@@ -315,9 +315,9 @@ def test_throughput_leaves_the_first_steps_out():
 
 # ---- whole runs
 
-RUN = ['--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu', '--warmup_epochs=0',
-       '--batch_size=8', '--aa=none', '--layer_scale_init_value=0', '--init_scale=1', '--abs_pos_emb',
-       '--disable_rel_pos_bias']
+RUN = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu',
+       '--warmup_epochs=0', '--batch_size=8', '--aa=none', '--layer_scale_init_value=0', '--init_scale=1',
+       '--abs_pos_emb', '--disable_rel_pos_bias']
 
 
 def lines_of(output_dir):
@@ -359,7 +359,8 @@ def test_a_run_with_every_training_feature(image_folder, tmp_path, capsys):
             'test_acc1', 'test_acc5', 'test_loss', 'test_ema_acc1', 'n_parameters'} <= set(records[0])
     assert 'train_class_acc' not in records[0]  # mixed labels have none
     assert sorted(name for name in os.listdir(output) if name != 'log.txt') == [
-        'checkpoint-1.pth', 'checkpoint-2.pth', 'checkpoint-best-ema.pth', 'checkpoint-best.pth']
+        'args.yaml', 'checkpoint-1.pth', 'checkpoint-2.pth', 'checkpoint-best-ema.pth', 'checkpoint-best.pth',
+        'summary.json']
     tags = scalars(str(tmp_path / 'tb'))
     assert {'loss/loss', 'opt/loss_scale', 'opt/lr', 'opt/min_lr', 'opt/weight_decay', 'opt/grad_norm',
             'perf/test_acc1', 'perf/test_acc5', 'perf/test_loss'} <= set(tags)
@@ -428,7 +429,7 @@ DEFAULTS = dict(
     dist_url='env://', hflip=0.5, jit_compile='auto', attention='auto', save_ckpt_steps=0, save_ckpt_minutes=0.,
     keep_checkpoints=0, deterministic=False, on_nonfinite='stop', bad_images='error', max_bad_images=0.001,
     check_data=False, dist_timeout=600., data_backend='exact', eval_data_backend='exact', index_cache=True,
-    skip_dropped='auto', grad_checkpointing=False, compile=False,
+    skip_dropped='auto', grad_checkpointing=False, compile=False, curves=True, report=False,
     val_split=0., max_train_samples=0, val_interval=1, early_stop=0,
     train_csv='', val_csv='', loss='auto', class_weights='', test_flip=False, results_file='', real_labels='',
     freeze_backbone=False, unfreeze_epoch=0)

@@ -1,0 +1,237 @@
+"""What a run shows of itself, while it trains and at its end: curves, images to TensorBoard, summary, report.html."""
+
+import io
+import os
+import re
+import time
+
+import numpy as np
+import torch
+
+import augmentation
+import checkpoint
+import datasets
+import distributed
+import report_page
+import run_files
+from device_loader import BoxesToErase, DeviceLoader
+from errors import UserError, one_line, printable
+from predictions import Predictions
+from safe_files import write_bytes
+
+SAMPLES = 16  # augmented training images that are shown
+MARKER = '#010203'  # what matplotlib writes for the text's colour, which is the page's own
+
+
+class Report:
+    """Takes note of a run and writes what people look at. The first process writes; every one collects.
+
+    Args:
+        about (dict): `run_files.environment`.
+        train_set, val_set: data sets, or None.
+        prefix (str): in front of the files' names, so that an evaluation does not write over a training's.
+    """
+
+    def __init__(self, args, about, classes, train_set, val_set, prefix=''):
+        self.args, self.about, self.classes, self.val_set, self.prefix = args, about, classes, val_set, prefix
+        self.train_set, self.has_log = train_set, not prefix
+        self.curves = run_files.Curves(args.output_dir if args.curves and not prefix else '')
+        self.evaluated, self.newest, self.kept, self.samples = '', None, None, []
+        run_files.write_args(args, prefix + 'args.yaml')
+
+    def begin(self, writer):
+        """Before the first step: the augmented images, where somebody will look at them."""
+        if (self.args.report or writer is not None) and distributed.is_main_process():
+            self.samples = augmented_samples(self.args, self.train_set, self.classes)
+        if writer is not None and self.samples:
+            writer.image('images/training', 0, sheet([pixels for pixels, _ in self.samples]))
+
+    def predictions(self):
+        """What the next evaluation is to fill, or None where nobody wants to know."""
+        self.newest = Predictions(len(self.classes)) if self.args.report or self.args.log_dir else None
+        return self.newest
+
+    def after_epoch(self, writer, epoch, is_best):
+        """Draw the curves, note the evaluation where it is the best so far, show its confusions."""
+        if self.newest is not None and self.newest.counts:
+            if writer is not None and self.newest.image() is not None:
+                writer.image('images/confusion', epoch, self.newest.image())
+            if is_best or self.kept is None:
+                self.kept = self.newest
+                self.evaluated = 'Of epoch %d, %s.' % (epoch + 1, 'the best so far, whose weights are in '
+                                                       'checkpoint-best.pth' if is_best else
+                                                       'after a resume; the best one was before')
+        self.newest = None
+        self.curves.draw()
+
+    def of_weights(self, source):
+        """After an evaluation of the weights in a file; where they lie in output_dir, its curves are shown too."""
+        self.kept, self.evaluated = self.newest, 'Of the weights in %s.' % printable(source)
+        self.has_log = checkpoint.lies_in(source, self.args.output_dir)
+
+    def finish(self, figures):
+        """At the end: all files.
+
+        Args:
+            figures (dict): the run's result, for summary.json.
+        """
+        self.curves.draw(is_last=True)
+        figures = dict(figures, finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
+        run_files.write_summary(self.args, dict(figures, **self.about), self.prefix + 'summary.json')
+        if self.args.report and distributed.is_main_process():
+            self.write_page(figures)
+
+    def is_complete(self):
+        """Whether what `finish` writes is there."""
+        folder, names = self.args.output_dir, [self.prefix + 'summary.json'] + ['report.html'] * self.args.report
+        return not folder or all(os.path.isfile(os.path.join(folder, name)) for name in names)
+
+    def write_page(self, figures):
+        path = os.path.join(self.args.output_dir, 'report.html')
+        log = run_files.read_log(self.args.output_dir) if self.has_log else []
+        plots, hint = svg_plots(log)
+        found = self.kept
+        classes = [str(name) for name in self.classes]
+        page = report_page.render(dict(
+            title='%s on %s' % (self.args.model, self.args.data_path or self.args.eval_data_path), plots=plots,
+            subtitle='%s on %s, %s. Finished %s.' % (
+                'Evaluated' if self.prefix else 'Trained', self.about['device_name'], self.about['precision'],
+                figures['finished'][:16].replace('T', ' ')),
+            tiles=tiles(figures, self.about), hint=hint, classes=classes, evaluated=self.evaluated or
+            'Nothing was evaluated, so there are no accuracies and confusions.',
+            per_class=found and found.per_class(), confused=found.most_confused() if found else [],
+            matrix=found.matrix() if found and len(classes) <= report_page.HEAT_MAP_UP_TO else None,
+            worst=self.look_up(found.worst) if found else [], best=self.look_up(found.best) if found else [],
+            samples=self.samples, flags=[(name, text_of(value)) for name, value in sorted(vars(self.args).items())],
+            versions=[(name + ' version', text_of(value)) for name, value in self.about['versions'].items()]))
+        write_bytes(path, page.encode('utf-8', 'backslashreplace'))
+        distributed.say('Report: %s' % path)
+
+    def look_up(self, predictions):
+        """(pixels as the model saw them, prediction, path) of validation images; without those that have gone."""
+        found = []
+        for each in predictions:
+            try:
+                pixels = np.asarray(self.val_set[each.index][0])
+            except (OSError, UserError):
+                continue
+            found.append((pixels, each, datasets.image_name(self.val_set, each.index)))
+        return found
+
+
+def text_of(value):
+    return '-' if value is None or value == '' else 'on' if value is True else 'off' if value is False else str(value)
+
+
+def tiles(figures, about):
+    """(name, text) of the figures that people look for first; those that there are."""
+    seconds = int(figures.get('duration_seconds') or 0)
+    named = (('Accuracy, top-1', figures.get('accuracy'), '%.2f %%'), ('Top-5', figures.get('top5'), '%.2f %%'),
+             ('Accuracy of the EMA', figures.get('ema_accuracy'), '%.2f %%'),
+             ('Training loss' if 'epochs' in figures else 'Loss', figures.get('loss'), '%.4f'),
+             ('Images/s', figures.get('images_per_second'), '%.1f'),
+             ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
+             ('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
+             ('Epochs', figures.get('epochs'), '%d'), ('Parameters', about['parameters'] / 1e6, '%.2f M'),
+             ('Classes', about['classes'], '%d'), ('Training images', about['training_images'], '%d'),
+             ('Validation images', about['validation_images'], '%d'))
+    return [(name, form % value) for name, value, form in named if value is not None]
+
+
+# ---- pictures
+
+def augmented_samples(args, train_set, classes):
+    """[(pixels uint8 (H, W, 3), caption)] of the first training images, as the model sees them; mixed, too.
+
+    The random numbers of the run stay where they are. A file that can't be read is left out here: the run tells of it.
+    """
+    loader = DeviceLoader(None, datasets.CPU, *augmentation.mean_and_std(args), remode=args.remode)
+    erasing = BoxesToErase(args.reprob, args.recount) if args.reprob > 0 else None
+    samples = datasets.SeededSamples(train_set, args.seed, True, erasing)
+    order = iter(datasets.EpochSampler(len(train_set), seed=args.seed))
+    try:
+        items = [samples[next(order)] for _ in range(min(SAMPLES, len(train_set)))]
+    except UserError:
+        return []
+    batch = loader.prepare(datasets.collate(items, args.input_size))
+    if not len(batch.images):
+        return []
+    images, shares, mixup = batch.images, None, augmentation.build_mixup(args, len(classes))
+    if mixup is not None:
+        state = np.random.get_state()
+        try:
+            np.random.seed(args.seed % 2 ** 32)
+            images, shares = mixup(images.clone(), batch.targets)
+        finally:
+            np.random.set_state(state)
+    white, mean, std = loader.white, loader.mean, loader.std
+    pixels = ((images * std + mean) * white).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    captions = [caption(classes, target, None if shares is None else shares[place], args.smoothing)
+                for place, target in enumerate(batch.targets.tolist())]
+    return list(zip(pixels, captions))
+
+
+def caption(classes, target, shares, smoothing):
+    """The class of an image, or those that are mixed in it, with their shares."""
+    if shares is None:
+        return str(classes[target])
+    part = smoothing / len(classes)
+    shares = (shares - part) / max(1 - smoothing, 1e-6)
+    top = [label for label in shares.argsort(descending=True).tolist()[:2] if shares[label] > 0.005]
+    return ' + '.join('%s %.0f %%' % (classes[label], 100 * float(shares[label])) for label in top) \
+        if len(top) > 1 else str(classes[top[0] if top else target])
+
+
+def sheet(pictures, columns=4):
+    """One picture of several, uint8 (H, W, 3), in rows, with a thin gap."""
+    side, gap = pictures[0].shape[0], 2
+    rows = -(-len(pictures) // columns)
+    whole = np.full((rows * (side + gap) - gap, columns * (side + gap) - gap, 3), 255, np.uint8)
+    for place, picture in enumerate(pictures):
+        top, left = place // columns * (side + gap), place % columns * (side + gap)
+        whole[top:top + side, left:left + side] = picture
+    return whole
+
+
+def svg_plots(log):
+    """(SVG texts of the curves, '') or ([], why there are none). They take the page's colour for their text."""
+    if not log:
+        return [], ''
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+        plots = []
+        with matplotlib.rc_context({'svg.fonttype': 'none', 'text.color': MARKER, 'axes.labelcolor': MARKER,
+                                    'xtick.color': MARKER, 'ytick.color': MARKER, 'axes.edgecolor': MARKER,
+                                    'font.family': 'sans-serif'}):
+            for number, panel in enumerate(run_files.PANELS):
+                if not run_files.curves_of(log, panel):
+                    continue
+                matplotlib.rcParams['svg.hashsalt'] = 'panel %d' % number  # names inside the page must differ
+                figure, file = Figure(figsize=(4.6, 3.4)), io.StringIO()
+                figure.patch.set_alpha(0)
+                FigureCanvasSVG(figure)
+                axes = figure.add_subplot(1, 1, 1)
+                axes.patch.set_alpha(0)
+                run_files.draw_panel(axes, log, panel)
+                figure.tight_layout(pad=0.6)
+                figure.savefig(file, format='svg')
+                plots.append(_for_page(file.getvalue(), panel[0]))
+        return plots, ''
+    except Exception as error:  # whatever matplotlib meets: the rest of the page is worth more
+        hint = run_files.hint_without_matplotlib('the report\'s curves') if isinstance(error, ImportError) else \
+            'The curves were not drawn (%s: %s)' % (type(error).__name__, one_line(error))
+        distributed.say(hint)
+        return [], hint
+
+
+def _for_page(svg, title):
+    """matplotlib's file as a part of a page: no prologue, no metadata, no names of other places."""
+    svg = svg[svg.index('<svg'):]
+    svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.S)
+    svg = re.sub(r'\s(xmlns(:\w+)?)="[^"]*"', '', svg).replace('xlink:href=', 'href=')
+    svg = re.sub(r'<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-label="%s">' % title, svg,
+                 count=1)
+    svg = re.sub(r'\sid="[\w.]+_\d+"', '', svg)  # names of groups, alike in every plot
+    return svg.replace(MARKER, 'currentColor')

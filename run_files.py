@@ -1,0 +1,202 @@
+"""What a run leaves for people beside its checkpoints: args.yaml, summary.json and curves.png."""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+
+import torch
+
+import backend
+import config_file
+import distributed
+from errors import UserError, one_line
+from safe_files import write_bytes
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SECONDS_BETWEEN = 20  # two drawings of the curves: a run of many tiny epochs shall not draw all the time
+
+
+def write_args(args, name='args.yaml'):
+    """output_dir/args.yaml, by the first process."""
+    if args.output_dir and distributed.is_main_process():
+        with _no_matter():
+            os.makedirs(args.output_dir, exist_ok=True)
+            config_file.write(os.path.join(args.output_dir, name), vars(args))
+
+
+def write_summary(args, figures, name='summary.json'):
+    """output_dir/summary.json, by the first process: one object; what isn't a finite number is null."""
+    if args.output_dir and distributed.is_main_process():
+        text = json.dumps(finite(figures), indent=2, allow_nan=False)
+        with _no_matter():
+            os.makedirs(args.output_dir, exist_ok=True)
+            write_bytes(os.path.join(args.output_dir, name), (text + '\n').encode())
+
+
+@contextlib.contextmanager
+def _no_matter():
+    """A full disk is told, but does not end the run: these files can be had again, what was trained cannot."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        distributed.say('Not written: ' + one_line(error))
+
+
+def finite(value):
+    """A copy of nested dicts and lists in which infinite and undefined numbers are None."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions():
+    """{name: version} of what computed, None where that cannot be told."""
+    found = {'beit': own_version(), 'python': platform.python_version(), 'torch': torch.__version__}
+    for name in ('torchvision', 'timm', 'numpy'):
+        found[name] = getattr(importlib.import_module(name), '__version__', None)
+    return {name: value and str(value) for name, value in found.items()}
+
+
+def own_version():
+    """This project's: of git where it is a clone, else the newest of CHANGELOG.md, or None."""
+    try:
+        top, said = subprocess.run(['git', '-C', HERE, 'rev-parse', '--show-toplevel'], stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL, timeout=10), None
+        if top.returncode == 0 and os.path.realpath(top.stdout.decode().strip()) == os.path.realpath(HERE):
+            said = subprocess.run(['git', '-C', HERE, 'describe', '--always', '--dirty', '--tags'], timeout=10,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        if said is not None and said.returncode == 0:
+            return said.stdout.decode().strip()
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        pass  # no git, or one that takes too long
+    try:
+        with open(os.path.join(HERE, 'CHANGELOG.md'), encoding='utf-8') as file:
+            return next((line.split(']')[0][4:] for line in file if line.startswith('## [')), None)
+    except OSError:
+        return None
+
+
+def environment(args, device, scaler, parameters, classes, train_set, val_set):
+    """What summary.json tells of a run beside its figures."""
+    return {'model': args.model, 'parameters': parameters, 'input_size': args.input_size, 'classes': len(classes),
+            'training_images': None if train_set is None else len(train_set),
+            'validation_images': None if val_set is None else len(val_set), 'device': str(device),
+            'device_name': backend.device_name(device), 'processes': distributed.world_size(),
+            'precision': scaler.description, 'versions': versions()}
+
+
+# ---- curves
+
+def read_log(output_dir):
+    """The lines of output_dir/log.txt, dicts with an epoch, in order; [] where there are none."""
+    lines = []
+    try:
+        with open(os.path.join(output_dir, 'log.txt'), encoding='utf-8', errors='replace') as file:
+            for line in file:
+                try:
+                    stats = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(stats, dict) and isinstance(stats.get('epoch'), int):
+                    lines.append(stats)
+    except OSError:
+        pass
+    return lines
+
+
+# What the panels show: title, unit, whether it starts at 0, and (label, name in log.txt, factor) of each curve.
+PANELS = (
+    ('Loss', '', False, (('training', 'train_loss', 1), ('validation', 'test_loss', 1),
+                         ('validation, EMA', 'test_ema_loss', 1))),
+    ('Accuracy', '%', False, (('training top-1', 'train_class_acc', 100), ('top-1', 'test_acc1', 1),
+                              ('top-5', 'test_acc5', 1), ('top-1, EMA', 'test_ema_acc1', 1),
+                              ('top-5, EMA', 'test_ema_acc5', 1))),
+    ('Learning rate', '', True, (('highest', 'train_lr', 1), ('lowest', 'train_min_lr', 1))))
+COLOURS = {'training': '#8c8c8c', 'training top-1': '#8c8c8c', 'validation': '#2f7ed8', 'top-1': '#2f7ed8',
+           'top-5': '#1fa187', 'validation, EMA': '#e07b00', 'top-1, EMA': '#e07b00', 'top-5, EMA': '#c0569b',
+           'highest': '#2f7ed8', 'lowest': '#8c8c8c'}
+
+
+def curves_of(log, panel):
+    """[(label, epochs, values)] of a panel's curves, those that have a value."""
+    found = []
+    for label, name, factor in panel[3]:
+        points = [(stats['epoch'] + 1, factor * stats[name]) for stats in log
+                  if isinstance(stats.get(name), (int, float)) and math.isfinite(stats[name])]
+        curve = (label,) + tuple(zip(*points))
+        if points and not (label == 'lowest' and found and found[0][1:] == curve[1:]):  # the same without layer decay
+            found.append(curve)
+    return found
+
+
+def draw_panel(axes, log, panel):
+    """One panel into matplotlib's axes; a run's single epoch is a dot."""
+    from matplotlib.ticker import FormatStrFormatter, MaxNLocator
+    title, unit, from_zero, _ = panel
+    for label, epochs, values in curves_of(log, panel):
+        axes.plot(epochs, values, label=label, color=COLOURS[label], linewidth=1.6,
+                  marker='o' if len(epochs) < 12 else None, markersize=3.5)
+    axes.set_title(title + (' (%s)' % unit if unit else ''), loc='left', fontsize=11)
+    axes.set_xlabel('epoch', fontsize=9)
+    axes.tick_params(labelsize=8.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    if from_zero:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(FormatStrFormatter('%.2g'))
+    axes.grid(alpha=0.25, linewidth=0.6)
+    for side in ('top', 'right'):
+        axes.spines[side].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8.5)
+
+
+def draw_curves(path, log):
+    """Write curves.png, three panels beside one another."""
+    import io
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it would look for a screen
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(13.5, 3.9), dpi=100)
+    FigureCanvasAgg(figure)
+    for place, panel in enumerate(PANELS, 1):
+        draw_panel(figure.add_subplot(1, len(PANELS), place), log, panel)
+    figure.tight_layout(pad=1.2, w_pad=2.2)
+    file = io.BytesIO()
+    figure.savefig(file, format='png')
+    write_bytes(path, file.getvalue())
+
+
+class Curves:
+    """Draws output_dir/curves.png from log.txt after epochs, on the first process; nothing that fails ends the run.
+
+    Args:
+        output_dir (str): '' draws nothing.
+    """
+
+    def __init__(self, output_dir):
+        self.output_dir = output_dir if distributed.is_main_process() else ''
+        self.drawn = -math.inf
+
+    def draw(self, is_last=False):
+        if not self.output_dir or (time.monotonic() - self.drawn < SECONDS_BETWEEN and not is_last):
+            return
+        log = read_log(self.output_dir)
+        if not log:
+            return
+        try:
+            draw_curves(os.path.join(self.output_dir, 'curves.png'), log)
+            self.drawn = time.monotonic()
+        except Exception as error:  # whatever matplotlib meets: the training is worth more
+            distributed.say(hint_without_matplotlib('curves.png') if isinstance(error, ImportError) else
+                            'curves.png was not drawn (%s: %s)' % (type(error).__name__, one_line(error)))
+            self.output_dir = ''  # once
+
+
+def hint_without_matplotlib(what):
+    return '%s needs matplotlib; run: pip install -r requirements-extra.txt (or give --no_curves)' % what
