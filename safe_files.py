@@ -242,7 +242,8 @@ def replacing_folder(path):
     What goes wrong before leaves `path` as it was. A folder that stood there is then set aside and removed: a kill
     between the two renames leaves it whole, as <path>.old-<process>, and none under the name.
     """
-    temporary, old = ('%s.%s-%d' % (path.rstrip('/'), what, os.getpid()) for what in ('tmp', 'old'))
+    path = path.rstrip(os.sep)
+    temporary, old = '%s.tmp-%d' % (path, os.getpid()), '%s.old-%d' % (path, os.getpid())
     try:
         os.mkdir(temporary)
         yield temporary
@@ -258,10 +259,10 @@ def replacing_folder(path):
             if os.path.isdir(old):
                 os.replace(old, path)
             raise
-        _fsync_folder(os.path.dirname(path.rstrip('/')) or '.')
+        _fsync_folder(os.path.dirname(path) or '.')
+        shutil.rmtree(old, ignore_errors=True)
     finally:
-        for folder in (temporary, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _fsync_folder(folder):
