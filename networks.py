@@ -12,6 +12,7 @@ from timm.models import create_model
 
 import augmentation
 import checkpoint
+import distributed
 import layouts
 import modeling_finetune
 from errors import UserError, printable, unknown
@@ -78,6 +79,10 @@ def open_trained(source, use_ema=False, **given):
         raise UserError('--resume %s: no model can be built of what it says (%s)' % (printable(path), error)) from None
     if foreign:
         fit_to_model(state, model)  # one table for all blocks; another --input_size
+        unused = sorted(set(state) - set(model.state_dict()))  # such as the mask token of pretraining
+        if unused:
+            distributed.say('Unused names in %s: %s' % (printable(path), ', '.join(unused[:8])))
+        state = {name: value for name, value in state.items() if name not in unused}
     problems = mismatches(state, model.state_dict())
     if problems:
         raise UserError('--resume %s: these are not the weights of --model %s: %s'

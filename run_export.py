@@ -117,16 +117,24 @@ def run_onnx(data, trained, batches):
 def make_torchscript(trained, args):
     file = io.BytesIO()
     traced = torch.jit.trace(trained.model, _images(trained, EXAMPLE), check_trace=False)
-    torch.jit.save(traced, file, _extra_files=metadata(trained))
+    torch.jit.save(traced, file, _extra_files=_extra_files(metadata(trained)))
     return file.getvalue(), 'torch.jit.load(FILE, _extra_files={\'classes\': \'\'}) reads it'
 
 
 def run_torchscript(data, trained, batches):
-    found = dict.fromkeys(metadata(trained), '')
+    found = _extra_files(dict.fromkeys(metadata(trained), ''))
     loaded = torch.jit.load(io.BytesIO(data), map_location='cpu', _extra_files=found)
     _same_metadata({name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()},
                    trained)
     return [loaded(images) for images in batches]
+
+
+def _extra_files(about):
+    """A dict as PyTorch 1.5 wants it, which has a type of its own for that."""
+    files = getattr(torch._C, 'ExtraFilesMap', dict)()
+    for name, value in about.items():
+        files[name] = value
+    return files
 
 
 def make_torch_export(trained, args):
@@ -155,12 +163,12 @@ def make_safetensors(trained, args):
 
 
 def run_safetensors(data, trained, batches):
-    from safetensors.torch import load
+    from safetensors.numpy import load
     beit = _import('timm.models.beit')
     if not hasattr(beit, 'Beit'):
-        raise _NotChecked('this timm has no BEiT; %s' % EXTRA)
+        raise _NotChecked('this timm (%s) has no BEiT' % _version('timm'))
     model = beit.Beit(**timm_arguments(trained))
-    model.load_state_dict(load(data))
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in load(data).items()})
     model.eval()
     return [model(images) for images in batches]
 
@@ -260,10 +268,10 @@ def _json(content):
 
 def _safetensors(tensors, about):
     try:
-        from safetensors.torch import save
+        from safetensors.numpy import save  # the one for tensors needs a newer PyTorch than 1.8
     except ImportError:
-        raise UserError('--format: safetensors files need the package; run: pip install safetensors') from None
-    return save({name: value.detach().contiguous().clone() for name, value in tensors.items()}, about)
+        raise UserError('--format safetensors and huggingface need safetensors; run: pip install safetensors') from None
+    return save({name: value.detach().contiguous().numpy() for name, value in tensors.items()}, about)
 
 
 class Format(typing.NamedTuple):

@@ -1,6 +1,7 @@
 """What the tests share: the recorded figures, small data sets made on the spot, and the program as a subprocess."""
 
 import collections
+import importlib.util
 import json
 import os
 import shutil
@@ -40,6 +41,12 @@ def only_with(need, present, reason):
     if not present and need in os.environ.get('MUST_RUN', '').split():
         return pytest.mark.usefixtures('missing_need')
     return pytest.mark.skipif(not present, reason='NOT RUN: ' + reason)
+
+
+def needs_extra(*modules):
+    """A mark for tests that need packages of requirements-extra.txt, named as they are imported."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return only_with('extras', not missing, 'it needs %s, of requirements-extra.txt' % ', '.join(missing))
 
 
 @pytest.fixture
