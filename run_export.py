@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import io
 import json
+import logging
 import os
 import sys
 import typing
@@ -48,10 +49,10 @@ EXTRA = 'run: pip install -r requirements-extra.txt'
 
 
 def metadata(trained):
-    """What a user of the weights must know, as strings by name; lists and dicts are JSON."""
+    """What a user of the weights must know, as strings by name; lists and dicts are JSON, in ASCII."""
     return {
         'model': trained.args.model,
-        'classes': json.dumps(trained.classes, ensure_ascii=False),
+        'classes': json.dumps(trained.classes),
         'preprocessing': json.dumps(trained.preprocessing),
         'pooling': 'mean of the patches' if trained.args.use_mean_pooling else 'class token',
         'input': 'float32 (batch, 3, height, width): RGB from 0 to 1, less mean, divided by std',
@@ -60,16 +61,20 @@ def metadata(trained):
 
 
 # ---- the formats: one function makes a file's bytes, another gives the logits that those bytes compute
+# The network comes with plain attention, which every exporter takes, whatever it was trained with.
 
 def make_onnx(trained, args):
     """An ONNX file with its weights inside, a batch of any size, and the metadata; (bytes, words)."""
     onnx = _need('onnx', '--format onnx')
-    if 'dynamo' in inspect.signature(torch.onnx.export).parameters:
+    if 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters:
         _need('onnxscript', '--format onnx')
     size = sum(value.numel() * value.element_size() for value in trained.model.state_dict().values())
     if size >= PROTOBUF_LIMIT:
         raise UserError('--format onnx: the weights take %.1f GB, and a file holds 2 at most; use --format torch_export'
                         % (size / 1e9))
+    known = onnx.defs.onnx_opset_version()
+    if args.opset and args.opset > known:
+        raise UserError('--opset %d: onnx %s knows those up to %d' % (args.opset, onnx.__version__, known))
     reasons = []
     for opset in [args.opset] if args.opset else OPSETS:
         try:
@@ -91,8 +96,8 @@ def make_onnx(trained, args):
 
 def _export_onnx(onnx, trained, opset):
     images, names = _images(trained, EXAMPLE), dict(input_names=['image'], output_names=['logits'])
-    if 'dynamo' in inspect.signature(torch.onnx.export).parameters and hasattr(torch, 'export'):
-        with contextlib.redirect_stdout(io.StringIO()):  # its progress
+    if 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters:
+        with contextlib.redirect_stdout(io.StringIO()), _no_log():  # it tells of its progress, and logs tracebacks
             program = torch.onnx.export(trained.model, (images,), dynamo=True, verbose=False, opset_version=opset,
                                         dynamic_shapes=({0: torch.export.Dim('batch')},), **names)
         return program.model_proto
@@ -100,6 +105,16 @@ def _export_onnx(onnx, trained, opset):
     torch.onnx.export(trained.model, images, file, opset_version=opset,
                       dynamic_axes={'image': {0: 'batch'}, 'logits': {0: 'batch'}}, **names)
     return onnx.load_model_from_string(file.getvalue())
+
+
+@contextlib.contextmanager
+def _no_log():
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _session(runtime, data):
@@ -138,7 +153,7 @@ def _extra_files(about):
 
 
 def make_torch_export(trained, args):
-    if not hasattr(torch, 'export') or not hasattr(torch.export, 'save'):
+    if not hasattr(getattr(torch, 'export', None), 'Dim'):
         raise UserError('--format torch_export: PyTorch %s has no torch.export; use --format torchscript'
                         % torch.__version__)
     program = torch.export.export(trained.model, (_images(trained, EXAMPLE),),
@@ -263,7 +278,7 @@ def _layer_scale(trained):
 
 
 def _json(content):
-    return (json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode('utf-8')
+    return (json.dumps(content, indent=2) + '\n').encode('ascii')
 
 
 def _safetensors(tensors, about):
