@@ -195,7 +195,7 @@ def timm_arguments(trained):
         img_size=trained.args.input_size, patch_size=model.patch_embed.patch_size[0], embed_dim=model.embed_dim,
         depth=len(model.blocks), num_heads=block.attn.num_heads, num_classes=len(trained.classes),
         global_pool='avg' if model.fc_norm is not None else 'token', use_abs_pos_emb=model.pos_embed is not None,
-        use_rel_pos_bias=block.attn.has_relative_position, init_values=_layer_scale(trained) or None)
+        use_rel_pos_bias=block.attn.has_relative_position, init_values=_layer_scale(trained))
 
 
 def timm_line(trained, path):
@@ -206,8 +206,8 @@ def timm_line(trained, path):
     usual = dict(img_size=modeling_finetune.MODELS[name]['img_size'], global_pool='avg', use_abs_pos_emb=False,
                  use_rel_pos_bias=True)
     chosen = {key: arguments[key] for key in usual if arguments[key] != usual[key]}
-    if arguments['init_values'] is None:
-        chosen['init_values'] = None
+    if not arguments['init_values']:
+        chosen['init_values'] = 0.  # create_model leaves out what is None
     return 'model = timm.create_model(%r, checkpoint_path=%r, %s)' % (
         name, path, _spell(dict(num_classes=len(trained.classes), **chosen)))
 
