@@ -4,6 +4,7 @@ What a checkpoint of this project holds is enough to use it: `run_predict.py` an
 """
 
 import argparse
+import os
 import typing
 
 import torch
@@ -11,10 +12,12 @@ from timm.models import create_model
 
 import augmentation
 import checkpoint
+import distributed
+import layouts
 import modeling_finetune
 from errors import UserError, printable, unknown
 from flags import build_parser
-from pretrained import inner_state, mismatches, strip_prefixes
+from pretrained import fit_to_model, inner_state, mismatches, strip_prefixes
 
 
 def build_model(args, nb_classes):
@@ -38,13 +41,16 @@ def open_trained(source, use_ema=False, **given):
     """Build the network that a checkpoint holds; all it needs to know comes from the file.
 
     Args:
-        source (str): a file, an https URL or a folder, of which the best checkpoint is taken.
+        source (str): a file, an https URL or a folder, of which the best checkpoint is taken. Weights of timm and
+            Hugging Face do too, where `model` is given.
         use_ema (bool): take the averaged weights.
         given: flags that the file does not tell, such as `model` for a file of weights only; they win over the file.
 
     Raises:
         UserError: the file can't be read, does not say what it is of, or holds other weights than it says.
     """
+    if os.path.isfile(os.path.join(source, layouts.CONFIG)):
+        source = layouts.in_folder(source, '--resume')
     path, content = checkpoint.find(source, prefer_best=True)
     if not isinstance(content, dict):
         raise UserError('--resume %s: holds no weights' % printable(path))
@@ -52,14 +58,18 @@ def open_trained(source, use_ema=False, **given):
     if 'model' not in told and not given.get('model'):
         raise UserError('--resume %s: it does not say which model it is of; give --model, and --input_size where it is '
                         'not 224' % printable(path))
+    if use_ema and not content.get('model_ema'):
+        raise UserError('--resume %s holds no averaged weights (it was trained without --model_ema)' % printable(path))
+    state = content['model_ema'] if use_ema else inner_state(content, 'model|module|state_dict')[1]
+    state = layouts.from_any(strip_prefixes(state))[0]
     args = build_parser('').parse_args([])
+    foreign = 'model' not in told
+    if foreign:
+        told = _flags_of_weights(state)
     vars(args).update({name: value for name, value in told.items() if hasattr(args, name)})
     vars(args).update({name: value for name, value in given.items() if value is not None})
     if args.model not in modeling_finetune.MODELS:
         raise unknown('--model', args.model, modeling_finetune.MODELS)
-    if use_ema and not content.get('model_ema'):
-        raise UserError('--resume %s holds no averaged weights (it was trained without --model_ema)' % printable(path))
-    state = strip_prefixes(content['model_ema'] if use_ema else inner_state(content, 'model|module|state_dict')[1])
     if 'head.weight' not in state:
         raise UserError('--resume %s: it has no head, so it names no class; fine-tune it first' % printable(path))
     nb_classes = len(state['head.weight'])
@@ -67,6 +77,12 @@ def open_trained(source, use_ema=False, **given):
         model = build_model(args, nb_classes)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError('--resume %s: no model can be built of what it says (%s)' % (printable(path), error)) from None
+    if foreign:
+        fit_to_model(state, model)  # one table for all blocks; another --input_size
+        unused = sorted(set(state) - set(model.state_dict()))  # such as the mask token of pretraining
+        if unused:
+            distributed.say('Unused names in %s: %s' % (printable(path), ', '.join(unused[:8])))
+        state = {name: value for name, value in state.items() if name not in unused}
     problems = mismatches(state, model.state_dict())
     if problems:
         raise UserError('--resume %s: these are not the weights of --model %s: %s'
@@ -74,6 +90,13 @@ def open_trained(source, use_ema=False, **given):
     model.load_state_dict({name: value for name, value in state.items()
                            if not name.endswith('relative_position_index')}, strict=False)
     return Trained(model.eval(), _classes(content, nb_classes), augmentation.preprocessing(args), args, path)
+
+
+def _flags_of_weights(state):
+    """The flags that the names of a state dict tell: which positions, layer scale and pooling the network has."""
+    return dict(rel_pos_bias=any(name.endswith('relative_position_bias_table') for name in state),
+                abs_pos_emb='pos_embed' in state, use_mean_pooling='fc_norm.weight' in state,
+                layer_scale_init_value=0.1 if 'blocks.0.gamma_1' in state else 0.,)  # a start, which is loaded over
 
 
 def _classes(content, nb_classes):

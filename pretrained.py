@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import distributed
+import layouts
 from errors import UserError
 from safe_files import fetch
 from safe_files import read_checked as read
@@ -17,7 +18,9 @@ from safe_files import read_checked as read
 
 def check_finetune(source):
     """Raise a `UserError` where --finetune names a file that isn't there. Cheap, so that it can come first."""
-    if source and not re.match(r'[a-z]+://', source) and not os.path.isfile(source):
+    if source and os.path.isdir(source):
+        layouts.in_folder(source, '--finetune')
+    elif source and not re.match(r'[a-z]+://', source) and not os.path.isfile(source):
         raise UserError('--finetune %s: no such file; put the pretrained weights there (checkpoints/README.md says '
                         'where to get them), or train from scratch with --finetune=' % source)
 
@@ -29,7 +32,7 @@ def load_pretrained(model, source, model_key='model|module', model_prefix=''):
     positions are resized to the model's grid (the reference's rules).
 
     Args:
-        source (str): a file or an https URL.
+        source (str): a file, an https URL or a Hugging Face folder; of the reference, timm or Hugging Face.
         model_key (str): names divided by |; the first that the file holds is taken, else the file itself.
         model_prefix (str): what the file's names have in front, such as 'encoder.'; names without it are left out.
 
@@ -37,9 +40,9 @@ def load_pretrained(model, source, model_key='model|module', model_prefix=''):
         UserError: the file can't be read, or its weights are another model's; then it lists names and shapes.
     """
     check_finetune(source)
-    loaded = read(fetch(source, '--finetune'), '--finetune')
-    key, loaded = inner_state(loaded, model_key)
-    state = strip_prefixes(loaded, model_prefix)
+    path = layouts.in_folder(source, '--finetune') if os.path.isdir(source) else fetch(source, '--finetune')
+    key, loaded = inner_state(read(path, '--finetune'), model_key)
+    state, library = layouts.from_any(strip_prefixes(loaded, model_prefix))
     if not state:
         raise UserError('--finetune %s: holds no weights%s' % (
             source, ' with the prefix %r (--model_prefix)' % model_prefix if model_prefix else ''))
@@ -49,6 +52,7 @@ def load_pretrained(model, source, model_key='model|module', model_prefix=''):
     if problems:
         raise UserError('--finetune %s: these are not the weights of this --model: %s' % (source, problems))
     result = model.load_state_dict(state, strict=False)
+    key = ', '.join(filter(None, [key, library and 'names of %s' % library]))
     missing = [name for name in result.missing_keys if not name.endswith('relative_position_index')]
     distributed.say('Loaded %d of %d weights from %s%s' % (len(target) - len(result.missing_keys), len(target), source,
                                                  ' (%s)' % key if key else ''))

@@ -12,6 +12,7 @@ import inspect
 import os
 import pickle
 import re
+import shutil
 import types
 import urllib.request
 import warnings
@@ -232,6 +233,36 @@ def replacing(path):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)  # still there only where something failed, or the user interrupted
+
+
+@contextlib.contextmanager
+def replacing_folder(path):
+    """A new folder to write files to, which takes the name `path` only when all of them are whole and on the disk.
+
+    What goes wrong before leaves `path` as it was. A folder that stood there is then set aside and removed: a kill
+    between the two renames leaves it whole, as <path>.old-<process>, and none under the name.
+    """
+    path = path.rstrip(os.sep)
+    temporary, old = '%s.tmp-%d' % (path, os.getpid()), '%s.old-%d' % (path, os.getpid())
+    try:
+        os.mkdir(temporary)
+        yield temporary
+        for name in os.listdir(temporary):
+            with open(os.path.join(temporary, name), 'rb+') as file:
+                os.fsync(file.fileno())
+        _fsync_folder(temporary)
+        if os.path.isdir(path):
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if os.path.isdir(old):
+                os.replace(old, path)
+            raise
+        _fsync_folder(os.path.dirname(path) or '.')
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _fsync_folder(folder):
