@@ -250,7 +250,7 @@ class Usage:
             elif type(base) is str:
                 result.add(base + '.' + node.attr)
         self.use(node, [name for name in result if type(name) is str])
-        if 'fused' in node.attr and not bases:
+        if re.search('(^|_)fused', node.attr) and not bases:
             self.fused.append((node, self.path, node.attr))
         return frozenset(result)
 
@@ -283,7 +283,7 @@ class Usage:
                 self.probed.add(probe)
                 self.use(node, [probe], guarded=True)
             for attribute in arguments[1]:
-                if 'fused' in attribute and not any(type(base) is str for base in arguments[0]):
+                if re.search('(^|_)fused', attribute) and not any(type(base) is str for base in arguments[0]):
                     self.fused.append((node, self.path, str(attribute)))
             return frozenset()
         if name == 'getattr' and len(arguments) >= 2:
