@@ -23,10 +23,15 @@ import modeling_finetune
 import run_class_finetuning
 import run_predict
 import safe_files
-from conftest import NANO, ROOT, photo
+from conftest import NANO, ROOT, only_with, photo
 from errors import UserError
 from networks import build_model
 from test_multinode import free_port
+
+try:
+    from timm.models import beit
+except ImportError:
+    beit = None
 
 CLASSES = ['cat', 'dog', 'a "quoted", name', '猫', 'e', 'f', 'g', 'h', 'i', 'j']
 
@@ -102,14 +107,11 @@ def by_hand(path, size, resized):
 
 # ---- what is predicted
 
+@only_with('current', beit is not None, 'this timm has no BEiT')
 def test_probabilities_are_those_of_timm_on_images_that_pillow_prepared(large, photos, tmp_path):
-    beit = pytest.importorskip('timm.models.beit')
-    oracle = getattr(beit, 'Beit', None)
-    if oracle is None:
-        pytest.skip('NOT RUN: this timm has no Beit')
     options = dict(img_size=48, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=10, init_values=0.1,
                    use_abs_pos_emb=False, use_rel_pos_bias=True)
-    oracle = oracle(**options).eval()
+    oracle = beit.Beit(**options).eval()
     oracle.load_state_dict(large[1].state_dict(), strict=False)
     names = {name for name in large[1].state_dict() if not name.endswith('relative_position_index')}
     assert names == set(dict(oracle.named_parameters()))
@@ -129,7 +131,6 @@ def test_probabilities_are_those_of_timm_on_images_that_pillow_prepared(large, p
 
 
 def test_the_digits_accuracy_and_loss_are_those_of_the_evaluation(tmp_path, capfd):
-    pytest.importorskip('sklearn')
     make_checkpoint(tmp_path / 'digits.pth', '--input_size=32', classes=list('0123456789'))
     assert run_class_finetuning.run(NANO + ['--data_path=demo', '--eval', '--resume=%s' % (tmp_path / 'digits.pth'),
                                             '--no_index_cache']) == 0
@@ -172,12 +173,10 @@ def test_averaged_weights(tmp_path, photos):
     assert rows(tmp_path / 'plain.csv') != rows(tmp_path / 'ema.csv')
 
 
+@only_with('current', hasattr(torch, 'autocast'), 'this PyTorch has no autocast on a CPU')
 def test_half_precision_gives_nearly_the_same(large, photos, tmp_path):
     for name, flags in (('full', ()), ('half', ('--amp', '--opt_level=O1'))):
-        status = predict('--resume', large[0], photos, '--output', tmp_path / (name + '.csv'), '--top_k=1', *flags)
-        if status == 2 and flags and not hasattr(torch, 'autocast'):
-            pytest.skip('NOT RUN: this PyTorch has no autocast on a CPU')
-        assert status == 0
+        assert predict('--resume', large[0], photos, '--output', tmp_path / (name + '.csv'), '--top_k=1', *flags) == 0
     full, half = rows(tmp_path / 'full.csv'), rows(tmp_path / 'half.csv')
     assert full != half
     for one, other in zip(full, half):
@@ -237,7 +236,7 @@ def test_every_format_says_the_same(large, photos, tmp_path, capfdbinary):
         '%s %.1f %%' % (each['class'], 100 * each['probability']) for each in answers[0]['predictions']))
 
 
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='NOT RUN: names of other systems are text')
+@only_with('linux', sys.platform.startswith('linux'), 'names of other systems are text')
 def test_names_that_are_no_text_or_hold_newlines(large, tmp_path, capfd):
     folder = tmp_path / 'odd'
     folder.mkdir()
