@@ -102,7 +102,7 @@ class Report:
             matrix=found.matrix() if found and len(classes) <= report_page.HEAT_MAP_UP_TO else None,
             worst=self.look_up(found.worst) if found else [], best=self.look_up(found.best) if found else [],
             samples=self.samples, flags=[(name, text_of(value)) for name, value in sorted(vars(self.args).items())],
-            versions=[(name + ' version', text_of(value)) for name, value in self.about['versions'].items()]))
+            versions=[(name + ' version', text_of(value)) for name, value in run_files.versions().items()]))
         write_bytes(path, page.encode('utf-8', 'backslashreplace'))
         distributed.say('Report: %s' % path)
 
