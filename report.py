@@ -36,8 +36,7 @@ class Report:
         self.args, self.about, self.classes, self.val_set, self.prefix = args, about, classes, val_set, prefix
         self.train_set, self.has_log = train_set, not prefix
         self.curves = run_files.Curves(args.output_dir if args.curves and not prefix else '')
-        self.evaluated, self.newest, self.kept, self.samples = '', None, None, []
-        run_files.write_args(args, prefix + 'args.yaml')
+        self.evaluated, self.newest, self.kept, self.samples, self.has_args = '', None, None, [], False
 
     def begin(self, writer):
         """Before the first step: the augmented images, where somebody will look at them."""
@@ -62,7 +61,14 @@ class Report:
                                                        'checkpoint-best.pth' if is_best else
                                                        'after a resume; the best one was before')
         self.newest = None
+        self.write_args()
         self.curves.draw()
+
+    def write_args(self):
+        """Once, and not before an epoch is done: a run that is refused at its first step leaves nothing."""
+        if not self.has_args:
+            run_files.write_args(self.args, self.prefix + 'args.yaml')
+            self.has_args = True
 
     def of_weights(self, source):
         """After an evaluation of the weights in a file; where they lie in output_dir, its curves are shown too."""
@@ -75,6 +81,7 @@ class Report:
         Args:
             figures (dict): the run's result, for summary.json.
         """
+        self.write_args()
         self.curves.draw(is_last=True)
         figures = dict(figures, finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
         run_files.write_summary(self.args, dict(figures, **self.about), self.prefix + 'summary.json')
@@ -83,7 +90,8 @@ class Report:
 
     def is_complete(self):
         """Whether what `finish` writes is there."""
-        folder, names = self.args.output_dir, [self.prefix + 'summary.json'] + ['report.html'] * self.args.report
+        folder, names = self.args.output_dir, [self.prefix + 'args.yaml', self.prefix + 'summary.json']
+        names += ['report.html'] * self.args.report
         return not folder or all(os.path.isfile(os.path.join(folder, name)) for name in names)
 
     def write_page(self, figures):
@@ -103,7 +111,7 @@ class Report:
             matrix=found.matrix() if found and len(classes) <= report_page.HEAT_MAP_UP_TO else None,
             worst=self.look_up(found.worst) if found else [], best=self.look_up(found.best) if found else [],
             samples=self.samples, flags=[(name, text_of(value)) for name, value in sorted(vars(self.args).items())],
-            versions=[(name + ' version', text_of(value)) for name, value in self.about['versions'].items()]))
+            versions=[(name + ' version', text_of(value)) for name, value in run_files.versions().items()]))
         write_bytes(path, page.encode('utf-8', 'backslashreplace'))
         distributed.say('Report: %s' % path)
 

@@ -30,9 +30,9 @@ def write_args(args, name='args.yaml'):
 
 
 def write_summary(args, figures, name='summary.json'):
-    """output_dir/summary.json, by the first process: one object; what isn't a finite number is null."""
+    """output_dir/summary.json, by the first process: one object, versions too; what isn't a finite number is null."""
     if args.output_dir and distributed.is_main_process():
-        text = json.dumps(finite(figures), indent=2, allow_nan=False)
+        text = json.dumps(finite(dict(figures, versions=versions())), indent=2, allow_nan=False)
         with _no_matter():
             os.makedirs(args.output_dir, exist_ok=True)
             write_bytes(os.path.join(args.output_dir, name), (text + '\n').encode())
@@ -89,7 +89,7 @@ def environment(args, device, scaler, parameters, classes, train_set, val_set):
             'training_images': None if train_set is None else len(train_set),
             'validation_images': None if val_set is None else len(val_set), 'device': str(device),
             'device_name': backend.device_name(device), 'processes': distributed.world_size(),
-            'precision': scaler.description, 'versions': versions()}
+            'precision': scaler.description}
 
 
 # ---- curves
