@@ -136,6 +136,8 @@ def average(paths, use_ema=False):
     content = {'model': total, 'args': first['args'], 'averaged': [printable(os.path.basename(path)) for path in paths]}
     if isinstance(first['classes'], (list, tuple)):
         content['classes'] = list(first['classes'])
+    if 'activation' in first['about']:
+        content['activation'] = first['about']['activation']
     return content
 
 
@@ -159,6 +161,8 @@ def about_model(content):
     about = {'--' + name: args.get(name) for name in SAME if name in args}
     if isinstance(content.get('classes'), (list, tuple)):
         about['classes'] = list(content['classes'])
+    if content.get('activation') in ('softmax', 'sigmoid'):
+        about['activation'] = content['activation']
     return about
 
 

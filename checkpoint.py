@@ -27,7 +27,7 @@ MODEL_FLAGS = ('model', 'input_size', 'nb_classes', 'rel_pos_bias', 'abs_pos_emb
 
 # ---- saving
 
-def training_state(args, progress, model, optimizer, scaler, ema=None, classes=()):
+def training_state(args, progress, model, optimizer, scaler, ema=None, classes=(), activation='softmax'):
     """The dict that a checkpoint holds: model, optimizer, epoch, scaler, args, classes, and with an average model_ema.
 
     There is no state of random numbers in it: those of a step follow from seed, step and process (`utils.seed_step`).
@@ -36,6 +36,7 @@ def training_state(args, progress, model, optimizer, scaler, ema=None, classes=(
         progress (Progress): how far the run has come. `epoch` in the file is the last finished one, as in the
             reference's; where an epoch is under way, `progress` in the file says how much of it is done.
         classes (sequence of str): the names of the model's outputs.
+        activation (str): what makes probabilities of them, softmax or sigmoid.
     """
     content = {
         'model': _to_cpu(scaler.full_precision_state(model)),
@@ -44,6 +45,7 @@ def training_state(args, progress, model, optimizer, scaler, ema=None, classes=(
         'scaler': scaler.state_dict(),
         'args': dict(vars(args)),
         'classes': [printable(name) for name in classes],  # text: another machine may refuse a name's raw bytes
+        'activation': activation,
         'accuracy': dict(progress.best),
         'progress': {'steps': progress.steps, 'meters': progress.meters, 'run': dict(progress.run),
                      'files': progress.files, 'stale': progress.stale},

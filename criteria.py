@@ -18,6 +18,11 @@ from image_files import open_file
 LOSSES = ('auto', 'ce', 'bce')
 
 
+def activation(args, multi_label=False):
+    """What makes probabilities of the logits of a network that `build_criterion`'s loss trains."""
+    return 'sigmoid' if args.loss == 'bce' or multi_label else 'softmax'
+
+
 def build_criterion(args, mixup, weights=None, multi_label=False):
     """The loss of (logits (B, classes), what `mixup` gives, or class indices, or ones and zeros (B, classes)).
 

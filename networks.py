@@ -35,6 +35,7 @@ class Trained(typing.NamedTuple):
     preprocessing: dict  # see `augmentation.preprocessing`
     args: argparse.Namespace  # all flags, with the values that the checkpoint was trained with
     source: str  # the file
+    activation: str = 'softmax'  # what makes probabilities of its outputs; or sigmoid, each class for itself
 
 
 def open_trained(source, use_ema=False, **given):
@@ -89,7 +90,8 @@ def open_trained(source, use_ema=False, **given):
                         % (printable(path), args.model, problems))
     model.load_state_dict({name: value for name, value in state.items()
                            if not name.endswith('relative_position_index')}, strict=False)
-    return Trained(model.eval(), _classes(content, nb_classes), augmentation.preprocessing(args), args, path)
+    return Trained(model.eval(), _classes(content, nb_classes), augmentation.preprocessing(args), args, path,
+                   'sigmoid' if content.get('activation') == 'sigmoid' else 'softmax')
 
 
 def _flags_of_weights(state):

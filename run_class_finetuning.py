@@ -273,8 +273,8 @@ def main(args, signals):
     freeze_as_due(args, backend.unwrap(model), progress.epoch)
 
     mixup = augmentation.build_mixup(args, len(classes))
-    criterion = build_criterion(args, mixup, None if weights is None else weights.to(device),
-                                splits.is_multi_label(datasets.labelled(train_set)))
+    multi_label = splits.is_multi_label(datasets.labelled(train_set))
+    criterion = build_criterion(args, mixup, None if weights is None else weights.to(device), multi_label)
     lr_values, wd_values = build_schedules(args, steps_per_epoch)
     training = dict(model=distribute(model, device), criterion=criterion, data_loader=train_loader,
                     optimizer=optimizer, device=device, loss_scaler=scaler, max_norm=args.clip_grad, model_ema=ema,
@@ -284,7 +284,8 @@ def main(args, signals):
         engine.profile(os.path.join(args.output_dir or '.', 'prof'), cann=args.cann_prof, **training)
         return
     pilot = RunPilot(args, signals, progress, bad_images.BadImages(args.output_dir, args.max_bad_images), train_set,
-                     dict(model=model, optimizer=optimizer, scaler=scaler, ema=ema, classes=classes))
+                     dict(model=model, optimizer=optimizer, scaler=scaler, ema=ema, classes=classes,
+                          activation=criteria.activation(args, multi_label)))
     report = Report(args, environment, classes, train_set, val_set)
     with signals.finishing():
         fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report)

@@ -57,6 +57,7 @@ def metadata(trained):
         'pooling': 'mean of the patches' if trained.args.use_mean_pooling else 'class token',
         'input': 'float32 (batch, 3, height, width): RGB from 0 to 1, less mean, divided by std',
         'output': 'logits (batch, %d), in the order of classes' % len(trained.classes),
+        'activation': trained.activation,
     }
 
 
@@ -242,6 +243,7 @@ def huggingface_config(trained):
         use_relative_position_bias=block.attn.has_relative_position,
         use_shared_relative_position_bias=model.rel_pos_bias is not None,
         use_mean_pooling=model.fc_norm is not None, torch_dtype='float32',
+        problem_type='%s_label_classification' % ('multi' if trained.activation == 'sigmoid' else 'single'),
         id2label={str(label): name for label, name in enumerate(trained.classes)},
         label2id={name: label for label, name in enumerate(trained.classes)})
 

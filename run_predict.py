@@ -188,10 +188,12 @@ class Predictor:
     Args:
         loader (DeviceLoader): of `Pictures`, in the order of `stream`.
         painter (attention_maps.Painter or None).
+        activation (str): what makes probabilities of the network's outputs, softmax or sigmoid.
     """
 
-    def __init__(self, model, loader, stream, top_k, painter=None):
+    def __init__(self, model, loader, stream, top_k, painter=None, activation='softmax'):
         self.model, self.loader, self.stream, self.top_k, self.painter = model, loader, stream, top_k, painter
+        self.activation = activation
 
     def answers(self):
         """Yield a list of `Answer`s for each batch. They are read while the device computes the next."""
@@ -212,7 +214,8 @@ class Predictor:
             return batch, entries, None, None
         # Filled up as in an evaluation: kernels round otherwise for another number of rows.
         output = self.model(engine.fill_up(batch.images, self.loader))[:len(batch.images)].float()
-        top = output.softmax(-1).topk(min(self.top_k, output.shape[1]), dim=-1)
+        shares = output.sigmoid() if self.activation == 'sigmoid' else output.softmax(-1)
+        top = shares.topk(min(self.top_k, output.shape[1]), dim=-1)
         return batch, entries, top, None if self.painter is None else self.painter.recorder.take()
 
     def read(self, batch, entries, top, attended):
@@ -449,7 +452,8 @@ def main(args, stdout):
     painter = recorder and attention_maps.Painter(recorder, args.attention_dir, common_folder(args.inputs),
                                                   args.attention_heads)
     started = time.time()
-    read, left_out = report(Predictor(model.eval(), loader, stream, args.top_k, painter), args, stdout, trained, device)
+    predictor = Predictor(model.eval(), loader, stream, args.top_k, painter, trained.activation)
+    read, left_out = report(predictor, args, stdout, trained, device)
     seconds = time.time() - started
     distributed.say('%d image%s in %.1f s (%.0f images/s)%s%s%s' % (
         read, '' if read == 1 else 's', seconds, read / seconds, ', %d left out' % left_out if left_out else '',

@@ -256,6 +256,7 @@ def test_a_run_with_several_classes_learns_resumes_and_is_evaluated(several, tmp
                                             str(tmp_path / 'tb')]) == 0
     assert run_class_finetuning.run(base + ['--epochs=12', '--auto_resume']) == 0
     out = capsys.readouterr().out
+    assert checkpoint.read(os.path.join(output, 'checkpoint-best.pth'))['activation'] == 'sigmoid'
     assert 'exactly as if it had not been stopped' in out and 'Max mAP' in out
     figures = [line['test_mAP'] for line in lines_of(output)]
     assert len(figures) == 12 and max(figures) > 80.

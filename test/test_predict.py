@@ -36,7 +36,7 @@ except ImportError:
 CLASSES = ['cat', 'dog', 'a "quoted", name', '猫', 'e', 'f', 'g', 'h', 'i', 'j']
 
 
-def make_checkpoint(path, *flags, classes=CLASSES, ema=False):
+def make_checkpoint(path, *flags, classes=CLASSES, ema=False, **more):
     """A checkpoint of the nano model whose random weights give each image another answer; gives the model."""
     args = run_class_finetuning.build_parser().parse_args(['--model=beit_nano_patch8_32'] + list(flags))
     torch.manual_seed(3)
@@ -51,7 +51,7 @@ def make_checkpoint(path, *flags, classes=CLASSES, ema=False):
         return model
 
     model, average = random_model(), random_model()
-    content = {'model': model.state_dict(), 'args': vars(args), 'epoch': 0, 'classes': list(classes)}
+    content = dict(more, model=model.state_dict(), args=vars(args), epoch=0, classes=list(classes))
     safe_files.save(str(path), dict(content, model_ema=average.state_dict()) if ema else content)
     return average if ema else model
 
@@ -128,6 +128,16 @@ def test_probabilities_are_those_of_timm_on_images_that_pillow_prepared(large, p
             assert share == pytest.approx(float(expected[CLASSES.index(row['class_%d' % rank])]), abs=2e-5)
             assert rank == 1 or share <= float(row['probability_%d' % (rank - 1)])
     assert len({row['class_1'] for row in found}) > 1  # or the weights would tell nothing
+
+
+def test_each_class_has_a_probability_of_its_own_where_it_was_trained_so(photos, tmp_path):
+    model = make_checkpoint(tmp_path / 'labels.pth', '--input_size=48', activation='sigmoid')
+    assert predict('--resume', tmp_path / 'labels.pth', photos, '--output', tmp_path / 'out.csv', '--top_k=10') == 0
+    for row in rows(tmp_path / 'out.csv'):
+        with torch.no_grad():
+            expected = 1 / (1 + torch.exp(-model(by_hand(row['file'], 48, 54)[1])[0]))
+        assert {row['class_%d' % rank]: float(row['probability_%d' % rank]) for rank in range(1, 11)} == pytest.approx(
+            dict(zip(CLASSES, expected.tolist())), abs=2e-5)
 
 
 def test_the_digits_accuracy_and_loss_are_those_of_the_evaluation(tmp_path, capfd):
