@@ -182,6 +182,8 @@ def print_report(options, report, head, cells):
     print('%s; %s, %d cores, %d threads; Python %s, torch %s, torchvision %s, timm %s; %d pairs' % (
         hardware['device'], hardware['cpu'], hardware['cores'], hardware['threads'], versions['python'],
         versions['torch'], versions['torchvision'], versions['timm'], options.pairs))
+    if options.extra:
+        print('Ours with %s' % printable(' '.join(options.extra)))
     if options.pairs < ENOUGH_PAIRS:
         print('Fewer than %d pairs: a try, and no measurement' % ENOUGH_PAIRS)
     print()
@@ -505,7 +507,7 @@ def data_main(options, device):
                 raise UserError('--data_path %s: too few images for --images %d and --batch_size %d'
                                 % (printable(root), options.images, options.batch_size)) from None
             except UserError as error:
-                if options.data_path:
+                if options.data_path and not report.get('rows'):
                     raise
                 row['not_available'] = why_not(error)
             add_row(options, report, row)

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -205,7 +206,8 @@ def test_data(bench):
     try:
         fast_images.check_available()
     except benchmark.UserError:
-        missing = {'fast'}
+        missing = {'fast', 'fast, workers alone'}
+    assert [row['backend'] for row in report['rows']] == ['exact', 'fast', 'exact, workers alone', 'fast, workers alone']
     assert {row['backend'] for row in report['rows'] if 'not_available' in row} == missing
     for row in report['rows']:
         for name in ('ours', 'baseline', 'ratio') if row['backend'] not in missing else ():
@@ -235,6 +237,17 @@ def test_startup(bench):
 def test_a_tree_has_all_its_files(tmp_path):
     benchmark.make_tree(str(tmp_path / 'tree'), 250)
     assert [len(list(folder.iterdir())) for folder in sorted((tmp_path / 'tree').iterdir())] == [100, 100, 50]
+
+
+def test_script(bench):
+    """The script's own figure, from JPEG files, beside the step's."""
+    report, out = bench('script', '--pairs=1', '--steps=7', '--workers=1', '--input_size=48', *NANO)
+    row, = report['rows']
+    assert row['ratio']['median'] == pytest.approx(row['script']['median'] / row['step']['median'])
+    log = os.path.join(TEST_DIR, 'output', '0', 'train_0_perf.log')
+    with open(log, encoding='utf-8') as file:
+        assert 'images_per_second %.2f ' % row['script']['median'] in file.read()
+    assert re.match(r'the (loader|device) is the limit; ', row['limits'][0]) and ' is the limit' in out
 
 
 def test_scaling(bench):
