@@ -207,7 +207,8 @@ def test_data(bench):
         fast_images.check_available()
     except benchmark.UserError:
         missing = {'fast', 'fast, workers alone'}
-    assert [row['backend'] for row in report['rows']] == ['exact', 'fast', 'exact, workers alone', 'fast, workers alone']
+    assert [row['backend'] for row in report['rows']] == ['exact', 'fast', 'exact, workers alone',
+                                                          'fast, workers alone']
     assert {row['backend'] for row in report['rows'] if 'not_available' in row} == missing
     for row in report['rows']:
         for name in ('ours', 'baseline', 'ratio') if row['backend'] not in missing else ():
