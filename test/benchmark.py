@@ -634,7 +634,8 @@ def script_rate(options, setting, mode, root):
                           env=dict(os.environ, PYTHON=sys.executable), timeout=RUN_SECONDS)
     found = re.search(r'^Final Performance images/sec : ([\d.]+)', done.stdout, re.M)
     if done.returncode or not found:
-        raise UserError('test/train_performance_1p.sh failed: %s' % one_line((done.stderr.strip() or done.stdout.strip())[-300:]))
+        raise UserError('test/train_performance_1p.sh failed: %s' % one_line(
+            (done.stderr.strip() or done.stdout.strip())[-300:]))
     return float(found.group(1)), re.search(r'^Speed: (.*)', done.stdout, re.M).group(1)
 
 
