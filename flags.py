@@ -214,7 +214,8 @@ def build_parser(description=__doc__):
         help='pixels a side; any whole number of patches (224)')
     add('--drop', default=0., type=below_one, help='dropout, a share (0)')
     add('--attn_drop_rate', default=0., type=below_one, help='dropout on attention weights, a share (0)')
-    add('--drop_path', '--drop_decay', default=0.1, type=below_one, help='stochastic depth of the last block, a share (0.1)')
+    add('--drop_path', '--drop_decay', default=0.1, type=below_one,
+        help='stochastic depth of the last block, a share (0.1)')
     add('--skip_dropped', default='auto', choices=('auto', 'on', 'off'),
         help='on, off: no work on dropped images; auto: on a CPU, not compiled (auto)')
     switch(model, 'grad_checkpointing', False, 'compute the blocks again in the backward pass: less memory, slower')
