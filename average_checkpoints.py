@@ -1,15 +1,10 @@
 #!/usr/bin/env python3
 """Average the weights of several checkpoints of one model into one file, in float64.
 
-    python average_checkpoints.py --inputs out/checkpoint-8.pth out/checkpoint-9.pth --output avg.pth
-    python average_checkpoints.py --inputs out --best 5 --output avg.pth
-    python run_class_finetuning.py --eval --resume avg.pth --data_path /data/ImageNet2012 …
-
 The file holds model, args and classes, as a checkpoint does, without optimizer: it can be evaluated and given to
 --finetune.
 """
 
-import argparse
 import collections
 import json
 import math
@@ -22,28 +17,28 @@ import checkpoint
 import distributed
 import utils
 from errors import UserError, one_line, printable
-from flags import number
+from flags import OneLineParser, positive
 from pretrained import inner_state, mismatches, strip_prefixes
 
 SAME = ('model', 'input_size', 'use_mean_pooling', 'imagenet_default_mean_and_std', 'crop_pct')  # what one file says
 
+EXAMPLES = """examples:
+  python average_checkpoints.py --inputs out/checkpoint-8.pth out/checkpoint-9.pth --output avg.pth
+  python average_checkpoints.py --inputs out --best 5 --output avg.pth
+  python run_class_finetuning.py --eval --resume avg.pth --data_path /data/ImageNet2012
+"""
+
 
 def build_parser():
-    parser = argparse.ArgumentParser('average_checkpoints.py', description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _refuse
-    add = parser.add_argument
-    add('--inputs', nargs='+', required=True,
-        help='checkpoints, or folders, of which those after whole epochs are taken')
-    add('--output', required=True, help='the file to write; it must not be there yet')
-    add('--best', default=0, type=number(int, 1), help='take only so many, the best by the validation figures in the '
-        'log.txt beside them; all count alike (all)')
-    add('--use_ema', action='store_true', help='average the averaged weights (--model_ema), not the trained ones (off)')
+    parser = OneLineParser('average_checkpoints.py', '--inputs PATHS --output FILE [flags]', description=__doc__,
+                           epilog=EXAMPLES)
+    add = parser.add_argument_group('flags').add_argument
+    add('--inputs', nargs='+', default=[], help='checkpoints, or folders with some after whole epochs (none; needed)')
+    add('--output', default='', help='the file to write; it must not be there yet (empty; needed)')
+    add('--best', default=0, type=positive,
+        help='only so many, the best by the log.txt beside them; all count alike (all)')
+    add('--use_ema', action='store_true', help='the averaged weights of --model_ema, not the trained ones (off)')
     return parser
-
-
-def _refuse(message):
-    raise UserError(message)
 
 
 # ---- which files
@@ -180,6 +175,9 @@ def check_alike(path, state, about, first_path, first_state, first_about):
 
 
 def main(args):
+    for flag in ('inputs', 'output'):
+        if not getattr(args, flag):
+            raise UserError('--%s is missing; see --help' % flag)
     if os.path.lexists(args.output):
         raise UserError('--output %s: there is something of that name; choose another' % printable(args.output))
     utils.check_writable('--output', os.path.dirname(args.output) or '.')

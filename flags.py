@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import sys
+import textwrap
 
 import augmentation
 import backend
@@ -21,8 +22,45 @@ import utils
 from errors import UserError, nearest, printable, unknown
 
 
+EXAMPLES = """examples:
+  try it on handwritten digits, a minute on a CPU:
+    bash test/train_full_1p.sh --data_path=demo
+  fine-tune pretrained weights on your own class folders, and look at the outcome in out/report.html:
+    python run_class_finetuning.py --data_path DIR --finetune checkpoints/beit_base_patch16_224_pt22k_ft22k.pth \\
+        --lr 2e-5 --layer_decay 0.85 --weight_decay 1e-8 --output_dir out --report
+  go on after it was stopped:
+    python run_class_finetuning.py --config out/args.yaml --auto_resume
+  evaluate its best checkpoint:
+    python run_class_finetuning.py --config out/args.yaml --eval --resume out
+
+models:
+%s
+
+optimizers (lookahead_ may stand before one):
+%s
+""" % tuple(textwrap.fill(', '.join(names), 118, initial_indent='  ', subsequent_indent='  ')
+            for names in (modeling_finetune.MODELS, optim_factory.OPTIMIZERS))
+
+
+class OneLineHelp(argparse.RawDescriptionHelpFormatter):
+    """Help in which a flag is one line of at most 118 columns: its names, what it does, its default in brackets."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=42, width=118)
+
+    def _format_action_invocation(self, action):
+        return ', '.join(action.option_strings) or action.dest
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and which knows what an unknown flag may have meant."""
+    """A parser whose help and errors are one line each, and which knows what an unknown flag may have meant.
+
+    --help shows `usage` instead of all flags in brackets.
+    """
+
+    def __init__(self, prog, usage, **given):
+        super().__init__(prog, usage='python %s %s' % (prog, usage), allow_abbrev=False,
+                         formatter_class=OneLineHelp, **given)
 
     def error(self, message):
         raise UserError(message)
@@ -124,15 +162,15 @@ below_one = number(float, 0, 0.999)
 
 def switch(group, name, default, help_text, off=None):
     """A boolean flag: --name turns it on, --no_name (or `off`) turns it off."""
+    off = off or 'no_' + name
     group.add_argument('--' + name, action='store_true', default=default,
-                       help='%s (%s)' % (help_text, 'on' if default else 'off'))
-    group.add_argument('--' + (off or 'no_' + name), action='store_false', dest=name, help=argparse.SUPPRESS
-                       if not default else 'turns --%s off' % name)
+                       help='%s (%s)' % (help_text, 'on; off by --' + off if default else 'off'))
+    group.add_argument('--' + off, action='store_false', dest=name, help=argparse.SUPPRESS)
 
 
 def build_parser(description=__doc__):
-    parser = OneLineParser('run_class_finetuning.py', description=description, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser('run_class_finetuning.py', '--data_path DIR [flags]', description=description,
+                           epilog=EXAMPLES)
 
     run = parser.add_argument_group('run')
     add = run.add_argument
@@ -143,43 +181,43 @@ def build_parser(description=__doc__):
     add('--save_ckpt_steps', default=0, type=whole, help='update steps between checkpoints in mid-epoch; 0: none (0)')
     add('--save_ckpt_minutes', default=0., type=rate, help='minutes between them; 0: none (0)')
     add('--keep_checkpoints', default=0, type=whole,
-        help='keep the newest so many of each kind; 1 leaves none for where it is damaged; 0: all epochs, 2 in '
-        'mid-epoch (0)')
+        help='only the newest so many of each kind; 0: all epochs, 2 in mid-epoch (0)')
     switch(run, 'deterministic', False, 'the same bits from the same command twice, on the same machine')
     add('--on_nonfinite', default='stop', choices=('stop', 'skip'),
-        help='a loss or gradient that is infinite or not a number: stop, or skip that update (stop)')
+        help='loss or gradient infinite or no number: stop, or skip that update (stop)')
     add('--seed', default=0, type=number(int, 0, 2 ** 62), help='seed of every random number (0)')
     add('--num_workers', default=10, type=number(int, 0, 1024),
         help='loader processes per device; 0 loads in the main one (10)')
-    switch(run, 'pin_mem', True, 'page-locked memory for batches on their way to npu or cuda')
+    switch(run, 'pin_mem', True, 'page-locked memory for batches to npu or cuda')
     add('--max_train_samples', default=0, type=whole,
-        help='train on so many of the training images, the same in every epoch; the seed chooses; 0: all (0)')
+        help='train on so many images, the same in every epoch; 0: all (0)')
     add('--val_interval', default=1, type=positive, help='evaluate after each so many epochs, and the last (1)')
     add('--early_stop', default=0, type=whole,
         help='stop after so many evaluations in a row without a new best; 0: never (0)')
     add('--start_epoch', default=0, type=whole, help='first epoch, where no checkpoint says it (0)')
     add('--device', default='auto', help='auto (npu, cuda, cpu: the first present), npu, cuda, cpu, cuda:1 … (auto)')
     add('--jit_compile', default='auto', choices=('auto', 'on', 'off'),
-        help='npu: compile operators for the shapes met; auto: on for 910A, off for 910B (auto)')
+        help='npu: compile operators; auto: on for 910A, off for 910B; on, off (auto)')
     add('--maxstep', default=0, type=whole, help='stop after exactly this many update steps; 0: no limit (0)')
-    switch(run, 'prof', False, 'profile a few updates, write a Chrome trace into output_dir/prof, and stop')
+    switch(run, 'prof', False, 'profile a few updates, write a trace into output_dir/prof, stop')
     switch(run, 'cann_prof', False, 'likewise through torch_npu\'s profiler')
 
     model = parser.add_argument_group('model')
     add = model.add_argument
-    add('--model', default='beit_base_patch16_224', help='one of %s' % ', '.join(modeling_finetune.MODELS))
+    add('--model', default='beit_base_patch16_224', help='name; the models stand below (beit_base_patch16_224)')
     switch(model, 'rel_pos_bias', True, 'relative position bias in every block', off='disable_rel_pos_bias')
     switch(model, 'abs_pos_emb', False, 'learned absolute positions')
     add('--attention', default='auto', choices=('auto', 'fused', 'plain'),
-        help='auto: on npu and cuda fused, where it agrees with plain attention; fused: that, or an error (auto)')
+        help='auto: fused on npu, cuda, where it agrees with plain; fused; plain (auto)')
     add('--layer_scale_init_value', default=0.1, type=rate, help='0.1 for base, 1e-5 for large, 0 for none (0.1)')
     add('--input_size', default=224, type=number(int, 1, 8192),
         help='pixels a side; any whole number of patches (224)')
-    add('--drop', default=0., type=below_one, help='dropout (0)')
-    add('--attn_drop_rate', default=0., type=below_one, help='dropout on attention weights (0)')
-    add('--drop_path', '--drop_decay', default=0.1, type=below_one, help='stochastic depth of the last block (0.1)')
+    add('--drop', default=0., type=below_one, help='dropout, a share (0)')
+    add('--attn_drop_rate', default=0., type=below_one, help='dropout on attention weights, a share (0)')
+    add('--drop_path', '--drop_decay', default=0.1, type=below_one,
+        help='stochastic depth of the last block, a share (0.1)')
     add('--skip_dropped', default='auto', choices=('auto', 'on', 'off'),
-        help='stochastic depth leaves out the work on dropped images; auto: on a CPU, without --compile (auto)')
+        help='on, off: no work on dropped images; auto: on a CPU, not compiled (auto)')
     switch(model, 'grad_checkpointing', False, 'compute the blocks again in the backward pass: less memory, slower')
     switch(model, 'compile', False, 'compile the model with torch.compile; the first steps take minutes')
     switch(model, 'model_ema', False, 'keep and evaluate a moving average of the weights')
@@ -189,8 +227,7 @@ def build_parser(description=__doc__):
 
     optimizer = parser.add_argument_group('optimizer')
     add = optimizer.add_argument
-    add('--opt', default='adamw', help='adamw, on an NPU npufusedadamw; also %s, or lookahead_ before one'
-        % ', '.join(name for name in optim_factory.OPTIMIZERS if name not in ('adamw', 'npufusedadamw')))
+    add('--opt', default='adamw', help='name; the optimizers stand below; on an NPU npufusedadamw (adamw)')
     add('--opt_eps', default=1e-8, type=number(float, 0, above=True), help='epsilon (1e-8)')
     add('--opt_betas', default=None, type=below_one, nargs='+', help='betas (the optimizer\'s own)')
     add('--clip_grad', default=None, type=rate, help='clip the gradients\' norm to this (no clipping)')
@@ -210,33 +247,35 @@ def build_parser(description=__doc__):
     add('--color_jitter', default=0.4, type=number(float, 0, 1000), help='strength, where --aa is none (0.4)')
     add('--aa', default='rand-m9-mstd0.5-inc1', help='AutoAugment policy or none (rand-m9-mstd0.5-inc1)')
     add('--hflip', default=0.5, type=share, help='share of images that are mirrored (0.5)')
-    add('--loss', default='auto', choices=criteria.LOSSES, help='ce, cross entropy; bce, a binary cross entropy for '
-        'each class; auto: bce where images have several classes, else ce (auto)')
-    add('--class_weights', default='', help='balanced: rare classes weigh more; or a CSV or JSON file of class and '
-        'weight; empty: all weigh the same')
+    add('--loss', default='auto', choices=criteria.LOSSES,
+        help='ce, bce (a binary one for each class); auto: bce for many labels (auto)')
+    add('--class_weights', default='', help='balanced: rare ones weigh more; or a CSV or JSON file (all the same)')
     add('--smoothing', default=0.1, type=below_one, help='label smoothing (0.1)')
     add('--train_interpolation', default='bicubic', choices=augmentation.INTERPOLATIONS,
-        help='of random crops (bicubic)')
+        help='of random crops: random, bilinear, bicubic, lanczos (bicubic)')
     add('--crop_pct', default=None, type=number(float, 0, 1, above=True),
-        help='share of the resized image that evaluation crops (224/256; 1.0 from 384 pixels on)')
+        help='share of the resized image to evaluate (224/256; from 384 pixels on 1.0)')
     add('--reprob', default=0.25, type=share, help='share of images with random erasing (0.25)')
-    add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what erasing writes (pixel)')
+    add('--remode', default='pixel', choices=('const', 'rand', 'pixel'),
+        help='what erasing writes: const, rand, pixel (pixel)')
     add('--recount', default=1, type=positive, help='how many areas it erases (1)')
     switch(augmenting, 'resplit', False, 'refused: it needs augmentation splits, which this recipe does not have')
     add('--mixup', default=0., type=rate, help='mixup alpha; 0 is off (0)')
     add('--cutmix', default=0., type=rate, help='cutmix alpha; 0 is off (0)')
-    add('--cutmix_minmax', default=None, type=share, nargs=2, help='bounds of cutmix\'s area, instead of its alpha')
+    add('--cutmix_minmax', default=None, type=share, nargs=2,
+        help='bounds of cutmix\'s area, two shares, instead of its alpha (none)')
     add('--mixup_prob', default=1., type=share, help='share of batches that are mixed (1)')
     add('--mixup_switch_prob', default=0.5, type=share, help='share of these with cutmix, where both are on (0.5)')
-    add('--mixup_mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares one mix (batch)')
+    add('--mixup_mode', default='batch', choices=('batch', 'pair', 'elem'),
+        help='what shares one mix: batch, pair, elem (batch)')
 
     finetuning = parser.add_argument_group('fine-tuning')
     add = finetuning.add_argument
-    add('--finetune', default='', help='pretrained weights, a file or an https URL; empty trains from scratch')
+    add('--finetune', default='', help='pretrained weights, a file or an https URL (empty: from scratch)')
     add('--model_key', default='model|module', help='where the file keeps them; the first found (model|module)')
-    add('--model_prefix', default='', help='what their names have in front')
+    add('--model_prefix', default='', help='what their names have in front (empty)')
     add('--init_scale', default=0.001, type=rate, help='factor on the head\'s initial weights (0.001)')
-    switch(finetuning, 'use_mean_pooling', True, 'pool by the mean of the patches; --use_cls: class token',
+    switch(finetuning, 'use_mean_pooling', True, 'pool by the mean of the patches, not the class token',
            off='use_cls')
     switch(finetuning, 'freeze_backbone', False, 'train the head alone (linear probing)')
     add('--unfreeze_epoch', default=0, type=whole, help='with it: train all from this epoch on, counted from 0; '
@@ -245,55 +284,49 @@ def build_parser(description=__doc__):
 
     data = parser.add_argument_group('data')
     add = data.add_argument
-    add('--data_path', default='', help='folder with train/ and val/ of class folders; or demo: handwritten digits')
-    add('--eval_data_path', default=None, help='class folders to evaluate on, instead of data_path/val')
-    add('--train_csv', default='', help='CSV file of the training images, path,label or path,label;label, instead of '
-        'folders; paths begin at data_path, or where the file is')
-    add('--val_csv', default='', help='likewise of the validation images')
+    add('--data_path', default='', help='folder with train/ and val/ of class folders; or demo: digits (empty)')
+    add('--eval_data_path', default=None, help='class folders to evaluate on, instead of data_path/val (none)')
+    add('--train_csv', default='', help='list of training images: path,label or path,label;label (empty)')
+    add('--val_csv', default='', help='likewise of the validation images (empty)')
     add('--val_split', default=0., type=number(float, 0, 0.9),
-        help='share of the training images, of each class, to evaluate on, where there are none for that; the seed '
-        'chooses (0)')
+        help='share of each class to evaluate on, where there is no val (0)')
     add('--nb_classes', default=0, type=whole, help='checked against the folders; 0 takes their number (0)')
     switch(data, 'imagenet_default_mean_and_std', False, 'ImageNet\'s mean and deviation instead of 0.5')
-    add('--data_set', default='IMNET', help='IMNET (train/ and val/), image_folder (data_path and eval_data_path are '
-        'the class folders) or CIFAR (CIFAR-100\'s archive, unpacked) (IMNET)')
+    add('--data_set', default='IMNET', help='IMNET (train/, val/), image_folder (class folders), CIFAR (100) (IMNET)')
 
     add('--data_backend', default='exact', choices=augmentation.BACKENDS,
-        help='of training: exact, the reference\'s pixels; fast: decoding and crops by torchvision, pixels differ a '
-        'little (exact)')
-    add('--eval_data_backend', default='exact', choices=augmentation.BACKENDS, help='of evaluation (exact)')
+        help='exact, the reference\'s pixels; fast, by torchvision, nearly so (exact)')
+    add('--eval_data_backend', default='exact', choices=augmentation.BACKENDS,
+        help='the same of evaluation: exact, fast (exact)')
     add('--bad_images', default='error', choices=('error', 'skip'),
-        help='a file that cannot be read: error, or skip: leave it out, list it in output_dir/bad_images.txt (error)')
+        help='a file that cannot be read: error, or skip: leave out and list it (error)')
     add('--max_bad_images', default=0.001, type=share, help='with skip, the share of bad files to stop at (0.001)')
-    switch(data, 'index_cache', True, 'keep the list of image files for the next start, beside the class folders or in '
-           'output_dir')
+    switch(data, 'index_cache', True, 'keep the list of files for the next start')
     switch(data, 'check_data', False, 'decode every image, report those that cannot be read, and stop')
 
     output = parser.add_argument_group('output')
     add = output.add_argument
-    add('--output_dir', default='', help='folder for checkpoints and log.txt; empty writes none')
+    add('--output_dir', default='', help='folder for checkpoints, log.txt and the like (empty: none)')
     add('--config', default=None, metavar='FILE',
-        help='take flags from a file, such as a run\'s args.yaml; those given here win (none)')
-    switch(output, 'curves', True, 'draw output_dir/curves.png after each epoch, at most every 20 s')
-    switch(output, 'report', False, 'write output_dir/report.html at the end: curves, classes, confusions, images')
-    add('--log_dir', default=None, help='folder for TensorBoard')
-    add('--resume', default='', help='checkpoint, or the folder that holds it (newest; for --eval the best)')
+        help='flags from a file, such as a run\'s args.yaml; those given here win (none)')
+    switch(output, 'curves', True, 'draw output_dir/curves.png, every 20 s at most')
+    switch(output, 'report', False, 'write output_dir/report.html: curves, classes, confusions, images')
+    add('--log_dir', default=None, help='folder for TensorBoard (none)')
+    add('--resume', default='', help='checkpoint, or its folder: the newest; to evaluate the best (empty)')
     switch(output, 'auto_resume', False, 'resume the newest checkpoint of output_dir, where there is one')
     switch(output, 'save_ckpt', True, 'write checkpoints')
     switch(output, 'eval', False, 'evaluate --resume, and nothing else')
     switch(output, 'test_flip', False, 'evaluate on the mean of the logits of an image and of its mirror image')
-    add('--results_file', default='', help='with --eval: write the figures there, .csv or .json; the latter with the '
-        'accuracy of each class')
-    add('--real_labels', default='', help='with --eval: a JSON list of the right classes of each of ImageNet\'s '
-        'validation images, whose accuracy is printed too')
+    add('--results_file', default='', help='with --eval: a file for the figures, .csv or .json (empty)')
+    add('--real_labels', default='', help='with --eval: JSON list of ImageNet\'s reassessed labels (empty)')
     switch(output, 'dist_eval', False, 'share the evaluation among the processes, every image exactly once')
 
     halves = parser.add_argument_group('precision')
     add = halves.add_argument
     switch(halves, 'amp', False, 'mixed precision, by apex where it is installed, else by PyTorch')
     add('--opt_level', default='O2', choices=backend.OPT_LEVELS, metavar='O0|O1|O2',
-        help='O0 float32, O1 autocast, O2 half-precision weights with float32 masters (O2); also --opt-level')
-    add('--amp_dtype', default=None, choices=backend.AMP_DTYPES, help='(float16; on a CPU bfloat16)')
+        help='O0 float32; O1 autocast; O2 half weights, float32 masters (O2)')
+    add('--amp_dtype', default=None, choices=backend.AMP_DTYPES, help='float16, bfloat16 (float16; on a CPU bfloat16)')
     add('--loss_scale', default=None, type=loss_scale, help='a number, or dynamic (128 for float16, else 1)')
 
     distributed = parser.add_argument_group('distributed')

@@ -1,14 +1,10 @@
 #!/usr/bin/env python3
 """Write a trained BEiT in the form that other programs read: ONNX, TorchScript, torch.export, timm, Hugging Face.
 
-    python run_export.py --resume out --format onnx
-    python run_export.py --resume out/checkpoint-best.pth --format huggingface --output my_model
-
 Classes, input size, pooling and how images are prepared come from the checkpoint, and go into what is written. It is
 compared with the checkpoint's own network first; where the two differ, nothing is written.
 """
 
-import argparse
 import contextlib
 import inspect
 import io
@@ -372,16 +368,17 @@ def _need(name, what):
 # ---- the program
 
 def build_parser():
-    parser = OneLineParser('run_export.py', description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser('run_export.py', '--resume PATH --format FORMAT [flags]', description=__doc__,
+                           epilog=EXAMPLES)
     parser.set_defaults(auto_resume=False)  # which belongs to training, and is looked at for all
     add = parser.add_argument_group('what to export').add_argument
-    add('--resume', default='', help='the checkpoint, or the folder that holds it (its best is taken)')
+    add('--resume', default='', help='checkpoint, or its folder, of which the best is taken (empty; needed)')
     add('--use_ema', action='store_true', help='the averaged weights of --model_ema (off)')
-    add('--model', default=None, help='where the file does not say it: %s' % ', '.join(modeling_finetune.MODELS))
-    add('--input_size', default=None, type=number(int, 1, 8192), help='likewise, in pixels a side (224)')
+    add('--model', default=None, help='name, where the file does not say it (the file\'s)')
+    add('--input_size', default=None, type=number(int, 1, 8192),
+        help='likewise, in pixels a side (the file\'s, else 224)')
     add = parser.add_argument_group('how').add_argument
-    add('--format', default='', help=', '.join(FORMATS))
+    add('--format', default='', help='%s (empty; needed)' % ', '.join(FORMATS))
     add('--output', default='', help='file, for huggingface a folder (beside the checkpoint, by its name)')
     add('--overwrite', action='store_true', help='replace what is there (off)')
     add('--opset', default=None, type=number(int, 7, 99), help='of onnx (%d, or the newest that works)' % OPSETS[0])

@@ -67,15 +67,15 @@ class Parser(OneLineParser):
 
 
 def build_parser():
-    parser = Parser('run_predict.py', description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser('run_predict.py', '--resume PATH IMAGES [flags]', description=__doc__, epilog=EXAMPLES)
     parser.add_argument('images', nargs='*', default=[],
-                        help='image files, folders (with all that is in them) and quoted patterns')
+                        help='files, folders (with all that is in them), quoted patterns (none)')
 
     given = parser.add_argument_group('what')
     add = given.add_argument
-    add('--resume', default='', help='checkpoint, or the folder that holds it (of which the best is taken)')
-    add('--input', nargs='+', action='append', default=[], help='images, folders and patterns, as those without a flag')
+    add('--resume', default='', help='checkpoint, or its folder, of which the best is taken (empty; needed)')
+    add('--input', nargs='+', action='append', default=[],
+        help='images, folders and patterns, as those without a flag (none)')
     switch(given, 'use_ema', False, 'the averaged weights of the checkpoint')
     add('--bad_images', default='error', choices=('error', 'skip'),
         help='a file that cannot be read: error, or skip: say so and leave it out (error)')
@@ -83,11 +83,11 @@ def build_parser():
     output = parser.add_argument_group('results')
     add = output.add_argument
     add('--top_k', default=5, type=positive, help='classes for each image, the likeliest first (5)')
-    add('--output', default='', help='file to write instead of printing; - is standard output, for programs')
-    add('--format', default=None, choices=sorted(FORMATS), help='of --output (by its ending; of - jsonl)')
+    add('--output', default='', help='file to write instead of printing; - is standard output (empty)')
+    add('--format', default=None, choices=sorted(FORMATS),
+        help='of --output: csv, json, jsonl (by its ending; of - jsonl)')
     add('--attention', default=None, metavar='cls|mean', choices=('auto',) + attention_maps.KINDS,
-        help='write pictures of where the class token (cls) or the patches on average (mean) look; without a value '
-        'the one that the model pools by (none)')
+        help='pictures of where it looks: cls, mean; no value: as it pools (none)')
     add('--attention_block', default=None, type=number(int), help='the block that is looked at, from 1 (the last)')
     switch(output, 'attention_heads', False, 'a picture for each head, too')
     add('--attention_dir', default='', help='folder for these pictures (attention, beside --output or here)')
@@ -97,12 +97,12 @@ def build_parser():
     add('--device', default='auto', help='auto (npu, cuda, cpu: the first present), npu, cuda, cpu, cuda:1 … (auto)')
     add('--batch_size', default=64, type=positive, help='images per device at a time (64)')
     add('--num_workers', default=None, type=number(int, 0, 1024),
-        help='loader processes per device; 0 loads in the main one (one per core, up to 8; 0 for a single batch)')
-    switch(running, 'pin_mem', True, 'page-locked memory for batches on their way to npu or cuda')
+        help='loader processes per device (one per core, up to 8; 0 for one batch)')
+    switch(running, 'pin_mem', True, 'page-locked memory for batches to npu or cuda')
     switch(running, 'amp', False, 'mixed precision, as in evaluation')
     add('--opt_level', '--opt-level', default='O2', choices=backend.OPT_LEVELS, metavar='O0|O1|O2',
         help='O0 float32, O1 autocast, O2 half-precision weights (O2)')
-    add('--amp_dtype', default=None, choices=backend.AMP_DTYPES, help='(float16; on a CPU bfloat16)')
+    add('--amp_dtype', default=None, choices=backend.AMP_DTYPES, help='float16, bfloat16 (float16; on a CPU bfloat16)')
     add('--data_backend', default='exact', choices=augmentation.BACKENDS,
         help='exact, or fast: JPEG files by torchvision, pixels differ a little (exact)')
 
@@ -111,7 +111,7 @@ def build_parser():
     add('--model', default=None, help='name of the model (the checkpoint\'s)')
     add('--input_size', default=None, type=number(int, 1, 8192), help='pixels a side (the checkpoint\'s, else 224)')
     add('--crop_pct', default=None, type=number(float, 0, 1, above=True),
-        help='share of the resized image that is cropped (the checkpoint\'s, else 224/256, from 384 pixels on 1)')
+        help='share of the resized image that is cropped (the checkpoint\'s)')
 
     launched = parser.add_argument_group('distributed')
     add = launched.add_argument
