@@ -209,7 +209,8 @@ def check_manifests(args):
     """Raise a `UserError` where --train_csv or --val_csv can't be."""
     for flag, path in (('--train_csv', args.train_csv), ('--val_csv', args.val_csv)):
         if path and not os.path.isfile(path):
-            raise UserError('%s %s: no such file' % (flag, printable(path)))
+            raise UserError('%s %s: %s; give a CSV file with a path,label a line' % (
+                flag, printable(path), 'is a folder' if os.path.isdir(path) else 'no such file'))
         if path and args.data_set == 'CIFAR':
             raise UserError('%s %s: --data_set CIFAR has no image files to list; leave one of the two out'
                             % (flag, printable(path)))
@@ -313,8 +314,12 @@ def build_datasets(args, device=None, classes=None):
                         % printable(args.train_csv))
     if train_classes and val_classes and train_classes != val_classes:
         only = [('train', set(train_classes) - set(val_classes)), ('val', set(val_classes) - set(train_classes))]
-        raise UserError('--data_path: train and val must name the same classes; %s' % '; '.join(
-            'only in %s: %s' % (split, ', '.join(map(printable, sorted(names)[:5]))) for split, names in only if names))
+        differ = '; '.join('only in %s: %s' % (split, ', '.join(map(printable, sorted(names)[:5])))
+                           for split, names in only if names)
+        if args.train_csv and not args.val_csv:
+            raise UserError('--train_csv %s: its classes are not those of the validation folders (%s); give --val_csv, '
+                            'the images to evaluate with these' % (printable(args.train_csv), differ))
+        raise UserError('--data_path: train and val must name the same classes; %s' % differ)
     classes = train_classes or val_classes
     if train is not None and args.max_train_samples:
         train = take_fewer(train, args)

@@ -104,8 +104,9 @@ def read(flag, path, root, loss, classes=None, multi_label=None, device=None, mu
         for label in each:
             if label not in numbers:
                 near = ' or '.join(map(printable, nearest(label, known)))
-                raise file.error(line, 'the label %s is none of the %d classes of the training images%s' % (
-                    printable(label), len(known), '; did you mean %s?' % near if near else ''))
+                raise file.error(line, 'the label %r is none of the %d classes of the training images; %s' % (
+                    printable(label), len(known), 'did you mean %s?' % near if near else
+                    'list training images of it, or mend it'))
     root = root or os.path.dirname(path)
     if must_exist:
         distributed.from_first(lambda alive: _check_images(file, root, lines, alive), device)

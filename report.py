@@ -34,7 +34,7 @@ class Report:
 
     def __init__(self, args, about, classes, train_set, val_set, prefix=''):
         self.args, self.about, self.classes, self.val_set, self.prefix = args, about, classes, val_set, prefix
-        self.train_set, self.has_log = train_set, not prefix
+        self.train_set, self.has_log, self.page = train_set, not prefix, prefix + 'report.html'
         self.curves = run_files.Curves(args.output_dir if args.curves and not prefix else '')
         self.evaluated, self.newest, self.kept, self.samples, self.has_args = '', None, None, [], False
 
@@ -91,11 +91,11 @@ class Report:
     def is_complete(self):
         """Whether what `finish` writes is there."""
         folder, names = self.args.output_dir, [self.prefix + 'args.yaml', self.prefix + 'summary.json']
-        names += ['report.html'] * self.args.report
+        names += [self.page] * self.args.report
         return not folder or all(os.path.isfile(os.path.join(folder, name)) for name in names)
 
     def write_page(self, figures):
-        path = os.path.join(self.args.output_dir, 'report.html')
+        path = os.path.join(self.args.output_dir, self.page)
         log = run_files.read_log(self.args.output_dir) if self.has_log else []
         plots, hint = svg_plots(log)
         found = self.kept
@@ -181,6 +181,8 @@ def augmented_samples(args, train_set, classes):
 
 def caption(classes, target, shares, smoothing):
     """The class of an image, or those that are mixed in it, with their shares."""
+    if isinstance(target, list):  # of several classes, or of none
+        return ', '.join(str(name) for name, share in zip(classes, target) if share > 0.5) or 'none'
     if shares is None:
         return str(classes[target])
     part = smoothing / len(classes)

@@ -172,6 +172,7 @@ def resume(args, model, optimizer, scaler, ema, device, run):
     source, content = checkpoint.find_together(args, device)
     if content is None:
         return source, checkpoint.Progress(args.start_epoch, run=run)
+    checkpoint.check_same_split(source, content, args)
     progress = checkpoint.resume_training(source, content, model, optimizer, scaler, ema)
     changes = checkpoint.differences(content, args, run)
     if progress.steps and progress.run.get('total_batch') != run['total_batch']:

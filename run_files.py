@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-import subprocess
+import re
 import time
 
 import torch
@@ -65,22 +65,37 @@ def versions():
 
 
 def own_version():
-    """This project's: of git where it is a clone, else the newest of CHANGELOG.md, or None."""
-    try:
-        top, said = subprocess.run(['git', '-C', HERE, 'rev-parse', '--show-toplevel'], stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, timeout=10), None
-        if top.returncode == 0 and os.path.realpath(top.stdout.decode().strip()) == os.path.realpath(HERE):
-            said = subprocess.run(['git', '-C', HERE, 'describe', '--always', '--dirty', '--tags'], timeout=10,
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        if said is not None and said.returncode == 0:
-            return said.stdout.decode().strip()
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        pass  # no git, or one that takes too long
-    try:
-        with open(os.path.join(HERE, 'CHANGELOG.md'), encoding='utf-8') as file:
-            return next((line.split(']')[0][4:] for line in file if line.startswith('## [')), None)
-    except OSError:
-        return None
+    """This project's newest of CHANGELOG.md and, in a clone, the commit: '0.4.0+g1a2b3c4'; None where neither is there.
+
+    git itself is not asked: a process that trains with others must not fork.
+    """
+    version, commit = '', ''
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(HERE, 'CHANGELOG.md'), encoding='utf-8') as file:
+        version = next((line.split(']')[0][4:] for line in file if re.match(r'## \[\d', line)), '')
+    with contextlib.suppress(OSError, ValueError):
+        commit = _commit(os.path.join(HERE, '.git'))
+    return '+g'.join(part for part in (version, commit[:7]) if part) or None
+
+
+def _commit(folder):
+    """The commit that a .git folder is at; a file of that name says where the folder is."""
+    if os.path.isfile(folder):
+        folder = os.path.join(os.path.dirname(folder), _line(folder).partition('gitdir: ')[2])
+    head = _line(os.path.join(folder, 'HEAD'))
+    if not head.startswith('ref: '):
+        return head
+    shared = folder
+    if os.path.isfile(os.path.join(folder, 'commondir')):
+        shared = os.path.join(folder, _line(os.path.join(folder, 'commondir')))
+    if os.path.isfile(os.path.join(shared, head[5:])):
+        return _line(os.path.join(shared, head[5:]))
+    with open(os.path.join(shared, 'packed-refs'), encoding='utf-8') as file:
+        return next((line.split()[0] for line in file if line.rstrip().endswith(' ' + head[5:])), '')
+
+
+def _line(path):
+    with open(path, encoding='utf-8') as file:
+        return file.readline().strip()
 
 
 def environment(args, device, scaler, parameters, classes, train_set, val_set):

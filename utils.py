@@ -146,9 +146,11 @@ class MetricLogger:
                     data_seconds.update(backend.seconds_between(before, after))
                     throughput.update(images, step_seconds.value, data_seconds.value)
                 since, waiting = now, []
-            if is_printed:
+            is_shown = screen is not None and (is_printed or backend.reads_freely(device))
+            if is_printed or is_shown:
                 self.read()
                 images_per_second = len(item[0]) * processes / max(step_seconds.median, 1e-9)
+            if is_printed:
                 eta = datetime.timedelta(seconds=int(step_seconds.global_avg * (steps - step - 1)))
                 distributed.say(self.delimiter.join(
                     ['%s  [%s/%d]' % (header, counter.format(step), steps), 'eta: %s' % eta]
@@ -158,7 +160,7 @@ class MetricLogger:
                        'max mem: %.0f' % backend.max_memory_mb(device),
                        'fps: %.0f' % images_per_second]), detail=True)
             if screen is not None:
-                screen.step(progress.figures(self.meters, images_per_second) if is_printed else None)
+                screen.step(progress.figures(self.meters, images_per_second) if is_shown else None)
             watchdog.mark(step + 1, 0, stage)
             before = backend.mark(device)
         if screen is not None:
@@ -204,9 +206,10 @@ class Throughput:
 
     def limit(self):
         """Which of the two is the limit, for people."""
+        share = self.data_share
         return 'the %s is the limit; %.1f %% of the time the device waited for data%s' % (
-            'device' if self.data_share < 0.5 else 'loader', 100 * self.data_share,
-            '; --num_workers and --data_backend may help' if self.data_share >= 0.05 else '')
+            'device' if share < 0.5 else 'loader', 100 * share,
+            '' if share < 0.05 else ', %s--num_workers and --data_backend may help' % ('where ' if share < 0.5 else ''))
 
 
 class TensorboardLogger:
@@ -416,7 +419,8 @@ def files_of_a_run(folder):
                 names.append('log.txt')
     if names:
         names += [name for name in ('prof', 'bad_images.txt', 'nonfinite.txt', 'args.yaml', 'summary.json',
-                                    'curves.png', 'report.html', 'eval-args.yaml', 'eval-summary.json')
+                                    'curves.png', 'report.html', 'eval-args.yaml', 'eval-summary.json',
+                                    'eval-report.html')
                   if os.path.lexists(os.path.join(folder, name))]
     return [os.path.join(folder, name) for name in names]
 

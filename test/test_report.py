@@ -193,12 +193,20 @@ def test_what_is_not_finite_is_null(tmp_path, parse):
     assert written == {'loss': None, 'list': [None, 1, {'a': None}], 'text': 'NaN', 'on': True}
 
 
-def test_version_without_git(monkeypatch):
-    def no_git(*_, **__):
-        raise OSError
-    monkeypatch.setattr(subprocess, 'run', no_git)
+def test_the_version_is_that_of_the_changelog_and_the_commit(tmp_path, monkeypatch):
     with open(os.path.join(ROOT, 'CHANGELOG.md'), encoding='utf-8') as file:
-        assert run_files.own_version() == re.search(r'^## \[(.+?)\]', file.read(), re.M).group(1)
+        newest = re.search(r'^## \[(\d.+?)\]', file.read(), re.M).group(1)
+    assert run_files.own_version().startswith(newest)
+    commit = subprocess.run(['git', '-C', ROOT, 'rev-parse', 'HEAD'], stdout=subprocess.PIPE, universal_newlines=True)
+    if commit.returncode == 0:
+        assert run_files.own_version() == '%s+g%s' % (newest, commit.stdout[:7])
+    shutil.copy(os.path.join(ROOT, 'CHANGELOG.md'), str(tmp_path))
+    monkeypatch.setattr(run_files, 'HERE', str(tmp_path))
+    assert run_files.own_version() == newest  # no clone
+    (tmp_path / '.git').mkdir()
+    (tmp_path / '.git' / 'HEAD').write_text('ref: refs/heads/main\n')
+    (tmp_path / '.git' / 'packed-refs').write_text('# pack-refs\n%s refs/heads/main\n' % ('0123456789' * 4))
+    assert run_files.own_version() == newest + '+g0123456'
 
 
 def test_an_evaluation_does_not_write_over_the_trainings_files(run, tmp_path, capsys):
@@ -210,11 +218,11 @@ def test_an_evaluation_does_not_write_over_the_trainings_files(run, tmp_path, ca
                                      '--output_dir=' + copy, '--no_model_ema']) == 0
     after = {name: os.stat(os.path.join(copy, name)).st_mtime_ns for name in os.listdir(copy)}
     assert {name for name in after if after[name] != before.get(name)} == {'eval-args.yaml', 'eval-summary.json',
-                                                                           'report.html'}
+                                                                           'eval-report.html'}
     summary = loaded(copy, 'eval-summary.json')
     assert '%.3f' % summary['accuracy'] == lines(capsys.readouterr().out, 'Result: ')[0].split()[5]
     assert summary['accuracy'] == loaded(out, 'summary.json')['accuracy']  # the best checkpoint's
-    with open(os.path.join(copy, 'report.html'), encoding='utf-8') as file:
+    with open(os.path.join(copy, 'eval-report.html'), encoding='utf-8') as file:
         page = file.read()
     assert 'Of the weights in %s' % os.path.join(copy, 'checkpoint-best.pth') in page
     assert heat_map_of(page) == heat_map_of(page_of(out))  # the same weights, evaluated twice
@@ -642,3 +650,9 @@ def test_a_class_count_that_no_picture_shows():
     predictions = Predictions(5000)
     predictions.counts[1, 2] = 1
     assert predictions.image() is None and Predictions(3).image() is None
+
+
+def test_captions_of_images_of_several_classes():
+    assert report.caption(['cat', 'dog', 'owl'], [1., 0., 1.], None, 0.1) == 'cat, owl'
+    assert report.caption(['cat', 'dog', 'owl'], [0., 0., 0.], None, 0.1) == 'none'
+    assert report.caption(['cat', 'dog', 'owl'], 2, None, 0.1) == 'owl'
