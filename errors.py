@@ -32,7 +32,7 @@ def loader_death(error):
     found = re.search(r'DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (exited unexpectedly|is killed by signal: [^.]*)',
                       str(error))
     return '' if not found else 'a loader process (%s) %s: most often for want of memory, see dmesg; lower ' \
-        '--num_workers; the same command with --auto_resume goes on from the last checkpoint' % found.groups()
+        '--num_workers' % found.groups()
 
 
 def printable(path):

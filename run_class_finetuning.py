@@ -23,6 +23,7 @@ import checkpoint
 import criteria
 import datasets
 import distributed
+import endings
 import engine_for_finetuning as engine
 import index_cache
 import optim_factory
@@ -36,13 +37,14 @@ import splits
 import utils
 import watchdog
 from criteria import build_criterion
-from errors import UserError, loader_death, one_line, printable
+from errors import UserError, printable
 from flags import build_parser, check_args
 from networks import build_model
 from pilot import RunPilot
 from report import Report
 
 
+PROGRAM = 'run_class_finetuning.py'
 DRAWS = 2  # another number whenever the same seed gives a run other random numbers than before
 
 
@@ -482,57 +484,19 @@ def run(argv=None):
     signals = preemption.Signals()
     try:
         with signals:
-            return run_and_explain(argv, signals)
+            return endings.explain(PROGRAM, lambda: main(build_parser(__doc__).parse_args(argv), signals),
+                                   'lower --batch_size and raise --update_freq by as much, or lower --input_size',
+                                   '; the same command with --auto_resume goes on from the last checkpoint')
     except preemption.Stopped as stop:  # also while an error is told: another process may have caused that one
         watchdog.stop()
         if str(stop):
-            distributed.say('run_class_finetuning.py: ' + str(stop))
+            distributed.say('%s: %s' % (PROGRAM, stop))
             distributed.wait_for_others_to_speak(first=distributed.is_main_process())
-            return leave(128 + stop.number)
+            return endings.leave(128 + stop.number)
         if not distributed.speaks_first():
-            return leave(128 + stop.number)
-        return fail('interrupted by %s; with --output_dir, the same command and --auto_resume goes on from the last '
-                    'checkpoint' % preemption.name(stop.number), 128 + stop.number)
-
-
-def run_and_explain(argv, signals):
-    try:
-        main(build_parser(__doc__).parse_args(argv), signals)
-        watchdog.stop()
-        distributed.leave_processes()
-    except UserError as error:
-        mine = distributed.speaks_first() if error.rank is None else error.rank == distributed.rank()
-        distributed.wait_for_others_to_speak(first=mine)
-        return fail(one_line(error), 2, error.rank)
-    except (RuntimeError, MemoryError) as error:
-        if loader_death(error):
-            return fail(loader_death(error), 1)
-        if backend.out_of_memory(error):
-            return fail('out of memory (%s); lower --batch_size and raise --update_freq by as much, or lower '
-                        '--input_size' % one_line(error)[:200], 2)
-        if not distributed.lost_a_process(error):
-            raise
-        silent = watchdog.lost()
-        distributed.wait_for_others_to_speak()
-        return fail('lost the connection to %s, which ended or hangs; its own message says why' % (
-            'process %s' % ' and '.join(map(str, silent)) if silent else 'another process'), 1)
-    return 0
-
-
-def fail(message, status, rank=None):
-    """Print the one line. `rank` is whom it is about, where that isn't this process."""
-    about = rank if rank is not None else distributed.rank() or None
-    if distributed.screen is not None:
-        distributed.screen.end()
-    print('run_class_finetuning.py: error: %s%s' % ('' if about is None else 'process %d: ' % about, message),
-          file=sys.stderr, flush=True)
-    return leave(status)
-
-
-def leave(status):
-    if distributed.world_size() > 1:
-        os._exit(status)  # an orderly exit would wait for processes that wait for this one
-    return status
+            return endings.leave(128 + stop.number)
+        return endings.fail(PROGRAM, 'interrupted by %s; with --output_dir, the same command and --auto_resume goes on '
+                            'from the last checkpoint' % preemption.name(stop.number), 128 + stop.number)
 
 
 if __name__ == '__main__':

@@ -23,6 +23,7 @@ import attention_maps
 import augmentation
 import datasets
 import distributed
+import endings
 import engine_for_finetuning as engine
 import precision
 import preemption
@@ -30,7 +31,7 @@ import safe_files
 import utils
 import watchdog
 from device_loader import DeviceLoader
-from errors import UserError, loader_death, one_line, printable
+from errors import UserError, printable
 from flags import OneLineParser, number, positive, switch
 from image_files import is_image_name
 from image_stream import ImageStream, Pictures, check_inputs, common_folder
@@ -38,6 +39,7 @@ from networks import open_trained
 
 import torch
 
+PROGRAM = 'run_predict.py'
 EXAMPLES = """examples:
   python run_predict.py --resume train_result photo.jpg holiday/
   python run_predict.py --resume train_result --input 'photos/*.jpg' --top_k 3 --output results.csv
@@ -464,57 +466,23 @@ def main(args, stdout):
 def run(argv=None):
     """Parse, run, and turn what the user can mend into one line and exit status 2; a signal gives 128 + its number."""
     stdout = sys.stdout
+
+    def work():
+        with contextlib.redirect_stdout(stdout):  # --help
+            args = build_parser().parse_args(argv)
+        main(args, stdout)
+
     try:
         with preemption.Signals(), contextlib.redirect_stdout(sys.stderr):  # so that only results are on stdout
-            return run_and_explain(argv, stdout)
+            return endings.explain(PROGRAM, work, 'lower --batch_size')
+    except BrokenPipeError:  # whoever read the results has seen enough
+        return endings.leave(128 + signal.SIGPIPE)
     except preemption.Stopped as stop:
         watchdog.stop()
         if not distributed.speaks_first():
-            return leave(128 + stop.number)
-        return fail('interrupted by %s; a file for --output is not written' % preemption.name(stop.number),
-                    128 + stop.number)
-
-
-def run_and_explain(argv, stdout):
-    parser = build_parser()
-    try:
-        with contextlib.redirect_stdout(stdout):  # --help
-            args = parser.parse_args(argv)
-        main(args, stdout)
-        watchdog.stop()
-        distributed.leave_processes()
-    except UserError as error:
-        mine = distributed.speaks_first() if error.rank is None else error.rank == distributed.rank()
-        distributed.wait_for_others_to_speak(first=mine)
-        return fail(one_line(error), 2, error.rank)
-    except BrokenPipeError:  # whoever read the results has seen enough
-        return leave(128 + signal.SIGPIPE)
-    except (RuntimeError, MemoryError) as error:
-        if loader_death(error):
-            return fail(loader_death(error).rpartition('; ')[0], 1)
-        if backend.out_of_memory(error):
-            return fail('out of memory (%s); lower --batch_size' % one_line(error)[:200], 2)
-        if not distributed.lost_a_process(error):
-            raise
-        silent = watchdog.lost()
-        distributed.wait_for_others_to_speak()
-        return fail('lost the connection to %s, which ended or hangs; its own message says why' % (
-            'process %s' % ' and '.join(map(str, silent)) if silent else 'another process'), 1)
-    return 0
-
-
-def fail(message, status, rank=None):
-    """Print the one line. `rank` is whom it is about, where that isn't this process."""
-    about = rank if rank is not None else distributed.rank() or None
-    print('run_predict.py: error: %s%s' % ('' if about is None else 'process %d: ' % about, message),
-          file=sys.stderr, flush=True)
-    return leave(status)
-
-
-def leave(status):
-    if distributed.world_size() > 1:
-        os._exit(status)  # an orderly exit would wait for processes that wait for this one
-    return status
+            return endings.leave(128 + stop.number)
+        return endings.fail(PROGRAM, 'interrupted by %s; a file for --output is not written'
+                            % preemption.name(stop.number), 128 + stop.number)
 
 
 if __name__ == '__main__':
