@@ -45,7 +45,7 @@ class Signals:
     """
 
     def __init__(self):
-        self.wish, self.first, self.patient, self.entered = 0, None, False, False
+        self.wish, self.first, self.patient, self.entered, self.over = 0, None, False, False, False
 
     def __enter__(self):
         global _owner
@@ -74,16 +74,17 @@ class Signals:
 
     @contextlib.contextmanager
     def finishing(self):
-        """Inside, a signal waits for the end of the step."""
+        """Inside, a signal waits for the end of the step. Behind it all is saved and told, and none is heard."""
         self.patient = True
         try:
             yield
+            self.over = True
         finally:
-            self.patient = False
+            self.patient = self.over
 
     def heard(self, number, _):
         """In the main thread, between two of Python's instructions."""
-        if os.getpid() != _owner or self.wish:
+        if os.getpid() != _owner or self.wish or self.over:  # over: an error in a __del__
             return
         self.wish = number
         if not self.patient:
