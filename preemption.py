@@ -84,7 +84,7 @@ class Signals:
 
     def heard(self, number, _):
         """In the main thread, between two of Python's instructions."""
-        if os.getpid() != _owner or self.wish or self.over:  # over: an error in a __del__
+        if os.getpid() != _owner or self.wish or self.over:
             return
         self.wish = number
         if not self.patient:

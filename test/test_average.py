@@ -42,7 +42,8 @@ def test_the_average_is_numpys(trained, tmp_path, capsys, data, key, flags):
     assert '3 checkpoints' in capsys.readouterr().out
     states = [checkpoint.read(name)[key] for name in names]
     result = checkpoint.read(output)
-    assert sorted(result) == ['activation', 'args', 'averaged', 'classes', 'model'] and result['classes'] == ['cat', 'dog']
+    assert sorted(result) == ['activation', 'args', 'averaged', 'classes', 'model']
+    assert result['classes'] == ['cat', 'dog'] and result['activation'] == 'softmax'
     for name, value in result['model'].items():
         assert value.dtype == states[0][name].dtype
         expected = np.mean([state[name].numpy().astype(np.float64) for state in states], axis=0)
