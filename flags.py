@@ -407,6 +407,9 @@ def check_args(args, local_rank=0, processes=1):
     for flag in ('results_file', 'real_labels'):
         if getattr(args, flag) and not args.eval:
             raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
+    if args.early_stop and args.disable_eval_during_finetuning:
+        raise UserError('--early_stop %d: --disable_eval_during_finetuning evaluates nothing to stop by; leave one of '
+                        'them out' % args.early_stop)
     if args.unfreeze_epoch:
         check_unfreezing(args)
     if args.results_file:

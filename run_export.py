@@ -391,6 +391,8 @@ def check_args(args):
     if not args.resume:
         raise UserError('--resume: name the checkpoint to export, or the folder that holds it')
     if args.format not in FORMATS:
+        if not args.format:
+            raise UserError('--format is missing; give one of %s' % ', '.join(FORMATS))
         raise unknown('--format', args.format, FORMATS)
     if args.model is not None and args.model not in modeling_finetune.MODELS:
         raise unknown('--model', args.model, modeling_finetune.MODELS)

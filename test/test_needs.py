@@ -141,6 +141,12 @@ def test_fewer_samples_are_the_same_each_time_and_of_every_class(no_val, parse):
     assert len(part('--max_train_samples=3')) == 3
 
 
+
+def test_no_early_stop_without_evaluations(no_val, refused):
+    refused(RUN + ['--data_path', no_val, '--early_stop=3', '--disable_eval_during_finetuning'], '--early_stop 3',
+            'leave one of them out')
+
+
 # ---- --val_interval and --early_stop
 
 def evaluated(output):
