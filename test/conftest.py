@@ -26,6 +26,22 @@ collect_ignore = ['npu_emulator']  # its tests run in a process of their own, wh
 NANO = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu']
 
 
+# The files that take longest, which begin first: with few tests, they would else be last, and keep one core busy alone.
+LONGEST = ['test_ascend', 'test_scripts', 'test_end_to_end', 'test_faults', 'test_distributed', 'test_multinode',
+           'test_dist_faults', 'test_fuzz_flags', 'test_disk', 'test_benchmark', 'test_report', 'test_predict',
+           'test_export', 'test_stacks', 'test_docs']
+
+
+def pytest_configure(config):
+    if hasattr(config.option, 'loadscopereorder'):  # of pytest-xdist: by the number of tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.module.__name__.rpartition('.')[2], len(LONGEST)))
+
+
 def cannot_run(need, reason):
     """End a test that this machine can't run: skipped with one loud line, or failed where MUST_RUN names the need.
 
