@@ -15,13 +15,15 @@ import torch
 
 import checkpoint
 import distributed
+import endings
 import utils
-from errors import UserError, one_line, printable
+from errors import UserError, printable
 from flags import OneLineParser, positive
 from pretrained import inner_state, mismatches, strip_prefixes
 
 SAME = ('model', 'input_size', 'use_mean_pooling', 'imagenet_default_mean_and_std', 'crop_pct')  # what one file says
 
+PROGRAM = 'average_checkpoints.py'
 EXAMPLES = """examples:
   python average_checkpoints.py --inputs out/checkpoint-8.pth out/checkpoint-9.pth --output avg.pth
   python average_checkpoints.py --inputs out --best 5 --output avg.pth
@@ -64,7 +66,10 @@ def find(inputs):
 
 
 def take_best(paths, most, use_ema=False):
-    """The `most` of the files whose epochs have the best validation figures in the log.txt beside them, best first."""
+    """The `most` of the files whose epochs have the best validation figures in the log.txt beside them, best first.
+
+    Epochs that were not evaluated do not count.
+    """
     figures = {}
     for path in paths:
         folder, name = os.path.split(path)
@@ -74,13 +79,14 @@ def take_best(paths, most, use_ema=False):
         prefix = 'test_ema_' if use_ema else 'test_'
         values = [log.get(epoch, {}).get(prefix + name) for name in ('mAP', 'acc1')]
         value = next((each for each in values if isinstance(each, (int, float)) and math.isfinite(each)), None)
-        if value is None:
-            raise UserError('--best %d: the log.txt beside %s has no %sacc1 or mAP of its epoch; leave --best out, or '
-                            'name the files' % (most, printable(path), prefix))
-        figures[path] = value
-    if most > len(paths):
-        raise UserError('--best %d: there are %d checkpoints only; lower it' % (most, len(paths)))
-    chosen = sorted(paths, key=lambda path: -figures[path])[:most]
+        if value is not None:
+            figures[path] = value
+    if not figures:
+        raise UserError('--best %d: the log.txt beside %s has no %sacc1 or mAP of its epoch, nor have the others; '
+                        'leave --best out, or name the files' % (most, printable(paths[0]), prefix))
+    if most > len(figures):
+        raise UserError('--best %d: of %d checkpoints %d were evaluated; lower it' % (most, len(paths), len(figures)))
+    chosen = sorted(figures, key=lambda path: -figures[path])[:most]
     for path in chosen:
         print('%s: %.3f' % (printable(path), figures[path]))
     return chosen
@@ -182,7 +188,7 @@ def main(args):
         raise UserError('--output %s: there is something of that name; choose another' % printable(args.output))
     utils.check_writable('--output', os.path.dirname(args.output) or '.')
     if not os.path.isdir(os.path.dirname(args.output) or '.'):
-        raise UserError('--output %s: there is no folder for it' % printable(args.output))
+        raise UserError('--output %s: there is no folder for it; make it first' % printable(args.output))
     paths = find(args.inputs)
     if args.best:
         paths = take_best(paths, args.best, args.use_ema)
@@ -194,12 +200,7 @@ def main(args):
 
 def run(argv=None):
     """Parse and run; what the user can mend is one line and exit status 2."""
-    try:
-        main(build_parser().parse_args(argv))
-    except UserError as error:
-        print('average_checkpoints.py: error: %s' % one_line(error), file=sys.stderr, flush=True)
-        return 2
-    return 0
+    return endings.explain(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
 
 
 if __name__ == '__main__':

@@ -213,7 +213,8 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
             score.add(batch, output)
         correct += torch.stack((top[:, 0].sum(), top.sum(), top.new_ones(len(top), dtype=torch.int64).sum()))
         all_losses.append(losses)
-        meters.update(loss=losses.mean(), acc1=100 * top[:, 0].float().mean() if targets.dim() == 1 else None)
+        acc1 = 100 * top[:, 0].float().mean() if targets.dim() == 1 else None
+        meters.update(len(images), loss=losses.mean(), acc1=acc1)
     loss_units, not_finite = sum_losses(all_losses)
     acc1, acc5, images = correct.tolist()
     watchdog.mark(watchdog.LAST, 2, '')

@@ -330,14 +330,19 @@ def build_parser(description=__doc__):
     add('--loss_scale', default=None, type=loss_scale, help='a number, or dynamic (128 for float16, else 1)')
 
     distributed = parser.add_argument_group('distributed')
-    add = distributed.add_argument
-    add('--world_size', default=1, type=positive, help='set by the launcher (1)')
+    distributed.add_argument('--world_size', default=1, type=positive, help='set by the launcher (1)')
+    add_meeting(distributed)
+    return parser
+
+
+def add_meeting(group):
+    """The flags by which a process finds the others."""
+    add = group.add_argument
     add('--local_rank', default=-1, type=number(int, -1), help='set by the launcher (-1)')
-    switch(distributed, 'dist_on_itp', False, 'take ranks from Open MPI\'s environment')
+    switch(group, 'dist_on_itp', False, 'take ranks from Open MPI\'s environment')
     add('--dist_timeout', default=600., type=number(float, 1, 10 ** 6),
         help='seconds that a process may hold up the others before the job ends (600)')
     add('--dist_url', default='env://', help='where the processes meet (env://)')
-    return parser
 
 
 def check_unfreezing(args):

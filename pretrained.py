@@ -11,13 +11,17 @@ import torch.nn.functional as F
 
 import distributed
 import layouts
-from errors import UserError
+from errors import UserError, printable
 from safe_files import fetch
 from safe_files import read_checked as read
 
 
 def check_finetune(source):
     """Raise a `UserError` where --finetune names a file that isn't there. Cheap, so that it can come first."""
+    exported = next((ending for ending in ('.onnx', '.pt2', '.torchscript.pt') if source.endswith(ending)), '')
+    if exported:
+        raise UserError('--finetune %s: %s is a network to be run, not weights to go on from; give the checkpoint that '
+                        'it was made of, a .safetensors file or a Hugging Face folder' % (printable(source), exported))
     if source and os.path.isdir(source):
         layouts.in_folder(source, '--finetune')
     elif source and not re.match(r'[a-z]+://', source) and not os.path.isfile(source):

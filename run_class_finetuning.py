@@ -312,9 +312,10 @@ def describe(args, device, scaler, about_attention, model, train_set, val_set, c
         ('Data', '%s training and %s validation images' % tuple('no' if part is None else len(part)
                                                                 for part in (train_set, val_set)))]
     if steps_per_epoch:
-        rows.append(('Batch', '%d per device x %d x %d accumulated = %d; %d update steps an epoch, %d in all' % (
+        steps = steps_per_epoch * args.epochs
+        rows.append(('Batch', '%d per device x %d x %d accumulated = %d; %d update steps an epoch, %d in all%s' % (
             args.batch_size, processes, args.update_freq, args.batch_size * args.update_freq * processes,
-            steps_per_epoch, steps_per_epoch * args.epochs)))
+            steps_per_epoch, steps, '; --maxstep ends after %d' % args.maxstep if 0 < args.maxstep < steps else '')))
         rows.append(('Checkpoints', 'each %d epochs and the best into %s' % (args.save_ckpt_freq,
                                                                            printable(args.output_dir))
                      if args.output_dir and args.save_ckpt else 'none'))
@@ -425,8 +426,8 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report):
         distributed.say('Speed: %s' % throughput.limit())
     distributed.say('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
     if is_stale(args, progress, device):
-        distributed.say('Stopped early: the last %d evaluations gave no new best (--early_stop %d)'
-                        % (progress.stale, args.early_stop))
+        distributed.say('Stopped early: no new best in %d evaluation%s (--early_stop %d)'
+                        % (progress.stale, 's' if progress.stale > 1 else '', args.early_stop))
     if first >= args.epochs:
         distributed.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
         if report.is_complete():

@@ -16,6 +16,7 @@ import typing
 import warnings
 
 import backend  # noqa: F401  (sets how torch loads its devices)
+import endings
 import layouts
 import modeling_finetune
 import safe_files
@@ -26,6 +27,7 @@ from networks import open_trained
 
 import torch
 
+PROGRAM = 'run_export.py'
 EXAMPLES = """examples:
   the best checkpoint of a run, for onnxruntime, beside it:
     python run_export.py --resume out --format onnx
@@ -466,14 +468,9 @@ def write_folder(path, files, check):
 def run(argv=None):
     """Parse, export, and turn what the user can mend into one line and exit status 2."""
     try:
-        main(build_parser().parse_args(argv))
-    except UserError as error:
-        print('run_export.py: error: %s' % one_line(error), file=sys.stderr, flush=True)
-        return 2
+        return endings.explain(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
     except KeyboardInterrupt:
-        print('run_export.py: interrupted; nothing was written', file=sys.stderr, flush=True)
-        return 130
-    return 0
+        return endings.fail(PROGRAM, 'interrupted; nothing was written', 130)
 
 
 if __name__ == '__main__':

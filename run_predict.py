@@ -32,7 +32,7 @@ import utils
 import watchdog
 from device_loader import DeviceLoader
 from errors import UserError, printable
-from flags import OneLineParser, number, positive, switch
+from flags import OneLineParser, add_meeting, number, positive, switch
 from image_files import is_image_name
 from image_stream import ImageStream, Pictures, check_inputs, common_folder
 from networks import open_trained
@@ -116,12 +116,7 @@ def build_parser():
         help='share of the resized image that is cropped (the checkpoint\'s)')
 
     launched = parser.add_argument_group('distributed')
-    add = launched.add_argument
-    add('--local_rank', default=-1, type=number(int, -1), help='set by the launcher (-1)')
-    switch(launched, 'dist_on_itp', False, 'take ranks from Open MPI\'s environment')
-    add('--dist_timeout', default=600., type=number(float, 1, 10 ** 6),
-        help='seconds that a process may hold up the others before the job ends (600)')
-    add('--dist_url', default='env://', help='where the processes meet (env://)')
+    add_meeting(launched)
     return parser
 
 

@@ -24,7 +24,7 @@ from image_files import open_file
 def scores_for(args, dataset):
     """What an evaluation of this validation set is to report besides: a list, anew for each evaluation."""
     if splits.is_multi_label(getattr(dataset, 'samples', None)):
-        return [MeanAveragePrecision()]
+        return [MeanAveragePrecision(dataset.classes if args.results_file else ())]
     found = [PerClass(dataset.classes)] if args.results_file else []
     if args.real_labels:
         if not hasattr(dataset, 'samples'):
@@ -42,9 +42,13 @@ class MeanAveragePrecision:
     """mAP in percent: the average precision of each class that an image is of, averaged over these classes.
 
     Scores and targets of all images are kept: 8 bytes per image and class.
+
+    Args:
+        classes (sequence of str): whose own figures are wanted, too; or ().
     """
 
-    def __init__(self):
+    def __init__(self, classes=()):
+        self.classes = classes
         self.outputs, self.targets, self.indices = [], [], []
 
     def add(self, batch, output):
@@ -59,17 +63,28 @@ class MeanAveragePrecision:
             columns = distributed.gather_rows(columns, device)
         outputs, targets, indices = columns
         order = indices.argsort()
-        return {'mAP': 100. * mean_average_precision(targets[order].numpy(), outputs[order].numpy())}
+        targets, outputs = targets[order].numpy(), outputs[order].numpy()
+        each = average_precisions(targets, outputs)
+        stats = {'mAP': 100. * float(np.mean(list(each.values()))) if each else float('nan')}
+        if len(self.classes):
+            stats['classes'] = [{'class': printable(name), 'images': int(targets[:, label].sum()),
+                                 'average_precision': 100. * each[label] if label in each else None}
+                                for label, name in enumerate(self.classes)]
+        return stats
 
 
-def mean_average_precision(targets, outputs):
-    """The mean over classes with a positive of scikit-learn's average precision; of ones and zeros, and scores."""
+def average_precisions(targets, outputs):
+    """{class index: scikit-learn's average precision} of the classes with a positive; {} where an output isn't finite.
+
+    Args:
+        targets, outputs (arrays (images, classes)): ones and zeros; scores.
+    """
     from sklearn.metrics import average_precision_score  # slow to import
 
-    positive = np.flatnonzero(targets.any(axis=0))
-    if not len(positive) or not np.isfinite(outputs).all():
-        return float('nan')
-    return float(np.mean([average_precision_score(targets[:, label], outputs[:, label]) for label in positive]))
+    if not np.isfinite(outputs).all():
+        return {}
+    return {int(label): float(average_precision_score(targets[:, label], outputs[:, label]))
+            for label in np.flatnonzero(targets.any(axis=0))}
 
 
 def check_scores(args, dataset):
@@ -138,8 +153,9 @@ def place_of(path, images):
     """Which image of ImageNet's validation set a file is, from 0."""
     found = re.match(r'ILSVRC2012_val_(\d{8})\.', os.path.basename(path))
     if not found or not 1 <= int(found.group(1)) <= images:
-        raise UserError('--real_labels: %s is not named as ImageNet\'s validation images are, '
-                        'ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_%08d.JPEG' % (printable(path), images))
+        raise UserError('--real_labels: its list is of %d images, ILSVRC2012_val_00000001.JPEG to _%08d.JPEG, and '
+                        '%s is none of them; it is for ImageNet\'s validation set only' % (
+                            images, images, printable(path)))
     return int(found.group(1)) - 1
 
 

@@ -76,21 +76,21 @@ class MetricLogger:
     def __init__(self, delimiter='  '):
         self.meters = defaultdict(SmoothedValue)
         self.delimiter = delimiter
-        self.unread = []  # (name, number or 0-dim tensor), in order
+        self.unread = []  # (name, number or 0-dim tensor, how many it is the mean of), in order
 
     def add_meter(self, name, meter):
         self.meters[name] = meter
 
-    def update(self, **values):
-        """Take note of numbers or 0-dim tensors; None is none, and what is not finite is left out."""
-        self.unread += [item for item in values.items() if item[1] is not None]
+    def update(self, n=1, **values):
+        """Take note of numbers or 0-dim tensors, means of `n`; None is none, and what is not finite is left out."""
+        self.unread += [(name, value, n) for name, value in values.items() if value is not None]
 
     def read(self):
         """Bring the meters up to date."""
         unread, self.unread = self.unread, []
-        for (name, _), value in zip(unread, read_numbers([value for _, value in unread])):
+        for (name, _, n), value in zip(unread, read_numbers([value for _, value, _ in unread])):
             if math.isfinite(value):
-                self.meters[name].update(value)
+                self.meters[name].update(value, n)
 
     def synchronize_between_processes(self, device):
         self.read()

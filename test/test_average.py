@@ -70,6 +70,12 @@ def test_the_best_of_a_folder_by_its_log(trained, tmp_path, capsys):
     assert average_checkpoints.run(['--inputs', str(folder), '--output', str(tmp_path / 'all.pth')]) == 0
     assert len(checkpoint.read(str(tmp_path / 'all.pth'))['averaged']) == 4
     refused(capsys, ['--inputs', str(folder), '--best=5', '--output', str(tmp_path / 'x.pth')], '--best 5', '4')
+    lines[1].pop('test_acc1')  # as with --val_interval
+    (folder / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    output = str(tmp_path / 'seldom.pth')
+    assert average_checkpoints.run(['--inputs', str(folder), '--best=2', '--output', output]) == 0
+    assert checkpoint.read(output)['averaged'] == ['checkpoint-3.pth', 'checkpoint-2.pth']
+    refused(capsys, ['--inputs', str(folder), '--best=4', '--output', str(tmp_path / 'x.pth')], '--best 4', '3 were')
     (folder / 'log.txt').write_text('')
     refused(capsys, ['--inputs', str(folder), '--best=2', '--output', str(tmp_path / 'x.pth')], '--best 2', 'log.txt')
 

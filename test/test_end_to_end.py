@@ -70,7 +70,7 @@ def roomy_checkout(tmp_path):
 
 
 def test_beit_base_on_photographs(roomy_checkout, photographs):
-    """Three steps with every default augmentation, an evaluation, and a resume for one more step."""
+    """Three steps with every default augmentation, an evaluation that agrees, and a resume for one more step."""
     flags = ['--data_path=' + photographs, '--batch_size=4', '--device=cpu', '--num_workers=2']
     training = flags + ['--finetune=', '--epochs=2', '--warmup_epochs=1']
     run = run_script(roomy_checkout, 'train_full_1p', *training, '--maxstep=3')
@@ -78,6 +78,9 @@ def test_beit_base_on_photographs(roomy_checkout, photographs):
     assert '--aa=rand-m9-mstd0.5-inc1 ' in run.out and '--reprob=0.25 ' in run.out and '--hflip=0.5 ' in run.out
     assert 'Model: beit_base_patch16_224, 85.76 M parameters, 2 classes, input 224x224' in run.out
     assert 'Epoch: [0]  [2/3]' in run.out and 'on the 4 test images' in run.out
+
+    evaluation = run_script(roomy_checkout, 'train_eval_1p', *flags, '--resume=train_result')
+    assert result(evaluation)['accuracy'] == result(run)['accuracy']
 
     resumed = run_script(roomy_checkout, 'train_full_1p', *training, '--maxstep=4', '--resume=train_result',
                          '--no_save_ckpt')

@@ -450,3 +450,11 @@ def test_every_name_goes_both_ways(parse):
         back, library = layouts.from_any(renamed)
         assert library and set(back) == set(state)
         assert all(np.array_equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize('ending', ['.onnx', '.pt2', '.torchscript.pt'])
+def test_an_export_to_run_is_not_taken_for_weights(tmp_path, ending):
+    path = tmp_path / ('model' + ending)
+    path.write_bytes(b'whatever')
+    with pytest.raises(run_export.UserError, match=r'is a network to be run, not weights to go on from; give the checkpoint'):
+        pretrained.check_finetune(str(path))

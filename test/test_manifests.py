@@ -246,6 +246,12 @@ def test_mean_average_precision_is_scikit_learns():
     expected = np.mean([average_precision_score(targets[:, label], outputs[:, label]) for label in (0, 1, 2, 4)])
     assert stats['mAP'] == pytest.approx(100 * expected) and 'acc1' not in stats and stats['images'] == 40
     assert stats['loss'] == pytest.approx(float(F.binary_cross_entropy_with_logits(outputs, targets)), rel=1e-5)
+    named = engine.evaluate(loader, model, CPU, scores=[scores.MeanAveragePrecision(list('abcde'))])
+    assert named['mAP'] == stats['mAP'] and [each['class'] for each in named['classes']] == list('abcde')
+    assert [each['images'] for each in named['classes']] == targets.sum(0).int().tolist()
+    assert named['classes'][3]['average_precision'] is None
+    assert named['classes'][4]['average_precision'] == pytest.approx(
+        100 * average_precision_score(targets[:, 4], outputs[:, 4]))
 
 
 def test_a_run_with_several_classes_learns_resumes_and_is_evaluated(several, tmp_path, capsys):

@@ -31,7 +31,7 @@ import utils
 from conftest import ROOT, needs_extra, only_with, photo
 from errors import UserError
 from predictions import KEPT, Prediction, Predictions
-from test_training import RUN
+from test_training import RUN, summaries
 
 needs_matplotlib = needs_extra('matplotlib')
 needs_browser = only_with('browser', shutil.which('chromium') is not None, 'no Chromium on the PATH')
@@ -609,21 +609,12 @@ def test_nothing_scrolls_sideways_in_a_narrow_window(run, tmp_path):
 # ---- TensorBoard
 
 def images_of(folder):
-    """{tag: [(step, pixels)]} of a TensorBoard folder, by tensorboardX's own protocol buffers."""
-    import glob
-    import struct
-    from tensorboardX.proto.event_pb2 import Event
+    """{tag: [(step, pixels)]} of a TensorBoard folder."""
     found = {}
-    for path in glob.glob(os.path.join(folder, '*tfevents*')):
-        with open(path, 'rb') as file:
-            data = file.read()
-        while data:
-            length = struct.unpack('<Q', data[:8])[0]
-            event, data = Event.FromString(data[12:12 + length]), data[16 + length:]
-            for value in event.summary.value:
-                if value.HasField('image'):
-                    picture = Image.open(io.BytesIO(value.image.encoded_image_string)).convert('RGB')
-                    found.setdefault(value.tag, []).append((event.step, np.asarray(picture)))
+    for step, value in summaries(folder):
+        if value.HasField('image'):
+            picture = Image.open(io.BytesIO(value.image.encoded_image_string)).convert('RGB')
+            found.setdefault(value.tag, []).append((step, np.asarray(picture)))
     return found
 
 

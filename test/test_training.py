@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 from functools import partial
 
 import numpy as np
@@ -282,7 +283,7 @@ def test_log_line_has_the_documented_form(capsys):
         % (number, number, meter, meter, meter, meter, number, number), lines[1]), lines[1]
 
 
-def test_evaluation_by_a_slow_loop():
+def test_evaluation_by_a_slow_loop(capsys):
     model, _ = toy(classes=7)
     images, targets = torch.randn(23, 3, 32, 32), torch.randint(0, 7, (23,))
     loader = Batches([(images[:10], targets[:10]), (images[10:20], targets[10:20]), (images[20:], targets[20:])])
@@ -298,6 +299,8 @@ def test_evaluation_by_a_slow_loop():
     assert stats['acc1'] == pytest.approx(100. * float(top1) / 23)
     assert stats['acc5'] == pytest.approx(100. * top5 / 23)
     assert stats['loss'] == pytest.approx(total / 23, rel=1e-5)  # per image, not per batch
+    last, = re.findall(r'Test:  \[2/3\].* loss: \S+ \((\S+)\)  acc1: \S+ \((\S+)\)', capsys.readouterr().out)
+    assert (float(last[0]), float(last[1])) == pytest.approx((total / 23, 100. * float(top1) / 23), abs=1e-4)
 
 
 def test_evaluation_with_fewer_than_five_classes():
@@ -368,21 +371,26 @@ def test_a_run_with_every_training_feature(image_folder, tmp_path, capsys):
     assert tags['perf/test_acc1'] == pytest.approx([record['test_acc1'] for record in records])
 
 
-def scalars(folder):
-    """Tag to values of a TensorBoard folder, by tensorboardX's own protocol buffers."""
+def summaries(folder):
+    """(step, value) of a TensorBoard folder, by tensorboardX's own protocol buffers."""
     import glob
     import struct
     from tensorboardX.proto.event_pb2 import Event
-    found = {}
     for path in glob.glob(os.path.join(folder, '*tfevents*')):
         with open(path, 'rb') as file:
             data = file.read()
         while data:
             length = struct.unpack('<Q', data[:8])[0]
-            event = Event.FromString(data[12:12 + length])
-            data = data[16 + length:]
+            event, data = Event.FromString(data[12:12 + length]), data[16 + length:]
             for value in event.summary.value:
-                found.setdefault(value.tag, []).append(value.simple_value)
+                yield event.step, value
+
+
+def scalars(folder):
+    """Tag to values of a TensorBoard folder."""
+    found = {}
+    for _, value in summaries(folder):
+        found.setdefault(value.tag, []).append(value.simple_value)
     return found
 
 
