@@ -29,7 +29,8 @@ def scores_for(args, dataset):
     if args.real_labels:
         if not hasattr(dataset, 'samples'):
             raise UserError('--real_labels: --data_set %s has no image files; leave it out' % args.data_set)
-        found.append(RealLabels(read_real_labels(args.real_labels, len(dataset.classes)), dataset.samples))
+        labels = read_real_labels(args.real_labels, len(dataset.classes))
+        found.append(RealLabels(labels, dataset.samples, args.real_labels))
     return found
 
 
@@ -123,13 +124,14 @@ class RealLabels:
     Args:
         labels (list of sets of int): class indices of ILSVRC2012_val_00000001 and so on.
         samples: the validation set's, (path, class index) of each.
+        source (str): the file that the labels are of.
 
     Raises:
         UserError: a file is not named so.
     """
 
-    def __init__(self, labels, samples):
-        self.right = [labels[place_of(samples[index][0], len(labels))] for index in range(len(samples))]
+    def __init__(self, labels, samples, source='labels'):
+        self.right = [labels[place_of(samples[index][0], len(labels), source)] for index in range(len(samples))]
         self.counts = np.zeros(3, dtype=np.int64)
 
     def add(self, batch, output):
@@ -149,13 +151,13 @@ class RealLabels:
                 'real_acc5': 100. * top5 / images if images else float('nan'), 'real_images': images}
 
 
-def place_of(path, images):
-    """Which image of ImageNet's validation set a file is, from 0."""
+def place_of(path, images, source):
+    """Which image of ImageNet's validation set a file is, from 0; UserError where `source` has no labels of it."""
     found = re.match(r'ILSVRC2012_val_(\d{8})\.', os.path.basename(path))
     if not found or not 1 <= int(found.group(1)) <= images:
-        raise UserError('--real_labels: its list is of %d images, ILSVRC2012_val_00000001.JPEG to _%08d.JPEG, and '
+        raise UserError('--real_labels %s: its list is of %d images, ILSVRC2012_val_00000001.JPEG to _%08d.JPEG, and '
                         '%s is none of them; it is for ImageNet\'s validation set only' % (
-                            images, images, printable(path)))
+                            printable(source), images, images, printable(path)))
     return int(found.group(1)) - 1
 
 

@@ -345,9 +345,10 @@ def test_results_real_labels_and_flips(imagenet_like, tmp_path, capsys, refused)
     refused(base + ['--results_file=r.txt'], '--results_file r.txt', '.csv or .json')
     refused(RUN + ['--data_path', imagenet_like, '--results_file=r.csv'], 'belongs to --eval')
     for content, words in (('{', 'JSON'), ('{}', 'list'), ('[[7]]', 'image 1'), ('[[0], 3]', 'image 2'),
-                           ('[[0], [1]]', 'ILSVRC2012_val_00000002')):
-        (tmp_path / 'real.json').write_text(content)
-        refused(base + ['--real_labels', str(tmp_path / 'real.json')], '--real_labels', words)
+                           ('[[0], [1]]', 'ILSVRC2012_val_00000001.JPEG to _00000002.JPEG')):
+        path = tmp_path / 'real.json'
+        path.write_text(content)
+        refused(base + ['--real_labels', str(path)], '--real_labels %s' % path, words)
 
 
 def timms_real_labels():

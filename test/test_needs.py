@@ -178,7 +178,7 @@ def test_a_run_stops_early_and_a_resume_remembers(data, tmp_path, monkeypatch, c
     assert checkpoint.read(os.path.join(output, 'checkpoint-3.pth'))['progress']['stale'] == 2
     assert run_class_finetuning.run(base + ['--epochs=9', '--auto_resume']) == 0  # 60: the third
     out = capsys.readouterr().out
-    assert 'exactly as if' in out and 'Stopped early: the last 3 evaluations' in out
+    assert 'exactly as if' in out and 'Stopped early: no new best in 3 evaluations' in out
     assert [line['epoch'] for line in lines_of(output)] == [0, 1, 2, 3, 4]
     assert os.path.isfile(os.path.join(output, 'checkpoint-4.pth'))
     assert run_class_finetuning.run(base + ['--epochs=9', '--auto_resume']) == 0
