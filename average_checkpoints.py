@@ -187,12 +187,11 @@ def main(args):
     if os.path.lexists(args.output):
         raise UserError('--output %s: there is something of that name; choose another' % printable(args.output))
     utils.check_writable('--output', os.path.dirname(args.output) or '.')
-    if not os.path.isdir(os.path.dirname(args.output) or '.'):
-        raise UserError('--output %s: there is no folder for it; make it first' % printable(args.output))
     paths = find(args.inputs)
     if args.best:
         paths = take_best(paths, args.best, args.use_ema)
     content = average(paths, args.use_ema)
+    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     checkpoint.save(args.output, content)
     distributed.say('Averaged %s of %d checkpoints into %s' % (
         'the averaged weights' if args.use_ema else 'the weights', len(paths), printable(args.output)))

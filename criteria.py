@@ -109,9 +109,10 @@ def class_weights(source, classes, counts):
     given = _read_weights(source)
     for name in given:
         if name not in classes:
-            near = ' or '.join(map(printable, nearest(name, classes)))
-            raise UserError('--class_weights %s: there is no class %s%s' % (
-                printable(source), printable(name), '; did you mean %s?' % near if near else ''))
+            near = [] if name.isdigit() else nearest(name, classes)  # 12 is not meant by 1 or 2
+            raise UserError('--class_weights %s: there is no class %s; %s' % (
+                printable(source), printable(name), 'did you mean %s?' % ' or '.join(map(printable, near)) if near else
+                'the first is %s, the last %s' % (printable(classes[0]), printable(classes[-1]))))
     missing = [name for name in classes if name not in given]
     if missing:
         raise UserError('--class_weights %s: no weight for class %s%s; give every class one' % (

@@ -38,18 +38,23 @@ models:
 
 optimizers (lookahead_ may stand before one):
 %s
-""" % tuple(textwrap.fill(', '.join(names), 118, initial_indent='  ', subsequent_indent='  ')
+""" % tuple(textwrap.fill(', '.join(names), 100, initial_indent='  ', subsequent_indent='  ')
             for names in (modeling_finetune.MODELS, optim_factory.OPTIMIZERS))
+
+COLUMN = 24  # where a flag's help begins
 
 
 class OneLineHelp(argparse.RawDescriptionHelpFormatter):
-    """Help in which a flag is one line of at most 118 columns: its names, what it does, its default in brackets."""
+    """Help in which a flag is one line of at most 100 columns: its names, what it does, its default in brackets."""
 
     def __init__(self, prog):
-        super().__init__(prog, max_help_position=42, width=118)
+        super().__init__(prog, max_help_position=COLUMN, width=100)
 
     def _format_action_invocation(self, action):
         return ', '.join(action.option_strings) or action.dest
+
+    def _format_action(self, action):  # what a long name would put on a line of its own follows it
+        return super()._format_action(action).replace('\n' + ' ' * COLUMN, '  ', 1)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -63,7 +68,9 @@ class OneLineParser(argparse.ArgumentParser):
                          formatter_class=OneLineHelp, **given)
 
     def error(self, message):
-        raise UserError(message)
+        message = re.sub('^argument (?=--)', '', message)
+        raise UserError(re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", lambda found: 'unknown value %s; it must '
+                               'be one of %s' % (found.group(1), found.group(2).replace("'", '')), message))
 
     def parse_args(self, args=None, namespace=None):
         args = without_traps(sys.argv[1:] if args is None else list(args))
@@ -106,7 +113,9 @@ class OneLineParser(argparse.ArgumentParser):
                 if self.parse_known_args(without_traps(args), parsed)[1]:
                     raise UserError('%d values are too many' % len(value))
             except UserError as error:
-                raise UserError('%s: %s' % (shown, error)) from None
+                text = str(error)
+                raise UserError('%s: %s' % (shown, text[len(flag) + 2:] if text.startswith(flag + ': ') else text)) \
+                    from None
         return parsed
 
     def turned(self, switch, value, shown):

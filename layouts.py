@@ -153,3 +153,15 @@ def in_folder(folder, flag):
     if kind != 'beit':
         raise UserError('%s: its %s says model_type %s; only beit fits' % (name, CONFIG, printable(str(kind))[:40]))
     return found[0]
+
+
+def labels_beside(path):
+    """The class names, in order, of the config.json beside a Hugging Face folder's weights; [] where it has none."""
+    try:
+        if os.path.basename(path) not in WEIGHTS:
+            return []
+        with open(os.path.join(os.path.dirname(path), CONFIG), encoding='utf-8') as file:
+            names = json.loads(file.read(1 << 24))['id2label']
+        return [names[str(label)] for label in range(len(names))]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return []

@@ -4,6 +4,7 @@ What a checkpoint of this project holds is enough to use it: `run_predict.py` an
 """
 
 import argparse
+import json
 import os
 import typing
 
@@ -15,6 +16,7 @@ import checkpoint
 import distributed
 import layouts
 import modeling_finetune
+import safe_files
 from errors import UserError, printable, unknown
 from flags import build_parser
 from pretrained import fit_to_model, inner_state, mismatches, strip_prefixes
@@ -42,8 +44,8 @@ def open_trained(source, use_ema=False, **given):
     """Build the network that a checkpoint holds; all it needs to know comes from the file.
 
     Args:
-        source (str): a file, an https URL or a folder, of which the best checkpoint is taken. Weights of timm and
-            Hugging Face do too, where `model` is given.
+        source (str): a file, an https URL or a folder, of which the best checkpoint is taken; what `run_export.py`
+            wrote as safetensors or for Hugging Face; or other weights of timm and Hugging Face, where `model` is given.
         use_ema (bool): take the averaged weights.
         given: flags that the file does not tell, such as `model` for a file of weights only; they win over the file.
 
@@ -55,7 +57,11 @@ def open_trained(source, use_ema=False, **given):
     path, content = checkpoint.find(source, prefer_best=True)
     if not isinstance(content, dict):
         raise UserError('--resume %s: holds no weights' % printable(path))
-    told = checkpoint.flags_inside(content)
+    told, about = checkpoint.flags_inside(content), content
+    foreign = 'model' not in told
+    if foreign:
+        about = _described(path)
+        told = about.get('args', {})
     if 'model' not in told and not given.get('model'):
         raise UserError('--resume %s: it does not say which model it is of; give --model, and --input_size where it is '
                         'not 224' % printable(path))
@@ -64,9 +70,8 @@ def open_trained(source, use_ema=False, **given):
     state = content['model_ema'] if use_ema else inner_state(content, 'model|module|state_dict')[1]
     state = layouts.from_any(strip_prefixes(state))[0]
     args = build_parser('').parse_args([])
-    foreign = 'model' not in told
     if foreign:
-        told = _flags_of_weights(state)
+        told = dict(told, **_flags_of_weights(state))
     vars(args).update({name: value for name, value in told.items() if hasattr(args, name)})
     vars(args).update({name: value for name, value in given.items() if value is not None})
     if args.model not in modeling_finetune.MODELS:
@@ -90,8 +95,25 @@ def open_trained(source, use_ema=False, **given):
                         % (printable(path), args.model, problems))
     model.load_state_dict({name: value for name, value in state.items()
                            if not name.endswith('relative_position_index')}, strict=False)
-    return Trained(model.eval(), _classes(content, nb_classes), augmentation.preprocessing(args), args, path,
-                   'sigmoid' if content.get('activation') == 'sigmoid' else 'softmax')
+    return Trained(model.eval(), _classes(about, nb_classes), augmentation.preprocessing(args), args, path,
+                   'sigmoid' if about.get('activation') == 'sigmoid' else 'softmax')
+
+
+def _described(path):
+    """{args, classes, activation}, as a checkpoint has them, of what stands beside bare weights; {} where nothing does.
+
+    Of `run_export.py` that is the metadata of a safetensors file, of others the labels in Hugging Face's config.json.
+    """
+    about = safe_files.read_metadata(path)
+    try:
+        images = json.loads(about['preprocessing'])
+        args = dict(model=str(about['model']), input_size=int(images['input_size'][-1]),
+                    crop_pct=float(images['crop_pct']),
+                    imagenet_default_mean_and_std=tuple(images['mean']) == augmentation.IMAGENET_DEFAULT_MEAN)
+        return dict(args=args, classes=json.loads(about['classes']), activation=about['activation'])
+    except (LookupError, ValueError, TypeError, RecursionError):
+        names = layouts.labels_beside(path)
+        return dict(classes=names) if names else {}
 
 
 def _flags_of_weights(state):

@@ -74,11 +74,16 @@ class Signals:
 
     @contextlib.contextmanager
     def finishing(self):
-        """Inside, a signal waits for the end of the step. Behind it all is saved and told, and none is heard."""
+        """Inside, a signal waits for the end of the step. Behind it all is saved and told, and none is heard.
+
+        Nor does it matter then that a loader process is killed, of which PyTorch's handler would tell in a traceback.
+        """
         self.patient = True
         try:
             yield
             self.over = True
+            if self.entered and hasattr(signal, 'SIGCHLD'):
+                self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
         finally:
             self.patient = self.over
 

@@ -57,9 +57,10 @@ def load_pretrained(model, source, model_key='model|module', model_prefix=''):
         raise UserError('--finetune %s: these are not the weights of this --model: %s' % (source, problems))
     result = model.load_state_dict(state, strict=False)
     key = ', '.join(filter(None, [key, library and 'names of %s' % library]))
-    missing = [name for name in result.missing_keys if not name.endswith('relative_position_index')]
-    distributed.say('Loaded %d of %d weights from %s%s' % (len(target) - len(result.missing_keys), len(target), source,
-                                                 ' (%s)' % key if key else ''))
+    weights, missing = ([name for name in names if not name.endswith('relative_position_index')]
+                        for names in (target, result.missing_keys))
+    distributed.say('Loaded %d of %d weights from %s%s' % (len(weights) - len(missing), len(weights), source,
+                                                           ' (%s)' % key if key else ''))
     for what, names in (('Not in the file, left at their start', missing), ('Left out of the file', dropped),
                         ('Unused names in the file', sorted(result.unexpected_keys))):
         if names:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import http.client
 import inspect
+import json
 import os
 import pickle
 import re
@@ -129,6 +130,18 @@ def read(path, flag=''):
         reason = printable(' '.join(str(error).encode('utf-8', 'backslashreplace').decode().split()))[:120] \
             or type(error).__name__
         raise UserError('%s: not a weights file, or damaged (%s); fetch or copy it again' % (name, reason)) from None
+
+
+def read_metadata(path):
+    """The metadata of a safetensors file, str by str; {} where it has none, or is another file."""
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(8)
+            size = int.from_bytes(start, 'little')
+            found = json.loads(file.read(size).decode()).get('__metadata__') if size < MAX_PICKLE else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 # ---- downloading

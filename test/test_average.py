@@ -36,7 +36,7 @@ def refused(capsys, flags, *words):
 
 @pytest.mark.parametrize('key, flags', (('model', []), ('model_ema', ['--use_ema'])))
 def test_the_average_is_numpys(trained, tmp_path, capsys, data, key, flags):
-    output = str(tmp_path / 'avg.pth')
+    output = str(tmp_path / 'new' / 'avg.pth')
     names = [file_of(trained, epoch) for epoch in (1, 3, 0)]
     assert average_checkpoints.run(['--inputs'] + names + ['--output', output] + flags) == 0
     assert '3 checkpoints' in capsys.readouterr().out
@@ -102,7 +102,6 @@ def test_what_does_not_go_together_is_refused(trained, tmp_path, capsys):
     refused(capsys, base + [str(tmp_path)], 'holds no checkpoint')
     refused(capsys, base + [other(model_ema=None), '--use_ema'], 'without --model_ema')
     refused(capsys, ['--inputs', first, '--output', first], 'of that name')
-    refused(capsys, ['--inputs', first, '--output', str(tmp_path / 'a' / 'b.pth')], 'no folder')
     refused(capsys, ['--inputs', first], '--output')
     (tmp_path / 'other.pth').write_bytes(b'damaged')
     refused(capsys, base + [str(tmp_path / 'other.pth')], 'other.pth')

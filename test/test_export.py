@@ -377,8 +377,11 @@ def test_names_of_hugging_face_on_every_pytorch(trained, export, parse, tmp_path
     for source in (folder, folder / 'pytorch_model.bin', tmp_path / 'new'):
         assert close(logits_of(finetuned(source, parse), images_of(32)), logits_of(model, images_of(32)))
         assert 'names of Hugging Face' in capsys.readouterr().out
-    opened = networks.open_trained(str(folder), model='beit_nano_patch8_32', input_size=32)
-    assert close(logits_of(opened.model, images_of(32)), logits_of(model, images_of(32)))
+    for labels, classes in ({}, ['0', '1', '2']), ({'id2label': {'1': 'b', '0': 'a', '2': 'c'}}, ['a', 'b', 'c']):
+        (folder / 'config.json').write_text(json.dumps(dict(model_type='beit', **labels)))
+        opened = networks.open_trained(str(folder), model='beit_nano_patch8_32', input_size=32)
+        assert close(logits_of(opened.model, images_of(32)), logits_of(model, images_of(32)))
+        assert opened.classes == classes
     inner = {name.replace('beit.', ''): value for name, value in theirs.items() if 'classifier' not in name}
     torch.save(inner, str(folder / 'pytorch_model.bin'))  # of BeitModel, which has no head
     kept = finetuned(folder, parse).state_dict()
@@ -450,6 +453,25 @@ def test_every_name_goes_both_ways(parse):
         back, library = layouts.from_any(renamed)
         assert library and set(back) == set(state)
         assert all(np.array_equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize('kind', ['safetensors', 'huggingface'])
+def test_what_was_exported_is_used_without_flags(kind, trained, export, tmp_path):
+    path, model = trained(*NANO, '--imagenet_default_mean_and_std', '--use_cls', activation='sigmoid')
+    export('--resume', path, '--format', kind, '--output', tmp_path / 'out.safetensors')
+    before, after = networks.open_trained(path), networks.open_trained(str(tmp_path / 'out.safetensors'))
+    assert after.classes == before.classes == CLASSES and after.activation == before.activation
+    assert after.preprocessing == before.preprocessing and after.args.model == before.args.model
+    assert close(logits_of(after.model, images_of(32)), logits_of(model, images_of(32)))
+
+
+@pytest.mark.parametrize('about', [{}, {'preprocessing': '['}, {'preprocessing': '{"input_size": 3}', 'model': 'x'}])
+def test_metadata_that_says_nothing_asks_for_flags(about, trained, export, tmp_path):
+    from safetensors.numpy import load_file, save_file
+    export('--resume', trained()[0], '--format', 'safetensors', '--output', tmp_path / 'out.safetensors')
+    save_file(load_file(str(tmp_path / 'out.safetensors')), str(tmp_path / 'bare.safetensors'), about)
+    with pytest.raises(run_export.UserError, match='does not say which model it is of; give --model'):
+        networks.open_trained(str(tmp_path / 'bare.safetensors'))
 
 
 @pytest.mark.parametrize('ending', ['.onnx', '.pt2', '.torchscript.pt'])

@@ -30,6 +30,7 @@ import torch
 
 import datasets
 import distributed
+import preemption
 import run_class_finetuning
 import safe_files
 from conftest import NANO, ROOT, cannot_run, only_with
@@ -867,6 +868,18 @@ def run_under_torchrun(rank, fault, *flags):
     if os.environ['RANK'] == rank and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
         plant(**json.loads(fault))
     return run_class_finetuning.run(list(flags))
+
+
+def test_a_loader_process_killed_when_all_is_saved_is_not_told_of():
+    with preemption.Signals() as signals:
+        with signals.finishing():
+            batches = iter(torch.utils.data.DataLoader(list(range(64)), num_workers=2, batch_size=2))
+            next(batches)
+            before = signal.getsignal(signal.SIGCHLD)
+        os.kill(batches._workers[0].pid, signal.SIGKILL)
+        time.sleep(0.5)  # in here PyTorch's handler would raise
+        batches._shutdown_workers()
+    assert signal.getsignal(signal.SIGCHLD) is before and callable(before)
 
 
 # ---- the sum of it

@@ -126,7 +126,7 @@ def test_a_flag_is_one_line_of_help_with_its_default(program, monkeypatch):
         names = ', '.join(action.option_strings)
         line = [line for line in shown.splitlines() if line.startswith('  %s  ' % names)]
         assert len(line) == 1, (names, line)
-        assert len(line[0]) <= 118 and line[0].endswith(')') and '(' in line[0], line
+        assert len(line[0]) <= 100 and line[0].endswith(')') and '(' in line[0], line
         told = line[0][line[0].rindex('(') + 1:-1] if '))' not in line[0] else ''
         if isinstance(action.default, (bool, int, float)) and not isinstance(action.default, str) \
                 and action.dest != 'best':

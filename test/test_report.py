@@ -94,12 +94,12 @@ def test_a_file_written_by_hand(tmp_path, parse, monkeypatch, with_yaml):
 @pytest.mark.parametrize('with_yaml', [pytest.param(True, marks=needs_extra('yaml')), False])
 @pytest.mark.parametrize('text, says', [
     ('lrr: 3', 'lrr: no flag has this name; did you mean lr?'),
-    ('lr: -1', 'lr: argument --lr: must be above 0, got -1'),
+    ('lr: -1', 'lr: must be above 0, got -1'),
     ('lr: [1]', 'lr: it takes one value, not a list'),
     ('cutmix_minmax: [0.1, 0.2, 0.3]', 'cutmix_minmax: 3 values are too many'),
     ('opt_betas: 0.9', 'opt_betas: it takes a list of numbers'),
     ('amp: maybe', "amp: it must be true or false, got 'maybe'"),
-    ('jit_compile: maybe', "jit_compile: argument --jit_compile: invalid choice: 'maybe'"),
+    ('jit_compile: maybe', "wrong.yaml: jit_compile: unknown value 'maybe'; it must be one of auto, on, off"),
     ('lr: 1\nlr: 2', 'lr stands there twice'),
     ('lr: 1\nseed: {a: 1}', 'line 2'),
     ('- lr', 'flag: value'),
