@@ -84,7 +84,7 @@ table { border-collapse: collapse; font-size: .9rem; }
 .right { color: var(--good); font-weight: 600; }
 h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
 summary { cursor: pointer; color: var(--good); }
-@media (max-width: 480px) { .bars .share small { display: none; } .bars .name { max-width: 8rem; }
+@media (max-width: 480px) { .bars .share small { display: block; line-height: 1; } .bars .name { max-width: 8rem; }
   .heat td { min-width: 1.75rem; } .heat th { padding: .2rem; } .heat th.note { max-width: 3.6rem; } }
 @media print { details { display: block; } }
 </style>
@@ -260,10 +260,10 @@ def data_uri(pixels, side=160):
 
 
 def percent(share):
-    """Enough digits to tell 99.99 % from 100 %."""
+    """Enough digits to tell 99.99 % from 100 %, and a space at which no line ends."""
     if not math.isfinite(share):
         return 'n/a'
-    return '%.*f %%' % (1 if 0.001 <= share <= 0.999 else 3, 100 * share)
+    return '%.*f\u00a0%%' % (1 if 0.001 <= share <= 0.999 else 3, 100 * share)
 
 
 def _path(path):

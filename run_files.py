@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import json
 import math
 import os
@@ -157,7 +158,7 @@ def draw_panel(axes, log, panel):
     title, unit, from_zero, _ = panel
     for label, epochs, values in curves_of(log, panel):
         axes.plot(epochs, values, label=label, color=COLOURS[label], linewidth=1.6,
-                  marker='o' if len(epochs) < 12 else None, markersize=3.5)
+                  marker='o' if len(epochs) < 12 else None, markersize=3.5, clip_on=not from_zero)  # whole at 0
     axes.set_title(title + (' (%s)' % unit if unit else ''), loc='left', fontsize=11)
     axes.set_xlabel('epoch', fontsize=9)
     axes.tick_params(labelsize=8.5)
@@ -174,7 +175,6 @@ def draw_panel(axes, log, panel):
 
 def draw_curves(path, log):
     """Write curves.png, three panels beside one another."""
-    import io
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it would look for a screen
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13.5, 3.9), dpi=100)

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import tempfile
 import threading
 import time
 from collections import defaultdict, deque
@@ -357,11 +358,9 @@ def check_writable(flag, folder):
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing):
         raise UserError('%s %s: %s is a file, not a folder; choose another' % (flag, folder, existing))
-    probe = os.path.join(existing, '.write-test-%d' % os.getpid())
     try:
-        with open(probe, 'w', encoding='utf-8'):
+        with tempfile.TemporaryFile(prefix='.write-test-', dir=existing):  # nameless where the system can do so
             pass
-        os.remove(probe)
     except OSError as error:
         raise UserError('%s %s: %s cannot be written to (%s); choose another'
                         % (flag, folder, existing, error.strerror or error)) from None

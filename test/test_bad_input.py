@@ -20,6 +20,7 @@ from timm.models import create_model
 import backend
 import launch
 import run_class_finetuning
+import utils
 from errors import printable
 from conftest import NANO, ROOT, TEST_DIR, cannot_run, photo
 
@@ -614,6 +615,17 @@ def test_output_that_cannot_be_written(refused, tmp_path, flag):
         if not folder.is_dir():
             cannot_run('linux', 'root can write to every folder here')
     refused(flag, str(folder / 'results'), says=[flag, str(folder / 'results'), 'cannot be written', 'choose another'])
+
+
+def test_looking_whether_it_can_be_written_leaves_nothing_even_killed(monkeypatch, tmp_path):
+    try:
+        os.close(os.open(str(tmp_path), os.O_TMPFILE | os.O_RDWR))
+    except (AttributeError, OSError):
+        cannot_run('linux', 'every file has a name here')
+    for name in ('remove', 'unlink'):
+        monkeypatch.setattr(os, name, lambda *_: pytest.fail('the file had a name'))
+    utils.check_writable('--output_dir', str(tmp_path / 'new' / 'er'))
+    assert os.listdir(str(tmp_path)) == []
 
 
 def test_log_dir_without_tensorboardx(refused, monkeypatch, tmp_path):

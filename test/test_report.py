@@ -456,7 +456,7 @@ def test_the_report_tells_what_the_best_weights_do(run):
                                                              shown.group() if shown else '')} \
         == {path if len(path) <= 60 else '…' + path[-59:] for path in wrong}
     surest = max((share, path) for share, path, one, other in zip(probability, paths, true, predicted) if one == other)
-    first = re.search(r'<h2>Surest</h2>.*?<figcaption>.*?\((.*?) %\).*?title="(.*?)"', page, re.S)
+    first = re.search(r'<h2>Surest</h2>.*?<figcaption>.*?\((.*?)\s%\).*?title="(.*?)"', page, re.S)
     assert html.unescape(first.group(2)) == surest[1]
     assert float(first.group(1)) == pytest.approx(100 * surest[0], abs=0.06)
     log = [epoch['test_acc1'] for epoch in log_of(out)]
