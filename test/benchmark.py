@@ -210,15 +210,15 @@ def why_not(error):
 class Entry:
     """A contender in one mode, warmed up: its record for the report, and its samples."""
 
-    def __init__(self, kind, setting, mode, work, options, device):
+    def __init__(self, kind, setting, mode, work, warmup, device):
         self.record = dict(contender=kind, mode=str(CONTENDERS[kind].mode_of(mode, device)))
         self.mode, self.batch_size, self.work, self.device = mode, setting.batch_size, work, device
-        self.contender = None
+        self.contender, self.seconds = None, None
         try:
             self.contender, before = build(kind, setting, mode, device)
             self.record['about'] = self.contender.about
             start = time.perf_counter()
-            self.run(options.warmup)
+            self.run(warmup)
             self.record['warmup_seconds'] = time.perf_counter() - start
             self.seconds = self.run(1)
             if device.type != 'cpu':
@@ -229,13 +229,19 @@ class Entry:
             if not isinstance(error, UserError):
                 progress('%s %s: %s' % (kind, mode, one_line(error)[:500]))
 
+    def is_able(self):
+        return 'not_available' not in self.record
+
     def run(self, steps):
         """Seconds of so many steps, from a device that has nothing to do to one that is done."""
         backend.synchronize(self.device)
         start = time.perf_counter()
         getattr(self.contender, self.work)(steps)
         backend.synchronize(self.device)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if getattr(self.contender, 'skipped_steps', None):
+            self.record['skipped_steps'] = self.contender.skipped_steps
+        return seconds
 
     def rate(self, steps):
         """Images per second."""
@@ -247,47 +253,88 @@ class Entry:
         self.record['flops_per_second'] = per_second
         if peak and self.mode is not None and self.mode.precision != 'float32':
             self.record['peak_fraction'] = per_second / peak
-        if getattr(self.contender, 'skipped_steps', None):
-            self.record['skipped_steps'] = self.contender.skipped_steps
+
+    def end(self):
+        """Give back what it has taken."""
+        self.contender = None
+
+
+class Apart(Entry):
+    """An entry in a process of its own, as people run it: how one side sets its process up is no matter of the other.
+
+    Its memory is that of this process. For devices of which several processes would not share the memory well, `Entry`.
+    """
+
+    def __init__(self, kind, setting, mode, work, warmup, device):
+        self.mode, self.batch_size = mode, setting.batch_size
+        self.record = dict(contender=kind, mode=str(CONTENDERS[kind].mode_of(mode, device)))
+        order = dict(kind=kind, setting=setting._asdict(), mode=mode, work=work, warmup=warmup)
+        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), '_entry', json.dumps(order)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
+        self.seconds = self.answer()
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            self.record['not_available'] = 'its process ended with status %d' % self.process.wait()
+            return None
+        seconds, record = json.loads(line)
+        self.record.update(record)
+        return seconds
+
+    def run(self, steps):
+        print(steps, file=self.process.stdin, flush=True)
+        seconds = self.answer()
+        if seconds is None:
+            raise UserError('%s %s: %s' % (self.record['contender'], self.record['mode'], self.record['not_available']))
+        return seconds
+
+    def end(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+def entry_main(order):
+    """The process of an `Apart`: a line, [seconds, record], of one step, then of each number of steps that comes in."""
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # what others print
+    setting = Setting(**dict(order['setting'], extra=tuple(order['setting']['extra'])))
+    entry = Entry(order['kind'], setting, order['mode'] and Mode(*order['mode']), order['work'], order['warmup'],
+                  backend.select_device(setting.device))
+
+    def answer(seconds):
+        entry.record.update(peak_memory_mib=peak_resident_mib())
+        print(json.dumps([seconds, entry.record]), file=answers, flush=True)
+
+    answer(entry.seconds)
+    for line in sys.stdin:
+        answer(entry.run(int(line)))
 
 
 def measure_row(ours, other, options, setting, device, work, flops, peak):
     """One row: two contenders, (kind, mode) each, in turns. Where one can't run, the other's figures alone."""
     contenders.forget_compiled()
     progress(' against '.join('%s %s' % (kind, CONTENDERS[kind].mode_of(mode, device)) for kind, mode in (ours, other)))
-    entries = [Entry(kind, setting, mode, work, options, device) for kind, mode in (ours, other)]
-    able = [entry for entry in entries if entry.contender is not None]
-    row = dict(ours=entries[0].record, other=entries[1].record)
-    if able:
-        least = 3 if device.type == 'cpu' else 10  # of ours, one in ten prints a line, for which it waits
-        steps = options.steps or max(least, int(options.seconds / max(entry.seconds for entry in able)) + 1)
-        row['steps_per_sample'] = steps
-        results = take_turns([functools.partial(entry.rate, steps) for entry in able], options.pairs)
-        for entry, rates in zip(able, results):
-            entry.finish(rates, flops, peak)
-        if len(able) == 2:
-            row['ratio'] = ratios(*results)
-    del entries, able
-    gc.collect()
+    kind_of_entry, entries = Apart if device.type == 'cpu' else Entry, []
+    try:
+        for kind, mode in (ours, other):
+            entries.append(kind_of_entry(kind, setting, mode, work, options.warmup, device))
+        able = [entry for entry in entries if entry.is_able()]
+        row = dict(ours=entries[0].record, other=entries[1].record)
+        if able:
+            least = 3 if device.type == 'cpu' else 10  # of ours, one in ten prints a line, for which it waits
+            steps = options.steps or max(least, int(options.seconds / max(entry.seconds for entry in able)) + 1)
+            row['steps_per_sample'] = steps
+            results = take_turns([functools.partial(entry.rate, steps) for entry in able], options.pairs)
+            for entry, rates in zip(able, results):
+                entry.finish(rates, flops, peak)
+            if len(able) == 2:
+                row['ratio'] = ratios(*results)
+    finally:
+        for entry in entries:
+            entry.end()
+        gc.collect()
     return row
-
-
-def measure_memory(record, mode, setting, work):
-    """On a CPU: the contender of a record once more, in a process of its own, for the most memory that it takes."""
-    order = dict(kind=record['contender'], setting=setting._asdict(), mode=mode, work=work)
-    done = subprocess.run([sys.executable, os.path.abspath(__file__), '_memory', json.dumps(order)],
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, universal_newlines=True)
-    figure = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
-    if figure and figure[0] != 'None':
-        record['peak_memory_mib'] = float(figure[0])
-
-
-def memory_main(order):
-    """A contender alone in this process: print the most resident memory, in MiB, or None where that isn't known."""
-    setting = Setting(**dict(order['setting'], extra=tuple(order['setting']['extra'])))
-    contender = CONTENDERS[order['kind']](setting, order['mode'] and Mode(*order['mode']))
-    getattr(contender, order['work'])(2)
-    print(peak_resident_mib())
 
 
 def peak_resident_mib():
@@ -340,9 +387,6 @@ def sides(options, device, work):
     def measure(name, our_mode, kind, its_mode):
         row = dict(name=name, **measure_row(('ours', our_mode), (kind, its_mode), options, setting, device, work,
                                             flops, peak))
-        for side, mode in (('ours', our_mode), ('other', its_mode)):
-            if device.type == 'cpu' and not options.no_memory and 'not_available' not in row[side]:
-                measure_memory(row[side], mode, setting, work)
         return add_row(options, report, row)
 
     measured = []
@@ -645,8 +689,8 @@ def script_main(options, device):
     report = about_run(options, device)
     report.update(model=setting.model, input_size=setting.input_size, batch_size=setting.batch_size, mode=str(mode),
                   steps_per_sample=options.steps, extra_flags=options.extra)
-    entry, limits = Entry('ours', setting, mode, 'train', options, device), []
-    if entry.contender is None:
+    entry, limits = Entry('ours', setting, mode, 'train', options.warmup, device), []
+    if not entry.is_able():
         raise UserError('%s cannot run here: %s' % (mode, entry.record['not_available']))
     with tempfile.TemporaryDirectory() as root:
         progress('making JPEGs')
@@ -836,8 +880,6 @@ def build_parser():
         sub.add_argument('--seconds', default=2., type=number(float, 0), help='least length of a sample (2)')
         sub.add_argument('--peak', default=None, type=number(float, 0, above=True),
                          help='the device\'s dense peak in FLOP/s, where it isn\'t known (H100, H200, A100 are)')
-        sub.add_argument('--no_memory', action='store_true',
-                         help='on a CPU: leave out the extra process that each figure of memory takes')
 
     sub = command('data', data_main, 'the loader, against torchvision\'s ImageFolder and timm\'s create_transform')
     sub.add_argument('--data_path', default='', help='a folder with train/ in it (JPEGs of ImageNet\'s sizes are made)')
@@ -894,7 +936,7 @@ def parse(argv):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    internal = {'_memory': memory_main, '_process': process_main}.get(argv[0] if argv else '')
+    internal = {'_entry': entry_main, '_process': process_main}.get(argv[0] if argv else '')
     try:
         if internal:
             internal(json.loads(argv[1]))

@@ -17,6 +17,7 @@ import benchmark
 import contenders
 import fast_images
 import modeling_finetune
+from errors import UserError
 
 NANO = ['--model=beit_nano_patch8_32', '--batch_size=2', '--classes=10', '--device=cpu']
 HAS_TIMM_BEIT = contenders.importlib.util.find_spec('timm.models.beit') is not None
@@ -152,7 +153,7 @@ def test_our_contender_is_what_main_builds_from_the_flags():
 
 def test_step(bench):
     report, out = bench('step', '--precision', 'float32', 'float16', '--pairs=2', '--steps=1', '--warmup=1',
-                        '--peak=1e12', '--no_memory', *NANO, '--', '--attention=plain')
+                        '--peak=1e12', *NANO, '--', '--attention=plain')
     assert report['benchmark'] == 'step' and report['peak_flops'] == 1e12
     assert report['command'][-2:] == ['--', '--attention=plain'] and report['extra_flags'] == ['--attention=plain']
     assert set(report['versions']) == {'python', 'torch', 'torchvision', 'timm'}
@@ -183,14 +184,19 @@ def test_memory_is_that_of_the_contender_alone():
     more = torch.ones(2 ** 28)  # 1 GiB
     assert benchmark.peak_resident_mib() > 1024
     del more
-    record = dict(contender='reference')
     setting = contenders.Setting('beit_nano_patch8_32', 32, 2, 'cpu', classes=10)
-    benchmark.measure_memory(record, contenders.Mode('float32'), setting, 'train')
-    assert 50 < record['peak_memory_mib'] < 1000
+    entry = benchmark.Apart('reference', setting, contenders.Mode('float32'), 'train', 1, torch.device('cpu'))
+    try:
+        assert 50 < entry.record['peak_memory_mib'] < 1000 and entry.rate(1) > 0
+        entry.process.kill()
+        with pytest.raises(UserError, match='reference float32: its process ended with status -9'):
+            entry.rate(1)
+    finally:
+        entry.end()
 
 
 def test_eval(bench):
-    report, out = bench('eval', '--precision=float32', '--pairs=2', '--steps=1', '--warmup=1', '--no_memory',
+    report, out = bench('eval', '--precision=float32', '--pairs=2', '--steps=1', '--warmup=1',
                         '--markdown', '--against=reference', *NANO)
     row, = report['rows']
     assert report['flops_per_image'] == contenders.forward_flops(modeling_finetune.MODELS['beit_nano_patch8_32'], 10)
