@@ -5,7 +5,6 @@ PyTorch can do is found out by looking for the feature, never by its version.
 """
 
 import contextlib
-import ctypes
 import functools
 import importlib
 import importlib.util
@@ -28,7 +27,6 @@ DEVICE_TYPES = ('npu', 'cuda', 'cpu')  # in order of preference
 PROCESS_GROUP_BACKEND = {'npu': 'hccl', 'cuda': 'nccl', 'cpu': 'gloo'}
 AMP_DTYPES = ('float16', 'bfloat16')
 OPT_LEVELS = ('O0', 'O1', 'O2')
-MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 
 
 # ---- devices
@@ -201,21 +199,6 @@ def prepare_determinism():
     """What has to be set before the device starts."""
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     os.environ.setdefault('HCCL_DETERMINISTIC', 'true')
-
-
-def keep_freed_memory(device):
-    """On a CPU have glibc keep what tensors free: the next step takes as much again. Elsewhere nothing happens.
-
-    By itself glibc gives large blocks back to the system, which then maps and clears the same again, page by page.
-    Whoever sets glibc's own variables (mallopt(3)) has them as they are.
-    """
-    said = any(name.startswith('MALLOC_') for name in os.environ) or 'malloc' in os.environ.get('GLIBC_TUNABLES', '')
-    if device.type != 'cpu' or said or os.name != 'posix':
-        return
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    if mallopt is not None:
-        mallopt(MMAP_MAX, 0)
-        mallopt(TRIM_THRESHOLD, -1)
 
 
 def set_compile_mode(device, mode):

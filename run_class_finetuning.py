@@ -204,7 +204,6 @@ def start(args):
     device = distributed.init_distributed_mode(args)
     watchdog.start(distributed.meeting_store(), args.dist_timeout)
     watching.watch()
-    backend.keep_freed_memory(device)
     backend.set_compile_mode(device, args.jit_compile)
     if args.deterministic:
         backend.make_deterministic(device)

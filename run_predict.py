@@ -404,7 +404,6 @@ def start(args):
     """The device of this process, which has met the others."""
     device = distributed.init_distributed_mode(args)
     watchdog.start(distributed.meeting_store(), args.dist_timeout)
-    backend.keep_freed_memory(device)
     return device
 
 

@@ -2,10 +2,6 @@
 
 import copy
 import math
-import os
-import platform
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,7 +13,7 @@ import modeling_finetune
 import pilot
 import precision
 import utils
-from conftest import ROOT, cannot_run, only_with
+from conftest import cannot_run, only_with
 from test_numerics import Listener, Numbered
 from test_training import CPU, check_trajectory, toy, trajectory_run
 
@@ -239,31 +235,6 @@ def test_average_of_the_weights_in_one_call():
     average.update(state, skip=torch.tensor(True))
     for name, value in average.ema.state_dict().items():
         assert torch.equal(value, kept[name])
-
-
-# ---- memory
-
-FAULTS = """
-import resource, sys, torch, backend
-device = backend.find_device('cpu')
-if sys.argv[1] == 'keep':
-    backend.keep_freed_memory(device)
-for _ in range(6):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [torch.ones(2 ** 24) for _ in range(3)]  # 64 MiB each
-    del blocks
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.parametrize('keeps, more', [(True, {}), (False, {}), (False, {'MALLOC_MMAP_MAX_': '65536'})])
-def test_what_a_step_freed_is_there_for_the_next(keeps, more):
-    """Counted by the system: pages that it had to give once more, of 49,152 of 4 KiB."""
-    if platform.libc_ver()[0] != 'glibc':
-        cannot_run('linux', 'only glibc has these settings')
-    found = subprocess.run([sys.executable, '-c', FAULTS, 'keep' if keeps or more else 'leave'], check=True,
-                           stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=ROOT, **more)).stdout
-    assert int(found) < 500 if keeps else int(found) > 40000 * 4096 / os.sysconf('SC_PAGE_SIZE')
 
 
 # ---- which of the two is the limit
