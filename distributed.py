@@ -126,6 +126,7 @@ def init_distributed_mode(args):
         try:
             store, process, processes = next(rendezvous(address, process, processes,
                                                         timeout=datetime.timedelta(seconds=seconds)))
+            store = _of_this_start(store)
             dist.init_process_group(backend.PROCESS_GROUP_BACKEND[device.type], store=store, rank=process,
                                     world_size=processes,
                                     timeout=datetime.timedelta(seconds=args.dist_timeout + 10))
@@ -141,6 +142,15 @@ def init_distributed_mode(args):
                             % (address, processes, seconds, text[:200])) from None
         barrier()
     return device
+
+
+def _of_this_start(store):
+    """The store, without what processes wrote that torchrun has started anew: they would be looked for where they were.
+
+    Only on one machine, where all are told the same count.
+    """
+    count = os.environ.get('TORCHELASTIC_RESTART_COUNT', '')
+    return dist.PrefixStore('start %s' % count, store) if count and os.environ.get('GROUP_WORLD_SIZE') == '1' else store
 
 
 def _make_host_group(device, seconds):

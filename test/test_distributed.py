@@ -10,6 +10,8 @@ import time
 import pytest
 import torch
 
+
+import distributed
 from conftest import ROOT
 from test_multinode import free_port
 from test_training import RUN, lines_of
@@ -158,3 +160,16 @@ def test_evaluation_gives_the_same_bits_on_any_number_of_processes():
         # The kernels of PyTorch 1.5 and 1.8 round by a row's place in the batch: equal counts, the loss to 1e-7.
         for (one, other) in zip(found[processes], found[1]):
             assert one[:3] == other[:3] and float(one[3]) == pytest.approx(float(other[3]), rel=1e-7)
+
+
+def test_a_process_started_anew_sees_nothing_of_those_before(monkeypatch, tmp_path):
+    """torchrun keeps one store; where a killed process listened must not be in it for the next."""
+    store = torch.distributed.FileStore(str(tmp_path / 'store'), 1)
+
+    def arrivals(count, machines='1'):
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', count)
+        monkeypatch.setenv('GROUP_WORLD_SIZE', machines)
+        return distributed._of_this_start(store).add('arrivals', 1)
+
+    assert [arrivals('0'), arrivals('0'), arrivals('1'), arrivals('2')] == [1, 2, 1, 1]
+    assert [arrivals('0', '2'), arrivals('1', '2')] == [1, 2]  # machines may count otherwise
