@@ -10,7 +10,6 @@ import time
 import pytest
 import torch
 
-
 import distributed
 from conftest import ROOT
 from test_multinode import free_port
