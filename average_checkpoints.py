@@ -85,7 +85,8 @@ def take_best(paths, most, use_ema=False):
         raise UserError('--best %d: the log.txt beside %s has no %sacc1 or mAP of its epoch, nor have the others; '
                         'leave --best out, or name the files' % (most, printable(paths[0]), prefix))
     if most > len(figures):
-        raise UserError('--best %d: of %d checkpoints %d were evaluated; lower it' % (most, len(paths), len(figures)))
+        raise UserError('--best %d: of %d checkpoints %d were evaluated; lower it, or train with --save_ckpt_freq 1'
+                        % (most, len(paths), len(figures)))
     chosen = sorted(figures, key=lambda path: -figures[path])[:most]
     for path in chosen:
         print('%s: %.3f' % (printable(path), figures[path]))

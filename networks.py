@@ -19,7 +19,7 @@ import modeling_finetune
 import safe_files
 from errors import UserError, printable, unknown
 from flags import build_parser
-from pretrained import fit_to_model, inner_state, mismatches, strip_prefixes
+from pretrained import fit_to_model, inner_state, mismatches, refuse_exports, strip_prefixes
 
 
 def build_model(args, nb_classes):
@@ -52,6 +52,7 @@ def open_trained(source, use_ema=False, **given):
     Raises:
         UserError: the file can't be read, does not say what it is of, or holds other weights than it says.
     """
+    refuse_exports('--resume', source)
     if os.path.isfile(os.path.join(source, layouts.CONFIG)):
         source = layouts.in_folder(source, '--resume')
     path, content = checkpoint.find(source, prefer_best=True)

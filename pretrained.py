@@ -16,12 +16,17 @@ from safe_files import fetch
 from safe_files import read_checked as read
 
 
-def check_finetune(source):
-    """Raise a `UserError` where --finetune names a file that isn't there. Cheap, so that it can come first."""
+def refuse_exports(flag, source):
+    """Raise a `UserError` for a file of run_export.py that other programs run, by its ending."""
     exported = next((ending for ending in ('.onnx', '.pt2', '.torchscript.pt') if source.endswith(ending)), '')
     if exported:
-        raise UserError('--finetune %s: %s is a network to be run, not weights to go on from; give the checkpoint that '
-                        'it was made of, a .safetensors file or a Hugging Face folder' % (printable(source), exported))
+        raise UserError('%s %s: %s is a network to be run, not weights to go on from; give the checkpoint that it was '
+                        'made of, a .safetensors file or a Hugging Face folder' % (flag, printable(source), exported))
+
+
+def check_finetune(source):
+    """Raise a `UserError` where --finetune names a file that isn't there. Cheap, so that it can come first."""
+    refuse_exports('--finetune', source)
     if source and os.path.isdir(source):
         layouts.in_folder(source, '--finetune')
     elif source and not re.match(r'[a-z]+://', source) and not os.path.isfile(source):

@@ -225,7 +225,8 @@ def check_data(args):
     if damaged:
         place = ', listed in %s' % os.path.join(args.output_dir, bad_images.LIST) if args.output_dir else ''
         raise UserError('--check_data: %d image%s cannot be read%s; mend or remove what is listed, or leave it out '
-                        'with --bad_images skip' % (damaged, 's' if damaged > 1 else '', place))
+                        'with --bad_images skip, and a --max_bad_images above its share'
+                        % (damaged, 's' if damaged > 1 else '', place))
 
 
 def main(args, signals):

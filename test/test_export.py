@@ -480,3 +480,5 @@ def test_an_export_to_run_is_not_taken_for_weights(tmp_path, ending):
     path.write_bytes(b'whatever')
     with pytest.raises(run_export.UserError, match='to be run, not weights to go on from;.*give the checkpoint'):
         pretrained.check_finetune(str(path))
+    with pytest.raises(run_export.UserError, match='--resume .* to be run, not weights to go on from'):
+        networks.open_trained(str(path))

@@ -308,12 +308,12 @@ def test_results_real_labels_and_flips(imagenet_like, tmp_path, capsys, refused)
     base = RUN + ['--data_path', imagenet_like, '--eval', '--resume', output, '--model_ema']
     capsys.readouterr()
     for suffix in ('.json', '.csv'):
-        assert run_class_finetuning.run(base + ['--results_file', str(tmp_path / ('r' + suffix)), '--real_labels',
-                                                str(tmp_path / 'real.json'), '--test_flip']) == 0
+        assert run_class_finetuning.run(base + ['--results_file', str(tmp_path / 'new' / ('r' + suffix)), '--test_flip',
+                                                '--real_labels', str(tmp_path / 'real.json')]) == 0
     out = capsys.readouterr().out
-    with open(str(tmp_path / 'r.json')) as file:
+    with open(str(tmp_path / 'new' / 'r.json')) as file:
         rows = json.load(file)
-    with open(str(tmp_path / 'r.csv'), newline='') as file:
+    with open(str(tmp_path / 'new' / 'r.csv'), newline='') as file:
         table = list(csv.DictReader(file))
     assert [row['weights'] for row in rows] == [row['weights'] for row in table] == ['model', 'model_ema']
 
