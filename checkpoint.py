@@ -21,6 +21,7 @@ from safe_files import fetch, save  # noqa: F401  (save is part of what this roo
 from safe_files import read_checked as read
 
 BEST, BEST_EMA = 'checkpoint-best.pth', 'checkpoint-best-ema.pth'
+UNTOLD = ('nb_classes', 0)  # as the data has them
 MODEL_FLAGS = ('model', 'input_size', 'nb_classes', 'rel_pos_bias', 'abs_pos_emb', 'layer_scale_init_value',
                'use_mean_pooling')  # which flags decide the names and shapes of the weights
 
@@ -334,7 +335,7 @@ def check_same_split(source, content, args):
 def _trained_with(content):
     """' (it was trained with --model …)', where the file says so."""
     args = flags_inside(content)
-    flags = ['--%s %s' % (name, args[name]) for name in MODEL_FLAGS if name in args]
+    flags = ['--%s %s' % (name, args[name]) for name in MODEL_FLAGS if name in args and (name, args[name]) != UNTOLD]
     return ' (it was trained with %s)' % ' '.join(flags) if flags else ''
 
 

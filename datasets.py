@@ -4,6 +4,7 @@ What a process gets depends on the seed, the epoch and the image's index alone: 
 how many processes share the data.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -326,6 +327,9 @@ def build_datasets(args, device=None, classes=None):
     if args.nb_classes and args.nb_classes != len(classes):
         raise UserError('--nb_classes %d: the data has %d classes; leave the flag out, or mend the folders'
                         % (args.nb_classes, len(classes)))
+    if val is not None and getattr(val, 'fits', None) is not None and len(val):
+        with contextlib.suppress(UnreadableImage):
+            val.load(val.samples[0][0])  # images of another size shall not be found after an epoch of training
     return train, val, classes
 
 

@@ -108,11 +108,13 @@ def _described(path):
     about = safe_files.read_metadata(path)
     try:
         images = json.loads(about['preprocessing'])
-        args = dict(model=str(about['model']), input_size=int(images['input_size'][-1]),
-                    crop_pct=float(images['crop_pct']),
-                    imagenet_default_mean_and_std=tuple(images['mean']) == augmentation.IMAGENET_DEFAULT_MEAN)
-        return dict(args=args, classes=json.loads(about['classes']), activation=about['activation'])
-    except (LookupError, ValueError, TypeError, RecursionError):
+        flags = ['--model=%s' % about['model'], '--input_size=%s' % images['input_size'][-1],
+                 '--crop_pct=%s' % images['crop_pct']]
+        if tuple(images['mean']) == augmentation.IMAGENET_DEFAULT_MEAN:
+            flags.append('--imagenet_default_mean_and_std')
+        return dict(args=vars(build_parser('').parse_args(flags)), classes=json.loads(about['classes']),
+                    activation=about['activation'])
+    except (LookupError, ValueError, TypeError, RecursionError, UserError):
         names = layouts.labels_beside(path)
         return dict(classes=names) if names else {}
 

@@ -17,6 +17,7 @@ competes.
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import gc
@@ -283,7 +284,8 @@ class Apart(Entry):
         return seconds
 
     def run(self, steps):
-        print(steps, file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it is dead; there is no answer then
+            print(steps, file=self.process.stdin, flush=True)
         seconds = self.answer()
         if seconds is None:
             raise UserError('%s %s: %s' % (self.record['contender'], self.record['mode'], self.record['not_available']))

@@ -617,6 +617,11 @@ def test_output_that_cannot_be_written(refused, tmp_path, flag):
     refused(flag, str(folder / 'results'), says=[flag, str(folder / 'results'), 'cannot be written', 'choose another'])
 
 
+def test_images_that_a_small_input_does_not_fit_are_found_before_training(refused, image_folder, monkeypatch):
+    monkeypatch.setattr(run_class_finetuning, 'fit', lambda *_: pytest.fail('training began'))
+    refused('--data_path', image_folder(size=(40, 50)), says=['is 40x50', '--input_size of 32', 'are not resized'])
+
+
 def test_looking_whether_it_can_be_written_leaves_nothing_even_killed(monkeypatch, tmp_path):
     try:
         os.close(os.open(str(tmp_path), os.O_TMPFILE | os.O_RDWR))

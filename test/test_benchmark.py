@@ -189,6 +189,7 @@ def test_memory_is_that_of_the_contender_alone():
     try:
         assert 50 < entry.record['peak_memory_mib'] < 1000 and entry.rate(1) > 0
         entry.process.kill()
+        entry.process.wait()  # its end of the pipe is closed
         with pytest.raises(UserError, match='reference float32: its process ended with status -9'):
             entry.rate(1)
     finally:

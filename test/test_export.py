@@ -465,7 +465,14 @@ def test_what_was_exported_is_used_without_flags(kind, trained, export, tmp_path
     assert close(logits_of(after.model, images_of(32)), logits_of(model, images_of(32)))
 
 
-@pytest.mark.parametrize('about', [{}, {'preprocessing': '['}, {'preprocessing': '{"input_size": 3}', 'model': 'x'}])
+def hostile(size, crop):
+    return {'model': 'beit_nano_patch8_32', 'classes': '[]', 'activation': 'softmax', 'preprocessing':
+            '{"input_size": %s, "crop_pct": %s, "mean": [0, 0, 0]}' % (size, crop)}
+
+
+@pytest.mark.parametrize('about', [{}, {'preprocessing': '['}, {'preprocessing': '{"input_size": 3}', 'model': 'x'},
+                                   hostile('[3, Infinity, Infinity]', 1), hostile('[3, 1e9, 1e9]', 1),
+                                   hostile('[3, 32, 32]', -1), hostile('[3, 32, 32]', 'NaN')])
 def test_metadata_that_says_nothing_asks_for_flags(about, trained, export, tmp_path):
     from safetensors.numpy import load_file, save_file
     export('--resume', trained()[0], '--format', 'safetensors', '--output', tmp_path / 'out.safetensors')
