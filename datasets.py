@@ -327,10 +327,14 @@ def build_datasets(args, device=None, classes=None):
     if args.nb_classes and args.nb_classes != len(classes):
         raise UserError('--nb_classes %d: the data has %d classes; leave the flag out, or mend the folders'
                         % (args.nb_classes, len(classes)))
-    if val is not None and getattr(val, 'fits', None) is not None and len(val):
-        with contextlib.suppress(UnreadableImage):
-            val.load(val.samples[0][0])  # images of another size shall not be found after an epoch of training
     return train, val, classes
+
+
+def check_fits(val_set):
+    """Raise a `UserError` where the first image does not fit: it shall not be found after an epoch of training."""
+    if getattr(val_set, 'fits', None) is not None and len(val_set):
+        with contextlib.suppress(UnreadableImage):
+            val_set.load(val_set.samples[0][0])
 
 
 def put_aside(train, args, device=None):

@@ -241,6 +241,7 @@ def main(args, signals):
 
     train_set, val_set, classes = datasets.build_datasets(args, device, known_classes(args, device))
     if val_set is not None:
+        datasets.check_fits(val_set)
         scores.check_scores(args, val_set)
     weights = choose_class_weights(args, train_set, classes)
     steps_per_epoch = None if args.eval else count_steps(args, len(train_set))
