@@ -160,9 +160,13 @@ def _make_host_group(device, seconds):
 
 
 def leave_processes():
-    """Part from the other processes at the end of a good run; without it, gloo's threads may abort one at exit."""
+    """Part from the other processes at the end of a good run; without it, gloo's threads may abort one at exit.
+
+    They end with the last name of their group, so none may be left.
+    """
     if _initialized():
         barrier()
+        _host_group.clear()
         dist.destroy_process_group()
 
 
