@@ -298,7 +298,7 @@ def load_weights(source, content, model, scaler, ema=None):
     problems = mismatches(state, live)
     if problems:
         raise UserError('--resume %s: these are not the weights of this model: %s%s'
-                        % (printable(source), problems, _trained_with(content)))
+                        % (printable(source), problems, _trained_with(content, source)))
     for name, tensor in live.items():
         if name in state and not name.endswith('relative_position_index'):
             tensor.copy_(state[name])
@@ -332,10 +332,13 @@ def check_same_split(source, content, args):
                                 name, getattr(args, name), printable(source), name, printable(str(theirs.get(name)))))
 
 
-def _trained_with(content):
-    """' (it was trained with --model …)', where the file says so."""
+def _trained_with(content, source):
+    """' (it was trained with --model …)', if the file says so, and where its run left all flags, if that's there."""
     args = flags_inside(content)
     flags = ['--%s %s' % (name, args[name]) for name in MODEL_FLAGS if name in args and (name, args[name]) != UNTOLD]
+    every = os.path.join(os.path.dirname(source), 'args.yaml')
+    if flags and os.path.isfile(every):
+        flags[-1] += '; --config %s gives all of its flags' % printable(every)
     return ' (it was trained with %s)' % ' '.join(flags) if flags else ''
 
 

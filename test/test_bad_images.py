@@ -216,7 +216,7 @@ def test_a_bad_file_stops_or_is_left_out(sets, kind, which):
         with within(20):
             message = error_of(datasets.build_loaders(args, *parts)[which == 'validation'])
         assert message == '%s: cannot be read as an image (%s); mend or remove it, or leave such files out with ' \
-                          '--bad_images skip' % (path, reason)
+                          '--bad_images skip, and a --max_bad_images above their share' % (path, reason)
 
 
 def test_out_of_memory_is_named(sets, monkeypatch):

@@ -352,7 +352,12 @@ def test_wrong_resumes(image_folder, tmp_path, capsys):
     capsys.readouterr()
     resume = ['--resume=' + output]
     assert run_class_finetuning.run(base + resume + ['--use_cls']) == 2
-    assert 'it was trained with --model beit_nano_patch8_32' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert 'it was trained with --model beit_nano_patch8_32' in error
+    every = os.path.join(output, 'args.yaml')
+    assert '; --config %s gives all of its flags)' % every in error
+    assert run_class_finetuning.run(['--config', every, '--output_dir=', '--eval'] + resume) == 0
+    capsys.readouterr()
     assert run_class_finetuning.run(base + resume + ['--opt=sgd', '--epochs=2']) == 2
     assert 'another kind of optimizer wrote it' in capsys.readouterr().err
 
