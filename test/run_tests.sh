@@ -5,7 +5,7 @@
 #   bash test/run_tests.sh --stack=1.8    everything, on PyTorch 1.8 (or 1.5), in a Python 3.8 of its own
 #   bash test/run_tests.sh --soak         everything, with 500 kills in test_faults.py instead of 50; with --stack too
 #   bash test/run_tests.sh --lint         the linter only
-#   bash test/run_tests.sh -k model -x    any of pytest's own options
+#   bash test/run_tests.sh -k model -x    any of pytest's own options; or files, test/test_model.py, in place of all
 #
 # PYTHON=/path/to/python chooses the Python; PYTHON38= the one for --stack, where it isn't found by itself.
 #
@@ -25,14 +25,15 @@
 # current stack gets the packages of requirements-extra.txt.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 tool=pytest
-left_out=()
-while :; do
-    case ${1:-} in
+left_out=() what=(test) others=()
+for each; do
+    case $each in
         -h|--help) show_help; exit 0 ;;
-        --lint) tool=ruff; break ;;
-        --soak) export BEIT_SOAK=1; shift ;;
-        --stack=*) choose_stack "${1#*=}"; shift; left_out=(--deselect test/test_stacks.py::test_across_) ;;
-        *) break ;;
+        --lint) tool=ruff ;;
+        --soak) export BEIT_SOAK=1 ;;
+        --stack=*) choose_stack "${each#*=}"; left_out=(--deselect test/test_stacks.py::test_across_) ;;
+        test/*.py*) what=(); others+=("$each") ;;
+        *) others+=("$each") ;;
     esac
 done
 cd "$ROOT" || exit 2
@@ -54,4 +55,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 workers=()
 if [ "$cores" -gt 1 ] && has_module xdist; then workers=(-n "$((cores < 4 ? cores : 4))" --dist loadfile); fi
-exec "$PYTHON" -m pytest test -q ${workers[@]+"${workers[@]}"} ${left_out[@]+"${left_out[@]}"} "$@"
+exec "$PYTHON" -m pytest ${what[@]+"${what[@]}"} -q ${workers[@]+"${workers[@]}"} ${left_out[@]+"${left_out[@]}"} ${others[@]+"${others[@]}"}
