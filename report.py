@@ -142,7 +142,8 @@ def tiles(figures, about):
              ('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
              ('Epochs', figures.get('epochs'), '%d'), ('Parameters', about['parameters'] / 1e6, '%.2f M'),
              ('Classes', about['classes'], '%d'), ('Training images', about['training_images'], '%d'),
-             ('Validation images', about['validation_images'], '%d'))
+             ('Validation images', about['validation_images'], '%d'),
+             ('In bad_images.txt', figures.get('bad_images') or None, '%d'))
     return [(name, form % value) for name, value, form in named if value is not None]
 
 

@@ -356,7 +356,7 @@ def evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report):
     report.of_weights(source)
     report.finish(figures(throughput, time.time() - started, stats.get('acc1'), stats['loss'],
                           ema_stats and ema_stats.get('acc1'), top5=stats.get('acc5'), images=stats['images'],
-                          mAP=stats.get('mAP')))
+                          mAP=stats.get('mAP'), bad_images=len(unreadable.listed)))
 
 
 def results_row(args, source, weights, model, stats):
@@ -437,7 +437,8 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report):
     else:
         print_result(throughput, best.get('accuracy'), train_stats.get('loss'), best.get('mAP'))
     report.finish(figures(throughput, time.time() - started, best.get('accuracy'), train_stats.get('loss'),
-                          best.get('ema_accuracy'), epochs=epoch + 1, mAP=best.get('mAP')))
+                          best.get('ema_accuracy'), epochs=epoch + 1, mAP=best.get('mAP'),
+                          bad_images=len(pilot.bad_images.listed)))
 
 
 def is_stale(args, progress, device):

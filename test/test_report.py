@@ -157,6 +157,19 @@ def run(tmp_path_factory):
     return out, str(root / 'data'), str(root / 'tb'), printed.getvalue()
 
 
+def test_what_was_left_out_is_counted(run, tmp_path):
+    out, data, _, _ = run
+    shutil.copytree(data, str(tmp_path / 'data'))
+    for name in ('cat/000$x<i>.png', 'cat/001$x<i>.png'):
+        (tmp_path / 'data' / 'val' / name).write_bytes(b'')
+    assert run_class_finetuning.run(RUN + [
+        '--data_path=%s' % (tmp_path / 'data'), '--eval', '--resume=' + out, '--output_dir=%s' % tmp_path, '--report',
+        '--bad_images=skip', '--max_bad_images=0.5', '--no_model_ema']) == 0
+    summary = loaded(tmp_path, 'eval-summary.json')
+    assert (summary['bad_images'], summary['images'], summary['validation_images']) == (2, 28, 30)
+    assert re.search('<dt>In bad_images.txt</dt>\\s*<dd>2<', (tmp_path / 'eval-report.html').read_text())
+
+
 def test_the_same_flags_again(run, tmp_path, capsys):
     out, _, _, printed = run
     flags = ['--config=' + os.path.join(out, 'args.yaml')]
@@ -222,8 +235,10 @@ def test_an_evaluation_does_not_write_over_the_trainings_files(run, tmp_path, ca
     summary = loaded(copy, 'eval-summary.json')
     assert '%.3f' % summary['accuracy'] == lines(capsys.readouterr().out, 'Result: ')[0].split()[5]
     assert summary['accuracy'] == loaded(out, 'summary.json')['accuracy']  # the best checkpoint's
+    assert summary['bad_images'] == loaded(out, 'summary.json')['bad_images'] == 0
     with open(os.path.join(copy, 'eval-report.html'), encoding='utf-8') as file:
         page = file.read()
+    assert 'bad_images.txt' not in page
     assert 'Of the weights in %s' % os.path.join(copy, 'checkpoint-best.pth') in page
     assert heat_map_of(page) == heat_map_of(page_of(out))  # the same weights, evaluated twice
 
