@@ -670,7 +670,10 @@ class Chance:
         path = r'out/[^/]*$' if call in ('os.fsync', 'os.replace', 'os.remove') else ''
         path = path.replace('*', '+') if when == 'half' else path
         nth = self.rng.randint(1, 150 if call == 'datasets.load_image' else 5)
-        return run.attempt(dies(call, path, nth, when, self.rng.choice([KILL, KILL, KILL, TERM])), rank=rank)
+        number = self.rng.choice([KILL, KILL, KILL, TERM])
+        if when == 'half':
+            number = KILL  # a run that lives on would take the half for a whole file: no kill does that
+        return run.attempt(dies(call, path, nth, when, number), rank=rank)
 
     def later(self, run, strike):
         epochs, steps = reached(run.out)
