@@ -5,6 +5,10 @@ The file holds model, args and classes, as a checkpoint does, without optimizer:
 --finetune.
 """
 
+if __name__ == '__main__':
+    import errors
+    errors.end_quietly()
+
 import collections
 import json
 import math
@@ -200,7 +204,7 @@ def main(args):
 
 def run(argv=None):
     """Parse and run; what the user can mend is one line and exit status 2."""
-    return endings.explain(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
+    return endings.explain_or_stop(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
 
 
 if __name__ == '__main__':

@@ -172,6 +172,11 @@ def _position_inside(content):
     return (epoch + 1, steps) if isinstance(epoch, int) and isinstance(steps, int) else (-1, 0)
 
 
+def last_epoch(content):
+    """The number of the last epoch that a checkpoint is of, or 0 where it says none."""
+    return min(max(0, _position_inside(content)[0] - 1), 2 ** 31 - 1)
+
+
 def is_url(source):
     return re.match(r'[a-z]+://', source) is not None
 
@@ -189,7 +194,9 @@ def candidates(source):
     found = [path for _, path in reversed(numbered(source))]
     found += [os.path.join(source, name) for name in (BEST, BEST_EMA) if os.path.isfile(os.path.join(source, name))]
     if not found:
-        raise UserError('--resume %s: the folder holds no checkpoint-<epoch>.pth or %s' % (printable(source), BEST))
+        raise UserError('--resume %s: the folder holds no checkpoint-<epoch>.pth or %s; give %s' % (
+            printable(source), BEST, "Hugging Face's folders with --finetune, --eval too" if os.path.isfile(
+                os.path.join(source, 'config.json')) else 'the --output_dir of a run, or a file'))
     return found
 
 

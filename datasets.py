@@ -186,7 +186,9 @@ def check_paths(args):
             if not os.path.isdir(root):
                 raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s' % (
                     flag, printable(getattr(args, flag[2:])), printable(root), '' if is_train or args.eval_data_path
-                    else '; or --val_split 0.1 takes a tenth of the training images for it'))
+                    else '; or --val_split 0.1 takes a tenth of the training images for it')
+                    + ('; or give the folder above, if that holds train/ and val/' if os.path.basename(
+                        os.path.normpath(getattr(args, flag[2:]))) in ('train', 'val') else ''))
 
 
 def check_split(args):

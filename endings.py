@@ -5,6 +5,7 @@ import sys
 
 import backend
 import distributed
+import preemption
 import watchdog
 from errors import UserError, loader_death, one_line
 
@@ -37,6 +38,15 @@ def explain(program, work, cure_of_memory, goes_on=''):
         return fail(program, 'lost the connection to %s, which ended or hangs; its own message says why' % (
             'process %s' % ' and '.join(map(str, silent)) if silent else 'another process'), 1)
     return 0
+
+
+def explain_or_stop(program, work, cure_of_memory):
+    """`explain`, for a program that leaves nothing behind where a signal ends it: 128 + the signal's number."""
+    try:
+        with preemption.Signals():
+            return explain(program, work, cure_of_memory)
+    except preemption.Stopped as stop:
+        return fail(program, 'interrupted by %s; nothing was written' % preemption.name(stop.number), 128 + stop.number)
 
 
 def fail(program, message, status, rank=None):

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import signal
 
 
 class UserError(Exception):
@@ -17,6 +18,12 @@ class UserError(Exception):
     def __init__(self, text, rank=None):
         super().__init__(text)
         self.rank = rank
+
+
+def end_quietly():
+    """Let Ctrl-C end a program without a traceback while it imports PyTorch, which takes seconds."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def one_line(error):
@@ -37,7 +44,10 @@ def loader_death(error):
 
 def printable(path):
     """A path as it can be shown in one line: control characters and bytes that aren't text become escapes."""
-    text = os.fsencode(path).decode('utf-8', 'backslashreplace')
+    try:
+        text = os.fsencode(path).decode('utf-8', 'backslashreplace')
+    except UnicodeEncodeError:  # a text that the locale has no name for
+        text = str(path)
     return ''.join(each if each.isprintable() else each.encode('unicode_escape').decode() for each in text)
 
 

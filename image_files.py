@@ -27,7 +27,7 @@ class UnreadableImage(UserError):
     def __init__(self, path, reason):
         self.path, self.reason = printable(path), printable(' '.join(reason.split()))
         super().__init__('%s: cannot be read as an image (%s); mend or remove it, or leave such files out with '
-                         '--bad_images skip, and a --max_bad_images above their share' % (self.path, self.reason))
+                         '--bad_images skip' % (self.path, self.reason))
 
 
 def load_image(path):

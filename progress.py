@@ -12,6 +12,7 @@ import sys
 import distributed
 
 BAR = '{desc}  {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]'
+NARROW, NARROW_BAR = 72, '{desc} {percentage:3.0f}% <{remaining}{postfix}'  # columns, below which no bar has room
 SLOWEST_DRAW = 0.1  # seconds between two drawings of a bar
 
 
@@ -48,7 +49,7 @@ class Screen:
     """
 
     def __init__(self, stream, tqdm, logs):
-        self.stream, self.tqdm, self.logs, self.bar = stream, tqdm, logs, None
+        self.stream, self.tqdm, self.logs, self.bar, self.narrow = stream, tqdm, logs, None, False
 
     def say(self, text, detail=False):
         """A line; a `detail` is for logs."""
@@ -75,11 +76,12 @@ class Screen:
         name = re.sub(r'Epoch: \[(\d+)\]', lambda found: 'Epoch %d' % (int(found.group(1)) + 1), header)
         name = 'Validation' if name == 'Test:' else name
         with contextlib.suppress(OSError, ValueError):
-            shape = dict(dynamic_ncols=True)
-            if 0 in os.get_terminal_size(self.stream.fileno()):  # some terminals don't tell; tqdm would draw nothing
+            shape, size = dict(dynamic_ncols=True), os.get_terminal_size(self.stream.fileno())
+            if 0 in size:  # some terminals don't tell; tqdm would draw nothing
                 shape = dict(ncols=80, nrows=24)
-            self.bar = self.tqdm(total=total, initial=done, desc=name, file=self.stream, leave=False, bar_format=BAR,
-                                 mininterval=SLOWEST_DRAW, **shape)
+            self.narrow = 0 < size.columns < NARROW
+            self.bar = self.tqdm(total=total, initial=done, desc=name, file=self.stream, leave=False,
+                                 bar_format=NARROW_BAR if self.narrow else BAR, mininterval=SLOWEST_DRAW, **shape)
 
     def step(self, figures=None):
         """One step further; `figures` are words to stand behind the bar."""
@@ -87,7 +89,7 @@ class Screen:
             return
         with contextlib.suppress(OSError, ValueError):
             if figures:
-                self.bar.set_postfix_str(figures, refresh=False)
+                self.bar.set_postfix_str(figures.replace('accuracy', 'acc') if self.narrow else figures, refresh=False)
             self.bar.update(1)
 
     def end(self):

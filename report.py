@@ -53,8 +53,8 @@ class Report:
     def after_epoch(self, writer, epoch, is_best):
         """Draw the curves, note the evaluation where it is the best so far, show its confusions."""
         if self.newest is not None and self.newest.counts:
-            if writer is not None and self.newest.image() is not None:
-                writer.image('images/confusion', epoch, self.newest.image())
+            if writer is not None:
+                self.draw_confusions(writer, epoch)
             if is_best or self.kept is None:
                 self.kept = self.newest
                 self.evaluated = 'Of epoch %d, %s.' % (epoch + 1, 'the best so far, whose weights are in '
@@ -63,6 +63,11 @@ class Report:
         self.newest = None
         self.write_args()
         self.curves.draw()
+
+    def draw_confusions(self, writer, epoch):
+        image = self.newest.image()
+        if image is not None:
+            writer.image('images/confusion', epoch, image)
 
     def write_args(self):
         """Once, and not before an epoch is done: a run that is refused at its first step leaves nothing."""
@@ -134,9 +139,11 @@ def text_of(value):
 def tiles(figures, about):
     """(name, text) of the figures that people look for first; those that there are."""
     seconds = int(figures.get('duration_seconds') or 0)
-    named = (('Accuracy, top-1', figures.get('accuracy'), '%.2f %%'), ('Top-5', figures.get('top5'), '%.2f %%'),
+    of_run = 'epochs' in figures
+    named = (('Best accuracy, top-1' if of_run else 'Accuracy, top-1', figures.get('accuracy'), '%.2f %%'),
+             ('Top-5', figures.get('top5'), '%.2f %%'),
              ('Accuracy of the EMA', figures.get('ema_accuracy'), '%.2f %%'),
-             ('Training loss' if 'epochs' in figures else 'Loss', figures.get('loss'), '%.4f'),
+             ('Last training loss' if of_run else 'Loss', figures.get('loss'), '%.4f'),
              ('Images/s', figures.get('images_per_second'), '%.1f'),
              ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
              ('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
@@ -231,7 +238,7 @@ def svg_plots(log):
                 plots.append(_for_page(file.getvalue(), panel[0]))
         return plots, ''
     except Exception as error:  # whatever matplotlib meets: the rest of the page is worth more
-        hint = run_files.hint_without_matplotlib('the report\'s curves') if isinstance(error, ImportError) else \
+        hint = run_files.hint_without_matplotlib('A report with curves') if isinstance(error, ImportError) else \
             'The curves were not drawn (%s: %s)' % (type(error).__name__, one_line(error))
         distributed.say(hint)
         return [], hint

@@ -9,6 +9,10 @@ The scripts in test/ call this with the published hyper-parameters. BEiT base fi
 85.238 % top-1 (the Ascend adaptation's figure; not measured by this project).
 """
 
+if __name__ == '__main__':
+    import errors
+    errors.end_quietly()
+
 import datetime
 import gc
 import os
@@ -70,8 +74,8 @@ def freeze_as_due(args, model, epoch):
     if freeze == model.backbone_frozen:
         return False
     model.freeze_backbone(freeze)
-    distributed.say('Epoch %d: %s, %d of %d parameters train' % (
-        epoch, 'only the head' if freeze else 'the whole model', parameters(model),
+    distributed.say('%s, %d of %d parameters' % (
+        'Training the head alone' if freeze else 'Training the whole model', parameters(model),
         sum(parameter.numel() for parameter in model.parameters())))
     return True
 
@@ -310,7 +314,7 @@ def describe(args, device, scaler, about_attention, model, train_set, val_set, c
         ('Attention', about_attention),
         ('Model', '%s, %.2f M parameters, %d classes, input %dx%d' % (
             args.model, parameters(model) / 1e6, len(classes), args.input_size, args.input_size)),
-        ('Classes', shorten_names(classes)),
+        ('Classes', shorten_names(classes) + (' (one only: there is nothing to tell apart)' * (len(classes) == 1))),
         ('Data', '%s training and %s validation images' % tuple('no' if part is None else len(part)
                                                                 for part in (train_set, val_set)))]
     if steps_per_epoch:
@@ -335,12 +339,16 @@ def parameters(model):
 
 
 def evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report):
-    started, source = time.time(), args.finetune
+    started, source, epoch = time.time(), args.finetune, 0
+    writer = None
+    if args.log_dir and distributed.is_main_process():  # apart from the training's own figures of that epoch
+        writer = utils.TensorboardLogger(os.path.join(args.log_dir, 'eval'))
     if args.resume:
         source, content = checkpoint.find_together(args, device)
         distributed.say('Evaluating %s' % printable(source))
         checkpoint.check_same_split(source, content, args)
         checkpoint.load_weights(source, content, model, scaler, ema)
+        epoch = checkpoint.last_epoch(content)
         if ema is not None and not content.get('model_ema'):
             distributed.say('%s holds no averaged weights (it was trained without --model_ema)' % printable(source))
             ema = None
@@ -353,6 +361,10 @@ def evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report):
             results_row(args, source, weights, model, each)
             for weights, each in (('model', stats), ('model_ema', ema_stats)) if each is not None])
     print_result(throughput, stats.get('acc1'), stats['loss'], stats.get('mAP'))
+    if writer is not None:
+        record_scores(writer, epoch, stats, ema_stats)
+        report.draw_confusions(writer, epoch)
+        writer.close()
     report.of_weights(source)
     report.finish(figures(throughput, time.time() - started, stats.get('acc1'), stats['loss'],
                           ema_stats and ema_stats.get('acc1'), top5=stats.get('acc5'), images=stats['images'],
@@ -386,7 +398,7 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report):
     writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and distributed.is_main_process() else None
     step_limit = min(args.maxstep or args.epochs * steps_per_epoch, args.epochs * steps_per_epoch)
     progress, best, train_stats, first = pilot.progress, dict(pilot.progress.best), {}, pilot.progress.epoch
-    epoch = first - 1
+    epochs = first  # that something was done of
     report.begin(writer)
     for epoch in range(first, args.epochs):
         steps = min(steps_per_epoch, step_limit - epoch * steps_per_epoch)
@@ -399,6 +411,7 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report):
             epoch=epoch, log_writer=writer, start_steps=epoch * steps_per_epoch, first_step=progress.steps,
             num_training_steps_per_epoch=steps, throughput=throughput, pilot=pilot,
             state=progress.meters_of(distributed.rank(), distributed.world_size()), **training)
+        epochs = epoch + 1
         is_last = epoch * steps_per_epoch + steps >= step_limit
         is_due = (epoch + 1) % args.val_interval == 0
         evaluates = val_loader is not None and (is_due or is_last)
@@ -437,7 +450,7 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report):
     else:
         print_result(throughput, best.get('accuracy'), train_stats.get('loss'), best.get('mAP'))
     report.finish(figures(throughput, time.time() - started, best.get('accuracy'), train_stats.get('loss'),
-                          best.get('ema_accuracy'), epochs=epoch + 1, mAP=best.get('mAP'),
+                          best.get('ema_accuracy'), epochs=epochs, mAP=best.get('mAP'),
                           bad_images=len(pilot.bad_images.listed)))
 
 
@@ -477,10 +490,14 @@ def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
     if args.output_dir:
         utils.append_log(args.output_dir, dict(stats, epoch=epoch, n_parameters=parameters(model)))
     if writer is not None:
-        for prefix, results in (('test', test_stats), ('ema', ema_stats)):
-            if results:
-                writer.update('perf', epoch, **{'%s_%s' % (prefix, name): results[name]
-                                                for name in ('acc1', 'acc5', 'mAP', 'loss') if name in results})
+        record_scores(writer, epoch, test_stats, ema_stats)
+
+
+def record_scores(writer, epoch, test_stats, ema_stats):
+    for prefix, results in (('test', test_stats), ('ema', ema_stats)):
+        if results:
+            writer.update('perf', epoch, **{'%s_%s' % (prefix, name): results[name]
+                                            for name in ('acc1', 'acc5', 'mAP', 'loss') if name in results})
 
 
 def run(argv=None):

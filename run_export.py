@@ -5,6 +5,10 @@ Classes, input size, pooling and how images are prepared come from the checkpoin
 compared with the checkpoint's own network first; where the two differ, nothing is written.
 """
 
+if __name__ == '__main__':
+    import errors
+    errors.end_quietly()
+
 import contextlib
 import inspect
 import io
@@ -467,10 +471,7 @@ def write_folder(path, files, check):
 
 def run(argv=None):
     """Parse, export, and turn what the user can mend into one line and exit status 2."""
-    try:
-        return endings.explain(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
-    except KeyboardInterrupt:
-        return endings.fail(PROGRAM, 'interrupted; nothing was written', 130)
+    return endings.explain_or_stop(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
 
 
 if __name__ == '__main__':

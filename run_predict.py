@@ -5,6 +5,10 @@ Classes, input size, mean and deviation, pooling: all comes from the checkpoint.
 --output; --attention writes pictures of where the model looks.
 """
 
+if __name__ == '__main__':
+    import errors
+    errors.end_quietly()
+
 import argparse
 import contextlib
 import csv
@@ -120,6 +124,14 @@ def build_parser():
     return parser
 
 
+def _is_standard_output(path):
+    """Whether it is /dev/stdout, or the file that a shell opened for that."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    except (OSError, ValueError):
+        return False
+
+
 def check_args(args):
     """Everything that can be found wrong before anything slow starts. Raises `UserError`.
 
@@ -133,6 +145,8 @@ def check_args(args):
         raise UserError('no image is named; give files, folders, or a quoted pattern such as \'photos/*.jpg\'')
     check_inputs(args.inputs)
     if args.format and not args.output:
+        args.output = '-'
+    if args.output and _is_standard_output(args.output):
         args.output = '-'
     if args.output:
         ending = os.path.splitext(args.output)[1][1:].lower()

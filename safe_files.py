@@ -234,7 +234,13 @@ def replacing(path):
 
     Temporary name in the same folder, flush, fsync, rename, fsync of the folder. Whatever goes wrong, and whenever the
     process is killed, the name holds what it held before or all of the new; a kill can leave <path>.tmp-<process>.
+    A link stays, and what it leads to is replaced; a pipe or a device stays, and is written to.
     """
+    path = os.path.realpath(path) if os.path.islink(path) else path
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        with open(path, 'wb') as file:
+            yield file
+        return
     temporary = '%s.tmp-%d' % (path, os.getpid())
     try:
         with open(temporary, 'wb') as file:

@@ -186,7 +186,9 @@ class Throughput:
 
     def _counted(self):
         """(images, seconds, seconds of waiting for data, steps), in all."""
-        counted = self.steps[min(self.warmup_steps, len(self.steps) // 2):]
+        counted, every = self.steps[min(self.warmup_steps, len(self.steps) // 2):], sum(step[0] for step in self.steps)
+        if 2 * sum(step[0] for step in counted) < every:
+            counted = self.steps  # what is left over of few batches says little
         return tuple(sum(column) for column in zip(*counted)) + (len(counted),) if counted else (0, 0., 0., 0)
 
     @property
@@ -223,7 +225,11 @@ class TensorboardLogger:
     """
 
     def __init__(self, log_dir):
-        from tensorboardX import SummaryWriter  # needed only by those who ask for it
+        try:
+            from tensorboardX import SummaryWriter  # needed only by those who ask for it
+        except ImportError as error:
+            raise UserError('--log_dir %s: tensorboardX cannot be imported (%s); run: pip install tensorboardX'
+                            % (printable(log_dir), error)) from None
         self.log_dir, self.failure = log_dir, None
         self.hook, threading.excepthook = threading.excepthook, self.note
         try:

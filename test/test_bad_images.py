@@ -28,6 +28,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 import bad_images
 import datasets
 import distributed
+import safe_files
 from conftest import NANO, ROOT, only_with, photo
 from errors import UserError, one_line
 from test_data import write_cifar
@@ -216,7 +217,7 @@ def test_a_bad_file_stops_or_is_left_out(sets, kind, which):
         with within(20):
             message = error_of(datasets.build_loaders(args, *parts)[which == 'validation'])
         assert message == '%s: cannot be read as an image (%s); mend or remove it, or leave such files out with ' \
-                          '--bad_images skip, and a --max_bad_images above their share' % (path, reason)
+                          '--bad_images skip' % (path, reason)
 
 
 def test_out_of_memory_is_named(sets, monkeypatch):
@@ -410,6 +411,12 @@ def test_a_nul_in_a_name(parse, tmp_path):
         datasets.check_paths(parse('--data_path', str(tmp_path / 'x\0y'), *NANO))
     with pytest.raises(UserError, match='x\\\\x00y'):
         datasets.ImageFolder('x\0y')
+
+
+def test_names_that_the_locale_has_no_bytes_for(monkeypatch):
+    monkeypatch.setattr(os, 'fsencode', lambda path: path.encode('ascii', 'surrogateescape'))
+    with pytest.raises(UserError, match='my photos ü/nein.pth: no such file'):
+        safe_files.read('my photos ü/nein.pth')
 
 
 def test_samples_have_names(sets):

@@ -1,5 +1,6 @@
 """Common needs: a validation split, fewer images, fewer evaluations, stopping early, frozen backbones, weights."""
 
+import json
 import os
 import shutil
 
@@ -180,6 +181,8 @@ def test_a_run_stops_early_and_a_resume_remembers(data, tmp_path, monkeypatch, c
     out = capsys.readouterr().out
     assert 'exactly as if' in out and 'Stopped early: no new best in 3 evaluations' in out
     assert [line['epoch'] for line in lines_of(output)] == [0, 1, 2, 3, 4]
+    with open(os.path.join(output, 'summary.json')) as file:
+        assert json.load(file)['epochs'] == 5
     assert os.path.isfile(os.path.join(output, 'checkpoint-4.pth'))
     assert run_class_finetuning.run(base + ['--epochs=9', '--auto_resume']) == 0
     assert len(lines_of(output)) == 5 and next(accuracies) == 70.

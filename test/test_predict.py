@@ -7,10 +7,13 @@ import io
 import json
 import math
 import os
+import pathlib
 import re
 import signal
+import stat
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -326,6 +329,47 @@ def test_a_reader_that_has_seen_enough_and_a_full_disk(large, photos, monkeypatc
         monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(open('/dev/full', 'wb'), encoding='utf-8'))
         assert predict('--resume', large[0], photos) == 2
         assert 'cannot write to standard output (No space left on device)' in capfd.readouterr().err
+
+
+def test_an_output_that_is_no_file_is_written_to_and_stays(large, photos, tmp_path):
+    """A link's target is replaced and the link stays; a pipe stays, too: who reads from it gets the results."""
+    assert predict('--resume', large[0], photos, '--output', tmp_path / 'out.csv') == 0
+    expected = (tmp_path / 'out.csv').read_bytes()
+    (tmp_path / 'far').mkdir()
+    os.symlink('far/target.csv', str(tmp_path / 'link.csv'))
+    for _ in range(2):  # the target is not there yet, and is
+        assert predict('--resume', large[0], photos, '--output', tmp_path / 'link.csv') == 0
+        assert os.path.islink(str(tmp_path / 'link.csv'))
+        assert (tmp_path / 'far' / 'target.csv').read_bytes() == expected
+    pipe = str(tmp_path / 'pipe.csv')
+    os.mkfifo(pipe)
+    with subprocess.Popen(['cat', pipe], stdout=subprocess.PIPE) as reader:
+        assert predict('--resume', large[0], photos, '--output', pipe) == 0
+        assert reader.communicate(timeout=60)[0] == expected
+    assert stat.S_ISFIFO(os.stat(pipe).st_mode)
+    assert sorted(os.listdir(str(tmp_path))) == ['far', 'large.pth', 'link.csv', 'out.csv', 'photos', 'pipe.csv']
+    assert os.listdir(str(tmp_path / 'far')) == ['target.csv']
+
+
+def test_the_name_of_standard_output(large, photos, tmp_path):
+    command = [sys.executable, os.path.join(ROOT, 'run_predict.py'), '--device=cpu', '--num_workers=0', '--format=csv',
+               '--resume', large[0], photos, '--output']
+    with open(str(tmp_path / 'shown'), 'wb') as file:
+        subprocess.run(command + ['/proc/self/fd/1'], stdout=file, check=True)
+        file.write(b'and more\n')  # to the file that the shell opened, not to one that another took the place of
+    shown = (tmp_path / 'shown').read_bytes()
+    assert shown.startswith(b'file,') and len(shown.splitlines()) == 7 and shown.endswith(b'\nand more\n')
+
+
+@pytest.mark.parametrize('program', ['run_class_finetuning', 'run_predict', 'run_export', 'average_checkpoints'])
+def test_ctrl_c_while_pytorch_is_imported(program):
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, program + '.py'), '--help'], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    until = time.monotonic() + 60
+    while b'libtorch' not in pathlib.Path('/proc/%d/maps' % process.pid).read_bytes() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b'', b'') and process.returncode == -signal.SIGINT
 
 
 # ---- where the model looks

@@ -61,6 +61,14 @@ def test_a_program_on_a_terminal(data):
     assert 'Result: images_per_second' in shown
 
 
+def test_a_narrow_terminal_has_the_figures_and_no_bar(data):
+    status, shown = on_a_terminal('bash', '-c', 'stty cols 60 rows 20; exec "$@"', 'bash', sys.executable, os.path.join(
+        ROOT, 'run_class_finetuning.py'), '--data_path=' + data, *NANO + TRAINING[:-1], '--batch_size=1')
+    assert status == 0, shown
+    assert re.search(r'\rEpoch 2  +\d+% <\d\d:\d\d, loss \d\.\d+, acc [\d.]+ %, \d+ images/s', shown), shown
+    assert '%|' not in shown and len(re.findall(EPOCH % 2, shown)) == 1
+
+
 def test_a_script_on_a_terminal_shows_the_bar_and_keeps_the_log(data, tmp_path):
     checkout = copy_checkout(str(tmp_path / 'my code' / 'beit'))
     status, shown = on_a_terminal('bash', os.path.join(checkout, 'test', 'train_full_1p.sh'), '--data_path=' + data,

@@ -313,7 +313,7 @@ def test_without_matplotlib(run, tmp_path, monkeypatch, capsys):
     curves.draw()
     curves.draw(is_last=True)
     assert capsys.readouterr().out.count('curves.png needs matplotlib; run: pip install -r requirements-extra.txt') == 1
-    assert report.svg_plots(LOG)[0] == [] and "the report's curves needs matplotlib" in report.svg_plots(LOG)[1]
+    assert report.svg_plots(LOG)[0] == [] and 'A report with curves needs matplotlib' in report.svg_plots(LOG)[1]
 
 
 @pytest.mark.parametrize('name', sorted(name for name in os.listdir(ROOT) if name.endswith('.py')))

@@ -239,9 +239,9 @@ def test_average_of_the_weights_in_one_call():
 
 # ---- which of the two is the limit
 
-@pytest.mark.parametrize('seconds, limit', ((0.05, 'loader'), (0., 'device')))
+@pytest.mark.parametrize('seconds, limit', ((0.2, 'loader'), (0., 'device')))
 def test_a_run_says_which_of_loader_and_device_is_the_limit(seconds, limit):
-    """A loader that takes 50 ms for a batch, and one that takes none beside a model that takes 50 ms."""
+    """A loader that takes 200 ms for a batch, and one that takes none beside a model that takes 200 ms."""
     model, loader = toy()
 
     class Slow(Numbered):
@@ -251,7 +251,7 @@ def test_a_run_says_which_of_loader_and_device_is_the_limit(seconds, limit):
                 yield batch
 
     def criterion(output, targets):
-        time.sleep(0.05 - seconds)
+        time.sleep(0.2 - seconds)
         return torch.nn.functional.cross_entropy(output, targets)
 
     throughput = utils.Throughput(warmup_steps=2)
@@ -259,4 +259,13 @@ def test_a_run_says_which_of_loader_and_device_is_the_limit(seconds, limit):
     engine.train_one_epoch(model, criterion, Slow(loader * 2), optimizer, CPU, 0, throughput=throughput)
     assert throughput.limit().startswith('the %s is the limit; ' % limit)
     assert throughput.data_share > 0.5 if seconds else throughput.data_share < 0.05
-    assert throughput.step_milliseconds > 50
+    assert throughput.step_milliseconds > 200
+
+
+@pytest.mark.parametrize('sizes, counted', [
+    ((24, 1), (24, 1)), ((24, 24), (24,)), ((8, 8, 8, 4), (8, 8, 4)), ((5,), (5,))])
+def test_the_speed_is_not_that_of_what_is_left_over(sizes, counted):
+    throughput = utils.Throughput(warmup_steps=1)
+    for size in sizes:
+        throughput.update(size, 1. + (size == 1))
+    assert throughput.images_per_second == sum(counted) / (len(counted) + counted.count(1))

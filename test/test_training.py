@@ -347,9 +347,10 @@ def counted(function, calls):
 
 
 def test_a_run_with_every_training_feature(image_folder, tmp_path, capsys):
+    data = image_folder(train=24, classes=('a', 'b', 'c'))
     output = str(tmp_path / 'out')
     assert run_class_finetuning.run(RUN + [
-        '--data_path=' + image_folder(train=24, classes=('a', 'b', 'c')), '--epochs=3', '--output_dir=' + output,
+        '--data_path=' + data, '--epochs=3', '--output_dir=' + output,
         '--log_dir=' + str(tmp_path / 'tb'), '--model_ema', '--model_ema_decay=0.5', '--mixup=0.8', '--cutmix=1.0',
         '--clip_grad=1', '--update_freq=2', '--save_ckpt_freq=2', '--weight_decay_end=0.1', '--dist_eval',
         '--drop_path=0.2', '--drop=0.1', '--attn_drop_rate=0.1', '--warmup_steps=2', '--warmup_lr=1e-5']) == 0
@@ -369,6 +370,14 @@ def test_a_run_with_every_training_feature(image_folder, tmp_path, capsys):
             'perf/test_acc1', 'perf/test_acc5', 'perf/test_loss'} <= set(tags)
     assert tags['opt/lr'][0] == pytest.approx(1e-5) and len(tags['opt/lr']) == 12
     assert tags['perf/test_acc1'] == pytest.approx([record['test_acc1'] for record in records])
+    assert run_class_finetuning.run(RUN + [
+        '--data_path=' + data, '--eval', '--model_ema', '--dist_eval',
+        '--resume=' + os.path.join(output, 'checkpoint-1.pth'), '--log_dir=' + str(tmp_path / 'tb')]) == 0
+    found = [(step, value.tag) for step, value in summaries(str(tmp_path / 'tb' / 'eval'))]
+    assert {(1, 'perf/test_acc1'), (1, 'perf/test_loss'), (1, 'perf/ema_acc1'), (1, 'images/confusion')} <= set(found)
+    tags = scalars(str(tmp_path / 'tb' / 'eval'))
+    assert tags['perf/test_acc1'] == pytest.approx([records[1]['test_acc1']])
+    assert tags['perf/ema_acc1'] == pytest.approx([records[1]['test_ema_acc1']])
 
 
 def summaries(folder):
