@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import typing
@@ -503,10 +504,17 @@ def calm_worker(_):
     A signal to all processes of a job must not take the workers from a main process that is about to save.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _unless_connection_is_lost
     distributed.end_with_parent()
     if hasattr(signal, 'sigwaitinfo'):  # on Linux; a handler wouldn't learn who sent the signal
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _unless_connection_is_lost(kind, error, traceback):
+    """The hook of a worker, whose thread that hands batches over meets this where the main process is killed."""
+    if not isinstance(error, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _end_when_told(parent):

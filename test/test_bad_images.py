@@ -743,6 +743,30 @@ def test_workers_end_with_a_main_process_that_is_killed():
         assert not any(map(is_alive, workers))
 
 
+HOOKED = '''
+import sys
+sys.path.insert(0, %r)
+import torch, datasets
+
+class Failing(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        for error in (EOFError('a'), ConnectionResetError('b'), ValueError('told')):
+            sys.excepthook(type(error), error, None)
+        return index
+
+print(len(list(torch.utils.data.DataLoader(Failing(), num_workers=1, worker_init_fn=datasets.calm_worker))))
+''' % ROOT
+
+
+def test_a_worker_does_not_tell_that_the_main_process_was_killed():
+    """One in 600 kills came while a thread of multiprocessing's, in a worker, handed a batch over: its traceback."""
+    done = subprocess.run([sys.executable, '-c', HOOKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True, timeout=60)
+    assert (done.stdout, done.stderr) == ('1\n', 'ValueError: told\n')
+
+
 def test_a_main_process_that_fails_does_not_wait_for_its_workers():
     with loading('leave') as (process, _):
         started = time.time()
