@@ -340,9 +340,6 @@ def parameters(model):
 
 def evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report):
     started, source, epoch = time.time(), args.finetune, 0
-    writer = None
-    if args.log_dir and distributed.is_main_process():  # apart from the training's own figures of that epoch
-        writer = utils.TensorboardLogger(os.path.join(args.log_dir, 'eval'))
     if args.resume:
         source, content = checkpoint.find_together(args, device)
         distributed.say('Evaluating %s' % printable(source))
@@ -361,7 +358,8 @@ def evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report):
             results_row(args, source, weights, model, each)
             for weights, each in (('model', stats), ('model_ema', ema_stats)) if each is not None])
     print_result(throughput, stats.get('acc1'), stats['loss'], stats.get('mAP'))
-    if writer is not None:
+    if args.log_dir and distributed.is_main_process():
+        writer = utils.TensorboardLogger(os.path.join(args.log_dir, 'eval'))  # not among the training's own figures
         record_scores(writer, epoch, stats, ema_stats)
         report.draw_confusions(writer, epoch)
         writer.close()
