@@ -9,7 +9,9 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
+import weakref
 
 import numpy as np
 import torch
@@ -165,9 +167,28 @@ def leave_processes():
     They end with the last name of their group, so none may be left.
     """
     if _initialized():
-        barrier()
+        if _host_group and _host_group[-1] is not dist.group.WORLD:
+            barrier()
+        _let_go()
         _host_group.clear()
         dist.destroy_process_group()
+
+
+def _let_go(most=5.):
+    """Wait for the other processes, and until gloo's thread holds no tensor, whose end needs Python's lock.
+
+    Else whoever drops the group last, with that lock, waits for the thread, and the thread for the lock.
+
+    Args:
+        most (float): seconds to wait for the thread.
+    """
+    tensor, let_go = torch.zeros(1), threading.Event()
+    weakref.finalize(tensor, let_go.set)
+    work = dist.all_reduce(tensor, group=_host_group[-1] if _host_group else dist.group.WORLD, async_op=True)
+    with waiting():
+        work.wait()
+    del tensor, work
+    let_go.wait(most)
 
 
 def gather_numbers(numbers, device, dtype=torch.float32):

@@ -444,7 +444,7 @@ def main(args):
             told = write_folder(path, made, lambda folder: None if args.no_check else compare(chosen, folder, trained))
         else:
             told = None if args.no_check else compare(chosen, made, trained)
-            safe_files.write_bytes(path, made)
+            safe_files.write_bytes(path, made, is_given=True)
     size = sum(map(len, made.values())) if isinstance(made, dict) else len(made)
     print('Exported %s, %d classes, input %dx%d, from %s' % (
         trained.args.model, len(trained.classes), trained.args.input_size, trained.args.input_size,

@@ -366,7 +366,8 @@ def destination(args, stdout):
     try:
         if to_file:
             os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-        with safe_files.replacing(args.output) if to_file else contextlib.nullcontext(stdout.buffer) as file:
+        with safe_files.replacing(args.output, is_given=True) if to_file else \
+                contextlib.nullcontext(stdout.buffer) as file:
             yield file
     except OSError as error:
         if not to_file:  # Python would try again at its end, and complain

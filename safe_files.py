@@ -229,18 +229,22 @@ def _download(address, path, wanted, shown):
 # ---- writing
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, is_given=False):
     """A file to write bytes to, which takes the name `path` only when it is whole and on the disk.
 
     Temporary name in the same folder, flush, fsync, rename, fsync of the folder. Whatever goes wrong, and whenever the
     process is killed, the name holds what it held before or all of the new; a kill can leave <path>.tmp-<process>.
-    A link stays, and what it leads to is replaced; a pipe or a device stays, and is written to.
+
+    Args:
+        is_given (bool): the user chose the name. A link then stays, and what it leads to is replaced; a pipe or a
+            device stays, and is written to.
     """
-    path = os.path.realpath(path) if os.path.islink(path) else path
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        with open(path, 'wb') as file:
-            yield file
-        return
+    if is_given:
+        path = os.path.realpath(path) if os.path.islink(path) else path
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            with open(path, 'wb') as file:
+                yield file
+            return
     temporary = '%s.tmp-%d' % (path, os.getpid())
     try:
         with open(temporary, 'wb') as file:
@@ -296,14 +300,14 @@ def _fsync_folder(folder):
             os.close(handle)
 
 
-def write_bytes(path, data):
-    """Write a small file whole or not at all.
+def write_bytes(path, data, is_given=False):
+    """Write a small file whole or not at all; for `is_given` see `replacing`.
 
     Raises:
         UserError: the disk is full or the folder can't be written; what stood there before is whole.
     """
     try:
-        with replacing(path) as file:
+        with replacing(path, is_given) as file:
             file.write(data)
     except OSError as error:
         raise UserError('cannot write %s (%s); is the disk full, or its folder gone?'

@@ -204,4 +204,4 @@ def write_results(path, rows):
         table.writerows(rows)
         data = text.getvalue()
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    safe_files.write_bytes(path, data.encode('utf-8', 'backslashreplace'))
+    safe_files.write_bytes(path, data.encode('utf-8', 'backslashreplace'), is_given=True)

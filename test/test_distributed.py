@@ -161,9 +161,9 @@ def test_evaluation_gives_the_same_bits_on_any_number_of_processes():
             assert one[:3] == other[:3] and float(one[3]) == pytest.approx(float(other[3]), rel=1e-7)
 
 
-# The number of threads before the processes meet, among them, and after they part.
+# The number of threads before the processes meet, among them, and after they part; how long letting go takes.
 LEAVE = '''
-import argparse, json, os, sys
+import argparse, json, os, sys, time
 sys.path.insert(0, %r)
 import torch, distributed
 args = argparse.Namespace(device='cpu', dist_on_itp=False, local_rank=-1, dist_url='env://', dist_timeout=60.)
@@ -172,9 +172,12 @@ device = distributed.init_distributed_mode(args)
 distributed.from_first(lambda alive: b'x', device)
 distributed.ask([1], device)()
 threads.append(len(os.listdir('/proc/self/task')))
+begun = time.monotonic()
+distributed._let_go(60.)
+seconds = time.monotonic() - begun
 distributed.leave_processes()
 threads.append(len(os.listdir('/proc/self/task')))
-print('RESULTS ' + json.dumps(threads))
+print('RESULTS ' + json.dumps(threads + [seconds]))
 '''
 
 
@@ -188,8 +191,8 @@ def test_no_thread_is_left_that_could_abort_the_end():
                  MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))) for rank in range(2)]
     outputs = [process.communicate(timeout=240)[0] for process in started]
     assert not any(process.returncode for process in started)
-    before, among, after = json.loads(re.search('RESULTS (.*)', outputs[1]).group(1))  # the first has the store's, too
-    assert before < among and after == before, outputs
+    before, among, after, seconds = json.loads(re.search('RESULTS (.*)', outputs[1]).group(1))  # the first has the store's, too
+    assert before < among and after == before and seconds < 30, outputs
 
 
 def test_a_process_started_anew_sees_nothing_of_those_before(monkeypatch, tmp_path):
