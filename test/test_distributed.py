@@ -191,7 +191,8 @@ def test_no_thread_is_left_that_could_abort_the_end():
                  MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))) for rank in range(2)]
     outputs = [process.communicate(timeout=240)[0] for process in started]
     assert not any(process.returncode for process in started)
-    before, among, after, seconds = json.loads(re.search('RESULTS (.*)', outputs[1]).group(1))  # the first has the store's, too
+    # Of the second process: the first has the store's thread, too.
+    before, among, after, seconds = json.loads(re.search('RESULTS (.*)', outputs[1]).group(1))
     assert before < among and after == before and seconds < 30, outputs
 
 
