@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import distributed
-from conftest import ROOT
+from conftest import ROOT, only_with
 from test_multinode import free_port
 from test_training import RUN, lines_of
 
@@ -181,7 +181,7 @@ print('RESULTS ' + json.dumps(threads + [seconds]))
 '''
 
 
-@pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='NOT RUN: no /proc to count threads in')
+@only_with('linux', os.path.isdir('/proc/self/task'), 'there is no /proc to count threads in')
 def test_no_thread_is_left_that_could_abort_the_end():
     """One of gloo's that frees a tensor while Python ends calls std::terminate: 2 of 60 good runs failed."""
     port = free_port()
