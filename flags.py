@@ -43,6 +43,26 @@ optimizers (lookahead_ may stand before one):
 
 COLUMN = 24  # where a flag's help begins
 
+# What timm, torchvision, Hugging Face and people call a flag whose name here doesn't look like it.
+OTHER_NAMES = dict(
+    learning_rate='lr', base_lr='lr', wd='weight_decay', bs='batch_size', b='batch_size', arch='model',
+    data='data_path', data_dir='data_path', root='data_path', img_size='input_size', gpu='device', output='output_dir',
+    pretrained='finetune', initial_checkpoint='finetune', checkpoint='resume',
+    evaluate='eval', eval_only='eval', test_only='eval', fp16='amp', bf16='amp', mixed_precision='amp',
+    label_smoothing='smoothing', max_grad_norm='clip_grad', gradient_checkpointing='grad_checkpointing',
+    accum_iter='update_freq', grad_accum_steps='update_freq', gradient_accumulation_steps='update_freq',
+    torchcompile='compile')
+
+
+def nearest_flags(name, known):
+    """Up to three flags that a name without its dashes may have meant, the likeliest first: `known` ones alone."""
+    name = name.replace('-', '_')
+    others = {other: flag for other, flag in OTHER_NAMES.items() if flag in known and other not in known}
+    if name in others:
+        return [others[name]]
+    near = [others.get(each, each) for each in nearest(name, list(known) + list(others))]
+    return list(dict.fromkeys(near))
+
 
 class OneLineHelp(argparse.RawDescriptionHelpFormatter):
     """Help in which a flag is one line of at most 100 columns: its names, what it does, its default in brackets."""
@@ -86,7 +106,7 @@ class OneLineParser(argparse.ArgumentParser):
             if not flag.startswith('-'):
                 raise UserError('%r is not a flag; flags begin with --, as in --data_path=/data/ImageNet2012' % flag)
             known = [name[2:] for name in self._option_string_actions if name.startswith('--')]
-            near = ' or '.join('--' + name for name in nearest(flag.lstrip('-'), known))
+            near = ' or '.join('--' + name for name in nearest_flags(flag.lstrip('-'), known))
             raise UserError('%s: unknown flag; %s' % (flag, 'did you mean %s?' % near if near else 'see --help'))
         return parsed
 
@@ -98,7 +118,7 @@ class OneLineParser(argparse.ArgumentParser):
             if flag in ('--help', '--config'):
                 raise UserError('%s: this one works on the command line only' % shown)
             if flag not in known:
-                near = ' or '.join(nearest(key, [name[2:] for name in known if name.startswith('--')]))
+                near = ' or '.join(nearest_flags(key, [name[2:] for name in known if name.startswith('--')]))
                 raise UserError('%s: no flag has this name; %s' % (shown, 'did you mean %s?' % near if near else
                                                                    'see --help'))
             if value is None:  # null, the default

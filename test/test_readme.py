@@ -156,12 +156,20 @@ def test_help_has_the_groups_of_the_tables_and_examples():
 
 @pytest.mark.parametrize('program, wrong, near', [
     ('run_class_finetuning.py', '--epoch', '--epochs'), ('run_predict.py', '--topk', '--top_k'),
+    ('run_class_finetuning.py', '--lerning_rate', '--lr'), ('run_class_finetuning.py', '--bs', '--batch_size'),
+    ('run_class_finetuning.py', '--data-dir', '--data_path'), ('run_export.py', '--checkpoint', '--resume'),
     ('run_predict.py', '--atention', '--attention'), ('run_export.py', '--formt', '--format'),
     ('run_export.py', '--over-write', '--overwrite'), ('average_checkpoints.py', '--input', '--inputs'),
     ('average_checkpoints.py', '--use-em', '--use_ema')])
 def test_an_unknown_flag_finds_the_nearest(program, wrong, near):
     with pytest.raises(UserError, match=r'%s: unknown flag; did you mean.* %s\b' % (wrong.replace('-', '[-_]'), near)):
         PROGRAMS[program].build_parser().parse_args([wrong + '=1'])
+
+
+def test_other_names_are_of_flags_that_there_are():
+    known = {name[2:] for name in run_class_finetuning.build_parser()._option_string_actions}
+    assert set(flags.OTHER_NAMES.values()) <= known
+    assert not set(flags.OTHER_NAMES) & known
 
 
 # ---- flags
