@@ -162,33 +162,39 @@ def _make_host_group(device, seconds):
 
 
 def leave_processes():
-    """Part from the other processes at the end of a good run; without it, gloo's threads may abort one at exit.
+    """Part from the other processes at the end of a good run.
 
-    They end with the last name of their group, so none may be left.
+    gloo's threads need Python's lock where they let a tensor go. Python would end with an abort if they did that during
+    its end, so they get the time before. Nor may gloo's group end: who drops it last holds the lock and waits for the
+    threads. So it stays, with its threads asleep, as long as the process.
     """
     if _initialized():
         if _host_group and _host_group[-1] is not dist.group.WORLD:
             barrier()
         _let_go()
+        for group in _host_group:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         _host_group.clear()
         dist.destroy_process_group()
 
 
 def _let_go(most=5.):
-    """Wait for the other processes, and until gloo's thread holds no tensor, whose end needs Python's lock.
-
-    Else whoever drops the group last, with that lock, waits for the thread, and the thread for the lock.
+    """Wait for the other processes, and until gloo's threads have let their tensors go.
 
     Args:
-        most (float): seconds to wait for the thread.
+        most (float): seconds to wait for a thread.
     """
-    tensor, let_go = torch.zeros(1), threading.Event()
-    weakref.finalize(tensor, let_go.set)
-    work = dist.all_reduce(tensor, group=_host_group[-1] if _host_group else dist.group.WORLD, async_op=True)
+    group = _host_group[-1] if _host_group else dist.group.WORLD
+    for _ in range(4):  # there are two threads: who is free takes the next
+        tensor, let_go = torch.zeros(1), threading.Event()
+        weakref.finalize(tensor, let_go.set)
+        work = dist.all_reduce(tensor, group=group, async_op=True)
+        with waiting():
+            work.wait()
+        del tensor, work
+        let_go.wait(most)
     with waiting():
-        work.wait()
-    del tensor, work
-    let_go.wait(most)
+        dist.barrier(group=group)  # has no tensor, and begins only when the one that is being let go is gone
 
 
 def gather_numbers(numbers, device, dtype=torch.float32):

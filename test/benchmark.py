@@ -39,6 +39,10 @@ TEST_DIR = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TEST_DIR)
 sys.path[:0] = [ROOT, TEST_DIR]
 
+if __name__ == '__main__':
+    import errors
+    errors.end_quietly()
+
 import contenders  # first of the project's: it sets how torch is loaded
 from contenders import CONTENDERS, PRECISIONS, Mode, Ours, Setting
 
@@ -245,8 +249,12 @@ class Entry:
         return seconds
 
     def rate(self, steps):
-        """Images per second."""
-        return self.batch_size * steps / self.run(steps)
+        """Images per second. Where it fails, the record says why."""
+        try:
+            return self.batch_size * steps / self.run(steps)
+        except Exception as error:
+            self.record.setdefault('not_available', why_not(error))
+            raise
 
     def finish(self, rates, flops, peak):
         self.record['images_per_second'] = summary(rates)
@@ -271,8 +279,13 @@ class Apart(Entry):
         self.record = dict(contender=kind, mode=str(CONTENDERS[kind].mode_of(mode, device)))
         order = dict(kind=kind, setting=setting._asdict(), mode=mode, work=work, warmup=warmup)
         self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), '_entry', json.dumps(order)],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
-        self.seconds = self.answer()
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
+                                        preexec_fn=distributed.end_with_parent)
+        try:
+            self.seconds = self.answer()
+        except BaseException:  # a signal, while it warms up: it would do that to the end
+            self.end()
+            raise
 
     def answer(self):
         line = self.process.stdout.readline()
@@ -327,7 +340,12 @@ def measure_row(ours, other, options, setting, device, work, flops, peak):
             least = 3 if device.type == 'cpu' else 10  # of ours, one in ten prints a line, for which it waits
             steps = options.steps or max(least, int(options.seconds / max(entry.seconds for entry in able)) + 1)
             row['steps_per_sample'] = steps
-            results = take_turns([functools.partial(entry.rate, steps) for entry in able], options.pairs)
+            try:
+                results = take_turns([functools.partial(entry.rate, steps) for entry in able], options.pairs)
+            except Exception:  # the memory may run out as late as this; the other rows stand
+                if all(entry.is_able() for entry in able):
+                    raise
+                return row
             for entry, rates in zip(able, results):
                 entry.finish(rates, flops, peak)
             if len(able) == 2:
@@ -372,8 +390,18 @@ def setting_of(options, device):
         raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s'
                         % (size, architecture['patch_size'], options.model))
     batch = options.batch_size or (4 if device.type == 'cpu' else 128)
-    program.build_parser().parse_args(options.extra)  # a wrong flag is no matter of one mode
+    check_extra(options.extra, contenders.flags_of_a_step())  # a wrong flag is no matter of one mode
     return Setting(options.model, size, batch, options.device, options.classes, tuple(options.extra))
+
+
+def check_extra(extra, taken):
+    """Raise a `UserError` for wrong flags after --, and for those that are `taken`: the comparison rests on them."""
+    program.build_parser().parse_args(extra)
+    for flag in extra:
+        name = flag.partition('=')[0].replace('-', '_').replace('__', '--', 1)
+        if name in taken:
+            raise UserError('%s after --: the comparison rests on it; leave it out, or give the benchmark its own, '
+                            'where it has one, before --' % flag)
 
 
 def sides(options, device, work):
@@ -499,27 +527,49 @@ def baseline_batches(options, root, device):
         pin_memory=backend.can_pin_memory(device)))
 
 
+def rounds(options):
+    """How many batches of each worker come before a sample, and are in it: at least four, for where there are more
+    workers than cores they come in bursts."""
+    batches = -(-options.images // options.batch_size)
+    return options.warmup, max(-(-batches // options.workers), 4 if options.workers > 1 else 1)
+
+
 def loader_rate(start, options, device):
     """Images per second and worker, from a batch that has come to one that comes later.
 
     The workers have started, and what they had ready is used up, before the clock runs: between two batches that the
-    main process waits for lies what the workers take to make one.
+    main process waits for lies what the workers take to make one. All workers give as many, before and in the sample:
+    their first ones come together.
     """
-    batches = start()
+    batches, (before, counted) = start(), rounds(options)
     try:
-        for _ in range(options.warmup):
+        for _ in range(before * options.workers):
             next(batches)
-        begin, images = time.perf_counter(), 0
-        while images < options.images:
-            batch = next(batches)
-            images += len(batch[0])
+        begin = time.perf_counter()
+        images = sum(len(next(batches)[0]) for _ in range(counted * options.workers))
         backend.synchronize(device)
         return images / (time.perf_counter() - begin) / options.workers
     finally:  # the next one must have the machine to itself, and an error must not keep the workers
         (batches.close if hasattr(batches, 'close') else batches._shutdown_workers)()
 
 
+def baseline_rate(options, root, device):
+    """`loader_rate` of the baseline.
+
+    Raises:
+        UserError: it has no answer to something in the folder.
+    """
+    try:
+        return loader_rate(functools.partial(baseline_batches, options, root, device), options, device)
+    except StopIteration:
+        raise
+    except Exception as error:  # torchvision's, Pillow's, with a worker's traceback around them
+        raise UserError('--data_path %s: ImageFolder, the baseline, cannot read it (%s); mend or remove what it names'
+                        % (printable(root), str(error).strip().splitlines()[-1][:300])) from None
+
+
 def data_main(options, device):
+    check_extra(options.extra, contenders.FLAGS_OF_THE_LOADER)
     backends = contenders.flag_choices('data_backend') or ('',)
     report = about_run(options, device)
     report.update(workers=options.workers, batch_size=options.batch_size, input_size=options.input_size,
@@ -529,8 +579,8 @@ def data_main(options, device):
         root = datasets.resolve_data_path(options.data_path) if options.data_path else folder
         if not options.data_path:
             progress('making %d JPEGs' % options.distinct)
-            rounded = -(-options.images // options.batch_size) + options.warmup + 2 * options.workers + 1
-            make_photographs(folder, rounded * options.batch_size, options.distinct)
+            batches = options.workers * (sum(rounds(options)) + 2) + 1  # with those that are made ahead
+            make_photographs(folder, batches * options.batch_size, options.distinct)
             sizes = [os.path.getsize(entry.path) for entry in os.scandir(os.path.join(folder, 'originals'))]
             report['mean_file_bytes'] = sum(sizes) / len(sizes)
         for name, alone in [(name, alone) for alone in (False, True)[:1 + (device.type == 'cpu')] for name in backends]:
@@ -546,12 +596,12 @@ def data_main(options, device):
                 ours, theirs = take_turns([
                     functools.partial(loader_rate, functools.partial(our_batches, options, args, device, alone),
                                       options, device),
-                    functools.partial(loader_rate, functools.partial(baseline_batches, options, root, device), options,
-                                      device)], options.pairs)
+                    functools.partial(baseline_rate, options, root, device)], options.pairs)
                 row.update(ours=summary(ours), baseline=summary(theirs), ratio=ratios(ours, theirs))
             except StopIteration:
-                raise UserError('--data_path %s: too few images for --images %d and --batch_size %d'
-                                % (printable(root), options.images, options.batch_size)) from None
+                raise UserError('--data_path %s: too few images, for a sample needs %d; lower --images, --batch_size '
+                                'or --workers' % (printable(root), sum(rounds(options)) * options.workers
+                                                  * options.batch_size)) from None
             except UserError as error:
                 if options.data_path and not report.get('rows'):
                     raise
@@ -676,13 +726,27 @@ def script_rate(options, setting, mode, root):
     command = ['bash', os.path.join(contenders.ROOT, 'test', 'train_performance_1p.sh'), *flags, '--epochs=1',
                '--num_workers=%d' % options.workers, '--maxstep=%d' % options.steps, '--finetune=', '--loss_scale=1'] \
         + ([] if mode.precision != 'float32' else ['--no_amp'])
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                          env=dict(os.environ, PYTHON=sys.executable), timeout=RUN_SECONDS)
-    found = re.search(r'^Final Performance images/sec : ([\d.]+)', done.stdout, re.M)
-    if done.returncode or not found:
-        raise UserError('test/train_performance_1p.sh failed: %s' % one_line(
-            (done.stderr.strip() or done.stdout.strip())[-300:]))
-    return float(found.group(1)), re.search(r'^Speed: (.*)', done.stdout, re.M).group(1)
+    status, out, err = run_to_end(command)
+    found = re.search(r'^Final Performance images/sec : ([\d.]+)', out, re.M)
+    if status or not found:
+        raise UserError('test/train_performance_1p.sh failed: %s' % one_line((err.strip() or out.strip())[-300:]))
+    return float(found.group(1)), re.search(r'^Speed: (.*)', out, re.M).group(1)
+
+
+def run_to_end(command):
+    """(status, stdout, stderr) of a script, which is asked to end, with all that it started, where this is to end."""
+    script = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True, env=dict(os.environ, PYTHON=sys.executable),
+                              start_new_session=True)  # Ctrl-C comes to it from here alone
+    try:
+        out, err = script.communicate(timeout=RUN_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UserError('%s did not end in %d s' % (os.path.basename(command[1]), RUN_SECONDS)) from None
+    finally:
+        if script.poll() is None:
+            script.terminate()  # it passes that on, and waits
+            script.communicate()
+    return script.returncode, out, err
 
 
 def script_main(options, device):
@@ -848,8 +912,8 @@ def build_parser():
     commands = parser.add_subparsers(dest='command', metavar='step|eval|data|startup|script|scaling')
 
     def command(name, main, help_text, description=''):
-        sub = commands.add_parser(name, help=help_text, description='%s. %s' % (help_text.capitalize(), description),
-                                  allow_abbrev=False)
+        description = '%s%s. %s' % (help_text[0].upper(), help_text[1:], description)
+        sub = commands.add_parser(name, help=help_text, description=description, allow_abbrev=False)
         sub.set_defaults(main=main)
         sub.add_argument('--device', default='auto', help='auto, npu, cuda, cpu or one with an index (auto)')
         sub.add_argument('--pairs', default=ENOUGH_PAIRS, type=positive,
@@ -885,12 +949,14 @@ def build_parser():
 
     sub = command('data', data_main, 'the loader, against torchvision\'s ImageFolder and timm\'s create_transform')
     sub.add_argument('--data_path', default='', help='a folder with train/ in it (JPEGs of ImageNet\'s sizes are made)')
-    sub.add_argument('--input_size', default=224, type=positive, help='pixels a side (224)')
+    sub.add_argument('--input_size', default=224, type=number(int, 33, 8192),
+                     help='pixels a side; up to 32, training does not resize as timm\'s does (224)')
     sub.add_argument('--batch_size', default=64, type=positive, help='images in a batch (64)')
     sub.add_argument('--workers', default=1, type=positive, help='loader processes (1)')
-    sub.add_argument('--images', default=512, type=positive, help='images in a sample (512)')
+    sub.add_argument('--images', default=512, type=positive,
+                     help='images in a sample, or more: as many of each worker (512)')
     sub.add_argument('--distinct', default=128, type=positive, help='different pictures to make (128)')
-    sub.add_argument('--warmup', default=2, type=positive, help='batches before a sample (2)')
+    sub.add_argument('--warmup', default=2, type=positive, help='batches of each worker before a sample (2)')
 
     sub = command('startup', startup_main, 'until the first step, with large folders',
                   'The names are in the memory of the operating system before the first sample.')

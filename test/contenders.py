@@ -113,7 +113,8 @@ def forward_flops(architecture, classes=1000):
 
 
 # Dense bfloat16 or float16 FLOP/s without sparsity, from NVIDIA's data sheets; the first that the name holds.
-PEAKS = (('H100 PCIe', 756e12), ('H100 NVL', 835e12), ('H100', 989e12), ('H200', 989e12), ('A100', 312e12))
+PEAKS = (('H100 PCIe', 756e12), ('H100 NVL', 835e12), ('H200 NVL', 835e12), ('H100', 989e12), ('H200', 989e12),
+         ('A100', 312e12))
 
 
 def peak_flops(device_name):
@@ -181,6 +182,18 @@ def our_flags(setting, mode, folder):
             '--clip_grad=%g' % CLIP, '--drop_path=%g' % DROP_PATH, '--smoothing=%g' % SMOOTHING,
             '--layer_scale_init_value=%g' % setting.layer_scale, '--disable_eval_during_finetuning',
             *mode_flags(mode), *setting.extra]
+
+
+FLAGS_OF_THE_LOADER = {'--data_path', '--input_size', '--batch_size', '--num_workers', '--data_backend', '--eval',
+                       '--config', '--disable_eval_during_finetuning'}
+
+
+def flags_of_a_step():
+    """The names of flags that decide what `Ours` is compared in."""
+    setting = Setting('beit_base_patch16_224', 224, 1, 'cpu')
+    given = [flag for precision in PRECISIONS for flag in our_flags(setting, Mode(precision), '')]
+    return {flag.partition('=')[0] for flag in given} | {'--compile', '--eval', '--update_freq', '--config', '--resume',
+                                                         '--auto_resume'}
 
 
 def build_as_main_does(args, classes, updates):

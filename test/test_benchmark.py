@@ -1,9 +1,11 @@
 """test/benchmark.py: each sub-command runs from end to end on tiny settings; its arithmetic is right."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import TEST_DIR, cannot_run
+from test_scripts import all_end, has_proc, marked
 
 import benchmark
 import contenders
@@ -106,6 +109,7 @@ def test_flops_are_those_that_pytorch_counts(name, size):
 
 def test_peaks_by_device_name():
     assert contenders.peak_flops('NVIDIA H100 80GB HBM3') == contenders.peak_flops('NVIDIA H200') == 989e12
+    assert contenders.peak_flops('NVIDIA H100 NVL') == contenders.peak_flops('NVIDIA H200 NVL') == 835e12
     assert contenders.peak_flops('NVIDIA A100-SXM4-80GB') == 312e12
     assert contenders.peak_flops('Ascend910B1') is None
 
@@ -177,6 +181,23 @@ def test_step(bench):
     assert 'n/a: --amp_dtype float16' in out and 'Fewer than 5 pairs' in out
 
 
+def test_a_contender_that_dies_in_a_sample_leaves_the_other_rows(bench, monkeypatch):
+    """The first of ours is killed behind its warm-up, as for want of memory."""
+    rate, killed = benchmark.Apart.rate, []
+
+    def dies(entry, steps):
+        if entry.record['contender'] == 'ours' and not killed:
+            killed.append(entry)
+            entry.process.kill()
+        return rate(entry, steps)
+
+    monkeypatch.setattr(benchmark.Apart, 'rate', dies)
+    report, out = bench('step', '--precision', 'float32', '--pairs=2', '--steps=1', '--warmup=1', *NANO)
+    dead, *rest = report['rows']
+    assert dead['ours']['not_available'] == 'its process ended with status -9' and 'ratio' not in dead
+    assert 'images_per_second' in rest[-1]['ours'] and 'n/a: its process ended with status -9' in out
+
+
 def test_memory_is_that_of_the_contender_alone():
     """This process has had more, and its child is not charged with it."""
     if benchmark.peak_resident_mib() is None:
@@ -221,6 +242,32 @@ def test_data(bench):
         for name in ('ours', 'baseline', 'ratio') if row['backend'] not in missing else ():
             check_summary(row[name], 2)
     assert 'images/s per worker' in out
+
+
+@pytest.mark.parametrize('damage, words', [('class000/.hidden', "Found no valid file for the classes .hidden"),
+                                           ('class001/000001.jpg', 'cannot identify image file')])
+def test_a_folder_that_the_baseline_cannot_read(tmp_path, damage, words, capfd):
+    """Ours passes over hidden folders, and over damaged files when asked to; torchvision has a traceback."""
+    benchmark.make_photographs(str(tmp_path), 12, 2, classes=2)
+    path = tmp_path / 'train' / damage
+    if 'hidden' in damage:
+        path = tmp_path / 'train' / '.hidden'
+        path.mkdir()
+    else:
+        path.unlink()
+        path.write_bytes(b'junk')
+    assert benchmark.main(['data', '--device=cpu', '--data_path=%s' % tmp_path, '--images=8', '--batch_size=2',
+                           '--warmup=1', '--input_size=64', '--pairs=1', '--', '--bad_images=skip']) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if 'error: ' in line]
+    assert len(lines) == 1 and 'ImageFolder, the baseline, cannot read it' in lines[0] and words in lines[0]
+
+
+@pytest.mark.parametrize('workers, images, expected', [
+    (1, 512, (2, 8)), (1, 3, (2, 1)), (3, 512, (2, 4)), (2, 640, (2, 5))])
+def test_all_workers_give_as_many(workers, images, expected):
+    """Rounds of all workers, in which as many batches come as the images ask for."""
+    options = benchmark.build_parser().parse_args(['data', '--workers=%d' % workers, '--images=%d' % images])
+    assert benchmark.rounds(options) == expected
 
 
 def test_made_photographs_are_the_same_each_time(tmp_path):
@@ -289,6 +336,32 @@ def test_what_was_made_goes_away_with_a_signal(tmp_path):
     assert list(tmp_path.rglob('*.jpg')) == []
 
 
+@has_proc
+@pytest.mark.parametrize('argv, working', [
+    (['step', '--precision=float32', '--warmup=1000000', '--against=reference', *NANO], '_entry'),
+    (['script', '--pairs=1', '--steps=400', '--workers=1', '--input_size=48', *NANO], 'run_class_finetuning.py')])
+def test_what_was_started_goes_away_with_a_signal(tmp_path, argv, working):
+    """A warm-up, of hours here, and a script that trains: both are in other processes."""
+    def works(pid):  # PyTorch is there, and more
+        with contextlib.suppress(OSError):
+            command = pathlib.Path('/proc/%d/cmdline' % pid).read_bytes().decode().split('\0')
+            resident = int(pathlib.Path('/proc/%d/statm' % pid).read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+            return working in command and resident > 2 ** 27
+
+    with subprocess.Popen([sys.executable, os.path.join(TEST_DIR, 'benchmark.py'), *argv],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                          env=dict(os.environ, TMPDIR=str(tmp_path), MARK=str(tmp_path))) as run:
+        deadline = time.monotonic() + 120
+        while not any(works(pid) for pid in marked(str(tmp_path))):
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1)
+        run.terminate()
+        assert run.wait(timeout=60) == 143
+    assert all_end(str(tmp_path), seconds=2)
+    assert os.listdir(str(tmp_path)) == []
+
+
 # ---- mistakes
 
 @pytest.mark.parametrize('argv, words', [
@@ -296,6 +369,10 @@ def test_what_was_made_goes_away_with_a_signal(tmp_path):
     (['step', '--precision=float8'], 'float8'),
     (['step', '--model=beit_bass_patch16_224'], 'did you mean beit_base_patch16_224'),
     (['step', '--device=cpu', '--', '--attention=fussed'], 'fussed'),
+    (['step', '--device=cpu', '--', '--amp'], '--amp after --: the comparison rests on it'),
+    (['scaling', '--device=cpu', '--', '--update-freq', '2'], '--update-freq after --'),
+    (['data', '--', '--batch_size=3'], '--batch_size=3 after --'),
+    (['data', '--input_size=32'], '--input_size: must be at least 33'),
     (['data', '--data_path=/nowhere/at all'], 'no such folder'),
     (['step', '--json=/nowhere/at all/figures.json'], 'cannot be written'),
     (['scaling', '--device=tpu'], '--device must be'),

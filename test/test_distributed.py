@@ -161,7 +161,8 @@ def test_evaluation_gives_the_same_bits_on_any_number_of_processes():
             assert one[:3] == other[:3] and float(one[3]) == pytest.approx(float(other[3]), rel=1e-7)
 
 
-# The number of threads before the processes meet, among them, and after they part; how long letting go takes.
+# The number of threads before the processes meet, among them, and after they part; how long letting go takes. The model
+# holds gloo's group to the end.
 LEAVE = '''
 import argparse, json, os, sys, time
 sys.path.insert(0, %r)
@@ -170,7 +171,10 @@ args = argparse.Namespace(device='cpu', dist_on_itp=False, local_rank=-1, dist_u
 threads = [len(os.listdir('/proc/self/task'))]
 device = distributed.init_distributed_mode(args)
 distributed.from_first(lambda alive: b'x', device)
-distributed.ask([1], device)()
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+for _ in range(3):
+    model(torch.randn(4, 64)).sum().backward()
+    distributed.ask([1], device)()
 threads.append(len(os.listdir('/proc/self/task')))
 begun = time.monotonic()
 distributed._let_go(60.)
@@ -182,18 +186,23 @@ print('RESULTS ' + json.dumps(threads + [seconds]))
 
 
 @only_with('linux', os.path.isdir('/proc/self/task'), 'there is no /proc to count threads in')
-def test_no_thread_is_left_that_could_abort_the_end():
-    """One of gloo's that frees a tensor while Python ends calls std::terminate: 2 of 60 good runs failed."""
-    port = free_port()
-    started = [subprocess.Popen(
-        [sys.executable, '-c', LEAVE % ROOT], stdout=subprocess.PIPE, universal_newlines=True,
-        env=dict(os.environ, RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), OMP_NUM_THREADS='1',
-                 MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))) for rank in range(2)]
-    outputs = [process.communicate(timeout=240)[0] for process in started]
-    assert not any(process.returncode for process in started)
-    # Of the second process: the first has the store's thread, too.
-    before, among, after, seconds = json.loads(re.search('RESULTS (.*)', outputs[1]).group(1))
-    assert before < among and after == before and seconds < 30, outputs
+def test_a_good_run_of_several_processes_ends_well():
+    """gloo's threads that let a tensor go while Python ends abort it, and while their group ends they wait for ever.
+
+    On a machine with more to do than it has cores one process in 12 was aborted.
+    """
+    for _ in range(30 if os.environ.get('BEIT_SOAK') else 3):
+        started = []
+        for port in (free_port(), free_port()):
+            started += [subprocess.Popen(
+                [sys.executable, '-c', LEAVE % ROOT], stdout=subprocess.PIPE, universal_newlines=True,
+                env=dict(os.environ, RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), OMP_NUM_THREADS='1',
+                         MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))) for rank in range(2)]
+        outputs = [process.communicate(timeout=240)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * 4
+        for output in outputs:
+            before, among, after, seconds = json.loads(re.search('RESULTS (.*)', output).group(1))
+            assert before < among and after == among and seconds < 30, outputs
 
 
 def test_a_process_started_anew_sees_nothing_of_those_before(monkeypatch, tmp_path):
