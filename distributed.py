@@ -3,15 +3,14 @@
 import contextlib
 import ctypes
 import datetime
+import glob
 import json
 import multiprocessing
 import os
 import re
 import signal
 import sys
-import threading
 import time
-import weakref
 
 import numpy as np
 import torch
@@ -179,22 +178,34 @@ def leave_processes():
 
 
 def _let_go(most=5.):
-    """Wait for the other processes, and until gloo's threads have let their tensors go.
+    """Wait for the other processes, and until gloo's threads sleep, and so hold no tensor.
+
+    They do where none ran, nor could have, while Python's lock was free.
 
     Args:
-        most (float): seconds to wait for a thread.
+        most (float): seconds to wait for the threads.
     """
-    group = _host_group[-1] if _host_group else dist.group.WORLD
-    for _ in range(4):  # there are two threads: who is free takes the next
-        tensor, let_go = torch.zeros(1), threading.Event()
-        weakref.finalize(tensor, let_go.set)
-        work = dist.all_reduce(tensor, group=group, async_op=True)
-        with waiting():
-            work.wait()
-        del tensor, work
-        let_go.wait(most)
     with waiting():
-        dist.barrier(group=group)  # has no tensor, and begins only when the one that is being let go is gone
+        dist.barrier(group=_host_group[-1] if _host_group else dist.group.WORLD)
+    until, before = time.monotonic() + most, None
+    while time.monotonic() < until:
+        threads = _gloo_threads()
+        if threads == before and all(thread['State'].startswith('S') for thread in threads):
+            break
+        before = threads
+        time.sleep(0.01)  # without the lock
+
+
+def _gloo_threads():
+    """What Linux says of each of gloo's threads: State, and how often it went to sleep and was interrupted."""
+    found = []
+    for path in sorted(glob.glob('/proc/self/task/*/status')):
+        with contextlib.suppress(OSError), open(path, encoding='utf-8', errors='replace') as file:
+            fields = dict(line.rstrip('\n').split(':\t', 1) for line in file if ':\t' in line)
+            if fields.get('Name') == 'pt_gloo_runloop':
+                found.append({name: fields.get(name, '') for name in (
+                    'Pid', 'State', 'voluntary_ctxt_switches', 'nonvoluntary_ctxt_switches')})
+    return found
 
 
 def gather_numbers(numbers, device, dtype=torch.float32):
