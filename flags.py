@@ -1,6 +1,7 @@
 """Every flag of run_class_finetuning.py, and all that can be found wrong with them before anything slow starts."""
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import re
@@ -372,6 +373,12 @@ def add_meeting(group):
     add('--dist_timeout', default=600., type=number(float, 1, 10 ** 6),
         help='seconds that a process may hold up the others before the job ends (600)')
     add('--dist_url', default='env://', help='where the processes meet (env://)')
+
+
+def config_from(args, kind, **given):
+    """A dataclass of `config` with the values of the flags that its fields are named after; `given` wins."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind) if hasattr(args, field.name)}
+    return kind(**dict(values, **given))
 
 
 def check_unfreezing(args):

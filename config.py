@@ -1,0 +1,135 @@
+"""Settings that travel together, as frozen dataclasses. A field has the name of the flag that sets it.
+
+`flags.config_from(args, DataConfig)` builds one from a parsed command line; nothing below the programs sees `args`.
+"""
+
+import dataclasses
+from typing import Dict, Optional, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images to read, and how they are labelled."""
+    data_path: str = ''
+    eval_data_path: Optional[str] = None
+    data_set: str = 'IMNET'
+    train_csv: str = ''
+    val_csv: str = ''
+    val_split: float = 0.  # share of each class
+    max_train_samples: int = 0  # 0: all
+    nb_classes: int = 0  # 0: as many as the data has
+    seed: int = 0
+    loss: str = 'auto'  # 'bce' or several labels an image: see csv_dataset
+    bad_images: str = 'error'  # or 'skip'
+    index_cache: bool = True
+    eval: bool = False  # no training set is needed
+    disable_eval_during_finetuning: bool = False
+    check_data: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformConfig:
+    """What is done to one image, in training and in evaluation."""
+    input_size: int = 224  # pixels a side
+    imagenet_default_mean_and_std: bool = False
+    crop_pct: Optional[float] = None  # None: the reference's for this input size
+    color_jitter: float = 0.4
+    aa: str = 'rand-m9-mstd0.5-inc1'
+    hflip: float = 0.5
+    train_interpolation: str = 'bicubic'
+    reprob: float = 0.25
+    remode: str = 'pixel'
+    recount: int = 1
+    data_backend: str = 'exact'
+    eval_data_backend: str = 'exact'
+
+
+@dataclasses.dataclass(frozen=True)
+class MixupConfig:
+    """What is done to a batch."""
+    mixup: float = 0.
+    cutmix: float = 0.
+    cutmix_minmax: Optional[Sequence[float]] = None
+    mixup_prob: float = 1.
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = 'batch'
+    smoothing: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderConfig:
+    """How batches are made and shared among processes."""
+    batch_size: int = 64  # of training, per process; evaluation takes 1.5 times as many
+    num_workers: int = 10
+    pin_mem: bool = True
+    dist_eval: bool = False
+    seed: int = 0
+    bad_images: str = 'error'
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which network to build."""
+    model: str = 'beit_base_patch16_224'
+    input_size: int = 224
+    drop: float = 0.
+    drop_path: float = 0.1
+    attn_drop_rate: float = 0.
+    use_mean_pooling: bool = True
+    init_scale: float = 0.001
+    rel_pos_bias: bool = True
+    abs_pos_emb: bool = False
+    layer_scale_init_value: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """On what, and how, the network computes; none of it changes what is computed but for rounding."""
+    device: str = 'auto'
+    amp: bool = False
+    opt_level: str = 'O2'
+    amp_dtype: Optional[str] = None
+    loss_scale: Optional[object] = None  # float, or 'dynamic'
+    attention: str = 'auto'
+    compile: bool = False
+    grad_checkpointing: bool = False
+    skip_dropped: str = 'auto'
+    deterministic: bool = False
+    jit_compile: str = 'auto'
+    model_ema_force_cpu: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its schedules."""
+    opt: str = 'adamw'
+    opt_eps: float = 1e-8
+    opt_betas: Optional[Sequence[float]] = None
+    momentum: float = 0.9
+    weight_decay: float = 0.05
+    weight_decay_end: Optional[float] = None
+    lr: float = 5e-4
+    layer_decay: float = 0.9
+    warmup_lr: float = 0.
+    min_lr: float = 1e-6
+    warmup_epochs: int = 5
+    warmup_steps: int = -1
+    disable_weight_decay_on_rel_pos_bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputConfig:
+    """What a run writes, and where."""
+    output_dir: str = ''
+    log_dir: Optional[str] = None
+    save_ckpt: bool = True
+    save_ckpt_freq: int = 5  # epochs
+    save_ckpt_steps: int = 0  # updates; 0: none in mid-epoch
+    save_ckpt_minutes: float = 0.
+    keep_checkpoints: int = 0  # 0: all
+    max_bad_images: float = 0.001
+    curves: bool = True
+    report: bool = False
+    results_file: str = ''
+    auto_resume: bool = False
+    flags: Dict[str, object] = dataclasses.field(default_factory=dict)  # all of the run, for args.yaml and checkpoints
