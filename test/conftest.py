@@ -1,30 +1,22 @@
-"""What the tests share: the recorded figures, small data sets made on the spot, and the program as a subprocess."""
+"""Hooks and fixtures: recorded figures, small data sets, the NPU emulator. What tests import is in helpers.py."""
 
 import collections
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-TEST_DIR = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(TEST_DIR)
-EMULATOR = os.path.join(TEST_DIR, 'npu_emulator')
-sys.path.insert(0, ROOT)
-
-import run_class_finetuning  # noqa: E402
+from helpers import EMULATOR, TEST_DIR, cannot_run, photo, run_program  # first: it makes the project's modules known
+import run_class_finetuning
 
 collect_ignore = ['npu_emulator']  # its tests run in a process of their own, where torch_npu is the emulator
-
-# Curves take a second of each run; test_report.py draws them.
-NANO = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu']
-
 
 # The files that take longest, which begin first: with few tests, they would else be last, and keep one core busy alone.
 LONGEST = ['test_ascend', 'test_scripts', 'test_end_to_end', 'test_faults', 'test_distributed', 'test_multinode',
@@ -40,35 +32,6 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.module.__name__.rpartition('.')[2], len(LONGEST)))
-
-
-def cannot_run(need, reason):
-    """End a test that this machine can't run: skipped with one loud line, or failed where MUST_RUN names the need.
-
-    .ci/run sets MUST_RUN to the needs that it found met (compiler, openssl, stacks), so that nothing is skipped there
-    without anybody noticing.
-    """
-    if need in os.environ.get('MUST_RUN', '').split():
-        pytest.fail('%s, and MUST_RUN names %s' % (reason, need))
-    pytest.skip('NOT RUN: ' + reason)
-
-
-def only_with(need, present, reason):
-    """A mark for tests that can run only where something is present: else they are as `cannot_run` has them."""
-    if not present and need in os.environ.get('MUST_RUN', '').split():
-        return pytest.mark.usefixtures('missing_need')
-    return pytest.mark.skipif(not present, reason='NOT RUN: ' + reason)
-
-
-def needs_extra(*modules):
-    """A mark for tests that need packages of requirements-extra.txt, named as they are imported."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    return only_with('extras', not missing, 'it needs %s, of requirements-extra.txt' % ', '.join(missing))
-
-
-# For the cases that go another way through code that a case beside them goes through already.
-variant = only_with('soak', bool(os.environ.get('BEIT_SOAK')),
-                    'another way through the same code; bash test/run_tests.sh --soak has it')
 
 
 @pytest.fixture
@@ -102,14 +65,6 @@ def parse():
     return lambda *flags: run_class_finetuning.build_parser().parse_args(list(flags))
 
 
-def photo(seed, width=96, height=72):
-    """A smooth picture with some noise, like a photograph's statistics."""
-    rng = np.random.RandomState(seed)
-    coarse = Image.fromarray(rng.randint(0, 256, (6, 8, 3)).astype(np.uint8)).resize((width, height), Image.BICUBIC)
-    noisy = np.asarray(coarse).astype(np.int64) + rng.randint(-12, 13, (height, width, 3))
-    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
-
-
 @pytest.fixture
 def image_folder(tmp_path):
     """image_folder(train=16, val=6, classes=('a', 'b'), size=(32, 32)): a path with a space, train/ and val/ in it."""
@@ -124,14 +79,6 @@ def image_folder(tmp_path):
                         str(folder / ('%03d%s' % (index, suffix))))
         return str(root)
     return make
-
-
-def run_program(*flags, timeout=300, env=None, cwd=ROOT):
-    """run_class_finetuning.py in a process of its own: (exit status, standard output, standard error)."""
-    result = subprocess.run([sys.executable, os.path.join(ROOT, 'run_class_finetuning.py')] + list(flags), cwd=cwd,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout,
-                            env=dict(os.environ, **(env or {})))
-    return result.returncode, result.stdout, result.stderr
 
 
 @pytest.fixture
@@ -151,6 +98,27 @@ def data(tmp_path_factory):
                 picture = photo(1000 * label + index + (500 if split == 'val' else 0), 32, 32)
                 Image.blend(picture, Image.new('RGB', picture.size, tint), 0.3).save(str(folder / ('%03d.png' % index)))
     return str(root)
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(flags, words…): the program says all of them in one line and exits with 2."""
+    def check(flags, *words):
+        assert run_class_finetuning.run(flags) == 2
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and 'Traceback' not in err, err
+        for word in words:
+            assert word in err, (word, err)
+    return check
+
+
+@pytest.fixture
+def public_folder():
+    """A folder that every user can reach; pytest's own are its user's alone."""
+    folder = tempfile.mkdtemp(dir='/tmp')
+    os.chmod(folder, 0o755)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope='session')

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 import checkpoint
-from conftest import EMULATOR, ROOT, cannot_run, run_program, variant
-from test_scripts import TINY, all_end, check_summary, copy_checkout, fails, fake_cann, output, result, run_script, text
-from test_training import lines_of, scalars
+from helpers import (EMULATOR, ROOT, TINY, all_end, cannot_run, check_summary, copy_checkout, fails, fake_cann,
+                     lines_of, output, result, run_program, run_script, scalars, text, variant)
 
 DIGITS = ['--data_path=demo', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--aa=none',
           '--reprob=0', '--color_jitter=0', '--drop_path=0', '--hflip=0', '--warmup_epochs=0', '--lr=2e-3',

@@ -5,10 +5,9 @@ import torch
 
 import attention
 import backend
+from helpers import CPU, cannot_run
 import modeling_finetune
-from conftest import cannot_run
 from errors import UserError
-from test_training import CPU
 
 KERNELS = backend.fused_attentions(CPU)
 

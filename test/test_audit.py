@@ -17,8 +17,8 @@ import warnings
 import zipfile
 
 import pytest
-from conftest import ROOT, TEST_DIR, cannot_run
 
+from helpers import ROOT, TEST_DIR, cannot_run
 import wheels
 from wheels import FUNCTIONS, Library, dotted
 
@@ -562,6 +562,14 @@ def too_generous(double, top, libraries, excepted=()):
             problems.append('%s of the double takes %s, but none of %s does' % (
                 name, ', '.join(sorted(mine - set().union(*theirs))), everyone))
     return problems
+
+
+def test_tests_import_neither_each_other_nor_conftest():
+    """What they share is in helpers.py; fixtures come by their names."""
+    for path in glob.glob(os.path.join(TEST_DIR, '**', '*.py'), recursive=True):
+        with open(path, encoding='utf-8') as file:
+            imported = re.findall(r'^ *(?:from|import) (conftest|test_\w+|cases_\w+)', file.read(), re.MULTILINE)
+        assert set(imported) <= {os.path.basename(path)[:-3]}, path  # a test may hand itself to a process
 
 
 def test_emulator_has_nothing_that_torch_npu_lacks(libraries):

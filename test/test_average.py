@@ -9,9 +9,9 @@ import torch
 
 import average_checkpoints
 import checkpoint
+from helpers import RUN
 import networks
 import run_class_finetuning
-from test_training import RUN
 
 
 @pytest.fixture(scope='module')

@@ -6,7 +6,6 @@ import faulthandler
 import fcntl
 import os
 import pty
-import shutil
 import signal
 import socket
 import struct
@@ -28,10 +27,9 @@ from torch.utils.data._utils.pin_memory import pin_memory
 import bad_images
 import datasets
 import distributed
+from helpers import NANO, ROOT, as_nobody, only_with, photo, write_cifar
 import safe_files
-from conftest import NANO, ROOT, only_with, photo
 from errors import UserError, one_line
-from test_data import write_cifar
 
 SMALL = ('--batch_size=4',) + tuple(NANO)
 
@@ -48,28 +46,6 @@ def within(seconds):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture
-def public_folder():
-    """A folder that every user can reach; pytest's own are its user's alone."""
-    folder = tempfile.mkdtemp(dir='/tmp')
-    os.chmod(folder, 0o755)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def as_nobody():
-    """Without root's rights, to which no permission is denied."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 # ---- kinds of bad files

@@ -18,24 +18,14 @@ import torch
 from timm.models import create_model
 
 import backend
+from helpers import NANO, ROOT, TEST_DIR, assert_one_line, cannot_run, photo, write_images
 import launch
 import run_class_finetuning
 import utils
 from errors import printable
-from conftest import NANO, ROOT, TEST_DIR, cannot_run, photo
 
 SHORT = NANO + ['--batch_size=4', '--epochs=2', '--warmup_epochs=0']
 EARLIER_RUN = {'log.txt': b'{"epoch": 0}\n', 'checkpoint-0.pth': b'not really weights'}
-
-
-def write_images(root, classes=('cat', 'dog'), train=8, val=4, size=(32, 32)):
-    for split, count in (('train', train), ('val', val)):
-        for name in classes:
-            folder = os.path.join(str(root), split, name)
-            os.makedirs(folder)
-            for index in range(count):
-                photo(index, *size).save(os.path.join(folder, '%d.png' % index))
-    return str(root)
 
 
 @pytest.fixture(scope='module')
@@ -58,15 +48,6 @@ def contents(folder):
             with open(os.path.join(place, name), 'rb') as file:
                 found[os.path.relpath(os.path.join(place, name), str(folder))] = file.read()
     return found
-
-
-def assert_one_line(status, out, err, says):
-    assert status == 2, err
-    assert 'Traceback' not in out + err
-    assert len(err.splitlines()) == 1 and err.endswith('\n'), err
-    assert 'error: ' in err
-    for part in says:
-        assert part in err, '%r is not in: %s' % (part, err)
 
 
 @pytest.fixture

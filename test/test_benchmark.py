@@ -13,12 +13,11 @@ import time
 
 import pytest
 import torch
-from conftest import TEST_DIR, cannot_run
-from test_scripts import all_end, has_proc, marked
 
 import benchmark
 import contenders
 import fast_images
+from helpers import TEST_DIR, all_end, cannot_run, has_proc, marked
 import modeling_finetune
 from errors import UserError
 

@@ -14,13 +14,12 @@ import pytest
 import torch
 
 import checkpoint
+from helpers import RUN, cannot_run, lines_of
 import modeling_finetune
 import pretrained
 import run_class_finetuning
 import utils
-from conftest import cannot_run
 from errors import UserError
-from test_training import RUN, lines_of
 
 
 def nano(**options):

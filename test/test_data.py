@@ -2,11 +2,9 @@
 
 import contextlib
 import functools
-import hashlib
 import inspect
 import math
 import os
-import pickle
 import random
 
 import numpy as np
@@ -18,9 +16,9 @@ from PIL import Image, features
 
 import augmentation
 import datasets
-from conftest import NANO, cannot_run, photo
 from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError
+from helpers import NANO, cannot_run, photo, write_cifar
 
 RGB = (200, 30, 90)
 PLAIN = ('--aa=none', '--color_jitter=0', '--reprob=0')  # a training transform with crops and mirroring only
@@ -437,30 +435,6 @@ def test_only_what_is_needed_is_read(image_folder, parse):
 
 
 # ---- CIFAR-100
-
-def write_cifar(root, monkeypatch):
-    """A small archive in CIFAR-100's own layout, whose checksums torchvision is told; gives each split's content."""
-    folder = root / 'cifar-100-python'
-    folder.mkdir()
-    rng = np.random.RandomState(0)
-    names = ['class_%02d' % number for number in range(100)]
-    content = {split: {'data': rng.randint(0, 256, (count, 3072)).astype(np.uint8),
-                       'fine_labels': rng.randint(0, 100, count).tolist(), 'coarse_labels': [0] * count,
-                       'filenames': ['%d.png' % index for index in range(count)], 'batch_label': split}
-               for split, count in (('train', 12), ('test', 7))}
-    content['meta'] = {'fine_label_names': names, 'coarse_label_names': ['coarse_%d' % n for n in range(20)]}
-    sums = {}
-    for name, value in content.items():
-        data = pickle.dumps(value, protocol=2)
-        (folder / name).write_bytes(data)
-        sums[name] = hashlib.md5(data).hexdigest()
-    cls = torchvision.datasets.CIFAR100
-    monkeypatch.setattr(cls, 'train_list', [['train', sums['train']]])
-    monkeypatch.setattr(cls, 'test_list', [['test', sums['test']]])
-    monkeypatch.setattr(cls, 'meta', {'filename': 'meta', 'key': 'fine_label_names', 'md5': sums['meta']},
-                        raising=False)
-    return content
-
 
 @pytest.mark.parametrize('given', ['.', 'cifar-100-python', 'cifar-100-python/'])
 def test_cifar(tmp_path, monkeypatch, parse, given):

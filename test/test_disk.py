@@ -10,9 +10,8 @@ import textwrap
 import pytest
 
 import checkpoint
+from helpers import ROOT, RUN, cannot_run, lines_of, run_program
 import run_class_finetuning
-from conftest import ROOT, cannot_run, run_program
-from test_training import RUN, lines_of
 
 CHECKPOINT_BYTES = 3 * 2 ** 20  # of the nano model, about: weights and two moments
 

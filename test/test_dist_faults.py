@@ -23,10 +23,7 @@ import pytest
 
 import checkpoint
 import datasets
-from conftest import ROOT, cannot_run
-from test_multinode import LONG, ends, free_port, launcher
-from test_scripts import all_end, has_proc, marked
-from test_training import RUN, lines_of
+from helpers import LONG, ROOT, RUN, all_end, cannot_run, ends, free_port, has_proc, launcher, lines_of, marked
 
 SECONDS = 5  # --dist_timeout, where something hangs
 SLACK = 12  # how much later than that all has to be over, on a machine that has other things to do

@@ -11,18 +11,7 @@ import pytest
 import torch
 
 import distributed
-from conftest import ROOT, only_with
-from test_multinode import free_port
-from test_training import RUN, lines_of
-
-
-def launch(processes, *flags, timeout=240):
-    """test/launch.py with so many processes: (exit status, standard output, standard error)."""
-    result = subprocess.run(
-        [sys.executable, os.path.join(ROOT, 'test', 'launch.py'), '--nproc_per_node=%d' % processes, '--']
-        + RUN + list(flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout,
-        env=dict(os.environ, OMP_NUM_THREADS='1'))
-    return result.returncode, result.stdout, result.stderr
+from helpers import ROOT, RUN, free_port, launch, lines_of, only_with
 
 
 @pytest.fixture

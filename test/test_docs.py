@@ -12,10 +12,10 @@ from PIL import Image
 
 import average_checkpoints
 import datasets
+from helpers import ROOT, needs_extra
 import run_class_finetuning
 import run_export
 import run_predict
-from conftest import ROOT, needs_extra
 
 PROGRAMS = {'run_class_finetuning.py': run_class_finetuning.run, 'run_predict.py': run_predict.run,
             'run_export.py': run_export.run, 'average_checkpoints.py': average_checkpoints.run}

@@ -1,6 +1,5 @@
 """Whole runs: the digits from a fresh checkout to an accuracy, BEiT base on photographs, two processes against one."""
 
-import json
 import os
 import re
 import shutil
@@ -9,15 +8,9 @@ import pytest
 import torch
 
 import checkpoint
-from conftest import NANO, photo
-from test_scripts import check_summary, copy_checkout, result, run_script, text
+from helpers import NANO, check_summary, copy_checkout, lines_of, photo, result, run_script
 
 PHOTO_SIZES = ((500, 375), (375, 500), (400, 400), (1600, 1200))  # ImageNet's usual ones, and a large one
-
-
-def epochs(folder):
-    """The lines of log.txt."""
-    return [json.loads(line) for line in text(os.path.join(folder, 'log.txt')).splitlines()]
 
 
 # ---- the digits, by the README's two commands
@@ -87,7 +80,7 @@ def test_beit_base_on_photographs(roomy_checkout, photographs):
     result(resumed)
     assert 'epoch 0 is done' in resumed.out
     assert 'Epoch: [1]  [0/1]' in resumed.out and 'Epoch: [0]' not in resumed.out
-    lines = epochs(os.path.join(roomy_checkout, 'train_result'))
+    lines = lines_of(os.path.join(roomy_checkout, 'train_result'))
     assert [line['epoch'] for line in lines] == [0, 1]
     assert 0.5 < lines[1]['train_loss'] < 1.  # two classes, hardly trained: about log 2
 
@@ -106,7 +99,7 @@ def test_two_processes_train_as_one_of_twice_the_batch(tmp_path, image_folder):
 
     logs, weights = [], []
     for name in ('one', 'two'):
-        logs.append(epochs(os.path.join(checkout, name)))
+        logs.append(lines_of(os.path.join(checkout, name)))
         weights.append(checkpoint.read(os.path.join(checkout, name, 'checkpoint-1.pth'))['model'])
     assert [line['epoch'] for line in logs[0]] == [line['epoch'] for line in logs[1]] == [0, 1]
     for first, second in zip(*logs):

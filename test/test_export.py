@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import needs_extra, only_with, photo
 from timm.models import create_model
 
 import augmentation
+from helpers import needs_extra, only_with, photo
 import layouts
 import modeling_finetune
 import networks

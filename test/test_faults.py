@@ -30,12 +30,11 @@ import torch
 
 import datasets
 import distributed
+from helpers import NANO, ROOT, cannot_run, free_port, only_with
 import preemption
 import run_class_finetuning
 import safe_files
-from conftest import NANO, ROOT, cannot_run, only_with
 from errors import UserError
-from test_multinode import free_port
 
 pytestmark = only_with('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
 

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import backend
+from helpers import RUN
 import run_class_finetuning
-from test_training import RUN
 
 SOAK = 10 if os.environ.get('BEIT_SOAK') else 1
 SECONDS = 60  # a run of one update takes a fraction of one

@@ -19,15 +19,12 @@ import pytest
 import bad_images
 import datasets
 import distributed
+from helpers import NANO, ROOT, RUN, as_nobody, free_port, photo
 import image_files
 import index_cache
 import run_class_finetuning
 import utils
-from conftest import NANO, ROOT, photo
 from errors import UserError
-from test_bad_images import as_nobody, public_folder  # noqa: F401 (a fixture)
-from test_multinode import free_port
-from test_training import RUN
 
 HOUR_NS = 3600 * 10 ** 9
 

@@ -27,9 +27,9 @@ import datasets
 import device_loader
 import errors
 import fast_images
+from helpers import only_with, photo
 import image_files
 import rand_augment
-from conftest import only_with, photo
 from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError
 

@@ -17,12 +17,9 @@ import checkpoint
 import criteria
 import datasets
 import engine_for_finetuning as engine
+from helpers import RUN, Batches, launch, lines_of, only_with, photo
 import run_class_finetuning
 import scores
-from conftest import only_with, photo
-from test_distributed import launch
-from test_needs import refused  # noqa: F401  (a fixture)
-from test_training import RUN, Batches, lines_of
 
 CPU = torch.device('cpu')
 

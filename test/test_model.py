@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from helpers import cannot_run
 import modeling_finetune
-from conftest import cannot_run
 from modeling_finetune import VisionTransformer, relative_position_index
 
 CASES = ('model_relpos_meanpool.npz', 'model_shared_relpos_abspos.npz')

@@ -14,44 +14,14 @@ import pytest
 import torch
 
 import checkpoint
+from helpers import (LONG, NANO, ROOT, RUN, TINY, all_end, check_summary, copy_checkout, ends, environment, fails,
+                     free_port, has_proc, launcher, lines_of, marked, output, result, run_script, start_script)
 import launch
 import distributed
-from conftest import NANO, ROOT
 from errors import UserError
-from test_end_to_end import epochs
-from test_scripts import (TINY, Run, all_end, check_summary, copy_checkout, environment, fails, has_proc, marked,
-                          output, result, run_script, start_script)
-from test_training import RUN
 
-LONG = ['--epochs=100000', '--no_save_ckpt', '--disable_eval_during_finetuning']  # until something ends it
 PLAIN = NANO + ['--finetune=', '--lr=1e-3', '--init_scale=1', '--aa=none', '--reprob=0', '--color_jitter=0',
                 '--drop_path=0', '--hflip=0']
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
-
-def launcher(*flags, nnodes=2, node_rank=0, port=None, address='127.0.0.1', processes=1, prefix=(), **env):
-    """Start test/launch.py as one of the machines."""
-    options = ['--nnodes=%d' % nnodes, '--node_rank=%d' % node_rank, '--nproc_per_node=%d' % processes]
-    options += ['--master_addr=' + address, '--master_port=%d' % port] if port else []
-    return subprocess.Popen(list(prefix) + [sys.executable, os.path.join(ROOT, 'test', 'launch.py')] + options + ['--']
-                            + RUN + list(flags), env=environment(OMP_NUM_THREADS='1', **env), stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
-
-
-def ends(processes, seconds=60):
-    """What they came to; all within so many seconds."""
-    until = time.time() + seconds
-    try:
-        return [Run(process.returncode, *streams) for process, streams in
-                [(each, each.communicate(timeout=max(until - time.time(), 1))) for each in processes]]
-    finally:
-        for process in processes:
-            process.kill()
 
 
 # ---- they train
@@ -72,7 +42,7 @@ def test_two_nodes_of_two_processes_train_as_one_process(tmp_path, image_folder)
     assert os.listdir(output(machines[1])) == ['train_0_node1.log']
     assert not os.path.exists(os.path.join(machines[1], 'four'))
 
-    logs = [epochs(os.path.join(machines[0], name)) for name in ('one', 'four')]
+    logs = [lines_of(os.path.join(machines[0], name)) for name in ('one', 'four')]
     assert [line['epoch'] for line in logs[1]] == [0, 1]
     for first, second in zip(*logs):
         assert first['train_loss'] == pytest.approx(second['train_loss'], abs=1e-5)
@@ -129,7 +99,7 @@ def test_pytorch_s_own_launcher(image_folder, tmp_path):
     assert [run.status for run in runs] == [0, 0], runs
     assert sum(run.out.count('Result: ') for run in runs) == 1
     assert '4 processes' in runs[0].out + runs[1].out
-    assert len(epochs(str(tmp_path / 'o'))) == 1
+    assert len(lines_of(str(tmp_path / 'o'))) == 1
 
 
 # ---- they don't meet

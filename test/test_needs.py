@@ -12,25 +12,11 @@ import backend
 import checkpoint
 import datasets
 import engine_for_finetuning as engine
+from helpers import RUN, Batches, cannot_run, launch, lines_of, photo
 import modeling_finetune
 import optim_factory
 import run_class_finetuning
 import splits
-from conftest import cannot_run, photo
-from test_distributed import launch
-from test_training import RUN, Batches, lines_of
-
-
-@pytest.fixture
-def refused(capsys):
-    """refused(flags, words…): the program says all of them in one line and exits with 2."""
-    def check(flags, *words):
-        assert run_class_finetuning.run(flags) == 2
-        err = capsys.readouterr().err
-        assert len(err.splitlines()) == 1 and 'Traceback' not in err, err
-        for word in words:
-            assert word in err, (word, err)
-    return check
 
 
 @pytest.fixture
@@ -140,7 +126,6 @@ def test_fewer_samples_are_the_same_each_time_and_of_every_class(no_val, parse):
     assert part('--max_train_samples=99') == whole
     assert part('--max_train_samples=8', '--seed=2') != some
     assert len(part('--max_train_samples=3')) == 3
-
 
 
 def test_no_early_stop_without_evaluations(no_val, refused):

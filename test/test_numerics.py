@@ -11,15 +11,13 @@ import pytest
 import torch
 
 import checkpoint
-import datasets
 import engine_for_finetuning as engine
+from helpers import CPU, ROOT, RUN, Listener, Numbered, cannot_run, lines_of, toy
 import pilot
 import precision
 import run_class_finetuning
 import utils
-from conftest import ROOT, cannot_run
 from errors import UserError
-from test_training import CPU, RUN, lines_of, toy
 
 POISON = 17  # the image, by its place in the training set, that breaks the loss
 
@@ -37,32 +35,6 @@ class Poisoned(torch.nn.Module):
             if index == POISON:
                 output = output + torch.zeros_like(output).index_fill(0, torch.tensor([row]), float('nan'))
         return output
-
-
-class Numbered(list):
-    """Batches with the images' places in the data set, of which it remembers the newest."""
-
-    newest = None
-
-    def __iter__(self):
-        for number, (images, targets) in enumerate(list.__iter__(self)):
-            self.newest = torch.arange(number * len(images), (number + 1) * len(images))
-            yield datasets.Batch(images, targets, self.newest, [])
-
-
-class Listener(pilot.Pilot):
-    """Names images by their places, and keeps the reports."""
-
-    def __init__(self, on_nonfinite):
-        super().__init__()
-        self.on_nonfinite, self.records = on_nonfinite, []
-
-    def name_images(self, indices):
-        return ['image-%d' % index for index in indices]
-
-    def keep(self, record):
-        self.records.append(record)
-        return ''
 
 
 def poisoned_run(on_nonfinite, update_freq=1, **options):

@@ -8,11 +8,10 @@ import torch
 
 import backend
 import engine_for_finetuning as engine
+from helpers import CPU, RUN, Batches, lines_of, only_with, toy, trajectory_run
 import optim_factory
 import precision
-from conftest import only_with
 from errors import UserError
-from test_training import CPU, Batches, toy, trajectory_run
 
 HAS_AUTOCAST = hasattr(torch, 'autocast')
 HAS_HALF_CPU = backend._half_precision_problem(CPU, torch.bfloat16) is None
@@ -134,7 +133,6 @@ def test_the_packages_called_apex_are_told_apart(tmp_path, monkeypatch, files, e
 @needs_autocast
 def test_checkpoints_move_between_precisions(image_folder, tmp_path):
     import run_class_finetuning
-    from test_training import RUN, lines_of
     data, output = image_folder(), str(tmp_path / 'out')
     ways = ([], ['--amp', '--opt-level=O1'], ['--amp', '--opt-level=O2'], [], ['--amp', '--loss_scale=dynamic'])
     for epochs, way in enumerate(ways, start=1):

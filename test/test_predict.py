@@ -21,15 +21,14 @@ import torch
 from PIL import Image
 
 import attention_maps
+from helpers import NANO, ROOT, free_port, only_with, photo
 import image_stream
 import modeling_finetune
 import run_class_finetuning
 import run_predict
 import safe_files
-from conftest import NANO, ROOT, only_with, photo
 from errors import UserError
 from networks import build_model
-from test_multinode import free_port
 
 try:
     from timm.models import beit

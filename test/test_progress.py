@@ -8,10 +8,9 @@ import sys
 import pytest
 
 import distributed
+from helpers import NANO, ROOT, copy_checkout, text
 import progress
 import utils
-from conftest import NANO, ROOT
-from test_scripts import copy_checkout, text
 
 
 def on_a_terminal(*command, **env):

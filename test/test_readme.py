@@ -11,10 +11,10 @@ import pytest
 import average_checkpoints
 import benchmark
 import flags
+from helpers import ROOT, cannot_run
 import run_class_finetuning
 import run_export
 import run_predict
-from conftest import ROOT, cannot_run
 from errors import UserError
 
 PROGRAMS = {'run_class_finetuning.py': run_class_finetuning, 'run_predict.py': run_predict,

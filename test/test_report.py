@@ -22,16 +22,15 @@ import config_file
 import datasets
 import distributed
 import engine_for_finetuning as engine
+from helpers import ROOT, RUN, needs_extra, only_with, photo, summaries
 import networks
 import report
 import report_page
 import run_class_finetuning
 import run_files
 import utils
-from conftest import ROOT, needs_extra, only_with, photo
 from errors import UserError
 from predictions import KEPT, Prediction, Predictions
-from test_training import RUN, summaries
 
 needs_matplotlib = needs_extra('matplotlib')
 needs_browser = only_with('browser', shutil.which('chromium') is not None, 'no Chromium on the PATH')

@@ -1,6 +1,5 @@
 """The shell scripts, run as a user runs them, in a copy of the repository whose path has a space."""
 
-import collections
 import glob
 import json
 import os
@@ -10,76 +9,18 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
 
+from helpers import (LOG, NANO, ROOT, TINY, Run, all_end, check_summary, copy_checkout, environment, fails, fake_cann,
+                     has_proc, marked, output, result, run_script, start_script, summary, text)
 import pytest
 
-from conftest import NANO, ROOT, only_with
 
 TRAINING = ('train_full_1p', 'train_full_8p', 'train_performance_1p', 'train_performance_8p')
 SCRIPTS = TRAINING + ('train_eval_1p',)
-SUFFIX = {'full': 'acc', 'performance': 'perf', 'eval': 'eval'}
-LOG = {'full': 'train_0', 'performance': 'train_0_perf', 'eval': 'train_0_eval'}
-TINY = NANO + ['--batch_size=4', '--epochs=1', '--warmup_epochs=0', '--finetune=', '--lr=1e-3']
-BLOCK = re.compile(r'-{18} Final result -{18}\n'
-                   r'Final Performance images/sec : (?P<fps>\d+\.\d\d)\n'
-                   r'Final Train Accuracy : (?P<accuracy>\d+\.\d{3}|n/a)\n'
-                   r'E2E Training Duration sec : (?P<seconds>\d+)\n\Z')
-SUMMARY_NAMES = ['Network', 'RankSize', 'BatchSize', 'DeviceType', 'CaseName', 'ActualFPS', 'TrainingTime',
-                 'TrainAccuracy', 'ActualLoss', 'E2ETrainingTime']
 DATED = r'-\d{8}-\d{6}(-\d+)?'
-
-Run = collections.namedtuple('Run', 'status out err')
 
 
 # ---- a checkout to run in, data, a script
-
-def copy_checkout(folder):
-    """The repository's own files, tracked or new but not what an earlier run left, copied into `folder`."""
-    try:
-        names = subprocess.check_output(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
-                                        cwd=ROOT, stderr=subprocess.DEVNULL).decode().split('\0')
-    except (OSError, subprocess.CalledProcessError):
-        names = []  # an archive without its history, or a machine without git
-    if not any(names):
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
-            '.git', '.venv*', 'data', 'train_result*', 'output', 'prof', '__pycache__', '.*_cache', '*.pth'))
-        return folder
-    for name in names:
-        source, target = os.path.join(ROOT, name), os.path.join(folder, name)
-        if os.path.isfile(source):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            shutil.copy2(source, target)
-    return folder
-
-
-def environment(**changes):
-    env = {name: value for name, value in os.environ.items()
-           if name not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
-    return dict(env, **dict({'PYTHON': sys.executable}, **changes))
-
-
-def start_script(checkout, script, *flags, where='', **env):
-    """Start test/<script>.sh from the root, or with where='test' from there."""
-    path = os.path.join('' if where else 'test', script + '.sh')
-    return subprocess.Popen(['bash', path] + list(flags), cwd=os.path.join(checkout, where), env=environment(**env),
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            universal_newlines=True)
-
-
-def run_script(checkout, script, *flags, where='', timeout=300, **env):
-    process = start_script(checkout, script, *flags, where=where, **env)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return Run(process.returncode, out, err)
-
-
-def output(checkout, name=''):
-    return os.path.join(checkout, 'test', 'output', '0', name)
-
 
 def contents(folder):
     """{path in the folder: bytes} of all files."""
@@ -90,66 +31,6 @@ def contents(folder):
             with open(path, 'rb') as file:
                 found[os.path.relpath(path, folder)] = file.read()
     return found
-
-
-def text(path):
-    with open(path, encoding='utf-8') as file:
-        return file.read()
-
-
-def result(run):
-    """The figures of the final block, which must be the last that a run prints."""
-    assert run.status == 0, run.out + run.err
-    found = BLOCK.search(run.out)
-    assert found, run.out
-    return found.groupdict()
-
-
-def summary(checkout, case):
-    """The summary file's figures, by name; exactly the ten lines, in their order."""
-    lines = text(output(checkout, case + '.log')).splitlines()
-    pairs = [line.split(' = ') for line in lines]
-    assert [pair[0] for pair in pairs] == SUMMARY_NAMES
-    figures = dict(pairs)
-    assert figures['CaseName'] == case
-    return figures
-
-
-def check_summary(checkout, script, run, batch_size, devices, model='beit_nano_patch8_32'):
-    """The file is where tools look for it, its figures are bare numbers, and they agree with the block."""
-    kind = script.split('_')[1]
-    block = result(run)
-    figures = summary(checkout, '%s_bs%d_%dp_%s' % (model, batch_size, devices, SUFFIX[kind]))
-    assert os.path.isfile(output(checkout, LOG[kind] + '.log'))
-    assert (figures['Network'], figures['RankSize'], figures['BatchSize'], figures['DeviceType']) \
-        == (model, str(devices), str(batch_size), platform.machine())
-    assert (figures['ActualFPS'], figures['TrainAccuracy'], figures['E2ETrainingTime']) \
-        == (block['fps'], block['accuracy'], block['seconds'])
-    assert re.match(r'\d+\.\d\d$', figures['ActualFPS']) and float(figures['ActualFPS']) > 0
-    assert re.match(r'\d+\.\d{3}$', figures['TrainingTime'])
-    assert re.match(r'\d+\.\d{4}$', figures['ActualLoss'])
-    assert re.match(r'\d+$', figures['E2ETrainingTime'])
-    if kind == 'performance':
-        assert figures['TrainAccuracy'] == 'n/a'  # nothing is evaluated
-    else:
-        assert 0 <= float(figures['TrainAccuracy']) <= 100
-    if kind != 'eval':  # there the last batch is smaller
-        fps = float(figures['ActualFPS'])
-        assert float(figures['TrainingTime']) \
-            == pytest.approx(1000. * batch_size * devices / fps, rel=0.01 / fps + 1e-4)  # both are rounded
-    assert float(figures['TrainingTime']) < 1000 * (int(figures['E2ETrainingTime']) + 1)
-    return figures
-
-
-def fails(run, *expected):
-    """A user's mistake: status 2, an error line with the expected words, no traceback, no result."""
-    assert run.status == 2, run.out + run.err
-    assert 'Final result' not in run.out
-    assert 'Traceback' not in run.out + run.err
-    errors = [line for line in (run.out + run.err).splitlines() if 'error: ' in line]
-    assert len(errors) == 1, run.out + run.err
-    for words in expected:
-        assert words in errors[0]
 
 
 @pytest.fixture
@@ -489,30 +370,6 @@ def test_two_machines(checkout, data):
         == {'train_0.log', 'train_0_node1.log', 'beit_nano_patch8_32_bs4_2p_acc.log'}
 
 
-def marked(mark):
-    """{pid: environment} of the living processes that were started with MARK=mark."""
-    found = {}
-    for pid in filter(str.isdigit, os.listdir('/proc')):
-        try:
-            with open('/proc/%s/environ' % pid, 'rb') as file:
-                entries = file.read().decode(errors='replace').split('\0')
-        except OSError:
-            continue
-        if 'MARK=' + mark in entries:
-            found[int(pid)] = dict(entry.partition('=')[::2] for entry in entries)
-    return found
-
-
-def all_end(mark, seconds=10):
-    until = time.time() + seconds
-    while marked(mark) and time.time() < until:
-        time.sleep(0.2)
-    return not marked(mark)
-
-
-has_proc = only_with('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
-
-
 @has_proc
 @pytest.mark.parametrize('damaged', ['003.png', '004.png'])
 def test_one_process_that_fails_ends_the_run(checkout, image_folder, damaged):
@@ -569,18 +426,6 @@ def test_a_script_that_is_stopped_stops_its_processes(checkout, data, tmp_path, 
 
 
 # ---- env_npu.sh
-
-def fake_cann(tmp_path, package):
-    """CANN's folder with an environment script such as `package`/set_env.sh; gives the file that names the folder."""
-    folder = tmp_path / 'opt' / 'my Ascend' / package
-    (folder / 'latest').mkdir(parents=True)
-    (folder / 'set_env.sh').write_text(  # like the real one, it reads variables that may not be set
-        'export ASCEND_HOME_PATH="%s" FAKE_CANN=%s LD_LIBRARY_PATH=/cann:$LD_LIBRARY_PATH:$NOT_SET\n'
-        % (folder / 'latest', package))
-    info = tmp_path / 'ascend_cann_install.info'
-    info.write_text('Version=1.0\nInstall_Path=%s\n' % folder.parent)
-    return str(info)
-
 
 def source_env_npu(**env):
     """(status, {name: value}, standard error) after `source test/env_npu.sh` in a strict shell."""

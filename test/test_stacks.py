@@ -15,9 +15,7 @@ import pytest
 import torch
 
 import checkpoint
-from conftest import ROOT, cannot_run
-from test_bad_input import assert_one_line, write_images
-from test_training import RUN, lines_of
+from helpers import ROOT, RUN, assert_one_line, cannot_run, lines_of, write_images
 
 OLD = ('1.5', '1.8')
 # 40 pixels: for them the crops are timm's, which draws alike everywhere; torchvision's of 32 pixels don't.

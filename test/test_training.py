@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-from functools import partial
 
 import numpy as np
 import pytest
@@ -15,15 +14,13 @@ import attention
 import augmentation
 import backend
 import engine_for_finetuning as engine
+from helpers import CPU, RUN, Batches, cannot_run, check_trajectory, lines_of, scalars, summaries, toy, trajectory_run
 import modeling_finetune
 import optim_factory
 import precision
 import run_class_finetuning
 import utils
-from conftest import cannot_run
 from errors import UserError
-
-CPU = torch.device('cpu')
 
 
 # ---- parameter groups and schedules
@@ -106,54 +103,6 @@ def test_all_settings_reach_the_optimizer():
 
 # ---- the loop
 
-class Batches(list):
-    """A list of (images, targets) with a loader's batch_size."""
-
-    @property
-    def batch_size(self):
-        return len(self[0][1])
-
-
-def trajectory_run(recorded, epochs=None, amp=None, prepare=None):
-    """The recorded training, on this project's loop: (epoch statistics, microbatch losses, model).
-
-    Args:
-        prepare (function): of the model, what changes how it computes.
-    """
-    from timm.loss import LabelSmoothingCrossEntropy
-    config, training = json.loads(str(recorded['config'])), json.loads(str(recorded['training']))
-    model = modeling_finetune.VisionTransformer(norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), **config)
-    model.load_state_dict({name[len('start.'):]: torch.from_numpy(recorded[name]) for name in recorded.files
-                           if name.startswith('start.')})
-    optimizer = optim_factory.create_optimizer(model, 'adamw', training['lr'], training['weight_decay'],
-                                               training['layer_decay'], training['opt_eps'])
-    scaler = None
-    if amp is not None:
-        model, scaler = precision.initialize_amp(model, optimizer, CPU, **amp)
-    if prepare is not None:
-        prepare(model)
-    images = (torch.from_numpy(recorded['images']).float() / 255 - 0.5) / 0.5
-    loader = Batches(zip(images, torch.from_numpy(recorded['targets'])))
-    steps = training['steps_per_epoch']
-    lr = optim_factory.cosine_scheduler(training['lr'], training['min_lr'], training['epochs'], steps,
-                                        training['warmup_epochs'])
-    wd = optim_factory.cosine_scheduler(training['weight_decay'], training['weight_decay_end'], training['epochs'],
-                                        steps)
-    losses, criterion = [], LabelSmoothingCrossEntropy(training['smoothing'])
-
-    def recording_criterion(output, target):
-        loss = criterion(output, target)
-        losses.append(loss.item())
-        return loss
-
-    stats = [engine.train_one_epoch(model, recording_criterion, loader, optimizer, CPU, epoch, scaler,
-                                    training['clip_grad'], start_steps=epoch * steps, lr_schedule_values=lr,
-                                    wd_schedule_values=wd, num_training_steps_per_epoch=steps,
-                                    update_freq=training['update_freq'])
-             for epoch in range(epochs or training['epochs'])]
-    return stats, losses, model
-
-
 def fused(model):
     assert attention.choose_attention(model, CPU, 'fused').startswith('fused, ')
 
@@ -174,22 +123,6 @@ def test_trajectory_is_the_references(golden, mode):
         cannot_run('current', 'this PyTorch has no fused attention')
     recorded = golden('trajectory.npz')
     check_trajectory(recorded, *trajectory_run(recorded, prepare=MODES[mode]))
-
-
-def check_trajectory(recorded, stats, losses, model):
-    np.testing.assert_allclose(losses, recorded['microbatch_losses'], rtol=1e-5)
-    for mine, theirs in zip(stats, json.loads(str(recorded['epoch_stats']))):
-        for name, value in theirs.items():
-            assert mine[name] == pytest.approx(value, rel=1e-5), name
-    for name, tensor in model.state_dict().items():
-        np.testing.assert_allclose(tensor.numpy(), recorded['final.' + name], rtol=0, atol=1e-4, err_msg=name)
-
-
-def toy(classes=3, **options):
-    torch.manual_seed(0)
-    model = modeling_finetune.beit_nano_patch8_32(num_classes=classes, init_scale=1., **options)
-    loader = Batches([(torch.randn(4, 3, 32, 32), torch.randint(0, classes, (4,))) for _ in range(4)])
-    return model, loader
 
 
 def test_clipping_by_slow_arithmetic():
@@ -318,16 +251,6 @@ def test_throughput_leaves_the_first_steps_out():
 
 # ---- whole runs
 
-RUN = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu',
-       '--warmup_epochs=0', '--batch_size=8', '--aa=none', '--layer_scale_init_value=0', '--init_scale=1',
-       '--abs_pos_emb', '--disable_rel_pos_bias']
-
-
-def lines_of(output_dir):
-    with open(os.path.join(output_dir, 'log.txt'), encoding='utf-8') as file:
-        return [json.loads(line) for line in file]
-
-
 def test_maxstep_is_exact(image_folder, tmp_path, monkeypatch):
     steps = []
     monkeypatch.setattr(torch.optim.AdamW, 'step', counted(torch.optim.AdamW.step, steps))
@@ -378,29 +301,6 @@ def test_a_run_with_every_training_feature(image_folder, tmp_path, capsys):
     tags = scalars(str(tmp_path / 'tb' / 'eval'))
     assert tags['perf/test_acc1'] == pytest.approx([records[1]['test_acc1']])
     assert tags['perf/ema_acc1'] == pytest.approx([records[1]['test_ema_acc1']])
-
-
-def summaries(folder):
-    """(step, value) of a TensorBoard folder, by tensorboardX's own protocol buffers."""
-    import glob
-    import struct
-    from tensorboardX.proto.event_pb2 import Event
-    for path in glob.glob(os.path.join(folder, '*tfevents*')):
-        with open(path, 'rb') as file:
-            data = file.read()
-        while data:
-            length = struct.unpack('<Q', data[:8])[0]
-            event, data = Event.FromString(data[12:12 + length]), data[16 + length:]
-            for value in event.summary.value:
-                yield event.step, value
-
-
-def scalars(folder):
-    """Tag to values of a TensorBoard folder."""
-    found = {}
-    for _, value in summaries(folder):
-        found.setdefault(value.tag, []).append(value.simple_value)
-    return found
 
 
 @pytest.mark.parametrize('smoothing, mixup, expected', (

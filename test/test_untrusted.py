@@ -33,12 +33,12 @@ from hypothesis import strategies as st
 
 import checkpoint
 import distributed
+from helpers import ROOT, cannot_run
 import modeling_finetune
 import precision
 import pretrained
 import dry_run
 import safe_files
-from conftest import ROOT, cannot_run
 from errors import UserError, one_line
 
 SOAK = 10 if os.environ.get('BEIT_SOAK') == '1' else 1

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torch_npu
-from test_emulator import gap, make_model, train
+from tiny_vit import gap, make_model, train
 from torch import nn
 from torch_npu.npu import utils
 from torch_npu.optim import NpuFusedAdamW
