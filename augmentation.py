@@ -1,10 +1,12 @@
 """What is done to an image before the model sees it, and to a batch of them: the transforms, mixup and cutmix.
 
-Where this runs, and with which random numbers, is `datasets`' affair.
+`datasets` decides where this runs; `loader` seeds the random numbers.
 """
 
+import dataclasses
 import functools
 import inspect
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import numpy as np
 import torch
@@ -17,7 +19,9 @@ from torchvision import transforms
 
 import fast_images
 import rand_augment
+from config import MixupConfig, TransformConfig
 from errors import UserError, unknown
+from image_files import load_image
 from modeling_finetune import INPUT_MEAN, INPUT_STD
 
 try:
@@ -31,109 +35,155 @@ SMALL_INPUT = 32  # up to this size images are taken as they are: no resizing, r
 PADDING = 4
 
 
+# ---- evaluation
+
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """How evaluation prepares an image: its shorter side is resized, the centre cropped, and pixels are normalised.
+
+    Training's validation, prediction, the report and every export ask this class. Images for inputs of `SMALL_INPUT`
+    and less are not resized: they must have that size, see `fits`.
+    """
+    input_size: int = 224  # pixels a side of the crop
+    crop_pct: float = 224 / 256  # input_size / the shorter side
+    interpolation: str = 'bicubic'
+    mean: Tuple[float, ...] = INPUT_MEAN  # of pixels between 0 and 1
+    std: Tuple[float, ...] = INPUT_STD
+
+    @classmethod
+    def from_config(cls, config: TransformConfig) -> 'EvalTransform':
+        """As the flags have it; without --crop_pct as the reference takes it for this input size."""
+        mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if config.imagenet_default_mean_and_std else (
+            INPUT_MEAN, INPUT_STD)
+        crop_pct = config.crop_pct or (224 / 256 if config.input_size < 384 else 1.0)
+        return cls(config.input_size, crop_pct if config.input_size > SMALL_INPUT else 1.0, mean=tuple(mean),
+                   std=tuple(std))
+
+    @classmethod
+    def from_timm(cls, words: Dict[str, Any]) -> 'EvalTransform':
+        """From what `to_timm` gives. Raises ValueError, TypeError or LookupError where it is nothing of the kind."""
+        _, height, width = words['input_size']
+        if height != width or type(height) is not int or not 0 < float(words['crop_pct']) <= 1:
+            raise ValueError('not the preprocessing of a square input')
+        return cls(height, float(words['crop_pct']), words['interpolation'],
+                   *(tuple(map(float, words[name])) for name in ('mean', 'std')))
+
+    def to_timm(self) -> Dict[str, Any]:
+        """In timm's words: input_size (3, H, W), interpolation, mean, std and crop_pct."""
+        return {'input_size': (3, self.input_size, self.input_size), 'interpolation': self.interpolation,
+                'mean': self.mean, 'std': self.std, 'crop_pct': self.crop_pct}
+
+    @property
+    def is_imagenet_normalized(self) -> bool:
+        return self.mean == IMAGENET_DEFAULT_MEAN
+
+    @property
+    def resizes(self) -> bool:
+        return self.input_size > SMALL_INPUT
+
+    @property
+    def shorter_side(self) -> int:
+        """Pixels of the resized image's shorter side."""
+        return int(self.input_size / self.crop_pct) if self.resizes else self.input_size
+
+    def fits(self, width: int, height: int) -> bool:
+        """Whether an image of this size can be taken."""
+        return self.resizes or (width, height) == (self.input_size, self.input_size)
+
+    def is_fast(self, data_backend: str) -> bool:
+        """Whether `data_backend` gives other pixels; images that are not resized stay exact."""
+        return data_backend == 'fast' and self.resizes
+
+    def resize_and_crop(self, fast: bool = False) -> Callable:
+        """Of a Pillow image; `fast` takes what `fast_images.load_bytes` gives too. Gives a Pillow image."""
+        if fast:
+            return fast_images.CentreCrop(self.shorter_side, self.input_size, self.interpolation)
+        mode = getattr(InterpolationMode, self.interpolation.upper())
+        return transforms.Compose([transforms.Resize(self.shorter_side, interpolation=mode),
+                                   transforms.CenterCrop(self.input_size)])
+
+    def build(self, data_backend: str = 'exact') -> Callable:
+        """The worker's part: an image to uint8 (input_size, input_size, 3)."""
+        steps = [self.resize_and_crop(self.is_fast(data_backend))] if self.resizes else []
+        return transforms.Compose(steps + [to_uint8])
+
+
 # ---- an image
 
-def build_transform(is_train, args, device=None):
+def build_transform(is_train: bool, config: TransformConfig, device: Optional[torch.device] = None) -> Callable:
     """The worker's part of the reference's transform: a Pillow image to uint8 (input_size, input_size, 3).
 
     Training is timm's `create_transform`; inputs of 32 pixels and less use random crops with 4 pixels of padding.
-    Evaluation resizes the shorter side to input_size / crop_pct and crops the centre. What follows, normalising and
-    random erasing, is `DeviceLoader`'s. Where `is_fast`, it takes what `fast_images.load_bytes` gives too, and leaves
-    flips and RandAugment to a `device` that is not the CPU, where the loop has better to do.
+    Evaluation is `EvalTransform`. What follows, normalising and random erasing, is `PrefetchLoader`'s. Where `is_fast`,
+    it takes what `fast_images.load_bytes` gives too, and leaves flips and RandAugment to a `device` that is not the
+    CPU, where the loop has better to do.
     """
-    resizes, fast = args.input_size > SMALL_INPUT, is_fast(is_train, args)
-    if is_train:
-        mean, std = mean_and_std(args)
-        # RandAugment turns and shears with the same interpolation; in Pillow's hands bilinear takes half the time.
-        interpolation = 'bilinear' if fast and args.train_interpolation != 'random' else args.train_interpolation
-        transform = create_transform(
-            input_size=args.input_size, is_training=True, color_jitter=args.color_jitter,
-            auto_augment=policy_or_none(args.aa), interpolation=interpolation, hflip=getattr(args, 'hflip', 0.5),
-            re_prob=0., mean=mean, std=std, use_prefetcher=True)
-        if fast:
-            draws = device is not None and device.type != 'cpu' and rand_augment.can_draw(transform.transforms[1:-1])
-            transform.transforms[0] = fast_images.RandomCrop(args.input_size, interpolation=args.train_interpolation,
-                                                             as_tensor=draws)
-            if draws:  # the rest is the device's
-                transform.transforms[1:] = [rand_augment.Draw(*transform.transforms[1:-1])]
-                return transform
-        elif not resizes:
-            transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=PADDING)
-        transform.transforms[-1] = as_it_lies
-        return transform
-    steps = []
-    if resizes:
-        resized = int(args.input_size / crop_share(args))
-        steps = [fast_images.CentreCrop(resized, args.input_size) if fast else centre_crop(resized, args.input_size)]
-    return transforms.Compose(steps + [as_it_lies])
+    evaluation, fast = EvalTransform.from_config(config), is_fast(is_train, config)
+    if not is_train:
+        return evaluation.build(config.eval_data_backend)
+    # RandAugment turns and shears with the same interpolation; in Pillow's hands bilinear takes half the time.
+    interpolation = 'bilinear' if fast and config.train_interpolation != 'random' else config.train_interpolation
+    transform = create_transform(
+        input_size=config.input_size, is_training=True, color_jitter=config.color_jitter,
+        auto_augment=policy_or_none(config.aa), interpolation=interpolation, hflip=getattr(config, 'hflip', 0.5),
+        re_prob=0., mean=evaluation.mean, std=evaluation.std, use_prefetcher=True)
+    if fast:
+        deferred = device is not None and device.type != 'cpu' and rand_augment.can_defer(transform.transforms[1:-1])
+        transform.transforms[0] = fast_images.RandomCrop(config.input_size, interpolation=config.train_interpolation,
+                                                         as_tensor=deferred)
+        if deferred:  # the rest is the device's
+            transform.transforms[1:] = [rand_augment.DeferredRandAugment(*transform.transforms[1:-1])]
+            return transform
+    elif not evaluation.resizes:
+        transform.transforms[0] = transforms.RandomCrop(config.input_size, padding=PADDING)
+    transform.transforms[-1] = to_uint8
+    return transform
 
 
-def centre_crop(resized, size):
-    """Takes a Pillow image: the shorter side becomes `resized` pixels, and the centre is cropped to size x size."""
-    return transforms.Compose([transforms.Resize(resized, interpolation=InterpolationMode.BICUBIC),
-                               transforms.CenterCrop(size)])
-
-
-def crop_share(args):
-    """--crop_pct, or what the reference takes for this input size."""
-    return args.crop_pct or (224 / 256 if args.input_size < 384 else 1.0)
-
-
-def preprocessing(args):
-    """How evaluation prepares an image, in timm's words: input_size (3, H, W), crop_pct, interpolation, mean and std.
-
-    Inputs of `SMALL_INPUT` and less are not resized in training: there crop_pct is 1.
-    """
-    mean, std = mean_and_std(args)
-    return {'input_size': (3, args.input_size, args.input_size), 'interpolation': 'bicubic', 'mean': tuple(mean),
-            'std': tuple(std), 'crop_pct': crop_share(args) if args.input_size > SMALL_INPUT else 1.0}
-
-
-def as_it_lies(image):
+def to_uint8(image: Image.Image) -> torch.Tensor:
     """A Pillow image as uint8 (H, W, 3). Turned to (3, H, W), as timm's own last step does, takes longer to collate."""
     return torch.from_numpy(np.array(image))
 
 
-def is_fast(is_train, args):
+def is_fast(is_train: bool, config: TransformConfig) -> bool:
     """Whether --data_backend fast, or --eval_data_backend, asks for other pixels; what isn't resized stays exact."""
-    return (args.data_backend if is_train else args.eval_data_backend) == 'fast' and args.input_size > SMALL_INPUT
+    return EvalTransform.from_config(config).is_fast(config.data_backend if is_train else config.eval_data_backend)
 
 
-def check_backend(args):
+def image_reader(fast: bool) -> Callable:
+    """The function that reads the image of a path for these transforms."""
+    return fast_images.load_bytes if fast else load_image
+
+
+def check_backend(config: TransformConfig) -> None:
     """Raise a `UserError` where --data_backend fast isn't to be had."""
-    for flag, backend_name in (('--data_backend', args.data_backend), ('--eval_data_backend', args.eval_data_backend)):
-        if backend_name == 'fast':
-            fast_images.check_available(flag)
-    if args.data_backend == 'fast' and args.train_interpolation not in fast_images.RESIZES:
+    for flag in ('data_backend', 'eval_data_backend'):
+        if getattr(config, flag) == 'fast':
+            fast_images.check_available('--' + flag)
+    if config.data_backend == 'fast' and config.train_interpolation not in fast_images.RESIZES:
         raise UserError('--train_interpolation %s needs --data_backend exact; fast has %s'
-                        % (args.train_interpolation, ', '.join(fast_images.RESIZES)))
+                        % (config.train_interpolation, ', '.join(fast_images.RESIZES)))
 
 
-def mean_and_std(args):
-    if args.imagenet_default_mean_and_std:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return INPUT_MEAN, INPUT_STD
-
-
-def small_input_rule(is_train, input_size):
+def small_input_rule(is_train: bool, config: TransformConfig) -> Optional[Callable[[int, int], bool]]:
     """Which images (width, height) the transform of a small input can take, or None where it resizes them."""
-    if input_size > SMALL_INPUT:
+    evaluation = EvalTransform.from_config(config)
+    if evaluation.resizes:
         return None
-    return functools.partial(_fits, is_train, input_size)  # and no lambda: workers may get it pickled
+    # No lambda: workers may get it pickled.
+    return functools.partial(_fits_padded, config.input_size) if is_train else evaluation.fits
 
 
-def _fits(is_train, input_size, width, height):
-    if is_train:
-        return min(width, height) + 2 * PADDING >= input_size
-    return (width, height) == (input_size, input_size)
+def _fits_padded(input_size, width, height):
+    return min(width, height) + 2 * PADDING >= input_size
 
 
-def policy_or_none(policy):
+def policy_or_none(policy: Optional[str]) -> Optional[str]:
     """An AutoAugment policy, or None for 'none' and the empty string."""
     return None if policy in (None, '', 'none', 'None') else policy
 
 
-def check_policy(policy):
+def check_policy(policy: Optional[str]) -> None:
     """Raise a `UserError` for a --aa that timm doesn't know."""
     policy = policy_or_none(policy)
     if policy is None:
@@ -177,17 +227,17 @@ def _mix_dense(targets, share, smoothing):
     return targets * share + targets.flip(0) * (1. - share)
 
 
-def mixes(args):
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+def uses_mixup(config: MixupConfig) -> bool:
+    return config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
 
 
-def build_mixup(args, nb_classes):
+def build_mixup(config: MixupConfig, nb_classes: int) -> Optional[DeviceMixup]:
     """What mixes a batch in place, (images, targets) to (images, soft targets (B, classes)); or None.
 
     Targets are class indices (B,), or ones and zeros (B, classes) where images have several classes.
     """
-    if not mixes(args):
+    if not uses_mixup(config):
         return None
-    return DeviceMixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
-                       prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
-                       label_smoothing=args.smoothing, num_classes=nb_classes)
+    return DeviceMixup(mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, cutmix_minmax=config.cutmix_minmax,
+                       prob=config.mixup_prob, switch_prob=config.mixup_switch_prob, mode=config.mixup_mode,
+                       label_smoothing=config.smoothing, num_classes=nb_classes)

@@ -1,38 +1,40 @@
-"""What becomes of image files that cannot be read: stop, or leave out, report and count."""
+"""Image files that cannot be read: stop, or leave them out, report and count them."""
 
 import collections
 import concurrent.futures
 import os
 import signal
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Iterable, Optional, Sequence, Tuple
 
-import datasets
 import distributed
 import safe_files
 from errors import UserError, printable
+from image_dataset import image_name
+from image_files import UnreadableImage
 
 LIST = 'bad_images.txt'
 FILES_AT_ONCE = 16  # that one process of check_data takes
 
 
 class BadImages:
-    """The files that a run left out: each told once, listed in output_dir/bad_images.txt, and few, or the run stops.
+    """The files that a run left out: each reported once and listed in output_dir/bad_images.txt; too many stop it.
 
-    What stands in the list already, from the part of the run before a resume or from --check_data, is not told again.
-    It counts against the limit only when this process meets it: the file may have been mended.
+    What is in the list already, from before a resume or from --check_data, is not reported again. It counts against
+    the limit only when this process meets it: the file may have been mended.
 
     Args:
         output_dir (str): '' or None keeps no list.
         limit (float): the largest share of a set's files that may be bad.
     """
 
-    def __init__(self, output_dir, limit):
+    def __init__(self, output_dir: Optional[str], limit: float) -> None:
         self.path, self.limit = output_dir and os.path.join(output_dir, LIST), limit
         self.listed = _read_list(self.path)
         self.met = collections.defaultdict(set)
 
-    def report(self, unreadable, total, what):
-        """Tell and count newly met files. Every process calls this with the same list.
+    def report(self, unreadable: Iterable[Tuple[str, str]], total: int, what: str) -> None:
+        """Report and count newly met files. Every process calls this with the same list.
 
         Args:
             unreadable (list of (str, str)): printable path and reason, of all processes together.
@@ -74,10 +76,13 @@ def _write_list(path, reasons):
 
 # ---- before a run
 
-def check_data(args):
-    """Decode every image that the flags name, print a line for each that can't be used, and list those.
+def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> int:
+    """Decode every image of the data sets, print a line for each that can't be used, and list those.
 
     output_dir/bad_images.txt becomes the list of what is bad now; it is empty where all is well.
+
+    Args:
+        parts: data sets; None among them is skipped.
 
     Returns:
         The number of files that can't be used. A size that the flags don't allow counts: a run would stop there.
@@ -85,20 +90,20 @@ def check_data(args):
     from tqdm import tqdm  # needed only here
 
     tqdm.monitor_interval = 0  # its thread must not be there when processes are forked
-    parts = [part for part in datasets.build_datasets(args)[:2] if part is not None]
+    parts = [part for part in parts if part is not None]
     total, bad = sum(map(len, parts)), {}
     with tqdm(total=total, desc='Checking', unit=' images', disable=None) as bar:  # None: only on a terminal
         for dataset in parts:
             found = {}
             # CIFAR's images lie in one file, whose checksum was looked at when it was read.
-            for indices, reasons in _check_files(dataset, args.num_workers) if hasattr(dataset, 'load') else ():
+            for indices, reasons in _check_files(dataset, num_workers) if hasattr(dataset, 'load') else ():
                 for index in reasons:
-                    bar.write('%s\t%s' % (datasets.image_name(dataset, index), reasons[index]))
+                    bar.write('%s\t%s' % (image_name(dataset, index), reasons[index]))
                 found.update(reasons)
                 bar.update(len(indices))
-            bad.update((datasets.image_name(dataset, index), found[index]) for index in sorted(found))
-    if args.output_dir:
-        _write_list(os.path.join(args.output_dir, LIST), bad)
+            bad.update((image_name(dataset, index), found[index]) for index in sorted(found))
+    if output_dir:
+        _write_list(os.path.join(output_dir, LIST), bad)
     distributed.say('Checked %d images: %d cannot be read' % (total, len(bad)))
     return len(bad)
 
@@ -137,7 +142,7 @@ def _check_some(dataset, indices):
         path = dataset.samples[index][0]
         try:
             dataset.load(path)
-        except datasets.UnreadableImage as error:
+        except UnreadableImage as error:
             reasons[index] = error.reason
         except UserError as error:
             reasons[index] = str(error).replace(printable(path), 'it', 1)
@@ -164,7 +169,7 @@ def _pool(workers, dataset):
 def _start_worker(dataset):
     global _dataset
     _dataset = dataset
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process tells of it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process reports it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     distributed.end_with_parent()
 

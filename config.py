@@ -25,6 +25,7 @@ class DataConfig:
     eval: bool = False  # no training set is needed
     disable_eval_during_finetuning: bool = False
     check_data: bool = False
+    output_dir: str = ''  # may keep the folder index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,11 @@ class LoaderConfig:
     dist_eval: bool = False
     seed: int = 0
     bad_images: str = 'error'
+
+
+@dataclasses.dataclass(frozen=True)
+class InputConfig(DataConfig, TransformConfig, LoaderConfig):
+    """All that determines the batches: which images, their transforms, the loaders."""
 
 
 @dataclasses.dataclass(frozen=True)

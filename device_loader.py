@@ -4,6 +4,7 @@ import contextlib
 import random
 import signal
 import time
+from typing import Optional, Sequence
 
 import torch
 from timm.data.random_erasing import RandomErasing
@@ -12,18 +13,18 @@ import backend
 import rand_augment
 
 
-class BoxesToErase(RandomErasing):
-    """timm's choice of what to erase, without the erasing: drawn in a loader's worker, carried out on the device.
+class RandomErasingBoxes(RandomErasing):
+    """timm's choice of what to erase, without the erasing: drawn in a loader's worker, applied on the device.
 
     Args:
         probability (float): the share of images.
         most (int): the largest number of boxes of one image.
     """
 
-    def __init__(self, probability, most=1):
+    def __init__(self, probability: float, most: int = 1) -> None:
         super().__init__(probability, mode='const', max_count=most, device='cpu')  # const draws no numbers for pixels
 
-    def __call__(self, height, width):
+    def __call__(self, height: int, width: int) -> tuple:
         """(seed of the noise, [(top, left, height, width)]), or () for an image that is left alone."""
         boxes = _Boxes()
         self._erase(boxes, 3, height, width, torch.float32)
@@ -38,19 +39,21 @@ class _Boxes(list):
         self.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
 
 
-class DeviceLoader:
+class PrefetchLoader:
     """What a DataLoader of bytes gives, on `device`: images float32, normalised as timm does it, and erased.
 
     Its attributes are the DataLoader's. On a CPU and on CUDA images are the bits that torchvision's ToTensor and
-    Normalize give. The noise of an erased image hangs on its seed and the kind of device alone.
+    Normalize give. The noise of an erased image depends only on its seed and the
+    kind of device.
 
     Args:
-        loader (DataLoader): gives `datasets.Batch`es of uint8 (B, 3, H, W).
+        loader (DataLoader): gives `loader.Batch`es of uint8 (B, 3, H, W).
         mean, std (sequence of 3 float): of images between 0 and 1.
         remode (str): what erasing writes: 'const' 0, 'rand' one normal colour a box, 'pixel' normal noise.
     """
 
-    def __init__(self, loader, device, mean, std, remode='pixel'):
+    def __init__(self, loader: Optional[torch.utils.data.DataLoader], device: torch.device, mean: Sequence[float],
+                 std: Sequence[float], remode: str = 'pixel') -> None:
         self.loader, self.device, self.remode = loader, device, remode
         self.generator = backend.noise_generator(device)
         # 255 too: by a number CUDA multiplies with 1/255 instead, which rounds otherwise.
@@ -76,7 +79,7 @@ class DeviceLoader:
         """The batch on the device; nothing waits for it to be there."""
         images = batch.images.permute(0, 2, 3, 1).to(self.device, non_blocking=True)  # as they lie: one plain copy
         images = images.permute(0, 3, 1, 2).contiguous()
-        rand_augment.carry_out(images, batch.augmenting)
+        rand_augment.apply(images, batch.augmenting)
         images = images.float()
         images.div_(self.white).sub_(self.mean).div_(self.std)
         for place, seed, boxes in batch.erasing:
@@ -86,11 +89,11 @@ class DeviceLoader:
         return batch._replace(images=images, targets=batch.targets.to(self.device, non_blocking=True), erasing=[],
                               augmenting=[])
 
-    def as_bytes(self, images):
+    def as_bytes(self, images: torch.Tensor) -> torch.Tensor:
         """What `prepare` normalised, as uint8 (B, H, W, 3) on the CPU: the pixels that the model was shown."""
         return ((images * self.std + self.mean) * self.white).round().byte().permute(0, 2, 3, 1).cpu()
 
-    def pixels(self, height, width):
+    def pixels(self, height: int, width: int) -> torch.Tensor:
         """What erasing writes into a box: (3, height, width), or (3, 1, 1)."""
         if self.remode == 'const':
             return torch.zeros(3, 1, 1, device=self.device)
@@ -115,7 +118,7 @@ def _or_loader_death(batches):
 
 @contextlib.contextmanager
 def _signals_wait():
-    """Workers that start in here cannot be ended by a signal to all processes of a job; see `datasets.calm_worker`."""
+    """Workers that start in here cannot be ended by a signal to all processes of a job; see `loader.worker_init`."""
     if not hasattr(signal, 'pthread_sigmask'):
         yield
         return

@@ -25,7 +25,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     """Train for one epoch, or for the rest of one.
 
     Args:
-        data_loader: gives `datasets.Batch`es, or (images float32 (B, 3, H, W), class indices int64 (B,)).
+        data_loader: gives `loader.Batch`es, or (images float32 (B, 3, H, W), class indices int64 (B,)).
         loss_scaler (precision.StepScaler): None is full precision.
         max_norm (float): clip the norm of all gradients to this; None or 0 doesn't.
         start_steps (int): update steps before this epoch, the index into the schedules.

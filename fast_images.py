@@ -3,6 +3,7 @@
 import inspect
 import io
 import random
+from typing import Tuple, Union
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ except ImportError:
 RESIZES = ('bilinear', 'bicubic', 'random')  # that there are kernels for; lanczos is Pillow's alone
 
 
-def check_available(flag='--data_backend'):
+def check_available(flag: str = '--data_backend') -> None:
     """Raise a `UserError` where this torchvision or PyTorch can't do what the flag asks for."""
     missing = 'torchvision cannot decode JPEG files' if decode_jpeg is None else \
         'PyTorch cannot resize bytes as Pillow does' if not _resizes_bytes() else None
@@ -40,10 +41,10 @@ def _resizes_bytes():
     return True
 
 
-def load_bytes(path):
+def load_bytes(path: str) -> torch.Tensor:
     """The image as a uint8 tensor (3, H, W) whose channels lie together; `load_image` reads what is no plain JPEG.
 
-    What either decoder refuses is told as `load_image` tells it. So are sizes: they are looked at before decoding.
+    Errors are those of `load_image`. The size is checked before decoding.
 
     Raises:
         UnreadableImage: the file can't be read as an image.
@@ -59,12 +60,12 @@ def load_bytes(path):
     return as_bytes(load_image(path))
 
 
-def as_bytes(image):
+def as_bytes(image: Union[Image.Image, torch.Tensor]) -> torch.Tensor:
     """A Pillow image as a uint8 tensor (3, H, W) whose channels lie together; such a tensor as it is."""
     return image if torch.is_tensor(image) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def resize(image, size, interpolation):
+def resize(image: torch.Tensor, size: Tuple[int, int], interpolation: str) -> torch.Tensor:
     """uint8 (3, H, W) resized to (height, width), channels together: there the kernels are quickest."""
     image = image[None].contiguous(memory_format=torch.channels_last)
     return F.interpolate(image, size=size, mode=interpolation, antialias=True)[0]
@@ -76,7 +77,7 @@ class RandomCrop(RandomResizedCropAndInterpolation):
     Gives a Pillow image or, where `as_tensor`, uint8 (3, H, W).
     """
 
-    def __init__(self, size, interpolation, as_tensor=False):
+    def __init__(self, size: int, interpolation: str, as_tensor: bool = False) -> None:
         super().__init__(size, interpolation=interpolation)
         self.as_tensor = as_tensor
 
@@ -98,12 +99,12 @@ class CentreCrop:
         size (int): a side of the crop.
     """
 
-    def __init__(self, resized, size):
-        self.resized, self.crop = resized, transforms.CenterCrop(size)
+    def __init__(self, resized: int, size: int, interpolation: str = 'bicubic') -> None:
+        self.resized, self.crop, self.interpolation = resized, transforms.CenterCrop(size), interpolation
 
     def __call__(self, image):
         image = as_bytes(image)
         height, width = image.shape[1:]
         shorter = min(height, width)
         new = (int(self.resized * height / shorter), int(self.resized * width / shorter))
-        return Image.fromarray(self.crop(resize(image, new, 'bicubic')).permute(1, 2, 0).contiguous().numpy())
+        return Image.fromarray(self.crop(resize(image, new, self.interpolation)).permute(1, 2, 0).contiguous().numpy())

@@ -13,13 +13,14 @@ import backend
 import checkpoint
 import config_file
 import criteria
-import datasets
 import distributed
+import locations
 import modeling_finetune
 import optim_factory
 import pretrained
 import scores
 import utils
+from config import InputConfig
 from errors import UserError, nearest, printable, unknown
 
 
@@ -414,7 +415,7 @@ def check_args(args, local_rank=0, processes=1):
     if args.warmup_steps <= 0 and args.warmup_epochs > args.epochs:
         raise UserError('--warmup_epochs %d is longer than --epochs %d; give --warmup_epochs=%d or fewer'
                         % (args.warmup_epochs, args.epochs, args.epochs))
-    if augmentation.mixes(args) and args.batch_size % 2 and not args.eval:
+    if augmentation.uses_mixup(args) and args.batch_size % 2 and not args.eval:
         raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
     for flag in ('mixup', 'cutmix'):
         if 0 < getattr(args, flag) < 1e-6:  # NumPy's beta distribution gives no number there
@@ -430,7 +431,7 @@ def check_args(args, local_rank=0, processes=1):
     if args.world_size > 1 and distributed.launch_environment(args)[1] == 1:
         raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
                         '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))
-    datasets.check_paths(args)
+    locations.check_paths(config_from(args, InputConfig))
     _, launched, launched_rank = distributed.launch_environment(args)
     device = backend.find_device(args.device, local_rank or launched_rank, max(processes, launched))
     if device.type == 'cpu':

@@ -8,18 +8,18 @@ import glob
 import itertools
 import os
 import zlib
+from typing import Collection, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 
-import augmentation
-import fast_images
+from augmentation import EvalTransform, image_reader
 from errors import UserError, printable
-from image_files import EXTENSIONS, check_link, follow, is_hidden, is_image_name, load_image
+from image_files import EXTENSIONS, check_link, follow, is_hidden, is_image_name
 
 AT_ONCE = 1 << 16  # names that are put in order together; they bound the memory
 
 
-def walk_images(root, without=()):
+def walk_images(root: str, without: Collection[str] = ()) -> Iterator[str]:
     """Yield the path of every image in a folder, at any depth: a folder's files, then what is in its folders.
 
     Names come sorted; those of a folder with more than `AT_ONCE` so many at a time, as the system gives them. Hidden
@@ -61,7 +61,7 @@ def _images(entries, folders):
             check_link(entry.path)
 
 
-def in_order(names):
+def in_order(names: Iterable[str]) -> Iterator[str]:
     """Yield them sorted, `AT_ONCE` at a time."""
     names = iter(names)
     while True:
@@ -71,7 +71,7 @@ def in_order(names):
             return
 
 
-def check_inputs(inputs):
+def check_inputs(inputs: Sequence[str]) -> None:
     """Raise a `UserError` for one that names nothing."""
     for given in inputs:
         if not os.path.lexists(given) and next(glob.iglob(given, recursive=True), None) is None:
@@ -79,7 +79,7 @@ def check_inputs(inputs):
                                         'no such file or folder'))
 
 
-def find_images(inputs, without=()):
+def find_images(inputs: Sequence[str], without: Collection[str] = ()) -> Iterator[str]:
     """Yield the path of each image that files, folders and patterns name, in their order.
 
     A file that is named counts as an image whatever its ending. A pattern's files count by their endings, and its
@@ -100,7 +100,7 @@ def find_images(inputs, without=()):
                     yield path
 
 
-def common_folder(inputs):
+def common_folder(inputs: Sequence[str]) -> str:
     """The innermost folder, an absolute path, that holds all that the inputs name."""
     folders = []
     for given in inputs:
@@ -114,7 +114,7 @@ def common_folder(inputs):
     return os.path.commonpath(folders)
 
 
-class ImageStream(torch.utils.data.Sampler):
+class PathSampler(torch.utils.data.Sampler):
     """This process's share of the images, every `processes`-th, as (number, path); without a length.
 
     Attributes:
@@ -123,7 +123,7 @@ class ImageStream(torch.utils.data.Sampler):
             passed the same ones have the same.
     """
 
-    def __init__(self, inputs, without=(), rank=0, processes=1):
+    def __init__(self, inputs: Sequence[str], without: Collection[str] = (), rank: int = 0, processes: int = 1) -> None:
         self.inputs, self.without, self.rank, self.processes = inputs, without, rank, processes
         self.given, self.state = collections.deque(), [0, 0]
 
@@ -134,11 +134,11 @@ class ImageStream(torch.utils.data.Sampler):
                 self.given.append((number, path))
                 yield number, path
 
-    def take(self, count):
-        """The next so many that were given."""
+    def take(self, count: int) -> List[Tuple[int, str]]:
+        """The next `count` that were given."""
         return [self.given.popleft() for _ in range(count)]
 
-    def first(self, count):
+    def first(self, count: int) -> int:
         """How many images there are, `count` at most.
 
         Raises:
@@ -152,20 +152,19 @@ class ImageStream(torch.utils.data.Sampler):
         return found
 
 
-class Pictures(torch.utils.data.Dataset):
-    """(image uint8 (size, size, 3), whether it was resized against the training's custom) by (number, path).
+class PathDataset(torch.utils.data.Dataset):
+    """(image uint8 (size, size, 3), whether it was resized although training resizes none) by (number, path).
 
-    A model for small inputs was trained on images of just that size. Others are made to fit: the shorter side is
-    resized, the centre cropped.
+    A model for small inputs was trained on images of exactly that size. The shorter side of others is resized, and the
+    centre cropped.
     """
 
-    def __init__(self, args):
-        self.transform = augmentation.build_transform(False, args)
-        self.read = fast_images.load_bytes if augmentation.is_fast(False, args) else load_image
-        self.fits = augmentation.small_input_rule(False, args.input_size)
-        self.make_fit = augmentation.centre_crop(args.input_size, args.input_size)
+    def __init__(self, evaluation: EvalTransform, data_backend: str = 'exact') -> None:
+        self.evaluation, self.transform = evaluation, evaluation.build(data_backend)
+        self.read = image_reader(evaluation.is_fast(data_backend))
+        self.make_fit = evaluation.resize_and_crop()
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Tuple[int, str]) -> Tuple[torch.Tensor, int]:
         image = self.read(key[1])
-        resized = self.fits is not None and not self.fits(*image.size)
+        resized = not (self.evaluation.resizes or self.evaluation.fits(*image.size))
         return self.transform(self.make_fit(image) if resized else image), int(resized)

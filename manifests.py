@@ -4,6 +4,7 @@ import collections.abc
 import csv
 import io
 import os
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -30,14 +31,15 @@ class Manifest(collections.abc.Sequence):
         multi_label (bool): whether an image may be of several classes, or none.
     """
 
-    def __init__(self, root, names, labels, classes, multi_label):
+    def __init__(self, root: str, names: Sequence[str], labels: Sequence[Sequence[int]], classes: int,
+                 multi_label: bool) -> None:
         self.root, self.classes, self.multi_label = root, classes, multi_label
         encoded = [os.fsencode(name) for name in names]
         self.names, self.ends = b''.join(encoded), np.cumsum([0] + list(map(len, encoded)))
         self.flat = np.array([label for each in labels for label in each], dtype=np.int64)
         self.label_ends = np.cumsum([0] + list(map(len, labels)))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ends) - 1
 
     def __getitem__(self, index):
@@ -52,17 +54,19 @@ class Manifest(collections.abc.Sequence):
         target[torch.from_numpy(labels)] = 1.
         return os.path.join(self.root, name), target
 
-    def labels_of(self, index):
+    def labels_of(self, index: int) -> np.ndarray:
         """int64 array: the class indices of an image."""
         return self.flat[self.label_ends[index]:self.label_ends[index + 1]]
 
     @property
-    def targets(self):
+    def targets(self) -> np.ndarray:
         """int64 (images,): the class of each, where every image has one."""
         return self.flat
 
 
-def read(flag, path, root, loss, classes=None, multi_label=None, device=None, must_exist=True):
+def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]] = None,
+         multi_label: Optional[bool] = None, device: Optional[torch.device] = None, must_exist: bool = True
+         ) -> Tuple[Manifest, List[str]]:
     """Read a CSV file of `path,label` or `path,label;label` rows, UTF-8, with or without a header.
 
     Args:

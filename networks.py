@@ -11,12 +11,12 @@ import typing
 import torch
 from timm.models import create_model
 
-import augmentation
 import checkpoint
 import distributed
 import layouts
 import modeling_finetune
 import safe_files
+from augmentation import EvalTransform
 from errors import UserError, printable, unknown
 from flags import build_parser
 from pretrained import fit_to_model, inner_state, mismatches, refuse_exports, strip_prefixes
@@ -34,7 +34,7 @@ class Trained(typing.NamedTuple):
     """A trained network and what is needed to use it."""
     model: torch.nn.Module  # in evaluation mode, float32, on the CPU
     classes: list  # of str, one per output; numbers where the checkpoint does not name them
-    preprocessing: dict  # see `augmentation.preprocessing`
+    preprocessing: EvalTransform
     args: argparse.Namespace  # all flags, with the values that the checkpoint was trained with
     source: str  # the file
     activation: str = 'softmax'  # what makes probabilities of its outputs; or sigmoid, each class for itself
@@ -96,7 +96,7 @@ def open_trained(source, use_ema=False, **given):
                         % (printable(path), args.model, problems))
     model.load_state_dict({name: value for name, value in state.items()
                            if not name.endswith('relative_position_index')}, strict=False)
-    return Trained(model.eval(), _classes(about, nb_classes), augmentation.preprocessing(args), args, path,
+    return Trained(model.eval(), _classes(about, nb_classes), EvalTransform.from_config(args), args, path,
                    'sigmoid' if about.get('activation') == 'sigmoid' else 'softmax')
 
 
@@ -107,10 +107,10 @@ def _described(path):
     """
     about = safe_files.read_metadata(path)
     try:
-        images = json.loads(about['preprocessing'])
-        flags = ['--model=%s' % about['model'], '--input_size=%s' % images['input_size'][-1],
-                 '--crop_pct=%s' % images['crop_pct']]
-        if tuple(images['mean']) == augmentation.IMAGENET_DEFAULT_MEAN:
+        images = EvalTransform.from_timm(json.loads(about['preprocessing']))
+        flags = ['--model=%s' % about['model'], '--input_size=%d' % images.input_size,
+                 '--crop_pct=%r' % images.crop_pct]
+        if images.is_imagenet_normalized:
             flags.append('--imagenet_default_mean_and_std')
         return dict(args=vars(build_parser('').parse_args(flags)), classes=json.loads(about['classes']),
                     activation=about['activation'])

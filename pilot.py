@@ -8,11 +8,11 @@ import os
 import torch
 
 import checkpoint
-import datasets
 import distributed
 import preemption
 import watchdog
 from errors import UserError
+from image_dataset import image_name
 from safe_files import write_bytes
 
 NORMS_KEPT = 10  # gradient norms that a report of what is not finite shows
@@ -162,7 +162,7 @@ class RunPilot(Pilot):
         self.bad_images.report(pairs, len(self.train_set), 'training')
 
     def name_images(self, indices):
-        return [datasets.image_name(self.train_set, index) for index in indices]
+        return [image_name(self.train_set, index) for index in indices]
 
     def keep(self, record):
         if not self.args.output_dir:

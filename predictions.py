@@ -36,7 +36,7 @@ class Predictions:
         self.counts, self.worst, self.best = collections.Counter(), [], []
 
     def add(self, batch, output):
-        """Take a `datasets.Batch` and what the network gave for it, float32 (B, classes)."""
+        """Take a `loader.Batch` and what the network gave for it, float32 (B, classes)."""
         targets = batch[1].to(output.device)
         if targets.dim() != 1:  # several classes an image: no confusion of one with another
             return

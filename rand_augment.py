@@ -1,4 +1,4 @@
-"""RandAugment in two halves, for `--data_backend fast`: drawn in a loader's worker, carried out on the device.
+"""RandAugment in two halves, for `--data_backend fast`: drawn in a loader's worker, applied on the device.
 
 For accelerators: a CPU would take longer over it than Pillow in the worker. A worker lets timm draw, from the same
 random numbers and by timm's own code, but on a stand-in that notes what would be done to an image. Pixels are Pillow's
@@ -6,7 +6,7 @@ but where it rounds otherwise, and turns, shears and shifts are bilinear.
 """
 
 import math
-import typing
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +22,15 @@ OPERATIONS = ENHANCED | NOTED | {'AutoContrast', 'Equalize'}
 
 # ---- in the worker
 
-class Drawn(typing.NamedTuple):
+class DeferredImage(NamedTuple):
     """An image, and what is to be done to it on the device."""
     image: torch.Tensor  # uint8 (H, W, 3)
     mirrored: bool  # before all else
     operations: list  # of (kind, arguments), in order
 
 
-class Draw:
-    """torchvision's flip and timm's RandAugment up to their drawing: a uint8 tensor (3, H, W) to a `Drawn`."""
+class DeferredRandAugment:
+    """torchvision's flip and timm's RandAugment up to their drawing: a uint8 tensor (3, H, W) to a `DeferredImage`."""
 
     def __init__(self, flip, policy):
         self.mirrors, self.policy = flip.p, policy
@@ -40,10 +40,10 @@ class Draw:
     def __call__(self, image):
         mirrored = bool(torch.rand(1) < self.mirrors)
         notes = self.policy(_Notes(image.shape[2], image.shape[1]))
-        return Drawn(image.permute(1, 2, 0).contiguous(), mirrored, notes.operations)
+        return DeferredImage(image.permute(1, 2, 0).contiguous(), mirrored, notes.operations)
 
 
-def can_draw(steps):
+def can_defer(steps: Sequence) -> bool:
     """Whether these steps of a transform are a flip and a RandAugment of which the device has all operations."""
     return len(steps) == 2 and isinstance(steps[0], RandomHorizontalFlip) and isinstance(steps[1], RandAugment) \
         and {operation.name for operation in steps[1].ops} <= OPERATIONS
@@ -87,16 +87,16 @@ class _Notes:
                                                 sine, cosine, y - sine * x - cosine * y), resample, fillcolor)
 
 
-def pack(drawn):
+def collate_ops(deferred: Sequence[Optional[DeferredImage]]) -> List[Tuple]:
     """[(kind, places in the batch int64 (n,), arguments (n, ...))] of what is to be done to a batch, in order.
 
     Args:
-        drawn (list of Drawn or None): of each image. What they have in common at their first operation comes first,
-            then at their second.
+        deferred (list of DeferredImage or None): of each image. What they have in common at their first operation comes
+            first, then at their second.
     """
-    mirrored = [place for place, each in enumerate(drawn) if each and each.mirrored]
+    mirrored = [place for place, each in enumerate(deferred) if each and each.mirrored]
     packed = [('mirror', torch.tensor(mirrored), torch.zeros(0))] if mirrored else []
-    operations = [each.operations if each else [] for each in drawn]
+    operations = [each.operations if each else [] for each in deferred]
     for turn in range(max(map(len, operations), default=0)):
         groups = {}
         for place, mine in enumerate(operations):
@@ -112,20 +112,20 @@ def pack(drawn):
 
 # ---- on the device
 
-def carry_out(images, packed):
-    """Do to uint8 images (B, 3, H, W), in place, what `pack` gave."""
+def apply(images: torch.Tensor, packed: Sequence[Tuple]) -> None:
+    """Do to uint8 images (B, 3, H, W), in place, what `collate_ops` gave."""
     for kind, places, arguments in packed:
         places = places.to(images.device, non_blocking=True)
         arguments = arguments.to(images.device, non_blocking=True)
         images.index_copy_(0, places, KINDS[kind](images.index_select(0, places), arguments))
 
 
-def look_up(images, tables):
+def apply_lut(images: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     """Each channel's values by its table. images: uint8 (n, 3, H, W); tables: uint8 (n, 768)."""
     return tables.view(len(images) * 3, 256).gather(1, images.reshape(len(images) * 3, -1).long()).view_as(images)
 
 
-def affine(images, arguments):
+def affine(images: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
     """out(x, y) = in(a x + b y + c, d x + e y + f), bilinear, the colour outside; arguments (n, 9): a to f, colour.
 
     Coordinates are of pixel centres, the first at 0.5, as Pillow has them.
@@ -141,23 +141,23 @@ def affine(images, arguments):
     return torch.where(inside[:, None], sampled, arguments[:, 6:, None, None]).to(torch.uint8)
 
 
-def blend(degenerate, images, factors):
+def blend(degenerate: torch.Tensor, images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """degenerate + factor * (images - degenerate), cut off to whole numbers; factors (n, 1)."""
     images = images.float()
     return (degenerate + factors.view(-1, 1, 1, 1) * (images - degenerate)).clamp_(0, 255).to(torch.uint8)
 
 
-def grey(images):
+def grey(images: torch.Tensor) -> torch.Tensor:
     """ITU-R 601 luma as Pillow rounds it, float32 (n, 1, H, W) of whole numbers."""
     red, green, blue = images.int().unbind(1)
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).float()[:, None]
 
 
-def contrast(images, factors):
+def contrast(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     return blend(grey(images).mean((1, 2, 3), keepdim=True).add_(0.5).floor_(), images, factors)
 
 
-def sharpness(images, factors):
+def sharpness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Blended with its smoothing by 3 x 3: the middle counts 5, its neighbours 1; the border is left as it is."""
     smooth = images.float()
     rows = smooth[:, :, :-2] + smooth[:, :, 1:-1] + smooth[:, :, 2:]
@@ -166,16 +166,16 @@ def sharpness(images, factors):
     return blend(smooth, images, factors)
 
 
-def autocontrast(images, _):
+def autocontrast(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     """Each channel stretched over 0 to 255; one of a single value stays."""
     flat = images.view(len(images) * 3, -1)
     low, high = flat.min(1, keepdim=True).values.float(), flat.max(1, keepdim=True).values.float()
     values = torch.arange(256, device=images.device, dtype=torch.float32)
     stretched = ((values - low) * 255 / (high - low).clamp(min=1)).add_(1e-3).clamp_(0, 255).floor_()  # no 254.9999
-    return look_up(images, torch.where(high > low, stretched, values).to(torch.uint8))
+    return apply_lut(images, torch.where(high > low, stretched, values).to(torch.uint8))
 
 
-def equalize(images, _):
+def equalize(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     """Each channel's histogram made even, by Pillow's whole-number arithmetic."""
     flat = images.view(len(images) * 3, -1).long()
     counts = torch.zeros(len(flat), 256, device=images.device).scatter_add_(1, flat, torch.ones_like(flat).float())
@@ -184,10 +184,10 @@ def equalize(images, _):
     below = counts.cumsum(1) - counts
     table = ((below + (step / 2).floor_()) / step.clamp(min=1)).floor_().clamp_(0, 255)
     values = torch.arange(256, device=images.device, dtype=torch.float32)
-    return look_up(images, torch.where(step > 0, table, values).to(torch.uint8))
+    return apply_lut(images, torch.where(step > 0, table, values).to(torch.uint8))
 
 
-KINDS = {'mirror': lambda images, _: images.flip(3), 'table': look_up, 'affine': affine,
+KINDS = {'mirror': lambda images, _: images.flip(3), 'table': apply_lut, 'affine': affine,
          'AutoContrast': autocontrast, 'Equalize': equalize, 'Contrast': contrast, 'Sharpness': sharpness,
          'Color': lambda images, factors: blend(grey(images), images, factors),
          'Brightness': lambda images, factors: blend(torch.zeros((), device=images.device), images, factors)}

@@ -10,12 +10,13 @@ import torch
 
 import augmentation
 import checkpoint
-import datasets
 import distributed
 import report_page
 import run_files
-from device_loader import BoxesToErase, DeviceLoader
+from device_loader import PrefetchLoader, RandomErasingBoxes
 from errors import UserError, one_line, printable
+from image_dataset import image_name
+from loader import EpochSampler, SeededSamples, collate
 from predictions import Predictions
 from safe_files import write_bytes
 
@@ -128,7 +129,7 @@ class Report:
                 pixels = np.asarray(self.val_set[each.index][0])
             except (OSError, UserError):
                 continue
-            found.append((pixels, each, datasets.image_name(self.val_set, each.index)))
+            found.append((pixels, each, image_name(self.val_set, each.index)))
         return found
 
 
@@ -161,15 +162,16 @@ def augmented_samples(args, train_set, classes):
 
     The random numbers of the run stay where they are. A file that can't be read is left out here: the run tells of it.
     """
-    loader = DeviceLoader(None, datasets.CPU, *augmentation.mean_and_std(args), remode=args.remode)
-    erasing = BoxesToErase(args.reprob, args.recount) if args.reprob > 0 else None
-    samples = datasets.SeededSamples(train_set, args.seed, True, erasing)
-    order = iter(datasets.EpochSampler(len(train_set), seed=args.seed))
+    evaluation = augmentation.EvalTransform.from_config(args)
+    loader = PrefetchLoader(None, torch.device('cpu'), evaluation.mean, evaluation.std, remode=args.remode)
+    erasing = RandomErasingBoxes(args.reprob, args.recount) if args.reprob > 0 else None
+    samples = SeededSamples(train_set, args.seed, True, erasing)
+    order = iter(EpochSampler(len(train_set), seed=args.seed))
     try:
         items = [samples[next(order)] for _ in range(min(SAMPLES, len(train_set)))]
     except UserError:
         return []
-    batch = loader.prepare(datasets.collate(items, args.input_size))
+    batch = loader.prepare(collate(items, args.input_size))
     if not len(batch.images):
         return []
     images, shares, mixup = batch.images, None, augmentation.build_mixup(args, len(classes))

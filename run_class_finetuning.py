@@ -40,9 +40,11 @@ import scores
 import splits
 import utils
 import watchdog
+from config import InputConfig, MixupConfig, TransformConfig
 from criteria import build_criterion
 from errors import UserError, printable
-from flags import build_parser, check_args
+from flags import build_parser, check_args, config_from
+from image_dataset import label_source
 from networks import build_model
 from pilot import RunPilot
 from report import Report
@@ -108,7 +110,7 @@ def choose_class_weights(args, train_set, classes):
     """What each class weighs in the loss, float32 (classes,), told; or None."""
     if args.eval or not args.class_weights:
         return None
-    counts = splits.class_counts(datasets.labelled(train_set), len(classes))
+    counts = splits.class_counts(label_source(train_set), len(classes))
     weights = criteria.class_weights(args.class_weights, classes, counts)
     distributed.say(criteria.describe_weights(weights, classes))
     return weights
@@ -225,7 +227,8 @@ def known_classes(args, device):
 
 def check_data(args):
     """Decode every image; a `UserError` says how many cannot be."""
-    damaged = bad_images.check_data(args)
+    train_set, val_set, _ = datasets.build_datasets(config_from(args, InputConfig))
+    damaged = bad_images.check_data((train_set, val_set), args.num_workers, args.output_dir)
     if damaged:
         place = ', listed in %s' % os.path.join(args.output_dir, bad_images.LIST) if args.output_dir else ''
         raise UserError('--check_data: %d image%s cannot be read%s; mend or remove what is listed, or leave it out '
@@ -243,13 +246,14 @@ def main(args, signals):
     dtype = backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     utils.seed_everything(args.seed)
 
-    train_set, val_set, classes = datasets.build_datasets(args, device, known_classes(args, device))
+    inputs = config_from(args, InputConfig)
+    train_set, val_set, classes = datasets.build_datasets(inputs, device, known_classes(args, device))
     if val_set is not None:
         datasets.check_fits(val_set)
         scores.check_scores(args, val_set)
     weights = choose_class_weights(args, train_set, classes)
     steps_per_epoch = None if args.eval else count_steps(args, len(train_set))
-    train_loader, val_loader = datasets.build_loaders(args, train_set, val_set, device)
+    train_loader, val_loader = datasets.build_loaders(inputs, train_set, val_set, device)
 
     model = build_model(args, len(classes))
     if args.finetune:
@@ -281,8 +285,8 @@ def main(args, signals):
     index_cache.write_late(train_set, val_set)
     freeze_as_due(args, backend.unwrap(model), progress.epoch)
 
-    mixup = augmentation.build_mixup(args, len(classes))
-    multi_label = splits.is_multi_label(datasets.labelled(train_set))
+    mixup = augmentation.build_mixup(config_from(args, MixupConfig), len(classes))
+    multi_label = splits.is_multi_label(label_source(train_set))
     criterion = build_criterion(args, mixup, None if weights is None else weights.to(device), multi_label)
     lr_values, wd_values = build_schedules(args, steps_per_epoch)
     training = dict(model=distribute(model, device), criterion=criterion, data_loader=train_loader,
@@ -371,11 +375,11 @@ def evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report):
 
 def results_row(args, source, weights, model, stats):
     """What --results_file says of one evaluation: the figures, and all that they hang on."""
-    prepared = augmentation.preprocessing(args)
+    prepared = augmentation.EvalTransform.from_config(config_from(args, TransformConfig))
     about = {'model': args.model, 'checkpoint': printable(source), 'weights': weights}
     about.update((name, value) for name, value in stats.items() if name != 'classes')
-    about.update(param_count=parameters(model), img_size=args.input_size, crop_pct=prepared['crop_pct'],
-                 interpolation=prepared['interpolation'], test_flip=args.test_flip)
+    about.update(param_count=parameters(model), img_size=args.input_size, crop_pct=prepared.crop_pct,
+                 interpolation=prepared.interpolation, test_flip=args.test_flip)
     return dict(about, classes=stats['classes']) if 'classes' in stats else about
 
 

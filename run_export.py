@@ -30,6 +30,7 @@ from flags import OneLineParser, number
 from networks import open_trained
 
 import torch
+from PIL import Image
 
 PROGRAM = 'run_export.py'
 EXAMPLES = """examples:
@@ -55,7 +56,7 @@ def metadata(trained):
     return {
         'model': trained.args.model,
         'classes': json.dumps(trained.classes),
-        'preprocessing': json.dumps(trained.preprocessing),
+        'preprocessing': json.dumps(trained.preprocessing.to_timm()),
         'pooling': 'mean of the patches' if trained.args.use_mean_pooling else 'class token',
         'input': 'float32 (batch, 3, height, width): RGB from 0 to 1, less mean, divided by std',
         'output': 'logits (batch, %d), in the order of classes' % len(trained.classes),
@@ -255,13 +256,13 @@ def huggingface_preprocessor(trained):
 
     BEiT's own takes no shorter side before transformers 5, and would distort the image.
     """
-    about = trained.preprocessing
-    height, width = about['input_size'][1:]
+    images = trained.preprocessing
     return dict(
         image_processor_type='CLIPImageProcessor', do_convert_rgb=True,
-        do_resize=True, size={'shortest_edge': int(height / about['crop_pct'])}, resample=3,  # Pillow's bicubic
-        do_center_crop=True, crop_size={'height': height, 'width': width}, do_rescale=True, rescale_factor=1 / 255,
-        do_normalize=True, image_mean=list(about['mean']), image_std=list(about['std']))
+        do_resize=True, size={'shortest_edge': images.shorter_side},
+        resample=int(getattr(Image, images.interpolation.upper())), do_center_crop=True,
+        crop_size={'height': images.input_size, 'width': images.input_size}, do_rescale=True, rescale_factor=1 / 255,
+        do_normalize=True, image_mean=list(images.mean), image_std=list(images.std))
 
 
 def run_huggingface(folder, trained, batches):
@@ -344,7 +345,8 @@ def compare(chosen, written, trained):
 
 def _images(trained, count):
     """Random images (count, 3, H, W), the same each time."""
-    return torch.randn((count,) + trained.preprocessing['input_size'], generator=torch.Generator().manual_seed(count))
+    size = trained.preprocessing.input_size
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
 
 
 def _same_metadata(found, trained):
@@ -453,7 +455,7 @@ def main(args):
     print('Wrote %s (%s, %s, %.1f MB)' % (printable(path), args.format, about, size / 1e6))
     if args.format == 'safetensors':
         print('Load it: %s' % timm_line(trained, path))
-        print('Prepare images: timm.data.create_transform(%s)' % _spell(trained.preprocessing))
+        print('Prepare images: timm.data.create_transform(%s)' % _spell(trained.preprocessing.to_timm()))
 
 
 def write_folder(path, files, check):

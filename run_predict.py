@@ -24,21 +24,22 @@ import typing
 import backend  # first: it sets how torch loads its devices
 import attention
 import attention_maps
-import augmentation
-import datasets
 import distributed
 import endings
 import engine_for_finetuning as engine
+import fast_images
 import precision
 import preemption
 import safe_files
 import utils
 import watchdog
-from device_loader import DeviceLoader
+from augmentation import BACKENDS
+from device_loader import PrefetchLoader
 from errors import UserError, printable
 from flags import OneLineParser, add_meeting, number, positive, switch
 from image_files import is_image_name
-from image_stream import ImageStream, Pictures, check_inputs, common_folder
+from image_stream import PathDataset, PathSampler, check_inputs, common_folder
+from loader import Samples, loader_kwargs
 from networks import open_trained
 
 import torch
@@ -109,7 +110,7 @@ def build_parser():
     add('--opt_level', '--opt-level', default='O2', choices=backend.OPT_LEVELS, metavar='O0|O1|O2',
         help='O0 float32, O1 autocast, O2 half-precision weights (O2)')
     add('--amp_dtype', default=None, choices=backend.AMP_DTYPES, help='float16, bfloat16 (float16; on a CPU bfloat16)')
-    add('--data_backend', default='exact', choices=augmentation.BACKENDS,
+    add('--data_backend', default='exact', choices=BACKENDS,
         help='exact, or fast: JPEG files by torchvision, pixels differ a little (exact)')
 
     weights = parser.add_argument_group('weights that do not say what they are of')
@@ -172,7 +173,7 @@ def check_args(args):
                             % printable(args.attention_dir))
         utils.check_writable('--attention_dir', args.attention_dir)
     if args.data_backend == 'fast':
-        augmentation.fast_images.check_available()
+        fast_images.check_available()
     _, processes, local_rank = distributed.launch_environment(args)
     device = backend.find_device(args.device, local_rank, processes)
     if device.type == 'cpu':
@@ -197,7 +198,7 @@ class Predictor:
     """The network with what it needs: `answers` gives those of this process.
 
     Args:
-        loader (DeviceLoader): of `Pictures`, in the order of `stream`.
+        loader (PrefetchLoader): of a `PathDataset`, in the order of `stream`.
         painter (attention_maps.Painter or None).
         activation (str): what makes probabilities of the network's outputs, softmax or sigmoid.
     """
@@ -430,16 +431,13 @@ def loader_processes(args, found):
 
 
 def build_loader(args, trained, stream, device):
-    found = stream.first(args.batch_size)
-    settings = argparse.Namespace(**dict(
-        vars(trained.args), eval_data_backend=args.data_backend, num_workers=loader_processes(args, found),
-        pin_mem=args.pin_mem))
-    loading = datasets.loading(settings, device)
-    if 'persistent_workers' in loading:
-        loading['persistent_workers'] = False  # there is one pass
-    return DeviceLoader(torch.utils.data.DataLoader(
-        datasets.Samples(Pictures(settings), args.bad_images == 'skip'), batch_size=found, sampler=stream, **loading),
-        device, *augmentation.mean_and_std(settings))
+    found, evaluation = stream.first(args.batch_size), trained.preprocessing
+    options = loader_kwargs(loader_processes(args, found), args.pin_mem, evaluation.input_size, device)
+    if 'persistent_workers' in options:
+        options['persistent_workers'] = False  # there is one pass
+    samples = Samples(PathDataset(evaluation, args.data_backend), args.bad_images == 'skip')
+    return PrefetchLoader(torch.utils.data.DataLoader(samples, batch_size=found, sampler=stream, **options), device,
+                          evaluation.mean, evaluation.std)
 
 
 def main(args, stdout):
@@ -451,7 +449,7 @@ def main(args, stdout):
                            crop_pct=args.crop_pct)
     recorder = None if args.attention is None else attention_maps.Recorder(
         trained.model, args.attention_block, None if args.attention == 'auto' else args.attention)
-    stream = ImageStream(args.inputs, {os.path.realpath(args.attention_dir)} if recorder else (),
+    stream = PathSampler(args.inputs, {os.path.realpath(args.attention_dir)} if recorder else (),
                          distributed.rank(), distributed.world_size())
     loader = build_loader(args, trained, stream, device)
     model, scaler = precision.initialize_amp(trained.model.to(device), None, device, dtype, args.opt_level)

@@ -1,54 +1,24 @@
-"""Which images of a training set are put aside for validation, and which a smaller run takes.
+"""Which images of a training set are held out for validation, and which ones a smaller run uses.
 
-Both follow from the sorted list of images and the seed alone: not from epochs, processes or workers.
+Both depend only on the sorted list of images and the seed.
 """
 
-import collections.abc
+import collections
+from typing import Any, Tuple
 
 import numpy as np
 
 from errors import UserError
 
-VALIDATION, FEWER = 1, 2  # numbers of their own beside the seed: the two draws have nothing in common
+VALIDATION, SUBSAMPLE = 1, 2  # numbers of their own beside the seed: the two draws have nothing in common
 
 
-class Chosen(collections.abc.Sequence):
-    """Some of a data set's samples, in order. What it doesn't know itself it asks of them.
-
-    Args:
-        samples: `image_files.ImageList` or `manifests.Manifest`.
-        places (array of int): into `samples`.
-    """
-
-    def __init__(self, samples, places):
-        self.samples, self.places = samples, np.asarray(places, dtype=np.int64)
-
-    def __len__(self):
-        return len(self.places)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self.samples[int(place)] for place in self.places[index]]
-        return self.samples[int(self.places[index])]
-
-    @property
-    def targets(self):
-        return self.samples.targets[self.places]
-
-    def labels_of(self, index):
-        return self.samples.labels_of(int(self.places[index]))
-
-    @property
-    def multi_label(self):
-        return is_multi_label(self.samples)
-
-
-def is_multi_label(samples):
+def is_multi_label(samples: Any) -> bool:
     """Whether an image may be of several classes, or none."""
     return getattr(samples, 'multi_label', False)
 
 
-def class_counts(samples, classes):
+def class_counts(samples: Any, classes: int) -> np.ndarray:
     """int64 (classes,): how many images are of each."""
     if is_multi_label(samples):
         counts = np.zeros(classes, dtype=np.int64)
@@ -58,8 +28,8 @@ def class_counts(samples, classes):
     return np.bincount(np.asarray(samples.targets), minlength=classes)
 
 
-def split(samples, share, seed):
-    """(places of the training images, places of the validation images), each in order.
+def split(samples: Any, share: float, seed: int) -> Tuple[np.ndarray, np.ndarray]:
+    """(indices of the training images, of the validation images), each in order.
 
     Stratified: every class gives its share, rounded so that all together give `share` of all. Each keeps at least one
     image for training. Where an image may be of several classes, they are drawn at random, but for those without which
@@ -78,14 +48,14 @@ def split(samples, share, seed):
     if not len(chosen):
         raise UserError('--val_split %g: each class has one image only, and needs it for training; add images, or give '
                         '--eval_data_path' % share)
-    aside = np.zeros(len(samples), dtype=bool)
-    aside[chosen] = True
-    return np.flatnonzero(~aside), np.flatnonzero(aside)
+    held_out = np.zeros(len(samples), dtype=bool)
+    held_out[chosen] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def fewer(samples, most, seed):
-    """The places of `most` images, in order, each class in proportion; of every class one at least, where that goes."""
-    rng = np.random.default_rng([seed, 0, FEWER])
+def subsample(samples: Any, most: int, seed: int) -> np.ndarray:
+    """The indices of `most` images, in order, each class in proportion and, if possible, present."""
+    rng = np.random.default_rng([seed, 0, SUBSAMPLE])
     if most >= len(samples):
         return np.arange(len(samples))
     if is_multi_label(samples):

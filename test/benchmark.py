@@ -49,6 +49,7 @@ from contenders import CONTENDERS, PRECISIONS, Mode, Ours, Setting
 import augmentation
 import backend
 import datasets
+import locations
 import distributed
 import modeling_finetune
 import run_class_finetuning as program
@@ -576,7 +577,7 @@ def data_main(options, device):
                   images_per_sample=options.images, extra_flags=options.extra,
                   images='folder' if options.data_path else 'made')
     with tempfile.TemporaryDirectory() as folder:
-        root = datasets.resolve_data_path(options.data_path) if options.data_path else folder
+        root = locations.resolve_data_path(options.data_path) if options.data_path else folder
         if not options.data_path:
             progress('making %d JPEGs' % options.distinct)
             batches = options.workers * (sum(rounds(options)) + 2) + 1  # with those that are made ahead
@@ -588,7 +589,7 @@ def data_main(options, device):
                 '--data_path=' + root, '--input_size=%d' % options.input_size, '--batch_size=%d' % options.batch_size,
                 '--num_workers=%d' % options.workers, '--disable_eval_during_finetuning'] + options.extra
                 + (['--data_backend=' + name] if name else []))
-            datasets.check_paths(args)
+            locations.check_paths(args)
             row = dict(backend=(name or 'default') + (', workers alone' if alone else ''))
             progress('loader %s against ImageFolder' % row['backend'])
             try:

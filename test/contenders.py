@@ -40,6 +40,7 @@ import optim_factory
 import preemption
 import run_class_finetuning as program
 import utils
+from loader import Batch
 from errors import UserError
 
 import timm
@@ -230,7 +231,7 @@ class Ours:
         self.device = self.training['device']
         self.about = '; '.join(re.findall(r'^(?:Precision|Attention|Compile\w*): (.*)$', said, re.M))
         images, targets = setting.batch(self.device)
-        self.batch = datasets.Batch(images, targets, torch.arange(len(targets)), [])
+        self.batch = Batch(images, targets, torch.arange(len(targets)), [])
         self.steps = self.skipped_steps = 0
 
     def train(self, steps):

@@ -32,7 +32,7 @@ ROOT = os.path.dirname(TEST_DIR)
 EMULATOR = os.path.join(TEST_DIR, 'npu_emulator')
 sys.path.insert(0, ROOT)
 
-import datasets  # noqa: E402
+from loader import Batch  # noqa: E402
 import engine_for_finetuning as engine  # noqa: E402
 import modeling_finetune  # noqa: E402
 import optim_factory  # noqa: E402
@@ -228,7 +228,7 @@ class Numbered(list):
     def __iter__(self):
         for number, (images, targets) in enumerate(list.__iter__(self)):
             self.newest = torch.arange(number * len(images), (number + 1) * len(images))
-            yield datasets.Batch(images, targets, self.newest, [])
+            yield Batch(images, targets, self.newest, [])
 
 
 class Listener(pilot.Pilot):

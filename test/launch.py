@@ -26,7 +26,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import datasets  # noqa: E402
+import locations  # noqa: E402
 import distributed  # noqa: E402
 import flags  # noqa: E402
 import preemption  # noqa: E402
@@ -62,7 +62,7 @@ def check(options, arguments):
     flags.check_args(args, local_rank=options.nproc_per_node - 1,
                      processes=options.nproc_per_node * options.nnodes)
     if args.data_path == 'demo':
-        datasets.resolve_data_path(args.data_path)
+        locations.resolve_data_path(args.data_path)
     if options.node_rank > 0:
         return options.master_port
     with listen(options.master_port) as probe:

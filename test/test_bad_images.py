@@ -26,7 +26,11 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 import bad_images
 import datasets
+import image_files
+import locations
 import distributed
+from image_dataset import ImageFolder, image_name
+from loader import Batch, Sample, Unreadable, collate
 from helpers import NANO, ROOT, as_nobody, only_with, photo, write_cifar
 import safe_files
 from errors import UserError, one_line
@@ -202,7 +206,7 @@ def test_out_of_memory_is_named(sets, monkeypatch):
     def full(*_):
         raise MemoryError
     monkeypatch.setattr(Image, 'open', full)
-    with pytest.raises(datasets.UnreadableImage, match='%s: .*MemoryError' % os.path.basename(train.samples[0][0])):
+    with pytest.raises(image_files.UnreadableImage, match='%s: .*MemoryError' % os.path.basename(train.samples[0][0])):
         train.load(train.samples[0][0])
 
 
@@ -212,17 +216,17 @@ def test_large_images_are_read_up_to_the_size_that_pillow_refuses(tmp_path, monk
     photo(1, 64, 64).save(path)
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', pixels)
     if is_bomb:
-        with pytest.raises(datasets.UnreadableImage, match='decompression bomb'):
-            datasets.load_image(path)
+        with pytest.raises(image_files.UnreadableImage, match='decompression bomb'):
+            image_files.load_image(path)
     else:
-        assert datasets.load_image(path).size == (64, 64)
+        assert image_files.load_image(path).size == (64, 64)
 
 
 def test_a_large_image_is_read_without_a_warning(tmp_path):
     path = str(tmp_path / 'a.png')
     photo(1, 64, 64).save(path)
-    code = ('import sys; sys.path.insert(0, %r); import datasets; from PIL import Image; '
-            'Image.MAX_IMAGE_PIXELS = 3000; print(datasets.load_image(%r).size)' % (ROOT, path))
+    code = ('import sys; sys.path.insert(0, %r); import image_files; from PIL import Image; '
+            'Image.MAX_IMAGE_PIXELS = 3000; print(image_files.load_image(%r).size)' % (ROOT, path))
     result = subprocess.run([sys.executable, '-W', 'always::Warning:PIL', '-c', code], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, universal_newlines=True, timeout=120)
     assert result.stdout == '(64, 64)\n' and 'DecompressionBomb' not in result.stderr
@@ -312,13 +316,13 @@ def test_batches_survive_page_locking(monkeypatch):
     locked = []
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor, *_: locked.append(tensor.shape) or tensor)
     item = torch.zeros(8, 8, 3, dtype=torch.uint8)
-    items = [datasets.Sample(item, 1, 5), datasets.Unreadable('a.png', 'it is empty'),
-             datasets.Sample(item, 0, 7, (3, [(1, 2, 3, 4)]))]
-    for batch in (datasets.collate(items, 8), datasets.collate(items[1:2], 8)):
+    items = [Sample(item, 1, 5), Unreadable('a.png', 'it is empty'),
+             Sample(item, 0, 7, (3, [(1, 2, 3, 4)]))]
+    for batch in (collate(items, 8), collate(items[1:2], 8)):
         pinned = pin_memory(batch)
-        assert isinstance(pinned, datasets.Batch)
+        assert isinstance(pinned, Batch)
         assert pinned.unreadable == [('a.png', 'it is empty')]
-        assert isinstance(pinned.unreadable[0], datasets.Unreadable)
+        assert isinstance(pinned.unreadable[0], Unreadable)
         assert len(pinned.erasing) == (len(batch.images) == 2)
     assert locked == [(2, 3, 8, 8), (2,), (2,), (0, 3, 8, 8), (0,), (0,)]
 
@@ -345,7 +349,7 @@ def odd_folder(root):
 def test_odd_names_are_read(tmp_path, parse, workers):
     root = odd_folder(tmp_path / os.fsdecode(b'ro\not\xfe'))
     args = parse('--data_path', root, *SMALL, '--num_workers=%d' % workers)
-    datasets.check_paths(args)
+    locations.check_paths(args)
     train, val, classes = datasets.build_datasets(args)
     assert [os.fsencode(name) for name in classes] == [b'cat', b'cl\nass \xff']
     samples, _ = by_index(datasets.build_loaders(args, train, val)[1])
@@ -366,7 +370,7 @@ def test_odd_names_are_told_in_one_line(tmp_path, parse, capsys, workers):
     for path, _ in val.samples:
         spoil(path, 'text')
     _, unreadable = by_index(datasets.build_loaders(args, None, val)[1])
-    assert [path for path, _ in unreadable] == [datasets.image_name(val, index) for index in range(len(val))]
+    assert [path for path, _ in unreadable] == [image_name(val, index) for index in range(len(val))]
     assert len({path for path, _ in unreadable}) == 2 * len(ODD_NAMES)
     record = bad_images.BadImages(str(tmp_path / 'out'), 1.)
     record.report(unreadable, len(val), 'validation')
@@ -377,16 +381,16 @@ def test_odd_names_are_told_in_one_line(tmp_path, parse, capsys, workers):
     assert any('/cl\\nass \\xff/bell\\x07.png\t' in line for line in lines)
     args.bad_images = 'error'
     message = error_of(datasets.build_loaders(args, None, val)[1])
-    assert message.isprintable() and message.startswith(datasets.image_name(val, 0) + ': cannot be read as an image')
+    assert message.isprintable() and message.startswith(image_name(val, 0) + ': cannot be read as an image')
 
 
 def test_a_nul_in_a_name(parse, tmp_path):
-    with pytest.raises(datasets.UnreadableImage, match='a\\\\x00b.png: cannot be read as an image .*null'):
-        datasets.load_image('a\0b.png')
+    with pytest.raises(image_files.UnreadableImage, match='a\\\\x00b.png: cannot be read as an image .*null'):
+        image_files.load_image('a\0b.png')
     with pytest.raises(UserError, match='x\\\\x00y'):
-        datasets.check_paths(parse('--data_path', str(tmp_path / 'x\0y'), *NANO))
+        locations.check_paths(parse('--data_path', str(tmp_path / 'x\0y'), *NANO))
     with pytest.raises(UserError, match='x\\\\x00y'):
-        datasets.ImageFolder('x\0y')
+        ImageFolder('x\0y')
 
 
 def test_names_that_the_locale_has_no_bytes_for(monkeypatch):
@@ -397,14 +401,14 @@ def test_names_that_the_locale_has_no_bytes_for(monkeypatch):
 
 def test_samples_have_names(sets):
     _, train, _ = sets()
-    assert datasets.image_name(train, 4) == train.samples[4][0]
-    assert datasets.image_name([0] * 20, 17) == 'image 17'
+    assert image_name(train, 4) == train.samples[4][0]
+    assert image_name([0] * 20, 17) == 'image 17'
 
 
 def test_a_folder_named_like_an_image_is_entered(tmp_path):
     (tmp_path / 'cat' / 'x.jpg').mkdir(parents=True)
     photo(1, 32, 32).save(str(tmp_path / 'cat' / 'x.jpg' / 'y.png'))
-    folder = datasets.ImageFolder(str(tmp_path))
+    folder = ImageFolder(str(tmp_path))
     assert folder.samples == [(str(tmp_path / 'cat' / 'x.jpg' / 'y.png'), 0)]
     assert folder[0][0].size == (32, 32)
 
@@ -428,12 +432,12 @@ def test_a_loop_of_links_is_named(tmp_path, kind):
     for name in ('root/cat/deep/a.png', 'root/dog/a.png', 'other/a.png'):
         photo(1, 32, 32).save(str(tmp_path / name))
     (tmp_path / 'root/cat/deep/other').symlink_to(str(tmp_path / 'other'))  # leads out, and not back
-    assert len(datasets.ImageFolder(str(tmp_path / 'root'))) == 3
+    assert len(ImageFolder(str(tmp_path / 'root'))) == 3
     link, target = LOOPS[kind]
     (tmp_path / link).symlink_to(target)
     named = str(tmp_path / link).replace('/other/back', '/root/cat/deep/other/back')
     with within(20), pytest.raises(UserError) as caught:
-        datasets.ImageFolder(str(tmp_path / 'root'))
+        ImageFolder(str(tmp_path / 'root'))
     assert str(caught.value).startswith(named + ': this link leads to ')
 
 
@@ -445,10 +449,10 @@ def test_a_link_that_leads_nowhere_may_be_a_folder_of_images(tmp_path, where, ta
     (tmp_path / where / '.hidden').symlink_to('nowhere')
     (tmp_path / where / 'lost.png').symlink_to(target.replace('link', 'lost.png'))
     expected = 2 if where else 1  # a file that can't be read; beside the class folders it is nothing
-    assert len(datasets.scan_classes(str(tmp_path))[1]) == expected
+    assert len(image_files.scan_classes(str(tmp_path))[1]) == expected
     (tmp_path / where / 'link').symlink_to(target)
     with pytest.raises(UserError) as caught:
-        datasets.scan_classes(str(tmp_path))
+        image_files.scan_classes(str(tmp_path))
     assert str(caught.value).startswith(str(tmp_path / where / 'link') + ': ')
 
 
@@ -457,12 +461,16 @@ def test_a_very_deep_folder(tmp_path):
     try:
         subprocess.run(['mkdir', '-p', folder], check=True)
         photo(1, 32, 32).save(os.path.join(folder, 'a.png'))
-        assert datasets.scan_classes(str(tmp_path))[:2] == (['cat'], [(os.path.join(folder, 'a.png'), 0)])
+        assert image_files.scan_classes(str(tmp_path))[:2] == (['cat'], [(os.path.join(folder, 'a.png'), 0)])
     finally:
         subprocess.run(['rm', '-rf', str(tmp_path / 'cat')], check=True)  # which pytest can't
 
 
 # ---- the list and the limit
+
+def check_data(args):
+    return bad_images.check_data(datasets.build_datasets(args)[:2], args.num_workers, args.output_dir)
+
 
 def lines_of(folder):
     with open(os.path.join(str(folder), 'bad_images.txt'), encoding='utf-8') as file:
@@ -548,14 +556,14 @@ def test_check_data_finds_every_bad_file(image_folder, parse, tmp_path, capsys, 
     splits = {'--eval': ['val'], '--disable_eval_during_finetuning': ['train']}.get(flags[0] if flags else '',
                                                                                     ['train', 'val'])
     expected = {path: reason for path, reason in expected.items() if path.split(os.sep)[-3] in splits}
-    count = sum(len(datasets.scan_classes(os.path.join(root, split))[1]) for split in splits)
+    count = sum(len(image_files.scan_classes(os.path.join(root, split))[1]) for split in splits)
     assert len(expected) >= 3 and count > 2 * len(expected) or '--eval' in flags
     results = []
     for workers in (0, 1, 3):
         out = str(tmp_path / ('out %d' % workers))
         with within(60):
-            found = bad_images.check_data(parse('--data_path', root, '--output_dir', out, *SMALL,
-                                                '--num_workers=%d' % workers, *flags))
+            found = check_data(parse('--data_path', root, '--output_dir', out, *SMALL, '--num_workers=%d' % workers,
+                                     *flags))
         told, progress = capsys.readouterr()
         told = told.splitlines()
         assert told[-1] == 'Checked %d images: %d cannot be read' % (count, found)
@@ -573,11 +581,11 @@ def test_check_data_knows_the_rule_of_small_inputs(sets, parse, tmp_path, capsys
     args, train, val = sets('--output_dir', str(tmp_path / 'out'))
     photo(1, 30, 32).save(val.samples[4][0])
     photo(1, 30, 32).save(train.samples[4][0])  # padding makes up for it
-    assert bad_images.check_data(args) == 1
+    assert check_data(args) == 1
     line, = lines_of(tmp_path / 'out')
     assert line.startswith(val.samples[4][0] + '\tit is 30x32; with --input_size')
     photo(1, 32, 32).save(val.samples[4][0])
-    assert bad_images.check_data(args) == 0
+    assert check_data(args) == 0
     assert lines_of(tmp_path / 'out') == [], 'the list is of what is bad now'
 
 
@@ -589,7 +597,7 @@ def test_a_worker_that_dies_is_no_end(sets, tmp_path, capsys, monkeypatch, worke
     deadly = [train.samples[1][0], train.samples[2][0], val.samples[11][0]]
     spoil(val.samples[0][0], 'text')
 
-    class Crashing(datasets.ImageFolder):
+    class Crashing(ImageFolder):
         def load(self, path):
             if path in deadly:
                 faulthandler.disable()  # pytest's; the tests' output isn't the place
@@ -597,7 +605,7 @@ def test_a_worker_that_dies_is_no_end(sets, tmp_path, capsys, monkeypatch, worke
             return super().load(path)
     monkeypatch.setattr(datasets, 'ImageFolder', Crashing)
     with within(60):
-        assert bad_images.check_data(args) == 4
+        assert check_data(args) == 4
     assert [line.split('\t')[0] for line in lines_of(tmp_path / 'out')] == deadly[:2] + [val.samples[0][0], deadly[2]]
     assert sum('died' in line for line in lines_of(tmp_path / 'out')) == 3
 
@@ -607,7 +615,7 @@ def test_a_worker_that_is_killed_takes_no_file_along(sets, tmp_path, monkeypatch
     args, train, _ = sets('--num_workers=2')
     flag = str(tmp_path / 'killed once')
 
-    class Once(datasets.ImageFolder):
+    class Once(ImageFolder):
         def load(self, path):
             if path == train.samples[5][0] and not os.path.exists(flag):
                 with open(flag, 'w', encoding='utf-8'):
@@ -615,14 +623,14 @@ def test_a_worker_that_is_killed_takes_no_file_along(sets, tmp_path, monkeypatch
             return super().load(path)
     monkeypatch.setattr(datasets, 'ImageFolder', Once)
     with within(60):
-        assert bad_images.check_data(args) == 0
+        assert check_data(args) == 0
     assert os.path.exists(flag)
 
 
 def test_check_data_counts_the_images_of_cifar(tmp_path, monkeypatch, parse, capsys):
     write_cifar(tmp_path, monkeypatch)
     args = parse('--data_set=CIFAR', '--data_path', str(tmp_path), *NANO)
-    assert bad_images.check_data(args) == 0
+    assert check_data(args) == 0
     assert capsys.readouterr().out.splitlines()[-1] == 'Checked 19 images: 0 cannot be read'
 
 
@@ -632,7 +640,7 @@ def test_there_is_a_progress_bar_on_a_terminal(sets, monkeypatch, capsys):
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('4H', 25, 100, 0, 0))
     with within(60), os.fdopen(theirs, 'w') as terminal:
         monkeypatch.setattr(sys, 'stderr', terminal)
-        bad_images.check_data(args)
+        check_data(args)
         terminal.flush()
         shown = ''
         while '24/24' not in shown:  # a terminal gives what it has, and may have the rest a moment later
@@ -647,7 +655,8 @@ def test_there_is_a_progress_bar_on_a_terminal(sets, monkeypatch, capsys):
 LOADING = '''
 import os, signal, sys, time
 sys.path.insert(0, %r)
-import torch, datasets
+import torch
+from loader import worker_init
 
 class Slow(torch.utils.data.Dataset):
     def __len__(self):
@@ -656,7 +665,7 @@ class Slow(torch.utils.data.Dataset):
         time.sleep(0.05)
         return torch.tensor(index)
 
-loader = torch.utils.data.DataLoader(Slow(), batch_size=2, num_workers=2, worker_init_fn=datasets.calm_worker)
+loader = torch.utils.data.DataLoader(Slow(), batch_size=2, num_workers=2, worker_init_fn=worker_init)
 batches = iter(loader)
 seen = next(batches).tolist()
 for number in (signal.SIGTERM, signal.SIGINT):
@@ -722,7 +731,8 @@ def test_workers_end_with_a_main_process_that_is_killed():
 HOOKED = '''
 import sys
 sys.path.insert(0, %r)
-import torch, datasets
+import torch
+from loader import worker_init
 
 class Failing(torch.utils.data.Dataset):
     def __len__(self):
@@ -732,7 +742,7 @@ class Failing(torch.utils.data.Dataset):
             sys.excepthook(type(error), error, None)
         return index
 
-print(len(list(torch.utils.data.DataLoader(Failing(), num_workers=1, worker_init_fn=datasets.calm_worker))))
+print(len(list(torch.utils.data.DataLoader(Failing(), num_workers=1, worker_init_fn=worker_init))))
 ''' % ROOT
 
 

@@ -16,7 +16,10 @@ from PIL import Image, features
 
 import augmentation
 import datasets
-from device_loader import BoxesToErase, DeviceLoader
+import image_files
+import locations
+from loader import Batch, EpochSampler, OrderedDistributedSampler, Samples, SeededSamples, collate
+from device_loader import PrefetchLoader, RandomErasingBoxes
 from errors import UserError
 from helpers import NANO, cannot_run, photo, write_cifar
 
@@ -41,13 +44,14 @@ def pixels_of(tensor):
 
 def transform_of(is_train, args):
     """What the program makes of a Pillow image: in a worker, and then on the device."""
-    erasing = BoxesToErase(args.reprob, args.recount) if is_train and args.reprob else None
-    finish = DeviceLoader(None, datasets.CPU, *augmentation.mean_and_std(args), remode=args.remode)
+    erasing = RandomErasingBoxes(args.reprob, args.recount) if is_train and args.reprob else None
+    evaluation = augmentation.EvalTransform.from_config(args)
+    finish = PrefetchLoader(None, torch.device('cpu'), evaluation.mean, evaluation.std, remode=args.remode)
     worker = augmentation.build_transform(is_train, args)
 
     def transform(image):
-        item = datasets.Samples([(worker(image), 0)], erasing=erasing)[0]
-        return finish.prepare(datasets.collate([item], args.input_size)).images[0]
+        item = Samples([(worker(image), 0)], erasing=erasing)[0]
+        return finish.prepare(collate([item], args.input_size)).images[0]
     return transform
 
 
@@ -183,7 +187,7 @@ def test_known_policies_pass_and_work(parse, policy):
 
 def assert_loads_as(path, expected, tolerance=0):
     """`load_image` gives 8-bit RGB with these pixels, (H, W, 3)."""
-    image = datasets.load_image(str(path))
+    image = image_files.load_image(str(path))
     assert image.mode == 'RGB'
     difference = np.abs(np.asarray(image).astype(np.int64) - np.asarray(expected).astype(np.int64))
     assert difference.shape == np.asarray(expected).shape and difference.max() <= tolerance
@@ -253,7 +257,7 @@ def test_sixteen_bit_greyscale_is_scaled_not_cut(tmp_path):
     deep.save(str(tmp_path / 'sixteen.png'))
     with Image.open(str(tmp_path / 'sixteen.png')) as written:
         assert written.mode.startswith('I')
-    assert_loads_as(tmp_path / 'sixteen.png', np.asarray(datasets.load_image(str(tmp_path / 'eight.png'))))
+    assert_loads_as(tmp_path / 'sixteen.png', np.asarray(image_files.load_image(str(tmp_path / 'eight.png'))))
     between = np.array([[0, 128, 129, 256, 32768, 65406, 65535]], dtype='<u2')  # half a step of 257 is 128.5
     Image.frombytes('I;16', (7, 1), between.tobytes()).save(str(tmp_path / 'between.png'))
     assert_loads_as(tmp_path / 'between.png', grey_as_rgb([[0, 0, 1, 1, 128, 254, 255]]))
@@ -299,7 +303,7 @@ def test_every_kind_goes_through_the_transforms(tmp_path, parse, suffix, mode):
     path = str(tmp_path / ('a' + suffix))
     photo(7, 60, 50).convert('L' if mode == 'LA' else 'RGB').convert(mode).save(path)
     for is_train in (False, True):
-        tensor = transform_of(is_train, parse('--input_size=48'))(datasets.load_image(path))
+        tensor = transform_of(is_train, parse('--input_size=48'))(image_files.load_image(path))
         assert tuple(tensor.shape) == (3, 48, 48)
 
 
@@ -324,13 +328,13 @@ def test_an_unreadable_image_is_named(tmp_path, how, suffix):
     path = str(tmp_path / ('my image' + suffix))
     damage(path, how)
     with pytest.raises(UserError) as caught:
-        datasets.load_image(path)
+        image_files.load_image(path)
     assert path in str(caught.value) and 'cannot be read' in str(caught.value) and '\n' not in str(caught.value)
 
 
 def test_a_vanished_image_is_named(tmp_path):
     with pytest.raises(UserError) as caught:
-        datasets.load_image(str(tmp_path / 'gone.png'))
+        image_files.load_image(str(tmp_path / 'gone.png'))
     assert str(tmp_path / 'gone.png') in str(caught.value)
 
 
@@ -381,8 +385,8 @@ def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):
         (root / 'b' / 'more').symlink_to(str(tmp_path / 'outside' / 'c'))
         (root / '10' / 'sister').symlink_to('../9')
     os.mkfifo(str(root / '9' / 'pipe.png'))
-    theirs = torchvision.datasets.DatasetFolder(str(root), None, datasets.EXTENSIONS)
-    classes, samples = datasets.scan_classes(str(root))[:2]
+    theirs = torchvision.datasets.DatasetFolder(str(root), None, image_files.EXTENSIONS)
+    classes, samples = image_files.scan_classes(str(root))[:2]
     assert samples == theirs.samples and classes == theirs.classes
     assert len(samples) >= 16 and len(classes) == 6
     listed = os.scandir
@@ -391,11 +395,11 @@ def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):
     def backwards(folder):
         with listed(folder) as entries:
             yield sorted(entries, key=lambda entry: entry.name, reverse=True)
-    monkeypatch.setattr(datasets.os, 'scandir', backwards)  # a file system gives its entries in any order
-    assert datasets.scan_classes(str(root))[:2] == (classes, samples)
+    monkeypatch.setattr(os, 'scandir', backwards)  # a file system gives its entries in any order
+    assert image_files.scan_classes(str(root))[:2] == (classes, samples)
     monkeypatch.undo()
-    assert datasets.scan_classes(str(root) + '/')[1] == torchvision.datasets.DatasetFolder(
-        str(root) + '/', None, datasets.EXTENSIONS).samples
+    assert image_files.scan_classes(str(root) + '/')[1] == torchvision.datasets.DatasetFolder(
+        str(root) + '/', None, image_files.EXTENSIONS).samples
 
 
 def test_train_and_val_must_name_the_same_classes(image_folder, parse):
@@ -440,7 +444,7 @@ def test_only_what_is_needed_is_read(image_folder, parse):
 def test_cifar(tmp_path, monkeypatch, parse, given):
     content = write_cifar(tmp_path, monkeypatch)
     args = parse('--data_set=CIFAR', '--data_path', os.path.join(str(tmp_path), given), *NANO)
-    datasets.check_paths(args)
+    locations.check_paths(args)
     train, val, classes = datasets.build_datasets(args)
     assert (len(train), len(val), len(classes)) == (12, 7, 100)
     for index in range(7):
@@ -467,7 +471,7 @@ def digits(tmp_path_factory):
     """Two folders, each written by itself."""
     root = tmp_path_factory.mktemp('digits')
     for name in ('first', 'second'):
-        datasets.write_digits(str(root / name))
+        locations.write_digits(str(root / name))
     return root
 
 
@@ -517,9 +521,9 @@ def test_digits_leave_nothing_half_made(digits, tmp_path, monkeypatch):
 
     def full(*_):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(datasets.os, 'rename', full)
+    monkeypatch.setattr(os, 'rename', full)
     with pytest.raises(OSError):
-        datasets.write_digits(str(tmp_path / 'digits'))
+        locations.write_digits(str(tmp_path / 'digits'))
     assert os.listdir(str(tmp_path)) == []
 
 
@@ -528,9 +532,9 @@ def test_digits_leave_nothing_half_made(digits, tmp_path, monkeypatch):
 @pytest.mark.parametrize('length, world, batch', [(96, 2, 8), (103, 4, 5), (119, 4, 5), (100, 8, 3), (7, 3, 2)])
 def test_processes_share_the_batches_of_one(length, world, batch):
     for epoch in (0, 3):
-        alone = datasets.EpochSampler(length, seed=5)
+        alone = EpochSampler(length, seed=5)
         alone.set_epoch(epoch)
-        together = [datasets.EpochSampler(length, rank, world, seed=5) for rank in range(world)]
+        together = [EpochSampler(length, rank, world, seed=5) for rank in range(world)]
         for sampler in together:
             sampler.set_epoch(epoch)
         shares = [list(sampler) for sampler in together]
@@ -544,7 +548,7 @@ def test_processes_share_the_batches_of_one(length, world, batch):
 
 
 def test_every_epoch_is_another_permutation():
-    sampler, orders = datasets.EpochSampler(50, seed=1), []
+    sampler, orders = EpochSampler(50, seed=1), []
     for epoch in range(6):
         sampler.set_epoch(epoch)
         keys = list(sampler)
@@ -553,7 +557,7 @@ def test_every_epoch_is_another_permutation():
         orders.append([key[1] for key in keys])
         assert sorted(orders[-1]) == list(range(50))
     assert len({tuple(order) for order in orders}) == 6
-    assert [index for _, index in datasets.EpochSampler(50, seed=2)] != orders[0]
+    assert [index for _, index in EpochSampler(50, seed=2)] != orders[0]
 
 
 class Keys(torch.utils.data.Dataset):
@@ -568,7 +572,7 @@ class Keys(torch.utils.data.Dataset):
 
 def test_order_does_not_depend_on_the_workers():
     def order(workers):
-        loader = torch.utils.data.DataLoader(Keys(), batch_size=8, sampler=datasets.EpochSampler(40, seed=3),
+        loader = torch.utils.data.DataLoader(Keys(), batch_size=8, sampler=EpochSampler(40, seed=3),
                                              num_workers=workers)
         return torch.cat(list(loader)).tolist()
     assert order(0) == order(1) == order(2)
@@ -577,7 +581,7 @@ def test_order_does_not_depend_on_the_workers():
 @pytest.mark.parametrize('world', [1, 2, 3, 8])
 def test_exact_shards_hold_every_index_once(world):
     for length in range(21):
-        shards = [datasets.ExactShard(length, rank, world) for rank in range(world)]
+        shards = [OrderedDistributedSampler(length, rank, world) for rank in range(world)]
         assert sorted(index for shard in shards for index in shard) == list(range(length))
         assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
         assert max(map(len, shards)) - min(map(len, shards)) <= 1
@@ -592,7 +596,7 @@ def test_loaders_have_the_reference_batches(image_folder, parse, workers):
     assert [len(batch.targets) for batch in batches] == [4] * 5  # the last two of 22 are dropped
     assert [len(batch.targets) for batch in val_loader] == [6, 6, 2]  # 1.5 times 4, and nothing dropped
     for part, batch in [(train, batch) for batch in batches] + [(val, batch) for batch in val_loader]:
-        assert isinstance(batch, datasets.Batch) and batch.unreadable == []
+        assert isinstance(batch, Batch) and batch.unreadable == []
         assert batch.images.dtype == torch.float32 and batch.images.shape[1:] == (3, 32, 32)
         assert batch.targets.dtype == batch.indices.dtype == torch.int64
         assert batch.targets.tolist() == [part.samples[index][1] for index in batch.indices]
@@ -605,9 +609,9 @@ def test_loaders_have_the_reference_batches(image_folder, parse, workers):
 
 def loader_of(dataset, batch_size, rank=0, world=1, workers=0):
     return torch.utils.data.DataLoader(
-        datasets.SeededSamples(dataset, seed=4), batch_size=batch_size, drop_last=True, num_workers=workers,
-        sampler=datasets.EpochSampler(len(dataset), rank, world, seed=4),
-        collate_fn=functools.partial(datasets.collate, size=32))
+        SeededSamples(dataset, seed=4), batch_size=batch_size, drop_last=True, num_workers=workers,
+        sampler=EpochSampler(len(dataset), rank, world, seed=4),
+        collate_fn=functools.partial(collate, size=32))
 
 
 @pytest.mark.parametrize('world', [1, 2])
@@ -630,7 +634,7 @@ def test_the_rest_of_an_epoch_is_that_of_the_whole(image_folder, parse, world, d
 
 
 def test_nothing_is_left_behind_the_end_of_an_epoch():
-    sampler = datasets.EpochSampler(10, 0, 2)
+    sampler = EpochSampler(10, 0, 2)
     for start in (5, 6, 100):
         sampler.set_epoch(1, start)
         assert len(sampler) == 0 and list(sampler) == []
@@ -642,7 +646,7 @@ def test_an_update_has_the_same_images_on_other_numbers_of_processes(length):
     def updates(world, batch, accumulated):
         shares = []
         for rank in range(world):
-            sampler = datasets.EpochSampler(length, rank, world, seed=9)
+            sampler = EpochSampler(length, rank, world, seed=9)
             sampler.set_epoch(5, start=3 * batch * accumulated)
             shares.append([index for _, index in sampler])
         share = batch * accumulated
@@ -689,16 +693,16 @@ def test_samples_do_not_depend_on_the_workers(image_folder, parse, size):
 def test_an_image_is_augmented_afresh_in_every_epoch(image_folder, parse):
     args = parse('--data_path', image_folder(), *NANO)
     train = datasets.build_datasets(args)[0]
-    samples = datasets.SeededSamples(train, seed=0)
+    samples = SeededSamples(train, seed=0)
     versions = [samples[epoch, 5][0] for epoch in range(8)]
     assert len({image.numpy().tobytes() for image in versions}) == 8
     assert torch.equal(samples[3, 5][0], versions[3])
-    assert not torch.equal(datasets.SeededSamples(train, seed=1)[3, 5][0], versions[3])
+    assert not torch.equal(SeededSamples(train, seed=1)[3, 5][0], versions[3])
 
 
 def test_the_main_process_keeps_its_random_numbers(image_folder, parse):
     args = parse('--data_path', image_folder(), *NANO)
-    samples = datasets.SeededSamples(datasets.build_datasets(args)[0])
+    samples = SeededSamples(datasets.build_datasets(args)[0])
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)

@@ -22,7 +22,8 @@ import time
 import pytest
 
 import checkpoint
-import datasets
+import image_dataset
+import loader
 from helpers import LONG, ROOT, RUN, all_end, cannot_run, ends, free_port, has_proc, launcher, lines_of, marked
 
 SECONDS = 5  # --dist_timeout, where something hangs
@@ -232,10 +233,10 @@ def set_schedules(optimizer, update_step, *values, then=engine.set_schedules):
     return act() if update_step == 2 else then(optimizer, update_step, *values)
 engine.set_schedules = set_schedules""",
     'evaluating': """import datasets
-def indices(self, then=datasets.ExactShard.__iter__, first=[0]):
+def indices(self, then=datasets.OrderedDistributedSampler.__iter__, first=[0]):
     first.pop() if first else act()
     return then(self)
-datasets.ExactShard.__iter__ = indices""",
+datasets.OrderedDistributedSampler.__iter__ = indices""",
     'saving': """import watchdog
 def enter(stage, then=watchdog.enter, first=['saving a checkpoint']):
     then(stage)
@@ -383,7 +384,7 @@ def errors(ended):
 
 
 NOT_A_NUMBER = """import datasets, device_loader
-def prepare(self, batch, then=device_loader.DeviceLoader.prepare, batches=[]):
+def prepare(self, batch, then=device_loader.PrefetchLoader.prepare, batches=[]):
     batch = then(self, batch)
     if isinstance(self.dataset, datasets.SeededSamples):  # training
         batches.append(batch)
@@ -394,7 +395,7 @@ def prepare(self, batch, then=device_loader.DeviceLoader.prepare, batches=[]):
             for index in batch.indices[5:7].tolist():
                 file.write(self.dataset.dataset.samples[index][0] + '\\n')
     return batch
-device_loader.DeviceLoader.prepare = prepare"""
+device_loader.PrefetchLoader.prepare = prepare"""
 
 
 def test_a_loss_is_not_finite(job, data, tmp_path):
@@ -425,9 +426,9 @@ def spoilt(image_folder):
     """spoilt(3): (a data folder in which the first 3 files that process 1 of 2 reads are bad, their paths)."""
     def make(count):
         root = image_folder(name='data with %d bad' % count)
-        sampler = datasets.EpochSampler(32, 1, 2, seed=0)
+        sampler = loader.EpochSampler(32, 1, 2, seed=0)
         sampler.set_epoch(0)
-        samples = datasets.ImageFolder(os.path.join(root, 'train')).samples
+        samples = image_dataset.ImageFolder(os.path.join(root, 'train')).samples
         paths = [samples[index][0] for _, index in itertools.islice(sampler, count)]
         for path in paths:
             with open(path, 'wb') as file:

@@ -117,7 +117,7 @@ images, targets = torch.randn(41, 3, 32, 32), torch.randint(0, 7, (41,))
 results = []
 for leftover in range(18):
     data = [(images[index], int(targets[index])) for index in range(24 + leftover)]
-    shard = datasets.ExactShard(len(data), distributed.rank(), distributed.world_size())
+    shard = datasets.OrderedDistributedSampler(len(data), distributed.rank(), distributed.world_size())
     loader = torch.utils.data.DataLoader(data, batch_size=6, sampler=shard)
     stats = engine.evaluate(loader, model, device, sharded=True)
     results.append([stats['images'], repr(stats['acc1']), repr(stats['acc5']), repr(stats['loss'])])

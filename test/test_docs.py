@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import average_checkpoints
-import datasets
+import locations
 from helpers import ROOT, needs_extra
 import run_class_finetuning
 import run_export
@@ -54,7 +54,7 @@ def example(tmp_path_factory):
     folder, outputs = tmp_path_factory.mktemp('example'), []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(str(folder))
-        patch.setattr(datasets, '__file__', str(folder / 'datasets.py'))  # data/ lies beside it
+        patch.setattr(locations, 'project_root', lambda: str(folder))
         yield folder, outputs
 
 

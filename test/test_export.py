@@ -207,7 +207,7 @@ def test_hugging_face_sees_the_same_pixels(flags, parse, tmp_path):
     from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     args = parse('--input_size', '48', *flags)
-    about = networks.Trained(None, [], augmentation.preprocessing(args), args, '')
+    about = networks.Trained(None, [], augmentation.EvalTransform.from_config(args), args, '')
     (tmp_path / 'preprocessor_config.json').write_bytes(run_export._json(run_export.huggingface_preprocessor(about)))
     half = [0.5] * 3
     mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if 'imagenet' in str(flags) else (half, half)

@@ -28,7 +28,7 @@ import time
 import pytest
 import torch
 
-import datasets
+import locations
 import distributed
 from helpers import NANO, ROOT, cannot_run, free_port, only_with
 import preemption
@@ -437,7 +437,7 @@ def server():
 def digits(tmp_path_factory):
     """10 training and 4 validation images of each digit."""
     root = str(tmp_path_factory.mktemp('digits') / 'digits')
-    datasets.write_digits(root)
+    locations.write_digits(root)
     for split, count in (('train', 10), ('val', 4)):
         for folder in os.listdir(os.path.join(root, split)):
             for name in sorted(os.listdir(os.path.join(root, split, folder)))[count:]:
@@ -627,7 +627,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(life, unbroken, moment):
         kill_workers(running)
 
     assert {'loading': lambda: run.attempt(strike=strike),
-            'an image': lambda: run.attempt(dies('datasets.load_image', r'train/.*/\d+\.png', nth=30)),
+            'an image': lambda: run.attempt(dies('augmentation.load_image', r'train/.*/\d+\.png', nth=30)),
             'a save': lambda: run.attempt(dict(dies('os.fsync', r'checkpoint-0-step5'), do='worker')),
             'a log line': lambda: run.attempt(dict(dies('pilot.RunPilot.between_updates', nth=8), do='worker')),
             }[moment]()
@@ -665,10 +665,10 @@ class Chance:
             ('os.replace', 'after'), ('os.remove', 'before'), ('os.remove', 'after'), ('checkpoint.save', 'before'),
             ('checkpoint.save', 'after'), ('utils.append_log', 'after'), ('engine_for_finetuning.evaluate', 'before'),
             ('engine_for_finetuning.evaluate', 'after'), ('precision.StepScaler._finish', 'after'),
-            ('pilot.RunPilot.vote', 'before'), ('pilot.RunPilot.vote', 'after'), ('datasets.load_image', 'before')])
+            ('pilot.RunPilot.vote', 'before'), ('pilot.RunPilot.vote', 'after'), ('augmentation.load_image', 'before')])
         path = r'out/[^/]*$' if call in ('os.fsync', 'os.replace', 'os.remove') else ''
         path = path.replace('*', '+') if when == 'half' else path
-        nth = self.rng.randint(1, 150 if call == 'datasets.load_image' else 5)
+        nth = self.rng.randint(1, 150 if call == 'augmentation.load_image' else 5)
         number = self.rng.choice([KILL, KILL, KILL, TERM])
         if when == 'half':
             number = KILL  # a run that lives on would take the half for a whole file: no kill does that

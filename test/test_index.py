@@ -18,6 +18,7 @@ import pytest
 
 import bad_images
 import datasets
+import image_dataset
 import distributed
 from helpers import NANO, ROOT, RUN, as_nobody, free_port, photo
 import image_files
@@ -76,7 +77,7 @@ def tree(tmp_path):
 
 
 def start(root, output_dir=''):
-    return datasets.ImageFolder(root, index=index_cache.Index(output_dir))
+    return image_dataset.ImageFolder(root, index=index_cache.Index(output_dir))
 
 
 def assert_same(found, root):
@@ -527,11 +528,11 @@ def test_training_and_validation_have_an_index_each_and_a_run_uses_them(image_fo
     assert run_class_finetuning.run(base) == 0
     assert scans == [data + '/train', data + '/val'] and len(glob.glob(data + '/.beit-index-*')) == 2
     assert run_class_finetuning.run(base + ['--eval', '--resume=' + output, '--output_dir=%s' % (tmp_path / 'no')]) == 0
-    assert bad_images.check_data(parse('--data_path=' + data, *NANO)) == 0
+    assert bad_images.check_data(datasets.build_datasets(parse('--data_path=' + data, *NANO))[:2], 0, '') == 0
     assert len(scans) == 2 and not list(tmp_path.glob('no/.beit-index*'))
     photo(1, 32, 32).save(data + '/val/cat/new.png')
     capsys.readouterr()
-    assert bad_images.check_data(parse('--data_path=' + data, *NANO)) == 0
+    assert bad_images.check_data(datasets.build_datasets(parse('--data_path=' + data, *NANO))[:2], 0, '') == 0
     out = capsys.readouterr().out
     assert 'since %s/val/cat changed' % data in out and 'Checked 45 images' in out and len(scans) == 3
 
@@ -541,7 +542,7 @@ def test_training_and_validation_have_an_index_each_and_a_run_uses_them(image_fo
 SEVERAL = '''
 import argparse, json, os, sys
 sys.path.insert(0, %r)
-import datasets, distributed, image_files, index_cache
+import distributed, image_dataset, image_files, index_cache
 from errors import UserError
 args = argparse.Namespace(device='cpu', dist_on_itp=False, local_rank=-1, dist_url='env://', dist_timeout=60.)
 device = distributed.init_distributed_mode(args)
@@ -555,7 +556,7 @@ for root in sys.argv[1:]:
     for distributed.BLOCK in (64, 1 << 26):
         scans.clear()
         try:
-            found = datasets.ImageFolder(root, index=index_cache.Index('', device))
+            found = image_dataset.ImageFolder(root, index=index_cache.Index('', device))
             result = [found.classes, list(found.samples)]
         except UserError as error:
             result = str(error)

@@ -27,10 +27,11 @@ import datasets
 import device_loader
 import errors
 import fast_images
+from loader import Sample, collate
 from helpers import only_with, photo
 import image_files
 import rand_augment
-from device_loader import BoxesToErase, DeviceLoader
+from device_loader import PrefetchLoader, RandomErasingBoxes
 from errors import UserError
 
 PERSISTENT = 'persistent_workers' in inspect.signature(torch.utils.data.DataLoader.__init__).parameters
@@ -114,9 +115,9 @@ def test_every_byte_becomes_the_number_that_torchvision_makes_of_it():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = np.stack((ramp, ramp[::-1], ramp.T), axis=2)
     oracle = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
-    batch = datasets.collate([datasets.Sample(torch.from_numpy(image.copy()), 0, 0)], 16)
+    batch = collate([Sample(torch.from_numpy(image.copy()), 0, 0)], 16)
     assert batch.images.dtype == torch.uint8 and batch.images.shape == (1, 3, 16, 16)
-    assert torch.equal(DeviceLoader(None, CPU, mean, std).prepare(batch).images[0], oracle(Image.fromarray(image)))
+    assert torch.equal(PrefetchLoader(None, CPU, mean, std).prepare(batch).images[0], oracle(Image.fromarray(image)))
 
 
 # ---- erasing
@@ -124,7 +125,7 @@ def test_every_byte_becomes_the_number_that_torchvision_makes_of_it():
 @pytest.mark.parametrize('most', [1, 3])
 def test_the_boxes_are_timms(most):
     theirs = RandomErasing(0.5, mode='const', max_count=most, device='cpu')
-    ours, erased = BoxesToErase(0.5, most), 0
+    ours, erased = RandomErasingBoxes(0.5, most), 0
     for seed in range(400):
         random.seed(seed)
         expected = theirs(torch.ones(3, 40, 56))
@@ -139,10 +140,10 @@ def test_the_boxes_are_timms(most):
 
 def erased_by(mode, images):
     """What erasing the same box of 40x40 writes into so many images: (images, 3, 40, 40)."""
-    loader = DeviceLoader(None, CPU, (0.5,) * 3, (0.5,) * 3, remode=mode)
+    loader = PrefetchLoader(None, CPU, (0.5,) * 3, (0.5,) * 3, remode=mode)
     black = torch.zeros(48, 48, 3, dtype=torch.uint8)
-    items = [datasets.Sample(black, 0, index, (index, [(2, 3, 40, 40)])) for index in range(images)]
-    result = loader.prepare(datasets.collate(items, 48))
+    items = [Sample(black, 0, index, (index, [(2, 3, 40, 40)])) for index in range(images)]
+    result = loader.prepare(collate(items, 48))
     assert result.erasing == []
     inside = result.images[:, :, 2:42, 3:43].clone()
     result.images[:, :, 2:42, 3:43] = -1
@@ -344,13 +345,13 @@ def test_the_devices_operations_are_pillows(name):
     pictures = [np.uint8(generator.randint(low, high, (40, 56, 3))) for low, high in ((0, 256), (40, 90), (200, 256))]
     pictures += [np.full((40, 56, 3), 77, np.uint8), np.uint8(np.arange(40 * 56 * 3).reshape(40, 56, 3) // 27)]
     flip = transforms.RandomHorizontalFlip(0.)
-    theirs, draw = one_operation(name), rand_augment.Draw(flip, one_operation(name))
+    theirs, draw = one_operation(name), rand_augment.DeferredRandAugment(flip, one_operation(name))
     random.seed(1)
     expected = np.stack([np.array(theirs(Image.fromarray(picture))) for picture in pictures])
     random.seed(1)
     drawn = [draw(torch.from_numpy(picture).permute(2, 0, 1)) for picture in pictures]
     images = torch.stack([each.image for each in drawn]).permute(0, 3, 1, 2).contiguous()
-    rand_augment.carry_out(images, rand_augment.pack(drawn))
+    rand_augment.apply(images, rand_augment.collate_ops(drawn))
     assert (expected != np.stack(pictures)).any()
     differ = np.abs(images.permute(0, 2, 3, 1).numpy().astype(int) - expected)
     rounds = name.startswith(('Rotate', 'Shear', 'Translate', 'AutoContrast'))  # in float32 here, in float64 there
@@ -370,19 +371,19 @@ def test_operations_are_carried_out_in_their_order(monkeypatch):
             random.seed(3)
             pillow = one_operation(name)(pillow)
             random.seed(3)
-            draw = rand_augment.Draw(flip, one_operation(name))
+            draw = rand_augment.DeferredRandAugment(flip, one_operation(name))
             operations += draw(torch.from_numpy(image).permute(2, 0, 1)).operations
         expected.append(np.array(pillow))
-        drawn.append(rand_augment.Drawn(torch.from_numpy(image), True, operations))
+        drawn.append(rand_augment.DeferredImage(torch.from_numpy(image), True, operations))
     images = torch.from_numpy(picture).permute(0, 3, 1, 2).contiguous()
-    rand_augment.carry_out(images, rand_augment.pack(drawn))
+    rand_augment.apply(images, rand_augment.collate_ops(drawn))
     assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack(expected))
 
 
 @needs_fast
 def test_fast_leaves_a_policy_that_the_device_does_not_know_to_the_worker(loaders):
     steps = loaders('--data_backend=fast', '--aa=augmix-m3-w3')[0].dataset.dataset.transform.transforms
-    assert not any(isinstance(step, rand_augment.Draw) for step in steps)
+    assert not any(isinstance(step, rand_augment.DeferredRandAugment) for step in steps)
     assert len(samples_of(loaders('--data_backend=fast', '--aa=augmix-m3-w3')[0])) == 12
 
 

@@ -17,6 +17,7 @@ import checkpoint
 import criteria
 import datasets
 import engine_for_finetuning as engine
+from loader import Batch
 from helpers import RUN, Batches, launch, lines_of, only_with, photo
 import run_class_finetuning
 import scores
@@ -236,7 +237,7 @@ def test_mean_average_precision_is_scikit_learns():
     targets[:, 3] = 0.  # a class without a positive is not counted
     images = torch.randn(40, 3, 32, 32)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 5))
-    loader = Batches([datasets.Batch(images[part], targets[part], torch.arange(40)[part], [])
+    loader = Batches([Batch(images[part], targets[part], torch.arange(40)[part], [])
                       for part in (slice(20, 40), slice(0, 20))])
     stats = engine.evaluate(loader, model, CPU, scores=[scores.MeanAveragePrecision()])
     outputs = model(images).detach()

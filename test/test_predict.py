@@ -543,16 +543,16 @@ def test_a_large_folder_begins_at_once_and_is_never_held(tmp_path, monkeypatch):
 
 def test_the_stream_is_shared_out_and_its_images_are_read_as_they_are_asked_for(tmp_path):
     make_tree(tmp_path, ['%02d.jpg' % number for number in range(11)])
-    shares = [image_stream.ImageStream([str(tmp_path)], (), rank, 3) for rank in range(3)]
+    shares = [image_stream.PathSampler([str(tmp_path)], (), rank, 3) for rank in range(3)]
     taken = [list(share) for share in shares]
     assert sorted(itertools.chain(*taken)) == list(enumerate(sorted(
         os.path.join(str(tmp_path), name) for name in os.listdir(str(tmp_path)))))
     assert [[number for number, _ in share] for share in taken] == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8]]
     assert shares[0].state == shares[1].state == shares[2].state
-    other = image_stream.ImageStream([str(tmp_path)] * 2)
+    other = image_stream.PathSampler([str(tmp_path)] * 2)
     assert len(list(other)) == 22 and other.state != shares[0].state
     assert shares[1].take(2) == taken[1][:2] and shares[1].take(2) == taken[1][2:]
-    assert image_stream.ImageStream([str(tmp_path)]).first(5) == 5
+    assert image_stream.PathSampler([str(tmp_path)]).first(5) == 5
 
 
 def test_results_of_a_long_stream_are_not_kept(large, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ import config_file
 import datasets
 import distributed
 import engine_for_finetuning as engine
+from loader import Batch
 from helpers import ROOT, RUN, needs_extra, only_with, photo, summaries
 import networks
 import report
@@ -339,7 +340,7 @@ def some_outputs(images=200, classes=7):
 def collected(parts, classes=7):
     predictions = Predictions(classes)
     for indices, targets, _, output, _ in parts:
-        predictions.add(datasets.Batch(None, targets, indices, []), output)
+        predictions.add(Batch(None, targets, indices, []), output)
     return predictions
 
 
@@ -385,7 +386,7 @@ def test_predictions_of_several_processes_are_those_of_one(monkeypatch):
 def test_an_evaluation_gives_the_same_figures_with_predictions(monkeypatch):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 7))
-    batches = [datasets.Batch(torch.randn(5, 3, 2, 2), torch.randint(0, 7, (5,)), torch.arange(5) + 5 * number, [])
+    batches = [Batch(torch.randn(5, 3, 2, 2), torch.randint(0, 7, (5,)), torch.arange(5) + 5 * number, [])
                for number in range(4)]
     predictions = Predictions(7)
     with_them = engine.evaluate(batches, model, torch.device('cpu'), scores=[predictions])
