@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import json
 import math
 import os
 import random
@@ -18,10 +19,12 @@ import augmentation
 import datasets
 import image_files
 import locations
-from loader import Batch, EpochSampler, OrderedDistributedSampler, Samples, SeededSamples, collate
+from config import TransformConfig
 from device_loader import PrefetchLoader, RandomErasingBoxes
 from errors import UserError
+from flags import config_from
 from helpers import NANO, cannot_run, photo, write_cifar
+from loader import Batch, EpochSampler, OrderedDistributedSampler, Samples, SeededSamples, collate
 
 RGB = (200, 30, 90)
 PLAIN = ('--aa=none', '--color_jitter=0', '--reprob=0')  # a training transform with crops and mirroring only
@@ -56,6 +59,22 @@ def transform_of(is_train, args):
 
 
 # ---- the evaluation transform
+
+@pytest.mark.parametrize('flags, size, shorter_side, crop_pct', [
+    ((), 224, 256, 0.875), (('--input_size=384',), 384, 384, 1.), (('--input_size=32',), 32, 32, 1.),
+    (('--input_size=48', '--crop_pct=0.9', '--imagenet_default_mean_and_std'), 48, 53, 0.9)])
+def test_what_evaluation_does_survives_its_words(flags, size, shorter_side, crop_pct, parse):
+    evaluation = augmentation.EvalTransform.from_config(config_from(parse(*flags), TransformConfig))
+    assert (evaluation.input_size, evaluation.shorter_side, evaluation.crop_pct) == (size, shorter_side, crop_pct)
+    assert evaluation.is_imagenet_normalized == ('--imagenet_default_mean_and_std' in flags)
+    words = json.loads(json.dumps(evaluation.to_timm()))
+    assert augmentation.EvalTransform.from_timm(words) == evaluation
+    assert evaluation.fits(size, size) and evaluation.fits(size, size + 1) == (size > 32)
+    for name, value in (('input_size', [3, size, size + 1]), ('input_size', [3, 1e9, 1e9]), ('crop_pct', 0),
+                        ('crop_pct', float('nan')), ('mean', None)):
+        with pytest.raises((ValueError, TypeError, LookupError)):
+            augmentation.EvalTransform.from_timm(dict(words, **{name: value}))
+
 
 def test_evaluation_transform_gives_the_recorded_pixels(golden, parse):
     recorded = golden('eval_transform.npz')
