@@ -31,9 +31,10 @@ import manifests
 import rand_augment
 import splits
 from augmentation import SMALL_INPUT, build_transform, is_fast, mean_and_std, small_input_rule
+from class_folders import EXTENSIONS, scan_classes
+from decode import UnreadableImage, load_image
 from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError, printable, unknown
-from image_files import EXTENSIONS, UnreadableImage, load_image, scan_classes
 
 DATA_SETS = ('CIFAR', 'IMNET', 'image_folder')
 CPU = torch.device('cpu')
@@ -84,19 +85,18 @@ class ImageFolder(Images):
     """Class folders of images; the classes are the folders' names in sorted order.
 
     Args:
-        index (index_cache.Index): knows the files from an earlier start; None looks for them.
+        scan (function): gives the `FolderScan` of root.
 
     Raises:
         UserError: the folder is missing, has no class folders, or one of them has no image.
     """
 
-    def __init__(self, root, transform=None, flag='--data_path', fits=None, index=None, read=load_image):
+    def __init__(self, root, transform=None, flag='--data_path', fits=None, read=load_image, scan=scan_classes):
         shown = printable(root)
         if not os.path.isdir(root):
             raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
-        self.index = index
-        tree = scan_classes(root) if index is None else index.find(root)
-        super().__init__(tree.samples, tree.classes, transform, fits, read)
+        found = scan(root)
+        super().__init__(found.samples, found.classes, transform, fits, read)
         if not self.classes:
             raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
                             % (flag, shown))
@@ -283,8 +283,8 @@ def build_dataset(is_train, args, device=None, classes=None, multi_label=None):
         dataset = Images(*read_manifest(is_train, args, device, classes, multi_label), **seen)
         return dataset, dataset.classes
     flag, root = split_root(is_train, args)
-    index = index_cache.Index(args.output_dir, device) if args.index_cache else None
-    dataset = ImageFolder(root, flag=flag, index=index, **seen)
+    scan = functools.partial(index_cache.load_or_scan, device=device) if args.index_cache else scan_classes
+    dataset = ImageFolder(root, flag=flag, scan=scan, **seen)
     return dataset, dataset.classes
 
 

@@ -34,10 +34,10 @@ import preemption
 import safe_files
 import utils
 import watchdog
+from class_folders import is_image_name
 from device_loader import DeviceLoader
 from errors import UserError, printable
 from flags import OneLineParser, add_meeting, number, positive, switch
-from image_files import is_image_name
 from image_stream import ImageStream, Pictures, check_inputs, common_folder
 from networks import open_trained
 

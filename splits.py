@@ -16,7 +16,7 @@ class Chosen(collections.abc.Sequence):
     """Some of a data set's samples, in order. What it doesn't know itself it asks of them.
 
     Args:
-        samples: `image_files.ImageList` or `manifests.Manifest`.
+        samples: `class_folders.ImageList` or `manifests.Manifest`.
         places (array of int): into `samples`.
     """
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -19,6 +20,13 @@ EMULATOR = os.path.join(TEST_DIR, 'npu_emulator')
 sys.path.insert(0, ROOT)
 
 import run_class_finetuning  # noqa: E402
+
+# Indexes of the tests' folders don't belong into the user's cache. What takes long to fetch or make again stays there.
+_caches = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+os.environ.setdefault('TORCH_NPU_WHEELS', os.path.join(_caches, 'beit_torch_npu_wheels'))
+os.environ.setdefault('MPLCONFIGDIR', os.path.join(_caches, 'matplotlib'))
+_own_cache = tempfile.TemporaryDirectory()
+os.environ['XDG_CACHE_HOME'] = _own_cache.name
 
 collect_ignore = ['npu_emulator']  # its tests run in a process of their own, where torch_npu is the emulator
 
