@@ -20,8 +20,8 @@ from torchvision import transforms
 import fast_images
 import rand_augment
 from config import MixupConfig, TransformConfig
+from decode import load_image
 from errors import UserError, unknown
-from image_files import load_image
 from modeling_finetune import INPUT_MEAN, INPUT_STD
 
 try:

@@ -9,9 +9,9 @@ from typing import Any, Iterable, Optional, Sequence, Tuple
 
 import distributed
 import safe_files
+from decode import UnreadableImage
 from errors import UserError, printable
 from image_dataset import image_name
-from image_files import UnreadableImage
 
 LIST = 'bad_images.txt'
 FILES_AT_ONCE = 16  # that one process of check_data takes

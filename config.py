@@ -25,7 +25,6 @@ class DataConfig:
     eval: bool = False  # no training set is needed
     disable_eval_during_finetuning: bool = False
     check_data: bool = False
-    output_dir: str = ''  # may keep the folder index
 
 
 @dataclasses.dataclass(frozen=True)

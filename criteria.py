@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
+from decode import open_file
 from errors import UserError, nearest, printable
-from image_files import open_file
 
 LOSSES = ('auto', 'ce', 'bce')
 

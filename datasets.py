@@ -4,6 +4,7 @@ A `config` may be any object with these attributes, such as the parsed flags.
 """
 
 import contextlib
+import functools
 from typing import Any, List, Optional, Tuple
 
 import numpy as np
@@ -16,11 +17,12 @@ import locations
 import manifests
 import splits
 from augmentation import EvalTransform, build_transform, image_reader, is_fast, small_input_rule
+from class_folders import scan_classes
 from config import DataConfig, InputConfig
+from decode import UnreadableImage
 from device_loader import PrefetchLoader, RandomErasingBoxes
 from errors import UserError, printable
 from image_dataset import ImageDataset, ImageFolder, label_source
-from image_files import UnreadableImage
 from loader import EpochSampler, OrderedDistributedSampler, Samples, SeededSamples, loader_kwargs
 
 
@@ -52,8 +54,8 @@ def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.de
         dataset = ImageDataset(*read_manifest(is_train, config, device, classes, multi_label), **reading)
         return dataset, dataset.classes
     flag, root = locations.split_root(is_train, config)
-    index = index_cache.Index(config.output_dir, device) if config.index_cache else None
-    dataset = ImageFolder(root, flag=flag, index=index, **reading)
+    scan = functools.partial(index_cache.load_or_scan, device=device) if config.index_cache else scan_classes
+    dataset = ImageFolder(root, flag=flag, scan=scan, **reading)
     return dataset, dataset.classes
 
 

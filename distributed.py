@@ -289,10 +289,10 @@ ALIVE_SECONDS = 0.3  # between two signs of life; less than any --dist_timeout
 BLOCK = 1 << 26  # bytes that are sent at once; they go as int32, which HCCL surely knows
 
 
-def from_first(make, device):
-    """What `make` gives on the first process, bytes, on every one; or the `UserError` that it raises there.
+def broadcast_from_main(make, device):
+    """Return on every process the bytes that `make` returns on the main one, or raise the `UserError` of there.
 
-    It may take long. It is given a function to call now and then, so that the first process isn't taken for hung.
+    `make` may take long. Its argument is a function to call now and then, so that the process isn't taken for hung.
 
     Args:
         device (torch.device or None): None for each process to make its own.
@@ -300,40 +300,40 @@ def from_first(make, device):
     if world_size() == 1 or device is None:
         return make(lambda: None)
 
-    def tell(data):
+    def broadcast(data):
         with waiting():
             dist.broadcast(data, 0)
         return data
 
     if not is_main_process():
-        word = [1, 0, 0]
-        while word[0]:
-            word = tell(torch.zeros(3, dtype=torch.int64, device=device)).tolist()
-        _, failed, length = word
-        blocks = [tell(torch.zeros(min(BLOCK, length - start) + 3 >> 2, dtype=torch.int32, device=device)).cpu().numpy()
+        message = [1, 0, 0]  # whether it is a sign of life only, whether there was an error, the length
+        while message[0]:
+            message = broadcast(torch.zeros(3, dtype=torch.int64, device=device)).tolist()
+        _, failed, length = message
+        blocks = [torch.zeros(min(BLOCK, length - start) + 3 >> 2, dtype=torch.int32, device=device)
                   for start in range(0, length, BLOCK)]
-        data = b''.join(block.tobytes() for block in blocks)[:length]
+        data = b''.join(broadcast(block).cpu().numpy().tobytes() for block in blocks)[:length]
         if failed:
             raise UserError(data.decode())
         return data
 
-    told = time.monotonic()
+    last_sent = time.monotonic()
 
-    def alive():
-        nonlocal told
-        if time.monotonic() - told > ALIVE_SECONDS:
-            tell(torch.tensor([1, 0, 0], dtype=torch.int64, device=device))
-            told = time.monotonic()
+    def keep_alive():
+        nonlocal last_sent
+        if time.monotonic() - last_sent > ALIVE_SECONDS:
+            broadcast(torch.tensor([1, 0, 0], dtype=torch.int64, device=device))
+            last_sent = time.monotonic()
 
     error = None
     try:
-        data = make(alive)
+        data = make(keep_alive)
     except UserError as caught:
         error, data = caught, str(caught).encode('utf-8', 'backslashreplace')
-    tell(torch.tensor([0, error is not None, len(data)], dtype=torch.int64, device=device))
+    broadcast(torch.tensor([0, error is not None, len(data)], dtype=torch.int64, device=device))
     for start in range(0, len(data), BLOCK):
         block = np.frombuffer(data[start:start + BLOCK].ljust(min(BLOCK, len(data) - start) + 3 & ~3, b'\0'), np.int32)
-        tell(torch.from_numpy(block.copy()).clone().to(device))  # see `gather`
+        broadcast(torch.from_numpy(block.copy()).clone().to(device))  # see `gather`
     if error is not None:
         raise error
     return data

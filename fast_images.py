@@ -12,8 +12,8 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
+from decode import load_image, open_file
 from errors import UserError
-from image_files import load_image, open_file
 
 try:
     from torchvision.io import decode_jpeg

@@ -332,7 +332,7 @@ def build_parser(description=__doc__):
     add('--bad_images', default='error', choices=('error', 'skip'),
         help='a file that cannot be read: error, or skip: leave out and list it (error)')
     add('--max_bad_images', default=0.001, type=share, help='with skip, the share of bad files to stop at (0.001)')
-    switch(data, 'index_cache', True, 'keep the list of files for the next start')
+    switch(data, 'index_cache', True, 'keep the list of image files in the user\'s cache for the next start')
     switch(data, 'check_data', False, 'decode every image, report those that cannot be read, and stop')
 
     output = parser.add_argument_group('output')

@@ -10,8 +10,9 @@ import torch
 
 import splits
 from augmentation import SMALL_INPUT
+from class_folders import EXTENSIONS, scan_classes
+from decode import load_image
 from errors import UserError, printable
-from image_files import EXTENSIONS, load_image, scan_classes
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -59,21 +60,20 @@ class ImageFolder(ImageDataset):
     """Class folders of images; the classes are the folders' names in sorted order.
 
     Args:
-        index (index_cache.Index): knows the files from an earlier start; None looks for them.
+        scan (function): gives the `class_folders.FolderScan` of root.
 
     Raises:
         UserError: the folder is missing, has no class folders, or one of them has no image.
     """
 
     def __init__(self, root: str, transform: Optional[Callable] = None, flag: str = '--data_path',
-                 fits: Optional[Callable[[int, int], bool]] = None, index: Any = None,
-                 read: Callable = load_image) -> None:
+                 fits: Optional[Callable[[int, int], bool]] = None, read: Callable = load_image,
+                 scan: Callable = scan_classes) -> None:
         shown = printable(root)
         if not os.path.isdir(root):
             raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
-        self.index = index
-        tree = scan_classes(root) if index is None else index.find(root)
-        super().__init__(tree.samples, tree.classes, transform, fits, read)
+        found = scan(root)
+        super().__init__(found.samples, found.classes, transform, fits, read)
         if not self.classes:
             raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
                             % (flag, shown))
@@ -100,7 +100,7 @@ class Subset(collections.abc.Sequence):
     """Some of a data set's samples, in order.
 
     Args:
-        samples: `image_files.ImageList` or `manifests.Manifest`.
+        samples: `class_folders.ImageList` or `manifests.Manifest`.
         indices (array of int): into `samples`.
     """
 

@@ -13,8 +13,8 @@ from typing import Collection, Iterable, Iterator, List, Sequence, Tuple
 import torch
 
 from augmentation import EvalTransform, image_reader
+from class_folders import EXTENSIONS, check_link, is_hidden, is_image_name, resolve_link
 from errors import UserError, printable
-from image_files import EXTENSIONS, check_link, follow, is_hidden, is_image_name
 
 AT_ONCE = 1 << 16  # names that are put in order together; they bound the memory
 
@@ -31,11 +31,11 @@ def walk_images(root: str, without: Collection[str] = ()) -> Iterator[str]:
     Raises:
         UserError: a folder can't be listed, a link leads nowhere or to a folder that it lies in.
     """
-    waiting = [(root, (os.path.realpath(root),))]
-    while waiting:
-        folder, led_here = waiting.pop()
-        led_here = follow(folder, led_here) if folder != root else led_here
-        if led_here[-1] in without:
+    pending = [(root, (os.path.realpath(root),))]
+    while pending:
+        folder, ancestors = pending.pop()
+        ancestors = resolve_link(folder, ancestors) if folder != root else ancestors
+        if ancestors[-1] in without:
             continue
         folders = []
         try:
@@ -45,7 +45,7 @@ def walk_images(root: str, without: Collection[str] = ()) -> Iterator[str]:
         except OSError as error:
             raise UserError('%s: cannot look for images there (%s); mend or remove it, or let this user read it'
                             % (printable(error.filename or folder), error.strerror)) from None
-        waiting += [(os.path.join(folder, name), led_here) for name in sorted(folders, reverse=True)]
+        pending += [(os.path.join(folder, name), ancestors) for name in sorted(folders, reverse=True)]
 
 
 def _images(entries, folders):

@@ -20,9 +20,9 @@ from torch.utils.data.dataloader import default_collate
 import backend
 import distributed
 import rand_augment
+from decode import UnreadableImage
 from device_loader import RandomErasingBoxes
 from errors import UserError
-from image_files import UnreadableImage
 
 
 class EpochSampler(torch.utils.data.Sampler):

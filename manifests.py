@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 import distributed
+from decode import open_file
 from errors import UserError, nearest, printable
-from image_files import open_file
 
 PATHS = {'path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_path'}
 LABELS = {'label', 'labels', 'class', 'classes', 'category'}
@@ -21,7 +21,7 @@ BETWEEN = ';'  # between the classes of an image
 class Manifest(collections.abc.Sequence):
     """(path, class index) of every image; with several classes (path, float32 (classes,) of ones and zeros).
 
-    As `image_files.ImageList` it is a few arrays, which loader processes share.
+    As `class_folders.ImageList` it is a few arrays, which loader processes share.
 
     Args:
         root (str): what paths that aren't absolute begin with.
@@ -113,7 +113,7 @@ def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]
                     'list training images of it, or mend it'))
     root = root or os.path.dirname(path)
     if must_exist:
-        distributed.from_first(lambda alive: _check_images(file, root, lines, alive), device)
+        distributed.broadcast_from_main(lambda keep_alive: _check_images(file, root, lines, keep_alive), device)
     return Manifest(root, names, [[numbers[label] for label in each] for _, each in labels], len(known),
                     multi_label), list(known)
 
@@ -189,13 +189,13 @@ def _split(file, line, cell, multi_label):
     return labels
 
 
-def _check_images(file, root, lines, alive):
+def _check_images(file, root, lines, keep_alive):
     """Raise a `UserError` where a listed image isn't there. Folders are listed, each once: files are not looked at."""
     there, missing = {}, []
     for name in lines:
         folder, base = os.path.split(os.path.join(root, name))
         if folder not in there:
-            alive()
+            keep_alive()
             try:
                 there[folder] = set(os.listdir(folder or '.'))
             except OSError:

@@ -29,7 +29,6 @@ import datasets
 import distributed
 import endings
 import engine_for_finetuning as engine
-import index_cache
 import optim_factory
 import precision
 import preemption
@@ -282,7 +281,6 @@ def main(args, signals):
     describe(*about, source)
     goes_on = source and checkpoint.lies_in(source, args.output_dir)
     utils.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
-    index_cache.write_late(train_set, val_set)
     freeze_as_due(args, backend.unwrap(model), progress.epoch)
 
     mixup = augmentation.build_mixup(config_from(args, MixupConfig), len(classes))

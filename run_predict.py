@@ -34,10 +34,10 @@ import safe_files
 import utils
 import watchdog
 from augmentation import BACKENDS
+from class_folders import is_image_name
 from device_loader import PrefetchLoader
 from errors import UserError, printable
 from flags import OneLineParser, add_meeting, number, positive, switch
-from image_files import is_image_name
 from image_stream import PathDataset, PathSampler, check_inputs, common_folder
 from loader import Samples, loader_kwargs
 from networks import open_trained

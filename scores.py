@@ -17,8 +17,8 @@ import torch
 import distributed
 import safe_files
 import splits
+from decode import open_file
 from errors import UserError, printable
-from image_files import open_file
 
 
 def scores_for(args, dataset):

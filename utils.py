@@ -409,7 +409,7 @@ def half_files(folder):
         return []
     return [os.path.join(folder, name) for name in os.listdir(folder)
             if re.match(r'(checkpoint-.*\.pth|(log|bad_images|nonfinite)\.txt|(eval-)?args\.yaml|'
-                     r'(eval-)?summary\.json|curves\.png|report\.html|\.beit-index-\w+)\.tmp-\d+$', name)]
+                     r'(eval-)?summary\.json|curves\.png|report\.html)\.tmp-\d+$', name)]
 
 
 def files_of_a_run(folder):

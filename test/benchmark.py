@@ -21,7 +21,6 @@ import contextlib
 import datetime
 import functools
 import gc
-import glob
 import json
 import os
 import platform
@@ -51,6 +50,7 @@ import backend
 import datasets
 import locations
 import distributed
+import index_cache
 import modeling_finetune
 import run_class_finetuning as program
 import watchdog
@@ -647,8 +647,8 @@ def folder_flags(root):
 
 
 def forget_index(root):
-    for index in glob.glob(os.path.join(glob.escape(os.path.dirname(root)), '.beit-index-*')):
-        os.remove(index)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(index_cache.index_path(root))
 
 
 def open_folder(root, options, first=False):

@@ -16,6 +16,13 @@ from PIL import Image
 from helpers import EMULATOR, TEST_DIR, cannot_run, photo, run_program  # first: it makes the project's modules known
 import run_class_finetuning
 
+# Indexes of the tests' folders don't belong into the user's cache. What takes long to fetch or make again stays there.
+_caches = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+os.environ.setdefault('TORCH_NPU_WHEELS', os.path.join(_caches, 'beit_torch_npu_wheels'))
+os.environ.setdefault('MPLCONFIGDIR', os.path.join(_caches, 'matplotlib'))
+_own_cache = tempfile.TemporaryDirectory()
+os.environ['XDG_CACHE_HOME'] = _own_cache.name
+
 collect_ignore = ['npu_emulator']  # its tests run in a process of their own, where torch_npu is the emulator
 
 # The files that take longest, which begin first: with few tests, they would else be last, and keep one core busy alone.

@@ -26,7 +26,8 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 import bad_images
 import datasets
-import image_files
+import class_folders
+import decode
 import locations
 import distributed
 from image_dataset import ImageFolder, image_name
@@ -206,7 +207,7 @@ def test_out_of_memory_is_named(sets, monkeypatch):
     def full(*_):
         raise MemoryError
     monkeypatch.setattr(Image, 'open', full)
-    with pytest.raises(image_files.UnreadableImage, match='%s: .*MemoryError' % os.path.basename(train.samples[0][0])):
+    with pytest.raises(decode.UnreadableImage, match='%s: .*MemoryError' % os.path.basename(train.samples[0][0])):
         train.load(train.samples[0][0])
 
 
@@ -216,17 +217,17 @@ def test_large_images_are_read_up_to_the_size_that_pillow_refuses(tmp_path, monk
     photo(1, 64, 64).save(path)
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', pixels)
     if is_bomb:
-        with pytest.raises(image_files.UnreadableImage, match='decompression bomb'):
-            image_files.load_image(path)
+        with pytest.raises(decode.UnreadableImage, match='decompression bomb'):
+            decode.load_image(path)
     else:
-        assert image_files.load_image(path).size == (64, 64)
+        assert decode.load_image(path).size == (64, 64)
 
 
 def test_a_large_image_is_read_without_a_warning(tmp_path):
     path = str(tmp_path / 'a.png')
     photo(1, 64, 64).save(path)
-    code = ('import sys; sys.path.insert(0, %r); import image_files; from PIL import Image; '
-            'Image.MAX_IMAGE_PIXELS = 3000; print(image_files.load_image(%r).size)' % (ROOT, path))
+    code = ('import sys; sys.path.insert(0, %r); import decode; from PIL import Image; '
+            'Image.MAX_IMAGE_PIXELS = 3000; print(decode.load_image(%r).size)' % (ROOT, path))
     result = subprocess.run([sys.executable, '-W', 'always::Warning:PIL', '-c', code], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, universal_newlines=True, timeout=120)
     assert result.stdout == '(64, 64)\n' and 'DecompressionBomb' not in result.stderr
@@ -385,8 +386,8 @@ def test_odd_names_are_told_in_one_line(tmp_path, parse, capsys, workers):
 
 
 def test_a_nul_in_a_name(parse, tmp_path):
-    with pytest.raises(image_files.UnreadableImage, match='a\\\\x00b.png: cannot be read as an image .*null'):
-        image_files.load_image('a\0b.png')
+    with pytest.raises(decode.UnreadableImage, match='a\\\\x00b.png: cannot be read as an image .*null'):
+        decode.load_image('a\0b.png')
     with pytest.raises(UserError, match='x\\\\x00y'):
         locations.check_paths(parse('--data_path', str(tmp_path / 'x\0y'), *NANO))
     with pytest.raises(UserError, match='x\\\\x00y'):
@@ -449,10 +450,10 @@ def test_a_link_that_leads_nowhere_may_be_a_folder_of_images(tmp_path, where, ta
     (tmp_path / where / '.hidden').symlink_to('nowhere')
     (tmp_path / where / 'lost.png').symlink_to(target.replace('link', 'lost.png'))
     expected = 2 if where else 1  # a file that can't be read; beside the class folders it is nothing
-    assert len(image_files.scan_classes(str(tmp_path))[1]) == expected
+    assert len(class_folders.scan_classes(str(tmp_path))[1]) == expected
     (tmp_path / where / 'link').symlink_to(target)
     with pytest.raises(UserError) as caught:
-        image_files.scan_classes(str(tmp_path))
+        class_folders.scan_classes(str(tmp_path))
     assert str(caught.value).startswith(str(tmp_path / where / 'link') + ': ')
 
 
@@ -461,7 +462,7 @@ def test_a_very_deep_folder(tmp_path):
     try:
         subprocess.run(['mkdir', '-p', folder], check=True)
         photo(1, 32, 32).save(os.path.join(folder, 'a.png'))
-        assert image_files.scan_classes(str(tmp_path))[:2] == (['cat'], [(os.path.join(folder, 'a.png'), 0)])
+        assert class_folders.scan_classes(str(tmp_path))[:2] == (['cat'], [(os.path.join(folder, 'a.png'), 0)])
     finally:
         subprocess.run(['rm', '-rf', str(tmp_path / 'cat')], check=True)  # which pytest can't
 
@@ -556,7 +557,7 @@ def test_check_data_finds_every_bad_file(image_folder, parse, tmp_path, capsys, 
     splits = {'--eval': ['val'], '--disable_eval_during_finetuning': ['train']}.get(flags[0] if flags else '',
                                                                                     ['train', 'val'])
     expected = {path: reason for path, reason in expected.items() if path.split(os.sep)[-3] in splits}
-    count = sum(len(image_files.scan_classes(os.path.join(root, split))[1]) for split in splits)
+    count = sum(len(class_folders.scan_classes(os.path.join(root, split))[1]) for split in splits)
     assert len(expected) >= 3 and count > 2 * len(expected) or '--eval' in flags
     results = []
     for workers in (0, 1, 3):

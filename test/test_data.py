@@ -17,7 +17,8 @@ from PIL import Image, features
 
 import augmentation
 import datasets
-import image_files
+import class_folders
+import decode
 import locations
 from config import TransformConfig
 from device_loader import PrefetchLoader, RandomErasingBoxes
@@ -206,7 +207,7 @@ def test_known_policies_pass_and_work(parse, policy):
 
 def assert_loads_as(path, expected, tolerance=0):
     """`load_image` gives 8-bit RGB with these pixels, (H, W, 3)."""
-    image = image_files.load_image(str(path))
+    image = decode.load_image(str(path))
     assert image.mode == 'RGB'
     difference = np.abs(np.asarray(image).astype(np.int64) - np.asarray(expected).astype(np.int64))
     assert difference.shape == np.asarray(expected).shape and difference.max() <= tolerance
@@ -276,7 +277,7 @@ def test_sixteen_bit_greyscale_is_scaled_not_cut(tmp_path):
     deep.save(str(tmp_path / 'sixteen.png'))
     with Image.open(str(tmp_path / 'sixteen.png')) as written:
         assert written.mode.startswith('I')
-    assert_loads_as(tmp_path / 'sixteen.png', np.asarray(image_files.load_image(str(tmp_path / 'eight.png'))))
+    assert_loads_as(tmp_path / 'sixteen.png', np.asarray(decode.load_image(str(tmp_path / 'eight.png'))))
     between = np.array([[0, 128, 129, 256, 32768, 65406, 65535]], dtype='<u2')  # half a step of 257 is 128.5
     Image.frombytes('I;16', (7, 1), between.tobytes()).save(str(tmp_path / 'between.png'))
     assert_loads_as(tmp_path / 'between.png', grey_as_rgb([[0, 0, 1, 1, 128, 254, 255]]))
@@ -322,7 +323,7 @@ def test_every_kind_goes_through_the_transforms(tmp_path, parse, suffix, mode):
     path = str(tmp_path / ('a' + suffix))
     photo(7, 60, 50).convert('L' if mode == 'LA' else 'RGB').convert(mode).save(path)
     for is_train in (False, True):
-        tensor = transform_of(is_train, parse('--input_size=48'))(image_files.load_image(path))
+        tensor = transform_of(is_train, parse('--input_size=48'))(decode.load_image(path))
         assert tuple(tensor.shape) == (3, 48, 48)
 
 
@@ -347,13 +348,13 @@ def test_an_unreadable_image_is_named(tmp_path, how, suffix):
     path = str(tmp_path / ('my image' + suffix))
     damage(path, how)
     with pytest.raises(UserError) as caught:
-        image_files.load_image(path)
+        decode.load_image(path)
     assert path in str(caught.value) and 'cannot be read' in str(caught.value) and '\n' not in str(caught.value)
 
 
 def test_a_vanished_image_is_named(tmp_path):
     with pytest.raises(UserError) as caught:
-        image_files.load_image(str(tmp_path / 'gone.png'))
+        decode.load_image(str(tmp_path / 'gone.png'))
     assert str(tmp_path / 'gone.png') in str(caught.value)
 
 
@@ -404,8 +405,8 @@ def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):
         (root / 'b' / 'more').symlink_to(str(tmp_path / 'outside' / 'c'))
         (root / '10' / 'sister').symlink_to('../9')
     os.mkfifo(str(root / '9' / 'pipe.png'))
-    theirs = torchvision.datasets.DatasetFolder(str(root), None, image_files.EXTENSIONS)
-    classes, samples = image_files.scan_classes(str(root))[:2]
+    theirs = torchvision.datasets.DatasetFolder(str(root), None, class_folders.EXTENSIONS)
+    classes, samples = class_folders.scan_classes(str(root))[:2]
     assert samples == theirs.samples and classes == theirs.classes
     assert len(samples) >= 16 and len(classes) == 6
     listed = os.scandir
@@ -415,10 +416,10 @@ def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):
         with listed(folder) as entries:
             yield sorted(entries, key=lambda entry: entry.name, reverse=True)
     monkeypatch.setattr(os, 'scandir', backwards)  # a file system gives its entries in any order
-    assert image_files.scan_classes(str(root))[:2] == (classes, samples)
+    assert class_folders.scan_classes(str(root))[:2] == (classes, samples)
     monkeypatch.undo()
-    assert image_files.scan_classes(str(root) + '/')[1] == torchvision.datasets.DatasetFolder(
-        str(root) + '/', None, image_files.EXTENSIONS).samples
+    assert class_folders.scan_classes(str(root) + '/')[1] == torchvision.datasets.DatasetFolder(
+        str(root) + '/', None, class_folders.EXTENSIONS).samples
 
 
 def test_train_and_val_must_name_the_same_classes(image_folder, parse):

@@ -159,7 +159,7 @@ import torch, distributed
 args = argparse.Namespace(device='cpu', dist_on_itp=False, local_rank=-1, dist_url='env://', dist_timeout=60.)
 threads = [len(os.listdir('/proc/self/task'))]
 device = distributed.init_distributed_mode(args)
-distributed.from_first(lambda alive: b'x', device)
+distributed.broadcast_from_main(lambda keep_alive: b'x', device)
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
 for _ in range(3):
     model(torch.randn(4, 64)).sum().backward()

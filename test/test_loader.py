@@ -24,12 +24,12 @@ from torchvision import transforms
 import augmentation
 import backend
 import datasets
+import decode
 import device_loader
 import errors
 import fast_images
 from loader import Sample, collate
 from helpers import only_with, photo
-import image_files
 import rand_augment
 from device_loader import PrefetchLoader, RandomErasingBoxes
 from errors import UserError
@@ -411,7 +411,7 @@ def test_fast_reads_what_load_image_reads(tmp_path, how):
     else:
         image.convert({'grey': 'L', 'CMYK': 'CMYK', 'palette png': 'P'}.get(how, 'RGB')).save(
             path, **{'progressive': dict(progressive=True), 'no subsampling': dict(subsampling=0)}.get(how, {}))
-    expected = np.asarray(image_files.load_image(path)).astype(int)
+    expected = np.asarray(decode.load_image(path)).astype(int)
     found = fast_images.load_bytes(path)
     assert found.dtype == torch.uint8 and found.shape == (3, 47, 61)
     difference = np.abs(found.permute(1, 2, 0).numpy() - expected).max()
@@ -433,8 +433,8 @@ def test_fast_tells_of_a_bad_file_as_load_image_does(tmp_path, how):
             file.write({'half': content[:len(content) // 2], 'head only': content[:700], 'empty': b'',
                         'text': b'no picture'}[how])
     messages = []
-    for load in (image_files.load_image, fast_images.load_bytes):
-        with pytest.raises(image_files.UnreadableImage) as caught:
+    for load in (decode.load_image, fast_images.load_bytes):
+        with pytest.raises(decode.UnreadableImage) as caught:
             load(path)
         messages.append(str(caught.value).replace('BytesIO', 'file'))
     assert messages[0] == messages[1]
@@ -446,7 +446,7 @@ def test_fast_refuses_a_bomb_before_it_is_decoded(tmp_path, monkeypatch):
     photo(1, 64, 64).save(path)
     monkeypatch.setattr(fast_images, 'decode_jpeg', lambda *_: pytest.fail('it was decoded'))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 2000)
-    with pytest.raises(image_files.UnreadableImage, match='decompression bomb'):
+    with pytest.raises(decode.UnreadableImage, match='decompression bomb'):
         fast_images.load_bytes(path)
 
 
