@@ -139,15 +139,15 @@ def limit_samples(train: Any, config: DataConfig) -> Any:
 
 # ---- loaders
 
-def build_loaders(config: InputConfig, train: Any, val: Any, device: torch.device = torch.device('cpu')
+def build_loaders(config: InputConfig, train: Any, val: Any, device: Optional[torch.device] = None
                   ) -> Tuple[Optional[PrefetchLoader], Optional[PrefetchLoader]]:
     """(training loader or None, validation loader or None) for this process; both give a `Batch` on `device` at a time.
 
-    The validation batch is 1.5 times the training batch. Without --dist_eval each process evaluates the whole set.
+    Without a device it is the CPU. The validation batch is 1.5 times the training batch. Without --dist_eval each process evaluates the whole set.
     """
     skips = config.bad_images == 'skip'
     erasing = RandomErasingBoxes(config.reprob, config.recount) if config.reprob > 0 else None
-    evaluation = EvalTransform.from_config(config)
+    evaluation, device = EvalTransform.from_config(config), device or torch.device('cpu')
     train_loader = val_loader = None
 
     def load(samples, **options):
