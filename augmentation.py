@@ -19,7 +19,7 @@ from torchvision import transforms
 
 import fast_images
 import rand_augment
-from config import MixupConfig, TransformConfig
+from config import MAX_INPUT_SIZE, MixupConfig, TransformConfig
 from decode import load_image
 from errors import UserError, unknown
 from modeling_finetune import INPUT_MEAN, INPUT_STD
@@ -63,7 +63,8 @@ class EvalTransform:
     def from_timm(cls, words: Dict[str, Any]) -> 'EvalTransform':
         """From what `to_timm` gives. Raises ValueError, TypeError or LookupError where it is nothing of the kind."""
         _, height, width = words['input_size']
-        if height != width or type(height) is not int or not 0 < float(words['crop_pct']) <= 1:
+        if height != width or type(height) is not int or not 1 <= height <= MAX_INPUT_SIZE or \
+                not 0 < float(words['crop_pct']) <= 1:
             raise ValueError('not the preprocessing of a square input')
         return cls(height, float(words['crop_pct']), words['interpolation'],
                    *(tuple(map(float, words[name])) for name in ('mean', 'std')))

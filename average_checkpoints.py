@@ -19,10 +19,10 @@ import torch
 
 import checkpoint
 import distributed
-import endings
+import flags
 import utils
+from cli import OneLineParser, run_interruptible
 from errors import UserError, printable
-from flags import OneLineParser, positive
 from pretrained import inner_state, mismatches, strip_prefixes
 
 SAME = ('model', 'input_size', 'use_mean_pooling', 'imagenet_default_mean_and_std', 'crop_pct')  # what one file says
@@ -35,16 +35,8 @@ EXAMPLES = """examples:
 """
 
 
-def build_parser():
-    parser = OneLineParser('average_checkpoints.py', '--inputs PATHS --output FILE [flags]', description=__doc__,
-                           epilog=EXAMPLES)
-    add = parser.add_argument_group('flags').add_argument
-    add('--inputs', nargs='+', default=[], help='checkpoints, or folders with some after whole epochs (none; needed)')
-    add('--output', default='', help='the file to write; it must not be there yet (empty; needed)')
-    add('--best', default=0, type=positive,
-        help='only so many, the best by the log.txt beside them; all count alike (all)')
-    add('--use_ema', action='store_true', help='the averaged weights of --model_ema, not the trained ones (off)')
-    return parser
+def build_parser() -> OneLineParser:
+    return flags.build_parser(flags.AVERAGE, '--inputs PATHS --output FILE [flags]', __doc__, EXAMPLES)
 
 
 # ---- which files
@@ -204,7 +196,7 @@ def main(args):
 
 def run(argv=None):
     """Parse and run; what the user can mend is one line and exit status 2."""
-    return endings.explain_or_stop(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
+    return run_interruptible(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ import glob
 import os
 import re
 import time
+import typing
 
 import torch
 
@@ -433,24 +434,19 @@ def resume_training(source, content, model, optimizer, scaler, ema=None):
     return progress
 
 
-# Flags on which no number of the training depends.
-WITHOUT_EFFECT = {'output_dir', 'log_dir', 'resume', 'auto_resume', 'save_ckpt', 'save_ckpt_freq', 'save_ckpt_steps',
-                  'save_ckpt_minutes', 'keep_checkpoints', 'num_workers', 'pin_mem', 'world_size', 'local_rank',
-                  'dist_url', 'dist_on_itp', 'dist_timeout', 'dist_eval', 'data_path', 'eval_data_path', 'finetune',
-                  'model_key', 'model_prefix', 'maxstep', 'prof', 'cann_prof', 'init_scale', 'start_epoch', 'eval',
-                  'check_data', 'max_bad_images', 'deterministic', 'nb_classes',
-                  'device', 'batch_size', 'update_freq', 'model_ema_force_cpu', 'index_cache', 'early_stop',
-                  'train_csv', 'val_csv', 'results_file', 'real_labels', 'curves', 'report'}
+def resume_differences(content: dict, args: argparse.Namespace, run: dict, ignored: typing.Container[str]) -> list:
+    """What makes a resumed run compute other numbers than an unbroken one would, in words; [] where nothing does.
 
-
-def differences(content, args, run):
-    """What makes a resumed run compute other numbers than an unbroken one would, in words; [] where nothing does."""
+    Args:
+        run: what else the numbers of this run depend on, compared with that of the checkpoint.
+        ignored: the flags on which no number depends.
+    """
     theirs = flags_inside(content)
     progress = content.get('progress')
     before = progress.get('run') if isinstance(progress, dict) else None
     if not theirs or not isinstance(before, dict):
         return ['the checkpoint does not say with which flags it was made']
     found = ['--%s is %s (was %.60s)' % (name, value, theirs[name]) for name, value in sorted(vars(args).items())
-             if name in theirs and name not in WITHOUT_EFFECT and repr(theirs[name]) != repr(value)]
+             if name in theirs and name not in ignored and repr(theirs[name]) != repr(value)]
     return found + ['%s: %s (was %.60s)' % (name, run[name], before.get(name, 'of another version'))
                     for name in sorted(run) if repr(before.get(name)) != repr(run[name])]

@@ -6,6 +6,8 @@
 import dataclasses
 from typing import Dict, Optional, Sequence
 
+MAX_INPUT_SIZE = 8192  # pixels a side
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:

@@ -1,11 +1,12 @@
 """Flags in a file: the args.yaml that a run leaves, and what --config reads.
 
-Each line is `flag: value`, the value as JSON has it; so it is YAML, and can be read without PyYAML too.
+Each line is `flag: value`, the value as JSON has it, which is YAML too.
 """
 
 import json
 import os
 import re
+from typing import Any, Dict, List, Union
 
 import distributed
 from errors import UserError, printable
@@ -17,7 +18,7 @@ NULLS = ('', '~', 'null', 'Null', 'NULL')
 ESCAPED = '[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]'  # YAML has no room
 
 
-def write(path, flags):
+def write(path: str, flags: Dict[str, Any]) -> None:
     """Write a dict of flag to value (bool, number, str, list or None), whole or not at all.
 
     A file of that name that no run wrote stays as it is.
@@ -35,7 +36,7 @@ def write(path, flags):
     write_bytes(path, (HEAD + ''.join(lines)).encode())
 
 
-def read(path):
+def read(path: str) -> Dict[str, Union[str, List[str], None]]:
     """{flag: str, list of str, or None for null} of a flat YAML file, each value as it is written there.
 
     Raises:
@@ -54,20 +55,18 @@ def read(path):
     except UnicodeDecodeError:
         raise UserError('%s: not a text file; give a file such as the args.yaml of a run' % shown) from None
     try:
-        import yaml
+        import yaml  # slow to import, and of use to --config alone
     except ImportError:
-        pairs = _read_flat(text, shown)
-    else:
-        pairs = _read_yaml(yaml, text, shown)
+        raise UserError('%s needs PyYAML; run: pip install PyYAML' % shown) from None
     found = {}
-    for key, value in pairs:
+    for key, value in _pairs(yaml, text, shown):
         if key in found:
             raise UserError('%s: %s stands there twice; remove one' % (shown, printable(key)))
         found[key] = value
     return found
 
 
-def _read_yaml(yaml, text, shown):
+def _pairs(yaml, text, shown):
     def scalar(node):
         return None if node.style is None and node.value in NULLS else node.value
 
@@ -89,28 +88,4 @@ def _read_yaml(yaml, text, shown):
                 isinstance(each, yaml.ScalarNode) for each in (value.value if is_list else [value])):
             raise UserError('%s, line %d: a flag has one value, or a list of values' % (shown, key.start_mark.line + 1))
         pairs.append((key.value, [each.value for each in value.value] if is_list else scalar(value)))
-    return pairs
-
-
-def _read_flat(text, shown):
-    pairs = []
-    for number, line in enumerate(text.split('\n'), 1):
-        if not line.strip() or line.startswith(('#', '---')):
-            continue
-        key, colon, value = line.partition(':')
-        value = value.strip()
-        try:
-            if not re.match(r'\w[\w-]*$', key) or not colon or value.startswith(tuple("'{|>&*!")):
-                raise ValueError
-            if value[:1] in ('"', '['):
-                value = json.JSONDecoder().raw_decode(value)[0]
-                if isinstance(value, list):
-                    value = [each if isinstance(each, str) else json.dumps(each) for each in value]
-            else:
-                value = re.sub(r'(^|\s)#.*', '', value).strip()
-                value = None if value in NULLS else value
-        except (ValueError, RecursionError):
-            raise UserError('%s, line %d: only lines of the form flag: value, with the value as JSON has it, can be '
-                            'read without PyYAML; run: pip install PyYAML' % (shown, number)) from None
-        pairs.append((key, value))
     return pairs

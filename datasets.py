@@ -143,7 +143,8 @@ def build_loaders(config: InputConfig, train: Any, val: Any, device: Optional[to
                   ) -> Tuple[Optional[PrefetchLoader], Optional[PrefetchLoader]]:
     """(training loader or None, validation loader or None) for this process; both give a `Batch` on `device` at a time.
 
-    Without a device it is the CPU. The validation batch is 1.5 times the training batch. Without --dist_eval each process evaluates the whole set.
+    Without a device it is the CPU. The validation batch is 1.5 times the training batch. Without --dist_eval each
+    process evaluates the whole set.
     """
     skips = config.bad_images == 'skip'
     erasing = RandomErasingBoxes(config.reprob, config.recount) if config.reprob > 0 else None

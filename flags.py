@@ -1,17 +1,16 @@
-"""Every flag of run_class_finetuning.py, and all that can be found wrong with them before anything slow starts."""
+"""Every flag of the programs, declared once, and what can be found wrong with those of a training run at its start."""
 
 import argparse
 import dataclasses
 import importlib.util
 import os
-import re
-import sys
 import textwrap
+from typing import Any, Callable, Dict, FrozenSet, Iterator, Mapping, Optional, Sequence, Tuple, Type, TypeVar
 
+import attention_maps
 import augmentation
 import backend
 import checkpoint
-import config_file
 import criteria
 import distributed
 import locations
@@ -20,9 +19,12 @@ import optim_factory
 import pretrained
 import scores
 import utils
-from config import InputConfig
-from errors import UserError, nearest, printable, unknown
+from cli import OneLineParser, add_bool_flag, bounded_number
+from config import MAX_INPUT_SIZE, InputConfig
+from errors import UserError, unknown
 
+TRAINING, PREDICT, EXPORT, AVERAGE = PROGRAMS = (
+    'run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py')
 
 EXAMPLES = """examples:
   try it on handwritten digits, a minute on a CPU:
@@ -43,364 +45,361 @@ optimizers (lookahead_ may stand before one):
 """ % tuple(textwrap.fill(', '.join(names), 100, initial_indent='  ', subsequent_indent='  ')
             for names in (modeling_finetune.MODELS, optim_factory.OPTIMIZERS))
 
-COLUMN = 24  # where a flag's help begins
 
-# What timm, torchvision, Hugging Face and people call a flag whose name here doesn't look like it.
-OTHER_NAMES = dict(
-    learning_rate='lr', base_lr='lr', wd='weight_decay', bs='batch_size', b='batch_size', arch='model',
-    data='data_path', data_dir='data_path', root='data_path', img_size='input_size', gpu='device', output='output_dir',
-    pretrained='finetune', initial_checkpoint='finetune', checkpoint='resume',
-    evaluate='eval', eval_only='eval', test_only='eval', fp16='amp', bf16='amp', mixed_precision='amp',
-    label_smoothing='smoothing', max_grad_norm='clip_grad', gradient_checkpointing='grad_checkpointing',
-    accum_iter='update_freq', grad_accum_steps='update_freq', gradient_accumulation_steps='update_freq',
-    torchcompile='compile')
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag: everything that the parsers, --help and a resumed run need to know of it.
 
-
-def nearest_flags(name, known):
-    """Up to three flags that a name without its dashes may have meant, the likeliest first: `known` ones alone."""
-    name = name.replace('-', '_')
-    others = {other: flag for other, flag in OTHER_NAMES.items() if flag in known and other not in known}
-    if name in others:
-        return [others[name]]
-    near = [others.get(each, each) for each in nearest(name, list(known) + list(others))]
-    return list(dict.fromkeys(near))
-
-
-class OneLineHelp(argparse.RawDescriptionHelpFormatter):
-    """Help in which a flag is one line of at most 100 columns: its names, what it does, its default in brackets."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=COLUMN, width=100)
-
-    def _format_action_invocation(self, action):
-        return ', '.join(action.option_strings) or action.dest
-
-    def _format_action(self, action):  # what a long name would put on a line of its own follows it
-        return super()._format_action(action).replace('\n' + ' ' * COLUMN, '  ', 1)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose help and errors are one line each, and which knows what an unknown flag may have meant.
-
-    --help shows `usage` instead of all flags in brackets.
+    Attributes:
+        name: without its dashes; `aliases` are further spellings.
+        default: a bool makes a switch, which --no_name (or `off`) turns off; where `off` is empty, nothing does.
+        help: what it does. --help adds the default in brackets, or what `shown` says of it.
+        type, choices, nargs, metavar, action: as argparse has them.
+        synonyms: what other projects call it, separated by blanks; for hints at an unknown flag.
+        affects_results: whether the numbers of a training run depend on it: a resumed run names those that changed.
+        also: {another program that has it: its group there, and what is different there}.
     """
+    name: str
+    default: Any
+    help: str
+    shown: Optional[str] = None
+    type: Optional[Callable[[str], Any]] = None
+    choices: Optional[Sequence[str]] = None
+    nargs: Any = None
+    metavar: Optional[str] = None
+    action: Optional[str] = None
+    aliases: Tuple[str, ...] = ()
+    off: Optional[str] = None
+    synonyms: str = ''
+    affects_results: bool = True
+    also: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
-    def __init__(self, prog, usage, **given):
-        super().__init__(prog, usage='python %s %s' % (prog, usage), allow_abbrev=False,
-                         formatter_class=OneLineHelp, **given)
+    def add_to(self, group: Any) -> None:
+        if isinstance(self.default, bool):
+            add_bool_flag(group, self.name, self.default, self.help, self.off)
+            return
+        options = {option: getattr(self, option) for option in ('type', 'choices', 'nargs', 'metavar', 'action')
+                   if getattr(self, option) is not None}
+        group.add_argument(*['--' + name for name in (self.name,) + self.aliases], default=self.default,
+                           help='%s (%s)' % (self.help, self.shown_default()), **options)
 
-    def error(self, message):
-        message = re.sub('^argument (?=--)', '', message)
-        raise UserError(re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", lambda found: 'unknown value %s; it must '
-                               'be one of %s' % (found.group(1), found.group(2).replace("'", '')), message))
-
-    def parse_args(self, args=None, namespace=None):
-        args = without_traps(sys.argv[1:] if args is None else list(args))
-        parsed, rest = self.parse_known_args(args, namespace)
-        if getattr(parsed, 'config', None):  # once more, behind those of the file
-            parsed, rest = self.parse_known_args(args, self.read_config(parsed.config))
-        if 'config' in parsed:
-            del parsed.config  # what it says is in the other flags now
-        if 'auto_resume' in parsed:  # not every program goes on
-            parsed.auto_resume = parsed.auto_resume or was_restarted()
-        if rest:
-            flag = rest[0].partition('=')[0]
-            if not flag.startswith('-'):
-                raise UserError('%r is not a flag; flags begin with --, as in --data_path=/data/ImageNet2012' % flag)
-            known = [name[2:] for name in self._option_string_actions if name.startswith('--')]
-            near = ' or '.join('--' + name for name in nearest_flags(flag.lstrip('-'), known))
-            raise UserError('%s: unknown flag; %s' % (flag, 'did you mean %s?' % near if near else 'see --help'))
-        return parsed
-
-    def read_config(self, path):
-        """A namespace of the flags that a --config file holds. `UserError`s name the file and the key."""
-        parsed, known = argparse.Namespace(), self._option_string_actions
-        for key, value in config_file.read(path).items():
-            shown, flag = '--config %s: %s' % (printable(path), printable(key)), '--' + key.replace('-', '_')
-            if flag in ('--help', '--config'):
-                raise UserError('%s: this one works on the command line only' % shown)
-            if flag not in known:
-                near = ' or '.join(nearest_flags(key, [name[2:] for name in known if name.startswith('--')]))
-                raise UserError('%s: no flag has this name; %s' % (shown, 'did you mean %s?' % near if near else
-                                                                   'see --help'))
-            if value is None:  # null, the default
-                continue
-            if known[flag].nargs == 0:
-                flag, value = self.turned(known[flag], value, shown), []
-            elif isinstance(value, list) != (known[flag].nargs is not None):
-                raise UserError('%s: it takes %s' % (shown, 'one value, not a list' if known[flag].nargs is None else
-                                                     'a list of numbers, as in [0.9, 0.999]'))
-            try:
-                args = [flag + '=' + value] if isinstance(value, str) else [flag] + value
-                if self.parse_known_args(without_traps(args), parsed)[1]:
-                    raise UserError('%d values are too many' % len(value))
-            except UserError as error:
-                text = str(error)
-                raise UserError('%s: %s' % (shown, text[len(flag) + 2:] if text.startswith(flag + ': ') else text)) \
-                    from None
-        return parsed
-
-    def turned(self, switch, value, shown):
-        """The option that sets a switch as a file's `value` says."""
-        if str(value).lower() not in ('true', 'false'):
-            raise UserError('%s: it must be true or false, got %r' % (shown, value))
-        wanted = switch.const if str(value).lower() == 'true' else not switch.const
-        return next(action.option_strings[0] for action in self._actions
-                    if action.dest == switch.dest and action.const is wanted)
+    def shown_default(self) -> str:
+        if self.shown is not None:
+            return self.shown
+        if self.default in (None, [], ''):
+            return 'empty' if self.default == '' else 'none'
+        return '%g' % self.default if isinstance(self.default, (int, float)) else str(self.default)
 
 
-def without_traps(args):
-    """The command line with `_` in flags; refuses what argparse would misread or drop."""
-    for arg in args:
-        if '\0' in arg:
-            raise UserError('%r: a flag cannot hold a NUL character' % arg)
-        if re.match(r'--[^=]+=--$', arg):
-            raise UserError('%s: -- is not a value' % arg)
-    return [re.sub(r'^--[^=]+', lambda flag: '--' + flag.group()[2:].replace('-', '_'), arg) for arg in args]
+def loss_scale(text: str) -> Any:
+    return text if text == 'dynamic' else bounded_number(float, 0, above=True)(text)
 
 
-def was_restarted():
-    """Whether torchrun (--max_restarts) or SLURM (--requeue) starts this program anew, which then has to go on."""
-    return any(os.environ.get(name, '0') not in ('', '0') for name in ('TORCHELASTIC_RESTART_COUNT',
-                                                                        'SLURM_RESTART_COUNT'))
+whole, positive = bounded_number(int, 0), bounded_number(int, 1)
+rate, share = bounded_number(float, 0), bounded_number(float, 0, 1)
+below_one = bounded_number(float, 0, 0.999)
+
+UNLABELLED = 'weights that do not say what they are of'
+TRAINED = dict(help='checkpoint, or its folder, of which the best is taken', shown='empty; needed')
+LAUNCHED = {PREDICT: dict(group='distributed')}
+
+GROUPS = {  # in the order of --help
+    TRAINING: ('run', 'model', 'optimizer', 'augmentation', 'fine-tuning', 'data', 'output', 'precision',
+               'distributed'),
+    PREDICT: ('what', 'results', 'run', UNLABELLED, 'distributed'),
+    EXPORT: ('what to export', 'how'),
+    AVERAGE: ('flags',)}
+
+FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --help has each group in this order
+    (TRAINING, 'run'): (
+        Flag('batch_size', 64, 'images per device and micro-step', type=positive, synonyms='bs b',
+             affects_results=False, also={PREDICT: dict(group='run', help='images per device at a time')}),
+        Flag('epochs', 30, 'passes over the training set', type=bounded_number(int, 1, 10 ** 6)),
+        Flag('update_freq', 1, 'micro-steps whose gradients make one update', type=positive,
+             synonyms='accum_iter grad_accum_steps gradient_accumulation_steps', affects_results=False),
+        Flag('save_ckpt_freq', 5, 'epochs between checkpoints', type=positive, affects_results=False),
+        Flag('save_ckpt_steps', 0, 'update steps between checkpoints in mid-epoch; 0: none', type=whole,
+             affects_results=False),
+        Flag('save_ckpt_minutes', 0., 'minutes between them; 0: none', type=rate, affects_results=False),
+        Flag('keep_checkpoints', 0, 'only the newest so many of each kind; 0: all epochs, 2 in mid-epoch', type=whole,
+             affects_results=False),
+        Flag('deterministic', False, 'the same bits from the same command twice, on the same machine',
+             affects_results=False),
+        Flag('on_nonfinite', 'stop', 'loss or gradient infinite or no number: stop, or skip that update',
+             choices=('stop', 'skip')),
+        Flag('seed', 0, 'seed of every random number', type=bounded_number(int, 0, 2 ** 62)),
+        Flag('num_workers', 10, 'loader processes per device; 0 loads in the main one',
+             type=bounded_number(int, 0, 1024), affects_results=False,
+             also={PREDICT: dict(group='run', default=None, help='loader processes per device',
+                                 shown='one per core, up to 8; 0 for one batch')}),
+        Flag('pin_mem', True, 'page-locked memory for batches to npu or cuda', affects_results=False,
+             also={PREDICT: dict(group='run')}),
+        Flag('max_train_samples', 0, 'train on so many images, the same in every epoch; 0: all', type=whole),
+        Flag('val_interval', 1, 'evaluate after each so many epochs, and the last', type=positive),
+        Flag('early_stop', 0, 'stop after so many evaluations in a row without a new best; 0: never', type=whole,
+             affects_results=False),
+        Flag('start_epoch', 0, 'first epoch, where no checkpoint says it', type=whole, affects_results=False),
+        Flag('device', 'auto', 'auto (npu, cuda, cpu: the first present), npu, cuda, cpu, cuda:1 …', synonyms='gpu',
+             affects_results=False, also={PREDICT: dict(group='run')}),
+        Flag('jit_compile', 'auto', 'npu: compile operators; auto: on for 910A, off for 910B; on, off',
+             choices=('auto', 'on', 'off')),
+        Flag('maxstep', 0, 'stop after exactly this many update steps; 0: no limit', type=whole, affects_results=False),
+        Flag('prof', False, 'profile a few updates, write a trace into output_dir/prof, stop', affects_results=False),
+        Flag('cann_prof', False, 'likewise through torch_npu\'s profiler', affects_results=False),
+    ),
+    (TRAINING, 'output'): (
+        Flag('output_dir', '', 'folder for checkpoints, log.txt and the like', shown='empty: none', synonyms='output',
+             affects_results=False),
+        Flag('config', None, 'flags from a file, such as a run\'s args.yaml; those given here win', metavar='FILE'),
+        Flag('curves', True, 'draw output_dir/curves.png, every 20 s at most', affects_results=False),
+        Flag('report', False, 'write output_dir/report.html: curves, classes, confusions, images',
+             affects_results=False),
+        Flag('log_dir', None, 'folder for TensorBoard', affects_results=False),
+        Flag('resume', '', 'checkpoint, or its folder: the newest; to evaluate the best', synonyms='checkpoint',
+             affects_results=False, also={PREDICT: dict(TRAINED, group='what'),
+                                          EXPORT: dict(TRAINED, group='what to export')}),
+        Flag('auto_resume', False, 'resume the newest checkpoint of output_dir, where there is one',
+             affects_results=False),
+        Flag('save_ckpt', True, 'write checkpoints', affects_results=False),
+        Flag('eval', False, 'evaluate --resume, and nothing else', synonyms='evaluate eval_only test_only',
+             affects_results=False),
+        Flag('test_flip', False, 'evaluate on the mean of the logits of an image and of its mirror image'),
+        Flag('results_file', '', 'with --eval: a file for the figures, .csv or .json', affects_results=False),
+        Flag('real_labels', '', 'with --eval: JSON list of ImageNet\'s reassessed labels', affects_results=False),
+        Flag('dist_eval', False, 'share the evaluation among the processes, every image exactly once',
+             affects_results=False),
+    ),
+    (AVERAGE, 'flags'): (
+        Flag('inputs', [], 'checkpoints, or folders with some after whole epochs', shown='none; needed', nargs='+'),
+        Flag('output', '', 'the file to write; it must not be there yet', shown='empty; needed'),
+        Flag('best', 0, 'only so many, the best by the log.txt beside them; all count alike', shown='all',
+             type=positive),
+    ),
+    (PREDICT, 'what'): (
+        Flag('input', [], 'images, folders and patterns, as those without a flag', nargs='+', action='append'),
+        Flag('use_ema', False, 'the averaged weights of the checkpoint',
+             also={EXPORT: dict(group='what to export', help='the averaged weights of --model_ema', off=''),
+                   AVERAGE: dict(group='flags', off='',
+                                 help='the averaged weights of --model_ema, not the trained ones')}),
+    ),
+    (PREDICT, 'results'): (
+        Flag('top_k', 5, 'classes for each image, the likeliest first', type=positive),
+        Flag('output', '', 'file to write instead of printing; - is standard output'),
+        Flag('format', None, 'of --output: csv, json, jsonl', shown='by its ending; of - jsonl'),
+        Flag('attention', None, 'pictures of where it looks: cls, mean; no value: as it pools', metavar='cls|mean',
+             choices=('auto',) + attention_maps.KINDS),
+        Flag('attention_block', None, 'the block that is looked at, from 1', shown='the last',
+             type=bounded_number(int)),
+        Flag('attention_heads', False, 'a picture for each head, too'),
+        Flag('attention_dir', '', 'folder for these pictures', shown='attention, beside --output or here'),
+    ),
+    (EXPORT, 'how'): (
+        Flag('format', '', 'the formats', shown='empty; needed'),
+        Flag('output', '', 'file, for huggingface a folder', shown='beside the checkpoint, by its name'),
+        Flag('overwrite', False, 'replace what is there', off=''),
+        Flag('opset', None, 'of onnx', shown='the newest that works', type=bounded_number(int, 7, 99)),
+        Flag('no_check', False, 'do not compare the result with the checkpoint', off=''),
+    ),
+    (TRAINING, 'model'): (
+        Flag('model', 'beit_base_patch16_224', 'name; the models stand below', synonyms='arch',
+             also={PREDICT: dict(group=UNLABELLED, default=None, help='name of the model', shown='the checkpoint\'s'),
+                   EXPORT: dict(group='what to export', default=None, help='name, where the file does not say it',
+                                shown='the file\'s')}),
+        Flag('rel_pos_bias', True, 'relative position bias in every block', off='disable_rel_pos_bias'),
+        Flag('abs_pos_emb', False, 'learned absolute positions'),
+        Flag('attention', 'auto', 'auto: fused on npu, cuda, where it agrees with plain; fused; plain',
+             choices=('auto', 'fused', 'plain')),
+        Flag('layer_scale_init_value', 0.1, '0.1 for base, 1e-5 for large, 0 for none', type=rate),
+        Flag('input_size', 224, 'pixels a side; any whole number of patches',
+             type=bounded_number(int, 1, MAX_INPUT_SIZE), synonyms='img_size',
+             also={PREDICT: dict(group=UNLABELLED, default=None, help='pixels a side',
+                                 shown='the checkpoint\'s, else 224'),
+                   EXPORT: dict(group='what to export', default=None, help='likewise, in pixels a side',
+                                shown='the file\'s, else 224')}),
+        Flag('drop', 0., 'dropout, a share', type=below_one),
+        Flag('attn_drop_rate', 0., 'dropout on attention weights, a share', type=below_one),
+        Flag('drop_path', 0.1, 'stochastic depth of the last block, a share', type=below_one, aliases=('drop_decay',)),
+        Flag('skip_dropped', 'auto', 'on, off: no work on dropped images; auto: on a CPU, not compiled',
+             choices=('auto', 'on', 'off')),
+        Flag('grad_checkpointing', False, 'compute the blocks again in the backward pass: less memory, slower',
+             synonyms='gradient_checkpointing'),
+        Flag('compile', False, 'compile the model with torch.compile; the first steps take minutes',
+             synonyms='torchcompile'),
+        Flag('model_ema', False, 'keep and evaluate a moving average of the weights'),
+        Flag('model_ema_decay', 0.9999, 'its decay per update', type=share),
+        Flag('model_ema_force_cpu', False, 'keep it in host memory', affects_results=False),
+        Flag('disable_eval_during_finetuning', False, 'do not evaluate after each epoch'),
+    ),
+    (TRAINING, 'optimizer'): (
+        Flag('opt', 'adamw', 'name; the optimizers stand below; on an NPU npufusedadamw'),
+        Flag('opt_eps', 1e-8, 'epsilon', shown='1e-8', type=bounded_number(float, 0, above=True)),
+        Flag('opt_betas', None, 'betas', shown='the optimizer\'s own', type=below_one, nargs='+'),
+        Flag('clip_grad', None, 'clip the gradients\' norm to this', shown='no clipping', type=rate,
+             synonyms='max_grad_norm'),
+        Flag('momentum', 0.9, 'momentum of SGD and its like', type=below_one),
+        Flag('weight_decay', 0.05, 'weight decay', type=rate, synonyms='wd'),
+        Flag('weight_decay_end', None, 'its value at the end of a cosine', shown='weight_decay', type=rate),
+        Flag('lr', 5e-4, 'learning rate of the last layers; not scaled by batch size', shown='5e-4',
+             type=bounded_number(float, 0, above=True), synonyms='learning_rate base_lr'),
+        Flag('layer_decay', 0.9, 'factor per layer downwards', type=bounded_number(float, 0, 1, above=True)),
+        Flag('warmup_lr', 0., 'learning rate of the first step of the warm-up', type=rate),
+        Flag('min_lr', 1e-6, 'learning rate at the end', shown='1e-6', type=rate),
+        Flag('warmup_epochs', 5, 'epochs of linear warm-up', type=whole),
+        Flag('warmup_steps', -1, 'update steps instead, when above 0', type=bounded_number(int, -1)),
+    ),
+    (TRAINING, 'augmentation'): (
+        Flag('color_jitter', 0.4, 'strength, where --aa is none', type=bounded_number(float, 0, 1000)),
+        Flag('aa', 'rand-m9-mstd0.5-inc1', 'AutoAugment policy or none'),
+        Flag('hflip', 0.5, 'share of images that are mirrored', type=share),
+        Flag('loss', 'auto', 'ce, bce (a binary one for each class); auto: bce for many labels',
+             choices=criteria.LOSSES),
+        Flag('class_weights', '', 'balanced: rare ones weigh more; or a CSV or JSON file', shown='all the same'),
+        Flag('smoothing', 0.1, 'label smoothing', type=below_one, synonyms='label_smoothing'),
+        Flag('train_interpolation', 'bicubic', 'of random crops: random, bilinear, bicubic, lanczos',
+             choices=augmentation.INTERPOLATIONS),
+        Flag('crop_pct', None, 'share of the resized image to evaluate', shown='224/256; from 384 pixels on 1.0',
+             type=bounded_number(float, 0, 1, above=True),
+             also={PREDICT: dict(group=UNLABELLED, help='share of the resized image that is cropped',
+                                 shown='the checkpoint\'s')}),
+        Flag('reprob', 0.25, 'share of images with random erasing', type=share),
+        Flag('remode', 'pixel', 'what erasing writes: const, rand, pixel', choices=('const', 'rand', 'pixel')),
+        Flag('recount', 1, 'how many areas it erases', type=positive),
+        Flag('resplit', False, 'refused: it needs augmentation splits, which this recipe does not have'),
+        Flag('mixup', 0., 'mixup alpha; 0 is off', type=rate),
+        Flag('cutmix', 0., 'cutmix alpha; 0 is off', type=rate),
+        Flag('cutmix_minmax', None, 'bounds of cutmix\'s area, two shares, instead of its alpha', type=share, nargs=2),
+        Flag('mixup_prob', 1., 'share of batches that are mixed', type=share),
+        Flag('mixup_switch_prob', 0.5, 'share of these with cutmix, where both are on', type=share),
+        Flag('mixup_mode', 'batch', 'what shares one mix: batch, pair, elem', choices=('batch', 'pair', 'elem')),
+    ),
+    (TRAINING, 'fine-tuning'): (
+        Flag('finetune', '', 'pretrained weights, a file or an https URL', shown='empty: from scratch',
+             synonyms='pretrained initial_checkpoint', affects_results=False),
+        Flag('model_key', 'model|module', 'where the file keeps them; the first found', affects_results=False),
+        Flag('model_prefix', '', 'what their names have in front', affects_results=False),
+        Flag('init_scale', 0.001, 'factor on the head\'s initial weights', type=rate, affects_results=False),
+        Flag('use_mean_pooling', True, 'pool by the mean of the patches, not the class token', off='use_cls'),
+        Flag('freeze_backbone', False, 'train the head alone (linear probing)'),
+        Flag('unfreeze_epoch', 0, 'with it: train all from this epoch on, counted from 0; 0: never', type=whole),
+        Flag('disable_weight_decay_on_rel_pos_bias', False, 'no weight decay on bias tables'),
+    ),
+    (TRAINING, 'precision'): (
+        Flag('amp', False, 'mixed precision, by apex where it is installed, else by PyTorch',
+             synonyms='fp16 bf16 mixed_precision',
+             also={PREDICT: dict(group='run', help='mixed precision, as in evaluation')}),
+        Flag('opt_level', 'O2', 'O0 float32; O1 autocast; O2 half weights, float32 masters', choices=backend.OPT_LEVELS,
+             metavar='O0|O1|O2',
+             also={PREDICT: dict(group='run', help='O0 float32, O1 autocast, O2 half-precision weights',
+                                 aliases=('opt-level',))}),
+        Flag('amp_dtype', None, 'float16, bfloat16', shown='float16; on a CPU bfloat16', choices=backend.AMP_DTYPES,
+             also={PREDICT: dict(group='run')}),
+        Flag('loss_scale', None, 'a number, or dynamic', shown='128 for float16, else 1', type=loss_scale),
+    ),
+    (TRAINING, 'data'): (
+        Flag('data_path', '', 'folder with train/ and val/ of class folders; or demo: digits',
+             synonyms='data data_dir root', affects_results=False),
+        Flag('eval_data_path', None, 'class folders to evaluate on, instead of data_path/val', affects_results=False),
+        Flag('train_csv', '', 'list of training images: path,label or path,label;label', affects_results=False),
+        Flag('val_csv', '', 'likewise of the validation images', affects_results=False),
+        Flag('val_split', 0., 'share of each class to evaluate on, where there is no val',
+             type=bounded_number(float, 0, 0.9)),
+        Flag('nb_classes', 0, 'checked against the folders; 0 takes their number', type=whole, affects_results=False),
+        Flag('imagenet_default_mean_and_std', False, 'ImageNet\'s mean and deviation instead of 0.5'),
+        Flag('data_set', 'IMNET', 'IMNET (train/, val/), image_folder (class folders), CIFAR (100)'),
+        Flag('data_backend', 'exact', 'exact, the reference\'s pixels; fast, by torchvision, nearly so',
+             choices=augmentation.BACKENDS,
+             also={PREDICT: dict(group='run',
+                                 help='exact, or fast: JPEG files by torchvision, pixels differ a little')}),
+        Flag('eval_data_backend', 'exact', 'the same of evaluation: exact, fast', choices=augmentation.BACKENDS),
+        Flag('bad_images', 'error', 'a file that cannot be read: error, or skip: leave out and list it',
+             choices=('error', 'skip'),
+             also={PREDICT: dict(group='what',
+                                 help='a file that cannot be read: error, or skip: say so and leave it out')}),
+        Flag('max_bad_images', 0.001, 'with skip, the share of bad files to stop at', type=share,
+             affects_results=False),
+        Flag('index_cache', True, 'keep the list of files for the next start', affects_results=False),
+        Flag('check_data', False, 'decode every image, report those that cannot be read, and stop',
+             affects_results=False),
+    ),
+    (TRAINING, 'distributed'): (
+        Flag('world_size', 1, 'set by the launcher', type=positive, affects_results=False),
+        Flag('local_rank', -1, 'set by the launcher', type=bounded_number(int, -1), affects_results=False,
+             also=LAUNCHED),
+        Flag('dist_on_itp', False, 'take ranks from Open MPI\'s environment', affects_results=False,
+             also=LAUNCHED),
+        Flag('dist_timeout', 600., 'seconds that a process may hold up the others before the job ends',
+             type=bounded_number(float, 1, 10 ** 6), affects_results=False,
+             also=LAUNCHED),
+        Flag('dist_url', 'env://', 'where the processes meet', affects_results=False,
+             also=LAUNCHED),
+    ),
+}
 
 
-def number(kind, low=None, high=None, above=False):
-    """An argparse type: an int or float from `low` (or above it) to `high`."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError('%r is not %s' % (text, 'a whole number' if kind is int else 'a number'))
-        if value != value or value in (float('inf'), float('-inf')):
-            raise argparse.ArgumentTypeError('%r is not a finite number' % text)
-        if low is not None and (value <= low if above else value < low):
-            raise argparse.ArgumentTypeError('must be %s %s, got %s' % ('above' if above else 'at least', low, text))
-        if high is not None and value > high:
-            raise argparse.ArgumentTypeError('must be at most %s, got %s' % (high, text))
-        return value
-    return parse
+def flags_of(program: str) -> Iterator[Tuple[str, Flag]]:
+    """Each flag of a program, as it is there, with its group."""
+    for (home, group), flags in FLAGS.items():
+        for flag in flags:
+            if home == program:
+                yield group, flag
+            elif program in flag.also:
+                changes = dict(flag.also[program])
+                yield changes.pop('group'), dataclasses.replace(flag, **changes)
 
 
-def loss_scale(text):
-    return text if text == 'dynamic' else number(float, 0, above=True)(text)
+def without_effect() -> FrozenSet[str]:
+    """The names of the training flags on which no number of a run depends."""
+    return frozenset(flag.name for _, flag in flags_of(TRAINING) if not flag.affects_results)
 
 
-whole, positive = number(int, 0), number(int, 1)
-rate, share = number(float, 0), number(float, 0, 1)
-below_one = number(float, 0, 0.999)
+def build_parser(program: str = TRAINING, usage: str = '--data_path DIR [flags]', description: Optional[str] = None,
+                 examples: str = EXAMPLES, parser_class: Type[OneLineParser] = OneLineParser,
+                 **changes: Mapping[str, Any]) -> OneLineParser:
+    """The parser of a program.
 
-
-def switch(group, name, default, help_text, off=None):
-    """A boolean flag: --name turns it on, --no_name (or `off`) turns it off."""
-    off = off or 'no_' + name
-    group.add_argument('--' + name, action='store_true', default=default,
-                       help='%s (%s)' % (help_text, 'on; off by --' + off if default else 'off'))
-    group.add_argument('--' + off, action='store_false', dest=name, help=argparse.SUPPRESS)
-
-
-def build_parser(description=__doc__):
-    parser = OneLineParser('run_class_finetuning.py', '--data_path DIR [flags]', description=description,
-                           epilog=EXAMPLES)
-
-    run = parser.add_argument_group('run')
-    add = run.add_argument
-    add('--batch_size', default=64, type=positive, help='images per device and micro-step (64)')
-    add('--epochs', default=30, type=number(int, 1, 10 ** 6), help='passes over the training set (30)')
-    add('--update_freq', default=1, type=positive, help='micro-steps whose gradients make one update (1)')
-    add('--save_ckpt_freq', default=5, type=positive, help='epochs between checkpoints (5)')
-    add('--save_ckpt_steps', default=0, type=whole, help='update steps between checkpoints in mid-epoch; 0: none (0)')
-    add('--save_ckpt_minutes', default=0., type=rate, help='minutes between them; 0: none (0)')
-    add('--keep_checkpoints', default=0, type=whole,
-        help='only the newest so many of each kind; 0: all epochs, 2 in mid-epoch (0)')
-    switch(run, 'deterministic', False, 'the same bits from the same command twice, on the same machine')
-    add('--on_nonfinite', default='stop', choices=('stop', 'skip'),
-        help='loss or gradient infinite or no number: stop, or skip that update (stop)')
-    add('--seed', default=0, type=number(int, 0, 2 ** 62), help='seed of every random number (0)')
-    add('--num_workers', default=10, type=number(int, 0, 1024),
-        help='loader processes per device; 0 loads in the main one (10)')
-    switch(run, 'pin_mem', True, 'page-locked memory for batches to npu or cuda')
-    add('--max_train_samples', default=0, type=whole,
-        help='train on so many images, the same in every epoch; 0: all (0)')
-    add('--val_interval', default=1, type=positive, help='evaluate after each so many epochs, and the last (1)')
-    add('--early_stop', default=0, type=whole,
-        help='stop after so many evaluations in a row without a new best; 0: never (0)')
-    add('--start_epoch', default=0, type=whole, help='first epoch, where no checkpoint says it (0)')
-    add('--device', default='auto', help='auto (npu, cuda, cpu: the first present), npu, cuda, cpu, cuda:1 … (auto)')
-    add('--jit_compile', default='auto', choices=('auto', 'on', 'off'),
-        help='npu: compile operators; auto: on for 910A, off for 910B; on, off (auto)')
-    add('--maxstep', default=0, type=whole, help='stop after exactly this many update steps; 0: no limit (0)')
-    switch(run, 'prof', False, 'profile a few updates, write a trace into output_dir/prof, stop')
-    switch(run, 'cann_prof', False, 'likewise through torch_npu\'s profiler')
-
-    model = parser.add_argument_group('model')
-    add = model.add_argument
-    add('--model', default='beit_base_patch16_224', help='name; the models stand below (beit_base_patch16_224)')
-    switch(model, 'rel_pos_bias', True, 'relative position bias in every block', off='disable_rel_pos_bias')
-    switch(model, 'abs_pos_emb', False, 'learned absolute positions')
-    add('--attention', default='auto', choices=('auto', 'fused', 'plain'),
-        help='auto: fused on npu, cuda, where it agrees with plain; fused; plain (auto)')
-    add('--layer_scale_init_value', default=0.1, type=rate, help='0.1 for base, 1e-5 for large, 0 for none (0.1)')
-    add('--input_size', default=224, type=number(int, 1, 8192),
-        help='pixels a side; any whole number of patches (224)')
-    add('--drop', default=0., type=below_one, help='dropout, a share (0)')
-    add('--attn_drop_rate', default=0., type=below_one, help='dropout on attention weights, a share (0)')
-    add('--drop_path', '--drop_decay', default=0.1, type=below_one,
-        help='stochastic depth of the last block, a share (0.1)')
-    add('--skip_dropped', default='auto', choices=('auto', 'on', 'off'),
-        help='on, off: no work on dropped images; auto: on a CPU, not compiled (auto)')
-    switch(model, 'grad_checkpointing', False, 'compute the blocks again in the backward pass: less memory, slower')
-    switch(model, 'compile', False, 'compile the model with torch.compile; the first steps take minutes')
-    switch(model, 'model_ema', False, 'keep and evaluate a moving average of the weights')
-    add('--model_ema_decay', default=0.9999, type=share, help='its decay per update (0.9999)')
-    switch(model, 'model_ema_force_cpu', False, 'keep it in host memory')
-    switch(model, 'disable_eval_during_finetuning', False, 'do not evaluate after each epoch')
-
-    optimizer = parser.add_argument_group('optimizer')
-    add = optimizer.add_argument
-    add('--opt', default='adamw', help='name; the optimizers stand below; on an NPU npufusedadamw (adamw)')
-    add('--opt_eps', default=1e-8, type=number(float, 0, above=True), help='epsilon (1e-8)')
-    add('--opt_betas', default=None, type=below_one, nargs='+', help='betas (the optimizer\'s own)')
-    add('--clip_grad', default=None, type=rate, help='clip the gradients\' norm to this (no clipping)')
-    add('--momentum', default=0.9, type=below_one, help='momentum of SGD and its like (0.9)')
-    add('--weight_decay', default=0.05, type=rate, help='weight decay (0.05)')
-    add('--weight_decay_end', default=None, type=rate, help='its value at the end of a cosine (weight_decay)')
-    add('--lr', default=5e-4, type=number(float, 0, above=True),
-        help='learning rate of the last layers; not scaled by batch size (5e-4)')
-    add('--layer_decay', default=0.9, type=number(float, 0, 1, above=True), help='factor per layer downwards (0.9)')
-    add('--warmup_lr', default=0., type=rate, help='learning rate of the first step of the warm-up (0)')
-    add('--min_lr', default=1e-6, type=rate, help='learning rate at the end (1e-6)')
-    add('--warmup_epochs', default=5, type=whole, help='epochs of linear warm-up (5)')
-    add('--warmup_steps', default=-1, type=number(int, -1), help='update steps instead, when above 0 (-1)')
-
-    augmenting = parser.add_argument_group('augmentation')
-    add = augmenting.add_argument
-    add('--color_jitter', default=0.4, type=number(float, 0, 1000), help='strength, where --aa is none (0.4)')
-    add('--aa', default='rand-m9-mstd0.5-inc1', help='AutoAugment policy or none (rand-m9-mstd0.5-inc1)')
-    add('--hflip', default=0.5, type=share, help='share of images that are mirrored (0.5)')
-    add('--loss', default='auto', choices=criteria.LOSSES,
-        help='ce, bce (a binary one for each class); auto: bce for many labels (auto)')
-    add('--class_weights', default='', help='balanced: rare ones weigh more; or a CSV or JSON file (all the same)')
-    add('--smoothing', default=0.1, type=below_one, help='label smoothing (0.1)')
-    add('--train_interpolation', default='bicubic', choices=augmentation.INTERPOLATIONS,
-        help='of random crops: random, bilinear, bicubic, lanczos (bicubic)')
-    add('--crop_pct', default=None, type=number(float, 0, 1, above=True),
-        help='share of the resized image to evaluate (224/256; from 384 pixels on 1.0)')
-    add('--reprob', default=0.25, type=share, help='share of images with random erasing (0.25)')
-    add('--remode', default='pixel', choices=('const', 'rand', 'pixel'),
-        help='what erasing writes: const, rand, pixel (pixel)')
-    add('--recount', default=1, type=positive, help='how many areas it erases (1)')
-    switch(augmenting, 'resplit', False, 'refused: it needs augmentation splits, which this recipe does not have')
-    add('--mixup', default=0., type=rate, help='mixup alpha; 0 is off (0)')
-    add('--cutmix', default=0., type=rate, help='cutmix alpha; 0 is off (0)')
-    add('--cutmix_minmax', default=None, type=share, nargs=2,
-        help='bounds of cutmix\'s area, two shares, instead of its alpha (none)')
-    add('--mixup_prob', default=1., type=share, help='share of batches that are mixed (1)')
-    add('--mixup_switch_prob', default=0.5, type=share, help='share of these with cutmix, where both are on (0.5)')
-    add('--mixup_mode', default='batch', choices=('batch', 'pair', 'elem'),
-        help='what shares one mix: batch, pair, elem (batch)')
-
-    finetuning = parser.add_argument_group('fine-tuning')
-    add = finetuning.add_argument
-    add('--finetune', default='', help='pretrained weights, a file or an https URL (empty: from scratch)')
-    add('--model_key', default='model|module', help='where the file keeps them; the first found (model|module)')
-    add('--model_prefix', default='', help='what their names have in front (empty)')
-    add('--init_scale', default=0.001, type=rate, help='factor on the head\'s initial weights (0.001)')
-    switch(finetuning, 'use_mean_pooling', True, 'pool by the mean of the patches, not the class token',
-           off='use_cls')
-    switch(finetuning, 'freeze_backbone', False, 'train the head alone (linear probing)')
-    add('--unfreeze_epoch', default=0, type=whole, help='with it: train all from this epoch on, counted from 0; '
-        '0: never (0)')
-    switch(finetuning, 'disable_weight_decay_on_rel_pos_bias', False, 'no weight decay on bias tables')
-
-    data = parser.add_argument_group('data')
-    add = data.add_argument
-    add('--data_path', default='', help='folder with train/ and val/ of class folders; or demo: digits (empty)')
-    add('--eval_data_path', default=None, help='class folders to evaluate on, instead of data_path/val (none)')
-    add('--train_csv', default='', help='list of training images: path,label or path,label;label (empty)')
-    add('--val_csv', default='', help='likewise of the validation images (empty)')
-    add('--val_split', default=0., type=number(float, 0, 0.9),
-        help='share of each class to evaluate on, where there is no val (0)')
-    add('--nb_classes', default=0, type=whole, help='checked against the folders; 0 takes their number (0)')
-    switch(data, 'imagenet_default_mean_and_std', False, 'ImageNet\'s mean and deviation instead of 0.5')
-    add('--data_set', default='IMNET', help='IMNET (train/, val/), image_folder (class folders), CIFAR (100) (IMNET)')
-
-    add('--data_backend', default='exact', choices=augmentation.BACKENDS,
-        help='exact, the reference\'s pixels; fast, by torchvision, nearly so (exact)')
-    add('--eval_data_backend', default='exact', choices=augmentation.BACKENDS,
-        help='the same of evaluation: exact, fast (exact)')
-    add('--bad_images', default='error', choices=('error', 'skip'),
-        help='a file that cannot be read: error, or skip: leave out and list it (error)')
-    add('--max_bad_images', default=0.001, type=share, help='with skip, the share of bad files to stop at (0.001)')
-    switch(data, 'index_cache', True, 'keep the list of image files in the user\'s cache for the next start')
-    switch(data, 'check_data', False, 'decode every image, report those that cannot be read, and stop')
-
-    output = parser.add_argument_group('output')
-    add = output.add_argument
-    add('--output_dir', default='', help='folder for checkpoints, log.txt and the like (empty: none)')
-    add('--config', default=None, metavar='FILE',
-        help='flags from a file, such as a run\'s args.yaml; those given here win (none)')
-    switch(output, 'curves', True, 'draw output_dir/curves.png, every 20 s at most')
-    switch(output, 'report', False, 'write output_dir/report.html: curves, classes, confusions, images')
-    add('--log_dir', default=None, help='folder for TensorBoard (none)')
-    add('--resume', default='', help='checkpoint, or its folder: the newest; to evaluate the best (empty)')
-    switch(output, 'auto_resume', False, 'resume the newest checkpoint of output_dir, where there is one')
-    switch(output, 'save_ckpt', True, 'write checkpoints')
-    switch(output, 'eval', False, 'evaluate --resume, and nothing else')
-    switch(output, 'test_flip', False, 'evaluate on the mean of the logits of an image and of its mirror image')
-    add('--results_file', default='', help='with --eval: a file for the figures, .csv or .json (empty)')
-    add('--real_labels', default='', help='with --eval: JSON list of ImageNet\'s reassessed labels (empty)')
-    switch(output, 'dist_eval', False, 'share the evaluation among the processes, every image exactly once')
-
-    halves = parser.add_argument_group('precision')
-    add = halves.add_argument
-    switch(halves, 'amp', False, 'mixed precision, by apex where it is installed, else by PyTorch')
-    add('--opt_level', default='O2', choices=backend.OPT_LEVELS, metavar='O0|O1|O2',
-        help='O0 float32; O1 autocast; O2 half weights, float32 masters (O2)')
-    add('--amp_dtype', default=None, choices=backend.AMP_DTYPES, help='float16, bfloat16 (float16; on a CPU bfloat16)')
-    add('--loss_scale', default=None, type=loss_scale, help='a number, or dynamic (128 for float16, else 1)')
-
-    distributed = parser.add_argument_group('distributed')
-    distributed.add_argument('--world_size', default=1, type=positive, help='set by the launcher (1)')
-    add_meeting(distributed)
+    Args:
+        usage, description, examples: what --help says besides the flags.
+        changes: {name of a flag: the attributes of its `Flag` that the program itself sets}, such as choices.
+    """
+    parser = parser_class(program, usage, description=description, epilog=examples)
+    groups = {title: parser.add_argument_group(title) for title in GROUPS[program]}
+    for group, flag in flags_of(program):
+        dataclasses.replace(flag, **changes.get(flag.name, {})).add_to(groups[group])
+        parser.synonyms.update((name, flag.name) for name in flag.synonyms.split())
     return parser
 
 
-def add_meeting(group):
-    """The flags by which a process finds the others."""
-    add = group.add_argument
-    add('--local_rank', default=-1, type=number(int, -1), help='set by the launcher (-1)')
-    switch(group, 'dist_on_itp', False, 'take ranks from Open MPI\'s environment')
-    add('--dist_timeout', default=600., type=number(float, 1, 10 ** 6),
-        help='seconds that a process may hold up the others before the job ends (600)')
-    add('--dist_url', default='env://', help='where the processes meet (env://)')
+Config = TypeVar('Config')
 
 
-def config_from(args, kind, **given):
+def config_from(args: argparse.Namespace, kind: Callable[..., Config], **given: Any) -> Config:
     """A dataclass of `config` with the values of the flags that its fields are named after; `given` wins."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind) if hasattr(args, field.name)}
-    return kind(**dict(values, **given))
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    return kind(**dict({field.name: getattr(args, field.name) for field in fields if hasattr(args, field.name)},
+                       **given))
 
 
-def check_unfreezing(args):
-    about = '--unfreeze_epoch %d: ' % args.unfreeze_epoch
-    if not args.freeze_backbone:
-        raise UserError(about + 'it needs --freeze_backbone, without which nothing is frozen')
-    if args.unfreeze_epoch >= args.epochs and not args.eval:
-        raise UserError(about + '--epochs %d ends before; lower it, or leave it out to train the head alone'
-                        % args.epochs)
-    if 'fused' in args.opt.lower() or optim_factory.optimizer_class(args.opt)[0].__name__ == 'NovoGrad':
-        raise UserError(about + '--opt %s looks for gradients in its first step and for no others later; use '
-                        '--opt adamw, or two runs, the second with --finetune' % args.opt)
+# ---- what can be found wrong before anything slow starts
 
-
-def check_args(args, local_rank=0, processes=1):
+def check_args(args: argparse.Namespace, local_rank: int = 0, processes: int = 1) -> None:
     """Everything that can be found wrong before anything slow starts. Raises `UserError`.
 
     Args:
-        local_rank, processes (int): the highest process of this machine and how many there are in all, where a
+        local_rank, processes: the highest process of this machine and how many there are in all, where a
             launcher asks before it starts them.
     """
+    check_model(args)
+    check_augmentation(args)
+    check_schedule(args)
+    locations.check_paths(config_from(args, InputConfig))
+    check_compute(args, local_rank, processes)
+    check_optimizer(args)
+    check_evaluation(args)
+    check_weights(args)
+    check_outputs(args)
+
+
+def check_model(args: argparse.Namespace) -> None:
     if args.model not in modeling_finetune.MODELS:
         raise unknown('--model', args.model, modeling_finetune.MODELS)
     patch = modeling_finetune.MODELS[args.model]['patch_size']
@@ -408,13 +407,13 @@ def check_args(args, local_rank=0, processes=1):
         below = args.input_size // patch * patch
         raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s; use %s%d' % (
             args.input_size, patch, args.model, '%d or ' % below if below else '', below + patch))
+
+
+def check_augmentation(args: argparse.Namespace) -> None:
     augmentation.check_policy(args.aa)
     augmentation.check_backend(args)
     if args.resplit:
         raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
-    if args.warmup_steps <= 0 and args.warmup_epochs > args.epochs:
-        raise UserError('--warmup_epochs %d is longer than --epochs %d; give --warmup_epochs=%d or fewer'
-                        % (args.warmup_epochs, args.epochs, args.epochs))
     if augmentation.uses_mixup(args) and args.batch_size % 2 and not args.eval:
         raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
     for flag in ('mixup', 'cutmix'):
@@ -422,23 +421,31 @@ def check_args(args, local_rank=0, processes=1):
             raise UserError('--%s %g: an alpha below 1e-6 mixes nothing; 0 turns it off' % (flag, getattr(args, flag)))
     if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         raise UserError('--cutmix_minmax %g %g: the first must be below the second' % tuple(args.cutmix_minmax))
-    if args.opt_betas is not None and len(args.opt_betas) != 2:
-        raise UserError('--opt_betas %s: give 2 numbers, as in --opt_betas 0.9 0.999'
-                        % ' '.join(map(str, args.opt_betas)))
+    if args.class_weights and not args.eval:
+        criteria.check_weights(args.class_weights)
+
+
+def check_schedule(args: argparse.Namespace) -> None:
+    if args.warmup_steps <= 0 and args.warmup_epochs > args.epochs:
+        raise UserError('--warmup_epochs %d is longer than --epochs %d; give --warmup_epochs=%d or fewer'
+                        % (args.warmup_epochs, args.epochs, args.epochs))
     if args.start_epoch >= args.epochs:
         raise UserError('--start_epoch %d: --epochs %d leaves nothing to train; raise --epochs'
                         % (args.start_epoch, args.epochs))
-    if args.world_size > 1 and distributed.launch_environment(args)[1] == 1:
+    if args.early_stop and args.disable_eval_during_finetuning:
+        raise UserError('--early_stop %d: --disable_eval_during_finetuning evaluates nothing to stop by; leave one of '
+                        'them out' % args.early_stop)
+
+
+def check_compute(args: argparse.Namespace, local_rank: int, processes: int) -> None:
+    """The device, and what it can do."""
+    _, launched, launched_rank = distributed.launch_environment(args)
+    if args.world_size > 1 and launched == 1:
         raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
                         '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))
-    locations.check_paths(config_from(args, InputConfig))
-    _, launched, launched_rank = distributed.launch_environment(args)
     device = backend.find_device(args.device, local_rank or launched_rank, max(processes, launched))
     if device.type == 'cpu':
         backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
-    if not args.eval:
-        optim_factory.check_optimizer(args.opt, args.momentum)
-        pretrained.check_finetune(args.finetune)
     if args.cann_prof:
         backend.check_cann_profiler()
     if args.compile:
@@ -446,25 +453,52 @@ def check_args(args, local_rank=0, processes=1):
         if args.skip_dropped == 'on':
             raise UserError('--skip_dropped on: it changes shapes from step to step, and --compile needs one; leave '
                             'one of them out')
+
+
+def check_optimizer(args: argparse.Namespace) -> None:
+    if args.opt_betas is not None and len(args.opt_betas) != 2:
+        raise UserError('--opt_betas %s: give 2 numbers, as in --opt_betas 0.9 0.999'
+                        % ' '.join(map(str, args.opt_betas)))
+    if not args.eval:
+        optim_factory.check_optimizer(args.opt, args.momentum)
+    if args.unfreeze_epoch:
+        check_unfreezing(args)
+
+
+def check_unfreezing(args: argparse.Namespace) -> None:
+    flag = '--unfreeze_epoch %d: ' % args.unfreeze_epoch
+    if not args.freeze_backbone:
+        raise UserError(flag + 'it needs --freeze_backbone, without which nothing is frozen')
+    if args.unfreeze_epoch >= args.epochs and not args.eval:
+        raise UserError(flag + '--epochs %d ends before; lower it, or leave it out to train the head alone'
+                        % args.epochs)
+    if 'fused' in args.opt.lower() or optim_factory.optimizer_class(args.opt)[0].__name__ == 'NovoGrad':
+        raise UserError(flag + '--opt %s looks for gradients in its first step and for no others later; use '
+                        '--opt adamw, or two runs, the second with --finetune' % args.opt)
+
+
+def check_evaluation(args: argparse.Namespace) -> None:
     for flag in ('results_file', 'real_labels'):
         if getattr(args, flag) and not args.eval:
             raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
-    if args.early_stop and args.disable_eval_during_finetuning:
-        raise UserError('--early_stop %d: --disable_eval_during_finetuning evaluates nothing to stop by; leave one of '
-                        'them out' % args.early_stop)
-    if args.unfreeze_epoch:
-        check_unfreezing(args)
     if args.results_file:
         scores.check_results_file(args.results_file)
         utils.check_writable('--results_file', os.path.dirname(args.results_file))
     if args.real_labels and not os.path.isfile(args.real_labels):
         raise UserError('--real_labels %s: no such file' % args.real_labels)
-    if args.class_weights and not args.eval:
-        criteria.check_weights(args.class_weights)
     if args.eval and not (args.resume or args.finetune):
         raise UserError('--eval needs --resume: the checkpoint to evaluate, or the folder that holds it')
+
+
+def check_weights(args: argparse.Namespace) -> None:
+    """The files that a run starts from."""
+    if not args.eval:
+        pretrained.check_finetune(args.finetune)
     if args.resume:
         checkpoint.candidates(args.resume)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
     if args.report and not args.output_dir:
         raise UserError('--report needs --output_dir, the folder for report.html')
     if args.log_dir and importlib.util.find_spec('tensorboardX') is None:

@@ -12,13 +12,13 @@ import torch
 from timm.models import create_model
 
 import checkpoint
+import config
 import distributed
 import layouts
 import modeling_finetune
 import safe_files
 from augmentation import EvalTransform
 from errors import UserError, printable, unknown
-from flags import build_parser
 from pretrained import fit_to_model, inner_state, mismatches, refuse_exports, strip_prefixes
 
 
@@ -35,7 +35,7 @@ class Trained(typing.NamedTuple):
     model: torch.nn.Module  # in evaluation mode, float32, on the CPU
     classes: list  # of str, one per output; numbers where the checkpoint does not name them
     preprocessing: EvalTransform
-    args: argparse.Namespace  # all flags, with the values that the checkpoint was trained with
+    args: argparse.Namespace  # the flags of model, images and loading, as the checkpoint was trained with
     source: str  # the file
     activation: str = 'softmax'  # what makes probabilities of its outputs; or sigmoid, each class for itself
 
@@ -70,7 +70,7 @@ def open_trained(source, use_ema=False, **given):
         raise UserError('--resume %s holds no averaged weights (it was trained without --model_ema)' % printable(path))
     state = content['model_ema'] if use_ema else inner_state(content, 'model|module|state_dict')[1]
     state = layouts.from_any(strip_prefixes(state))[0]
-    args = build_parser('').parse_args([])
+    args = _default_settings()
     if foreign:
         told = dict(told, **_flags_of_weights(state))
     vars(args).update({name: value for name, value in told.items() if hasattr(args, name)})
@@ -100,6 +100,12 @@ def open_trained(source, use_ema=False, **given):
                    'sigmoid' if about.get('activation') == 'sigmoid' else 'softmax')
 
 
+def _default_settings():
+    """The settings that a checkpoint's flags are laid over, as a Namespace."""
+    kinds = (config.ModelConfig, config.TransformConfig, config.DataConfig, config.LoaderConfig)
+    return argparse.Namespace(**{name: value for kind in kinds for name, value in vars(kind()).items()})
+
+
 def _described(path):
     """{args, classes, activation}, as a checkpoint has them, of what stands beside bare weights; {} where nothing does.
 
@@ -108,13 +114,10 @@ def _described(path):
     about = safe_files.read_metadata(path)
     try:
         images = EvalTransform.from_timm(json.loads(about['preprocessing']))
-        flags = ['--model=%s' % about['model'], '--input_size=%d' % images.input_size,
-                 '--crop_pct=%r' % images.crop_pct]
-        if images.is_imagenet_normalized:
-            flags.append('--imagenet_default_mean_and_std')
-        return dict(args=vars(build_parser('').parse_args(flags)), classes=json.loads(about['classes']),
-                    activation=about['activation'])
-    except (LookupError, ValueError, TypeError, RecursionError, UserError):
+        args = dict(model=str(about['model']), input_size=images.input_size, crop_pct=images.crop_pct,
+                    imagenet_default_mean_and_std=images.is_imagenet_normalized)
+        return dict(args=args, classes=json.loads(about['classes']), activation=about['activation'])
+    except (LookupError, ValueError, TypeError, RecursionError):
         names = layouts.labels_beside(path)
         return dict(classes=names) if names else {}
 

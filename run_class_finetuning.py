@@ -27,7 +27,6 @@ import checkpoint
 import criteria
 import datasets
 import distributed
-import endings
 import engine_for_finetuning as engine
 import optim_factory
 import precision
@@ -39,10 +38,11 @@ import scores
 import splits
 import utils
 import watchdog
+from cli import exit_process, exit_with_error, run_with_error_report
 from config import InputConfig, MixupConfig, TransformConfig
 from criteria import build_criterion
 from errors import UserError, printable
-from flags import build_parser, check_args, config_from
+from flags import build_parser, check_args, config_from, without_effect
 from image_dataset import label_source
 from networks import build_model
 from pilot import RunPilot
@@ -181,7 +181,7 @@ def resume(args, model, optimizer, scaler, ema, device, run):
         return source, checkpoint.Progress(args.start_epoch, run=run)
     checkpoint.check_same_split(source, content, args)
     progress = checkpoint.resume_training(source, content, model, optimizer, scaler, ema)
-    changes = checkpoint.differences(content, args, run)
+    changes = checkpoint.resume_differences(content, args, run, without_effect())
     if progress.steps and progress.run.get('total_batch') != run['total_batch']:
         raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; make '
                         '--batch_size x --update_freq x processes the same, or resume the checkpoint of a whole epoch'
@@ -505,19 +505,20 @@ def run(argv=None):
     signals = preemption.Signals()
     try:
         with signals:
-            return endings.explain(PROGRAM, lambda: main(build_parser(__doc__).parse_args(argv), signals),
-                                   'lower --batch_size and raise --update_freq by as much, or lower --input_size',
-                                   '; the same command with --auto_resume goes on from the last checkpoint')
+            return run_with_error_report(PROGRAM,
+                                         lambda: main(build_parser(description=__doc__).parse_args(argv), signals),
+                                         'lower --batch_size and raise --update_freq by as much, or lower --input_size',
+                                         '; the same command with --auto_resume goes on from the last checkpoint')
     except preemption.Stopped as stop:  # also while an error is told: another process may have caused that one
         watchdog.stop()
         if str(stop):
             distributed.say('%s: %s' % (PROGRAM, stop))
             distributed.wait_for_others_to_speak(first=distributed.is_main_process())
-            return endings.leave(128 + stop.number)
+            return exit_process(128 + stop.number)
         if not distributed.speaks_first():
-            return endings.leave(128 + stop.number)
-        return endings.fail(PROGRAM, 'interrupted by %s; with --output_dir, the same command and --auto_resume goes on '
-                            'from the last checkpoint' % preemption.name(stop.number), 128 + stop.number)
+            return exit_process(128 + stop.number)
+        return exit_with_error(PROGRAM, 'interrupted by %s; with --output_dir, the same command and --auto_resume goes '
+                               'on from the last checkpoint' % preemption.name(stop.number), 128 + stop.number)
 
 
 if __name__ == '__main__':

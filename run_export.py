@@ -20,13 +20,13 @@ import typing
 import warnings
 
 import backend  # noqa: F401  (sets how torch loads its devices)
-import endings
+import flags
 import layouts
 import modeling_finetune
 import safe_files
 import utils
+from cli import OneLineParser, run_interruptible
 from errors import UserError, one_line, printable, unknown
-from flags import OneLineParser, number
 from networks import open_trained
 
 import torch
@@ -375,23 +375,10 @@ def _need(name, what):
 
 # ---- the program
 
-def build_parser():
-    parser = OneLineParser('run_export.py', '--resume PATH --format FORMAT [flags]', description=__doc__,
-                           epilog=EXAMPLES)
-    parser.set_defaults(auto_resume=False)  # which belongs to training, and is looked at for all
-    add = parser.add_argument_group('what to export').add_argument
-    add('--resume', default='', help='checkpoint, or its folder, of which the best is taken (empty; needed)')
-    add('--use_ema', action='store_true', help='the averaged weights of --model_ema (off)')
-    add('--model', default=None, help='name, where the file does not say it (the file\'s)')
-    add('--input_size', default=None, type=number(int, 1, 8192),
-        help='likewise, in pixels a side (the file\'s, else 224)')
-    add = parser.add_argument_group('how').add_argument
-    add('--format', default='', help='%s (empty; needed)' % ', '.join(FORMATS))
-    add('--output', default='', help='file, for huggingface a folder (beside the checkpoint, by its name)')
-    add('--overwrite', action='store_true', help='replace what is there (off)')
-    add('--opset', default=None, type=number(int, 7, 99), help='of onnx (%d, or the newest that works)' % OPSETS[0])
-    add('--no_check', action='store_true', help='do not compare the result with the checkpoint (off)')
-    return parser
+def build_parser() -> OneLineParser:
+    return flags.build_parser(flags.EXPORT, '--resume PATH --format FORMAT [flags]', __doc__, EXAMPLES,
+                              format=dict(help=', '.join(FORMATS)),
+                              opset=dict(shown='%d, or the newest that works' % OPSETS[0]))
 
 
 def check_args(args):
@@ -473,7 +460,7 @@ def write_folder(path, files, check):
 
 def run(argv=None):
     """Parse, export, and turn what the user can mend into one line and exit status 2."""
-    return endings.explain_or_stop(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
+    return run_interruptible(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
 
 
 if __name__ == '__main__':

@@ -25,19 +25,18 @@ import backend  # first: it sets how torch loads its devices
 import attention
 import attention_maps
 import distributed
-import endings
 import engine_for_finetuning as engine
 import fast_images
+import flags
 import precision
 import preemption
 import safe_files
 import utils
 import watchdog
-from augmentation import BACKENDS
 from class_folders import is_image_name
+from cli import OneLineParser, exit_process, exit_with_error, run_with_error_report
 from device_loader import PrefetchLoader
 from errors import UserError, printable
-from flags import OneLineParser, add_meeting, number, positive, switch
 from image_stream import PathDataset, PathSampler, check_inputs, common_folder
 from loader import Samples, loader_kwargs
 from networks import open_trained
@@ -73,55 +72,11 @@ class Parser(OneLineParser):
         return parsed, rest
 
 
-def build_parser():
-    parser = Parser('run_predict.py', '--resume PATH IMAGES [flags]', description=__doc__, epilog=EXAMPLES)
+def build_parser() -> Parser:
+    parser = flags.build_parser(flags.PREDICT, '--resume PATH IMAGES [flags]', __doc__, EXAMPLES, Parser,
+                                format=dict(choices=sorted(FORMATS)))
     parser.add_argument('images', nargs='*', default=[],
                         help='files, folders (with all that is in them), quoted patterns (none)')
-
-    given = parser.add_argument_group('what')
-    add = given.add_argument
-    add('--resume', default='', help='checkpoint, or its folder, of which the best is taken (empty; needed)')
-    add('--input', nargs='+', action='append', default=[],
-        help='images, folders and patterns, as those without a flag (none)')
-    switch(given, 'use_ema', False, 'the averaged weights of the checkpoint')
-    add('--bad_images', default='error', choices=('error', 'skip'),
-        help='a file that cannot be read: error, or skip: say so and leave it out (error)')
-
-    output = parser.add_argument_group('results')
-    add = output.add_argument
-    add('--top_k', default=5, type=positive, help='classes for each image, the likeliest first (5)')
-    add('--output', default='', help='file to write instead of printing; - is standard output (empty)')
-    add('--format', default=None, choices=sorted(FORMATS),
-        help='of --output: csv, json, jsonl (by its ending; of - jsonl)')
-    add('--attention', default=None, metavar='cls|mean', choices=('auto',) + attention_maps.KINDS,
-        help='pictures of where it looks: cls, mean; no value: as it pools (none)')
-    add('--attention_block', default=None, type=number(int), help='the block that is looked at, from 1 (the last)')
-    switch(output, 'attention_heads', False, 'a picture for each head, too')
-    add('--attention_dir', default='', help='folder for these pictures (attention, beside --output or here)')
-
-    running = parser.add_argument_group('run')
-    add = running.add_argument
-    add('--device', default='auto', help='auto (npu, cuda, cpu: the first present), npu, cuda, cpu, cuda:1 … (auto)')
-    add('--batch_size', default=64, type=positive, help='images per device at a time (64)')
-    add('--num_workers', default=None, type=number(int, 0, 1024),
-        help='loader processes per device (one per core, up to 8; 0 for one batch)')
-    switch(running, 'pin_mem', True, 'page-locked memory for batches to npu or cuda')
-    switch(running, 'amp', False, 'mixed precision, as in evaluation')
-    add('--opt_level', '--opt-level', default='O2', choices=backend.OPT_LEVELS, metavar='O0|O1|O2',
-        help='O0 float32, O1 autocast, O2 half-precision weights (O2)')
-    add('--amp_dtype', default=None, choices=backend.AMP_DTYPES, help='float16, bfloat16 (float16; on a CPU bfloat16)')
-    add('--data_backend', default='exact', choices=BACKENDS,
-        help='exact, or fast: JPEG files by torchvision, pixels differ a little (exact)')
-
-    weights = parser.add_argument_group('weights that do not say what they are of')
-    add = weights.add_argument
-    add('--model', default=None, help='name of the model (the checkpoint\'s)')
-    add('--input_size', default=None, type=number(int, 1, 8192), help='pixels a side (the checkpoint\'s, else 224)')
-    add('--crop_pct', default=None, type=number(float, 0, 1, above=True),
-        help='share of the resized image that is cropped (the checkpoint\'s)')
-
-    launched = parser.add_argument_group('distributed')
-    add_meeting(launched)
     return parser
 
 
@@ -482,15 +437,15 @@ def run(argv=None):
 
     try:
         with preemption.Signals(), contextlib.redirect_stdout(sys.stderr):  # so that only results are on stdout
-            return endings.explain(PROGRAM, work, 'lower --batch_size')
+            return run_with_error_report(PROGRAM, work, 'lower --batch_size')
     except BrokenPipeError:  # whoever read the results has seen enough
-        return endings.leave(128 + signal.SIGPIPE)
+        return exit_process(128 + signal.SIGPIPE)
     except preemption.Stopped as stop:
         watchdog.stop()
         if not distributed.speaks_first():
-            return endings.leave(128 + stop.number)
-        return endings.fail(PROGRAM, 'interrupted by %s; a file for --output is not written'
-                            % preemption.name(stop.number), 128 + stop.number)
+            return exit_process(128 + stop.number)
+        return exit_with_error(PROGRAM, 'interrupted by %s; a file for --output is not written'
+                               % preemption.name(stop.number), 128 + stop.number)
 
 
 if __name__ == '__main__':

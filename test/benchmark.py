@@ -55,7 +55,7 @@ import modeling_finetune
 import run_class_finetuning as program
 import watchdog
 from errors import UserError, nearest, one_line, printable, unknown
-from flags import number
+from cli import bounded_number as number
 
 import numpy as np
 import timm

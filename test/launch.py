@@ -26,6 +26,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import cli  # noqa: E402
 import locations  # noqa: E402
 import distributed  # noqa: E402
 import flags  # noqa: E402
@@ -39,7 +40,7 @@ DONE = b'done'
 def build_parser():
     parser = argparse.ArgumentParser('launch.py', description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    number = flags.number
+    number = cli.bounded_number
     parser.add_argument('--nproc_per_node', type=number(int, 1), default=8, help='processes on this machine (8)')
     parser.add_argument('--nnodes', type=number(int, 1), default=1, help='machines (1)')
     parser.add_argument('--node_rank', type=number(int, 0), default=0, help='which of them this is, from 0 (0)')

@@ -38,7 +38,7 @@ for each; do
 done
 cd "$ROOT" || exit 2
 extras=()
-[ $tool != pytest ] || [ "$VENV" != "$ROOT/.venv" ] || extras=(matplotlib yaml tensorboard onnx onnxscript onnxruntime transformers)
+[ $tool != pytest ] || [ "$VENV" != "$ROOT/.venv" ] || extras=(matplotlib tensorboard onnx onnxscript onnxruntime transformers)
 choose_python $tool ${extras[@]+"${extras[@]}"}
 if ! "$PYTHON" -c "import $tool" 2>/dev/null; then
     [ "$PYTHON" = "$VENV/bin/python" ] \

@@ -58,7 +58,7 @@ def example(tmp_path_factory):
         yield folder, outputs
 
 
-@needs_extra('matplotlib', 'yaml', 'onnx', 'onnxscript', 'onnxruntime')
+@needs_extra('matplotlib', 'onnx', 'onnxscript', 'onnxruntime')
 def test_the_worked_example_does_what_it_shows(example, capfd):
     folder, outputs = example
     for lines, shown in steps():

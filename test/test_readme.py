@@ -1,6 +1,7 @@
 """What the READMEs and --help say about flags, scripts, files, sections and tests, held against the repository."""
 
 import argparse
+import dataclasses
 import glob
 import os
 import re
@@ -10,6 +11,7 @@ import pytest
 
 import average_checkpoints
 import benchmark
+import config
 import flags
 from helpers import ROOT, cannot_run
 import run_class_finetuning
@@ -167,12 +169,26 @@ def test_an_unknown_flag_finds_the_nearest(program, wrong, near):
 
 
 def test_other_names_are_of_flags_that_there_are():
-    known = {name[2:] for name in run_class_finetuning.build_parser()._option_string_actions}
-    assert set(flags.OTHER_NAMES.values()) <= known
-    assert not set(flags.OTHER_NAMES) & known
+    parser = run_class_finetuning.build_parser()
+    known = {name[2:] for name in parser._option_string_actions}
+    assert parser.synonyms and set(parser.synonyms.values()) <= known
+    assert not set(parser.synonyms) & known
 
 
 # ---- flags
+
+@pytest.mark.parametrize('kind', [kind for _, kind in sorted(vars(config).items()) if dataclasses.is_dataclass(kind)])
+def test_settings_have_the_defaults_of_their_flags(kind):
+    parsed = run_class_finetuning.build_parser().parse_args([])
+    assert flags.config_from(parsed, kind) == kind()
+
+
+def test_a_flag_without_effect_is_declared_so():
+    ignored = flags.without_effect()
+    assert {'output_dir', 'num_workers', 'device', 'resume', 'curves'} < ignored
+    assert not {'lr', 'seed', 'model', 'amp', 'loss', 'data_backend', 'clip_grad'} & ignored
+    assert ignored < set(vars(run_class_finetuning.build_parser().parse_args([])))
+
 
 @pytest.mark.parametrize('program', sorted(PROGRAMS))
 @pytest.mark.parametrize('name', READMES)

@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
@@ -54,17 +55,12 @@ FLAGS = ['--lr=1e-3', '--opt_betas', '0.9', '0.95', '--cutmix_minmax', '0.1', '0
          '--finetune=a "b\n\udcff\u2028\x85\x7f\U0001f600: #x', '--model_key=']
 
 
-@pytest.mark.parametrize('with_yaml', [pytest.param(True, marks=needs_extra('yaml')), False])
-def test_flags_come_back_from_their_file(tmp_path, parse, monkeypatch, with_yaml):
+def test_flags_come_back_from_their_file(tmp_path, parse):
     path, args = str(tmp_path / 'args.yaml'), parse(*FLAGS)
     config_file.write(path, vars(args))
-    if with_yaml:
-        import yaml
-        with open(path, encoding='utf-8') as file:
-            read = yaml.safe_load(file)  # what others will make of it
-        assert read['opt_betas'] == [0.9, 0.95] and read['finetune'] == args.finetune and read['clip_grad'] is None
-    else:
-        monkeypatch.setitem(sys.modules, 'yaml', None)
+    with open(path, encoding='utf-8') as file:
+        read = yaml.safe_load(file)  # what others will make of it
+    assert read['opt_betas'] == [0.9, 0.95] and read['finetune'] == args.finetune and read['clip_grad'] is None
     assert parse('--config', path) == args
     both = parse('--lr=2', '--config=' + path, '--index_cache', '--opt_betas', '0.5', '0.6')
     assert both.lr == 2 and both.index_cache and both.opt_betas == [0.5, 0.6] and both.loss_scale == 'dynamic'
@@ -82,16 +78,12 @@ warmup_lr: null
 '''
 
 
-@pytest.mark.parametrize('with_yaml', [pytest.param(True, marks=needs_extra('yaml')), False])
-def test_a_file_written_by_hand(tmp_path, parse, monkeypatch, with_yaml):
-    if not with_yaml:
-        monkeypatch.setitem(sys.modules, 'yaml', None)
+def test_a_file_written_by_hand(tmp_path, parse):
     (tmp_path / 'mine.yaml').write_text(BY_HAND)
     expected = parse('--amp', '--lr=1e-3', '--opt-level=O1', '--no_save_ckpt', '--jit_compile=on')
     assert parse('--config=%s' % (tmp_path / 'mine.yaml')) == expected
 
 
-@pytest.mark.parametrize('with_yaml', [pytest.param(True, marks=needs_extra('yaml')), False])
 @pytest.mark.parametrize('text, says', [
     ('lrr: 3', 'lrr: no flag has this name; did you mean lr?'),
     ('lr: -1', 'lr: must be above 0, got -1'),
@@ -108,9 +100,7 @@ def test_a_file_written_by_hand(tmp_path, parse, monkeypatch, with_yaml):
     ('epochs: ' + '[' * 1500, '--config'),
     ('x: ' + 'x' * 2 ** 20, 'larger than 1 MiB'),
 ], ids=lambda value: value[:20])
-def test_what_is_wrong_in_a_file_is_one_line(tmp_path, parse, monkeypatch, with_yaml, text, says):
-    if not with_yaml:
-        monkeypatch.setitem(sys.modules, 'yaml', None)
+def test_what_is_wrong_in_a_file_is_one_line(tmp_path, parse, text, says):
     path = tmp_path / 'wrong.yaml'
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -124,6 +114,13 @@ def test_files_that_are_none(tmp_path, capsys):
     for name, says in (('missing', 'No such file'), ('', 'Is a directory'), ('binary', 'not a text file')):
         assert run_class_finetuning.run(['--config=%s' % (tmp_path / name)]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_config_without_pyyaml(tmp_path, parse, monkeypatch):
+    (tmp_path / 'args.yaml').write_text('lr: 1\n')
+    monkeypatch.setitem(sys.modules, 'yaml', None)
+    with pytest.raises(UserError, match='--config .*args.yaml needs PyYAML; run: pip install PyYAML'):
+        parse('--config=%s' % (tmp_path / 'args.yaml'))
 
 
 def test_somebodys_own_file_is_not_overwritten(tmp_path, capsys):

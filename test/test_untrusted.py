@@ -33,6 +33,7 @@ from hypothesis import strategies as st
 
 import checkpoint
 import distributed
+import flags
 from helpers import ROOT, cannot_run
 import modeling_finetune
 import precision
@@ -1021,7 +1022,8 @@ def take_up(tmp_path, parse):
         optimizer = adamw(model)
         progress = checkpoint.resume_training(found, content, model, optimizer, precision.StepScaler())
         assert isinstance(progress.epoch, int) and isinstance(progress.steps, int)
-        checkpoint.differences(content, args, {'processes': 1, 'total_batch': 8, 'images': 16, 'device': 'cpu'})
+        checkpoint.resume_differences(
+            content, args, {'processes': 1, 'total_batch': 8, 'images': 16, 'device': 'cpu'}, flags.without_effect())
         progress.meters_of(0, 1)
         optimizer.step()
     return check
