@@ -41,7 +41,7 @@ class ImageList(collections.abc.Sequence):
             return [self[each] for each in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # negative ones count from the end, and there is an IndexError
         folder = int(np.searchsorted(self.starts, index, side='right')) - 1
-        name = self.names[self.ends[index - 1] + 1 if index else 0:self.ends[index]].tobytes()
+        name = self.names[int(self.ends[index - 1]) + 1 if index else 0:int(self.ends[index])].tobytes()
         return os.path.join(self.root, self.folders[folder], os.fsdecode(name)), int(self.labels[folder])
 
     def __eq__(self, other: object) -> bool:

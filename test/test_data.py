@@ -16,6 +16,7 @@ import torchvision
 from PIL import Image, features
 
 import augmentation
+import class_folders
 import datasets
 import class_folders
 import decode
@@ -420,6 +421,18 @@ def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert class_folders.scan_classes(str(root) + '/')[1] == torchvision.datasets.DatasetFolder(
         str(root) + '/', None, class_folders.EXTENSIONS).samples
+
+
+def test_a_list_of_images_is_a_sequence(image_folder):
+    samples = datasets.ImageFolder(os.path.join(image_folder(), 'train')).samples
+    pairs = list(samples)
+    assert samples == pairs and samples != pairs[:-1] and samples != pairs[::-1]
+    assert samples[3:-2] == pairs[3:-2] and samples[::-1] == pairs[::-1] and samples[-1] == pairs[-1]
+    assert samples[np.int64(4)] == pairs[4] and pairs[5] in samples and samples.index(pairs[6]) == 6
+    for index in (len(pairs), -len(pairs) - 1):
+        with pytest.raises(IndexError):
+            samples[index]
+    assert len(class_folders.ImageList('x', [''], [0], [0], b'')) == 0
 
 
 def test_train_and_val_must_name_the_same_classes(image_folder, parse):
