@@ -27,7 +27,7 @@ import datasets
 import device_loader
 import errors
 import fast_images
-from helpers import only_with, photo
+from helpers import photo
 import image_files
 import rand_augment
 from device_loader import BoxesToErase, DeviceLoader
@@ -45,7 +45,7 @@ def has_fast():
     return True
 
 
-needs_fast = only_with('current', has_fast(), 'this stack has no --data_backend fast')
+needs_fast = pytest.mark.needs('current', has_fast(), 'this stack has no --data_backend fast')
 
 
 @pytest.fixture
