@@ -31,9 +31,13 @@ LONGEST = ['test_ascend', 'test_scripts', 'test_end_to_end', 'test_faults', 'tes
            'test_export', 'test_stacks', 'test_docs']
 
 
+@pytest.hookimpl(trylast=True)  # when the terminal reporter is there
 def pytest_configure(config):
     if hasattr(config.option, 'loadscopereorder'):  # of pytest-xdist: by the number of tests
         config.option.loadscopereorder = False
+    terminal = config.pluginmanager.get_plugin('terminalreporter')
+    if config.option.verbose == -1 and terminal is not None and not hasattr(config, 'workerinput'):
+        config.pluginmanager.register(FileProgress(terminal))
 
 
 def pytest_collection_modifyitems(items):
@@ -41,9 +45,55 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.module.__name__.rpartition('.')[2], len(LONGEST)))
 
 
-@pytest.fixture
-def missing_need():
-    pytest.fail('what this test needs is not here, and MUST_RUN names it')
+@pytest.hookimpl(tryfirst=True)  # before the fixtures
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers('needs'):
+        need, is_met, reason = mark.args
+        if not is_met:
+            cannot_run(need, reason)
+    if item.get_closest_marker('soak') and not os.environ.get('BEIT_SOAK'):
+        cannot_run('soak', 'another way through the same code; bash test/run_tests.sh --soak has it')
+
+
+class FileProgress:
+    """With -q, one line for each file of tests when its last test is done, in place of dots; failures at once."""
+
+    def __init__(self, terminal):
+        self.terminal, self.left, self.outcomes, self.seconds = terminal, {}, {}, collections.Counter()
+        self.done = 0
+
+    def pytest_collection_finish(self, session):
+        self.expect([item.nodeid for item in session.items])
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):  # the same on every worker
+        self.expect(ids)
+
+    def expect(self, ids):
+        if not self.left:
+            self.left = collections.Counter(each.partition('::')[0] for each in ids)
+            self.files = len(self.left)
+
+    def pytest_report_teststatus(self, report):
+        if report.passed:
+            return ('passed' if report.when == 'call' else ''), '', ''
+        category = 'skipped' if report.skipped else 'failed' if report.when == 'call' else 'error'
+        return category, '', ''
+
+    def pytest_runtest_logreport(self, report):
+        file = report.nodeid.partition('::')[0]
+        self.seconds[file] += report.duration
+        if report.failed:
+            self.terminal.write_line('FAILED %s (%s)' % (report.nodeid, report.when))
+        if report.when == 'call' or not report.passed:
+            self.outcomes.setdefault(file, collections.Counter())[report.outcome] += 1
+        if report.when == 'teardown':
+            self.left[file] -= 1
+            if not self.left[file]:
+                self.done += 1
+                counts = ', '.join('%d %s' % (count, outcome) for outcome, count in sorted(self.outcomes[file].items()))
+                self.terminal.write_line('[%d/%d] %s: %s in %.0f s' % (
+                    self.done, self.files, file, counts, self.seconds[file]))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -59,33 +59,22 @@ Run = collections.namedtuple('Run', 'status out err')
 
 
 def cannot_run(need, reason):
-    """End a test that this machine can't run: skipped with one loud line, or failed where MUST_RUN names the need.
+    """Skip the running test with one loud line, or fail it where MUST_RUN names the need (see test/run_tests.sh).
 
-    .ci/run sets MUST_RUN to the needs that it found met (compiler, openssl, stacks), so that nothing is skipped there
-    without anybody noticing.
+    Where the need is known before the test runs, `pytest.mark.needs(need, is_met, reason)` does the same.
     """
     if need in os.environ.get('MUST_RUN', '').split():
         pytest.fail('%s, and MUST_RUN names %s' % (reason, need))
     pytest.skip('NOT RUN: ' + reason)
 
 
-def only_with(need, present, reason):
-    """A mark for tests that can run only where something is present: else they are as `cannot_run` has them."""
-    if not present and need in os.environ.get('MUST_RUN', '').split():
-        return pytest.mark.usefixtures('missing_need')
-    return pytest.mark.skipif(not present, reason='NOT RUN: ' + reason)
-
-
 def needs_extra(*modules):
     """A mark for tests that need packages of requirements-extra.txt, named as they are imported."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    return only_with('extras', not missing, 'it needs %s, of requirements-extra.txt' % ', '.join(missing))
+    return pytest.mark.needs('extras', not missing, 'it needs %s, of requirements-extra.txt' % ', '.join(missing))
 
 
-# For the cases that go another way through code that a case beside them goes through already.
-variant = only_with('soak', bool(os.environ.get('BEIT_SOAK')),
-                    'another way through the same code; bash test/run_tests.sh --soak has it')
-has_proc = only_with('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
+has_proc = pytest.mark.needs('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
 
 
 def photo(seed, width=96, height=72):

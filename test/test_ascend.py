@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 from helpers import (EMULATOR, ROOT, TINY, all_end, cannot_run, check_summary, copy_checkout, fails, fake_cann,
-                     lines_of, output, result, run_program, run_script, scalars, text, variant)
+                     lines_of, output, result, run_program, run_script, scalars, text)
 
 DIGITS = ['--data_path=demo', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--aa=none',
           '--reprob=0', '--color_jitter=0', '--drop_path=0', '--hflip=0', '--warmup_epochs=0', '--lr=2e-3',
@@ -23,7 +23,7 @@ DIGITS = ['--data_path=demo', '--model=beit_nano_patch8_32', '--input_size=32', 
 FUSED = '--opt=npufusedadamw'
 
 
-@variant
+@pytest.mark.soak
 def test_the_emulators_own_tests(emulator):
     done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests'], cwd=EMULATOR,
                           env=dict(os.environ, **emulator()), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -106,12 +106,13 @@ def in_float32(tmp_path_factory, emulator, half_learnt):
 HALVES = [
     ('apex O2', [FUSED], 'ascend', r"O2 float16 by apex.amp \(Ascend's\)"),
     pytest.param('apex O1', [FUSED, '--opt-level=O1'], 'ascend', r"O1 float16 by apex.amp \(Ascend's\)",
-                 marks=variant),
+                 marks=pytest.mark.soak),
     ('O2', [FUSED], None, r'O2 float16 by PyTorch \(apex is not installed\)'),
     ('O1', [FUSED, '--opt-level=O1'], 'nvidia', r"O1 float16 by PyTorch \(.*NVIDIA's without amp"),
     pytest.param('O2 dynamic', ['--loss_scale=dynamic'], 'pypi', r'O2 float16 by PyTorch \(.*unrelated package',
-                 marks=variant),
-    pytest.param('O2 bfloat16', [FUSED, '--amp_dtype=bfloat16'], None, 'O2 bfloat16 by PyTorch', marks=variant)]
+                 marks=pytest.mark.soak),
+    pytest.param('O2 bfloat16', [FUSED, '--amp_dtype=bfloat16'], None, 'O2 bfloat16 by PyTorch',
+                 marks=pytest.mark.soak)]
 
 
 @pytest.mark.parametrize('way, flags, apex, about', HALVES, ids=lambda value: str(value)[:12])
@@ -179,8 +180,8 @@ sys.exit(program.run(sys.argv[1:]))
 
 @pytest.mark.parametrize('soc, scale, apex', [
     ('910A', '65504', 'ascend'), ('910A', 'dynamic', None), ('910B', '65504', None), ('910B', 'dynamic', 'ascend')] + [
-    pytest.param(*way, marks=variant) for way in [('910A', '65504', None), ('910A', 'dynamic', 'ascend'),
-                                                  ('910B', '65504', 'ascend'), ('910B', 'dynamic', None)]])
+    pytest.param(*way, marks=pytest.mark.soak) for way in [('910A', '65504', None), ('910A', 'dynamic', 'ascend'),
+                                                           ('910B', '65504', 'ascend'), ('910B', 'dynamic', None)]])
 def test_an_overflow_is_skipped_counted_and_logged(emulator, tmp_path, soc, scale, apex):
     """Twice in eight updates; on a 910A the gradients stay finite, and only its flag tells."""
     out = str(tmp_path / 'out')
@@ -237,12 +238,13 @@ def checkout(tmp_path):
 
 ON_NPU = TINY + ['--device=npu']
 WAYS = [('train_full_1p', 1, 'ascend', [], r"O2 float16 by apex.amp \(Ascend's\)"),
-        pytest.param('train_full_1p', 1, None, ['--opt-level=O1'], 'O1 float16 by PyTorch', marks=variant),
-        pytest.param('train_full_1p', 1, 'nvidia', [], 'O2 float16 by PyTorch', marks=variant),
+        pytest.param('train_full_1p', 1, None, ['--opt-level=O1'], 'O1 float16 by PyTorch', marks=pytest.mark.soak),
+        pytest.param('train_full_1p', 1, 'nvidia', [], 'O2 float16 by PyTorch', marks=pytest.mark.soak),
         ('train_full_1p', 1, None, ['--no_amp'], 'float32'),
         ('train_full_8p', 8, 'ascend', ['--batch_size=2'], r"O2 float16 by apex.amp \(Ascend's\)"),
         ('train_performance_1p', 1, 'ascend', [], r"O2 float16 by apex.amp \(Ascend's\)"),
-        pytest.param('train_performance_8p', 2, None, ['--nproc_per_node=2'], 'O2 float16 by PyTorch', marks=variant)]
+        pytest.param('train_performance_8p', 2, None, ['--nproc_per_node=2'], 'O2 float16 by PyTorch',
+                     marks=pytest.mark.soak)]
 
 
 @pytest.mark.parametrize('script, devices, apex, flags, about', WAYS, ids=lambda value: str(value)[:16])
@@ -295,7 +297,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize('way', ['apex O2 dynamic'] + [
-    pytest.param(way, marks=variant) for way in ('float32', 'O2', 'apex O1', 'apex O2')])
+    pytest.param(way, marks=pytest.mark.soak) for way in ('float32', 'O2', 'apex O1', 'apex O2')])
 def test_a_run_resumed_on_npus_computes_what_an_unbroken_one_does(train, half_learnt, way):
     """The masters, the moments, the scale and the device's random numbers come back."""
     more, apex, tolerance = RESUMED[way]
@@ -372,8 +374,8 @@ def test_without_the_probe_such_a_fault_would_pass_unseen(train, emulator, half_
     assert max(abs(one - other) for one, other in zip(scalars(str(tmp_path))['loss/loss'], cpu.losses())) > 1e-3
 
 
-@pytest.mark.parametrize('precision', [['--amp'], pytest.param([], marks=variant),
-                                       pytest.param(['--amp', '--opt-level=O1'], marks=variant)])
+@pytest.mark.parametrize('precision', [['--amp'], pytest.param([], marks=pytest.mark.soak),
+                                       pytest.param(['--amp', '--opt-level=O1'], marks=pytest.mark.soak)])
 def test_npu_fusion_attention_where_the_other_is_missing(emulator, tmp_path, precision):
     code = ('import sys, torch.nn.functional as F; del F.scaled_dot_product_attention; '
             'import run_class_finetuning; sys.exit(run_class_finetuning.run(sys.argv[1:]))')

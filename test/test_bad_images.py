@@ -32,7 +32,7 @@ import locations
 import distributed
 from image_dataset import ImageFolder, image_name
 from loader import Batch, Sample, Unreadable, collate
-from helpers import NANO, ROOT, as_nobody, only_with, photo, write_cifar
+from helpers import NANO, ROOT, as_nobody, photo, write_cifar
 import safe_files
 from errors import UserError, one_line
 
@@ -718,7 +718,7 @@ def test_a_signal_to_all_leaves_the_workers_to_the_main_process():
         assert not any(map(is_alive, workers))
 
 
-@only_with('linux', sys.platform.startswith('linux'), 'the kernel tells of a parent\'s end on Linux only')
+@pytest.mark.needs('linux', sys.platform.startswith('linux'), 'the kernel tells of a parent\'s end on Linux only')
 def test_workers_end_with_a_main_process_that_is_killed():
     with loading() as (process, workers):
         time.sleep(0.5)  # all that they were asked for is read, and they wait

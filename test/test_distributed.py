@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import distributed
-from helpers import ROOT, RUN, free_port, launch, lines_of, only_with
+from helpers import ROOT, RUN, free_port, launch, lines_of
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ print('RESULTS ' + json.dumps(threads + [len(distributed._gloo_threads()), secon
 '''
 
 
-@only_with('linux', os.path.isdir('/proc/self/task'), 'there is no /proc to count threads in')
+@pytest.mark.needs('linux', os.path.isdir('/proc/self/task'), 'there is no /proc to count threads in')
 def test_a_good_run_of_several_processes_ends_well():
     """gloo's threads that let a tensor go while Python ends abort it, and while their group ends they wait for ever.
 

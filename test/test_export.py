@@ -11,7 +11,7 @@ import torch
 from timm.models import create_model
 
 import augmentation
-from helpers import needs_extra, only_with, photo
+from helpers import needs_extra, photo
 import layouts
 import modeling_finetune
 import networks
@@ -29,10 +29,11 @@ try:
 except ImportError:
     timm_registry = None
 
-with_timm = only_with('current', hasattr(timm_beit, 'Beit') and timm_registry is not None, 'it needs a timm with BEiT')
-with_export = only_with('current', hasattr(getattr(torch, 'export', None), 'Dim'), 'it needs torch.export')
-with_dynamo = only_with('current', 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters,
-                        'it needs the exporter of PyTorch 2')
+with_timm = pytest.mark.needs('current', hasattr(timm_beit, 'Beit') and timm_registry is not None,
+                              'it needs a timm with BEiT')
+with_export = pytest.mark.needs('current', hasattr(getattr(torch, 'export', None), 'Dim'), 'it needs torch.export')
+with_dynamo = pytest.mark.needs('current', 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters,
+                                'it needs the exporter of PyTorch 2')
 NANO = ('--model', 'beit_nano_patch8_32', '--input_size', '32')
 CLASSES = ['cat', 'grüner "Hund"', '鸟']
 PLAIN = ('--disable_rel_pos_bias', '--abs_pos_emb', '--use_cls', '--layer_scale_init_value', '0')

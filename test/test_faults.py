@@ -30,13 +30,13 @@ import torch
 
 import locations
 import distributed
-from helpers import NANO, ROOT, cannot_run, free_port, only_with
+from helpers import NANO, ROOT, cannot_run, free_port
 import preemption
 import run_class_finetuning
 import safe_files
 from errors import UserError
 
-pytestmark = only_with('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
+pytestmark = pytest.mark.needs('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
 
 SOAK = os.environ.get('BEIT_SOAK', '0') not in ('', '0')
 SEED = int(time.time()) if SOAK else 4
@@ -849,7 +849,8 @@ def test_a_launcher_whose_processes_are_struck(life, unbroken):
     run.finish().equals(reference)
 
 
-@only_with('current', importlib.util.find_spec('torch.distributed.run') is not None, 'this PyTorch has no torchrun')
+@pytest.mark.needs('current', importlib.util.find_spec('torch.distributed.run') is not None,
+                   'this PyTorch has no torchrun')
 def test_torchrun_starts_again_by_itself(life, unbroken):
     """Rank 1 is killed in its ninth update; nobody but torchrun does anything then."""
     reference, run = unbroken('two'), life('two')

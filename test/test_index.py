@@ -18,7 +18,7 @@ import datasets
 import distributed
 import index_cache
 import run_class_finetuning
-from conftest import NANO, ROOT, photo
+from helpers import NANO, ROOT, photo
 from errors import UserError
 from test_bad_images import as_nobody, public_folder  # noqa: F401 (a fixture)
 from test_multinode import free_port

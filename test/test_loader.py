@@ -29,7 +29,7 @@ import device_loader
 import errors
 import fast_images
 from loader import Sample, collate
-from helpers import only_with, photo
+from helpers import photo
 import rand_augment
 from device_loader import PrefetchLoader, RandomErasingBoxes
 from errors import UserError
@@ -46,7 +46,7 @@ def has_fast():
     return True
 
 
-needs_fast = only_with('current', has_fast(), 'this stack has no --data_backend fast')
+needs_fast = pytest.mark.needs('current', has_fast(), 'this stack has no --data_backend fast')
 
 
 @pytest.fixture

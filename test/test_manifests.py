@@ -18,7 +18,7 @@ import criteria
 import datasets
 import engine_for_finetuning as engine
 from loader import Batch
-from helpers import RUN, Batches, launch, lines_of, only_with, photo
+from helpers import RUN, Batches, launch, lines_of, photo
 import run_class_finetuning
 import scores
 
@@ -147,7 +147,7 @@ def test_a_split_of_images_with_several_classes(several, parse):
 
 # ---- losses
 
-@only_with('current', hasattr(timm.loss, 'BinaryCrossEntropy'), 'this timm has no BinaryCrossEntropy')
+@pytest.mark.needs('current', hasattr(timm.loss, 'BinaryCrossEntropy'), 'this timm has no BinaryCrossEntropy')
 def test_binary_cross_entropy_is_timms():
     torch.manual_seed(0)
     logits, indices, dense = torch.randn(6, 4), torch.randint(0, 4, (6,)), torch.rand(6, 4).round()
@@ -357,7 +357,7 @@ def timms_real_labels():
         return None
 
 
-@only_with('current', timms_real_labels() is not None, 'this timm has no real labels of its own')
+@pytest.mark.needs('current', timms_real_labels() is not None, 'this timm has no real labels of its own')
 def test_real_labels_are_timms():
     from timm.data.real_labels import RealLabelsImagenet
     data = timms_real_labels()

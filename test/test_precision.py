@@ -8,15 +8,15 @@ import torch
 
 import backend
 import engine_for_finetuning as engine
-from helpers import CPU, RUN, Batches, lines_of, only_with, toy, trajectory_run
+from helpers import CPU, RUN, Batches, lines_of, toy, trajectory_run
 import optim_factory
 import precision
 from errors import UserError
 
 HAS_AUTOCAST = hasattr(torch, 'autocast')
 HAS_HALF_CPU = backend._half_precision_problem(CPU, torch.bfloat16) is None
-needs_autocast = only_with('current', HAS_AUTOCAST, 'this PyTorch has no autocast on a CPU')
-needs_half = only_with('current', HAS_HALF_CPU, 'this PyTorch has no bfloat16 training on a CPU')
+needs_autocast = pytest.mark.needs('current', HAS_AUTOCAST, 'this PyTorch has no autocast on a CPU')
+needs_half = pytest.mark.needs('current', HAS_HALF_CPU, 'this PyTorch has no bfloat16 training on a CPU')
 
 
 @pytest.mark.parametrize('level', [pytest.param('O1', marks=needs_autocast), pytest.param('O2', marks=needs_half)])

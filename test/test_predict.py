@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import attention_maps
-from helpers import NANO, ROOT, free_port, only_with, photo
+from helpers import NANO, ROOT, free_port, photo
 import image_stream
 import modeling_finetune
 import run_class_finetuning
@@ -109,7 +109,7 @@ def by_hand(path, size, resized):
 
 # ---- what is predicted
 
-@only_with('current', beit is not None, 'this timm has no BEiT')
+@pytest.mark.needs('current', beit is not None, 'this timm has no BEiT')
 def test_probabilities_are_those_of_timm_on_images_that_pillow_prepared(large, photos, tmp_path):
     options = dict(img_size=48, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=10, init_values=0.1,
                    use_abs_pos_emb=False, use_rel_pos_bias=True)
@@ -185,7 +185,7 @@ def test_averaged_weights(tmp_path, photos):
     assert rows(tmp_path / 'plain.csv') != rows(tmp_path / 'ema.csv')
 
 
-@only_with('current', hasattr(torch, 'autocast'), 'this PyTorch has no autocast on a CPU')
+@pytest.mark.needs('current', hasattr(torch, 'autocast'), 'this PyTorch has no autocast on a CPU')
 def test_half_precision_gives_nearly_the_same(large, photos, tmp_path):
     for name, flags in (('full', ()), ('half', ('--amp', '--opt_level=O1'))):
         assert predict('--resume', large[0], photos, '--output', tmp_path / (name + '.csv'), '--top_k=1', *flags) == 0
@@ -257,7 +257,7 @@ def test_every_format_says_the_same(large, photos, tmp_path, capfdbinary):
         '%s %.1f %%' % (each['class'], 100 * each['probability']) for each in answers[0]['predictions']))
 
 
-@only_with('linux', sys.platform.startswith('linux'), 'names of other systems are text')
+@pytest.mark.needs('linux', sys.platform.startswith('linux'), 'names of other systems are text')
 def test_names_that_are_no_text_or_hold_newlines(large, tmp_path, capfd):
     folder = tmp_path / 'odd'
     folder.mkdir()

@@ -24,7 +24,7 @@ import datasets
 import distributed
 import engine_for_finetuning as engine
 from loader import Batch
-from helpers import ROOT, RUN, needs_extra, only_with, photo, summaries
+from helpers import ROOT, RUN, needs_extra, photo, summaries
 import networks
 import report
 import report_page
@@ -35,7 +35,7 @@ from errors import UserError
 from predictions import KEPT, Prediction, Predictions
 
 needs_matplotlib = needs_extra('matplotlib')
-needs_browser = only_with('browser', shutil.which('chromium') is not None, 'no Chromium on the PATH')
+needs_browser = pytest.mark.needs('browser', shutil.which('chromium') is not None, 'no Chromium on the PATH')
 NASTY = '<b>&"x'  # a class
 
 

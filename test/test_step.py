@@ -9,14 +9,14 @@ import torch
 
 import backend
 import engine_for_finetuning as engine
-from helpers import CPU, Listener, Numbered, cannot_run, check_trajectory, only_with, toy, trajectory_run
+from helpers import CPU, Listener, Numbered, cannot_run, check_trajectory, toy, trajectory_run
 import modeling_finetune
 import pilot
 import precision
 import utils
 
 FUSED = backend.takes_scale(backend.build_optimizer(torch.optim.AdamW, [torch.nn.Parameter(torch.zeros(1))], lr=1.))
-needs_fused = only_with('current', FUSED, 'this PyTorch has no fused AdamW for a CPU')
+needs_fused = pytest.mark.needs('current', FUSED, 'this PyTorch has no fused AdamW for a CPU')
 
 
 @pytest.fixture
