@@ -12,7 +12,7 @@ show_help() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"; }
 
 # ---- Python
 
-PACKAGES="torch torchvision timm numpy scipy PIL sklearn tensorboardX"
+PACKAGES="torch torchvision timm einops numpy scipy PIL sklearn tensorboardX"
 
 # has_packages PYTHON MODULE…: it holds all of them, and its torchvision fits its torch.
 has_packages() {
