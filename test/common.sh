@@ -12,7 +12,7 @@ show_help() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"; }
 
 # ---- Python
 
-PACKAGES="torch torchvision timm numpy scipy PIL sklearn tensorboardX"
+PACKAGES="torch torchvision timm einops numpy scipy PIL sklearn tensorboardX"
 
 # has_packages PYTHON MODULE…: it holds all of them, and its torchvision fits its torch.
 has_packages() {
@@ -27,7 +27,7 @@ torch.from_numpy(numpy.zeros(1))' 2>/dev/null
 install() {
     installed "$1" && return
     local constraint=()
-    [ ! -f "$VENV/keep-torch.txt" ] || constraint=(-c "$VENV/keep-torch.txt")
+    [ ! -f "$VENV/constraints.txt" ] || constraint=(-c "$VENV/constraints.txt")
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check ${constraint[@]+"${constraint[@]}"} \
         -r "$1" >>"$VENV/install.log" 2>&1 && cp "$1" "$(stamp "$1")"
 }
@@ -47,7 +47,7 @@ stamp() {
 # an Ascend machine's torch_npu. BASE may itself be in a virtual environment.
 keep_torch() {
     "$1" -m venv --system-site-packages "$VENV" 2>/dev/null || return
-    echo "torch==$2" >"$VENV/keep-torch.txt"
+    echo "torch==$2" >"$VENV/constraints.txt"
     "$1" -c 'import sys, sysconfig
 if sys.prefix != sys.base_prefix: print(sysconfig.get_paths()["purelib"])' \
         >"$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/parent.pth"
@@ -65,18 +65,19 @@ make_venv() {
     echo "Installing $(basename "$REQUIREMENTS") into $VENV, once; this takes a few minutes ($1 lacks packages)"
     torch=$("$1" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)
     rm -rf "$VENV"
-    if [ -n "$torch" ]; then
+    if [ -n "$torch" ] && [ -z "$LOWEST" ]; then
         keep_torch "$1" "$torch" && return
         echo "The torch $torch of $1 does not go with $(basename "$REQUIREMENTS"); installing another"
         rm -rf "$VENV"
     fi
     "$1" -m venv "$VENV" >/dev/null 2>&1 || die "$1 cannot make a virtual environment at $VENV;" \
         "install its venv module (apt-get install python3-venv), or name another Python with PYTHON="
+    [ -z "$LOWEST" ] || lowest_versions >"$VENV/constraints.txt"
     install "$REQUIREMENTS" || die "pip could not install $(basename "$REQUIREMENTS"); see $VENV/install.log," \
         "or name a Python that has the packages with PYTHON="
 }
 
-VENV=$ROOT/.venv REQUIREMENTS=$ROOT/requirements.txt
+VENV=$ROOT/.venv REQUIREMENTS=$ROOT/requirements.txt LOWEST=
 
 # choose_python [MODULE…]: set PYTHON to the first that has the packages: $PYTHON itself, the running Python, .venv.
 choose_python() {
@@ -96,22 +97,42 @@ choose_python() {
     installed "$REQUIREMENTS" || make_venv "$base"
 }
 
-# choose_stack 1.5|1.8: set PYTHON to a virtual environment of that PyTorch, made where it is missing.
+# choose_stack 1.5|1.8|2.1: set PYTHON to a virtual environment of that PyTorch, made where it is missing.
 choose_stack() {
-    [ -f "$ROOT/$1_requirements.txt" ] || die "--stack=$1: there are 1.5 and 1.8, and without the option the current one"
-    VENV=$ROOT/.venv-$1 REQUIREMENTS=$ROOT/$1_requirements.txt PYTHON=$ROOT/.venv-$1/bin/python
-    installed "$REQUIREMENTS" && return
     local base
-    base=$(find_python38) || die "--stack=$1 needs Python 3.8, and none was found on the PATH or in pyenv; name it with PYTHON38="
+    VENV=$ROOT/.venv-$1 PYTHON=$ROOT/.venv-$1/bin/python
+    case $1 in
+        1.5|1.8) REQUIREMENTS=$ROOT/$1_requirements.txt ;;
+        2.1) LOWEST=yes ;;
+        *) die "--stack=$1: there are 1.5, 1.8 and 2.1, and without the option the current one" ;;
+    esac
+    installed "$REQUIREMENTS" && return
+    if [ "$1" = 2.1 ]; then
+        base=$(find_python 3.11 3.10 3.9) || die "--stack=2.1 needs Python 3.9 to 3.11, and none was found on the PATH or in pyenv"
+    else
+        base=$(find_python38) || die "--stack=$1 needs Python 3.8, and none was found on the PATH or in pyenv; name it with PYTHON38="
+    fi
     make_venv "$base"
 }
 
-# Python 3.8: $PYTHON38, the PATH's (a pyenv shim may be there and not work), or pyenv's.
+# pip's constraints for the lowest versions that requirements.txt allows of what computes.
+lowest_versions() {
+    sed -nE 's/^(torch|torchvision|timm|einops)>=([0-9.]+),.*/\1==\2.*/p' "$ROOT/requirements.txt"
+    echo 'numpy<2'  # PyTorch before 2.3 was built for NumPy 1; pip doesn't know
+}
+
 find_python38() {
-    local candidate
-    for candidate in "${PYTHON38:-}" python3.8 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.8*/bin/python3.8 \
-        "$(pyenv root 2>/dev/null)"/versions/3.8*/bin/python3.8; do
-        if [ -n "$candidate" ] && "$candidate" -c '' 2>/dev/null; then command -v "$candidate"; return; fi
+    if [ -n "${PYTHON38:-}" ] && "$PYTHON38" -c '' 2>/dev/null; then command -v "$PYTHON38"; else find_python 3.8; fi
+}
+
+# find_python VERSION…: the first that works, of the PATH's (a pyenv shim may be there and not work) and of pyenv's.
+find_python() {
+    local version candidate
+    for version; do
+        for candidate in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version"*/bin/"python$version" \
+            "$(pyenv root 2>/dev/null)"/versions/"$version"*/bin/"python$version"; do
+            if "$candidate" -c '' 2>/dev/null; then command -v "$candidate"; return; fi
+        done
     done
     return 1
 }

@@ -2,7 +2,8 @@
 # Run the tests, in a Python that it sets up itself where packages are missing.
 #
 #   bash test/run_tests.sh                everything, on the current PyTorch
-#   bash test/run_tests.sh --stack=1.8    everything, on PyTorch 1.8 (or 1.5), in a Python 3.8 of its own
+#   bash test/run_tests.sh --stack=1.8    everything, on PyTorch 1.8 (or 1.5), in a Python 3.8 of its own; 2.1 is the
+#                                         lowest that requirements.txt allows, in a Python 3.9 to 3.11
 #   bash test/run_tests.sh --soak         everything, with 500 kills in test_faults.py instead of 50; with --stack too
 #   bash test/run_tests.sh --lint         the linter only
 #   bash test/run_tests.sh -k model -x    any of pytest's own options; or files, test/test_model.py, in place of all

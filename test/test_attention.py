@@ -91,6 +91,29 @@ def test_a_fused_model_computes_what_the_plain_one_does(options):
         assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-7), name
 
 
+@pytest.mark.parametrize('tokens', (5, 16, 197))
+def test_a_bias_padded_for_cuda_gives_the_same(tokens, monkeypatch):
+    """Without gradients its rows lie a multiple of 8 apart; with them, and without a bias, nothing changes."""
+    if not KERNELS:
+        cannot_run('current', 'this PyTorch has no fused attention')
+    plain, padded = [backend.fused_attentions(torch.device(kind))['scaled_dot_product_attention']
+                     for kind in ('cpu', 'cuda')]
+    q, k, v = torch.randn(3, 2, 4, tokens, 8).unbind(0)
+    bias, rows = torch.randn(1, 4, tokens, tokens), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*tensors, attn_mask=None, **options):
+        rows.append(None if attn_mask is None else attn_mask.stride(-2))
+        return attend(*tensors, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', recorded)
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            for each in (bias, None):
+                assert torch.allclose(padded(q, k, v, each, 0.3), plain(q, k, v, each, 0.3), 1e-6, 1e-6)
+    assert rows[::2] == [-(-tokens // 8) * 8, None, tokens, None]
+
+
 def test_the_modes(monkeypatch):
     network = model()
     assert attention.choose_attention(network, CPU) == 'plain'  # auto, on a CPU

@@ -703,7 +703,8 @@ def test_devices_outside_backend_are_seen():
     assert not list(named_devices(ast.parse('say("install torch_npu or apex")\nstate["apex"] = dict(apex=1)\n')))
 
 
-def test_the_newest_wheel_that_fits():
-    listed = ['2.14.0', '2.12.0.post2', '2.12.0.post10', '2.13.0', '2.12.0rc1', '2.1.0.post17', '1.11.0']
-    assert wheels.newest(listed, '# torch\ntorch>=2.1,<2.13\ntimm>=1\n') == '2.12.0.post10'
-    assert wheels.newest(['2.0.1'], 'torch>=2.1,<2.13') is None
+def test_the_newest_wheels_that_fit():
+    listed = ['2.14.0', '2.12.0.post2', '2.12.0.post10', '2.9.1', '2.13.0', '2.12.0rc1', '2.1.0.post17', '1.11.0']
+    assert wheels.newest(listed, '# torch\ntorch>=2.1,<2.13\ntimm>=1\n') == ['2.9.1', '2.12.0.post10']
+    assert wheels.newest(listed, 'torch>=2.1,<2.15') == ['2.13.0', '2.14.0']
+    assert wheels.newest(['2.0.1'], 'torch>=2.1,<2.13') == []

@@ -199,3 +199,27 @@ def test_half_precision_of_several_processes(data):
     else:
         assert_one_line(done.returncode, done.stdout, done.stderr, ['--opt-level O2', 'leave --amp out'])
         assert done.stdout == ''
+
+
+# ---- the lowest versions that requirements.txt allows
+
+DIGITS = RUN + ['--data_path=demo', '--batch_size=16', '--lr=1e-3', '--layer_decay=1', '--drop_path=0', '--hflip=0',
+                '--color_jitter=0', '--reprob=0']
+
+
+@pytest.mark.soak
+def test_the_lowest_versions_install_and_train(tmp_path):
+    """PyTorch 2.1: its environment is made, the model's tests pass there, and the digits are trained and evaluated."""
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ('MUST_RUN', 'BEIT_SOAK', 'PYTHON') and not name.startswith('PYTEST_')}
+    done = subprocess.run(['bash', os.path.join(ROOT, 'test', 'run_tests.sh'), '--stack=2.1', '-n', '0',
+                           'test/test_model.py', 'test/test_numerics.py', 'test/test_attention.py'],
+                          timeout=3600, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,
+                          env=environment)
+    assert done.returncode == 0, done.stdout[-5000:]
+    python, folder = os.path.join(ROOT, '.venv-2.1', 'bin', 'python'), str(tmp_path)
+    assert subprocess.check_output([python, '-c', 'import torch; print(torch.__version__)']).startswith(b'2.1.')
+    trained, evaluated = in_stack(python, DIGITS + ['--epochs=3', '--output_dir=' + folder],
+                                  DIGITS + ['--eval', '--resume=' + folder])
+    accuracy = [re.search(r'Result: .* accuracy ([\d.]+)', text).group(1) for text in (trained, evaluated)]
+    assert accuracy[0] == accuracy[1] and float(accuracy[0]) > 30  # by chance it would be 10

@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 
 OLDEST = '2.1.0.post17'
-NEWEST_KNOWN = '2.12.0.post3'  # where the registry's list can't be read
+NEWEST_KNOWN = ['2.13.0', '2.14.0']  # where the registry's list can't be read
 PYTHONS = ('3.11', '3.10', '3.12', '3.13')  # of the wheel, whichever runs this; its Python files are the same
 PLATFORMS = ('manylinux_2_28_x86_64', 'manylinux_2_17_x86_64', 'manylinux2014_x86_64')
 
@@ -39,10 +39,14 @@ def numbers(version):
 
 
 def newest(versions, requirements):
-    """The newest of the versions that requirements.txt allows for torch: torch_npu's begin with their torch's."""
+    """The newest for each of the two newest PyTorch that requirements.txt allows: torch_npu's begin with their torch's.
+
+    A list, oldest first; [] where none fits.
+    """
     at_least, below = re.search(r'^torch>=([\d.]+),<([\d.]+)', requirements, re.MULTILINE).groups()
     fitting = [v for v in versions if numbers(v) and numbers(at_least)[:-1] <= numbers(v) < numbers(below)[:-1]]
-    return max(fitting, key=numbers) if fitting else None
+    by_release = {numbers(version)[:2]: version for version in sorted(fitting, key=numbers)}
+    return list(by_release.values())[-2:]
 
 
 def _pip(*words, timeout):
@@ -92,11 +96,10 @@ def wheel(version):
 
 
 def wheels(requirements):
-    """[`Library`, …]: the oldest torch_npu supported, and the newest that the text of requirements.txt allows."""
-    recent = newest(published(), requirements)
-    if recent is None:
-        recent = newest([os.path.basename(path).split('-')[1] for path in _cached()], requirements) or NEWEST_KNOWN
-    return [Library.from_wheel(wheel(version), 'torch_npu ' + version) for version in (OLDEST, recent)]
+    """[`Library`, …]: the oldest torch_npu supported, and the newest two that the text of requirements.txt allows."""
+    recent = newest(published(), requirements) \
+        or newest([os.path.basename(path).split('-')[1] for path in _cached()], requirements) or NEWEST_KNOWN
+    return [Library.from_wheel(wheel(version), 'torch_npu ' + version) for version in [OLDEST] + recent]
 
 
 # ---- names
@@ -304,7 +307,7 @@ class Library:
     # ---- what torch_npu puts into itself
 
     @property
-    @functools.lru_cache(maxsize=None)  # noqa: B019  (there are two libraries, for as long as the tests run)
+    @functools.lru_cache(maxsize=None)  # noqa: B019  (there are three libraries, for as long as the tests run)
     def _injected(self):
         """Name to the dotted name that becomes torch_npu.<name>, or to '' where that isn't said."""
         found = {}
