@@ -21,7 +21,7 @@ def explain(program, work, cure_of_memory, goes_on=''):
     try:
         work()
         watchdog.stop()
-        distributed.leave_processes()
+        distributed.shutdown()
     except UserError as error:
         mine = distributed.speaks_first() if error.rank is None else error.rank == distributed.rank()
         distributed.wait_for_others_to_speak(first=mine)

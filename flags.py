@@ -393,13 +393,8 @@ def check_unfreezing(args):
                         '--opt adamw, or two runs, the second with --finetune' % args.opt)
 
 
-def check_args(args, local_rank=0, processes=1):
-    """Everything that can be found wrong before anything slow starts. Raises `UserError`.
-
-    Args:
-        local_rank, processes (int): the highest process of this machine and how many there are in all, where a
-            launcher asks before it starts them.
-    """
+def check_args(args):
+    """Everything that can be found wrong before anything slow starts. Raises `UserError`."""
     if args.model not in modeling_finetune.MODELS:
         raise unknown('--model', args.model, modeling_finetune.MODELS)
     patch = modeling_finetune.MODELS[args.model]['patch_size']
@@ -431,8 +426,11 @@ def check_args(args, local_rank=0, processes=1):
         raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
                         '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))
     datasets.check_paths(args)
-    _, launched, launched_rank = distributed.launch_environment(args)
-    device = backend.find_device(args.device, local_rank or launched_rank, max(processes, launched))
+    _, processes, local_rank = distributed.launch_environment(args)
+    # Too few devices are an error of all processes of a machine, so that none waits for one that cannot come.
+    highest = os.environ.get('LOCAL_WORLD_SIZE', '1')
+    device = backend.find_device(
+        args.device, max(local_rank, int(highest) - 1) if highest.isdigit() else local_rank, processes)
     if device.type == 'cpu':
         backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     if not args.eval:

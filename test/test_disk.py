@@ -12,7 +12,7 @@ import pytest
 import checkpoint
 import run_class_finetuning
 from conftest import ROOT, cannot_run, run_program
-from test_training import RUN, lines_of
+from test_training import LAUNCH, PROGRAM, RUN, lines_of
 
 CHECKPOINT_BYTES = 3 * 2 ** 20  # of the nano model, about: weights and two moments
 
@@ -65,8 +65,7 @@ def test_a_disk_that_fills_up_with_checkpoints(image_folder, small_disk, process
     if processes == 1:
         status, _, err = run_program(*base)
     else:
-        done = subprocess.run([sys.executable, os.path.join(ROOT, 'test', 'launch.py'), '--nproc_per_node=2', '--']
-                              + base,
+        done = subprocess.run(LAUNCH + ['--nproc_per_node=2', PROGRAM] + base, cwd=ROOT,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=200)
         status, err = done.returncode, done.stderr
     failed_in_one_line(status, err, '--output_dir', 'cannot write', 'earlier checkpoints are whole')

@@ -24,7 +24,7 @@ import pytest
 import checkpoint
 import datasets
 from conftest import ROOT, cannot_run
-from test_multinode import LONG, ends, free_port, launcher
+from test_multinode import LONG, ends, free_port, start_launcher
 from test_scripts import all_end, has_proc, marked
 from test_training import RUN, lines_of
 
@@ -35,7 +35,7 @@ FORKER = r"""
 import ctypes, json, os, signal, subprocess, sys, time
 ROOT = %r
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'test')]
-import distributed, launch, run_class_finetuning
+import distributed, launcher, run_class_finetuning
 import tensorboardX, timm.data, torch.utils.data  # what a run would import later
 
 def become(folder, name, env):
@@ -64,21 +64,20 @@ def program(argv):
     exec(os.environ.get('FAULT_' + os.environ.get('RANK', '0'), ''), {})
     return run_class_finetuning.run(argv)
 
-class Forked(subprocess.Popen):
-    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *_):
-        self._child_created, self.pid = True, os.fork()
-        if not self.pid:
-            become(None, None, env)
-            leave(program, args[args.index(launch.ROOT + '/run_class_finetuning.py') + 1:])
+def fork(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *_):
+    self._child_created, self.pid = True, os.fork()
+    if not self.pid:
+        become(None, None, env)
+        leave(program, args[args.index('run_class_finetuning.py') + 1:])
 
 def start(job, number):
     pid = os.fork()
     if not pid:
         if job['launched']:
             become(job['folder'], '', job['env'])
-            launch.subprocess.Popen = Forked
-            sys.argv = ['launch.py'] + job['launched'] + ['--'] + job['argv']
-            leave(launch.main)
+            launcher.Rank._execute_child = fork
+            sys.argv = ['launcher'] + job['launched'] + ['run_class_finetuning.py'] + job['argv']
+            leave(launcher.main)
         place = dict(RANK=str(number), LOCAL_RANK=str(number)) if job['processes'] > 1 else {}
         become(job['folder'], number, dict(job['env'], **place))
         leave(program, job['argv'])
@@ -113,7 +112,7 @@ Ended = collections.namedtuple('Ended', 'status time out err')
 
 
 class Job:
-    """A job that is under way: `processes` of run_class_finetuning.py, under test/launch.py or by themselves."""
+    """A job that is under way: `processes` of run_class_finetuning.py, under the scripts' launcher or by themselves."""
 
     def __init__(self, folder, keeper, launched, processes):
         self.folder, self.keeper, self.launched = folder, keeper, launched
@@ -299,7 +298,7 @@ def test_a_process_dies(fall):
                                    for row in ((1, 'training'), (0, 'training'), (1, 'evaluating'))]):
         if one.launched:
             assert ended[0].status == 137
-            assert 'launch.py: process %d ended with SIGKILL; the others were stopped\n' % rank in ended[0].err
+            assert 'process %d ended with SIGKILL; the others were stopped\n' % rank in ended[0].err
         else:
             assert (ended[rank].status, ended[1 - rank].status) == (-9, 1)
             assert 'lost the connection to process %d, ' % rank in ended[1 - rank].err.splitlines()[-1]
@@ -365,7 +364,7 @@ def test_a_fork_after_a_collective_does_not_hang(job, data):
 @has_proc
 def test_real_processes(data, tmp_path):
     """Nothing forked here: the launcher's own processes, one of which is stopped with its loader."""
-    job = launcher('--data_path=' + data, *LONG, '--num_workers=1', '--dist_timeout=%d' % SECONDS, nnodes=1,
+    job = start_launcher('--data_path=' + data, *LONG, '--num_workers=1', '--dist_timeout=%d' % SECONDS, nnodes=1,
                    processes=2, MARK=str(tmp_path))
     try:
         assert any('Epoch: [1]' in line for line in job.stdout)

@@ -36,6 +36,7 @@ import safe_files
 from conftest import NANO, ROOT, cannot_run, only_with
 from errors import UserError
 from test_multinode import free_port
+from test_training import LAUNCH, PROGRAM
 
 pytestmark = only_with('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
 
@@ -824,14 +825,14 @@ class Launched:
 def test_a_launcher_whose_processes_are_struck(life, unbroken):
     """Rank 1 of 2 is killed, then in the next start asked to stop."""
     reference, run = unbroken('two'), life('two')
-    command = [os.path.join(ROOT, 'test', 'launch.py'), '--nproc_per_node=2', '--'] + run.flags
+    command = LAUNCH[1:] + ['--nproc_per_node=2', PROGRAM] + run.flags
 
     launched = Launched(run, *command)
     launched.until('checkpoint-0-step2.pth')
     os.kill(launched.child(1), KILL)
     TALLY.kills += 1
     assert launched.end() == 128 + KILL, launched.output()
-    assert 'launch.py: process 1 ended with SIGKILL; the others were stopped\n' in launched.output()
+    assert 'process 1 ended with SIGKILL; the others were stopped\n' in launched.output()
     assert (0, 2) <= reached(run.out) < (2, 6)
 
     before, launched = reached(run.out), Launched(run, *command)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 from functools import partial
 
 import numpy as np
@@ -15,12 +16,13 @@ import attention
 import augmentation
 import backend
 import engine_for_finetuning as engine
+import launcher
 import modeling_finetune
 import optim_factory
 import precision
 import run_class_finetuning
 import utils
-from conftest import cannot_run
+from conftest import ROOT, cannot_run
 from errors import UserError
 
 CPU = torch.device('cpu')
@@ -318,6 +320,8 @@ def test_throughput_leaves_the_first_steps_out():
 
 # ---- whole runs
 
+LAUNCH = [sys.executable, '-m', launcher.__name__]  # from the root; then its options, PROGRAM and flags
+PROGRAM = os.path.join(ROOT, 'run_class_finetuning.py')
 RUN = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu',
        '--warmup_epochs=0', '--batch_size=8', '--aa=none', '--layer_scale_init_value=0', '--init_scale=1',
        '--abs_pos_emb', '--disable_rel_pos_bias']
