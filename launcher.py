@@ -29,7 +29,7 @@ from errors import UserError, one_line  # noqa: E402
 class Rank(subprocess.Popen):
     """One process of the job, as the launcher starts it. The first that fails ends the others: they could only wait."""
 
-    signals = ()  # to pass on
+    ignored = ()  # signals, as nohup wishes
     stopping = False  # whether one was passed on
     started, failed = [], []
 
@@ -40,8 +40,8 @@ class Rank(subprocess.Popen):
             return
         if Rank.failed:  # --max_restarts: all start again
             del Rank.started[:], Rank.failed[:]
-        for number in Rank.signals:  # now: the launcher has set its own handlers before
-            signal.signal(number, Rank.forward)
+        for number in preemption.NUMBERS:  # now: the launcher has set its own handlers before
+            signal.signal(number, signal.SIG_IGN if number in Rank.ignored else Rank.forward)
         super().__init__(*args, preexec_fn=distributed.end_with_parent, **kwargs)
         Rank.started.append(self)
 
@@ -83,7 +83,7 @@ def free_port():
 def start(arguments):
     """Run the job to its end; raises what the launcher raises."""
     defaults = ['--nnodes=1', '--master_addr=127.0.0.1', '--master_port=%d' % free_port()]
-    Rank.signals = [number for number in preemption.NUMBERS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    Rank.ignored = [number for number in preemption.NUMBERS if signal.getsignal(number) == signal.SIG_IGN]
     subprocess.Popen = Rank  # in this process, which does nothing else
     try:
         from torch.distributed import run as engine

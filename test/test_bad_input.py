@@ -6,7 +6,6 @@ Most cases call the program inside this process, which takes milliseconds; a few
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import time
