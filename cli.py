@@ -181,7 +181,7 @@ def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: 
     try:
         work()
         watchdog.stop()
-        distributed.leave_processes()
+        distributed.shutdown()
     except UserError as error:
         mine = distributed.speaks_first() if error.rank is None else error.rank == distributed.rank()
         distributed.wait_for_others_to_speak(first=mine)

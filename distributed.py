@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import datetime
-import glob
 import json
 import multiprocessing
 import os
@@ -160,52 +159,17 @@ def _make_host_group(device, seconds):
     return dist.new_group(timeout=datetime.timedelta(seconds=seconds), backend='gloo')
 
 
-def leave_processes():
-    """Part from the other processes at the end of a good run.
+def shutdown() -> None:
+    """End this process, one of several, at the end of a good run; where there is only one, return.
 
-    gloo's threads need Python's lock where they let a tensor go. Python would end with an abort if they did that during
-    its end, so they get the time before. Nor may gloo's group end: who drops it last holds the lock and waits for the
-    threads. So it stays, with its threads asleep, as long as the process.
+    No group is destroyed and Python does not end in its orderly way: gloo's threads need Python's lock where they let a
+    tensor go, and would abort it then, or wait for ever. All files must be closed by now.
     """
-    if _initialized():
-        if _host_group and _host_group[-1] is not dist.group.WORLD:
-            barrier()
-        _let_go()
-        for group in _host_group:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
-        _host_group.clear()
-        dist.destroy_process_group()
-
-
-def _let_go(most=5.):
-    """Wait for the other processes, and until gloo's threads sleep, and so hold no tensor.
-
-    They do where none ran, nor could have, while Python's lock was free.
-
-    Args:
-        most (float): seconds to wait for the threads.
-    """
-    with waiting():
-        dist.barrier(group=_host_group[-1] if _host_group else dist.group.WORLD)
-    until, before = time.monotonic() + most, None
-    while time.monotonic() < until:
-        threads = _gloo_threads()
-        if threads == before and all(thread['State'].startswith('S') for thread in threads):
-            break
-        before = threads
-        time.sleep(0.01)  # without the lock
-
-
-def _gloo_threads():
-    """What Linux says of each of gloo's threads: State, and how often it went to sleep and was interrupted."""
-    found = []
-    for path in sorted(glob.glob('/proc/self/task/*/status')):
-        with contextlib.suppress(OSError), open(path, encoding='utf-8', errors='replace') as file:
-            fields = dict(line.rstrip('\n').split(':\t', 1) for line in file if ':\t' in line)
-            if fields.get('Name') == 'pt_gloo_runloop':
-                found.append({name: fields.get(name, '') for name in (
-                    'Pid', 'State', 'voluntary_ctxt_switches', 'nonvoluntary_ctxt_switches')})
-    return found
+    if world_size() > 1:
+        dist.barrier(group=_host_group[-1])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def gather_numbers(numbers, device, dtype=torch.float32):
@@ -357,8 +321,8 @@ def sum_over_processes(counts, total, device):
 
 
 def speaks_first():
-    """Whether an error that every process may meet is this one's to tell; right before they have met, too."""
-    return is_main_process() and os.environ.get('RANK', '0') == '0'
+    """Whether an error that every process may meet is this one's to tell; before they have met, one of each machine."""
+    return is_main_process() if _initialized() else os.environ.get('LOCAL_RANK', '0') == '0'
 
 
 def wait_for_others_to_speak(first=False):

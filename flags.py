@@ -381,18 +381,13 @@ def config_from(args: argparse.Namespace, kind: Callable[..., Config], **given: 
 
 # ---- what can be found wrong before anything slow starts
 
-def check_args(args: argparse.Namespace, local_rank: int = 0, processes: int = 1) -> None:
-    """Everything that can be found wrong before anything slow starts. Raises `UserError`.
-
-    Args:
-        local_rank, processes: the highest process of this machine and how many there are in all, where a
-            launcher asks before it starts them.
-    """
+def check_args(args: argparse.Namespace) -> None:
+    """Everything that can be found wrong before anything slow starts. Raises `UserError`."""
     check_model(args)
     check_augmentation(args)
     check_schedule(args)
     locations.check_paths(config_from(args, InputConfig))
-    check_compute(args, local_rank, processes)
+    check_compute(args)
     check_optimizer(args)
     check_evaluation(args)
     check_weights(args)
@@ -437,13 +432,16 @@ def check_schedule(args: argparse.Namespace) -> None:
                         'them out' % args.early_stop)
 
 
-def check_compute(args: argparse.Namespace, local_rank: int, processes: int) -> None:
+def check_compute(args: argparse.Namespace) -> None:
     """The device, and what it can do."""
-    _, launched, launched_rank = distributed.launch_environment(args)
-    if args.world_size > 1 and launched == 1:
+    _, processes, local_rank = distributed.launch_environment(args)
+    if args.world_size > 1 and processes == 1:
         raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
                         '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))
-    device = backend.find_device(args.device, local_rank or launched_rank, max(processes, launched))
+    # Too few devices are an error of all processes of a machine, so that none waits for one that cannot come.
+    highest = os.environ.get('LOCAL_WORLD_SIZE', '1')
+    device = backend.find_device(
+        args.device, max(local_rank, int(highest) - 1) if highest.isdigit() else local_rank, processes)
     if device.type == 'cpu':
         backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     if args.cann_prof:

@@ -238,7 +238,7 @@ def check_data(args):
 def main(args, signals):
     check_args(args)
     if args.check_data:
-        if distributed.speaks_first():  # the others would decode the same
+        if distributed.launch_environment(args)[0] == 0:  # the others would decode the same
             check_data(args)
         return
     device = start(args)

@@ -434,6 +434,7 @@ def run(argv=None):
         with contextlib.redirect_stdout(stdout):  # --help
             args = build_parser().parse_args(argv)
         main(args, stdout)
+        stdout.flush()  # several processes end without doing that
 
     try:
         with preemption.Signals(), contextlib.redirect_stdout(sys.stderr):  # so that only results are on stdout

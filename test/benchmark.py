@@ -797,7 +797,7 @@ def process_main(order):
     if distributed.is_main_process():
         print(json.dumps(dict(rates=rates, threads=torch.get_num_threads())), flush=True)
     watchdog.stop()
-    distributed.leave_processes()
+    distributed.shutdown()
 
 
 def free_port():
@@ -809,7 +809,7 @@ def free_port():
 def run_processes(count, order, threads):
     """Start so many processes; gives what the first printed. Raises a `UserError` where one failed.
 
-    test/launch.py can start run_class_finetuning.py alone; here the processes get the same environment.
+    They get the environment that torchrun would give them.
     """
     port, processes = free_port(), []
     with tempfile.TemporaryDirectory() as folder:

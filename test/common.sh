@@ -143,9 +143,9 @@ has_module() { "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.
 
 # Set from --key=value or --key value; the rest of the command line collects in FLAGS, for Python.
 data_path= eval_data_path= log_dir= finetune= resume= nb_classes= batch_size=64 epochs=30 device=auto nproc_per_node=
-output_dir= model= nnodes=1 node_rank=0 master_addr= master_port=
+output_dir= model= nnodes=1 node_rank=0 master_addr= master_port= max_restarts=
 OPTIONS=" data_path eval_data_path log_dir finetune resume nb_classes batch_size epochs device nproc_per_node output_dir \
-model nnodes node_rank master_addr master_port "
+model nnodes node_rank master_addr master_port max_restarts "
 GIVEN=" "
 FLAGS=()
 
@@ -270,6 +270,10 @@ launch() {
     for name in batch_size epochs nproc_per_node nnodes; do whole_number $name; done
     case $node_rank in *[!0-9]*|'') die "--node_rank must be a whole number from 0 on, got '$node_rank'" ;; esac
     [ "$node_rank" -lt "$nnodes" ] || die "--node_rank $node_rank: with --nnodes $nnodes it goes from 0 to $((nnodes - 1))"
+    [ -z "$master_port" ] || whole_number master_port
+    [ "${master_port:-1}" -le 65535 ] || die "--master_port $master_port: a port is from 1 to 65535"
+    [ "$nnodes" = 1 ] || { [ -n "$master_addr" ] && [ -n "$master_port" ]; } \
+        || die "--nnodes $nnodes needs --master_addr and --master_port, those of node 0, the same on every machine"
     RANK_SIZE=$((nproc_per_node * nnodes))
 
     choose_python
@@ -387,8 +391,7 @@ run_python() {
     if [ "$RANK_SIZE" = 1 ]; then
         exec "$PYTHON" -u run_class_finetuning.py "${ARGUMENTS[@]}"
     fi
-    local where=("--nproc_per_node=$nproc_per_node" "--nnodes=$nnodes" "--node_rank=$node_rank")
-    [ -z "$master_addr" ] || where+=("--master_addr=$master_addr")
-    [ -z "$master_port" ] || where+=("--master_port=$master_port")
-    exec "$PYTHON" -u test/launch.py "${where[@]}" -- "${ARGUMENTS[@]}"
+    local where=("--nproc_per_node=$nproc_per_node" "--nnodes=$nnodes" "--node_rank=$node_rank") name
+    for name in master_addr master_port max_restarts; do [ -z "${!name}" ] || where+=("--$name=${!name}"); done
+    exec "$PYTHON" -u -m launcher "${where[@]}" run_class_finetuning.py "${ARGUMENTS[@]}"
 }

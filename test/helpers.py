@@ -41,6 +41,8 @@ import precision  # noqa: E402
 
 # Curves take a second of each run; test_report.py draws them.
 NANO = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu']
+LAUNCH = [sys.executable, '-m', 'launcher']  # from the root; then its options, PROGRAM and flags
+PROGRAM = os.path.join(ROOT, 'run_class_finetuning.py')
 RUN = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu',
        '--warmup_epochs=0', '--batch_size=8', '--aa=none', '--layer_scale_init_value=0', '--init_scale=1',
        '--abs_pos_emb', '--disable_rel_pos_bias']
@@ -410,12 +412,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launcher(*flags, nnodes=2, node_rank=0, port=None, address='127.0.0.1', processes=1, prefix=(), **env):
-    """Start test/launch.py as one of the machines."""
+def start_launcher(*flags, nnodes=2, node_rank=0, port=None, address='127.0.0.1', processes=1, prefix=(), **env):
+    """Start the scripts' launcher as one of the machines."""
     options = ['--nnodes=%d' % nnodes, '--node_rank=%d' % node_rank, '--nproc_per_node=%d' % processes]
     options += ['--master_addr=' + address, '--master_port=%d' % port] if port else []
-    return subprocess.Popen(list(prefix) + [sys.executable, os.path.join(ROOT, 'test', 'launch.py')] + options + ['--']
-                            + RUN + list(flags), env=environment(OMP_NUM_THREADS='1', **env), stdin=subprocess.DEVNULL,
+    return subprocess.Popen(list(prefix) + LAUNCH + options + [PROGRAM] + RUN + list(flags), cwd=ROOT,
+                            env=environment(OMP_NUM_THREADS='1', **env), stdin=subprocess.DEVNULL,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
 
 
@@ -431,9 +433,9 @@ def ends(processes, seconds=60):
 
 
 def launch(processes, *flags, timeout=240):
-    """test/launch.py with so many processes: (exit status, standard output, standard error)."""
+    """The scripts' launcher with so many processes: (exit status, standard output, standard error)."""
     result = subprocess.run(
-        [sys.executable, os.path.join(ROOT, 'test', 'launch.py'), '--nproc_per_node=%d' % processes, '--']
-        + RUN + list(flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout,
+        LAUNCH + ['--nproc_per_node=%d' % processes, PROGRAM] + RUN + list(flags), cwd=ROOT, timeout=timeout,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
         env=dict(os.environ, OMP_NUM_THREADS='1'))
     return result.returncode, result.stdout, result.stderr

@@ -22,7 +22,7 @@ from helpers import ROOT, TEST_DIR, cannot_run
 import wheels
 from wheels import FUNCTIONS, Library, dotted
 
-SHIPPED = sorted(glob.glob(os.path.join(ROOT, '*.py'))) + [os.path.join(TEST_DIR, 'launch.py')]
+SHIPPED = sorted(glob.glob(os.path.join(ROOT, '*.py')))
 EMULATOR = os.path.join(TEST_DIR, 'npu_emulator')
 TRACKED = re.compile(r'(torch_npu|torch\.npu|apex)(\.|$)')
 GUARDS = {'AttributeError', 'ImportError', 'ModuleNotFoundError', 'Exception', 'BaseException', None}

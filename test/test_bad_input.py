@@ -6,7 +6,6 @@ Most cases call the program inside this process, which takes milliseconds; a few
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,8 +17,7 @@ import torch
 from timm.models import create_model
 
 import backend
-from helpers import NANO, ROOT, TEST_DIR, assert_one_line, cannot_run, photo, write_images
-import launch
+from helpers import LAUNCH, PROGRAM, NANO, ROOT, assert_one_line, cannot_run, photo, write_images
 import run_class_finetuning
 import utils
 from errors import printable
@@ -621,74 +619,21 @@ def test_log_dir_without_tensorboardx(refused, monkeypatch, tmp_path):
 
 # ---- several processes
 
-@pytest.fixture
-def launch_refused(capsys, monkeypatch, data, tmp_path):
-    """Like `refused`, for test/launch.py; no process may start."""
-    def started(*_):
-        raise AssertionError('processes were started')
-    monkeypatch.setattr(launch, 'launch', started)
-
-    def check(options, flags=(), says=()):
-        program_flags = SHORT + ['--data_path', data, '--output_dir', str(tmp_path / 'o')] + list(flags)
-        monkeypatch.setattr(sys, 'argv', ['launch.py'] + list(options) + ['--'] + program_flags)
-        status = launch.main()
-        assert_one_line(status, *capsys.readouterr(), says=says)
-        assert not (tmp_path / 'o').exists()
-    return check
-
-
-def test_the_launcher_starts_with_good_flags(launch_refused, capsys):
-    """Else the other tests of the launcher would pass for the wrong reason."""
-    with pytest.raises(AssertionError, match='processes were started'):
-        launch_refused(['--nproc_per_node=2'])
+def test_fewer_devices_than_processes(refused, monkeypatch):
+    """All find it, though only some have no device, and one says so."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    refused('--device=cuda', says=['--device cuda', 'there are 2', '--nproc_per_node'])
 
 
 @pytest.mark.parametrize('flags, says', [
-    (['--lr=x'], ['--lr', "'x'"]),
-    (['--epoch=3'], ['--epoch: unknown flag', '--epochs']),
-    (['--data_path=/does/not/exist'], ['--data_path /does/not/exist']),
-    (['--model=beit'], ['--model', "'beit'"]),
-    (['--finetune=gone.pth'], ['--finetune gone.pth']),
-    (['--warmup_epochs=5'], ['--warmup_epochs 5']),
-], ids=str)
-def test_the_launcher_looks_at_the_flags_first(launch_refused, flags, says):
-    launch_refused(['--nproc_per_node=2'], flags, says)
-
-
-@pytest.mark.parametrize('options, says', [
-    (['--nproc_per_node=0'], ['--nproc_per_node', 'at least 1', 'got 0']),
-    (['--nproc_per_node=two'], ['--nproc_per_node', "'two'"]),
-    (['--nnodes=2', '--node_rank=2', '--master_port=29500'], ['--node_rank 2', 'from 0 to 1']),
-    (['--node_rank=-1'], ['--node_rank', 'at least 0', '-1']),
-    (['--nnodes=2'], ['--nnodes 2', '--master_addr', '--master_port']),
-    (['--master_port=70000'], ['--master_port', 'at most 65535', '70000']),
-    (['--nprocs=2'], ['--nprocs=2']),
-], ids=str)
-def test_options_of_the_launcher(launch_refused, options, says):
-    launch_refused(options, says=says)
-
-
-def test_port_in_use(launch_refused):
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as taken:
-        taken.bind(('', 0))
-        taken.listen(1)
-        port = taken.getsockname()[1]
-        launch_refused(['--nproc_per_node=2', '--master_port=%d' % port],
-                       says=['--master_port %d' % port, 'in use', 'choose another'])
-
-
-def test_fewer_devices_than_processes(launch_refused, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    launch_refused(['--nproc_per_node=8'], ['--device=cuda'], ['--device cuda', 'there are 2', '--nproc_per_node'])
-
-
-def test_the_launcher_in_a_process_of_its_own(tmp_path, data):
+    (['--batch_size=many'], ['--batch_size', "'many'"]), (['--model=beit'], ['--model', "'beit'"])], ids=str)
+def test_an_error_of_all_processes_is_told_by_one(tmp_path, data, flags, says):
     result = subprocess.run(
-        [sys.executable, os.path.join(TEST_DIR, 'launch.py'), '--nproc_per_node=2', '--', '--data_path', data,
-         '--batch_size=many', '--output_dir', str(tmp_path / 'o')],
+        LAUNCH + ['--nproc_per_node=2', PROGRAM, '--data_path', data, '--output_dir', str(tmp_path / 'o')] + flags,
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120)
-    assert_one_line(result.returncode, result.stdout, result.stderr, ['--batch_size', "'many'"])
+    assert_one_line(result.returncode, result.stdout, result.stderr, says)
     assert result.stdout == '' and not (tmp_path / 'o').exists()
 
 

@@ -18,7 +18,6 @@ from PIL import Image, features
 import augmentation
 import class_folders
 import datasets
-import class_folders
 import decode
 import locations
 from config import TransformConfig

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 import checkpoint
-from helpers import ROOT, RUN, cannot_run, lines_of, run_program
+from helpers import LAUNCH, PROGRAM, ROOT, RUN, cannot_run, lines_of, run_program
 import run_class_finetuning
 
 CHECKPOINT_BYTES = 3 * 2 ** 20  # of the nano model, about: weights and two moments
@@ -64,8 +64,7 @@ def test_a_disk_that_fills_up_with_checkpoints(image_folder, small_disk, process
     if processes == 1:
         status, _, err = run_program(*base)
     else:
-        done = subprocess.run([sys.executable, os.path.join(ROOT, 'test', 'launch.py'), '--nproc_per_node=2', '--']
-                              + base,
+        done = subprocess.run(LAUNCH + ['--nproc_per_node=2', PROGRAM] + base, cwd=ROOT,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=200)
         status, err = done.returncode, done.stderr
     failed_in_one_line(status, err, '--output_dir', 'cannot write', 'earlier checkpoints are whole')

@@ -24,7 +24,7 @@ import pytest
 import checkpoint
 import image_dataset
 import loader
-from helpers import LONG, ROOT, RUN, all_end, cannot_run, ends, free_port, has_proc, launcher, lines_of, marked
+from helpers import start_launcher, LONG, ROOT, RUN, all_end, cannot_run, ends, free_port, has_proc, lines_of, marked
 
 SECONDS = 5  # --dist_timeout, where something hangs
 SLACK = 12  # how much later than that all has to be over, on a machine that has other things to do
@@ -33,7 +33,7 @@ FORKER = r"""
 import ctypes, json, os, signal, subprocess, sys, time
 ROOT = %r
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'test')]
-import distributed, launch, run_class_finetuning
+import distributed, launcher, run_class_finetuning
 import tensorboardX, timm.data, torch.utils.data  # what a run would import later
 
 def become(folder, name, env):
@@ -62,21 +62,20 @@ def program(argv):
     exec(os.environ.get('FAULT_' + os.environ.get('RANK', '0'), ''), {})
     return run_class_finetuning.run(argv)
 
-class Forked(subprocess.Popen):
-    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *_):
-        self._child_created, self.pid = True, os.fork()
-        if not self.pid:
-            become(None, None, env)
-            leave(program, args[args.index(launch.ROOT + '/run_class_finetuning.py') + 1:])
+def fork(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *_):
+    self._child_created, self.pid = True, os.fork()
+    if not self.pid:
+        become(None, None, env)
+        leave(program, args[args.index('run_class_finetuning.py') + 1:])
 
 def start(job, number):
     pid = os.fork()
     if not pid:
         if job['launched']:
             become(job['folder'], '', job['env'])
-            launch.subprocess.Popen = Forked
-            sys.argv = ['launch.py'] + job['launched'] + ['--'] + job['argv']
-            leave(launch.main)
+            launcher.Rank._execute_child = fork
+            sys.argv = ['launcher'] + job['launched'] + ['run_class_finetuning.py'] + job['argv']
+            leave(launcher.main)
         place = dict(RANK=str(number), LOCAL_RANK=str(number)) if job['processes'] > 1 else {}
         become(job['folder'], number, dict(job['env'], **place))
         leave(program, job['argv'])
@@ -111,7 +110,7 @@ Ended = collections.namedtuple('Ended', 'status time out err')
 
 
 class Job:
-    """A job that is under way: `processes` of run_class_finetuning.py, under test/launch.py or by themselves."""
+    """A job that is under way: `processes` of run_class_finetuning.py, under the scripts' launcher or by themselves."""
 
     def __init__(self, folder, keeper, launched, processes):
         self.folder, self.keeper, self.launched = folder, keeper, launched
@@ -297,7 +296,7 @@ def test_a_process_dies(fall):
                                    for row in ((1, 'training'), (0, 'training'), (1, 'evaluating'))]):
         if one.launched:
             assert ended[0].status == 137
-            assert 'launch.py: process %d ended with SIGKILL; the others were stopped\n' % rank in ended[0].err
+            assert 'process %d ended with SIGKILL; the others were stopped\n' % rank in ended[0].err
         else:
             assert (ended[rank].status, ended[1 - rank].status) == (-9, 1)
             assert 'lost the connection to process %d, ' % rank in ended[1 - rank].err.splitlines()[-1]
@@ -363,7 +362,7 @@ def test_a_fork_after_a_collective_does_not_hang(job, data):
 @has_proc
 def test_real_processes(data, tmp_path):
     """Nothing forked here: the launcher's own processes, one of which is stopped with its loader."""
-    job = launcher('--data_path=' + data, *LONG, '--num_workers=1', '--dist_timeout=%d' % SECONDS, nnodes=1,
+    job = start_launcher('--data_path=' + data, *LONG, '--num_workers=1', '--dist_timeout=%d' % SECONDS, nnodes=1,
                    processes=2, MARK=str(tmp_path))
     try:
         assert any('Epoch: [1]' in line for line in job.stdout)

@@ -123,7 +123,7 @@ for leftover in range(18):
     results.append([stats['images'], repr(stats['acc1']), repr(stats['acc5']), repr(stats['loss'])])
 if distributed.is_main_process():
     print('RESULTS ' + json.dumps(results))
-distributed.leave_processes()
+distributed.shutdown()
 '''
 
 
@@ -150,31 +150,24 @@ def test_evaluation_gives_the_same_bits_on_any_number_of_processes():
             assert one[:3] == other[:3] and float(one[3]) == pytest.approx(float(other[3]), rel=1e-7)
 
 
-# The number of threads before the processes meet, among them, and after they part; how many of them are known to be
-# gloo's; how long letting go takes. The model holds gloo's group to the end.
-LEAVE = '''
-import argparse, json, os, sys, time
+# The model holds gloo's group to the end, and collectives have just ended.
+END = '''
+import argparse, os, sys
 sys.path.insert(0, %r)
 import torch, distributed
 args = argparse.Namespace(device='cpu', dist_on_itp=False, local_rank=-1, dist_url='env://', dist_timeout=60.)
-threads = [len(os.listdir('/proc/self/task'))]
 device = distributed.init_distributed_mode(args)
 distributed.broadcast_from_main(lambda keep_alive: b'x', device)
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
 for _ in range(3):
     model(torch.randn(4, 64)).sum().backward()
     distributed.ask([1], device)()
-threads.append(len(os.listdir('/proc/self/task')))
-begun = time.monotonic()
-distributed._let_go(60.)
-seconds = time.monotonic() - begun
-distributed.leave_processes()
-threads.append(len(os.listdir('/proc/self/task')))
-print('RESULTS ' + json.dumps(threads + [len(distributed._gloo_threads()), seconds]))
+sys.stdout.write('all is written')
+distributed.shutdown()
+os.abort()
 '''
 
 
-@pytest.mark.needs('linux', os.path.isdir('/proc/self/task'), 'there is no /proc to count threads in')
 def test_a_good_run_of_several_processes_ends_well():
     """gloo's threads that let a tensor go while Python ends abort it, and while their group ends they wait for ever.
 
@@ -184,32 +177,12 @@ def test_a_good_run_of_several_processes_ends_well():
         started = []
         for port in (free_port(), free_port()):
             started += [subprocess.Popen(
-                [sys.executable, '-c', LEAVE % ROOT], stdout=subprocess.PIPE, universal_newlines=True,
+                [sys.executable, '-c', END % ROOT], stdout=subprocess.PIPE, universal_newlines=True,
                 env=dict(os.environ, RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), OMP_NUM_THREADS='1',
                          MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))) for rank in range(2)]
         outputs = [process.communicate(timeout=240)[0] for process in started]
         assert [process.returncode for process in started] == [0] * 4
-        for output in outputs:
-            before, among, after, gloos, seconds = json.loads(re.search('RESULTS (.*)', output).group(1))
-            assert before < among and after == among and seconds < 30, outputs
-            assert gloos > 0 or not hasattr(torch, 'inference_mode')  # older ones need no lock to let a tensor go
-
-
-@pytest.mark.parametrize('seen, looks', [
-    (['S1', 'S1'], 2), (['R1', 'R1', 'S2', 'S2'], 4), (['S1', 'S2', 'S3', 'S3'], 4), (['R1', 'S1', 'S1'], 3)])
-def test_gloos_threads_sleep_where_none_ran_between_two_looks(monkeypatch, seen, looks):
-    """A thread that waits for Python's lock sleeps, too, while it is looked at, and has run by the next look."""
-    looked = []
-
-    def look():
-        looked.append(seen[len(looked)])
-        return [{'State': 'S (sleeping)', 'switches': '7'}, {'State': looked[-1][0], 'switches': looked[-1][1]}]
-
-    monkeypatch.setattr(distributed, '_gloo_threads', look)
-    monkeypatch.setattr(distributed.dist, 'barrier', lambda group=None: None)
-    monkeypatch.setattr(distributed, '_host_group', [None])
-    distributed._let_go()
-    assert len(looked) == looks
+        assert outputs == ['all is written'] * 4
 
 
 def test_a_process_started_anew_sees_nothing_of_those_before(monkeypatch, tmp_path):

@@ -30,7 +30,7 @@ import torch
 
 import locations
 import distributed
-from helpers import NANO, ROOT, cannot_run, free_port
+from helpers import LAUNCH, PROGRAM, NANO, ROOT, cannot_run, free_port
 import preemption
 import run_class_finetuning
 import safe_files
@@ -823,14 +823,14 @@ class Launched:
 def test_a_launcher_whose_processes_are_struck(life, unbroken):
     """Rank 1 of 2 is killed, then in the next start asked to stop."""
     reference, run = unbroken('two'), life('two')
-    command = [os.path.join(ROOT, 'test', 'launch.py'), '--nproc_per_node=2', '--'] + run.flags
+    command = LAUNCH[1:] + ['--nproc_per_node=2', PROGRAM] + run.flags
 
     launched = Launched(run, *command)
     launched.until('checkpoint-0-step2.pth')
     os.kill(launched.child(1), KILL)
     TALLY.kills += 1
     assert launched.end() == 128 + KILL, launched.output()
-    assert 'launch.py: process 1 ended with SIGKILL; the others were stopped\n' in launched.output()
+    assert 'process 1 ended with SIGKILL; the others were stopped\n' in launched.output()
     assert (0, 2) <= reached(run.out) < (2, 6)
 
     before, launched = reached(run.out), Launched(run, *command)

@@ -331,7 +331,7 @@ for root in sys.argv[1:]:
             result = str(error)
         results.append([len(scans), result])
 print('RESULTS ' + json.dumps(results))
-distributed.leave_processes()
+distributed.shutdown()
 '''
 
 

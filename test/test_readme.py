@@ -61,7 +61,8 @@ IN_WORDS_ELSEWHERE = {  # told for a program alone; only that the cell says some
     'run_export.py': {'--resume', '--format', '--output', '--opset', '--model', '--input_size'},
     'average_checkpoints.py': {'--best'},
 }
-SCRIPT_OPTIONS = {'--nproc_per_node', '--nnodes', '--node_rank', '--master_addr', '--master_port', '--help'}
+SCRIPT_OPTIONS = {'--nproc_per_node', '--nnodes', '--node_rank', '--master_addr', '--master_port', '--max_restarts',
+                  '--help'}
 TEST_OPTIONS = {'--stack', '--lint', '--soak', '--help', '--durations', '--ignore', '--deselect'}
 
 
@@ -341,7 +342,7 @@ def test_flags_that_the_text_names_exist():
     for sub in benchmark.build_parser()._subparsers._group_actions[0].choices.values():
         known |= set(sub._option_string_actions)
     assert flags.build_parser()._option_string_actions.keys() < known
-    foreign = {'--key', '--use_env', '--max_restarts', '--requeue', '--signal', '--shm_size', '--no_amp'}
+    foreign = {'--key', '--use_env', '--requeue', '--signal', '--shm_size', '--no_amp'}
     for name in READMES:
         for flag in re.findall(r'`(--[a-z][\w-]*)(?=[`= ])', read(name)):
             assert re.sub(r'(?<=\w)-', '_', flag) in known | foreign, (name, flag)

@@ -118,9 +118,9 @@ def test_the_published_hyper_parameters_are_the_defaults(stand_in, weights, pars
     devices = 8 if script.endswith('8p') else 1
     result(run)
     if devices == 8:
-        launch = arguments[:arguments.index('--')]
-        assert launch[:2] == ['-u', 'test/launch.py'] and '--nproc_per_node=8' in launch and '--nnodes=1' in launch
-        arguments = arguments[arguments.index('--'):]
+        launch = arguments[:arguments.index('run_class_finetuning.py')]
+        assert launch[:3] == ['-u', '-m', 'launcher'] and '--nproc_per_node=8' in launch and '--nnodes=1' in launch
+        arguments = arguments[arguments.index('run_class_finetuning.py'):]
     else:
         assert arguments[:2] == ['-u', 'run_class_finetuning.py']
         arguments = arguments[1:]
@@ -154,8 +154,8 @@ def test_every_way_to_write_an_option_arrives(stand_in, weights, parse, data, sc
         '--smoothing', '0.2', '--layer_decay=0.5', '--opt_betas', '0.8', '0.9',
         '--model_prefix=two  words $HOME *', '--amp', *needs(script))
     result(run)
-    assert '--nproc_per_node=2' in arguments[:arguments.index('--')]
-    args = parse(*arguments[arguments.index('--') + 1:])
+    assert '--nproc_per_node=2' in arguments[:arguments.index('run_class_finetuning.py')]
+    args = parse(*arguments[arguments.index('run_class_finetuning.py') + 1:])
     assert (args.data_path, args.batch_size, args.opt_level, args.smoothing) == (data, 16, 'O1', 0.2)
     assert (args.layer_decay, args.opt_betas, args.amp) == (0.5, [0.8, 0.9], True)
     assert args.model_prefix == 'two  words $HOME *'
@@ -167,7 +167,7 @@ def test_more_than_one_machine(stand_in, weights, checkout, data):
                               '--master_addr=10.0.0.1', '--master_port=29501')
     result(run)
     assert {'--nproc_per_node=8', '--nnodes=2', '--node_rank=0', '--master_addr=10.0.0.1', '--master_port=29501'} \
-        <= set(arguments[:arguments.index('--')])
+        <= set(arguments[:arguments.index('run_class_finetuning.py')])
     assert summary(checkout, 'beit_base_patch16_224_bs64_16p_acc')['RankSize'] == '16'
 
 
@@ -202,7 +202,11 @@ def test_a_mistake_ends_in_one_line_and_status_2(checkout, data, tmp_path, scrip
             (['--data_path'], '--data_path needs a value'),
             (['--data_path=' + data, '--resume=' + str(tmp_path / 'nothing')], '/nothing: no such file or folder'),
             (['--data_path=' + data, '--resume=' + data, '--batch_size=many'], "--batch_size must be a whole number"),
-            (['--data_path=' + data, '--resume=' + data, '--nproc_per_node=0'], '--nproc_per_node must be')):
+            (['--data_path=' + data, '--resume=' + data, '--nproc_per_node=0'], '--nproc_per_node must be'),
+            (['--data_path=' + data, '--resume=' + data, '--nnodes=2'], '--nnodes 2 needs --master_addr and'),
+            (['--data_path=' + data, '--resume=' + data, '--nnodes=2', '--node_rank=2'], 'goes from 0 to 1'),
+            (['--data_path=' + data, '--resume=' + data, '--node_rank=-1'], '--node_rank must be'),
+            (['--data_path=' + data, '--resume=' + data, '--master_port=70000'], '--master_port 70000')):
         run = run_script(checkout, script, *flags, where=where)
         fails(run, script + '.sh: error: ', expected)
         assert run.out == ''

@@ -11,6 +11,7 @@
 #   --finetune=FILE        pretrained weights (checkpoints/beit_base_patch16_224_pt22k_ft22k.pth); empty: from scratch
 #   --resume=FILE|DIR      go on from a checkpoint, or from the newest in a folder
 #   --auto_resume          go on where output_dir holds a checkpoint: for jobs that may be killed
+#   --max_restarts=N       how often torchrun starts all processes again after a fault (0); with --auto_resume
 #   --save_ckpt_minutes=N  checkpoints in mid-epoch too (none); a signal always saves
 #   --output_dir=DIR       checkpoints and log.txt (./train_result); an earlier run there is moved aside
 #   --model=NAME           beit_base_patch16_224; see python run_class_finetuning.py --help
