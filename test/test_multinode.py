@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import checkpoint
-from helpers import (start_launcher, LONG, NANO, ROOT, RUN, TINY, all_end, check_summary, copy_checkout, ends, environment, fails,
-                     free_port, has_proc, lines_of, marked, output, result, run_script, start_script)
+from helpers import (LONG, NANO, ROOT, RUN, TINY, all_end, check_summary, copy_checkout, ends, environment, fails,
+                     free_port, has_proc, lines_of, marked, output, result, run_script, start_launcher,
+                     start_script)
 import distributed
 from errors import UserError
 
