@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from errors import UserError, nearest, printable
-from image_files import open_file
+from regular_file import open_file
 
 LOSSES = ('auto', 'ce', 'bce')
 

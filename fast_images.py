@@ -12,7 +12,8 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
 from errors import UserError
-from image_files import load_image, open_file
+from image_files import load_image
+from regular_file import open_file
 
 try:
     from torchvision.io import decode_jpeg

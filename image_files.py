@@ -3,7 +3,6 @@
 import collections.abc
 import os
 import re
-import stat
 import typing
 import warnings
 
@@ -11,14 +10,13 @@ import numpy as np
 from PIL import Image
 
 from errors import UserError, printable
+from regular_file import open_file
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.ppm', '.pgm', '.tif', '.tiff')
 
 # Pillow refuses images of more than twice MAX_IMAGE_PIXELS (179 million). Between once and twice they are read, without
 # its warning, which each worker would print and which doesn't name the file.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
-
-KINDS = ((stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a pipe'), (stat.S_ISCHR, 'a device'), (stat.S_ISBLK, 'a device'))
 
 
 class UnreadableImage(UserError):
@@ -53,21 +51,6 @@ def load_image(path):
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
             reason = 'it is a link to %s, which is not there' % printable(os.readlink(path))
         raise UnreadableImage(path, reason) from None
-
-
-def open_file(path):
-    """Open a regular file that isn't empty for reading. A pipe doesn't make it wait, nor a device fill the memory."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0))
-    try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError('it is %s' % next((name for is_kind, name in KINDS if is_kind(status.st_mode)), 'no file'))
-        if status.st_size == 0:
-            raise ValueError('it is empty')
-        return os.fdopen(handle, 'rb')
-    except BaseException:
-        os.close(handle)
-        raise
 
 
 # ---- class folders

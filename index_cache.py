@@ -27,10 +27,11 @@ import zlib
 
 import numpy as np
 
+import atomic_write
 import distributed
-import safe_files
 from errors import UserError, printable
-from image_files import EXTENSIONS, ImageList, Tree, check_link, open_file, scan_classes, stamp
+from image_files import EXTENSIONS, ImageList, Tree, check_link, scan_classes, stamp
+from regular_file import open_file
 
 MAGIC = b'BEiT index 1'  # another number whenever the format changes, or what `scan_classes` finds
 MAX_BYTES = 1 << 32
@@ -105,7 +106,7 @@ def _write(path, packed):
             if time.time() - os.lstat(half).st_mtime > ABANDONED_SECONDS:
                 os.remove(half)
     try:
-        safe_files.write_bytes(path, packed)
+        atomic_write.write_bytes(path, packed)
     except UserError:
         return False
     return True

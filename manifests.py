@@ -10,7 +10,7 @@ import torch
 
 import distributed
 from errors import UserError, nearest, printable
-from image_files import open_file
+from regular_file import open_file
 
 PATHS = {'path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_path'}
 LABELS = {'label', 'labels', 'class', 'classes', 'category'}

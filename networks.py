@@ -16,7 +16,7 @@ import checkpoint
 import distributed
 import layouts
 import modeling_finetune
-import safe_files
+import weights_file
 from errors import UserError, printable, unknown
 from flags import build_parser
 from pretrained import fit_to_model, inner_state, mismatches, refuse_exports, strip_prefixes
@@ -105,7 +105,7 @@ def _described(path):
 
     Of `run_export.py` that is the metadata of a safetensors file, of others the labels in Hugging Face's config.json.
     """
-    about = safe_files.read_metadata(path)
+    about = weights_file.read_metadata(path)
     try:
         images = json.loads(about['preprocessing'])
         flags = ['--model=%s' % about['model'], '--input_size=%s' % images['input_size'][-1],

@@ -13,7 +13,7 @@ import distributed
 import preemption
 import watchdog
 from errors import UserError
-from safe_files import write_bytes
+from atomic_write import write_bytes
 
 NORMS_KEPT = 10  # gradient norms that a report of what is not finite shows
 

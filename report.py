@@ -17,7 +17,7 @@ import run_files
 from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError, one_line, printable
 from predictions import Predictions
-from safe_files import write_bytes
+from atomic_write import write_bytes
 
 SAMPLES = 16  # augmented training images that are shown
 MARKER = '#010203'  # what matplotlib writes for the text's colour, which is the page's own

@@ -31,7 +31,7 @@ import endings
 import engine_for_finetuning as engine
 import precision
 import preemption
-import safe_files
+import atomic_write
 import utils
 import watchdog
 from device_loader import DeviceLoader
@@ -366,7 +366,7 @@ def destination(args, stdout):
     try:
         if to_file:
             os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-        with safe_files.replacing(args.output, is_given=True) if to_file else \
+        with atomic_write.atomic_write(args.output, is_given=True) if to_file else \
                 contextlib.nullcontext(stdout.buffer) as file:
             yield file
     except OSError as error:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 import distributed
-import safe_files
+import atomic_write
 import splits
 from errors import UserError, printable
-from image_files import open_file
+from regular_file import open_file
 
 
 def scores_for(args, dataset):
@@ -204,4 +204,4 @@ def write_results(path, rows):
         table.writerows(rows)
         data = text.getvalue()
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    safe_files.write_bytes(path, data.encode('utf-8', 'backslashreplace'), is_given=True)
+    atomic_write.write_bytes(path, data.encode('utf-8', 'backslashreplace'), is_given=True)

@@ -28,7 +28,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 import bad_images
 import datasets
 import distributed
-import safe_files
+import weights_file
 from conftest import NANO, ROOT, only_with, photo
 from errors import UserError, one_line
 from test_data import write_cifar
@@ -416,7 +416,7 @@ def test_a_nul_in_a_name(parse, tmp_path):
 def test_names_that_the_locale_has_no_bytes_for(monkeypatch):
     monkeypatch.setattr(os, 'fsencode', lambda path: path.encode('ascii', 'surrogateescape'))
     with pytest.raises(UserError, match='my photos ü/nein.pth: no such file'):
-        safe_files.read('my photos ü/nein.pth')
+        weights_file.load_untrusted('my photos ü/nein.pth')
 
 
 def test_samples_have_names(sets):

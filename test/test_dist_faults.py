@@ -23,6 +23,7 @@ import pytest
 
 import checkpoint
 import datasets
+import weights_file
 from conftest import ROOT, cannot_run
 from test_multinode import LONG, ends, free_port, launcher
 from test_scripts import all_end, has_proc, marked
@@ -254,7 +255,7 @@ def whole(folder):
     for name in names:
         assert '.tmp-' not in name
         if name.endswith('.pth'):
-            checkpoint.read(os.path.join(folder, name))
+            weights_file.load_weights_file(os.path.join(folder, name))
     return [name for name in names if name.startswith('checkpoint-')]
 
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-import checkpoint
+import weights_file
 from conftest import NANO, photo
 from test_scripts import check_summary, copy_checkout, result, run_script, text
 
@@ -107,7 +107,7 @@ def test_two_processes_train_as_one_of_twice_the_batch(tmp_path, image_folder):
     logs, weights = [], []
     for name in ('one', 'two'):
         logs.append(epochs(os.path.join(checkout, name)))
-        weights.append(checkpoint.read(os.path.join(checkout, name, 'checkpoint-1.pth'))['model'])
+        weights.append(weights_file.load_weights_file(os.path.join(checkout, name, 'checkpoint-1.pth'))['model'])
     assert [line['epoch'] for line in logs[0]] == [line['epoch'] for line in logs[1]] == [0, 1]
     for first, second in zip(*logs):
         assert first['train_loss'] == pytest.approx(second['train_loss'], abs=1e-5)

@@ -32,7 +32,7 @@ import datasets
 import distributed
 import preemption
 import run_class_finetuning
-import safe_files
+import weights_file
 from conftest import NANO, ROOT, cannot_run, only_with
 from errors import UserError
 from test_multinode import free_port
@@ -364,7 +364,7 @@ def checkpoints(folder):
 
 @functools.lru_cache(maxsize=60)
 def _content(path, *_):
-    content = safe_files.read_checked(path)
+    content = weights_file.load_weights_file(path)
     content['args'] = {name: value for name, value in content['args'].items()
                        if name not in ('output_dir', 'num_workers', 'auto_resume')}
     # PyTorch 1.5 names the parameters by their addresses.

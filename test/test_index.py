@@ -475,13 +475,13 @@ def test_it_lies_beside_the_tree_or_in_output_dir_or_nowhere(plain, scans, tmp_p
     root, _ = plain
     os.remove(index_of(root))
     scans.clear()
-    output, write = str(tmp_path / 'out'), index_cache.safe_files.write_bytes
+    output, write = str(tmp_path / 'out'), index_cache.atomic_write.write_bytes
 
     def read_only(path, data):
         if os.path.dirname(path) == str(tmp_path):
             raise UserError('cannot write')
         write(path, data)
-    monkeypatch.setattr(index_cache.safe_files, 'write_bytes', read_only)
+    monkeypatch.setattr(index_cache.atomic_write, 'write_bytes', read_only)
     for number, output_dir in ((1, ''), (2, None), (3, output)):
         found = start(root, output_dir)
         assert len(scans) == number and not os.path.exists(output)
@@ -504,7 +504,7 @@ def test_a_full_disk_is_no_error(plain, scans, monkeypatch, capsys):
 
     def full(handle):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(index_cache.safe_files.os, 'fsync', full)
+    monkeypatch.setattr(index_cache.atomic_write.os, 'fsync', full)
     assert len(start(root)) == 4 and capsys.readouterr().out == ''
     assert os.listdir(os.path.dirname(root)) == ['root']
 

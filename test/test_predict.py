@@ -25,7 +25,7 @@ import image_stream
 import modeling_finetune
 import run_class_finetuning
 import run_predict
-import safe_files
+import weights_file
 from conftest import NANO, ROOT, only_with, photo
 from errors import UserError
 from networks import build_model
@@ -55,7 +55,7 @@ def make_checkpoint(path, *flags, classes=CLASSES, ema=False, **more):
 
     model, average = random_model(), random_model()
     content = dict(more, model=model.state_dict(), args=vars(args), epoch=0, classes=list(classes))
-    safe_files.save(str(path), dict(content, model_ema=average.state_dict()) if ema else content)
+    weights_file.save(str(path), dict(content, model_ema=average.state_dict()) if ema else content)
     return average if ema else model
 
 

@@ -36,8 +36,9 @@ import distributed
 import modeling_finetune
 import precision
 import pretrained
+import download
 import dry_run
-import safe_files
+import weights_file
 from conftest import ROOT, cannot_run
 from errors import UserError, one_line
 
@@ -66,7 +67,7 @@ def attempt(data, path, what):
         file.write(data)
     start = time.monotonic()
     try:
-        return safe_files.read(path, '--finetune')
+        return weights_file.load_untrusted(path, '--finetune')
     except UserError as error:
         assert str(error).startswith('--finetune %s: ' % path) and str(error).isprintable(), str(error)
         return None
@@ -80,7 +81,7 @@ def refusal(data, path, what='hostile'):
     with open(path, 'wb') as file:
         file.write(data)
     with pytest.raises(UserError) as caught:
-        safe_files.read(path)
+        weights_file.load_untrusted(path)
     assert str(caught.value).isprintable() and len(str(caught.value)) < len(path) + 300
     return str(caught.value)
 
@@ -398,7 +399,7 @@ def harmless(auditing, tmp_path, monkeypatch):
             SEEN, start = [], time.monotonic()
             try:
                 with pytest.raises(UserError) as caught:
-                    safe_files.read(path)
+                    weights_file.load_untrusted(path)
             finally:
                 seen, SEEN = SEEN, None
             assert not seen and time.monotonic() - start < 20
@@ -429,7 +430,7 @@ def test_the_restricted_unpickler_refuses_by_itself(tmp_path):
     """It stands behind the dry run, and must not need it."""
     for body, _ in NAMED.values():
         with pytest.raises(Exception, match='.'):
-            safe_files._restricted_pickle().load(io.BytesIO(as_pickle(body.replace(b'MARKER', b'%s' % str(
+            weights_file._restricted_pickle().load(io.BytesIO(as_pickle(body.replace(b'MARKER', b'%s' % str(
                 tmp_path / 'ran').encode()))))
     assert os.listdir(str(tmp_path)) == []
 
@@ -628,14 +629,14 @@ BOMBS = """
     import json, resource, sys
     import torch
     sys.path[:0] = [%r, %r]
-    import safe_files
+    import weights_file
     import test_untrusted
     from errors import UserError, one_line
 
     path = sys.argv[1]
     with open(path, 'wb') as file:
         file.write(test_untrusted.as_zip(test_untrusted.model_of(test_untrusted.tensor())))
-    safe_files.read(path)
+    weights_file.load_untrusted(path)
     held = int(next(line for line in open('/proc/self/status') if line.startswith('VmSize')).split()[1]) << 10
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     resource.setrlimit(resource.RLIMIT_AS, (held + (400 << 20),) * 2)
@@ -648,7 +649,7 @@ BOMBS = """
         with open(path, 'wb') as file:
             file.write(data)
         try:
-            safe_files.read(path)
+            weights_file.load_untrusted(path)
             lines[index] = 'read'
         except UserError as error:
             lines[index] = str(error)[len(path):]
@@ -677,17 +678,17 @@ def test_pipes_devices_and_folders(tmp_path):
     os.mkfifo(pipe)
     for path in (pipe, '/dev/zero', '/dev/null', str(tmp_path)):
         with pytest.raises(UserError, match='%s: a folder or device, not a file' % path):
-            safe_files.read(path)
+            weights_file.load_untrusted(path)
     with pytest.raises(UserError, match='nothing: no such file'):
-        safe_files.read(str(tmp_path / 'nothing'))
+        weights_file.load_untrusted(str(tmp_path / 'nothing'))
     os.symlink(str(tmp_path / 'nowhere'), str(tmp_path / 'link'))
     with pytest.raises(UserError, match='link: no such file'):
-        safe_files.read(str(tmp_path / 'link'))
+        weights_file.load_untrusted(str(tmp_path / 'link'))
     odd = str(tmp_path / 'two\nlines')
     with pytest.raises(UserError, match=r'two\\nlines: not a weights file'):
         with open(odd, 'wb'):
             pass
-        safe_files.read(odd)
+        weights_file.load_untrusted(odd)
 
 
 @pytest.mark.parametrize('data', [b'', b'\0', b'\x80', b'\x80\x02', b'PK', b'{}', b'hello, world\n', b'\x1f\x8b\x08',
@@ -721,7 +722,7 @@ def everything():
 def test_good_files_are_read_whole(tmp_path, reader, legacy):
     content, path = everything(), str(tmp_path / 'w.pth')
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    found = safe_files.read(path)
+    found = weights_file.load_untrusted(path)
     assert found.keys() == content.keys() and vars(found['args']) == vars(content['args'])
     for each, value in vars(content['args']).items():
         assert type(getattr(found['args'], each)) is type(value)
@@ -743,7 +744,7 @@ def test_files_with_any_name_are_read(tmp_path):
     for each in ('Größe 1.pth', 'a.b.c', '模型.pth', 'UPPER.PTH', '\'quoted\'.pth'):
         path = str(tmp_path / each)
         torch.save({'weight': torch.ones(2)}, path, _use_new_zipfile_serialization=True)
-        assert torch.equal(safe_files.read(path)['weight'], torch.ones(2))
+        assert torch.equal(weights_file.load_untrusted(path)['weight'], torch.ones(2))
 
 
 def test_numpy_scalars_of_either_numpy_are_read(tmp_path, reader):
@@ -1193,8 +1194,8 @@ def address(server, tmp_path, monkeypatch):
     """address('whole.pth'): the URL under which the server answers in that way."""
     monkeypatch.setenv('SSL_CERT_FILE', server.certificate)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
-    monkeypatch.setattr(safe_files, 'SILENCE', 1.)
-    monkeypatch.setattr(safe_files, 'MAX_DOWNLOAD', 1 << 20)
+    monkeypatch.setattr(download, 'SILENCE', 1.)
+    monkeypatch.setattr(download, 'MAX_DOWNLOAD', 1 << 20)
     server.asked.clear()
     return lambda path: 'https://localhost:%d/%s' % (server.server_port, path)
 
@@ -1209,7 +1210,7 @@ def files_below(folder):
                                   'lengthless-%s.pth' % DIGEST[:16]])
 def test_what_is_downloaded_is_kept(server, address, tmp_path, path, capsys):
     for _ in range(2):
-        found = safe_files.fetch(address(path))
+        found = download.resolve_url(address(path))
         with open(found, 'rb') as file:
             assert file.read() == BODY
     assert files_below(tmp_path / 'home') == [found]
@@ -1250,7 +1251,7 @@ def test_a_failed_download_leaves_nothing(address, tmp_path, path, says):
     TRIED['downloads'] += 1
     start = time.monotonic()
     with pytest.raises(UserError, match=says) as caught:
-        safe_files.fetch(address(path))
+        download.resolve_url(address(path))
     assert str(caught.value).isprintable() and time.monotonic() - start < 20
     assert files_below(tmp_path / 'home') == []
 
@@ -1258,9 +1259,9 @@ def test_a_failed_download_leaves_nothing(address, tmp_path, path, says):
 @pytest.mark.parametrize('source', ['http://localhost/w.pth', 'ftp://localhost/w.pth', 'file:///etc/passwd',
                                     'data://x', 'httpsx://localhost/w.pth'])
 def test_only_https_is_downloaded(monkeypatch, source):
-    monkeypatch.setattr(safe_files, '_download', lambda *_: pytest.fail('it was downloaded'))
+    monkeypatch.setattr(download, '_download', lambda *_: pytest.fail('it was downloaded'))
     with pytest.raises(UserError, match='only https:// addresses are downloaded'):
-        safe_files.fetch(source)
+        download.resolve_url(source)
 
 
 @pytest.mark.parametrize('source', ['https://', 'https://[', 'https://[::1', 'https://localhost:x/w', 'https:///w.pth',
@@ -1269,14 +1270,14 @@ def test_only_https_is_downloaded(monkeypatch, source):
 def test_addresses_that_are_none(tmp_path, monkeypatch, source):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     with pytest.raises(UserError, match='download failed'):
-        safe_files.fetch(source)
+        download.resolve_url(source)
     assert files_below(tmp_path) == []
 
 
 def test_a_certificate_that_is_not_trusted(address, tmp_path, monkeypatch):
     monkeypatch.delenv('SSL_CERT_FILE')
     with pytest.raises(UserError, match='download failed.*certificate'):
-        safe_files.fetch(address('whole.pth'))
+        download.resolve_url(address('whole.pth'))
     assert files_below(tmp_path / 'home') == []
 
 
@@ -1285,35 +1286,35 @@ def test_an_interrupted_download_leaves_nothing(address, tmp_path, monkeypatch):
         def update(self, _):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(safe_files.hashlib, 'sha256', lambda *data: hashlib.new('sha256', *data) if data
+    monkeypatch.setattr(download.hashlib, 'sha256', lambda *data: hashlib.new('sha256', *data) if data
                         else Interrupted())
     with pytest.raises(KeyboardInterrupt):
-        safe_files.fetch(address('whole.pth'))
+        download.resolve_url(address('whole.pth'))
     assert files_below(tmp_path / 'home') == []
 
 
 def test_a_cached_file_is_checked_too(address, tmp_path):
-    found = safe_files.fetch(address('whole.pth'))
+    found = download.resolve_url(address('whole.pth'))
     with open(found, 'ab') as file:
         file.write(b'more')
     with pytest.raises(UserError, match='not the one asked for; delete it'):
-        safe_files.fetch(address('whole.pth#sha256=' + DIGEST))
+        download.resolve_url(address('whole.pth#sha256=' + DIGEST))
 
 
 def test_the_other_processes_wait_for_the_first(server, address, monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, 'is_main_process', lambda: False)
     monkeypatch.setattr(distributed, 'barrier', lambda: None)
     with pytest.raises(UserError, match='set TORCH_HOME to a folder that all machines share'):
-        safe_files.fetch(address('whole.pth'))
+        download.resolve_url(address('whole.pth'))
     assert server.asked == []
 
     def first():
         monkeypatch.setattr(distributed, 'is_main_process', lambda: True)
         monkeypatch.setattr(distributed, 'barrier', lambda: None)
-        safe_files.fetch(address('whole.pth'))
+        download.resolve_url(address('whole.pth'))
 
     monkeypatch.setattr(distributed, 'barrier', first)
-    with open(safe_files.fetch(address('whole.pth')), 'rb') as file:
+    with open(download.resolve_url(address('whole.pth')), 'rb') as file:
         assert file.read() == BODY
     assert server.asked == ['/whole.pth']
 
