@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-import safe_files
+import atomic_write
 from errors import UserError, printable
 
 KINDS = ('cls', 'mean')
@@ -122,4 +122,4 @@ class Painter:
 def save(path, image):
     content = io.BytesIO()
     image.save(content, 'PNG')
-    safe_files.write_bytes(path, content.getvalue())
+    atomic_write.write_bytes(path, content.getvalue())

@@ -24,6 +24,7 @@ import utils
 from cli import OneLineParser, run_interruptible
 from errors import UserError, printable
 from pretrained import inner_state, mismatches, strip_prefixes
+from weights_file import load_weights_file
 
 SAME = ('model', 'input_size', 'use_mean_pooling', 'imagenet_default_mean_and_std', 'crop_pct')  # what one file says
 
@@ -116,7 +117,7 @@ def average(paths, use_ema=False):
     """
     total, first = None, None
     for path in paths:
-        content = checkpoint.read(path, '--inputs')
+        content = load_weights_file(path, '--inputs')
         state = weights_of(path, content, use_ema)
         about = about_model(content)
         if total is None:

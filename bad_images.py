@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Iterable, Optional, Sequence, Tuple
 
 import distributed
-import safe_files
+import atomic_write
 from decode import UnreadableImage
 from errors import UserError, printable
 from image_dataset import image_name
@@ -71,7 +71,7 @@ def _read_list(path):
 def _write_list(path, reasons):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     lines = ['%s\t%s\n' % item for item in reasons.items()]
-    safe_files.write_bytes(path, ''.join(lines).encode())
+    atomic_write.write_bytes(path, ''.join(lines).encode())
 
 
 # ---- before a run

@@ -16,10 +16,10 @@ import typing
 import torch
 
 import distributed
+from download import resolve_url
 from errors import UserError, printable
 from pretrained import inner_state, mismatches, strip_prefixes
-from safe_files import fetch, save  # noqa: F401  (save is part of what this room offers)
-from safe_files import read_checked as read
+from weights_file import load_weights_file, save
 
 BEST, BEST_EMA = 'checkpoint-best.pth', 'checkpoint-best-ema.pth'
 UNTOLD = ('nb_classes', 0)  # as the data has them
@@ -212,7 +212,7 @@ def find(source, prefer_best=False):
     """
     paths = candidates(source)
     if not os.path.isdir(source):
-        return source, read(fetch(source, '--resume'), '--resume')
+        return source, load_weights_file(resolve_url(source, '--resume'), '--resume')
     ordered = [path for path in paths if _position(path) is not None]
     bests = [path for path in paths if path not in ordered]
     if prefer_best:
@@ -235,7 +235,7 @@ def _first_whole(paths):
     reasons = []
     for path in paths:
         try:
-            content = read(path)
+            content = load_weights_file(path)
             if isinstance(content, dict):
                 return (path, content), reasons
             reasons.append('%s: holds no weights' % printable(path))
@@ -267,7 +267,7 @@ def find_together(args, device):
     oldest = min(distributed.gather(mine, device), key=lambda word: word[1:])
     if mine != oldest and oldest[0] and os.path.isfile(os.path.join(source, oldest[0])):
         path = os.path.join(source, oldest[0])
-        content = read(path, '--resume')
+        content = load_weights_file(path, '--resume')
         mine = _name_and_position(path, content)
     words = distributed.gather(mine, device)
     if any(word != words[0] for word in words):

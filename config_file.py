@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Union
 
 import distributed
 from errors import UserError, printable
-from safe_files import write_bytes
+from atomic_write import write_bytes
 
 HEAD = '# The flags of this run, all of them. To start another with them: run_class_finetuning.py --config THIS_FILE\n'
 LARGEST = 1 << 20  # bytes; nobody writes so many flags

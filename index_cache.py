@@ -21,8 +21,8 @@ from typing import Callable, List, Optional
 import numpy as np
 import torch
 
+import atomic_write
 import distributed
-import safe_files
 from class_folders import EXTENSIONS, FolderScan, ImageList, check_link, fingerprint, scan_classes
 from errors import UserError, printable
 
@@ -103,7 +103,7 @@ def _write(path, packed):
     with contextlib.suppress(OSError, UserError):
         os.makedirs(folder, mode=0o700, exist_ok=True)
         if _is_own(folder, stat.S_ISDIR):
-            safe_files.write_bytes(path, packed)
+            atomic_write.write_bytes(path, packed)
 
 
 def _pack(scan):

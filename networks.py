@@ -11,12 +11,12 @@ import typing
 import torch
 from timm.models import create_model
 
+import weights_file
 import checkpoint
 import config
 import distributed
 import layouts
 import modeling_finetune
-import safe_files
 from augmentation import EvalTransform
 from errors import UserError, printable, unknown
 from pretrained import fit_to_model, inner_state, mismatches, refuse_exports, strip_prefixes
@@ -111,7 +111,7 @@ def _described(path):
 
     Of `run_export.py` that is the metadata of a safetensors file, of others the labels in Hugging Face's config.json.
     """
-    about = safe_files.read_metadata(path)
+    about = weights_file.read_metadata(path)
     try:
         images = EvalTransform.from_timm(json.loads(about['preprocessing']))
         args = dict(model=str(about['model']), input_size=images.input_size, crop_pct=images.crop_pct,

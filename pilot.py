@@ -13,7 +13,7 @@ import preemption
 import watchdog
 from errors import UserError
 from image_dataset import image_name
-from safe_files import write_bytes
+from atomic_write import write_bytes
 
 NORMS_KEPT = 10  # gradient norms that a report of what is not finite shows
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import distributed
 import layouts
 from errors import UserError, printable
-from safe_files import fetch
-from safe_files import read_checked as read
+from download import resolve_url
+from weights_file import load_weights_file
 
 
 def refuse_exports(flag, source):
@@ -49,8 +49,8 @@ def load_pretrained(model, source, model_key='model|module', model_prefix=''):
         UserError: the file can't be read, or its weights are another model's; then it lists names and shapes.
     """
     check_finetune(source)
-    path = layouts.in_folder(source, '--finetune') if os.path.isdir(source) else fetch(source, '--finetune')
-    key, loaded = inner_state(read(path, '--finetune'), model_key)
+    path = layouts.in_folder(source, '--finetune') if os.path.isdir(source) else resolve_url(source, '--finetune')
+    key, loaded = inner_state(load_weights_file(path, '--finetune'), model_key)
     state, library = layouts.from_any(strip_prefixes(loaded, model_prefix))
     if not state:
         raise UserError('--finetune %s: holds no weights%s' % (

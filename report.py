@@ -18,7 +18,7 @@ from errors import UserError, one_line, printable
 from image_dataset import image_name
 from loader import EpochSampler, SeededSamples, collate
 from predictions import Predictions
-from safe_files import write_bytes
+from atomic_write import write_bytes
 
 SAMPLES = 16  # augmented training images that are shown
 MARKER = '#010203'  # what matplotlib writes for the text's colour, which is the page's own

@@ -23,7 +23,7 @@ import backend  # noqa: F401  (sets how torch loads its devices)
 import flags
 import layouts
 import modeling_finetune
-import safe_files
+import atomic_write
 import utils
 from cli import OneLineParser, run_interruptible
 from errors import UserError, one_line, printable, unknown
@@ -433,7 +433,7 @@ def main(args):
             told = write_folder(path, made, lambda folder: None if args.no_check else compare(chosen, folder, trained))
         else:
             told = None if args.no_check else compare(chosen, made, trained)
-            safe_files.write_bytes(path, made, is_given=True)
+            atomic_write.write_bytes(path, made, is_given=True)
     size = sum(map(len, made.values())) if isinstance(made, dict) else len(made)
     print('Exported %s, %d classes, input %dx%d, from %s' % (
         trained.args.model, len(trained.classes), trained.args.input_size, trained.args.input_size,
@@ -448,7 +448,7 @@ def main(args):
 def write_folder(path, files, check):
     """Write files into a new folder, call `check` with its path, then give it its name; what `check` gave."""
     try:
-        with safe_files.replacing_folder(path) as folder:
+        with atomic_write.atomic_directory(path) as folder:
             for name, data in files.items():
                 with open(os.path.join(folder, name), 'wb') as file:
                     file.write(data)

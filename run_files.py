@@ -16,7 +16,7 @@ import backend
 import config_file
 import distributed
 from errors import UserError, one_line
-from safe_files import write_bytes
+from atomic_write import write_bytes
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SECONDS_BETWEEN = 20  # two drawings of the curves: a run of many tiny epochs shall not draw all the time

@@ -30,7 +30,7 @@ import fast_images
 import flags
 import precision
 import preemption
-import safe_files
+import atomic_write
 import utils
 import watchdog
 from class_folders import is_image_name
@@ -322,7 +322,7 @@ def destination(args, stdout):
     try:
         if to_file:
             os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-        with safe_files.replacing(args.output, is_given=True) if to_file else \
+        with atomic_write.atomic_write(args.output, is_given=True) if to_file else \
                 contextlib.nullcontext(stdout.buffer) as file:
             yield file
     except OSError as error:

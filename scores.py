@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import distributed
-import safe_files
+import atomic_write
 import splits
 from decode import open_file
 from errors import UserError, printable
@@ -204,4 +204,4 @@ def write_results(path, rows):
         table.writerows(rows)
         data = text.getvalue()
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    safe_files.write_bytes(path, data.encode('utf-8', 'backslashreplace'), is_given=True)
+    atomic_write.write_bytes(path, data.encode('utf-8', 'backslashreplace'), is_given=True)

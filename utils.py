@@ -21,7 +21,7 @@ import distributed
 import progress
 import watchdog
 from errors import UserError, printable
-from safe_files import write_bytes
+from atomic_write import write_bytes
 
 
 # ---- meters and log lines

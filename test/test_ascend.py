@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+import weights_file
 import checkpoint
 from helpers import (EMULATOR, ROOT, TINY, all_end, cannot_run, check_summary, copy_checkout, fails, fake_cann,
                      lines_of, output, result, run_program, run_script, scalars, text)
@@ -51,7 +52,7 @@ class Trained:
         return lines_of(self.folder)
 
     def weights(self, part='model'):
-        return checkpoint.read(checkpoint.numbered(self.folder)[-1][1])[part]
+        return weights_file.load_weights_file(checkpoint.numbered(self.folder)[-1][1])[part]
 
 
 def farthest(one, other):
@@ -150,7 +151,8 @@ def test_eight_processes_train_as_one_of_eight_times_the_batch(emulator, tmp_pat
     for first, second in zip(*logs):
         assert first['train_loss'] == pytest.approx(second['train_loss'], abs=1e-5)
         assert first['test_loss'] == pytest.approx(second['test_loss'], abs=1e-5)
-    weights = [checkpoint.read(os.path.join(checkout, name, 'checkpoint-1.pth'))['model'] for name in ('one', 'eight')]
+    weights = [weights_file.load_weights_file(os.path.join(checkout, name, 'checkpoint-1.pth'))['model']
+               for name in ('one', 'eight')]
     assert farthest(*weights) < 2e-5
 
 
@@ -198,7 +200,7 @@ def test_an_overflow_is_skipped_counted_and_logged(emulator, tmp_path, soc, scal
     assert [tuple(map(int, found)) for found in skipped] == [(2, now[0], 1), (5, now[1], 2)], done.stdout
     record, = lines_of(out)
     assert record['train_skipped_steps'] == 2
-    state = checkpoint.read(out + '/checkpoint-0-step8.pth')
+    state = weights_file.load_weights_file(out + '/checkpoint-0-step8.pth')
     assert state['scaler']['skipped'] == 2
     assert all(torch.isfinite(value).all() for value in state['model'].values())
     assert max(value.abs().max() for value in state['model'].values() if value.is_floating_point()) < 10
@@ -218,7 +220,7 @@ def test_an_overflow_on_one_of_two_processes_is_skipped_by_both(emulator, tmp_pa
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=200)
     assert done.returncode == 0, done.stdout
     assert re.findall(r'Update step (\d) skipped', done.stdout) == ['2', '5'], done.stdout
-    state = checkpoint.read(out + '/checkpoint-0-step8.pth')['optimizer']['state']
+    state = weights_file.load_weights_file(out + '/checkpoint-0-step8.pth')['optimizer']['state']
     steps = {values['step'] for values in state.values()}
     assert steps == {6}
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+import weights_file
 import average_checkpoints
-import checkpoint
 from helpers import RUN
 import networks
 import run_class_finetuning
@@ -40,8 +40,8 @@ def test_the_average_is_numpys(trained, tmp_path, capsys, data, key, flags):
     names = [file_of(trained, epoch) for epoch in (1, 3, 0)]
     assert average_checkpoints.run(['--inputs'] + names + ['--output', output] + flags) == 0
     assert '3 checkpoints' in capsys.readouterr().out
-    states = [checkpoint.read(name)[key] for name in names]
-    result = checkpoint.read(output)
+    states = [weights_file.load_weights_file(name)[key] for name in names]
+    result = weights_file.load_weights_file(output)
     assert sorted(result) == ['activation', 'args', 'averaged', 'classes', 'model']
     assert result['classes'] == ['cat', 'dog'] and result['activation'] == 'softmax'
     for name, value in result['model'].items():
@@ -66,15 +66,15 @@ def test_the_best_of_a_folder_by_its_log(trained, tmp_path, capsys):
     for flags, expected in (([], [1, 3]), (['--use_ema'], [0, 2])):
         output = str(tmp_path / ('avg%d.pth' % len(flags)))
         assert average_checkpoints.run(['--inputs', str(folder), '--best=2', '--output', output] + flags) == 0
-        assert checkpoint.read(output)['averaged'] == ['checkpoint-%d.pth' % epoch for epoch in expected]
+        assert weights_file.load_weights_file(output)['averaged'] == ['checkpoint-%d.pth' % epoch for epoch in expected]
     assert average_checkpoints.run(['--inputs', str(folder), '--output', str(tmp_path / 'all.pth')]) == 0
-    assert len(checkpoint.read(str(tmp_path / 'all.pth'))['averaged']) == 4
+    assert len(weights_file.load_weights_file(str(tmp_path / 'all.pth'))['averaged']) == 4
     refused(capsys, ['--inputs', str(folder), '--best=5', '--output', str(tmp_path / 'x.pth')], '--best 5', '4')
     lines[1].pop('test_acc1')  # as with --val_interval
     (folder / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     output = str(tmp_path / 'seldom.pth')
     assert average_checkpoints.run(['--inputs', str(folder), '--best=2', '--output', output]) == 0
-    assert checkpoint.read(output)['averaged'] == ['checkpoint-3.pth', 'checkpoint-2.pth']
+    assert weights_file.load_weights_file(output)['averaged'] == ['checkpoint-3.pth', 'checkpoint-2.pth']
     refused(capsys, ['--inputs', str(folder), '--best=4', '--output', str(tmp_path / 'x.pth')], '--best 4', '3 were')
     (folder / 'log.txt').write_text('')
     refused(capsys, ['--inputs', str(folder), '--best=2', '--output', str(tmp_path / 'x.pth')], '--best 2', 'log.txt')
@@ -83,7 +83,7 @@ def test_the_best_of_a_folder_by_its_log(trained, tmp_path, capsys):
 def test_what_does_not_go_together_is_refused(trained, tmp_path, capsys):
     first, output = file_of(trained, 0), str(tmp_path / 'avg.pth')
     base = ['--output', output, '--inputs', first]
-    content = checkpoint.read(first)
+    content = weights_file.load_weights_file(first)
 
     def other(**changes):
         path = str(tmp_path / 'other.pth')

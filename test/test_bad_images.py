@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
+import weights_file
 import bad_images
 import datasets
 import class_folders
@@ -33,7 +34,6 @@ import distributed
 from image_dataset import ImageFolder, image_name
 from loader import Batch, Sample, Unreadable, collate
 from helpers import NANO, ROOT, as_nobody, photo, write_cifar
-import safe_files
 from errors import UserError, one_line
 
 SMALL = ('--batch_size=4',) + tuple(NANO)
@@ -397,7 +397,7 @@ def test_a_nul_in_a_name(parse, tmp_path):
 def test_names_that_the_locale_has_no_bytes_for(monkeypatch):
     monkeypatch.setattr(os, 'fsencode', lambda path: path.encode('ascii', 'surrogateescape'))
     with pytest.raises(UserError, match='my photos ü/nein.pth: no such file'):
-        safe_files.read('my photos ü/nein.pth')
+        weights_file.load_untrusted('my photos ü/nein.pth')
 
 
 def test_samples_have_names(sets):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import weights_file
 import checkpoint
 from helpers import RUN, cannot_run, lines_of
 import modeling_finetune
@@ -35,7 +36,7 @@ def randomised(model):
     return model
 
 
-def weights_file(tmp_path, content, name='weights.pth'):
+def write_weights(tmp_path, content, name='weights.pth'):
     path = str(tmp_path / name)
     torch.save(content, path)
     return path
@@ -88,7 +89,7 @@ def test_weights_of_224_load_into_larger_inputs(tmp_path, name, size):
     config = dict(depth=2, use_rel_pos_bias=True, use_abs_pos_emb=True, init_values=0.1)
     source = randomised(getattr(modeling_finetune, name)(num_classes=7, **config))
     target = getattr(modeling_finetune, name)(num_classes=7, img_size=size, **config)
-    pretrained.load_pretrained(target, weights_file(tmp_path, {'model': source.state_dict()}))
+    pretrained.load_pretrained(target, write_weights(tmp_path, {'model': source.state_dict()}))
     grid = size // 16
     table = 'relative_position_bias_table'
     for index in range(2):
@@ -107,7 +108,7 @@ def test_shared_table_goes_to_every_block_and_the_head_is_dropped(tmp_path, caps
     source = randomised(nano(use_rel_pos_bias=False, use_shared_rel_pos_bias=True, num_classes=9))
     target = nano()
     head = target.head.weight.detach().clone()
-    pretrained.load_pretrained(target, weights_file(tmp_path, {'module': source.state_dict()}))
+    pretrained.load_pretrained(target, write_weights(tmp_path, {'module': source.state_dict()}))
     for block in target.blocks:
         assert torch.equal(block.attn.relative_position_bias_table, source.rel_pos_bias.relative_position_bias_table)
     assert torch.equal(target.head.weight, head)
@@ -125,7 +126,7 @@ def test_shared_table_goes_to_every_block_and_the_head_is_dropped(tmp_path, caps
                                   other=torch.zeros(1))}, {'model_prefix': 'encoder.'})))
 def test_where_the_weights_are_found(tmp_path, wrap, options):
     source, target = randomised(nano()), nano(seed=1)
-    pretrained.load_pretrained(target, weights_file(tmp_path, wrap(source.state_dict())), **options)
+    pretrained.load_pretrained(target, write_weights(tmp_path, wrap(source.state_dict())), **options)
     for name, value in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], value), name
 
@@ -133,7 +134,7 @@ def test_where_the_weights_are_found(tmp_path, wrap, options):
 def test_missing_and_unused_names_are_reported(tmp_path, capsys):
     state = randomised(nano(use_mean_pooling=False)).state_dict()
     state['mask_token'] = torch.zeros(1, 1, 64)
-    pretrained.load_pretrained(nano(), weights_file(tmp_path, state))
+    pretrained.load_pretrained(nano(), write_weights(tmp_path, state))
     out = capsys.readouterr().out
     assert 'Not in the file, left at their start: fc_norm.weight, fc_norm.bias' in out
     assert 'Unused names in the file: mask_token, norm.bias, norm.weight' in out
@@ -143,9 +144,9 @@ def test_missing_and_unused_names_are_reported(tmp_path, capsys):
 def test_another_models_weights_are_refused(tmp_path):
     state = nano(embed_dim=32).state_dict()
     with pytest.raises(UserError, match=r'patch_embed.proj.weight is \(32, 3, 8, 8\) in the file and \(64, 3, 8, 8\)'):
-        pretrained.load_pretrained(nano(), weights_file(tmp_path, state))
+        pretrained.load_pretrained(nano(), write_weights(tmp_path, state))
     with pytest.raises(UserError, match='not the weights of this --model.*is missing in the file'):
-        pretrained.load_pretrained(nano(), weights_file(tmp_path, {'conv1.weight': torch.zeros(3)}))
+        pretrained.load_pretrained(nano(), write_weights(tmp_path, {'conv1.weight': torch.zeros(3)}))
 
 
 def test_a_url_is_downloaded_once_and_checked(tmp_path, monkeypatch):
@@ -156,7 +157,7 @@ def test_a_url_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     site = tmp_path / 'site'
     site.mkdir()
     source = randomised(nano())
-    path = weights_file(site, source.state_dict())
+    path = write_weights(site, source.state_dict())
     certificate, key = str(tmp_path / 'cert.pem'), str(tmp_path / 'key.pem')
     subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-keyout', key, '-out', certificate,
                     '-days', '2', '-subj', '/CN=localhost', '-addext', 'subjectAltName=DNS:localhost'],
@@ -216,12 +217,12 @@ def test_reading_never_runs_code(tmp_path, monkeypatch, restricted):
         path = str(tmp_path / ('%d.pth' % number))
         torch.save({'model': {'head.weight': Opener()}}, path, _use_new_zipfile_serialization=not legacy)
         with pytest.raises(UserError, match='refused, because it refers to .*system'):
-            checkpoint.read(path)
+            weights_file.load_weights_file(path)
     path = str(tmp_path / 'plain.pth')
     with open(path, 'wb') as file:
         pickle.dump(Opener(), file)
     with pytest.raises(UserError):
-        checkpoint.read(path)
+        weights_file.load_weights_file(path)
     assert not os.path.exists(Opener.marker)
 
 
@@ -236,20 +237,20 @@ def test_checkpoints_of_the_reference_are_read(tmp_path, monkeypatch, restricted
     torch.save({'model': model.state_dict(), 'optimizer': torch.optim.AdamW(model.parameters()).state_dict(),
                 'epoch': 3, 'scaler': {'scale': 1.}, 'args': args, 'best': np.float64(81.5)}, path,
                _use_new_zipfile_serialization=not legacy)
-    content = checkpoint.read(path)
+    content = weights_file.load_weights_file(path)
     assert content['args'].model == 'beit' and content['best'] == 81.5 and content['epoch'] == 3
     assert torch.equal(content['model']['head.weight'], model.head.weight)
 
 
 def test_damaged_files(tmp_path):
-    path = weights_file(tmp_path, {'model': nano().state_dict()})
+    path = write_weights(tmp_path, {'model': nano().state_dict()})
     with open(path, 'rb') as file:
         whole = file.read()
     for length in list(range(0, len(whole), max(1, len(whole) // 40))) + [len(whole) - 1]:
         with open(path, 'wb') as file:
             file.write(whole[:length])
         with pytest.raises(UserError, match='not a weights file'):
-            checkpoint.read(path)
+            weights_file.load_weights_file(path)
 
 
 # ---- saving
@@ -265,7 +266,7 @@ def test_a_failed_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'save', half)
     with pytest.raises(UserError, match='No space left on device.*earlier checkpoints are whole'):
         checkpoint.save(path, {'epoch': 2})
-    assert checkpoint.read(path) == {'epoch': 1}
+    assert weights_file.load_weights_file(path) == {'epoch': 1}
     assert os.listdir(str(tmp_path)) == ['checkpoint-best.pth']
 
 
@@ -293,8 +294,8 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(image_folder, tmp_path, o
     assert run_class_finetuning.run(base + ['--output_dir=' + whole]) == 0
     assert run_class_finetuning.run(base + ['--output_dir=' + broken, '--maxstep=8']) == 0  # 4 updates an epoch
     assert run_class_finetuning.run(base + ['--output_dir=' + broken, '--auto_resume']) == 0
-    expected = checkpoint.read(os.path.join(whole, 'checkpoint-3.pth'))
-    found = checkpoint.read(os.path.join(broken, 'checkpoint-3.pth'))
+    expected = weights_file.load_weights_file(os.path.join(whole, 'checkpoint-3.pth'))
+    found = weights_file.load_weights_file(os.path.join(broken, 'checkpoint-3.pth'))
     for key in ('model', 'model_ema'):
         for name, value in expected[key].items():
             assert torch.equal(value, found[key][name]), (key, name)
@@ -306,7 +307,7 @@ def test_the_best_checkpoint_can_be_evaluated_and_resumed(image_folder, tmp_path
     data, output = image_folder(), str(tmp_path / 'out')
     base = RUN + ['--data_path=' + data, '--model_ema', '--model_ema_decay=0.5']
     assert run_class_finetuning.run(base + ['--epochs=2', '--output_dir=' + output]) == 0
-    best = checkpoint.read(os.path.join(output, checkpoint.BEST))
+    best = weights_file.load_weights_file(os.path.join(output, checkpoint.BEST))
     capsys.readouterr()
     assert run_class_finetuning.run(base + ['--eval', '--resume=' + output]) == 0
     out = capsys.readouterr().out
@@ -322,7 +323,7 @@ def test_a_checkpoint_of_the_reference_resumes(image_folder, tmp_path, parse):
     base = RUN + ['--data_path=' + data, '--epochs=2', '--save_ckpt_freq=1', '--output_dir=' + output]
     assert run_class_finetuning.run(base + ['--maxstep=4']) == 0
     path = os.path.join(output, 'checkpoint-0.pth')
-    content = checkpoint.read(path)
+    content = weights_file.load_weights_file(path)
     reference = {name: content[name] for name in ('model', 'optimizer', 'epoch')}
     reference.update(scaler={'scale': 65536., 'growth_factor': 2.}, args=argparse.Namespace(**content['args']))
     torch.save(reference, path)
@@ -366,7 +367,7 @@ def test_flags_win_over_the_rates_in_a_checkpoint(image_folder, tmp_path):
     base = RUN + ['--data_path=' + data, '--save_ckpt_freq=1', '--output_dir=' + output]
     assert run_class_finetuning.run(base + ['--epochs=1', '--weight_decay=0', '--layer_decay=0.5']) == 0
     assert run_class_finetuning.run(base + ['--epochs=2', '--auto_resume', '--weight_decay=0.3']) == 0
-    groups = checkpoint.read(os.path.join(output, 'checkpoint-1.pth'))['optimizer']['param_groups']
+    groups = weights_file.load_weights_file(os.path.join(output, 'checkpoint-1.pth'))['optimizer']['param_groups']
     assert {group['weight_decay'] for group in groups} == {0., 0.3}
     assert min(group['lr_scale'] for group in groups) == pytest.approx(0.9 ** 5)
 
@@ -424,7 +425,7 @@ def test_auto_resume_goes_on_from_a_best_checkpoint_that_is_further(image_folder
     data, output = image_folder(), str(tmp_path / 'out')
     base = RUN + ['--data_path=' + data, '--epochs=3', '--output_dir=' + output]
     assert run_class_finetuning.run(base + ['--maxstep=8']) == 0  # two of three epochs
-    content = checkpoint.read(os.path.join(output, 'checkpoint-1.pth'))
+    content = weights_file.load_weights_file(os.path.join(output, 'checkpoint-1.pth'))
     os.remove(os.path.join(output, 'checkpoint-1.pth'))
     checkpoint.save(os.path.join(output, checkpoint.BEST), content)
     assert run_class_finetuning.run(base + ['--auto_resume']) == 0

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 
+import weights_file
 import checkpoint
 from helpers import LAUNCH, PROGRAM, ROOT, RUN, cannot_run, lines_of, run_program
 import run_class_finetuning
@@ -48,7 +49,7 @@ def goes_on(base, output):
     files = [path for _, path in checkpoint.numbered(output)]
     assert files
     for path in files:
-        assert checkpoint.read(path)['model']
+        assert weights_file.load_weights_file(path)['model']
     assert not [name for name in os.listdir(output) if '.tmp-' in name]
     status, out, err = run_program(*base, '--auto_resume')
     assert status == 0, err
@@ -144,7 +145,7 @@ def test_an_output_folder_that_changes_under_the_run(image_folder, tmp_path, sma
     if happening == 'removed':
         return
     assert [os.path.basename(path) for _, path in checkpoint.numbered(kept)] == ['checkpoint-0.pth']
-    assert checkpoint.read(os.path.join(kept, 'checkpoint-0.pth'))['epoch'] == 0
+    assert weights_file.load_weights_file(os.path.join(kept, 'checkpoint-0.pth'))['epoch'] == 0
     if happening == 'read-only':
         subprocess.run(['mount', '-o', 'remount,rw', output], check=True)
         goes_on(base, output)

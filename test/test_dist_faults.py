@@ -21,6 +21,7 @@ import time
 
 import pytest
 
+import weights_file
 import checkpoint
 import image_dataset
 import loader
@@ -251,7 +252,7 @@ def whole(folder):
     for name in names:
         assert '.tmp-' not in name
         if name.endswith('.pth'):
-            checkpoint.read(os.path.join(folder, name))
+            weights_file.load_weights_file(os.path.join(folder, name))
     return [name for name in names if name.startswith('checkpoint-')]
 
 

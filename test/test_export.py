@@ -18,7 +18,7 @@ import networks
 import pretrained
 import run_class_finetuning
 import run_export
-import safe_files
+import weights_file
 
 try:
     import timm.models.beit as timm_beit
@@ -55,7 +55,7 @@ def trained(tmp_path, parse):
         args = parse(*(flags or NANO))
         model = shake(networks.build_model(args, len(classes)))
         path = str(tmp_path / 'weights.pth')
-        safe_files.save(path, dict({'model': model.state_dict(), 'args': vars(args), 'classes': classes}, **more))
+        weights_file.save(path, dict({'model': model.state_dict(), 'args': vars(args), 'classes': classes}, **more))
         return path, model
     return make
 
@@ -368,7 +368,7 @@ def test_names_of_hugging_face_on_every_pytorch(trained, export, parse, tmp_path
     path, model = trained()
     theirs = by_hand(model)
     export('--resume', path, '--format', 'huggingface', '--output', tmp_path / 'new')
-    written = safe_files.read(str(tmp_path / 'new' / 'model.safetensors'))
+    written = weights_file.load_untrusted(str(tmp_path / 'new' / 'model.safetensors'))
     assert {name: value.tolist() for name, value in written.items()} == {
         name: value.tolist() for name, value in theirs.items()}
     folder = tmp_path / 'old'

@@ -28,12 +28,12 @@ import time
 import pytest
 import torch
 
+import weights_file
 import locations
 import distributed
 from helpers import LAUNCH, PROGRAM, NANO, ROOT, cannot_run, free_port
 import preemption
 import run_class_finetuning
-import safe_files
 from errors import UserError
 
 pytestmark = pytest.mark.needs('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
@@ -363,7 +363,7 @@ def checkpoints(folder):
 
 @functools.lru_cache(maxsize=60)
 def _content(path, *_):
-    content = safe_files.read_checked(path)
+    content = weights_file.load_weights_file(path)
     content['args'] = {name: value for name, value in content['args'].items()
                        if name not in ('output_dir', 'num_workers', 'auto_resume')}
     # PyTorch 1.5 names the parameters by their addresses.

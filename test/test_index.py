@@ -275,7 +275,7 @@ def test_a_cache_that_cannot_be_written_is_not_missed(plain, scans, cache, tmp_p
     def full(handle):
         raise OSError(28, 'No space left on device')
     with monkeypatch.context() as patch:
-        patch.setattr(index_cache.safe_files.os, 'fsync', full)
+        patch.setattr(index_cache.atomic_write.os, 'fsync', full)
         assert len(start(plain)) == 4 and os.listdir(cache) == []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HOME', '/dev/null')

@@ -12,8 +12,8 @@ import timm.loss
 import torch
 import torch.nn.functional as F
 
+import weights_file
 import augmentation
-import checkpoint
 import criteria
 import datasets
 import engine_for_finetuning as engine
@@ -260,11 +260,11 @@ def test_a_run_with_several_classes_learns_resumes_and_is_evaluated(several, tmp
                                             str(tmp_path / 'tb')]) == 0
     assert run_class_finetuning.run(base + ['--epochs=12', '--auto_resume']) == 0
     out = capsys.readouterr().out
-    assert checkpoint.read(os.path.join(output, 'checkpoint-best.pth'))['activation'] == 'sigmoid'
+    assert weights_file.load_weights_file(os.path.join(output, 'checkpoint-best.pth'))['activation'] == 'sigmoid'
     assert 'exactly as if it had not been stopped' in out and 'Max mAP' in out
     figures = [line['test_mAP'] for line in lines_of(output)]
     assert len(figures) == 12 and max(figures) > 80.
-    best = checkpoint.read(os.path.join(output, 'checkpoint-best.pth'))
+    best = weights_file.load_weights_file(os.path.join(output, 'checkpoint-best.pth'))
     assert best['epoch'] == figures.index(max(figures)) and best['classes'] == ['blue', 'green', 'red']
     assert run_class_finetuning.run(RUN + ['--val_csv', several[1], '--eval', '--resume', output]) == 0
     out = capsys.readouterr().out

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-import checkpoint
+import weights_file
 from helpers import (LONG, NANO, ROOT, RUN, TINY, all_end, check_summary, copy_checkout, ends, environment, fails,
                      free_port, has_proc, lines_of, marked, output, result, run_script, start_launcher,
                      start_script)
@@ -46,7 +46,7 @@ def test_two_nodes_of_two_processes_train_as_one_process(tmp_path, image_folder)
     for first, second in zip(*logs):
         assert first['train_loss'] == pytest.approx(second['train_loss'], abs=1e-5)
         assert first['test_loss'] == pytest.approx(second['test_loss'], abs=1e-5)
-    weights = [checkpoint.read(os.path.join(machines[0], name, 'checkpoint-1.pth'))['model']
+    weights = [weights_file.load_weights_file(os.path.join(machines[0], name, 'checkpoint-1.pth'))['model']
                for name in ('one', 'four')]
     for name, value in weights[0].items():
         assert torch.allclose(value.double(), weights[1][name].double(), rtol=0, atol=2e-5), name

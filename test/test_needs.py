@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+import weights_file
 import backend
-import checkpoint
 import datasets
 import engine_for_finetuning as engine
 from helpers import RUN, Batches, cannot_run, launch, lines_of, photo
@@ -161,7 +161,7 @@ def test_a_run_stops_early_and_a_resume_remembers(data, tmp_path, monkeypatch, c
     base = RUN + ['--data_path', data, '--early_stop=3', '--output_dir', output, '--save_ckpt_freq=1', '--lr=1e-6']
     assert run_class_finetuning.run(base + ['--epochs=9', '--maxstep=16']) == 0  # 4 epochs: 50, 60, 60, 55
     assert 'Stopped early' not in capsys.readouterr().out
-    assert checkpoint.read(os.path.join(output, 'checkpoint-3.pth'))['progress']['stale'] == 2
+    assert weights_file.load_weights_file(os.path.join(output, 'checkpoint-3.pth'))['progress']['stale'] == 2
     assert run_class_finetuning.run(base + ['--epochs=9', '--auto_resume']) == 0  # 60: the third
     out = capsys.readouterr().out
     assert 'exactly as if' in out and 'Stopped early: no new best in 3 evaluations' in out
@@ -218,7 +218,7 @@ def test_frozen_weights_keep_every_bit_and_move_once_unfrozen(data, tmp_path, ho
     assert run_class_finetuning.run(RUN + how + [
         '--data_path', data, '--finetune', pretrained, '--freeze_backbone', '--unfreeze_epoch=2', '--epochs=3',
         '--lr=1e-2', '--drop_path=0.5', '--save_ckpt_freq=1', '--output_dir', output, '--clip_grad=1']) == 0
-    states = [checkpoint.read(os.path.join(output, 'checkpoint-%d.pth' % epoch)) for epoch in range(3)]
+    states = [weights_file.load_weights_file(os.path.join(output, 'checkpoint-%d.pth' % epoch)) for epoch in range(3)]
     before = backbone({'model': initial.state_dict()})
     assert same(before, backbone(states[0])) and same(before, backbone(states[1]))
     assert not torch.equal(states[0]['model']['head.weight'], states[1]['model']['head.weight'])
@@ -237,14 +237,14 @@ def test_frozen_runs_resume_to_the_bit_before_and_after_unfreezing(data, tmp_pat
                   '--save_ckpt_freq=1', '--batch_size=8', '--drop_path=0.3', '--model_ema']
     whole = str(tmp_path / 'whole')
     assert run_class_finetuning.run(base + ['--output_dir', whole]) == 0
-    expected = checkpoint.read(os.path.join(whole, 'checkpoint-2.pth'))
+    expected = weights_file.load_weights_file(os.path.join(whole, 'checkpoint-2.pth'))
     for stop in (2, 4, 6):  # four updates an epoch: frozen, at the end of the frozen epoch, unfrozen
         output = str(tmp_path / ('stop %d' % stop))
         assert run_class_finetuning.run(base + ['--output_dir', output, '--maxstep=%d' % stop]) == 0
         capsys.readouterr()
         assert run_class_finetuning.run(base + ['--output_dir', output, '--auto_resume']) == 0
         assert 'exactly as if it had not been stopped' in capsys.readouterr().out
-        found = checkpoint.read(os.path.join(output, 'checkpoint-2.pth'))
+        found = weights_file.load_weights_file(os.path.join(output, 'checkpoint-2.pth'))
         assert same(expected['model'], found['model']) and same(expected['model_ema'], found['model_ema'])
         moments, others = moments_of(expected), moments_of(found)
         assert len(moments) == len(others) and all(moments)
@@ -261,8 +261,9 @@ def test_two_processes_freeze_and_unfreeze_as_one(data, tmp_path):
     assert run_class_finetuning.run(RUN + base + ['--batch_size=16', '--output_dir', one]) == 0
     status, _, err = launch(2, *(base + ['--output_dir', two]))
     assert status == 0, err
-    contents = [checkpoint.read(os.path.join(folder, 'checkpoint-1.pth'))['model'] for folder in (one, two)]
-    first = checkpoint.read(os.path.join(two, 'checkpoint-0.pth'))['model']
+    contents = [weights_file.load_weights_file(os.path.join(folder, 'checkpoint-1.pth'))['model']
+                for folder in (one, two)]
+    first = weights_file.load_weights_file(os.path.join(two, 'checkpoint-0.pth'))['model']
     for name, value in contents[0].items():
         assert torch.allclose(value.float(), contents[1][name].float(), atol=1e-5), name
     assert not torch.allclose(first['blocks.0.mlp.fc1.weight'], contents[1]['blocks.0.mlp.fc1.weight'], atol=1e-6)

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-import checkpoint
+import weights_file
 import engine_for_finetuning as engine
 from helpers import CPU, ROOT, RUN, Listener, Numbered, cannot_run, lines_of, toy
 import pilot
@@ -157,7 +157,7 @@ def test_the_same_bits_twice(image_folder, tmp_path, device):
             '--data_path=' + data, '--output_dir=' + output, '--epochs=2', '--deterministic', '--device=' + device,
             '--rel_pos_bias', '--drop=0.1', '--drop_path=0.2', '--mixup=0.5', '--model_ema'],
             check=True, stdout=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS='2'))
-        weights.append(checkpoint.read(os.path.join(output, 'checkpoint-1.pth')))
+        weights.append(weights_file.load_weights_file(os.path.join(output, 'checkpoint-1.pth')))
     for key in ('model', 'model_ema'):
         for name, value in weights[0][key].items():
             assert torch.equal(value, weights[1][key][name]), name

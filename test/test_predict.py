@@ -20,13 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
+import weights_file
 import attention_maps
 from helpers import NANO, ROOT, free_port, photo
 import image_stream
 import modeling_finetune
 import run_class_finetuning
 import run_predict
-import safe_files
 from errors import UserError
 from networks import build_model
 
@@ -54,7 +54,7 @@ def make_checkpoint(path, *flags, classes=CLASSES, ema=False, **more):
 
     model, average = random_model(), random_model()
     content = dict(more, model=model.state_dict(), args=vars(args), epoch=0, classes=list(classes))
-    safe_files.save(str(path), dict(content, model_ema=average.state_dict()) if ema else content)
+    weights_file.save(str(path), dict(content, model_ema=average.state_dict()) if ema else content)
     return average if ema else model
 
 

@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-import checkpoint
+import weights_file
 from helpers import LAUNCH, PROGRAM, ROOT, RUN, assert_one_line, cannot_run, lines_of, write_images
 
 OLD = ('1.5', '1.8')
@@ -30,7 +30,7 @@ import checkpoint, run_class_finetuning, torch
 for flags in map(json.loads, sys.argv[1:]):
     print('==== next', flush=True)
     if len(flags) == 2:
-        torch.save({'model': checkpoint.read(flags[0])['model']}, flags[1])
+        torch.save({'model': weights_file.load_weights_file(flags[0])['model']}, flags[1])
     elif run_class_finetuning.run(flags):
         sys.exit(1)
 """
@@ -115,7 +115,7 @@ def assert_alike(line, other):
 
 
 def weights_of(folder, name='checkpoint-1.pth'):
-    content = checkpoint.read(os.path.join(folder, name))
+    content = weights_file.load_weights_file(os.path.join(folder, name))
     return dict(content['model'], **{'average of ' + name: value for name, value in content['model_ema'].items()})
 
 

@@ -31,6 +31,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import weights_file
 import checkpoint
 import distributed
 import flags
@@ -38,8 +39,8 @@ from helpers import ROOT, cannot_run
 import modeling_finetune
 import precision
 import pretrained
+import download
 import dry_run
-import safe_files
 from errors import UserError, one_line
 
 SOAK = 10 if os.environ.get('BEIT_SOAK') == '1' else 1
@@ -61,29 +62,34 @@ def reader(request, monkeypatch):
 
 
 def attempt(data, path, what):
-    """What `read` makes of these bytes: its content, or None where it refuses. Any other error fails the test."""
+    """What these bytes are read as: (content, ''), or (None, line) where they are refused. Any other error fails."""
     TRIED[what] += 1
     with open(path, 'wb') as file:
         file.write(data)
     start = time.monotonic()
     try:
-        return safe_files.read(path, '--finetune')
+        return weights_file.load_untrusted(path, '--finetune'), ''
     except UserError as error:
-        assert str(error).startswith('--finetune %s: ' % path) and str(error).isprintable(), str(error)
-        return None
+        line = str(error)
+        assert line.startswith('--finetune %s: ' % path) and line.isprintable() and len(line) < len(path) + 300, line
+        assert re.search('refused, because |not a weights file, or damaged|safetensors|bfloat16', line), line
+        return None, line
     finally:
         assert time.monotonic() - start < 20
 
 
+def read(data, path):
+    """The content of a good file."""
+    content, line = attempt(data, path, 'good')
+    assert not line, line
+    return content
+
+
 def refusal(data, path, what='hostile'):
-    """The line with which `read` refuses these bytes."""
-    TRIED[what] += 1
-    with open(path, 'wb') as file:
-        file.write(data)
-    with pytest.raises(UserError) as caught:
-        safe_files.read(path)
-    assert str(caught.value).isprintable() and len(str(caught.value)) < len(path) + 300
-    return str(caught.value)
+    """The line with which a file is refused."""
+    content, line = attempt(data, path, what)
+    assert content is None and line
+    return line
 
 
 # ---- pickles by hand
@@ -166,7 +172,7 @@ def test_what_the_hand_writes_is_read(tmp_path, reader):
     body = dict_of(text('weight'), tensor(numbers(2, 2), numbers(2, 1)), text('epoch'), number(3), text('a'), b'N',
                    text('args'), name('argparse', 'Namespace') + b')\x81' + dict_of(text('lr'), b'G' + bytes(8)) + b'b')
     for data in (as_zip(body), as_legacy(body)):
-        content = attempt(data, str(tmp_path / 'w.pth'), 'good')
+        content = read(data, str(tmp_path / 'w.pth'))
         assert torch.equal(content['weight'], torch.zeros(2, 2))
         assert content['epoch'] == 3 and content['a'] is None and content['args'] == argparse.Namespace(lr=0.)
 
@@ -187,85 +193,49 @@ def stack_global(module, attribute, *arguments):
 
 PYTHON = text('__import__("os").system("%s")' % COMMAND)
 INNER = b'cos\nsystem\n(S\'%s\'\ntR.' % COMMAND.encode()
-# (pickle, the name that the refusal must say)
+# {module and name: arguments}: each is refused, and the line says the name.
+CALLED = {
+    **dict.fromkeys((
+        'os system', 'posix system', 'nt system', 'os popen', 'subprocess getoutput', 'marshal loads',
+        'webbrowser open', 'argparse _os.system', 'collections _sys', 'collections OrderedDict.__init__.__globals__',
+        'torch _utils._rebuild_tensor_v2', 'torch serialization.os.system', 'code InteractiveInterpreter'), (RUN,)),
+    **dict.fromkeys((
+        'builtins eval', 'builtins exec', '__builtin__ eval', 'timeit timeit', 'cProfile run', 'pdb run'), (PYTHON,)),
+    **dict.fromkeys((
+        'runpy run_path', 'shutil rmtree', 'numpy load', 'torch load', 'torch.serialization load', 'torch.jit load',
+        'torch.ops load_library'), (text('MARKER'),)),
+    'os execvp': (text('touch'), tuple_of(text('touch'), text('MARKER'))),
+    'subprocess Popen': (tuple_of(text('touch'), text('MARKER')),), 'pty spawn': (tuple_of(text('touch'), RUN),),
+    'builtins compile': (PYTHON, text(''), text('exec')), 'builtins open': (text('MARKER'), text('w')),
+    'builtins __import__': (text('antigravity'),), 'importlib import_module': (text('antigravity'),),
+    'runpy _run_code': (PYTHON, b'}'), 'types CodeType': (number(0),), 'types FunctionType': (b'N', b'}'),
+    'ctypes CDLL': (text('libc.so.6'),), 'socket create_connection': (tuple_of(text('localhost'), number(9)),),
+    'logging.config dictConfig': (b'}',), 'operator methodcaller': (text('system'), RUN),
+    'functools reduce': (name('os', 'system'), tuple_of(RUN)), 'builtins map': (name('os', 'system'), tuple_of(RUN)),
+    'copyreg _reconstructor': (name('os', 'system'),), 'copy_reg _reconstructor': (name('os', 'system'),),
+    'copyreg __newobj__': (name('subprocess', 'Popen'), RUN),
+    '_pickle loads': (called('_codecs', 'encode', text(INNER.decode()), text('latin1')),),
+    'numpy.core.multiarray _reconstruct': (name('numpy', 'ndarray'), numbers(0)),
+    'numpy.testing._private.utils runstring': (PYTHON, b'}'),
+    'torch.storage _load_from_bytes': (called('_codecs', 'encode', text(INNER.decode()), text('latin1')),),
+    'torch._utils _rebuild_device_tensor_from_numpy': (b'N', b'N', text('cpu'), b'\x89'),
+    'torch._tensor _rebuild_from_type_v2': (name('os', 'system'), b'N', tuple_of(RUN), b'}'),
+    'torch._utils _rebuild_parameter_with_state': (tensor(), b'\x89', ORDERED, b'}'),
+    'torch._utils _rebuild_wrapper_subclass': (name('os', 'system'),),
+    'torch.hub load': (text('MARKER'), text('x')),
+    'torch.hub download_url_to_file': (text('https://localhost'), text('MARKER')),
+    'torch.utils.cpp_extension load_inline': (text('x'), PYTHON),
+    'torch FloatTensor': (number(2 ** 40),), 'torch zeros': (number(2 ** 40),),
+}
+# The same in other ways: (pickle, the name that the refusal must say).
 NAMED = {
-    'os.system': (called('os', 'system'), 'os.system'),
-    'posix.system': (called('posix', 'system'), 'posix.system'),
-    'nt.system': (called('nt', 'system'), 'nt.system'),
-    'os.popen': (called('os', 'popen'), 'os.popen'),
-    'os.execvp': (called('os', 'execvp', text('touch'), tuple_of(text('touch'), text('MARKER'))), 'os.execvp'),
-    'subprocess.Popen': (called('subprocess', 'Popen', tuple_of(text('touch'), text('MARKER'))), 'subprocess.Popen'),
-    'subprocess.getoutput': (called('subprocess', 'getoutput'), 'subprocess.getoutput'),
-    'pty.spawn': (called('pty', 'spawn', tuple_of(text('touch'), text('MARKER'))), 'pty.spawn'),
-    'eval': (called('builtins', 'eval', PYTHON), 'builtins.eval'),
-    'exec': (called('builtins', 'exec', PYTHON), 'builtins.exec'),
-    'eval of Python 2': (called('__builtin__', 'eval', PYTHON), '__builtin__.eval'),
-    'compile': (called('builtins', 'compile', PYTHON, text(''), text('exec')), 'builtins.compile'),
-    'open': (called('builtins', 'open', text('MARKER'), text('w')), 'builtins.open'),
-    '__import__': (called('builtins', '__import__', text('antigravity')), 'builtins.__import__'),
     'getattr': (call(called('builtins', 'getattr', called('builtins', '__import__', text('os')), text('system')), RUN),
                 'builtins.getattr'),
-    'importlib': (called('importlib', 'import_module', text('antigravity')), 'importlib.import_module'),
-    'runpy.run_path': (called('runpy', 'run_path', text('MARKER')), 'runpy.run_path'),
-    'runpy._run_code': (called('runpy', '_run_code', PYTHON, b'}'), 'runpy._run_code'),
-    'timeit': (called('timeit', 'timeit', PYTHON), 'timeit.timeit'),
-    'cProfile': (called('cProfile', 'run', PYTHON), 'cProfile.run'),
-    'pdb': (called('pdb', 'run', PYTHON), 'pdb.run'),
-    'code': (called('code', 'InteractiveInterpreter'), 'code.InteractiveInterpreter'),
-    'types.CodeType': (called('types', 'CodeType', number(0)), 'types.CodeType'),
-    'types.FunctionType': (called('types', 'FunctionType', b'N', b'}'), 'types.FunctionType'),
-    'marshal.loads': (called('marshal', 'loads'), 'marshal.loads'),
-    'ctypes.CDLL': (called('ctypes', 'CDLL', text('libc.so.6')), 'ctypes.CDLL'),
-    'shutil.rmtree': (called('shutil', 'rmtree', text('MARKER')), 'shutil.rmtree'),
-    'webbrowser': (called('webbrowser', 'open'), 'webbrowser.open'),
-    'socket': (called('socket', 'create_connection', tuple_of(text('localhost'), number(9))),
-               'socket.create_connection'),
-    'logging.config': (called('logging.config', 'dictConfig', b'}'), 'logging.config.dictConfig'),
-    'operator.attrgetter': (call(called('operator', 'attrgetter', text('system')), name('os', 'path')),
-                            'operator.attrgetter'),
-    'operator.methodcaller': (called('operator', 'methodcaller', text('system'), RUN), 'operator.methodcaller'),
-    'functools.partial': (call(called('functools', 'partial', name('os', 'system')), RUN), 'functools.partial'),
-    'functools.reduce': (called('functools', 'reduce', name('os', 'system'), tuple_of(RUN)), 'functools.reduce'),
-    'map': (called('builtins', 'map', name('os', 'system'), tuple_of(RUN)), 'builtins.map'),
-    'copyreg': (called('copyreg', '_reconstructor', name('os', 'system')), 'copyreg._reconstructor'),
-    'copyreg.__newobj__': (called('copyreg', '__newobj__', name('subprocess', 'Popen'), RUN), 'copyreg.__newobj__'),
-    'copy_reg': (called('copy_reg', '_reconstructor', name('os', 'system')), 'copy_reg._reconstructor'),
-    'pickle in a pickle': (called('_pickle', 'loads', called('_codecs', 'encode', text(INNER.decode()),
-                                                             text('latin1'))), '_pickle.loads'),
-    'numpy.load': (called('numpy', 'load', text('MARKER')), 'numpy.load'),
-    'numpy objects': (called('numpy.core.multiarray', '_reconstruct', name('numpy', 'ndarray'), numbers(0)),
-                      'numpy.core.multiarray._reconstruct'),
-    'numpy runstring': (called('numpy.testing._private.utils', 'runstring', PYTHON, b'}'),
-                        'numpy.testing._private.utils.runstring'),
-    'torch.load': (called('torch', 'load', text('MARKER')), 'torch.load'),
-    'torch.serialization.load': (called('torch.serialization', 'load', text('MARKER')), 'torch.serialization.load'),
-    'torch.storage._load_from_bytes': (called('torch.storage', '_load_from_bytes', called(
-        '_codecs', 'encode', text(INNER.decode()), text('latin1'))), 'torch.storage._load_from_bytes'),
-    '_rebuild_device_tensor_from_numpy': (called('torch._utils', '_rebuild_device_tensor_from_numpy', b'N', b'N',
-                                                 text('cpu'), b'\x89'), '_rebuild_device_tensor_from_numpy'),
-    '_rebuild_from_type_v2': (called('torch._tensor', '_rebuild_from_type_v2', name('os', 'system'), b'N',
-                                     tuple_of(RUN), b'}'), 'torch._tensor._rebuild_from_type_v2'),
-    '_rebuild_parameter_with_state': (called('torch._utils', '_rebuild_parameter_with_state', tensor(), b'\x89',
-                                             ORDERED, b'}'), '_rebuild_parameter_with_state'),
-    '_rebuild_wrapper_subclass': (called('torch._utils', '_rebuild_wrapper_subclass', name('os', 'system')),
-                                  '_rebuild_wrapper_subclass'),
-    'torch.hub.load': (called('torch.hub', 'load', text('MARKER'), text('x')), 'torch.hub.load'),
-    'torch.hub': (called('torch.hub', 'download_url_to_file', text('https://localhost'), text('MARKER')),
-                  'torch.hub.download_url_to_file'),
-    'torch.jit.load': (called('torch.jit', 'load', text('MARKER')), 'torch.jit.load'),
-    'torch.ops': (called('torch.ops', 'load_library', text('MARKER')), 'torch.ops.load_library'),
-    'torch.utils.cpp_extension': (called('torch.utils.cpp_extension', 'load_inline', text('x'), PYTHON), 'load_inline'),
-    'torch.FloatTensor': (called('torch', 'FloatTensor', number(2 ** 40)), 'torch.FloatTensor'),
-    'torch.zeros': (called('torch', 'zeros', number(2 ** 40)), 'torch.zeros'),
+    'attrgetter': (call(called('operator', 'attrgetter', text('system')), name('os', 'path')), 'operator.attrgetter'),
+    'partial': (call(called('functools', 'partial', name('os', 'system')), RUN), 'functools.partial'),
     'a module': (name('torch.nn.modules.linear', 'Linear') + b')\x81' + dict_of(text('forward'), RUN) + b'b',
                  'torch.nn.modules.linear.Linear'),
     '__setstate__': (name('random', 'Random') + b')\x81' + tuple_of(b'N') + b'b', 'random.Random'),
-    'dotted': (called('torch', 'serialization.os.system'), 'torch.serialization.os.system'),
-    'dotted in an allowed module': (called('argparse', '_os.system'), 'argparse._os.system'),
-    'dotted from an allowed name': (called('collections', 'OrderedDict.__init__.__globals__'),
-                                    'collections.OrderedDict.__init__.__globals__'),
-    'another name of an allowed module': (called('collections', '_sys'), 'collections._sys'),
-    'the name in two': (called('torch', '_utils._rebuild_tensor_v2'), 'torch._utils._rebuild_tensor_v2'),
     'INST': (b"(S'%s'\nios\nsystem\n" % COMMAND.encode(), 'os.system'),
     'OBJ': (b'(' + name('os', 'system') + RUN + b'o', 'os.system'),
     'STACK_GLOBAL': (stack_global('os', 'system'), 'os.system'),
@@ -278,17 +248,27 @@ NAMED = {
     'terminal codes': (called('os', '\x1b[2Jsystem'), r'os.\x1b[2Jsystem'),
     'a name without end': (called('os', 'x' * 10 ** 5), 'os.xxx'),
 }
+NAMED.update((each, (called(*each.split(' '), *arguments), each.replace(' ', '.')))
+             for each, arguments in CALLED.items())
 # Without a name of their own: what allowed names and opcodes can be made to do.
+TERABYTES = called('torch', 'FloatStorage', number(2 ** 40))
 UNNAMED = {
     'EXT1': b'\x82\xf0' + tuple_of(RUN) + b'R',
     'a string called': call(RUN, RUN),
     'a tensor called': call(tensor(), RUN),
-    'a storage type called': called('torch', 'FloatStorage', number(2 ** 40)),
+    'a storage type called': TERABYTES,
     'a dtype called': called('torch', 'float32', number(1)),
     'arguments that are no tuple': REBUILD + RUN + b'R',
     'a function as value': REBUILD,
     'a class as value': name('argparse', 'Namespace'),
     'a storage as value': storage(),
+    'a call that an item of a list hides': b'](' + TERABYTES + b'e' + ZERO + b'Ns',
+    'a call that a key hides': dict_of(text('a'), TERABYTES, text('a'), b'N'),
+    'a call left on the stack': TERABYTES + b'N',
+    'a call in a NumPy type': called('numpy.core.multiarray', 'scalar', called(
+        'numpy', 'dtype', text('f8'), TERABYTES, ZERO), called('_codecs', 'encode', text('x' * 8), text('latin1'))),
+    'a call in a state': name('argparse', 'Namespace') + b')\x81' + dict_of(text('a'), TERABYTES) + b'b',
+    'a call in an argument': called('torch', 'device', TERABYTES),
     'a function with defaults': REBUILD + tuple_of(b'N', dict_of(text('__defaults__'), b')')) + b'b',
     'a class with methods': name('argparse', 'Namespace') + tuple_of(b'N', dict_of(text('__init__'), REBUILD)) + b'b',
     'a tensor with state': tensor() + tuple_of(storage(), number(0), numbers(2 ** 40), numbers(1)) + b'b',
@@ -391,20 +371,14 @@ def harmless(auditing, tmp_path, monkeypatch):
     def refused(body):
         global SEEN
         lines = []
-        for form in (as_zip, as_legacy, as_pickle):
-            data = form(body)
-            with open(path, 'wb') as file:
-                file.write(data)
-            TRIED['tricks'] += 1
-            SEEN, start = [], time.monotonic()
+        for data in (as_zip(body), as_legacy(body), as_pickle(body),
+                     as_legacy(b'N', sys_info=body.replace(VIEW, b'N'))):
+            SEEN = []
             try:
-                with pytest.raises(UserError) as caught:
-                    safe_files.read(path)
+                lines.append(refusal(data, path, 'tricks'))
             finally:
                 seen, SEEN = SEEN, None
-            assert not seen and time.monotonic() - start < 20
-            lines.append(str(caught.value))
-            assert lines[-1].startswith(path + ': ') and lines[-1].isprintable() and len(lines[-1]) < len(path) + 300
+            assert [each for each in seen if each[1][:1] != (path,)] == []  # which this test writes itself
         assert os.listdir(str(tmp_path)) == ['weights.pth']
         return lines
     return refused
@@ -419,18 +393,11 @@ def test_known_tricks_are_refused_by_name(harmless, trick):
             assert line.endswith('; a weights file holds tensors and plain values only')
 
 
-@pytest.mark.parametrize('trick', UNNAMED)
-def test_known_tricks_without_a_name_are_refused(harmless, monkeypatch, trick):
-    monkeypatch.setitem(copyreg._inverted_registry, 240, ('os', 'system'))
-    for line in harmless(UNNAMED[trick]):
-        assert 'refused, because it' in line or 'not a weights file, or damaged' in line
-
-
 def test_the_restricted_unpickler_refuses_by_itself(tmp_path):
     """It stands behind the dry run, and must not need it."""
     for body, _ in NAMED.values():
         with pytest.raises(Exception, match='.'):
-            safe_files._restricted_pickle().load(io.BytesIO(as_pickle(body.replace(b'MARKER', b'%s' % str(
+            weights_file._restricted_pickle().load(io.BytesIO(as_pickle(body.replace(b'MARKER', b'%s' % str(
                 tmp_path / 'ran').encode()))))
     assert os.listdir(str(tmp_path)) == []
 
@@ -475,10 +442,13 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize('shape', SHAPES)
-def test_absurd_shapes_never_reach_torch(harmless, shape):
-    for line in harmless(model_of(SHAPES[shape])):
-        assert 'refused, because it' in line or 'not a weights file, or damaged' in line
+HOSTILE = dict(UNNAMED, **{shape: model_of(body) for shape, body in SHAPES.items()})
+
+
+@pytest.mark.parametrize('trick', HOSTILE)
+def test_tricks_without_a_name_and_absurd_shapes_never_reach_torch(harmless, monkeypatch, trick):
+    monkeypatch.setitem(copyreg._inverted_registry, 240, ('os', 'system'))
+    harmless(HOSTILE[trick])
 
 
 def directory_of(data):
@@ -572,7 +542,6 @@ def test_zip_bombs_never_reach_torch(tmp_path, monkeypatch, archive):
     monkeypatch.setattr(torch, 'load', lambda *_, **__: pytest.fail('the file came as far as torch.load'))
     data = ARCHIVES[archive]
     line = refusal(data() if callable(data) else data, str(tmp_path / 'w.pth'))
-    assert 'refused, because ' in line or 'not a weights file, or damaged' in line
     if archive.startswith('TorchScript'):
         assert 'it is a TorchScript archive' in line
     if archive.startswith('deflated'):
@@ -580,7 +549,7 @@ def test_zip_bombs_never_reach_torch(tmp_path, monkeypatch, archive):
 
 
 def test_zip_archives_of_64_bits_are_read(tmp_path):
-    content = attempt(zip64(as_zip(model_of(tensor()))), str(tmp_path / 'w.pth'), 'good')
+    content = read(zip64(as_zip(model_of(tensor()))), str(tmp_path / 'w.pth'))
     assert torch.equal(content['model'], torch.zeros(4))
 
 
@@ -629,14 +598,14 @@ BOMBS = """
     import json, resource, sys
     import torch
     sys.path[:0] = [%r, %r]
-    import safe_files
+    import weights_file
     import test_untrusted
     from errors import UserError, one_line
 
     path = sys.argv[1]
     with open(path, 'wb') as file:
         file.write(test_untrusted.as_zip(test_untrusted.model_of(test_untrusted.tensor())))
-    safe_files.read(path)
+    weights_file.load_untrusted(path)
     held = int(next(line for line in open('/proc/self/status') if line.startswith('VmSize')).split()[1]) << 10
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     resource.setrlimit(resource.RLIMIT_AS, (held + (400 << 20),) * 2)
@@ -649,7 +618,7 @@ BOMBS = """
         with open(path, 'wb') as file:
             file.write(data)
         try:
-            safe_files.read(path)
+            weights_file.load_untrusted(path)
             lines[index] = 'read'
         except UserError as error:
             lines[index] = str(error)[len(path):]
@@ -678,17 +647,17 @@ def test_pipes_devices_and_folders(tmp_path):
     os.mkfifo(pipe)
     for path in (pipe, '/dev/zero', '/dev/null', str(tmp_path)):
         with pytest.raises(UserError, match='%s: a folder or device, not a file' % path):
-            safe_files.read(path)
+            weights_file.load_untrusted(path)
     with pytest.raises(UserError, match='nothing: no such file'):
-        safe_files.read(str(tmp_path / 'nothing'))
+        weights_file.load_untrusted(str(tmp_path / 'nothing'))
     os.symlink(str(tmp_path / 'nowhere'), str(tmp_path / 'link'))
     with pytest.raises(UserError, match='link: no such file'):
-        safe_files.read(str(tmp_path / 'link'))
+        weights_file.load_untrusted(str(tmp_path / 'link'))
     odd = str(tmp_path / 'two\nlines')
     with pytest.raises(UserError, match=r'two\\nlines: not a weights file'):
         with open(odd, 'wb'):
             pass
-        safe_files.read(odd)
+        weights_file.load_untrusted(odd)
 
 
 @pytest.mark.parametrize('data', [b'', b'\0', b'\x80', b'\x80\x02', b'PK', b'{}', b'hello, world\n', b'\x1f\x8b\x08',
@@ -722,7 +691,7 @@ def everything():
 def test_good_files_are_read_whole(tmp_path, reader, legacy):
     content, path = everything(), str(tmp_path / 'w.pth')
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    found = safe_files.read(path)
+    found = weights_file.load_untrusted(path)
     assert found.keys() == content.keys() and vars(found['args']) == vars(content['args'])
     for each, value in vars(content['args']).items():
         assert type(getattr(found['args'], each)) is type(value)
@@ -744,7 +713,7 @@ def test_files_with_any_name_are_read(tmp_path):
     for each in ('Größe 1.pth', 'a.b.c', '模型.pth', 'UPPER.PTH', '\'quoted\'.pth'):
         path = str(tmp_path / each)
         torch.save({'weight': torch.ones(2)}, path, _use_new_zipfile_serialization=True)
-        assert torch.equal(safe_files.read(path)['weight'], torch.ones(2))
+        assert torch.equal(weights_file.load_untrusted(path)['weight'], torch.ones(2))
 
 
 def test_numpy_scalars_of_either_numpy_are_read(tmp_path, reader):
@@ -753,7 +722,7 @@ def test_numpy_scalars_of_either_numpy_are_read(tmp_path, reader):
             number(3), text('<'), b'N', b'N', b'N', number(-1), number(-1), number(0)) + b'b'
         data = called('_codecs', 'encode', text(struct.pack('<d', 2.5).decode('latin1')), text('latin1'))
         for form in (as_zip, as_legacy):
-            found = attempt(form(model_of(called(module, 'scalar', kind, data))), str(tmp_path / 'w.pth'), 'good')
+            found = read(form(model_of(called(module, 'scalar', kind, data))), str(tmp_path / 'w.pth'))
             assert found['model'] == 2.5 and isinstance(found['model'], np.float64)
 
 
@@ -761,7 +730,7 @@ def test_an_archive_without_checksums_is_read(tmp_path):
     data = as_zip(model_of(tensor()))
     crc = struct.unpack_from('<L', data, directory_of(data)[0] + 16)[0]
     data = data.replace(struct.pack('<L', crc), bytes(4))
-    assert attempt(data, str(tmp_path / 'w.pth'), 'good') is not None
+    assert read(data, str(tmp_path / 'w.pth')) is not None
 
 
 # ---- safetensors
@@ -779,12 +748,11 @@ def test_safetensors_are_read(tmp_path):
     path = str(tmp_path / 'w.safetensors')
     for dtype, data in (('F32', np.arange(4, dtype=np.float32)), ('F16', np.arange(8, dtype=np.float16)),
                         ('I64', np.arange(2)), ('BOOL', np.ones(16, dtype=bool))):
-        found = attempt(safetensors(dict(one(dtype, data.shape), __metadata__={'format': 'pt'}), data.tobytes()), path,
-                        'good')
+        found = read(safetensors(dict(one(dtype, data.shape), __metadata__={'format': 'pt'}), data.tobytes()), path)
         assert list(found) == ['weight'] and np.array_equal(found['weight'].numpy(), data)
     half = safetensors(one('BF16', (8,)), struct.pack('<8H', *[0x3f80] * 8))
     if hasattr(torch, 'frombuffer'):
-        assert torch.equal(attempt(half, path, 'good')['weight'], torch.ones(8, dtype=torch.bfloat16))
+        assert torch.equal(read(half, path)['weight'], torch.ones(8, dtype=torch.bfloat16))
     else:
         assert 'holds bfloat16 tensors, which need PyTorch 1.10 or newer' in refusal(half, path)
 
@@ -818,8 +786,7 @@ def test_hostile_safetensors(tmp_path):
             struct.pack('<Q', 200 << 20) + b'{}', struct.pack('<Q', 0) + b'{}', struct.pack('<Q', 3) + b'{}',
             safetensors(one(name='\x1b[2J'), data), safetensors(one(name='two\nlines'), data),
             safetensors(one(name='x' * 10 ** 5), data)):
-        line = refusal(content, path, 'safetensors')
-        assert 'not a weights file, or damaged' in line or 'refused, because' in line
+        refusal(content, path, 'safetensors')
 
 
 def test_safetensors_without_the_package(tmp_path, monkeypatch):
@@ -872,9 +839,7 @@ def fuzzed(tmp_path):
     path, model = str(tmp_path / 'w.pth'), nano()
 
     def check(data, what):
-        if attempt(data, path, what) is not None:
-            with open(path, 'wb') as file:
-                file.write(data)
+        if attempt(data, path, what)[0] is not None:
             try:
                 pretrained.load_pretrained(model, path)
             except UserError as error:
@@ -885,7 +850,7 @@ def fuzzed(tmp_path):
 def test_files_cut_off_at_every_kilobyte(whole, reader, tmp_path):
     for data in whole:
         for length in itertools.chain(range(0, len(data), 1024), range(len(data) - 100, len(data), 7)):
-            assert attempt(data[:length], str(tmp_path / 'w.pth'), 'truncations') is None
+            refusal(data[:length], str(tmp_path / 'w.pth'), 'truncations')
 
 
 def places(data):
@@ -972,7 +937,7 @@ def test_random_calls_of_what_is_allowed(reader, tmp_path):
 def test_damaged_safetensors(tmp_path, fuzzed):
     data = safetensors(dict(one(), other=one('F16', (2, 4), (16, 32))['weight']), bytes(32))
     for length in range(len(data)):
-        assert attempt(data[:length], str(tmp_path / 'w.pth'), 'safetensors') is None
+        refusal(data[:length], str(tmp_path / 'w.pth'), 'safetensors')
 
     @fuzz(300)
     @given(st.integers(0, len(data) - 1), st.integers(0, 255))
@@ -1195,8 +1160,8 @@ def address(server, tmp_path, monkeypatch):
     """address('whole.pth'): the URL under which the server answers in that way."""
     monkeypatch.setenv('SSL_CERT_FILE', server.certificate)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
-    monkeypatch.setattr(safe_files, 'SILENCE', 1.)
-    monkeypatch.setattr(safe_files, 'MAX_DOWNLOAD', 1 << 20)
+    monkeypatch.setattr(download, 'SILENCE', 1.)
+    monkeypatch.setattr(download, 'MAX_DOWNLOAD', 1 << 20)
     server.asked.clear()
     return lambda path: 'https://localhost:%d/%s' % (server.server_port, path)
 
@@ -1211,7 +1176,7 @@ def files_below(folder):
                                   'lengthless-%s.pth' % DIGEST[:16]])
 def test_what_is_downloaded_is_kept(server, address, tmp_path, path, capsys):
     for _ in range(2):
-        found = safe_files.fetch(address(path))
+        found = download.resolve_url(address(path))
         with open(found, 'rb') as file:
             assert file.read() == BODY
     assert files_below(tmp_path / 'home') == [found]
@@ -1252,33 +1217,30 @@ def test_a_failed_download_leaves_nothing(address, tmp_path, path, says):
     TRIED['downloads'] += 1
     start = time.monotonic()
     with pytest.raises(UserError, match=says) as caught:
-        safe_files.fetch(address(path))
+        download.resolve_url(address(path))
     assert str(caught.value).isprintable() and time.monotonic() - start < 20
     assert files_below(tmp_path / 'home') == []
 
 
-@pytest.mark.parametrize('source', ['http://localhost/w.pth', 'ftp://localhost/w.pth', 'file:///etc/passwd',
-                                    'data://x', 'httpsx://localhost/w.pth'])
-def test_only_https_is_downloaded(monkeypatch, source):
-    monkeypatch.setattr(safe_files, '_download', lambda *_: pytest.fail('it was downloaded'))
-    with pytest.raises(UserError, match='only https:// addresses are downloaded'):
-        safe_files.fetch(source)
-
-
-@pytest.mark.parametrize('source', ['https://', 'https://[', 'https://[::1', 'https://localhost:x/w', 'https:///w.pth',
-                                    'https://localhost:1/..', 'https://localhost:1/w.pth', 'https://ü\udcff/w',
-                                    'https://a b/w', 'https://localhost:1/\0'])
-def test_addresses_that_are_none(tmp_path, monkeypatch, source):
+@pytest.mark.parametrize('source, says', [
+    (each, 'only https:// addresses are downloaded') for each in (
+        'http://localhost/w.pth', 'ftp://localhost/w.pth', 'file:///etc/passwd', 'data://x',
+        'httpsx://localhost/w.pth')] + [(each, 'download failed') for each in (
+        'https://', 'https://[', 'https://[::1', 'https://localhost:x/w', 'https:///w.pth', 'https://localhost:1/..',
+        'https://localhost:1/w.pth', 'https://ü\udcff/w', 'https://a b/w', 'https://localhost:1/\0')])
+def test_addresses_that_are_not_downloaded(tmp_path, monkeypatch, source, says):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    with pytest.raises(UserError, match='download failed'):
-        safe_files.fetch(source)
+    if says.startswith('only'):
+        monkeypatch.setattr(download, '_download', lambda *_: pytest.fail('it was downloaded'))
+    with pytest.raises(UserError, match=says):
+        download.resolve_url(source)
     assert files_below(tmp_path) == []
 
 
 def test_a_certificate_that_is_not_trusted(address, tmp_path, monkeypatch):
     monkeypatch.delenv('SSL_CERT_FILE')
     with pytest.raises(UserError, match='download failed.*certificate'):
-        safe_files.fetch(address('whole.pth'))
+        download.resolve_url(address('whole.pth'))
     assert files_below(tmp_path / 'home') == []
 
 
@@ -1287,35 +1249,35 @@ def test_an_interrupted_download_leaves_nothing(address, tmp_path, monkeypatch):
         def update(self, _):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(safe_files.hashlib, 'sha256', lambda *data: hashlib.new('sha256', *data) if data
+    monkeypatch.setattr(download.hashlib, 'sha256', lambda *data: hashlib.new('sha256', *data) if data
                         else Interrupted())
     with pytest.raises(KeyboardInterrupt):
-        safe_files.fetch(address('whole.pth'))
+        download.resolve_url(address('whole.pth'))
     assert files_below(tmp_path / 'home') == []
 
 
 def test_a_cached_file_is_checked_too(address, tmp_path):
-    found = safe_files.fetch(address('whole.pth'))
+    found = download.resolve_url(address('whole.pth'))
     with open(found, 'ab') as file:
         file.write(b'more')
     with pytest.raises(UserError, match='not the one asked for; delete it'):
-        safe_files.fetch(address('whole.pth#sha256=' + DIGEST))
+        download.resolve_url(address('whole.pth#sha256=' + DIGEST))
 
 
 def test_the_other_processes_wait_for_the_first(server, address, monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, 'is_main_process', lambda: False)
     monkeypatch.setattr(distributed, 'barrier', lambda: None)
     with pytest.raises(UserError, match='set TORCH_HOME to a folder that all machines share'):
-        safe_files.fetch(address('whole.pth'))
+        download.resolve_url(address('whole.pth'))
     assert server.asked == []
 
     def first():
         monkeypatch.setattr(distributed, 'is_main_process', lambda: True)
         monkeypatch.setattr(distributed, 'barrier', lambda: None)
-        safe_files.fetch(address('whole.pth'))
+        download.resolve_url(address('whole.pth'))
 
     monkeypatch.setattr(distributed, 'barrier', first)
-    with open(safe_files.fetch(address('whole.pth')), 'rb') as file:
+    with open(download.resolve_url(address('whole.pth')), 'rb') as file:
         assert file.read() == BODY
     assert server.asked == ['/whole.pth']
 
