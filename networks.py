@@ -35,7 +35,7 @@ class Trained(typing.NamedTuple):
     model: torch.nn.Module  # in evaluation mode, float32, on the CPU
     classes: list  # of str, one per output; numbers where the checkpoint does not name them
     preprocessing: EvalTransform
-    args: argparse.Namespace  # the flags of model, images and loading, as the checkpoint was trained with
+    args: argparse.Namespace  # ModelConfig's and TransformConfig's fields, with the checkpoint's values
     source: str  # the file
     activation: str = 'softmax'  # what makes probabilities of its outputs; or sigmoid, each class for itself
 
@@ -102,8 +102,7 @@ def open_trained(source, use_ema=False, **given):
 
 def _default_settings():
     """The settings that a checkpoint's flags are laid over, as a Namespace."""
-    kinds = (config.ModelConfig, config.TransformConfig, config.DataConfig, config.LoaderConfig)
-    return argparse.Namespace(**{name: value for kind in kinds for name, value in vars(kind()).items()})
+    return argparse.Namespace(**dict(vars(config.ModelConfig()), **vars(config.TransformConfig())))
 
 
 def _described(path):

@@ -297,7 +297,7 @@ def imagenet_like(tmp_path):
     return str(tmp_path / 'imagenet')
 
 
-def test_results_real_labels_and_flips(imagenet_like, tmp_path, capsys, refused):  # noqa: F811
+def test_results_real_labels_and_flips(imagenet_like, tmp_path, capsys, parse, refused):  # noqa: F811
     output, real = str(tmp_path / 'out'), [[index % 3] if index % 4 else [] for index in range(12)]
     real[5] = [0, 1, 2]
     (tmp_path / 'real.json').write_text(json.dumps(real))
@@ -316,8 +316,8 @@ def test_results_real_labels_and_flips(imagenet_like, tmp_path, capsys, refused)
     assert [row['weights'] for row in rows] == [row['weights'] for row in table] == ['model', 'model_ema']
 
     import networks
-    trained = networks.open_trained(output)
-    _, loader = datasets.build_loaders(trained.args, None, datasets.build_dataset(False, trained.args)[0])
+    trained, args = networks.open_trained(output), parse('--data_path', imagenet_like, *RUN)
+    _, loader = datasets.build_loaders(args, None, datasets.build_dataset(False, args)[0])
     right = {name: [0, 0] for name in 'abc'}
     real_right, loss = [], 0.
     with torch.no_grad():
