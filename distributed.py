@@ -331,7 +331,7 @@ def wait_for_others_to_speak(first=False):
     The process that the line comes from best (`first`) speaks at once; a launcher then ends the others, who wait.
     """
     if not first and int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        time.sleep(5)
+        time.sleep(5 if _initialized() else 20)  # while they start, one may be far behind another
 
 
 def lost_a_process(error):
