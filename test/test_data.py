@@ -20,6 +20,8 @@ from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError
 from helpers import NANO, cannot_run, photo, write_cifar
 
+pytestmark = [pytest.mark.fast, pytest.mark.computes]
+
 RGB = (200, 30, 90)
 PLAIN = ('--aa=none', '--color_jitter=0', '--reprob=0')  # a training transform with crops and mirroring only
 

@@ -26,6 +26,8 @@ import run_class_finetuning
 import utils
 from errors import UserError
 
+pytestmark = pytest.mark.current_only
+
 HOUR_NS = 3600 * 10 ** 9
 
 

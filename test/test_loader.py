@@ -33,6 +33,8 @@ import rand_augment
 from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError
 
+pytestmark = [pytest.mark.fast, pytest.mark.computes]
+
 PERSISTENT = 'persistent_workers' in inspect.signature(torch.utils.data.DataLoader.__init__).parameters
 CPU = torch.device('cpu')
 

@@ -20,6 +20,8 @@ import launch
 import distributed
 from errors import UserError
 
+pytestmark = pytest.mark.current_only
+
 PLAIN = NANO + ['--finetune=', '--lr=1e-3', '--init_scale=1', '--aa=none', '--reprob=0', '--color_jitter=0',
                 '--drop_path=0', '--hflip=0']
 
