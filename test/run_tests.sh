@@ -5,7 +5,13 @@
 #   bash test/run_tests.sh --stack=1.8    everything, on PyTorch 1.8 (or 1.5), in a Python 3.8 of its own; 2.1 is the
 #                                         lowest that requirements.txt allows, in a Python 3.9 to 3.11
 #   bash test/run_tests.sh --soak         everything, with 500 kills in test_faults.py instead of 50; with --stack too
-#   bash test/run_tests.sh --lint         the linter only
+#   bash test/run_tests.sh --fast         the unit tests that find most mistakes, in two minutes on two cores
+#   bash test/run_tests.sh --ci           what .ci/run runs on the current PyTorch: everything
+#   bash test/run_tests.sh --stack=1.5 --ci   on 1.5, without the files that are marked current_only: there neither
+#                                         Python nor PyTorch makes a difference; and without BEiT base's run
+#   bash test/run_tests.sh --stack=1.8 --ci   on 1.8, the files that are marked computes: the rest goes the same ways as
+#                                         on 1.5, with the same Python 3.8, or as on the current one
+#   bash test/run_tests.sh --lint         the linter, and mypy where it passes (LINT_TYPES=1; see pyproject.toml)
 #   bash test/run_tests.sh -k model -x    any of pytest's own options; or files, test/test_model.py, in place of all
 #
 # PYTHON=/path/to/python chooses the Python; PYTHON38= the one for --stack, where it isn't found by itself.
@@ -26,18 +32,22 @@
 # current stack gets the packages of requirements-extra.txt.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 tool=pytest
-left_out=() what=(test) others=()
+left_out=() what=(test) others=() marks='' ci='' stack=''
 for each; do
     case $each in
         -h|--help) show_help; exit 0 ;;
         --lint) tool=ruff ;;
         --soak) export BEIT_SOAK=1 ;;
-        --stack=*) choose_stack "${each#*=}"; left_out=(--deselect test/test_stacks.py::test_across_) ;;
+        --fast) marks="fast and not slow" ;;
+        --ci) ci=yes ;;
+        --stack=*) stack=${each#*=}; choose_stack "$stack"; left_out=(--deselect test/test_stacks.py::test_across_) ;;
         test/*.py*) what=(); others+=("$each") ;;
         *) others+=("$each") ;;
     esac
 done
 cd "$ROOT" || exit 2
+case $ci$stack in yes1.5) marks="not current_only" ;; yes1.8) marks=computes ;; esac
+[ -z "$marks" ] || left_out+=(-m "$marks")
 extras=()
 [ $tool != pytest ] || [ "$VENV" != "$ROOT/.venv" ] || extras=(matplotlib tensorboard onnx onnxscript onnxruntime transformers)
 choose_python $tool ${extras[@]+"${extras[@]}"}
@@ -46,7 +56,11 @@ if ! "$PYTHON" -c "import $tool" 2>/dev/null; then
         || die "PYTHON=$PYTHON has no $tool; run: $PYTHON -m pip install -r test/requirements.txt"
     install "$ROOT/test/requirements.txt" || die "pip could not install test/requirements.txt; see $VENV/install.log"
 fi
-if [ $tool = ruff ]; then exec "$PYTHON" -m ruff check .; fi
+if [ $tool = ruff ]; then
+    "$PYTHON" -m ruff check . || exit
+    if [ -n "${LINT_TYPES:-}" ]; then "$PYTHON" -m mypy || exit; fi
+    exit 0
+fi
 if [ ${#extras[@]} != 0 ] && [ "$PYTHON" = "$VENV/bin/python" ]; then
     install "$ROOT/requirements-extra.txt" \
         || echo "pip could not install requirements-extra.txt (see $VENV/install.log); what needs it is not tested" >&2

@@ -9,6 +9,8 @@ from helpers import CPU, cannot_run
 import modeling_finetune
 from errors import UserError
 
+pytestmark = [pytest.mark.fast, pytest.mark.computes]
+
 KERNELS = backend.fused_attentions(CPU)
 
 

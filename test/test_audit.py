@@ -22,6 +22,8 @@ from helpers import ROOT, TEST_DIR, cannot_run
 import wheels
 from wheels import FUNCTIONS, Library, dotted
 
+pytestmark = pytest.mark.current_only
+
 SHIPPED = sorted(glob.glob(os.path.join(ROOT, '*.py')))
 EMULATOR = os.path.join(TEST_DIR, 'npu_emulator')
 TRACKED = re.compile(r'(torch_npu|torch\.npu|apex)(\.|$)')

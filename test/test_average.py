@@ -13,6 +13,8 @@ from helpers import RUN
 import networks
 import run_class_finetuning
 
+pytestmark = [pytest.mark.fast, pytest.mark.current_only]
+
 
 @pytest.fixture(scope='module')
 def trained(data, tmp_path_factory):

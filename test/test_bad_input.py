@@ -22,6 +22,8 @@ import run_class_finetuning
 import utils
 from errors import printable
 
+pytestmark = pytest.mark.fast
+
 SHORT = NANO + ['--batch_size=4', '--epochs=2', '--warmup_epochs=0']
 EARLIER_RUN = {'log.txt': b'{"epoch": 0}\n', 'checkpoint-0.pth': b'not really weights'}
 

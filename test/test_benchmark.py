@@ -21,6 +21,8 @@ from helpers import TEST_DIR, all_end, cannot_run, has_proc, marked
 import modeling_finetune
 from errors import UserError
 
+pytestmark = pytest.mark.current_only
+
 NANO = ['--model=beit_nano_patch8_32', '--batch_size=2', '--classes=10', '--device=cpu']
 HAS_TIMM_BEIT = contenders.importlib.util.find_spec('timm.models.beit') is not None
 

@@ -27,6 +27,8 @@ from flags import config_from
 from helpers import NANO, cannot_run, photo, write_cifar
 from loader import Batch, EpochSampler, OrderedDistributedSampler, Samples, SeededSamples, collate
 
+pytestmark = [pytest.mark.fast, pytest.mark.computes]
+
 RGB = (200, 30, 90)
 PLAIN = ('--aa=none', '--color_jitter=0', '--reprob=0')  # a training transform with crops and mirroring only
 

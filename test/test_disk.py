@@ -14,6 +14,8 @@ import checkpoint
 from helpers import LAUNCH, PROGRAM, ROOT, RUN, cannot_run, lines_of, run_program
 import run_class_finetuning
 
+pytestmark = pytest.mark.current_only
+
 CHECKPOINT_BYTES = 3 * 2 ** 20  # of the nano model, about: weights and two moments
 
 

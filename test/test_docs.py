@@ -17,6 +17,8 @@ import run_class_finetuning
 import run_export
 import run_predict
 
+pytestmark = pytest.mark.current_only
+
 PROGRAMS = {'run_class_finetuning.py': run_class_finetuning.run, 'run_predict.py': run_predict.run,
             'run_export.py': run_export.run, 'average_checkpoints.py': average_checkpoints.run}
 FIXED = (r'(\b\w+_patch\d+_\d+\b|\b\d+x\d+\b|\d+ classes|[\w./-]+\.(?:png|pth|onnx|csv)|Acc@\d|float32|'

@@ -20,6 +20,8 @@ import run_class_finetuning
 import run_export
 import weights_file
 
+pytestmark = pytest.mark.current_only
+
 try:
     import timm.models.beit as timm_beit
 except ImportError:

@@ -36,7 +36,8 @@ import preemption
 import run_class_finetuning
 from errors import UserError
 
-pytestmark = pytest.mark.needs('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
+pytestmark = [pytest.mark.computes,
+              pytest.mark.needs('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')]
 
 SOAK = os.environ.get('BEIT_SOAK', '0') not in ('', '0')
 SEED = int(time.time()) if SOAK else 4

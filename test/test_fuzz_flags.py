@@ -12,6 +12,8 @@ import backend
 from helpers import RUN
 import run_class_finetuning
 
+pytestmark = pytest.mark.current_only
+
 SOAK = 10 if os.environ.get('BEIT_SOAK') else 1
 SECONDS = 60  # a run of one update takes a fraction of one
 

@@ -24,6 +24,8 @@ from test_bad_images import as_nobody, public_folder  # noqa: F401 (a fixture)
 from test_multinode import free_port
 from test_training import RUN
 
+pytestmark = pytest.mark.current_only
+
 HOUR_NS = 3600 * 10 ** 9
 
 

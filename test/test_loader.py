@@ -34,6 +34,8 @@ import rand_augment
 from device_loader import PrefetchLoader, RandomErasingBoxes
 from errors import UserError
 
+pytestmark = [pytest.mark.fast, pytest.mark.computes]
+
 PERSISTENT = 'persistent_workers' in inspect.signature(torch.utils.data.DataLoader.__init__).parameters
 CPU = torch.device('cpu')
 

@@ -22,6 +22,8 @@ from helpers import RUN, Batches, launch, lines_of, photo
 import run_class_finetuning
 import scores
 
+pytestmark = pytest.mark.fast
+
 CPU = torch.device('cpu')
 
 

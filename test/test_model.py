@@ -15,6 +15,8 @@ from helpers import cannot_run
 import modeling_finetune
 from modeling_finetune import VisionTransformer, relative_position_index
 
+pytestmark = [pytest.mark.fast, pytest.mark.computes]
+
 CASES = ('model_relpos_meanpool.npz', 'model_shared_relpos_abspos.npz')
 
 

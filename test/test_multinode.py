@@ -18,6 +18,8 @@ from helpers import (LONG, NANO, ROOT, RUN, TINY, all_end, check_summary, copy_c
 import distributed
 from errors import UserError
 
+pytestmark = pytest.mark.current_only
+
 TORCHRUN = importlib.util.find_spec('torch.distributed.run') is not None
 PLAIN = NANO + ['--finetune=', '--lr=1e-3', '--init_scale=1', '--aa=none', '--reprob=0', '--color_jitter=0',
                 '--drop_path=0', '--hflip=0']

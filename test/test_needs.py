@@ -18,6 +18,8 @@ import optim_factory
 import run_class_finetuning
 import splits
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def no_val(tmp_path):

@@ -19,6 +19,8 @@ import run_class_finetuning
 import utils
 from errors import UserError
 
+pytestmark = [pytest.mark.fast, pytest.mark.computes]
+
 POISON = 17  # the image, by its place in the training set, that breaks the loss
 
 

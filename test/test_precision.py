@@ -13,6 +13,8 @@ import optim_factory
 import precision
 from errors import UserError
 
+pytestmark = [pytest.mark.fast, pytest.mark.computes]
+
 HAS_AUTOCAST = hasattr(torch, 'autocast')
 HAS_HALF_CPU = backend._half_precision_problem(CPU, torch.bfloat16) is None
 needs_autocast = pytest.mark.needs('current', HAS_AUTOCAST, 'this PyTorch has no autocast on a CPU')

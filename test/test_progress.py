@@ -12,6 +12,8 @@ from helpers import NANO, ROOT, copy_checkout, text
 import progress
 import utils
 
+pytestmark = [pytest.mark.fast, pytest.mark.current_only]
+
 
 def on_a_terminal(*command, **env):
     """(exit status, what was shown) of a command whose standard streams are a terminal that does not tell its size."""

@@ -19,6 +19,8 @@ import run_export
 import run_predict
 from errors import UserError
 
+pytestmark = pytest.mark.current_only
+
 PROGRAMS = {'run_class_finetuning.py': run_class_finetuning, 'run_predict.py': run_predict,
             'run_export.py': run_export, 'average_checkpoints.py': average_checkpoints}
 READMES = ('README.md', 'README.zh-CN.md')

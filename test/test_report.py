@@ -34,6 +34,8 @@ import utils
 from errors import UserError
 from predictions import KEPT, Prediction, Predictions
 
+pytestmark = pytest.mark.current_only
+
 needs_matplotlib = needs_extra('matplotlib')
 needs_browser = pytest.mark.needs('browser', shutil.which('chromium') is not None, 'no Chromium on the PATH')
 NASTY = '<b>&"x'  # a class

@@ -14,6 +14,8 @@ from helpers import (LOG, NANO, ROOT, TINY, Run, all_end, check_summary, copy_ch
                      has_proc, marked, output, result, run_script, start_script, summary, text)
 import pytest
 
+pytestmark = pytest.mark.current_only
+
 
 TRAINING = ('train_full_1p', 'train_full_8p', 'train_performance_1p', 'train_performance_8p')
 SCRIPTS = TRAINING + ('train_eval_1p',)

@@ -17,6 +17,8 @@ import torch
 import weights_file
 from helpers import LAUNCH, PROGRAM, ROOT, RUN, assert_one_line, cannot_run, lines_of, write_images
 
+pytestmark = pytest.mark.computes
+
 OLD = ('1.5', '1.8')
 # 40 pixels: for them the crops are timm's, which draws alike everywhere; torchvision's of 32 pixels don't.
 PLAIN = RUN + ['--input_size=40', '--reprob=0', '--color_jitter=0', '--drop_path=0', '--hflip=0', '--opt=adamw',

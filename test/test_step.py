@@ -15,6 +15,8 @@ import pilot
 import precision
 import utils
 
+pytestmark = [pytest.mark.fast, pytest.mark.computes]
+
 FUSED = backend.takes_scale(backend.build_optimizer(torch.optim.AdamW, [torch.nn.Parameter(torch.zeros(1))], lr=1.))
 needs_fused = pytest.mark.needs('current', FUSED, 'this PyTorch has no fused AdamW for a CPU')
 

@@ -22,6 +22,8 @@ import run_class_finetuning
 import utils
 from errors import UserError
 
+pytestmark = [pytest.mark.fast, pytest.mark.computes]
+
 
 # ---- parameter groups and schedules
 
