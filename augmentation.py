@@ -211,14 +211,14 @@ class DeviceMixup(Mixup):
     the device.
     """
 
-    def __call__(self, images, targets):
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         mix = {'elem': self._mix_elem, 'pair': self._mix_pair, 'batch': self._mix_batch}[self.mode]
         even = len(images) // 2 * 2
         parts = [(targets[:even], mix(images[:even]))] if even else []
         parts += [(targets[even:], 1.)] if even < len(images) else []
-        place = {'device': images.device} if 'device' in inspect.signature(mixup_target).parameters else {}
+        options = {'device': images.device} if 'device' in inspect.signature(mixup_target).parameters else {}
         soft = [_mix_dense(part, share, self.label_smoothing) if part.dim() > 1 else
-                mixup_target(part, self.num_classes, share, self.label_smoothing, **place) for part, share in parts]
+                mixup_target(part, self.num_classes, share, self.label_smoothing, **options) for part, share in parts]
         return images, torch.cat(soft) if soft else images.new_zeros(0, self.num_classes)
 
 
@@ -233,7 +233,7 @@ def uses_mixup(config: MixupConfig) -> bool:
 
 
 def build_mixup(config: MixupConfig, nb_classes: int) -> Optional[DeviceMixup]:
-    """What mixes a batch in place, (images, targets) to (images, soft targets (B, classes)); or None.
+    """A function that mixes a batch in place, (images, targets) to (images, soft targets (B, classes)); or None.
 
     Targets are class indices (B,), or ones and zeros (B, classes) where images have several classes.
     """

@@ -4,7 +4,7 @@ import contextlib
 import random
 import signal
 import time
-from typing import Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 import torch
 from timm.data.random_erasing import RandomErasing
@@ -63,29 +63,29 @@ class PrefetchLoader:
     def __getattr__(self, name):
         return getattr(self.loader, name)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator:
         with _signals_wait():
             batches = iter(self.loader)
         try:
             yield from backend.one_ahead(_or_loader_death(batches), self.prepare, self.device)
-        finally:  # PyTorch 1.5 hangs where it is the garbage collector that ends the workers
+        finally:  # PyTorch 1.5 hangs if the garbage collector ends the workers
             if hasattr(batches, '_shutdown_workers') and not getattr(self.loader, 'persistent_workers', False):
                 batches._shutdown_workers()
 
-    def prepare(self, batch):
+    def prepare(self, batch: Any) -> Any:
         """The batch on the device; nothing waits for it to be there."""
         images = batch.images.permute(0, 2, 3, 1).to(self.device, non_blocking=True)  # as they lie: one plain copy
         images = images.permute(0, 3, 1, 2).contiguous()
         rand_augment.apply(images, batch.augmenting)
         images = images.float()
         images.div_(self.white).sub_(self.mean).div_(self.std)
-        for place, seed, boxes in batch.erasing:
+        for index, seed, boxes in batch.erasing:
             self.generator.manual_seed(seed)
             for top, left, height, width in boxes:
-                images[place, :, top:top + height, left:left + width] = self.pixels(height, width)
+                images[index, :, top:top + height, left:left + width] = self.pixels(height, width)
         return batch._replace(images=images, targets=batch.targets.to(self.device, non_blocking=True), erasing=[],
                               augmenting=[])
 
@@ -103,7 +103,7 @@ class PrefetchLoader:
 
 
 def _or_loader_death(batches):
-    """The batches; a worker that was killed while it handed one over is told of as PyTorch tells of the others."""
+    """The batches. A worker that is killed while it hands one over raises the error that PyTorch has for others."""
     try:
         yield from batches
     except (EOFError, ConnectionError, FileNotFoundError) as error:

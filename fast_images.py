@@ -81,7 +81,7 @@ class RandomCrop(RandomResizedCropAndInterpolation):
         super().__init__(size, interpolation=interpolation)
         self.as_tensor = as_tensor
 
-    def __call__(self, image):
+    def __call__(self, image: Union[Image.Image, torch.Tensor]) -> Union[Image.Image, torch.Tensor]:
         image = as_bytes(image)
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
         interpolation = self.interpolation
@@ -102,7 +102,7 @@ class CentreCrop:
     def __init__(self, resized: int, size: int, interpolation: str = 'bicubic') -> None:
         self.resized, self.crop, self.interpolation = resized, transforms.CenterCrop(size), interpolation
 
-    def __call__(self, image):
+    def __call__(self, image: Union[Image.Image, torch.Tensor]) -> Image.Image:
         image = as_bytes(image)
         height, width = image.shape[1:]
         shorter = min(height, width)

@@ -73,9 +73,9 @@ def in_order(names: Iterable[str]) -> Iterator[str]:
 
 def check_inputs(inputs: Sequence[str]) -> None:
     """Raise a `UserError` for one that names nothing."""
-    for given in inputs:
-        if not os.path.lexists(given) and next(glob.iglob(given, recursive=True), None) is None:
-            raise UserError('%s: %s' % (printable(given), 'no file has such a name' if glob.has_magic(given) else
+    for name in inputs:
+        if not os.path.lexists(name) and next(glob.iglob(name, recursive=True), None) is None:
+            raise UserError('%s: %s' % (printable(name), 'no file has such a name' if glob.has_magic(name) else
                                         'no such file or folder'))
 
 
@@ -85,17 +85,17 @@ def find_images(inputs: Sequence[str], without: Collection[str] = ()) -> Iterato
     A file that is named counts as an image whatever its ending. A pattern's files count by their endings, and its
     folders with all that is in them, unless it goes into folders by itself (**).
     """
-    for given in inputs:
-        if os.path.isdir(given):
-            yield from walk_images(given, without)
-        elif os.path.lexists(given):
-            yield given
+    for name in inputs:
+        if os.path.isdir(name):
+            yield from walk_images(name, without)
+        elif os.path.lexists(name):
+            yield name
         else:
-            for path in in_order(glob.iglob(given, recursive=True)):
+            for path in in_order(glob.iglob(name, recursive=True)):
                 if any(os.path.join(os.path.realpath(path), '').startswith(os.path.join(each, '')) for each in without):
                     continue
                 if os.path.isdir(path):
-                    yield from () if '**' in given else walk_images(path, without)
+                    yield from () if '**' in name else walk_images(path, without)
                 elif is_image_name(path):
                     yield path
 
@@ -103,9 +103,9 @@ def find_images(inputs: Sequence[str], without: Collection[str] = ()) -> Iterato
 def common_folder(inputs: Sequence[str]) -> str:
     """The innermost folder, an absolute path, that holds all that the inputs name."""
     folders = []
-    for given in inputs:
-        path = os.path.abspath(given)
-        if os.path.lexists(given):
+    for name in inputs:
+        path = os.path.abspath(name)
+        if os.path.lexists(name):
             folders.append(path if os.path.isdir(path) else os.path.dirname(path))
             continue
         while glob.has_magic(path):
@@ -118,25 +118,25 @@ class PathSampler(torch.utils.data.Sampler):
     """This process's share of the images, every `processes`-th, as (number, path); without a length.
 
     Attributes:
-        given (deque): those that were asked for and not taken out again, in their order.
+        requested (deque): those that the loader asked for and `take` did not return yet, in their order.
         state (list): how many images of all processes were passed, and a checksum of their paths. Processes that
             passed the same ones have the same.
     """
 
     def __init__(self, inputs: Sequence[str], without: Collection[str] = (), rank: int = 0, processes: int = 1) -> None:
         self.inputs, self.without, self.rank, self.processes = inputs, without, rank, processes
-        self.given, self.state = collections.deque(), [0, 0]
+        self.requested, self.state = collections.deque(), [0, 0]
 
     def __iter__(self):
         for number, path in enumerate(find_images(self.inputs, self.without)):
             self.state = [number + 1, zlib.crc32(os.fsencode(path), self.state[1])]
             if number % self.processes == self.rank:
-                self.given.append((number, path))
+                self.requested.append((number, path))
                 yield number, path
 
     def take(self, count: int) -> List[Tuple[int, str]]:
-        """The next `count` that were given."""
-        return [self.given.popleft() for _ in range(count)]
+        """The next `count` that were requested."""
+        return [self.requested.popleft() for _ in range(count)]
 
     def first(self, count: int) -> int:
         """How many images there are, `count` at most.

@@ -11,7 +11,7 @@ import random
 import signal
 import sys
 import threading
-from typing import Any, Dict, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class EpochSampler(torch.utils.data.Sampler):
         """What is left of the epoch."""
         return max(self.length // self.world_size - self.start, 0)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Tuple[int, int]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
         share = order[:self.length // self.world_size * self.world_size][self.rank::self.world_size]
         for index in share[self.start:]:
@@ -60,7 +60,7 @@ class OrderedDistributedSampler(torch.utils.data.Sampler):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
 
 
@@ -76,8 +76,8 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # int64 (B,), class indices
     indices: torch.Tensor  # int64 (B,), of the data set; see `image_dataset.image_name`
     unreadable: list  # of Unreadable
-    erasing: list = ()  # what is still to be erased: (position in the batch, seed, boxes), see `RandomErasingBoxes`
-    augmenting: list = ()  # what is still to be done to the bytes, see `rand_augment.collate_ops`
+    erasing: Sequence = ()  # what is still to be erased: (position in the batch, seed, boxes), see `RandomErasingBoxes`
+    augmenting: Sequence = ()  # what is still to be done to the bytes, see `rand_augment.collate_ops`
 
 
 class Sample(NamedTuple):
@@ -86,7 +86,7 @@ class Sample(NamedTuple):
     target: int
     index: int
     erasing: tuple = ()  # what to erase of it
-    deferred: rand_augment.DeferredImage = None  # what else is to be done to it
+    deferred: Optional[rand_augment.DeferredImage] = None  # what else is to be done to it
 
 
 class Samples(torch.utils.data.Dataset):
@@ -102,7 +102,7 @@ class Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Union[Sample, Unreadable]:
         try:
             image, target = self.dataset[index]
             deferred = image if isinstance(image, rand_augment.DeferredImage) else None
@@ -122,7 +122,7 @@ class SeededSamples(Samples):
         super().__init__(dataset, skips, erasing)
         self.seed = seed
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Tuple[int, int]) -> Union[Sample, Unreadable]:
         epoch, index = key
         in_worker = torch.utils.data.get_worker_info() is not None
         saved = None if in_worker else (random.getstate(), np.random.get_state(), torch.get_rng_state())
@@ -183,6 +183,6 @@ def loader_kwargs(num_workers: int, pin_mem: bool, input_size: int, device: torc
         num_workers=num_workers, pin_memory=pin_mem and backend.can_pin_memory(device),
         worker_init_fn=worker_init, collate_fn=functools.partial(collate, size=input_size),
         persistent_workers=num_workers > 0,
-        generator=torch.Generator())  # new workers are given a number, ones that stay not: don't take it from the run's
+        generator=torch.Generator())  # seeds of new workers must not come from the run's own numbers
     known = inspect.signature(torch.utils.data.DataLoader.__init__).parameters
     return {name: value for name, value in wanted.items() if name in known}

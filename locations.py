@@ -47,7 +47,7 @@ def write_digits(root: str) -> None:
 
 
 def resolve_data_path(data_path: str) -> str:
-    """The folder that --data_path means; the word demo is the digits, written on first use."""
+    """The folder of --data_path; `demo` is the folder of the digits, written on first use."""
     if data_path != 'demo':
         return data_path
     root = os.path.join(project_root(), 'data', 'digits')

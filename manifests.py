@@ -4,7 +4,7 @@ import collections.abc
 import csv
 import io
 import os
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Manifest(collections.abc.Sequence):
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         index = range(len(self))[index]
@@ -140,8 +140,8 @@ class _File:
         return UserError('%s, line %d: %s' % (self.name, line, text))
 
 
-def _line(data, place):
-    return data.count(b'\n', 0, place) + 1
+def _line(data, position):
+    return data.count(b'\n', 0, position) + 1
 
 
 def _rows(file):
@@ -152,10 +152,10 @@ def _rows(file):
         for row in reader:
             if not row:
                 continue
-            words = [cell.strip().lower() for cell in row] if is_first else ()
+            titles = [cell.strip().lower() for cell in row] if is_first else ()
             is_first = False
-            if PATHS & set(words) and LABELS & set(words):
-                path, label = (next(place for place, word in enumerate(words) if word in names)
+            if PATHS & set(titles) and LABELS & set(titles):
+                path, label = (next(column for column, title in enumerate(titles) if title in names)
                                for names in (PATHS, LABELS))
                 columns = len(row)
                 continue

@@ -32,12 +32,12 @@ class DeferredImage(NamedTuple):
 class DeferredRandAugment:
     """torchvision's flip and timm's RandAugment up to their drawing: a uint8 tensor (3, H, W) to a `DeferredImage`."""
 
-    def __init__(self, flip, policy):
+    def __init__(self, flip: RandomHorizontalFlip, policy: RandAugment) -> None:
         self.mirrors, self.policy = flip.p, policy
         for operation in policy.ops:
             operation.aug_fn = _Noting(operation.name, operation.aug_fn)
 
-    def __call__(self, image):
+    def __call__(self, image: torch.Tensor) -> DeferredImage:
         mirrored = bool(torch.rand(1) < self.mirrors)
         notes = self.policy(_Notes(image.shape[2], image.shape[1]))
         return DeferredImage(image.permute(1, 2, 0).contiguous(), mirrored, notes.operations)
@@ -88,22 +88,22 @@ class _Notes:
 
 
 def collate_ops(deferred: Sequence[Optional[DeferredImage]]) -> List[Tuple]:
-    """[(kind, places in the batch int64 (n,), arguments (n, ...))] of what is to be done to a batch, in order.
+    """[(kind, indices in the batch int64 (n,), arguments (n, ...))] of what is to be done to a batch, in order.
 
     Args:
         deferred (list of DeferredImage or None): of each image. What they have in common at their first operation comes
             first, then at their second.
     """
-    mirrored = [place for place, each in enumerate(deferred) if each and each.mirrored]
+    mirrored = [index for index, each in enumerate(deferred) if each and each.mirrored]
     packed = [('mirror', torch.tensor(mirrored), torch.zeros(0))] if mirrored else []
     operations = [each.operations if each else [] for each in deferred]
     for turn in range(max(map(len, operations), default=0)):
         groups = {}
-        for place, mine in enumerate(operations):
-            if turn < len(mine):
-                kind, arguments = mine[turn]
-                groups.setdefault(kind, []).append((place, arguments))
-        packed += [(kind, torch.tensor([place for place, _ in groups[kind]]),
+        for index, its_operations in enumerate(operations):
+            if turn < len(its_operations):
+                kind, arguments = its_operations[turn]
+                groups.setdefault(kind, []).append((index, arguments))
+        packed += [(kind, torch.tensor([index for index, _ in groups[kind]]),
                     torch.tensor([arguments for _, arguments in groups[kind]],
                                  dtype=torch.uint8 if kind == 'table' else torch.float32))
                    for kind in sorted(groups)]
@@ -114,10 +114,10 @@ def collate_ops(deferred: Sequence[Optional[DeferredImage]]) -> List[Tuple]:
 
 def apply(images: torch.Tensor, packed: Sequence[Tuple]) -> None:
     """Do to uint8 images (B, 3, H, W), in place, what `collate_ops` gave."""
-    for kind, places, arguments in packed:
-        places = places.to(images.device, non_blocking=True)
+    for kind, indices, arguments in packed:
+        indices = indices.to(images.device, non_blocking=True)
         arguments = arguments.to(images.device, non_blocking=True)
-        images.index_copy_(0, places, KINDS[kind](images.index_select(0, places), arguments))
+        images.index_copy_(0, indices, KINDS[kind](images.index_select(0, indices), arguments))
 
 
 def apply_lut(images: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,7 @@ def _in_proportion(counts, wanted, least, most, rng):
 
 def _from_each(targets, taken, rng):
     by_class = np.split(np.argsort(targets, kind='stable'), np.cumsum(np.bincount(targets))[:-1])
-    return np.concatenate([rng.permutation(places)[:number] for places, number in zip(by_class, taken)])
+    return np.concatenate([rng.permutation(indices)[:number] for indices, number in zip(by_class, taken)])
 
 
 def _without_loss_of_a_class(samples, wanted, rng):

@@ -567,7 +567,7 @@ def test_results_of_a_long_stream_are_not_kept(large, tmp_path, monkeypatch):
     def compute(self, batch):
         result = whole(self, batch)
         alive['read'] = max(0, result[1][0][0] - 2 * len(result[1]))
-        assert len(self.stream.given) <= 3 * len(result[1])
+        assert len(self.stream.requested) <= 3 * len(result[1])
         return result
 
     whole = run_predict.Predictor.compute
