@@ -272,6 +272,25 @@ def test_a_failed_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
     assert os.listdir(str(tmp_path)) == ['checkpoint-best.pth']
 
 
+def test_a_temporary_file_is_new_and_no_link(tmp_path):
+    """Somebody else's link of that name leads no write elsewhere; a file that a killed process left is replaced."""
+    path, other = str(tmp_path / 'checkpoint-0.pth'), str(tmp_path / 'other')
+    temporary = '%s.tmp-%d' % (path, os.getpid())
+    with open(other, 'w') as file, open(temporary, 'w') as stale:
+        file.write('whole')
+        stale.write('left by a process that was killed')
+    checkpoint.save(path, {'epoch': 1})
+    assert weights_file.load_weights_file(path) == {'epoch': 1} and not os.path.exists(temporary)
+    for target in (other, str(tmp_path / 'nowhere')):
+        os.symlink(target, temporary)
+        with pytest.raises(UserError, match=r'checkpoint-0\.pth.*exists'):
+            checkpoint.save(path, {'epoch': 2})
+        os.remove(temporary)  # which is left as it was
+    assert sorted(os.listdir(str(tmp_path))) == ['checkpoint-0.pth', 'other']
+    with open(other) as file:
+        assert file.read() == 'whole' and weights_file.load_weights_file(path) == {'epoch': 1}
+
+
 def test_what_a_folder_means(tmp_path):
     for name in ('checkpoint-2.pth', 'checkpoint-10.pth', 'checkpoint-best.pth'):
         checkpoint.save(str(tmp_path / name), {})

@@ -610,9 +610,8 @@ BOMBS = """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     resource.setrlimit(resource.RLIMIT_AS, (held + (400 << 20),) * 2)
     lines = []
-    for body in list(test_untrusted.SHAPES.values()) + list(test_untrusted.UNNAMED.values()):
-        for form in (test_untrusted.as_zip, test_untrusted.as_legacy):
-            lines.append(form(body))
+    for body in test_untrusted.HOSTILE.values():
+        lines += [test_untrusted.as_zip(body), test_untrusted.as_legacy(body)]
     lines += [data for data in test_untrusted.ARCHIVES.values() if not callable(data)]
     for index, data in enumerate(lines):
         with open(path, 'wb') as file:
@@ -1058,6 +1057,25 @@ BODY = as_zip(model_of(tensor()))
 DIGEST = hashlib.sha256(BODY).hexdigest()
 
 
+def chunk(data):
+    return b'%x\r\n%s\r\n' % (len(data), data)
+
+
+LENGTH, CHUNKED = {'Content-Length': len(BODY)}, {'Transfer-Encoding': 'chunked'}
+# By the address's name: what the server answers, (status, headers, what it sends).
+ANSWERS = {
+    'whole': (200, LENGTH, [BODY]), 'broken': (200, LENGTH, [BODY[:-10]]), 'silent': (200, LENGTH, [BODY[:-10]]),
+    'chunked': (200, CHUNKED, [chunk(BODY[:100]), chunk(BODY[100:]), chunk(b'')]),
+    'endless': (200, CHUNKED, [chunk(bytes(1 << 16))] * 10 ** 4), 'halfchunk': (200, CHUNKED, [chunk(BODY)[:-12]]),
+    'lengthless': (200, {}, [BODY]), 'large': (200, {'Content-Length': 2 ** 40}, []),
+    'absurd': (200, {'Content-Length': 'many'}, []), 'garbage': (None, {}, [b'\0\1\2\3' * 100]),
+    'onward': (302, {'Location': '/whole.pth', 'Content-Length': 0}, []),
+    'unsafe': (302, {'Location': 'http://localhost:1/whole.pth', 'Content-Length': 0}, []),
+    'local': (302, {'Location': 'file:///etc/passwd', 'Content-Length': 0}, []),
+    'circle': (302, {'Location': '/circle.pth', 'Content-Length': 0}, []),
+}
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves BODY in as many ways as there are to go wrong; what was asked for is noted in `asked`."""
 
@@ -1069,69 +1087,16 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.append(self.path)
         self.close_connection = True
-        way = self.path.partition('.')[0].strip('/')
-        getattr(self, way.partition('-')[0], self.missing)()
-
-    def start(self, status=200, **headers):
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key.replace('_', '-'), str(value))
-        self.end_headers()
-
-    def missing(self):
-        self.start(404, Content_Length=0)
-
-    def whole(self):
-        self.start(Content_Length=len(BODY))
-        self.wfile.write(BODY)
-
-    def chunked(self):
-        self.start(Transfer_Encoding='chunked')
-        for data in (BODY[:100], BODY[100:], b''):
-            self.wfile.write(b'%x\r\n%s\r\n' % (len(data), data))
-
-    def endless(self):
-        self.start(Transfer_Encoding='chunked')
-        for _ in range(10 ** 4):
-            self.wfile.write(b'10000\r\n%s\r\n' % bytes(1 << 16))
-
-    def broken(self):
-        self.start(Content_Length=len(BODY))
-        self.wfile.write(BODY[:-10])
-
-    def halfchunk(self):
-        self.start(Transfer_Encoding='chunked')
-        self.wfile.write(b'%x\r\n%s' % (len(BODY), BODY[:-10]))
-
-    def silent(self):
-        self.start(Content_Length=len(BODY))
-        self.wfile.write(BODY[:-10])
-        time.sleep(3)
-
-    def lengthless(self):
-        self.start()
-        self.wfile.write(BODY)
-
-    def large(self):
-        self.start(Content_Length=2 ** 40)
-
-    def absurd(self):
-        self.start(Content_Length='many')
-
-    def onward(self):
-        self.start(302, Location='/whole.pth', Content_Length=0)
-
-    def unsafe(self):
-        self.start(302, Location='http://localhost:%d/whole.pth' % self.server.server_port, Content_Length=0)
-
-    def local(self):
-        self.start(302, Location='file:///etc/passwd', Content_Length=0)
-
-    def circle(self):
-        self.start(302, Location=self.path, Content_Length=0)
-
-    def garbage(self):
-        self.wfile.write(b'\0\1\2\3' * 100)
+        way = self.path.partition('.')[0].strip('/').partition('-')[0]
+        status, headers, body = ANSWERS.get(way, (404, {'Content-Length': 0}, []))
+        if status:
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key, str(value))
+            self.end_headers()
+        for data in body:
+            self.wfile.write(data)
+        time.sleep(3 if way == 'silent' else 0)
 
 
 class Quiet(http.server.ThreadingHTTPServer):
