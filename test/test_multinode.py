@@ -198,13 +198,13 @@ def test_a_process_that_dies_while_it_starts(image_folder, site, nnodes, moment)
     data, port = '--data_path=' + image_folder(), free_port()
     runs = ends([start_launcher(data, *LONG, '--dist_timeout=5', nnodes=nnodes, processes=2 // nnodes, node_rank=rank,
                                 port=port, MARK=site, PYTHONPATH=site, DIES_AT=moment, DIST_WAIT_SECONDS='20')
-                 for rank in range(nnodes)])
+                 for rank in range(nnodes)], 150)
     assert runs[-1].status == (3 if moment == 'import' else 137)
     lines = runs[-1].err.splitlines()
     assert lines[-1] == 'process 1 ended with %s; the others were stopped' \
         % ('exit status 3' if moment == 'import' else 'SIGKILL')
     if nnodes == 2:
-        one_error(runs[0], 'the 2 processes did not find one another')
+        fails(runs[0], 'the 2 processes did not find one another')
         runs.pop(0)
     assert not re.search('Traceback|error: ', ''.join(run.err for run in runs))
     assert all_end(site)
