@@ -377,6 +377,7 @@ def test_real_labels_are_timms():
     assert result['real_acc5'] == pytest.approx(theirs.get_accuracy(5))
 
 
+@pytest.mark.slow
 def test_mean_average_precision_is_the_same_on_two_processes(several, tmp_path):
     output = str(tmp_path / 'out')
     data = ['--train_csv', several[0], '--val_csv', several[1]]
