@@ -212,6 +212,8 @@ def job(forker, tmp_path):
 
 DEED = """import os, signal, time
 def act():
+    while not all(map(os.path.exists, %r)):  # the other process may be at writing them yet: a kill would leave a half
+        time.sleep(0.01)
     with open('fault', 'w') as file:
         file.write(repr(time.time()))
     %s
@@ -266,7 +268,9 @@ def fall(job, data, tmp_path):
         jobs = []
         for number, (rank, place, deed, launched) in enumerate(rows):
             output = str(tmp_path / ('output%d' % number))
-            fault = DEED % DEEDS[deed] + PLACES[place]
+            before = [] if place == 'starting' else [
+                os.path.join(output, 'checkpoint-%s.pth' % name) for name in ('0', 'best')]
+            fault = DEED % (before, DEEDS[deed]) + PLACES[place]
             one = job('--data_path=' + data, '--output_dir=' + output, *EPOCHS, launched=launched,
                       fault={0: fault, 1: fault} if rank == 'both' else {rank: fault})
             one.until(lambda one=one: one.read('fault'))

@@ -62,6 +62,7 @@ def roomy_checkout(tmp_path):
     shutil.rmtree(folder)
 
 
+@pytest.mark.current_only
 def test_beit_base_on_photographs(roomy_checkout, photographs):
     """Three steps with every default augmentation, an evaluation that agrees, and a resume for one more step."""
     flags = ['--data_path=' + photographs, '--batch_size=4', '--device=cpu', '--num_workers=2']

@@ -256,6 +256,7 @@ def test_frozen_runs_resume_to_the_bit_before_and_after_unfreezing(data, tmp_pat
                 assert torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name]
 
 
+@pytest.mark.slow
 def test_two_processes_freeze_and_unfreeze_as_one(data, tmp_path):
     base = ['--data_path', data, '--freeze_backbone', '--unfreeze_epoch=1', '--epochs=2', '--lr=1e-3', '--opt=sgd',
             '--drop_path=0', '--reprob=0', '--hflip=0', '--save_ckpt_freq=1', '--disable_eval_during_finetuning']

@@ -148,6 +148,7 @@ def test_the_program_writes_the_report_and_stops_or_goes_on(image_folder, tmp_pa
 
 # ---- --deterministic
 
+@pytest.mark.slow
 @pytest.mark.parametrize('device', ('cpu', 'cuda'))
 def test_the_same_bits_twice(image_folder, tmp_path, device):
     if device == 'cuda' and not torch.cuda.is_available():

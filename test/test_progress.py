@@ -12,7 +12,7 @@ from helpers import NANO, ROOT, copy_checkout, text
 import progress
 import utils
 
-pytestmark = [pytest.mark.fast, pytest.mark.current_only]
+pytestmark = pytest.mark.current_only
 
 
 def on_a_terminal(*command, **env):

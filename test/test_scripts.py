@@ -10,12 +10,12 @@ import signal
 import socket
 import subprocess
 
-from helpers import (LOG, NANO, ROOT, TINY, Run, all_end, check_summary, copy_checkout, environment, fails, fake_cann,
-                     has_proc, marked, output, result, run_script, start_script, summary, text)
 import pytest
 
-pytestmark = pytest.mark.current_only
+from helpers import (LOG, NANO, ROOT, TINY, Run, all_end, check_summary, copy_checkout, environment, fails, fake_cann,
+                     has_proc, marked, output, result, run_script, start_script, summary, text)
 
+pytestmark = pytest.mark.current_only
 
 TRAINING = ('train_full_1p', 'train_full_8p', 'train_performance_1p', 'train_performance_8p')
 SCRIPTS = TRAINING + ('train_eval_1p',)

@@ -197,6 +197,7 @@ def test_gradient_checkpointing_computes_the_blocks_twice():
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_one_graph_and_trains_as_the_reference(golden):
     """Over the recorded two epochs, a graph each to train and to evaluate, and none anew for the second epoch."""
     if not hasattr(torch.nn.Module, 'compile'):
