@@ -8,10 +8,12 @@ from concurrent.futures.process import BrokenProcessPool
 
 import datasets
 import distributed
+import run_folder
 import safe_files
 from errors import UserError, printable
 
 LIST = 'bad_images.txt'
+run_folder.register_output(r'bad_images\.txt')
 FILES_AT_ONCE = 16  # that one process of check_data takes
 
 

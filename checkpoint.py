@@ -15,10 +15,13 @@ import time
 import torch
 
 import distributed
+import run_folder
 from errors import UserError, printable
 from pretrained import inner_state, mismatches, strip_prefixes
 from safe_files import fetch, save  # noqa: F401  (save is part of what this room offers)
 from safe_files import read_checked as read
+
+run_folder.register_output(r'checkpoint-.*\.pth', proves_run=True)
 
 BEST, BEST_EMA = 'checkpoint-best.pth', 'checkpoint-best-ema.pth'
 UNTOLD = ('nb_classes', 0)  # as the data has them
@@ -28,13 +31,13 @@ MODEL_FLAGS = ('model', 'input_size', 'nb_classes', 'rel_pos_bias', 'abs_pos_emb
 
 # ---- saving
 
-def training_state(args, progress, model, optimizer, scaler, ema=None, classes=(), activation='softmax'):
+def build_checkpoint(args, progress, model, optimizer, scaler, ema=None, classes=(), activation='softmax'):
     """The dict that a checkpoint holds: model, optimizer, epoch, scaler, args, classes, and with an average model_ema.
 
     There is no state of random numbers in it: those of a step follow from seed, step and process (`utils.seed_step`).
 
     Args:
-        progress (Progress): how far the run has come. `epoch` in the file is the last finished one, as in the
+        progress (RunState): how far the run has come. `epoch` in the file is the last finished one, as in the
             reference's; where an epoch is under way, `progress` in the file says how much of it is done.
         classes (sequence of str): the names of the model's outputs.
         activation (str): what makes probabilities of them, softmax or sigmoid.
@@ -56,7 +59,7 @@ def training_state(args, progress, model, optimizer, scaler, ema=None, classes=(
     return content
 
 
-class Progress:
+class RunState:
     """How far a run has come: so many epochs are finished, and so many updates of the next.
 
     Attributes:
@@ -94,7 +97,7 @@ STEP_FILES_KEPT = 2  # of those in mid-epoch, without --keep_checkpoints: the ne
 
 def remove_old(folder, keep):
     """Remove the oldest numbered checkpoints, beyond the `keep` newest of each kind (0: all epochs, 2 in mid-epoch)."""
-    files = numbered(folder)
+    files = list_checkpoints(folder)
     for kind, most in ((0, keep), (1, keep or STEP_FILES_KEPT)):
         of_kind = [path for (_, steps), path in files if bool(steps) == kind]
         for path in of_kind[:-most] if most else []:
@@ -151,7 +154,7 @@ def _inside_lookahead(optimizer):
 
 # ---- which file to resume
 
-def numbered(folder):
+def list_checkpoints(folder):
     """((epochs done, updates done of the next), path) of a folder's checkpoints, oldest first; not the best ones."""
     found = [(_position(path), path) for path in glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth'))]
     return sorted((position, path) for position, path in found if position is not None)
@@ -191,7 +194,7 @@ def candidates(source):
         return [source]
     if not os.path.isdir(source):
         raise UserError('--resume %s: no such file or folder' % printable(source))
-    found = [path for _, path in reversed(numbered(source))]
+    found = [path for _, path in reversed(list_checkpoints(source))]
     found += [os.path.join(source, name) for name in (BEST, BEST_EMA) if os.path.isfile(os.path.join(source, name))]
     if not found:
         raise UserError('--resume %s: the folder holds no checkpoint-<epoch>.pth or %s; give %s' % (
@@ -200,7 +203,7 @@ def candidates(source):
     return found
 
 
-def find(source, prefer_best=False):
+def load_best_or_latest(source, prefer_best=False):
     """(path, content) of the checkpoint to resume: of a folder's the one that got furthest, or to evaluate the best.
 
     Of a folder, a damaged file is passed over, and a line says so. A best checkpoint may be further than the newest
@@ -246,11 +249,11 @@ def _first_whole(paths):
     return None, reasons
 
 
-def lies_in(path, folder):
+def is_inside(path, folder):
     return bool(path and folder) and os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder)
 
 
-def find_together(args, device):
+def load_agreed(args, device):
     """(path, content) of what --resume or --auto_resume name, the same on every process; ('', None) where nothing is.
 
     Where one process's copy of the newest file is damaged or missing, all take the older one that it found. To
@@ -261,7 +264,7 @@ def find_together(args, device):
             and glob.glob(os.path.join(glob.escape(args.output_dir), 'checkpoint-*.pth')):
         source = args.output_dir
     if source:
-        path, content = find(source, prefer_best=args.eval)
+        path, content = load_best_or_latest(source, prefer_best=args.eval)
     mine = _name_and_position(path, content)
     oldest = min(distributed.gather(mine, device), key=lambda word: word[1:])
     if mine != oldest and oldest[0] and os.path.isfile(os.path.join(source, oldest[0])):
@@ -273,7 +276,7 @@ def find_together(args, device):
         raise UserError('--%s: the processes did not find the same checkpoint (this one %s); every machine needs the '
                         'same files there' % ('resume ' + args.resume if args.resume else 'output_dir '
                                               + args.output_dir, path or 'none'))
-    if lies_in(path, args.output_dir) and args.save_ckpt and not args.eval and distributed.is_main_process():
+    if is_inside(path, args.output_dir) and args.save_ckpt and not args.eval and distributed.is_main_process():
         finish_save(path, content)
     return path, content
 
@@ -320,7 +323,7 @@ def load_weights(source, content, model, scaler, ema=None):
         ema.ema.load_state_dict({**ema.ema.state_dict(), **average})
 
 
-def flags_inside(content):
+def saved_args(content):
     """The flags that a checkpoint was trained with, by name; {} where it says none."""
     args = content.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else args
@@ -329,7 +332,7 @@ def flags_inside(content):
 
 def check_same_split(source, content, args):
     """Raise a `UserError` where --val_split takes images for evaluation that the checkpoint was trained on."""
-    theirs = flags_inside(content) if isinstance(content, dict) else {}
+    theirs = saved_args(content) if isinstance(content, dict) else {}
     if not args.val_split or not theirs.get('val_split'):
         return
     for name in ('val_split', 'seed'):
@@ -341,7 +344,7 @@ def check_same_split(source, content, args):
 
 def _trained_with(content, source):
     """' (it was trained with --model …)', if the file says so, and where its run left all flags, if that's there."""
-    args = flags_inside(content)
+    args = saved_args(content)
     flags = ['--%s %s' % (name, args[name]) for name in MODEL_FLAGS if name in args and (name, args[name]) != UNTOLD]
     every = os.path.join(os.path.dirname(source), 'args.yaml')
     if flags and os.path.isfile(every):
@@ -400,13 +403,13 @@ def resume_training(source, content, model, optimizer, scaler, ema=None):
     """Take up a run where a checkpoint left it.
 
     Returns:
-        Progress. A file with weights only gives that of a start: training starts from them.
+        RunState. A file with weights only gives that of a start: training starts from them.
     """
     load_weights(source, content, model, scaler, ema)
     if not isinstance(content.get('optimizer'), dict) or 'epoch' not in content:
         distributed.say('Resumed the weights of %s; it holds no optimizer state, so the schedule starts anew'
                         % printable(source))
-        return Progress()
+        return RunState()
     load_optimizer(source, optimizer, content['optimizer'])
     epoch = content['epoch']
     if not isinstance(epoch, int) or not -1 <= epoch < 2 ** 31:  # the reference's best checkpoint says 'best'
@@ -420,7 +423,7 @@ def resume_training(source, content, model, optimizer, scaler, ema=None):
         meters = [{'meters': {str(name): [int(count), float(total)] for name, (count, total) in each['meters'].items()},
                    'skipped_before': int(each['skipped_before'])}
                   for each in inside.get('meters', ())]
-        progress = Progress(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
+        progress = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
         progress.stale = int(inside.get('stale', 0))
         if progress.steps < 0 or bool(progress.steps) != bool(meters):
             raise ValueError('%d steps do not fit its averages' % progress.steps)
@@ -443,9 +446,9 @@ WITHOUT_EFFECT = {'output_dir', 'log_dir', 'resume', 'auto_resume', 'save_ckpt',
                   'train_csv', 'val_csv', 'results_file', 'real_labels', 'curves', 'report'}
 
 
-def differences(content, args, run):
+def resume_differences(content, args, run):
     """What makes a resumed run compute other numbers than an unbroken one would, in words; [] where nothing does."""
-    theirs = flags_inside(content)
+    theirs = saved_args(content)
     progress = content.get('progress')
     before = progress.get('run') if isinstance(progress, dict) else None
     if not theirs or not isinstance(before, dict):

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 import backend
 import distributed
 import precision
+import run_folder
 import utils
 import watchdog
 from errors import UserError
-from pilot import Pilot, Update
+from pilot import StepMonitor, StepState
+
+run_folder.register_output('prof')
 
 SKIPS_IN_A_ROW = 20
 UNREAD_UPDATES = 10  # the most whose outcome may wait on the device
@@ -21,7 +24,7 @@ UNREAD_UPDATES = 10  # the most whose outcome may wait on the device
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler=None, max_norm=None,
                     model_ema=None, mixup_fn=None, log_writer=None, start_steps=0, lr_schedule_values=None,
                     wd_schedule_values=None, num_training_steps_per_epoch=None, update_freq=1, throughput=None,
-                    seed=None, first_step=0, state=None, pilot=None):
+                    seed=None, first_step=0, state=None, monitor=None):
     """Train for one epoch, or for the rest of one.
 
     Args:
@@ -34,8 +37,8 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         update_freq (int): micro-steps per update, the loss divided among them.
         seed (int): seed every update's random numbers from this (`utils.seed_step`); None leaves them alone.
         first_step (int): updates of the epoch that were done before; `data_loader` begins behind them.
-        state (dict): the averages up to there, as `pilot` was given them.
-        pilot (pilot.Pilot): what becomes of signals, saves in mid-epoch, unreadable images and non-finite losses.
+        state (dict): the averages up to there, as `monitor` was given them.
+        monitor (pilot.StepMonitor): handles signals, saves in mid-epoch, unreadable images and non-finite losses.
 
     Returns:
         dict of the epoch's averages over all processes: loss, class_acc (a share; without mixup, and with one
@@ -46,7 +49,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         preemption.Stopped: a signal came, and what was reached is saved.
     """
     model.train()
-    pilot = pilot or Pilot()
+    monitor = monitor or StepMonitor()
     scaler = loss_scaler if loss_scaler is not None else precision.StepScaler()
     meters = utils.MetricLogger()
     for name in ('lr', 'min_lr'):
@@ -73,7 +76,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         update_step = start_steps + micro_step // update_freq
         is_update = (micro_step + 1) % update_freq == 0
         if micro_step % update_freq == 0:
-            update = Update(update_step)
+            update = StepState(update_step)
             if seed is not None:
                 utils.seed_step(seed, update_step)
         set_schedules(optimizer, update_step, lr_schedule_values, wd_schedule_values)
@@ -86,7 +89,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         loss = criterion(output, labels) if len(mixed) else output.sum() * 0.  # no image could be read: stay in step
         update.add(batch, output, loss)
         if is_update:
-            pilot.vote(update, device)
+            monitor.begin_sync(update, device)
         update.grad_norm = scaler(loss / update_freq, optimizer, model.parameters(), max_norm, is_update, create_graph)
 
         has_classes = len(images) and targets.dim() == 1 and not mixup_fn
@@ -94,7 +97,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         update.values = dict(rates(optimizer), loss=loss.detach(), grad_norm=update.grad_norm, loss_scale=scaler.scale,
                              class_acc=class_acc)
         meters.update(**update.values)
-        line_is_due = line_is_due or utils.is_line(micro_step, micro_steps)
+        line_is_due = line_is_due or utils.should_log(micro_step, micro_steps)
         if not is_update:
             continue
         optimizer.zero_grad()
@@ -102,23 +105,23 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         if model_ema is not None:
             model_ema.update(scaler.full_precision_state(model), update.skipped)
         unread.append(update)
-        must_read = pilot.hear(update, device) or line_is_due
+        must_read = monitor.finish_sync(update, device) or line_is_due
         if must_read or backend.reads_freely(device) or update.skipped is True or len(unread) >= UNREAD_UPDATES:
-            settle(unread, scaler, pilot, log_writer, device)
+            settle(unread, scaler, monitor, log_writer, device)
             unread, line_is_due = [], False
-        pilot.between_updates(update, epoch, micro_step // update_freq + 1,
+        monitor.after_step(update, epoch, micro_step // update_freq + 1,
                               lambda: dict(meters=meters.state(), skipped_before=skipped_before), device)
 
-    pilot.epoch_is_trained(dict(meters=meters.state(), skipped_before=skipped_before))
+    monitor.on_epoch_end(dict(meters=meters.state(), skipped_before=skipped_before))
     meters.synchronize_between_processes(device)
     stats = meters.averages()
     distributed.say('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()), detail=True)
     return dict(stats, skipped_steps=scaler.skipped - skipped_before)
 
 
-def settle(updates, scaler, pilot, log_writer, device):
+def settle(updates, scaler, monitor, log_writer, device):
     """Read from the device what became of these updates, in one copy, and report those that were skipped."""
-    numbers = iter(utils.read_numbers([number for update in updates for number in (update.grad_norm, update.skipped)]))
+    numbers = iter(utils.to_floats([number for update in updates for number in (update.grad_norm, update.skipped)]))
     for update in updates:
         left_on_device = torch.is_tensor(update.skipped)
         update.grad_norm, update.skipped = next(numbers), bool(next(numbers))
@@ -127,10 +130,10 @@ def settle(updates, scaler, pilot, log_writer, device):
         if log_writer is not None:
             log_update(log_writer, update)
         if update.skipped:
-            pilot.skipped(update, scaler, device)
+            monitor.skipped(update, scaler, device)
             report_skip(scaler, update.step)
         else:
-            pilot.norms.append(update.grad_norm)
+            monitor.norms.append(update.grad_norm)
 
 
 def set_schedules(optimizer, update_step, lr_values=None, wd_values=None):
@@ -163,7 +166,7 @@ def report_skip(scaler, update_step):
 def log_update(log_writer, update):
     """The scalars of an update's last micro-step to TensorBoard, those that are finite."""
     names = [name for name, value in update.values.items() if value is not None]
-    values = zip(names, utils.read_numbers([update.values[name] for name in names]))
+    values = zip(names, utils.to_floats([update.values[name] for name in names]))
     values = {name: value for name, value in values if math.isfinite(value)}
     for head, scalars in (('loss', ('loss', 'class_acc')),
                           ('opt', ('loss_scale', 'lr', 'min_lr', 'weight_decay', 'grad_norm'))):
@@ -210,7 +213,7 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
         output = model(fill_up(images, data_loader))[:len(images)].float()
         losses, top = losses_and_hits(output, targets)
         for score in scores:
-            score.add(batch, output)
+            score.update(batch, output)
         correct += torch.stack((top[:, 0].sum(), top.sum(), top.new_ones(len(top), dtype=torch.int64).sum()))
         all_losses.append(losses)
         acc1 = 100 * top[:, 0].float().mean() if targets.dim() == 1 else None
@@ -230,7 +233,7 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
     stats = {'acc1': 100. * acc1 / images, 'acc5': 100. * acc5 / images, 'loss': loss, 'images': images,
              'unreadable': unreadable}
     for score in scores:
-        stats.update(score.result(sharded and distributed.world_size() > 1, device))
+        stats.update(score.compute(sharded and distributed.world_size() > 1, device))
     if 'mAP' in stats:
         del stats['acc1'], stats['acc5']
     distributed.say(('* mAP {mAP:.3f} loss {loss:.3f}' if 'mAP' in stats else

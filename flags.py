@@ -19,7 +19,7 @@ import modeling_finetune
 import optim_factory
 import pretrained
 import scores
-import utils
+import run_folder
 from errors import UserError, nearest, printable, unknown
 
 
@@ -455,7 +455,7 @@ def check_args(args, local_rank=0, processes=1):
         check_unfreezing(args)
     if args.results_file:
         scores.check_results_file(args.results_file)
-        utils.check_writable('--results_file', os.path.dirname(args.results_file))
+        run_folder.check_writable('--results_file', os.path.dirname(args.results_file))
     if args.real_labels and not os.path.isfile(args.real_labels):
         raise UserError('--real_labels %s: no such file' % args.real_labels)
     if args.class_weights and not args.eval:
@@ -469,4 +469,4 @@ def check_args(args, local_rank=0, processes=1):
     if args.log_dir and importlib.util.find_spec('tensorboardX') is None:
         raise UserError('--log_dir %s needs tensorboardX; run: pip install tensorboardX' % args.log_dir)
     for flag, folder in (('--output_dir', args.output_dir), ('--log_dir', args.log_dir)):
-        utils.check_writable(flag, folder)
+        run_folder.check_writable(flag, folder)

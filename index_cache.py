@@ -28,6 +28,7 @@ import zlib
 import numpy as np
 
 import distributed
+import run_folder
 import safe_files
 from errors import UserError, printable
 from image_files import EXTENSIONS, ImageList, Tree, check_link, open_file, scan_classes, stamp
@@ -36,6 +37,7 @@ MAGIC = b'BEiT index 1'  # another number whenever the format changes, or what `
 MAX_BYTES = 1 << 32
 RACY_NS = 2 * 10 ** 9  # the ticks of a file system's clock are this long, at most
 ABANDONED_SECONDS = 3600
+run_folder.register_output(r'\.beit-index-\w+', is_moved=False)
 
 
 class Index:

@@ -11,14 +11,17 @@ import checkpoint
 import datasets
 import distributed
 import preemption
+import run_folder
 import watchdog
 from errors import UserError
 from safe_files import write_bytes
 
+run_folder.register_output(r'nonfinite\.txt')
+
 NORMS_KEPT = 10  # gradient norms that a report of what is not finite shows
 
 
-class Update:
+class StepState:
     """An update under way, and what is known of it. What the device knows stays there until somebody has to read it.
 
     Attributes:
@@ -47,7 +50,7 @@ class Update:
         """The sum of the micro-steps' losses on this process, read from the device."""
         return float(torch.stack(self.losses).sum())
 
-    def suspects(self):
+    def nonfinite_indices(self):
         """Positions of the images whose outputs are not finite; of all, where every output is finite."""
         found = []
         for indices, output in zip(self.indices, self.outputs):
@@ -56,7 +59,7 @@ class Update:
         return found or [index for indices in self.indices for index in indices.tolist()]
 
 
-class Pilot:
+class StepMonitor:
     """Decides, with all processes, what becomes of an update; this one stops at the first non-finite loss.
 
     `run_class_finetuning.py` gives one that saves, too. Every process calls each method at the same place.
@@ -68,17 +71,17 @@ class Pilot:
         self.norms = collections.deque(maxlen=NORMS_KEPT)  # of the last updates' gradients
         self.answers = None
 
-    def wishes(self, update_step):
+    def local_requests(self, update_step):
         """(signal that asks to stop or 0, whether to save after this update), of this process."""
         return 0, False
 
-    def vote(self, update, device):
+    def begin_sync(self, update, device):
         """Before the step: tell the other processes what this one wishes; the answers come while the step runs."""
         watchdog.wait()
-        stop, save = self.wishes(update.step)
+        stop, save = self.local_requests(update.step)
         self.answers = distributed.ask([stop, save, len(update.unreadable)], device)
 
-    def hear(self, update, device):
+    def finish_sync(self, update, device):
         """After the step: what all processes wish, into `update`; gives whether this update is the last before a save.
         """
         votes = self.answers()
@@ -101,18 +104,18 @@ class Pilot:
         guilty = [not math.isfinite(loss) for loss in losses]
         if not any(guilty) and scaler.overflows:
             return
-        names = distributed.gather(self.name_images(update.suspects())
+        names = distributed.gather(self.name_images(update.nonfinite_indices())
                                    if not any(guilty) or not math.isfinite(update.loss) else [], device)
         what = 'the loss is %s' % losses[guilty.index(True)] if any(guilty) else (
             'the gradients are not finite (their norm is %s, the loss %.4f)' % (update.grad_norm, update.loss))
-        self.tell('%s at update step %d' % (what, update.step), guilty, names, update.step, scaler.scale)
+        self.report_nonfinite('%s at update step %d' % (what, update.step), guilty, names, update.step, scaler.scale)
 
-    def tell(self, what, guilty, names, update_step, scale):
+    def report_nonfinite(self, what, guilty, names, update_step, scale):
         """Report, and stop unless such updates are to be skipped."""
         images = [name for each in names for name in each]
         shown = ', '.join(images[:3]) + (' and %d more' % (len(images) - 3) if len(images) > 3 else '')
         norms = ' '.join('%.4g' % norm for norm in self.norms) or 'none yet'
-        place = self.keep(dict(update_step=update_step, what=what, loss_scale=scale, images=images,
+        place = self.write_report(dict(update_step=update_step, what=what, loss_scale=scale, images=images,
                                norms=[repr(norm) for norm in self.norms]))
         text = '%s; loss scale %g; norms of the gradients before: %s%s' % (
             what, scale, norms, '; images: %s%s' % (shown, place) if images else '')
@@ -122,28 +125,28 @@ class Pilot:
         raise UserError(text + '; lower --lr, set --clip_grad, look at the images, or --on_nonfinite skip',
                         rank=guilty.index(True) if any(guilty) and distributed.world_size() > 1 else None)
 
-    def keep(self, record):
+    def write_report(self, record):
         """Write a report down; gives ' (all in …)', or ''."""
         return ''
 
-    def between_updates(self, update, epoch, steps, state, device):
+    def after_step(self, update, epoch, steps, state, device):
         """After the step: save or stop, where `update` says so. `steps` of the epoch are done; `state()` gives what a
         resumed epoch needs."""
 
-    def epoch_is_trained(self, state):
+    def on_epoch_end(self, state):
         """All updates of the epoch are done."""
 
 
-class RunPilot(Pilot):
+class CheckpointMonitor(StepMonitor):
     """The pilot of a whole run: saves in mid-epoch, and before it stops for a signal; writes reports to output_dir.
 
     Args:
         args: the program's flags.
         signals (preemption.Signals): where the wish to stop comes from.
-        progress (checkpoint.Progress): where the run begins; kept up to date.
+        progress (checkpoint.RunState): where the run begins; kept up to date.
         bad_images (bad_images.BadImages): takes the files that can't be read.
         train_set: the training set.
-        parts (dict): model, optimizer, scaler and ema, as `checkpoint.training_state` takes them.
+        parts (dict): model, optimizer, scaler and ema, as `checkpoint.build_checkpoint` takes them.
     """
 
     def __init__(self, args, signals, progress, bad_images, train_set, parts):
@@ -155,7 +158,7 @@ class RunPilot(Pilot):
         self.timer = checkpoint.SaveTimer(args.save_ckpt_steps, args.save_ckpt_minutes)
         self.state = None
 
-    def wishes(self, update_step):
+    def local_requests(self, update_step):
         return self.signals.wish, self.saves and self.timer.due(update_step)
 
     def unreadable(self, pairs):
@@ -164,7 +167,7 @@ class RunPilot(Pilot):
     def name_images(self, indices):
         return [datasets.image_name(self.train_set, index) for index in indices]
 
-    def keep(self, record):
+    def write_report(self, record):
         if not self.args.output_dir:
             return ''
         path = os.path.join(self.args.output_dir, 'nonfinite.txt')
@@ -176,13 +179,13 @@ class RunPilot(Pilot):
             write_bytes(path, earlier + json.dumps(record).encode() + b'\n')
         return ' (all in %s)' % path
 
-    def between_updates(self, update, epoch, steps, state, device):
+    def after_step(self, update, epoch, steps, state, device):
         if update.stop or update.save:
             self.save(epoch, steps, state(), device)
         if update.stop:
             self.stop(update.stop, epoch, steps)
 
-    def epoch_is_trained(self, state):
+    def on_epoch_end(self, state):
         self.state = state
 
     def save(self, epoch, steps, state, device):
@@ -193,7 +196,7 @@ class RunPilot(Pilot):
         watchdog.enter('saving a checkpoint')
         self.progress.meters = distributed.gather(state, device)
         if distributed.is_main_process():
-            content = checkpoint.training_state(self.args, self.progress, **self.parts)
+            content = checkpoint.build_checkpoint(self.args, self.progress, **self.parts)
             checkpoint.save(os.path.join(self.args.output_dir, self.progress.file_name()), content)
             checkpoint.remove_old(self.args.output_dir, self.args.keep_checkpoints)
         watchdog.wait()
@@ -207,7 +210,7 @@ class RunPilot(Pilot):
             return
         watchdog.enter('saving a checkpoint')
         if distributed.is_main_process():
-            content = checkpoint.training_state(self.args, self.progress, **self.parts)
+            content = checkpoint.build_checkpoint(self.args, self.progress, **self.parts)
             for name in self.progress.files:
                 checkpoint.save(os.path.join(self.args.output_dir, name), content)
             checkpoint.remove_old(self.args.output_dir, self.args.keep_checkpoints)

@@ -28,14 +28,15 @@ class Predictions:
 
     Attributes, once finished:
         counts (Counter): {(true class, predicted class): images}.
-        worst, best (list of Prediction): wrong ones by falling loss, right ones by falling probability; `KEPT` at most.
+        hardest, most_confident (list of Prediction): wrong ones by falling loss, right ones by falling probability;
+            `KEPT` at most.
     """
 
     def __init__(self, nb_classes):
         self.nb_classes, self._batches = nb_classes, []
-        self.counts, self.worst, self.best = collections.Counter(), [], []
+        self.counts, self.hardest, self.most_confident = collections.Counter(), [], []
 
-    def add(self, batch, output):
+    def update(self, batch, output):
         """Take a `datasets.Batch` and what the network gave for it, float32 (B, classes)."""
         targets = batch[1].to(output.device)
         if targets.dim() != 1:  # several classes an image: no confusion of one with another
@@ -44,7 +45,7 @@ class Predictions:
         losses = F.cross_entropy(output, targets, reduction='none')
         self._batches.append((batch[2], targets, predicted, probability, losses))
 
-    def result(self, sharded, device):
+    def compute(self, sharded, device):
         """Sort and count; {}, for it adds no figure. Where the set is shared out, every process calls this, and all get
         the whole.
 
@@ -58,7 +59,7 @@ class Predictions:
         for pairs, _, _ in parts:
             for code, count in pairs:
                 self.counts[divmod(code, self.nb_classes)] += count
-        self.worst, self.best = ([Prediction(*each) for each in kept] for kept in (
+        self.hardest, self.most_confident = ([Prediction(*each) for each in kept] for kept in (
             sorted((each for part in parts for each in part[1]), key=_mistaken)[:KEPT],
             sorted((each for part in parts for each in part[2]), key=_unsure)[:KEPT]))
         return {}
@@ -103,7 +104,7 @@ def _unsure(each):
 
 
 def _sort(indices, targets, predicted, probability, losses, nb_classes):
-    """([code of (true, predicted), images], worst, best) of one process's images, as JSON can hold them."""
+    """([code of (true, predicted), images], hardest, most_confident) of one process's images, as JSON can hold them."""
     codes, counts = np.unique(targets.astype(np.int64) * nb_classes + predicted, return_counts=True)
 
     def chosen(rows, order):

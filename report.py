@@ -14,10 +14,13 @@ import datasets
 import distributed
 import report_page
 import run_files
+import run_folder
 from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError, one_line, printable
 from predictions import Predictions
 from safe_files import write_bytes
+
+run_folder.register_output(r'(eval-)?report\.html')
 
 SAMPLES = 16  # augmented training images that are shown
 MARKER = '#010203'  # what matplotlib writes for the text's colour, which is the page's own
@@ -43,7 +46,7 @@ class Report:
         if (self.args.report or writer is not None) and distributed.is_main_process():
             self.samples = augmented_samples(self.args, self.train_set, self.classes)
         if writer is not None and self.samples:
-            writer.image('images/training', 0, sheet([pixels for pixels, _ in self.samples]))
+            writer.image('images/training', 0, image_grid([pixels for pixels, _ in self.samples]))
 
     def predictions(self):
         """What the next evaluation is to fill, or None where nobody wants to know."""
@@ -78,7 +81,7 @@ class Report:
     def of_weights(self, source):
         """After an evaluation of the weights in a file; where they lie in output_dir, its curves are shown too."""
         self.kept, self.evaluated = self.newest, 'Of the weights in %s.' % printable(source)
-        self.has_log = checkpoint.lies_in(source, self.args.output_dir)
+        self.has_log = checkpoint.is_inside(source, self.args.output_dir)
 
     def finish(self, figures):
         """At the end: all files.
@@ -101,7 +104,7 @@ class Report:
 
     def write_page(self, figures):
         path = os.path.join(self.args.output_dir, self.page)
-        log = run_files.read_log(self.args.output_dir) if self.has_log else []
+        log = run_folder.read_log(self.args.output_dir) if self.has_log else []
         plots, hint = svg_plots(log)
         found = self.kept
         classes = [str(name) for name in self.classes]
@@ -110,11 +113,12 @@ class Report:
             subtitle='%s on %s, %s. Finished %s.' % (
                 'Evaluated' if self.prefix else 'Trained', self.about['device_name'], self.about['precision'],
                 figures['finished'][:16].replace('T', ' ')),
-            tiles=tiles(figures, self.about), hint=hint, classes=classes, evaluated=self.evaluated or
+            tiles=summary_tiles(figures, self.about), hint=hint, classes=classes, evaluated=self.evaluated or
             'Nothing was evaluated, so there are no accuracies and confusions.',
             per_class=found and found.per_class(), confused=found.most_confused() if found else [],
             matrix=found.matrix() if found and len(classes) <= report_page.HEAT_MAP_UP_TO else None,
-            worst=self.look_up(found.worst) if found else [], best=self.look_up(found.best) if found else [],
+            hardest=self.look_up(found.hardest) if found else [],
+            most_confident=self.look_up(found.most_confident) if found else [],
             samples=self.samples, flags=[(name, text_of(value)) for name, value in sorted(vars(self.args).items())],
             versions=[(name + ' version', text_of(value)) for name, value in run_files.versions().items()]))
         write_bytes(path, page.encode('utf-8', 'backslashreplace'))
@@ -136,7 +140,7 @@ def text_of(value):
     return '-' if value is None or value == '' else 'on' if value is True else 'off' if value is False else str(value)
 
 
-def tiles(figures, about):
+def summary_tiles(figures, about):
     """(name, text) of the figures that people look for first; those that there are."""
     seconds = int(figures.get('duration_seconds') or 0)
     of_run = 'epochs' in figures
@@ -200,7 +204,7 @@ def caption(classes, target, shares, smoothing):
         if len(top) > 1 else str(classes[top[0] if top else target])
 
 
-def sheet(pictures, columns=4):
+def image_grid(pictures, columns=4):
     """One picture of several, uint8 (H, W, 3), in rows, with a thin gap."""
     side, gap = pictures[0].shape[0], 2
     rows = -(-len(pictures) // columns)

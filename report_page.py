@@ -121,8 +121,8 @@ def render(data):
     Args:
         data (dict): title, subtitle; tiles, flags: (name, text) pairs; plots: SVG texts; classes: names; per_class:
             (right, images) or None; matrix: int (classes, classes) or None; confused: (true, predicted, count);
-            evaluated: which weights; worst, best: (pixels, `Prediction`, path); samples: (pixels, caption); hint.
-            Pixels are uint8 (H, W, 3).
+            evaluated: which weights; hardest, most_confident: (pixels, `Prediction`, path); samples: (pixels, caption);
+            hint. Pixels are uint8 (H, W, 3).
     """
     sections = [_plots(data)]
     if data['per_class'] is not None:
@@ -215,23 +215,23 @@ def _heat_map(matrix, classes):
 # ---- images
 
 def _wrong(data):
-    if not data['worst']:
+    if not data['hardest']:
         return ''
     return _images('Most mistaken', 'Wrong ones with the highest loss, as the model saw them.', [
         (pixels, '%s taken for %s' % (data['classes'][each.true], data['classes'][each.predicted]),
          'taken for <span class="wrong">%s</span> (%s)<br>is %s (%s)<br>%s' % (
              escape(data['classes'][each.predicted]), percent(each.probability), escape(data['classes'][each.true]),
              percent(math.exp(-each.loss) if math.isfinite(each.loss) else math.nan), _path(path)))
-        for pixels, each, path in data['worst']])
+        for pixels, each, path in data['hardest']])
 
 
 def _right(data):
-    if not data['best']:
+    if not data['most_confident']:
         return _section('Surest', 'No image was taken for what it is.', '')
     return _images('Surest', 'Right ones with the highest probability.', [
         (pixels, data['classes'][each.true], '<span class="right">%s</span> (%s)<br>%s' % (
             escape(data['classes'][each.true]), percent(each.probability), _path(path)))
-        for pixels, each, path in data['best']])
+        for pixels, each, path in data['most_confident']])
 
 
 def _samples(data):

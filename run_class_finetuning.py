@@ -36,6 +36,7 @@ import preemption
 import pretrained
 import progress as watching
 import run_files
+import run_folder
 import scores
 import splits
 import utils
@@ -44,17 +45,17 @@ from criteria import build_criterion
 from errors import UserError, printable
 from flags import build_parser, check_args
 from networks import build_model
-from pilot import RunPilot
+from pilot import CheckpointMonitor
 from report import Report
 
 
 PROGRAM = 'run_class_finetuning.py'
-DRAWS = 2  # another number whenever the same seed gives a run other random numbers than before
+RNG_VERSION = 2  # another number whenever the same seed gives a run other random numbers than before
 
 
 # ---- steps of main
 
-def choose_speed(args, model, device):
+def configure_speed(args, model, device):
     """What the flags say of how the model computes, where what it computes stays the same."""
     model.set_grad_checkpointing(args.grad_checkpointing)
     for block in model.blocks:
@@ -64,7 +65,7 @@ def choose_speed(args, model, device):
         backend.compile_in_place(model)
 
 
-def freeze_as_due(args, model, epoch):
+def update_freezing(args, model, epoch):
     """Freeze or unfreeze the backbone as --freeze_backbone has it in this epoch; gives whether that changed.
 
     The optimizer holds all parameters all along: those without a gradient it leaves alone, so a checkpoint has the same
@@ -75,7 +76,7 @@ def freeze_as_due(args, model, epoch):
         return False
     model.freeze_backbone(freeze)
     distributed.say('%s, %d of %d parameters' % (
-        'Training the head alone' if freeze else 'Training the whole model', parameters(model),
+        'Training the head alone' if freeze else 'Training the whole model', count_parameters(model),
         sum(parameter.numel() for parameter in model.parameters())))
     return True
 
@@ -87,7 +88,7 @@ def distribute(model, device):
 
 def unfreeze_when_due(args, training, epoch):
     """Before an epoch: where the backbone begins to train, all that hangs on what trains is made anew."""
-    if freeze_as_due(args, backend.unwrap(training['model']), epoch) and distributed.world_size() > 1:
+    if update_freezing(args, backend.unwrap(training['model']), epoch) and distributed.world_size() > 1:
         model = training.pop('model').module
         gc.collect()  # with the old DistributedDataParallel its hooks go
         training['model'] = distribute(model, training['device'])
@@ -142,7 +143,7 @@ def evaluate_all(args, loader, model, ema, device, dtype, throughput, unreadable
     sharded = args.dist_eval and distributed.world_size() > 1
 
     def evaluate(name, network, throughput=None, predictions=None):
-        wanted = scores.scores_for(args, loader.dataset.dataset) + ([predictions] if predictions is not None else [])
+        wanted = scores.build_metrics(args, loader.dataset.dataset) + ([predictions] if predictions is not None else [])
         stats = engine.evaluate(loader, engine.WithMirrorImage(network) if args.test_flip else network, device, sharded,
                                 throughput, wish, wanted)
         if stats is not None:
@@ -150,7 +151,7 @@ def evaluate_all(args, loader, model, ema, device, dtype, throughput, unreadable
             if left_out:
                 unreadable.report(stats['unreadable'], len(loader.dataset), 'validation')
             del stats['unreadable']
-            figure = scores.best_by(stats)
+            figure = scores.primary_metric(stats)
             distributed.say('%s of the %s on the %d test images: %.3f%%%s' % (
                 'Accuracy' if figure == 'acc1' else figure, name, stats['images'], stats[figure],
                 ' (%d more could not be read and are not counted)' % left_out if left_out else ''),
@@ -170,17 +171,17 @@ def evaluate_all(args, loader, model, ema, device, dtype, throughput, unreadable
 
 
 def resume(args, model, optimizer, scaler, ema, device, run):
-    """(checkpoint that was taken up or '', checkpoint.Progress), alike on every process.
+    """(checkpoint that was taken up or '', checkpoint.RunState), alike on every process.
 
     Args:
         run (dict): what the data order of this run hangs on, compared with that of the checkpoint.
     """
-    source, content = checkpoint.find_together(args, device)
+    source, content = checkpoint.load_agreed(args, device)
     if content is None:
-        return source, checkpoint.Progress(args.start_epoch, run=run)
+        return source, checkpoint.RunState(args.start_epoch, run=run)
     checkpoint.check_same_split(source, content, args)
     progress = checkpoint.resume_training(source, content, model, optimizer, scaler, ema)
-    changes = checkpoint.differences(content, args, run)
+    changes = checkpoint.resume_differences(content, args, run)
     if progress.steps and progress.run.get('total_batch') != run['total_batch']:
         raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; make '
                         '--batch_size x --update_freq x processes the same, or resume the checkpoint of a whole epoch'
@@ -218,7 +219,7 @@ def known_classes(args, device):
     """The class names in the checkpoint to evaluate, where no folder and no --train_csv tells them; or None."""
     if not (args.eval and args.val_csv and args.resume) or args.train_csv:
         return None
-    content = checkpoint.find_together(args, device)[1]
+    content = checkpoint.load_agreed(args, device)[1]
     names = content.get('classes') if isinstance(content, dict) else None
     return names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None
 
@@ -262,24 +263,25 @@ def main(args, signals):
     about_attention = attention.choose_attention(
         backend.unwrap(model), device, 'plain' if args.deterministic and args.attention == 'auto' else args.attention,
         dtype, args.batch_size)
-    choose_speed(args, backend.unwrap(model), device)
+    configure_speed(args, backend.unwrap(model), device)
     about = (args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch)
 
-    environment = run_files.environment(args, device, scaler, parameters(model), classes, train_set, val_set)
+    environment = run_files.environment(args, device, scaler, count_parameters(model), classes, train_set, val_set)
     if args.eval:
         describe(*about)
         report = Report(args, environment, classes, None, val_set, prefix='eval-')
         evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report)
         return
-    run = dict(processes=distributed.world_size(), images=len(train_set), device=device.type, random_numbers=DRAWS,
+    run = dict(processes=distributed.world_size(), images=len(train_set), device=device.type,
+               random_numbers=RNG_VERSION,
                total_batch=args.batch_size * args.update_freq * distributed.world_size(),
                **({} if weights is None else {'class_weights': criteria.fingerprint(weights)}))
     source, progress = resume(args, model, optimizer, scaler, ema, device, run)
     describe(*about, source)
-    goes_on = source and checkpoint.lies_in(source, args.output_dir)
-    utils.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
+    goes_on = source and checkpoint.is_inside(source, args.output_dir)
+    run_folder.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
     index_cache.write_late(train_set, val_set)
-    freeze_as_due(args, backend.unwrap(model), progress.epoch)
+    update_freezing(args, backend.unwrap(model), progress.epoch)
 
     mixup = augmentation.build_mixup(args, len(classes))
     multi_label = splits.is_multi_label(datasets.labelled(train_set))
@@ -292,12 +294,12 @@ def main(args, signals):
     if args.prof or args.cann_prof:
         engine.profile(os.path.join(args.output_dir or '.', 'prof'), cann=args.cann_prof, **training)
         return
-    pilot = RunPilot(args, signals, progress, bad_images.BadImages(args.output_dir, args.max_bad_images), train_set,
-                     dict(model=model, optimizer=optimizer, scaler=scaler, ema=ema, classes=classes,
+    monitor = CheckpointMonitor(args, signals, progress, bad_images.BadImages(args.output_dir, args.max_bad_images),
+                                train_set, dict(model=model, optimizer=optimizer, scaler=scaler, ema=ema, classes=classes,
                           activation=criteria.activation(args, multi_label)))
     report = Report(args, environment, classes, train_set, val_set)
     with signals.finishing():
-        fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report)
+        train(args, training, val_loader, monitor, steps_per_epoch, dtype, report)
 
 
 def describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch, source=''):
@@ -313,7 +315,7 @@ def describe(args, device, scaler, about_attention, model, train_set, val_set, c
         ('Precision', scaler.description),
         ('Attention', about_attention),
         ('Model', '%s, %.2f M parameters, %d classes, input %dx%d' % (
-            args.model, parameters(model) / 1e6, len(classes), args.input_size, args.input_size)),
+            args.model, count_parameters(model) / 1e6, len(classes), args.input_size, args.input_size)),
         ('Classes', shorten_names(classes) + (' (one only: there is nothing to tell apart)' * (len(classes) == 1))),
         ('Data', '%s training and %s validation images' % tuple('no' if part is None else len(part)
                                                                 for part in (train_set, val_set)))]
@@ -334,14 +336,14 @@ def shorten_names(names, most=6):
     return ', '.join(shown) + (', … and %d more' % (len(names) - most) if len(names) > most else '')
 
 
-def parameters(model):
+def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report):
     started, source, epoch = time.time(), args.finetune, 0
     if args.resume:
-        source, content = checkpoint.find_together(args, device)
+        source, content = checkpoint.load_agreed(args, device)
         distributed.say('Evaluating %s' % printable(source))
         checkpoint.check_same_split(source, content, args)
         checkpoint.load_weights(source, content, model, scaler, ema)
@@ -374,7 +376,7 @@ def results_row(args, source, weights, model, stats):
     prepared = augmentation.preprocessing(args)
     about = {'model': args.model, 'checkpoint': printable(source), 'weights': weights}
     about.update((name, value) for name, value in stats.items() if name != 'classes')
-    about.update(param_count=parameters(model), img_size=args.input_size, crop_pct=prepared['crop_pct'],
+    about.update(param_count=count_parameters(model), img_size=args.input_size, crop_pct=prepared['crop_pct'],
                  interpolation=prepared['interpolation'], test_flip=args.test_flip)
     return dict(about, classes=stats['classes']) if 'classes' in stats else about
 
@@ -387,38 +389,38 @@ def figures(throughput, seconds, accuracy, loss, ema_accuracy, **more):
                 ema_accuracy=ema_accuracy, loss=loss, duration_seconds=round(seconds, 3))
 
 
-def fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report):
-    """Train on from `pilot.progress`; evaluate, log and save after each epoch.
+def train(args, training, val_loader, monitor, steps_per_epoch, dtype, report):
+    """Train on from `monitor.progress`; evaluate, log and save after each epoch.
 
     The line in log.txt comes before the checkpoint: where a kill falls between them, the resumed run writes it again.
     """
     device, ema, throughput, started = training['device'], training['model_ema'], utils.Throughput(), time.time()
     writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and distributed.is_main_process() else None
     step_limit = min(args.maxstep or args.epochs * steps_per_epoch, args.epochs * steps_per_epoch)
-    progress, best, train_stats, first = pilot.progress, dict(pilot.progress.best), {}, pilot.progress.epoch
+    progress, best, train_stats, first = monitor.progress, dict(monitor.progress.best), {}, monitor.progress.epoch
     epochs = first  # that something was done of
     report.begin(writer)
     for epoch in range(first, args.epochs):
         steps = min(steps_per_epoch, step_limit - epoch * steps_per_epoch)
-        if steps <= 0 or is_stale(args, progress, device):
+        if steps <= 0 or should_stop_early(args, progress, device):
             break
         unfreeze_when_due(args, training, epoch)
         training['data_loader'].sampler.set_epoch(epoch, progress.steps * args.update_freq * args.batch_size)
         begun = time.time()
         train_stats = engine.train_one_epoch(
             epoch=epoch, log_writer=writer, start_steps=epoch * steps_per_epoch, first_step=progress.steps,
-            num_training_steps_per_epoch=steps, throughput=throughput, pilot=pilot,
+            num_training_steps_per_epoch=steps, throughput=throughput, monitor=monitor,
             state=progress.meters_of(distributed.rank(), distributed.world_size()), **training)
         epochs = epoch + 1
         is_last = epoch * steps_per_epoch + steps >= step_limit
         is_due = (epoch + 1) % args.val_interval == 0
         evaluates = val_loader is not None and (is_due or is_last)
         test_stats, ema_stats = (None, None) if not evaluates else evaluate_all(
-            args, val_loader, training['model'], ema, device, dtype, None, pilot.bad_images,
-            lambda: pilot.signals.wish, report.predictions())
+            args, val_loader, training['model'], ema, device, dtype, None, monitor.bad_images,
+            lambda: monitor.signals.wish, report.predictions())
         if evaluates and test_stats is None:
-            pilot.stop_after(epoch, steps, device)
-        improved = note_best(best, test_stats, ema_stats)
+            monitor.stop_after(epoch, steps, device)
+        improved = update_best(best, test_stats, ema_stats)
         counts = evaluates and is_due and steps == steps_per_epoch  # an unbroken run has it too
         progress.stale = 0 if improved else progress.stale + counts
         record(args, writer, epoch, training['model'], train_stats, test_stats, ema_stats)
@@ -427,18 +429,18 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report):
         report.after_epoch(writer, epoch, checkpoint.BEST in improved)
         if steps < steps_per_epoch:  # --maxstep, in mid-epoch
             progress.best = dict(best)  # or a run that goes on would put worse weights in the best's place
-            pilot.save(epoch, steps, pilot.state, device)
-            pilot.save_epoch(improved, numbered=False)
+            monitor.save(epoch, steps, monitor.state, device)
+            monitor.save_epoch(improved, numbered=False)
             break
         progress.epoch, progress.steps, progress.meters, progress.best = epoch + 1, 0, [], dict(best)
-        is_last = is_last or is_stale(args, progress, device)
-        pilot.save_epoch(improved, numbered=is_last or (epoch + 1) % args.save_ckpt_freq == 0)
+        is_last = is_last or should_stop_early(args, progress, device)
+        monitor.save_epoch(improved, numbered=is_last or (epoch + 1) % args.save_ckpt_freq == 0)
     if writer is not None:
         writer.close()
     if throughput.steps:
-        distributed.say('Speed: %s' % throughput.limit())
+        distributed.say('Speed: %s' % throughput.bottleneck())
     distributed.say('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
-    if is_stale(args, progress, device):
+    if should_stop_early(args, progress, device):
         distributed.say('Stopped early: no new best in %d evaluation%s (--early_stop %d)'
                         % (progress.stale, 's' if progress.stale > 1 else '', args.early_stop))
     if first >= args.epochs:
@@ -449,27 +451,27 @@ def fit(args, training, val_loader, pilot, steps_per_epoch, dtype, report):
         print_result(throughput, best.get('accuracy'), train_stats.get('loss'), best.get('mAP'))
     report.finish(figures(throughput, time.time() - started, best.get('accuracy'), train_stats.get('loss'),
                           best.get('ema_accuracy'), epochs=epochs, mAP=best.get('mAP'),
-                          bad_images=len(pilot.bad_images.listed)))
+                          bad_images=len(monitor.bad_images.listed)))
 
 
-def is_stale(args, progress, device):
+def should_stop_early(args, progress, device):
     """Whether --early_stop ends the run. The first process decides: the others' figures may round otherwise."""
     return args.early_stop > 0 and distributed.any_process(
         distributed.is_main_process() and progress.stale >= args.early_stop, device)
 
 
-def note_best(best, test_stats, ema_stats):
+def update_best(best, test_stats, ema_stats):
     """Update the best accuracies; gives the checkpoint names that are new bests."""
     improved = []
     for prefix, stats, file_name in (('', test_stats, checkpoint.BEST), ('ema_', ema_stats, checkpoint.BEST_EMA)):
         if stats is not None:
-            figure = scores.best_by(stats)
+            figure = scores.primary_metric(stats)
             name = prefix + FIGURES[figure]
             if stats[figure] > best.get(name, -1.):
                 best[name] = stats[figure]
                 improved.append(file_name)
     if test_stats is not None:
-        name = FIGURES[scores.best_by(test_stats)]
+        name = FIGURES[scores.primary_metric(test_stats)]
         average = '' if ema_stats is None else ', of the average: %.3f%%' % best.get('ema_' + name, float('nan'))
         distributed.say('Max %s: %.3f%%%s' % (name, best.get(name, float('nan')), average), detail=True)
     return improved
@@ -486,7 +488,7 @@ def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
     stats.update({'test_' + name: value for name, value in (test_stats or {}).items() if name != 'images'})
     stats.update({'test_ema_' + name: value for name, value in (ema_stats or {}).items() if name != 'images'})
     if args.output_dir:
-        utils.append_log(args.output_dir, dict(stats, epoch=epoch, n_parameters=parameters(model)))
+        run_folder.append_log(args.output_dir, dict(stats, epoch=epoch, n_parameters=count_parameters(model)))
     if writer is not None:
         record_scores(writer, epoch, test_stats, ema_stats)
 

@@ -15,8 +15,12 @@ import torch
 import backend
 import config_file
 import distributed
+import run_folder
 from errors import UserError, one_line
 from safe_files import write_bytes
+
+for pattern in (r'(eval-)?args\.yaml', r'(eval-)?summary\.json', r'curves\.png'):
+    run_folder.register_output(pattern)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SECONDS_BETWEEN = 20  # two drawings of the curves: a run of many tiny epochs shall not draw all the time
@@ -25,7 +29,7 @@ SECONDS_BETWEEN = 20  # two drawings of the curves: a run of many tiny epochs sh
 def write_args(args, name='args.yaml'):
     """output_dir/args.yaml, by the first process."""
     if args.output_dir and distributed.is_main_process():
-        with _no_matter():
+        with best_effort():
             os.makedirs(args.output_dir, exist_ok=True)
             config_file.write(os.path.join(args.output_dir, name), vars(args))
 
@@ -33,14 +37,14 @@ def write_args(args, name='args.yaml'):
 def write_summary(args, figures, name='summary.json'):
     """output_dir/summary.json, by the first process: one object, versions too; what isn't a finite number is null."""
     if args.output_dir and distributed.is_main_process():
-        text = json.dumps(finite(dict(figures, versions=versions())), indent=2, allow_nan=False)
-        with _no_matter():
+        text = json.dumps(nonfinite_to_none(dict(figures, versions=versions())), indent=2, allow_nan=False)
+        with best_effort():
             os.makedirs(args.output_dir, exist_ok=True)
             write_bytes(os.path.join(args.output_dir, name), (text + '\n').encode())
 
 
 @contextlib.contextmanager
-def _no_matter():
+def best_effort():
     """A full disk is told, but does not end the run: these files can be had again, what was trained cannot."""
     try:
         yield
@@ -48,55 +52,28 @@ def _no_matter():
         distributed.say('Not written: ' + one_line(error))
 
 
-def finite(value):
+def nonfinite_to_none(value):
     """A copy of nested dicts and lists in which infinite and undefined numbers are None."""
     if isinstance(value, dict):
-        return {name: finite(each) for name, each in value.items()}
+        return {name: nonfinite_to_none(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
+        return [nonfinite_to_none(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions():
     """{name: version} of what computed, None where that cannot be told."""
-    found = {'beit': own_version(), 'python': platform.python_version(), 'torch': torch.__version__}
+    found = {'beit': project_version(), 'python': platform.python_version(), 'torch': torch.__version__}
     for name in ('torchvision', 'timm', 'numpy'):
         found[name] = getattr(importlib.import_module(name), '__version__', None)
     return {name: value and str(value) for name, value in found.items()}
 
 
-def own_version():
-    """This project's newest of CHANGELOG.md and, in a clone, the commit: '0.4.0+g1a2b3c4'; None where neither is there.
-
-    git itself is not asked: a process that trains with others must not fork.
-    """
-    version, commit = '', ''
+def project_version():
+    """This project's newest version in CHANGELOG.md; None where that is not there."""
     with contextlib.suppress(OSError, ValueError), open(os.path.join(HERE, 'CHANGELOG.md'), encoding='utf-8') as file:
-        version = next((line.split(']')[0][4:] for line in file if re.match(r'## \[\d', line)), '')
-    with contextlib.suppress(OSError, ValueError):
-        commit = _commit(os.path.join(HERE, '.git'))
-    return '+g'.join(part for part in (version, commit[:7]) if part) or None
-
-
-def _commit(folder):
-    """The commit that a .git folder is at; a file of that name says where the folder is."""
-    if os.path.isfile(folder):
-        folder = os.path.join(os.path.dirname(folder), _line(folder).partition('gitdir: ')[2])
-    head = _line(os.path.join(folder, 'HEAD'))
-    if not head.startswith('ref: '):
-        return head
-    shared = folder
-    if os.path.isfile(os.path.join(folder, 'commondir')):
-        shared = os.path.join(folder, _line(os.path.join(folder, 'commondir')))
-    if os.path.isfile(os.path.join(shared, head[5:])):
-        return _line(os.path.join(shared, head[5:]))
-    with open(os.path.join(shared, 'packed-refs'), encoding='utf-8') as file:
-        return next((line.split()[0] for line in file if line.rstrip().endswith(' ' + head[5:])), '')
-
-
-def _line(path):
-    with open(path, encoding='utf-8') as file:
-        return file.readline().strip()
+        return next((line.split(']')[0][4:] for line in file if re.match(r'## \[\d', line)), None)
+    return None
 
 
 def environment(args, device, scaler, parameters, classes, train_set, val_set):
@@ -109,23 +86,6 @@ def environment(args, device, scaler, parameters, classes, train_set, val_set):
 
 
 # ---- curves
-
-def read_log(output_dir):
-    """The lines of output_dir/log.txt, dicts with an epoch, in order; [] where there are none."""
-    lines = []
-    try:
-        with open(os.path.join(output_dir, 'log.txt'), encoding='utf-8', errors='replace') as file:
-            for line in file:
-                try:
-                    stats = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(stats, dict) and isinstance(stats.get('epoch'), int):
-                    lines.append(stats)
-    except OSError:
-        pass
-    return lines
-
 
 # What the panels show: title, unit, whether it starts at 0, and (label, name in log.txt, factor) of each curve.
 PANELS = (
@@ -201,7 +161,7 @@ class Curves:
     def draw(self, is_last=False):
         if not self.output_dir or (time.monotonic() - self.drawn < SECONDS_BETWEEN and not is_last):
             return
-        log = read_log(self.output_dir)
+        log = run_folder.read_log(self.output_dir)
         if not log:
             return
         try:

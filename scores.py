@@ -21,7 +21,7 @@ from errors import UserError, printable
 from image_files import open_file
 
 
-def scores_for(args, dataset):
+def build_metrics(args, dataset):
     """What an evaluation of this validation set is to report besides: a list, anew for each evaluation."""
     if splits.is_multi_label(getattr(dataset, 'samples', None)):
         return [MeanAveragePrecision(dataset.classes if args.results_file else ())]
@@ -34,7 +34,7 @@ def scores_for(args, dataset):
     return found
 
 
-def best_by(stats):
+def primary_metric(stats):
     """The name of the figure that tells a better network: mAP, or top-1."""
     return 'mAP' if 'mAP' in stats else 'acc1'
 
@@ -52,12 +52,12 @@ class MeanAveragePrecision:
         self.classes = classes
         self.outputs, self.targets, self.indices = [], [], []
 
-    def add(self, batch, output):
+    def update(self, batch, output):
         self.outputs.append(output.cpu())
         self.targets.append(batch[1].cpu())
         self.indices.append(batch[2].cpu())
 
-    def result(self, sharded, device):
+    def compute(self, sharded, device):
         """{'mAP': percent}; not a number where an output isn't one, or no image is of any class."""
         columns = [torch.cat(parts) if parts else None for parts in (self.outputs, self.targets, self.indices)]
         if sharded:
@@ -92,7 +92,7 @@ def check_scores(args, dataset):
     """Raise a `UserError` where a score cannot be had of this validation set. Cheap, so that it can come first."""
     if splits.is_multi_label(getattr(dataset, 'samples', None)) and importlib.util.find_spec('sklearn') is None:
         raise UserError('mean average precision needs scikit-learn; run: pip install scikit-learn')
-    scores_for(args, dataset)
+    build_metrics(args, dataset)
 
 
 class PerClass:
@@ -101,12 +101,12 @@ class PerClass:
     def __init__(self, classes):
         self.classes, self.counts = classes, np.zeros((len(classes), 2), dtype=np.int64)
 
-    def add(self, batch, output):
+    def update(self, batch, output):
         targets, right = batch[1].cpu().numpy(), (output.argmax(-1) == batch[1]).cpu().numpy()
         self.counts += np.stack([np.bincount(each, minlength=len(self.classes)) for each in (targets, targets[right])],
                                 axis=1)
 
-    def result(self, sharded, device):
+    def compute(self, sharded, device):
         """{'classes': [{class, images, acc1 in percent, or None without images}]}"""
         counts = self.counts
         if sharded:
@@ -134,14 +134,14 @@ class RealLabels:
         self.right = [labels[place_of(samples[index][0], len(labels), source)] for index in range(len(samples))]
         self.counts = np.zeros(3, dtype=np.int64)
 
-    def add(self, batch, output):
+    def update(self, batch, output):
         top = output.topk(min(5, output.shape[1]), dim=1).indices.tolist()
         for index, best in zip(batch[2].tolist(), top):
             right = self.right[index]
             if right:
                 self.counts += (1, best[0] in right, not right.isdisjoint(best))
 
-    def result(self, sharded, device):
+    def compute(self, sharded, device):
         """{'real_acc1', 'real_acc5': percent, 'real_images': how many were counted}"""
         counts = self.counts.tolist()
         if sharded:

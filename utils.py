@@ -1,14 +1,9 @@
-"""Small tools of a run: meters and log lines, TensorBoard, the average of the weights, seeding, folders."""
+"""Small tools of a run: meters and log lines, TensorBoard, the average of the weights, seeding."""
 
-import contextlib
 import copy
 import datetime
-import json
 import math
-import os
 import random
-import re
-import tempfile
 import threading
 import time
 from collections import defaultdict, deque
@@ -21,7 +16,6 @@ import distributed
 import progress
 import watchdog
 from errors import UserError, printable
-from safe_files import write_bytes
 
 
 # ---- meters and log lines
@@ -61,7 +55,7 @@ class SmoothedValue:
         return self.fmt.format(median=self.median, global_avg=self.global_avg, value=self.value)
 
 
-def read_numbers(values):
+def to_floats(values):
     """Floats of numbers and 0-dim tensors, all that lie on a device in one copy."""
     tensors = [value.detach().float() for value in values if torch.is_tensor(value)]
     read = iter(torch.stack(tensors).tolist() if tensors else ())
@@ -89,7 +83,7 @@ class MetricLogger:
     def read(self):
         """Bring the meters up to date."""
         unread, self.unread = self.unread, []
-        for (name, _, n), value in zip(unread, read_numbers([value for _, value, _ in unread])):
+        for (name, _, n), value in zip(unread, to_floats([value for _, value, _ in unread])):
             if math.isfinite(value):
                 self.meters[name].update(value, n)
 
@@ -138,7 +132,7 @@ class MetricLogger:
             watchdog.mark(step, 1, stage)
             waiting.append((len(item[0]) * processes, before, backend.mark(device)))
             yield item
-            is_printed = is_line(step, steps, print_freq)
+            is_printed = should_log(step, steps, print_freq)
             if is_printed or backend.reads_freely(device) or len(throughput.steps) < throughput.warmup_steps:
                 backend.synchronize(device)
                 now = time.time()
@@ -169,7 +163,7 @@ class MetricLogger:
         watchdog.mark(watchdog.LAST, 2, stage)
 
 
-def is_line(step, steps, print_freq=10):
+def should_log(step, steps, print_freq=10):
     """Whether a line is printed after this step: each `print_freq`, and the last."""
     return step % print_freq == 0 or step == steps - 1
 
@@ -207,7 +201,7 @@ class Throughput:
         _, seconds, data_seconds, _ = self._counted()
         return data_seconds / max(seconds, 1e-9)
 
-    def limit(self):
+    def bottleneck(self):
         """Which of the two is the limit, for people."""
         share = self.data_share
         return 'the %s is the limit; %.1f %% of the time the device waited for data%s' % (
@@ -274,28 +268,6 @@ class TensorboardLogger:
         threading.excepthook = self.hook
 
 
-def append_log(output_dir, stats):
-    """Add one JSON line to output_dir/log.txt, which is rewritten whole: a kill leaves no half line.
-
-    Lines of the same or a later epoch give way: they are of a run that went on from before them. So do half lines.
-    """
-    path, kept = os.path.join(output_dir, 'log.txt'), []
-    if os.path.isfile(path):
-        with open(path, encoding='utf-8', errors='surrogateescape') as file:
-            kept = [line for line in file if line.endswith('\n') and not _is_of(line, stats['epoch'])]
-    text = ''.join(kept) + json.dumps(stats) + '\n'
-    write_bytes(path, text.encode('utf-8', 'surrogateescape'))
-
-
-def _is_of(line, epoch):
-    """Whether a line of log.txt is of this epoch or a later one."""
-    try:
-        stats = json.loads(line)
-        return isinstance(stats, dict) and isinstance(stats.get('epoch'), int) and stats['epoch'] >= epoch
-    except ValueError:
-        return False
-
-
 # ---- the average of the weights
 
 class ModelEma:
@@ -351,88 +323,3 @@ def seed_step(seed, update_step):
     np.random.seed(words[1])
     torch.manual_seed(words[2])
     backend.seed_device(words[2])
-
-
-# ---- folders
-
-def check_writable(flag, folder):
-    """Raise a `UserError` where a folder can't be made or written to. Leaves no new folder behind."""
-    if not folder:
-        return
-    existing = os.path.abspath(folder)
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing):
-        raise UserError('%s %s: %s is a file, not a folder; choose another' % (flag, folder, existing))
-    try:
-        with tempfile.TemporaryFile(prefix='.write-test-', dir=existing):  # nameless where the system can do so
-            pass
-    except OSError as error:
-        raise UserError('%s %s: %s cannot be written to (%s); choose another'
-                        % (flag, folder, existing, error.strerror or error)) from None
-
-
-def prepare_folder(folder, keep=False):
-    """Make the output folder, by the first process. What an earlier run left there is moved aside, not overwritten.
-
-    Only a run's own files are moved, into <folder>-<date of the newest>; whatever else lies there stays.
-
-    Args:
-        keep (bool): this run goes on with what is there.
-
-    Raises:
-        UserError: they can't be moved.
-    """
-    if folder and distributed.is_main_process():
-        files = [] if keep else files_of_a_run(folder)
-        for path in half_files(folder):
-            with contextlib.suppress(OSError):
-                os.remove(path)
-        try:
-            if files:
-                aside = name_aside(folder, files)
-                os.mkdir(aside)
-                for path in files:
-                    os.rename(path, os.path.join(aside, os.path.basename(path)))
-                distributed.say('Moved the earlier run in %s aside, to %s (--auto_resume would have gone on with it)'
-                                % (printable(folder), printable(aside)))
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            raise UserError('--output_dir %s holds an earlier run and it cannot be moved aside (%s); choose another, '
-                            'or go on with --auto_resume' % (folder, error)) from None
-    distributed.barrier()
-
-
-def half_files(folder):
-    """Paths of what a killed process was about to write there; nothing ever reads them."""
-    if not os.path.isdir(folder):
-        return []
-    return [os.path.join(folder, name) for name in os.listdir(folder)
-            if re.match(r'(checkpoint-.*\.pth|(log|bad_images|nonfinite)\.txt|(eval-)?args\.yaml|'
-                     r'(eval-)?summary\.json|curves\.png|report\.html|\.beit-index-\w+)\.tmp-\d+$', name)]
-
-
-def files_of_a_run(folder):
-    """Paths of the checkpoints, log.txt and what else a run left in a folder; [] where none did."""
-    if not os.path.isdir(folder):
-        return []
-    names = [name for name in os.listdir(folder) if re.match(r'checkpoint-.*\.pth$', name)]
-    log = os.path.join(folder, 'log.txt')
-    if os.path.isfile(log):
-        with open(log, encoding='utf-8', errors='replace') as file:
-            if file.read(9) == '{"train_l':  # as append_log begins; anybody may have a log.txt
-                names.append('log.txt')
-    if names:
-        names += [name for name in ('prof', 'bad_images.txt', 'nonfinite.txt', 'args.yaml', 'summary.json',
-                                    'curves.png', 'report.html', 'eval-args.yaml', 'eval-summary.json',
-                                    'eval-report.html')
-                  if os.path.lexists(os.path.join(folder, name))]
-    return [os.path.join(folder, name) for name in names]
-
-
-def name_aside(folder, files):
-    """<folder>-<date and time of the newest file>, with a number where that name is taken; beside a link's target."""
-    newest = time.localtime(max(os.lstat(path).st_mtime for path in files))
-    base = '%s-%s' % (os.path.realpath(folder), time.strftime('%Y%m%d-%H%M%S', newest))
-    names = [base] + ['%s-%d' % (base, number) for number in range(2, 1000)]
-    return next(name for name in names if not os.path.lexists(name))

@@ -525,7 +525,7 @@ def test_two_machines_are_cut_apart(job, data, tmp_path, machines):
         assert ended.time - cut < SECONDS + SLACK
         assert 'run_class_finetuning.py: error: process %d gives no answer for ' % (1 - rank) in ended.err
         assert 'Traceback' not in ended.err
-    newest = checkpoint.numbered(output)[-1][1]
+    newest = checkpoint.list_checkpoints(output)[-1][1]
     whole(output)
 
     subprocess.run(['ip', '-n', machines[1], 'link', 'set', 'cable', 'up'], check=True)

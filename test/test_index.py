@@ -22,7 +22,7 @@ import distributed
 import image_files
 import index_cache
 import run_class_finetuning
-import utils
+import run_folder
 from conftest import NANO, ROOT, photo
 from errors import UserError
 from test_bad_images import as_nobody, public_folder  # noqa: F401 (a fixture)
@@ -490,9 +490,9 @@ def test_it_lies_beside_the_tree_or_in_output_dir_or_nowhere(plain, scans, tmp_p
     name, = os.listdir(output)
     assert re.match(r'\.beit-index-[0-9a-f]{16}$', name)
     assert start(root, output) and len(scans) == 3
-    assert utils.files_of_a_run(output) == []
+    assert run_folder.run_outputs(output) == []
     touch(os.path.join(output, name + '.tmp-12'))
-    utils.prepare_folder(output)
+    run_folder.prepare_folder(output)
     assert os.listdir(output) == [name] and not glob.glob(output + '-*')
     monkeypatch.undo()
     assert start(root, output) and not glob.glob(str(tmp_path / '.beit-index-*'))

@@ -372,8 +372,8 @@ def test_real_labels_are_timms():
         for row in range(0, 250, 2):
             output[row, sorted(labels[first + row])[:1]] = 9.
         theirs.add_result(output)
-        ours.add((None, None, torch.arange(first, first + 250)), output)
-    result = ours.result(False, CPU)
+        ours.update((None, None, torch.arange(first, first + 250)), output)
+    result = ours.compute(False, CPU)
     assert result['real_acc1'] == pytest.approx(theirs.get_accuracy(1))
     assert result['real_acc5'] == pytest.approx(theirs.get_accuracy(5))
 
@@ -402,8 +402,8 @@ def test_counts_of_three_processes_are_added_up(monkeypatch):
     for first, each in [(0, alone)] + list(enumerate(parts)):
         for score in each:
             places = torch.arange(31)[first::1 if each is alone else 3]
-            score.add((None, targets[places], places), outputs[places])
+            score.update((None, targets[places], places), outputs[places])
     for kind, score in enumerate(alone):
         monkeypatch.setattr(scores.distributed, 'gather', lambda value, device: [
             each[kind].counts.tolist() for each in parts])  # noqa: B023
-        assert parts[0][kind].result(True, CPU) == score.result(False, CPU)
+        assert parts[0][kind].compute(True, CPU) == score.compute(False, CPU)

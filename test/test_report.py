@@ -27,7 +27,7 @@ import report
 import report_page
 import run_class_finetuning
 import run_files
-import utils
+import run_folder
 from conftest import ROOT, needs_extra, only_with, photo
 from errors import UserError
 from predictions import KEPT, Prediction, Predictions
@@ -206,20 +206,12 @@ def test_what_is_not_finite_is_null(tmp_path, parse):
     assert written == {'loss': None, 'list': [None, 1, {'a': None}], 'text': 'NaN', 'on': True}
 
 
-def test_the_version_is_that_of_the_changelog_and_the_commit(tmp_path, monkeypatch):
+def test_the_version_is_that_of_the_changelog(tmp_path, monkeypatch):
     with open(os.path.join(ROOT, 'CHANGELOG.md'), encoding='utf-8') as file:
         newest = re.search(r'^## \[(\d.+?)\]', file.read(), re.M).group(1)
-    assert run_files.own_version().startswith(newest)
-    commit = subprocess.run(['git', '-C', ROOT, 'rev-parse', 'HEAD'], stdout=subprocess.PIPE, universal_newlines=True)
-    if commit.returncode == 0:
-        assert run_files.own_version() == '%s+g%s' % (newest, commit.stdout[:7])
-    shutil.copy(os.path.join(ROOT, 'CHANGELOG.md'), str(tmp_path))
+    assert run_files.project_version() == newest
     monkeypatch.setattr(run_files, 'HERE', str(tmp_path))
-    assert run_files.own_version() == newest  # no clone
-    (tmp_path / '.git').mkdir()
-    (tmp_path / '.git' / 'HEAD').write_text('ref: refs/heads/main\n')
-    (tmp_path / '.git' / 'packed-refs').write_text('# pack-refs\n%s refs/heads/main\n' % ('0123456789' * 4))
-    assert run_files.own_version() == newest + '+g0123456'
+    assert run_files.project_version() is None
 
 
 def test_an_evaluation_does_not_write_over_the_trainings_files(run, tmp_path, capsys):
@@ -248,7 +240,7 @@ def test_a_new_run_moves_them_aside(run, tmp_path):
     shutil.copytree(run[0], str(copy))
     (copy / 'report.html.tmp-12').write_text('half')
     (copy / 'mine.html').write_text('mine')
-    utils.prepare_folder(str(copy))
+    run_folder.prepare_folder(str(copy))
     assert os.listdir(str(copy)) == ['mine.html']
     aside, = [name for name in os.listdir(str(tmp_path)) if name.startswith('out-')]
     assert {'args.yaml', 'summary.json', 'report.html', 'log.txt'} <= set(os.listdir(str(tmp_path / aside)))
@@ -340,25 +332,26 @@ def some_outputs(images=200, classes=7):
 def collected(parts, classes=7):
     predictions = Predictions(classes)
     for indices, targets, _, output, _ in parts:
-        predictions.add(datasets.Batch(None, targets, indices, []), output)
+        predictions.update(datasets.Batch(None, targets, indices, []), output)
     return predictions
 
 
 def test_predictions_against_sklearn_and_a_slow_loop():
     indices, targets, predicted, output, losses = columns = some_outputs()
     predictions = collected([[column[:150] for column in columns], [column[150:] for column in columns]])
-    predictions.result(False, None)
+    predictions.compute(False, None)
     assert np.array_equal(predictions.matrix(), confusion_matrix(targets, predicted, labels=range(7)))
     right, images = predictions.per_class()
     assert images.tolist() == [int((targets == label).sum()) for label in range(7)] and images[6] == 0
     assert right.tolist() == [int(((targets == label) & (predicted == label)).sum()) for label in range(7)]
     wrong = sorted((-(float(losses[row]) if math.isfinite(losses[row]) else math.inf), int(indices[row]))
                    for row in range(200) if targets[row] != predicted[row])
-    assert [each.index for each in predictions.worst] == [index for _, index in wrong[:KEPT]]
+    assert [each.index for each in predictions.hardest] == [index for _, index in wrong[:KEPT]]
     sure = sorted((-float(torch.softmax(output[row], 0).max()), int(indices[row])) for row in range(200)
                   if targets[row] == predicted[row])
-    assert [each.index for each in predictions.best] == [index for _, index in sure[:KEPT]]
-    assert [-each.probability for each in predictions.best] == pytest.approx([share for share, _ in sure[:KEPT]])
+    assert [each.index for each in predictions.most_confident] == [index for _, index in sure[:KEPT]]
+    assert [-each.probability for each in predictions.most_confident] == pytest.approx(
+        [share for share, _ in sure[:KEPT]])
     pairs = predictions.most_confused(5)
     matrix = confusion_matrix(targets, predicted, labels=range(7))
     np.fill_diagonal(matrix, 0)
@@ -369,7 +362,7 @@ def test_predictions_against_sklearn_and_a_slow_loop():
 def test_predictions_of_several_processes_are_those_of_one(monkeypatch):
     columns = some_outputs()
     whole = collected([columns])
-    whole.result(False, None)
+    whole.compute(False, None)
     told = []
 
     def gather(value, _):
@@ -378,9 +371,10 @@ def test_predictions_of_several_processes_are_those_of_one(monkeypatch):
     monkeypatch.setattr(distributed, 'gather', gather)
     shares = [collected([[column[rank::3] for column in columns]]) for rank in range(3)] + [Predictions(7)]
     for share in shares:  # the last one got no image, and has now heard of all
-        share.result(True, None)
+        share.compute(True, None)
     assert shares[-1].counts == whole.counts
-    assert repr((shares[-1].worst, shares[-1].best)) == repr((whole.worst, whole.best))  # repr: one is nan
+    of_all = [repr((each.hardest, each.most_confident)) for each in (shares[-1], whole)]  # repr: one is nan
+    assert of_all[0] == of_all[1]
 
 
 def test_an_evaluation_gives_the_same_figures_with_predictions(monkeypatch):
@@ -543,7 +537,8 @@ def many_classes(tmp_path, classes=100):
     return predictions, dict(
         title='t', subtitle='s', tiles=[], plots=[], hint='', classes=['class %d' % label for label in range(classes)],
         evaluated='All.', per_class=predictions.per_class(), confused=predictions.most_confused(), matrix=None,
-        worst=[(picture, Prediction(0, 1, 2, 0.5, math.inf), '/a/b/c.png')], best=[], samples=[], flags=[], versions=[])
+        hardest=[(picture, Prediction(0, 1, 2, 0.5, math.inf), '/a/b/c.png')], most_confident=[], samples=[],
+        flags=[], versions=[])
 
 
 def test_many_classes_are_cut_to_the_worst_and_best(tmp_path):

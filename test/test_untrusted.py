@@ -848,7 +848,7 @@ def state_of(model):
     optimizer = adamw(model)
     optimizer.step()
     args = argparse.Namespace(model='beit_nano_patch8_32', input_size=32, lr=1e-3, opt='adamw')
-    return checkpoint.training_state(args, checkpoint.Progress(
+    return checkpoint.build_checkpoint(args, checkpoint.RunState(
         epoch=4, best={'accuracy': 81.5}, run={'processes': 1, 'total_batch': 8, 'images': 16, 'device': 'cpu'}),
         model, optimizer, precision.StepScaler())
 
@@ -1017,11 +1017,11 @@ def take_up(tmp_path, parse):
         pretrained.load_pretrained(model, path)
 
     def resume():
-        found, content = checkpoint.find(path)
+        found, content = checkpoint.load_best_or_latest(path)
         optimizer = adamw(model)
         progress = checkpoint.resume_training(found, content, model, optimizer, precision.StepScaler())
         assert isinstance(progress.epoch, int) and isinstance(progress.steps, int)
-        checkpoint.differences(content, args, {'processes': 1, 'total_batch': 8, 'images': 16, 'device': 'cpu'})
+        checkpoint.resume_differences(content, args, {'processes': 1, 'total_batch': 8, 'images': 16, 'device': 'cpu'})
         progress.meters_of(0, 1)
         optimizer.step()
     return check
