@@ -1,4 +1,4 @@
-"""The one room that knows checkpoints: what they hold, which to resume, and how a run goes on as if never stopped.
+"""Checkpoints: what they hold, which to resume, and how a run goes on as if never stopped.
 
 Files of the reference, of timm and of this project load alike, on any device and
 in any precision: what is written is always float32 on the CPU.
@@ -11,14 +11,17 @@ import glob
 import os
 import re
 import time
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
+import backend
 import distributed
 import run_folder
+from config import OutputConfig
 from errors import UserError, printable
 from pretrained import inner_state, mismatches, strip_prefixes
-from safe_files import fetch, save  # noqa: F401  (save is part of what this room offers)
+from safe_files import fetch, save  # noqa: F401  (save is part of what this module offers)
 from safe_files import read_checked as read
 
 run_folder.register_output(r'checkpoint-.*\.pth', proves_run=True)
@@ -31,13 +34,16 @@ MODEL_FLAGS = ('model', 'input_size', 'nb_classes', 'rel_pos_bias', 'abs_pos_emb
 
 # ---- saving
 
-def build_checkpoint(args, progress, model, optimizer, scaler, ema=None, classes=(), activation='softmax'):
+def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.nn.Module,
+                     optimizer: torch.optim.Optimizer, scaler: Any, ema: Any = None, classes: Sequence[str] = (),
+                     activation: str = 'softmax') -> Dict[str, Any]:
     """The dict that a checkpoint holds: model, optimizer, epoch, scaler, args, classes, and with an average model_ema.
 
     There is no state of random numbers in it: those of a step follow from seed, step and process (`utils.seed_step`).
 
     Args:
-        progress (RunState): how far the run has come. `epoch` in the file is the last finished one, as in the
+        flags (dict): all of the run, by name.
+        run_state (RunState): how far the run has come. `epoch` in the file is the last finished one, as in the
             reference's; where an epoch is under way, `progress` in the file says how much of it is done.
         classes (sequence of str): the names of the model's outputs.
         activation (str): what makes probabilities of them, softmax or sigmoid.
@@ -45,14 +51,14 @@ def build_checkpoint(args, progress, model, optimizer, scaler, ema=None, classes
     content = {
         'model': _to_cpu(scaler.full_precision_state(model)),
         'optimizer': _portable(optimizer),
-        'epoch': progress.epoch - 1,
+        'epoch': run_state.epoch - 1,
         'scaler': scaler.state_dict(),
-        'args': dict(vars(args)),
+        'args': dict(flags),
         'classes': [printable(name) for name in classes],  # text: another machine may refuse a name's raw bytes
         'activation': activation,
-        'accuracy': dict(progress.best),
-        'progress': {'steps': progress.steps, 'meters': progress.meters, 'run': dict(progress.run),
-                     'files': progress.files, 'stale': progress.stale},
+        'accuracy': dict(run_state.best),
+        'progress': {'steps': run_state.steps, 'meters': run_state.meters, 'run': dict(run_state.run),
+                     'files': run_state.files, 'stale': run_state.stale},
     }
     if ema is not None:
         content['model_ema'] = _to_cpu(ema.ema.state_dict())
@@ -143,13 +149,9 @@ def _portable(optimizer):
         if part in state:
             state[part] = {key: {name: portable(name, value) for name, value in values.items()}
                            for key, values in state[part].items()}
-    if hasattr(_inside_lookahead(optimizer), 'generator'):  # Adahessian draws numbers of its own
-        state['generator'] = _inside_lookahead(optimizer).generator.get_state()
+    if hasattr(backend.base_optimizer(optimizer), 'generator'):  # Adahessian draws numbers of its own
+        state['generator'] = backend.base_optimizer(optimizer).generator.get_state()
     return state
-
-
-def _inside_lookahead(optimizer):
-    return getattr(optimizer, '_base_optimizer', getattr(optimizer, 'base_optimizer', optimizer))
 
 
 # ---- which file to resume
@@ -253,18 +255,19 @@ def is_inside(path, folder):
     return bool(path and folder) and os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder)
 
 
-def load_agreed(args, device):
+def load_agreed(resume: str, output: OutputConfig, device: torch.device,
+                for_evaluation: bool = False) -> Tuple[str, Optional[Dict[str, Any]]]:
     """(path, content) of what --resume or --auto_resume name, the same on every process; ('', None) where nothing is.
 
     Where one process's copy of the newest file is damaged or missing, all take the older one that it found. To
     evaluate, the best checkpoint of a folder is taken.
     """
-    source, path, content = args.resume, '', None
-    if not source and args.auto_resume and args.output_dir and not args.eval \
-            and glob.glob(os.path.join(glob.escape(args.output_dir), 'checkpoint-*.pth')):
-        source = args.output_dir
+    source, path, content = resume, '', None
+    if not source and output.auto_resume and output.output_dir and not for_evaluation \
+            and glob.glob(os.path.join(glob.escape(output.output_dir), 'checkpoint-*.pth')):
+        source = output.output_dir
     if source:
-        path, content = load_best_or_latest(source, prefer_best=args.eval)
+        path, content = load_best_or_latest(source, prefer_best=for_evaluation)
     mine = _name_and_position(path, content)
     oldest = min(distributed.gather(mine, device), key=lambda word: word[1:])
     if mine != oldest and oldest[0] and os.path.isfile(os.path.join(source, oldest[0])):
@@ -274,9 +277,10 @@ def load_agreed(args, device):
     words = distributed.gather(mine, device)
     if any(word != words[0] for word in words):
         raise UserError('--%s: the processes did not find the same checkpoint (this one %s); every machine needs the '
-                        'same files there' % ('resume ' + args.resume if args.resume else 'output_dir '
-                                              + args.output_dir, path or 'none'))
-    if is_inside(path, args.output_dir) and args.save_ckpt and not args.eval and distributed.is_main_process():
+                        'same files there' % ('resume ' + resume if resume else 'output_dir '
+                                              + output.output_dir, path or 'none'))
+    if is_inside(path, output.output_dir) and output.save_ckpt and not for_evaluation \
+            and distributed.is_main_process():
         finish_save(path, content)
     return path, content
 
@@ -330,16 +334,16 @@ def saved_args(content):
     return args if isinstance(args, dict) else {}
 
 
-def check_same_split(source, content, args):
+def check_same_split(source: str, content: Any, val_split: float, seed: int) -> None:
     """Raise a `UserError` where --val_split takes images for evaluation that the checkpoint was trained on."""
     theirs = saved_args(content) if isinstance(content, dict) else {}
-    if not args.val_split or not theirs.get('val_split'):
+    if not val_split or not theirs.get('val_split'):
         return
-    for name in ('val_split', 'seed'):
-        if theirs.get(name) != getattr(args, name):
+    for name, value in (('val_split', val_split), ('seed', seed)):
+        if theirs.get(name) != value:
             raise UserError('--%s %s: %s was trained with --%s %s, so it knows some of the images that would be '
                             'evaluated; give its --seed and --val_split' % (
-                                name, getattr(args, name), printable(source), name, printable(str(theirs.get(name)))))
+                                name, value, printable(source), name, printable(str(theirs.get(name)))))
 
 
 def _trained_with(content, source):
@@ -370,7 +374,7 @@ def load_optimizer(source, optimizer, state):
         _check_moments(optimizer, groups, state['state'])
         optimizer.load_state_dict(dict({name: state[name] for name in ('state', 'slow_state') if name in state},
                                        param_groups=groups))
-        inner = _inside_lookahead(optimizer)
+        inner = backend.base_optimizer(optimizer)
         if hasattr(inner, 'generator') and 'generator' in state:
             inner.generator = torch.Generator(inner.param_groups[0]['params'][0].device)
             inner.generator.set_state(state['generator'])
@@ -423,17 +427,17 @@ def resume_training(source, content, model, optimizer, scaler, ema=None):
         meters = [{'meters': {str(name): [int(count), float(total)] for name, (count, total) in each['meters'].items()},
                    'skipped_before': int(each['skipped_before'])}
                   for each in inside.get('meters', ())]
-        progress = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
-        progress.stale = int(inside.get('stale', 0))
-        if progress.steps < 0 or bool(progress.steps) != bool(meters):
-            raise ValueError('%d steps do not fit its averages' % progress.steps)
+        run_state = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
+        run_state.stale = int(inside.get('stale', 0))
+        if run_state.steps < 0 or bool(run_state.steps) != bool(meters):
+            raise ValueError('%d steps do not fit its averages' % run_state.steps)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise UserError('--resume %s: its scaler, accuracy or progress is not what a checkpoint holds (%s); give its '
                         'weights to --finetune instead' % (printable(source), _short(error))) from None
-    distributed.say('Resumed %s: %s%s' % (printable(source), 'epoch %d is done' % epoch if not progress.steps else
-                                          '%d updates of epoch %d are done' % (progress.steps, epoch + 1),
+    distributed.say('Resumed %s: %s%s' % (printable(source), 'epoch %d is done' % epoch if not run_state.steps else
+                                          '%d updates of epoch %d are done' % (run_state.steps, epoch + 1),
                                           ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
-    return progress
+    return run_state
 
 
 # Flags on which no number of the training depends.
@@ -446,14 +450,14 @@ WITHOUT_EFFECT = {'output_dir', 'log_dir', 'resume', 'auto_resume', 'save_ckpt',
                   'train_csv', 'val_csv', 'results_file', 'real_labels', 'curves', 'report'}
 
 
-def resume_differences(content, args, run):
+def resume_differences(content: Dict[str, Any], flags: Dict[str, Any], run: Dict[str, Any]) -> List[str]:
     """What makes a resumed run compute other numbers than an unbroken one would, in words; [] where nothing does."""
     theirs = saved_args(content)
     progress = content.get('progress')
     before = progress.get('run') if isinstance(progress, dict) else None
     if not theirs or not isinstance(before, dict):
         return ['the checkpoint does not say with which flags it was made']
-    found = ['--%s is %s (was %.60s)' % (name, value, theirs[name]) for name, value in sorted(vars(args).items())
+    found = ['--%s is %s (was %.60s)' % (name, value, theirs[name]) for name, value in sorted(flags.items())
              if name in theirs and name not in WITHOUT_EFFECT and repr(theirs[name]) != repr(value)]
     return found + ['%s: %s (was %.60s)' % (name, run[name], before.get(name, 'of another version'))
                     for name in sorted(run) if repr(before.get(name)) != repr(run[name])]

@@ -52,8 +52,8 @@ def explain_or_stop(program, work, cure_of_memory):
 def fail(program, message, status, rank=None):
     """Print the one line. `rank` is whom it is about, where that isn't this process."""
     about = rank if rank is not None else distributed.rank() or None
-    if distributed.screen is not None:
-        distributed.screen.end()
+    if distributed.display() is not None:
+        distributed.display().end()
     print('%s: error: %s%s' % (program, '' if about is None else 'process %d: ' % about, message), file=sys.stderr,
           flush=True)
     return leave(status)

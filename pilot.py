@@ -141,22 +141,22 @@ class CheckpointMonitor(StepMonitor):
     """The pilot of a whole run: saves in mid-epoch, and before it stops for a signal; writes reports to output_dir.
 
     Args:
-        args: the program's flags.
-        signals (preemption.Signals): where the wish to stop comes from.
-        progress (checkpoint.RunState): where the run begins; kept up to date.
+        output (OutputConfig): where to save, how often, and the flags that a checkpoint holds.
+        signals (preemption.Signals): where the request to stop comes from.
+        run_state (checkpoint.RunState): where the run begins; kept up to date.
         bad_images (bad_images.BadImages): takes the files that can't be read.
         train_set: the training set.
         parts (dict): model, optimizer, scaler and ema, as `checkpoint.build_checkpoint` takes them.
+        on_nonfinite (str): 'stop', or 'skip' such an update.
     """
 
-    def __init__(self, args, signals, progress, bad_images, train_set, parts):
+    def __init__(self, output, signals, run_state, bad_images, train_set, parts, on_nonfinite='stop'):
         super().__init__()
-        self.args, self.signals, self.progress, self.parts = args, signals, progress, parts
-        self.bad_images, self.train_set = bad_images, train_set
-        self.on_nonfinite = args.on_nonfinite
-        self.saves = bool(args.output_dir and args.save_ckpt)
-        self.timer = checkpoint.SaveTimer(args.save_ckpt_steps, args.save_ckpt_minutes)
-        self.state = None
+        self.output, self.signals, self.run_state, self.parts = output, signals, run_state, parts
+        self.bad_images, self.train_set, self.on_nonfinite = bad_images, train_set, on_nonfinite
+        self.saves = bool(output.output_dir and output.save_ckpt)
+        self.timer = checkpoint.SaveTimer(output.save_ckpt_steps, output.save_ckpt_minutes)
+        self.epoch_state = None  # the averages of the epoch whose updates are done
 
     def local_requests(self, update_step):
         return self.signals.wish, self.saves and self.timer.due(update_step)
@@ -168,9 +168,9 @@ class CheckpointMonitor(StepMonitor):
         return [datasets.image_name(self.train_set, index) for index in indices]
 
     def write_report(self, record):
-        if not self.args.output_dir:
+        if not self.output.output_dir:
             return ''
-        path = os.path.join(self.args.output_dir, 'nonfinite.txt')
+        path = os.path.join(self.output.output_dir, 'nonfinite.txt')
         if distributed.is_main_process():
             earlier = b''
             if os.path.isfile(path):
@@ -186,48 +186,48 @@ class CheckpointMonitor(StepMonitor):
             self.stop(update.stop, epoch, steps)
 
     def on_epoch_end(self, state):
-        self.state = state
+        self.epoch_state = state
 
     def save(self, epoch, steps, state, device):
         """Write a checkpoint of mid-epoch, by the first process; every process hands in its averages."""
-        self.progress.epoch, self.progress.steps, self.progress.files = epoch, steps, []
+        self.run_state.epoch, self.run_state.steps, self.run_state.files = epoch, steps, []
         if not self.saves:
             return
         watchdog.enter('saving a checkpoint')
-        self.progress.meters = distributed.gather(state, device)
+        self.run_state.meters = distributed.gather(state, device)
         if distributed.is_main_process():
-            content = checkpoint.build_checkpoint(self.args, self.progress, **self.parts)
-            checkpoint.save(os.path.join(self.args.output_dir, self.progress.file_name()), content)
-            checkpoint.remove_old(self.args.output_dir, self.args.keep_checkpoints)
+            content = checkpoint.build_checkpoint(self.output.flags, self.run_state, **self.parts)
+            checkpoint.save(os.path.join(self.output.output_dir, self.run_state.file_name()), content)
+            checkpoint.remove_old(self.output.output_dir, self.output.keep_checkpoints)
         watchdog.wait()
         distributed.barrier()  # nobody leaves, and is seen to leave, before the file is whole
         self.timer.restart()
 
     def save_epoch(self, improved, numbered):
         """After an epoch and its evaluation: the files of new bests, and the numbered one where it is due."""
-        self.progress.files = improved + ([self.progress.file_name()] if numbered else [])
-        if not self.saves or not self.progress.files:
+        self.run_state.files = improved + ([self.run_state.file_name()] if numbered else [])
+        if not self.saves or not self.run_state.files:
             return
         watchdog.enter('saving a checkpoint')
         if distributed.is_main_process():
-            content = checkpoint.build_checkpoint(self.args, self.progress, **self.parts)
-            for name in self.progress.files:
-                checkpoint.save(os.path.join(self.args.output_dir, name), content)
-            checkpoint.remove_old(self.args.output_dir, self.args.keep_checkpoints)
+            content = checkpoint.build_checkpoint(self.output.flags, self.run_state, **self.parts)
+            for name in self.run_state.files:
+                checkpoint.save(os.path.join(self.output.output_dir, name), content)
+            checkpoint.remove_old(self.output.output_dir, self.output.keep_checkpoints)
         watchdog.wait()
         self.timer.restart()
 
     def stop_after(self, epoch, steps, device):
         """Stop where the updates of an epoch are done, and a signal broke its evaluation off."""
         number = int(max(word for word, in distributed.gather_numbers([self.signals.wish], device)))
-        self.save(epoch, steps, self.state, device)
+        self.save(epoch, steps, self.epoch_state, device)
         self.stop(number, epoch, steps)
 
     def stop(self, number, epoch, steps):
         where = 'after update %d of epoch %d' % (steps, epoch)
         if self.saves:
             raise preemption.Stopped(number, 'stopped by %s %s; saved %s; the same command%s goes on from there' % (
-                preemption.name(number), where, os.path.join(self.args.output_dir, self.progress.file_name()),
-                '' if self.args.auto_resume else ' with --auto_resume'))
+                preemption.name(number), where, os.path.join(self.output.output_dir, self.run_state.file_name()),
+                '' if self.output.auto_resume else ' with --auto_resume'))
         raise preemption.Stopped(number, 'stopped by %s %s; nothing was saved, for want of --output_dir (or by '
                                          '--no_save_ckpt)' % (preemption.name(number), where))

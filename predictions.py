@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import distributed
+from scores import Metric
 
 KEPT = 24  # images of each kind
 LARGEST_IMAGE = 2048  # classes; a picture of more confusions nobody can look at
@@ -23,8 +24,8 @@ class Prediction(typing.NamedTuple):
     loss: float  # cross entropy, so that exp(-loss) is the true class's probability
 
 
-class Predictions:
-    """One of `engine.evaluate`'s scores; five numbers an image stay on the device until the end.
+class Predictions(Metric):
+    """A metric without a figure; five numbers an image stay on the device until the end.
 
     Attributes, once finished:
         counts (Counter): {(true class, predicted class): images}.

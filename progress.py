@@ -18,11 +18,11 @@ SLOWEST_DRAW = 0.1  # seconds between two drawings of a bar
 
 def watch():
     """Show the first process's run on the terminal that it has, if any. Raises nothing: a bar is a courtesy."""
-    screen = None
+    display = None
     if distributed.is_main_process() and os.environ.get('TERM') != 'dumb':
-        screen = _open()
-    distributed.screen = screen
-    return screen
+        display = _open()
+    distributed.set_display(display)
+    return display
 
 
 def _open():
@@ -37,11 +37,29 @@ def _open():
             stream = open(path, 'w', encoding='utf-8', errors='backslashreplace')
         except (OSError, ValueError):
             return None
-        return Screen(stream, tqdm, logs=True) if stream.isatty() else None
-    return Screen(sys.stdout, tqdm, logs=False) if sys.stdout.isatty() else None
+        return ProgressDisplay(stream, tqdm, logs=True) if stream.isatty() else None
+    return ProgressDisplay(sys.stdout, tqdm, logs=False) if sys.stdout.isatty() else None
 
 
-class Screen:
+class NoDisplay:
+    """What there is without a terminal: no bar."""
+
+    def begin(self, header, total, done=0):
+        pass
+
+    def step(self, figures=None):
+        pass
+
+    def end(self):
+        pass
+
+
+def current():
+    """The display of this process."""
+    return distributed.display() or NoDisplay()
+
+
+class ProgressDisplay:
     """A terminal with at most one bar at its bottom.
 
     Args:
@@ -84,12 +102,13 @@ class Screen:
                                  bar_format=NARROW_BAR if self.narrow else BAR, mininterval=SLOWEST_DRAW, **shape)
 
     def step(self, figures=None):
-        """One step further; `figures` are words to stand behind the bar."""
+        """One step further; `figures()` gives words to stand behind the bar."""
         if self.bar is None:
             return
         with contextlib.suppress(OSError, ValueError):
-            if figures:
-                self.bar.set_postfix_str(figures.replace('accuracy', 'acc') if self.narrow else figures, refresh=False)
+            if figures is not None:
+                text = figures()
+                self.bar.set_postfix_str(text.replace('accuracy', 'acc') if self.narrow else text, refresh=False)
             self.bar.update(1)
 
     def end(self):
@@ -99,7 +118,7 @@ class Screen:
                 bar.close()
 
 
-def figures(meters, images_per_second):
+def format_metrics(meters, images_per_second):
     """'loss 0.512, accuracy 97.2 %, 960 images/s' of what a loop's meters hold, for a bar."""
     words = []
     if 'loss' in meters and meters['loss'].window:
@@ -110,13 +129,17 @@ def figures(meters, images_per_second):
     return ', '.join(words + ['%.0f images/s' % images_per_second])
 
 
-def epoch(number, epochs, train_stats, test_stats, best, images_per_second, seconds):
-    """Say on a terminal, if there is one, what came of an epoch."""
-    if distributed.screen is None:
+def epoch(number, epochs, train_stats, validation, images_per_second, seconds):
+    """Say on a terminal, if there is one, what came of an epoch.
+
+    Args:
+        validation: the primary figure and the best one so far, in percent; None where nothing was evaluated.
+    """
+    if distributed.display() is None:
         return
     words = ['Epoch %d/%d: loss %.3f' % (number + 1, epochs, train_stats.get('loss', float('nan')))]
     if 'class_acc' in train_stats:
         words.append('accuracy in training %.1f %%' % (100 * train_stats['class_acc']))
-    if test_stats is not None and 'acc1' in test_stats:
-        words.append('in validation %.2f %% (best %.2f %%)' % (test_stats['acc1'], best['accuracy']))
-    distributed.screen.show(', '.join(words + ['%.0f images/s' % images_per_second, '%.1f s' % seconds]))
+    if validation is not None:
+        words.append('in validation %.2f %% (best %.2f %%)' % validation)
+    distributed.display().show(', '.join(words + ['%.0f images/s' % images_per_second, '%.1f s' % seconds]))

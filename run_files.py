@@ -9,13 +9,15 @@ import os
 import platform
 import re
 import time
+from typing import Any, Dict
 
 import torch
 
-import backend
 import config_file
 import distributed
 import run_folder
+import scores
+from config import OutputConfig
 from errors import UserError, one_line
 from safe_files import write_bytes
 
@@ -26,26 +28,26 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SECONDS_BETWEEN = 20  # two drawings of the curves: a run of many tiny epochs shall not draw all the time
 
 
-def write_args(args, name='args.yaml'):
+def write_args(output: OutputConfig, name: str = 'args.yaml') -> None:
     """output_dir/args.yaml, by the first process."""
-    if args.output_dir and distributed.is_main_process():
+    if output.output_dir and distributed.is_main_process():
         with best_effort():
-            os.makedirs(args.output_dir, exist_ok=True)
-            config_file.write(os.path.join(args.output_dir, name), vars(args))
+            os.makedirs(output.output_dir, exist_ok=True)
+            config_file.write(os.path.join(output.output_dir, name), output.flags)
 
 
-def write_summary(args, figures, name='summary.json'):
+def write_summary(output_dir: str, figures: Dict[str, Any], name: str = 'summary.json') -> None:
     """output_dir/summary.json, by the first process: one object, versions too; what isn't a finite number is null."""
-    if args.output_dir and distributed.is_main_process():
+    if output_dir and distributed.is_main_process():
         text = json.dumps(nonfinite_to_none(dict(figures, versions=versions())), indent=2, allow_nan=False)
         with best_effort():
-            os.makedirs(args.output_dir, exist_ok=True)
-            write_bytes(os.path.join(args.output_dir, name), (text + '\n').encode())
+            os.makedirs(output_dir, exist_ok=True)
+            write_bytes(os.path.join(output_dir, name), (text + '\n').encode())
 
 
 @contextlib.contextmanager
 def best_effort():
-    """A full disk is told, but does not end the run: these files can be had again, what was trained cannot."""
+    """A full disk is reported, but does not end the run: these files can be had again, what was trained cannot."""
     try:
         yield
     except (OSError, UserError) as error:
@@ -76,34 +78,22 @@ def project_version():
     return None
 
 
-def environment(args, device, scaler, parameters, classes, train_set, val_set):
-    """What summary.json tells of a run beside its figures."""
-    return {'model': args.model, 'parameters': parameters, 'input_size': args.input_size, 'classes': len(classes),
-            'training_images': None if train_set is None else len(train_set),
-            'validation_images': None if val_set is None else len(val_set), 'device': str(device),
-            'device_name': backend.device_name(device), 'processes': distributed.world_size(),
-            'precision': scaler.description}
-
-
 # ---- curves
 
-# What the panels show: title, unit, whether it starts at 0, and (label, name in log.txt, factor) of each curve.
+# What the panels show: title, unit, whether it starts at 0, and (label, name in log.txt, colour, factor) of each curve.
 PANELS = (
-    ('Loss', '', False, (('training', 'train_loss', 1), ('validation', 'test_loss', 1),
-                         ('validation, EMA', 'test_ema_loss', 1))),
-    ('Accuracy', '%', False, (('training top-1', 'train_class_acc', 100), ('top-1', 'test_acc1', 1),
-                              ('top-5', 'test_acc5', 1), ('top-1, EMA', 'test_ema_acc1', 1),
-                              ('top-5, EMA', 'test_ema_acc5', 1))),
-    ('Learning rate', '', True, (('highest', 'train_lr', 1), ('lowest', 'train_min_lr', 1))))
-COLOURS = {'training': '#8c8c8c', 'training top-1': '#8c8c8c', 'validation': '#2f7ed8', 'top-1': '#2f7ed8',
-           'top-5': '#1fa187', 'validation, EMA': '#e07b00', 'top-1, EMA': '#e07b00', 'top-5, EMA': '#c0569b',
-           'highest': '#2f7ed8', 'lowest': '#8c8c8c'}
+    ('Loss', '', False, (('training', 'train_loss', '#8c8c8c', 1),
+                         *(curve + (1,) for curve in scores.curves('Loss')))),
+    ('Accuracy', '%', False, (('training top-1', 'train_class_acc', '#8c8c8c', 100),
+                              *(curve + (1,) for curve in scores.curves('Accuracy')))),
+    ('Learning rate', '', True, (('highest', 'train_lr', '#2f7ed8', 1), ('lowest', 'train_min_lr', '#8c8c8c', 1))))
+COLOURS = {label: colour for panel in PANELS for label, _, colour, _ in panel[3]}
 
 
 def curves_of(log, panel):
     """[(label, epochs, values)] of a panel's curves, those that have a value."""
     found = []
-    for label, name, factor in panel[3]:
+    for label, name, _, factor in panel[3]:
         points = [(stats['epoch'] + 1, factor * stats[name]) for stats in log
                   if isinstance(stats.get(name), (int, float)) and math.isfinite(stats[name])]
         curve = (label,) + tuple(zip(*points))

@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import functools
 import math
 import random
 import threading
@@ -66,11 +67,14 @@ class MetricLogger:
     """Named meters, and an iterator that prints them each few steps.
 
     What it is given may lie on a device: it is read when the meters are looked at, not before.
+
+    Args:
+        hidden (tuple of str): meters that stay out of the line.
     """
 
-    def __init__(self, delimiter='  '):
+    def __init__(self, delimiter='  ', hidden=()):
         self.meters = defaultdict(SmoothedValue)
-        self.delimiter = delimiter
+        self.delimiter, self.hidden = delimiter, hidden
         self.unread = []  # (name, number or 0-dim tensor, how many it is the mean of), in order
 
     def add_meter(self, name, meter):
@@ -105,62 +109,84 @@ class MetricLogger:
         for name, (count, total) in state.items():
             self.meters[name].count, self.meters[name].total = int(count), float(total)
 
-    def log_every(self, iterable, steps, print_freq, header, device, processes=1, throughput=None, hidden=(), start=0):
+    def log_every(self, iterable, steps, print_freq, header, timer, start=0):
         """Yield from `iterable`, of `steps` items those from `start` on; print a line each `print_freq`, and the last.
 
-        A device works on while the loop goes ahead. It is waited for at each line and in the first steps, and the time
-        between is shared out evenly. Waiting for data is what the device does, not what the loop does.
-
         Args:
-            iterable: gives (images, targets, …); the number of images goes into the fps of the line.
-            processes (int): how many of them take such a step together.
-            throughput (Throughput): takes the time of each step, and the share of it that the loader was waited for.
-            hidden (tuple of str): meters that stay out of the line.
+            iterable: gives (images, targets, …).
+            timer (StepTimer): gives the times and images per second of the line.
         """
-        step_seconds, data_seconds = SmoothedValue(fmt='{value:.4f}'), SmoothedValue(fmt='{value:.4f}')
-        throughput = throughput or Throughput()
-        counter = '{:%dd}' % len(str(steps))
-        stage = ' (%s step %%d)' % header.replace('%', '%%')
-        screen = distributed.screen
-        if screen is not None:
-            screen.begin(header, steps, start)
-        watchdog.enter(header)
-        watchdog.mark(start, 0, stage)
-        waiting = []  # (images, marks before and after waiting for data) of the steps since the device was waited for
-        since, before = time.time(), backend.mark(device)
-        for step, item in enumerate(iterable, start):
-            watchdog.mark(step, 1, stage)
-            waiting.append((len(item[0]) * processes, before, backend.mark(device)))
+        display = progress.current()
+        display.begin(header, steps, start)
+        for step, item in enumerate(watchdog.track(timer.time_data(iterable), header, start), start):
             yield item
-            is_printed = should_log(step, steps, print_freq)
-            if is_printed or backend.reads_freely(device) or len(throughput.steps) < throughput.warmup_steps:
-                backend.synchronize(device)
-                now = time.time()
-                for images, before, after in waiting:
-                    step_seconds.update((now - since) / len(waiting))
-                    data_seconds.update(backend.seconds_between(before, after))
-                    throughput.update(images, step_seconds.value, data_seconds.value)
-                since, waiting = now, []
-            is_shown = screen is not None and (is_printed or backend.reads_freely(device))
-            if is_printed or is_shown:
-                self.read()
-                images_per_second = len(item[0]) * processes / max(step_seconds.median, 1e-9)
-            if is_printed:
-                eta = datetime.timedelta(seconds=int(step_seconds.global_avg * (steps - step - 1)))
-                distributed.say(self.delimiter.join(
-                    ['%s  [%s/%d]' % (header, counter.format(step), steps), 'eta: %s' % eta]
-                    + ['%s: %s' % (name, meter) for name, meter in self.meters.items()
-                       if name not in hidden and meter.window]
-                    + ['time: %s' % step_seconds, 'data: %s' % data_seconds,
-                       'max mem: %.0f' % backend.max_memory_mb(device),
-                       'fps: %.0f' % images_per_second]), detail=True)
-            if screen is not None:
-                screen.step(progress.figures(self.meters, images_per_second) if is_shown else None)
-            watchdog.mark(step + 1, 0, stage)
-            before = backend.mark(device)
-        if screen is not None:
-            screen.end()
-        watchdog.mark(watchdog.LAST, 2, stage)
+            is_line = should_log(step, steps, print_freq)
+            is_timed = timer.end_step(is_line)
+            if is_line:
+                distributed.say(self.line(header, step, steps, timer), detail=True)
+            display.step(functools.partial(self.bar_text, timer) if is_timed else None)
+        display.end()
+
+    def line(self, header, step, steps, timer):
+        """The text after a step: how far the loop is, the meters, times, memory, images per second."""
+        self.read()
+        eta = datetime.timedelta(seconds=int(timer.step_seconds.global_avg * (steps - step - 1)))
+        return self.delimiter.join(
+            ['%s  [%*d/%d]' % (header, len(str(steps)), step, steps), 'eta: %s' % eta]
+            + ['%s: %s' % (name, meter) for name, meter in self.meters.items()
+               if name not in self.hidden and meter.window]
+            + ['time: %s' % timer.step_seconds, 'data: %s' % timer.data_seconds,
+               'max mem: %.0f' % backend.max_memory_mb(timer.device), 'fps: %.0f' % timer.images_per_second])
+
+    def bar_text(self, timer):
+        self.read()
+        return progress.format_metrics(self.meters, timer.images_per_second)
+
+
+class StepTimer:
+    """Times the steps of a loop, and the part of each in which the loader was waited for.
+
+    A device works on while the loop goes ahead. It is waited for at each line and in the first steps, and the time
+    between is divided evenly among the steps. Waiting for data is what the device does, not what the loop does.
+
+    Args:
+        processes (int): how many of them take such a step together.
+        throughput (Throughput): takes the times of each step.
+    """
+
+    def __init__(self, device, processes=1, throughput=None):
+        self.device, self.processes = device, processes
+        self.throughput = Throughput() if throughput is None else throughput
+        self.step_seconds, self.data_seconds = SmoothedValue(fmt='{value:.4f}'), SmoothedValue(fmt='{value:.4f}')
+        self.images, self.since = 0, 0.
+        self.untimed = []  # (images, marks before and after waiting for data) of steps since the device was waited for
+
+    def time_data(self, iterable):
+        """Yield from `iterable`, (images, …), and mark when each item was asked for and came."""
+        self.since, before = time.time(), backend.mark(self.device)
+        for item in iterable:
+            self.images = len(item[0]) * self.processes
+            self.untimed.append((self.images, before, backend.mark(self.device)))
+            yield item
+            before = backend.mark(self.device)
+
+    def end_step(self, is_line):
+        """Call after each step. Gives whether the device was waited for, so that its numbers can be read."""
+        if not (is_line or backend.reads_freely(self.device)
+                or len(self.throughput.steps) < self.throughput.warmup_steps):
+            return False
+        backend.synchronize(self.device)
+        now = time.time()
+        for images, before, after in self.untimed:
+            self.step_seconds.update((now - self.since) / len(self.untimed))
+            self.data_seconds.update(backend.seconds_between(before, after))
+            self.throughput.update(images, self.step_seconds.value, self.data_seconds.value)
+        self.since, self.untimed = now, []
+        return True
+
+    @property
+    def images_per_second(self):
+        return self.images / max(self.step_seconds.median, 1e-9)
 
 
 def should_log(step, steps, print_freq=10):

@@ -172,7 +172,8 @@ def start(store, seconds):
     if distributed.world_size() > 1:
         dog = _Watchdog(store, distributed.rank(), distributed.world_size(), seconds)
         distributed.barrier()  # so that each finds the others' words
-        _dog, distributed.waiting = dog, _waiting
+        _dog = dog
+        distributed.set_wait_hook(_waiting)
         for thread in dog.threads:
             thread.start()
 
@@ -200,6 +201,18 @@ def mark(item, phase, stage):
         stage = stage % item if item != LAST else ''
         _dog.doing = PHASES[1] + stage
         _set((_dog.place[0], item, phase), PHASES[phase] + stage)
+
+
+def track(iterable, stage, start=0):
+    """Yield from `iterable`, and mark at which item of the stage this process is."""
+    enter(stage)
+    form = ' (%s step %%d)' % stage.replace('%', '%%')
+    mark(start, 0, form)
+    for number, item in enumerate(iterable, start):
+        mark(number, 1, form)
+        yield item
+        mark(number + 1, 0, form)
+    mark(LAST, 2, form)
 
 
 def wait():

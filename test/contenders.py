@@ -200,9 +200,8 @@ def build_as_main_does(args, classes, updates):
     """(arguments for `engine.train_one_epoch`, what main said): main runs, without images, up to its epoch loop."""
     kept, said = {}, io.StringIO()
 
-    def train(args, training, *rest, **named):
-        monitors = [each for each in rest + tuple(named.values()) if hasattr(each, 'after_step')]
-        kept.update(training, monitor=monitors[0] if monitors else None)
+    def train(args, training, data, learner, monitor, report):
+        kept.update(training, model=learner.model, device=learner.device, monitor=monitor)
 
     def build_datasets(args, *_, **__):
         return _Nothing(args.batch_size * updates * distributed.world_size()), None, [str(n) for n in range(classes)]

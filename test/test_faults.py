@@ -666,7 +666,8 @@ class Chance:
             ('os.fsync', 'before'), ('os.fsync', 'after'), ('os.fsync', 'half'), ('os.replace', 'before'),
             ('os.replace', 'after'), ('os.remove', 'before'), ('os.remove', 'after'), ('checkpoint.save', 'before'),
             ('checkpoint.save', 'after'), ('run_folder.append_log', 'after'),
-            ('engine_for_finetuning.evaluate', 'before'), ('engine_for_finetuning.evaluate', 'after'), ('precision.StepScaler._finish', 'after'),
+            ('engine_for_finetuning.evaluate', 'before'), ('engine_for_finetuning.evaluate', 'after'),
+            ('precision.StepScaler._finish', 'after'),
             ('pilot.CheckpointMonitor.begin_sync', 'before'), ('pilot.CheckpointMonitor.begin_sync', 'after'),
             ('datasets.load_image', 'before')])
         path = r'out/[^/]*$' if call in ('os.fsync', 'os.replace', 'os.remove') else ''

@@ -241,12 +241,13 @@ def test_mean_average_precision_is_scikit_learns():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 5))
     loader = Batches([datasets.Batch(images[part], targets[part], torch.arange(40)[part], [])
                       for part in (slice(20, 40), slice(0, 20))])
-    stats = engine.evaluate(loader, model, CPU, scores=[scores.MeanAveragePrecision()])
+    stats = engine.evaluate(loader, model, CPU, metrics=[scores.Loss(), scores.MeanAveragePrecision()])
     outputs = model(images).detach()
     expected = np.mean([average_precision_score(targets[:, label], outputs[:, label]) for label in (0, 1, 2, 4)])
     assert stats['mAP'] == pytest.approx(100 * expected) and 'acc1' not in stats and stats['images'] == 40
     assert stats['loss'] == pytest.approx(float(F.binary_cross_entropy_with_logits(outputs, targets)), rel=1e-5)
-    named = engine.evaluate(loader, model, CPU, scores=[scores.MeanAveragePrecision(list('abcde'))])
+    named = engine.evaluate(loader, model, CPU,
+                            metrics=[scores.Loss(), scores.MeanAveragePrecision(list('abcde'))])
     assert named['mAP'] == stats['mAP'] and [each['class'] for each in named['classes']] == list('abcde')
     assert [each['images'] for each in named['classes']] == targets.sum(0).int().tolist()
     assert named['classes'][3]['average_precision'] is None

@@ -28,8 +28,11 @@ import report_page
 import run_class_finetuning
 import run_files
 import run_folder
+import scores
+from config import MixupConfig, TransformConfig
 from conftest import ROOT, needs_extra, only_with, photo
 from errors import UserError
+from flags import config_from
 from predictions import KEPT, Prediction, Predictions
 from test_training import RUN, summaries
 
@@ -197,10 +200,9 @@ def test_summary_has_the_results_figures_and_versions(run):
     assert summary['versions']['python'] == '%d.%d.%d' % sys.version_info[:3] and summary['versions']['beit']
 
 
-def test_what_is_not_finite_is_null(tmp_path, parse):
-    args = parse('--output_dir=%s' % (tmp_path / 'new'))
-    run_files.write_summary(args, {'loss': math.nan, 'list': [math.inf, 1, {'a': -math.inf}], 'text': 'NaN',
-                                   'on': True})
+def test_what_is_not_finite_is_null(tmp_path):
+    run_files.write_summary(str(tmp_path / 'new'), {
+        'loss': math.nan, 'list': [math.inf, 1, {'a': -math.inf}], 'text': 'NaN', 'on': True})
     written = loaded(tmp_path, 'new', 'summary.json')
     assert set(written.pop('versions')) == {'beit', 'python', 'torch', 'torchvision', 'timm', 'numpy'}
     assert written == {'loss': None, 'list': [None, 1, {'a': None}], 'text': 'NaN', 'on': True}
@@ -383,7 +385,8 @@ def test_an_evaluation_gives_the_same_figures_with_predictions(monkeypatch):
     batches = [datasets.Batch(torch.randn(5, 3, 2, 2), torch.randint(0, 7, (5,)), torch.arange(5) + 5 * number, [])
                for number in range(4)]
     predictions = Predictions(7)
-    with_them = engine.evaluate(batches, model, torch.device('cpu'), scores=[predictions])
+    metrics = [scores.TopAccuracy(), scores.Loss(), predictions]
+    with_them = engine.evaluate(batches, model, torch.device('cpu'), metrics=metrics)
     assert with_them == engine.evaluate(batches, model, torch.device('cpu'))
     assert sum(predictions.counts.values()) == 20
     assert 100. * np.trace(predictions.matrix()) / 20 == pytest.approx(with_them['acc1'])
@@ -503,12 +506,17 @@ def test_the_reports_images_are_what_the_model_saw(run, parse):
         assert np.abs(shown - np.asarray(picture, dtype=float)).mean() < 12  # JPEG's losses
 
 
+def samples_of(args, train, classes):
+    return report.augmented_samples(train, classes, config_from(args, TransformConfig), config_from(args, MixupConfig),
+                                    args.seed)
+
+
 def test_augmented_samples_are_the_loaders_first_batch(run, parse):
     out, data, _, _ = run
     args = parse('--config=%s/args.yaml' % out, '--mixup=0', '--batch_size=16', '--reprob=0.5')
     train, val, classes = datasets.build_datasets(args)
     before = (torch.get_rng_state(), np.random.get_state()[1].copy())
-    samples = report.augmented_samples(args, train, classes)
+    samples = samples_of(args, train, classes)
     assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
     batch = next(iter(datasets.build_loaders(args, train, None)[0]))
     seen = np.clip(np.rint((batch.images.numpy() * 0.5 + 0.5) * 255), 0, 255).transpose(0, 2, 3, 1)
@@ -517,7 +525,7 @@ def test_augmented_samples_are_the_loaders_first_batch(run, parse):
     assert sum(np.abs(seen - np.asarray(train[int(index)][0], dtype=float)).max() > 0 for index in batch.indices) > 8
     args.mixup = 0.8
     state = np.random.get_state()[1].copy()
-    mixed = report.augmented_samples(args, train, classes)
+    mixed = samples_of(args, train, classes)
     assert np.array_equal(state, np.random.get_state()[1])
     share, other = re.match(r'.* (\d+) % \+ .* (\d+) %$', next(
         caption for _, caption in mixed if ' + ' in caption)).groups()
@@ -635,7 +643,7 @@ def test_tensorboard_shows_images_and_confusions(run, parse):
     assert step == 0 and sheet.shape == (4 * 34 - 2, 4 * 34 - 2, 3)
     args = parse('--config=%s/args.yaml' % out)
     train, _, classes = datasets.build_datasets(args)
-    assert np.array_equal(sheet[:32, 34:66], report.augmented_samples(args, train, classes)[1][0])
+    assert np.array_equal(sheet[:32, 34:66], samples_of(args, train, classes)[1][0])
     assert [step for step, _ in found['images/confusion']] == [0, 1, 2, 3]
     log = [line['test_acc1'] for line in log_of(out)]
     best = log.index(max(log))
