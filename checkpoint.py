@@ -81,7 +81,7 @@ class RunState:
         self.epoch, self.steps, self.meters, self.files = epoch, steps, list(meters), []
         self.best, self.run, self.stale = dict(best or {}), dict(run or {}), 0
 
-    def meters_of(self, rank, processes):
+    def meters_of(self, rank: int, processes: int) -> Optional[Dict[str, Any]]:
         """The state of the averages for a process; with another number of processes the first takes all of them."""
         if not self.meters or len(self.meters) == processes:
             return self.meters[rank] if self.meters else None
@@ -92,7 +92,7 @@ class RunState:
                 merged[name] = (counted + count, so_far + total)
         return dict(self.meters[0], meters=merged)
 
-    def file_name(self):
+    def file_name(self) -> str:
         """checkpoint-<finished epoch>.pth, or in mid-epoch checkpoint-<epoch>-step<its finished updates>.pth."""
         return 'checkpoint-%d-step%d.pth' % (self.epoch, self.steps) if self.steps \
             else 'checkpoint-%d.pth' % (self.epoch - 1)
@@ -101,7 +101,7 @@ class RunState:
 STEP_FILES_KEPT = 2  # of those in mid-epoch, without --keep_checkpoints: the newest, and one in case it is damaged
 
 
-def remove_old(folder, keep):
+def remove_old(folder: str, keep: int) -> None:
     """Remove the oldest numbered checkpoints, beyond the `keep` newest of each kind (0: all epochs, 2 in mid-epoch)."""
     files = list_checkpoints(folder)
     for kind, most in ((0, keep), (1, keep or STEP_FILES_KEPT)):
@@ -117,13 +117,13 @@ class SaveTimer:
     def __init__(self, steps=0, minutes=0.):
         self.steps, self.seconds, self.saved = steps, 60 * minutes, time.monotonic()
 
-    def due(self, update_step):
+    def due(self, update_step: int) -> bool:
         """Whether to save after this update of the run, counted from 0; the clock is the first process's."""
         by_steps = self.steps and (update_step + 1) % self.steps == 0
         by_clock = self.seconds and distributed.is_main_process() and time.monotonic() - self.saved >= self.seconds
         return bool(by_steps or by_clock)
 
-    def restart(self):
+    def restart(self) -> None:
         self.saved = time.monotonic()
 
 
@@ -156,7 +156,7 @@ def _portable(optimizer):
 
 # ---- which file to resume
 
-def list_checkpoints(folder):
+def list_checkpoints(folder: str) -> List[Tuple[Tuple[int, int], str]]:
     """((epochs done, updates done of the next), path) of a folder's checkpoints, oldest first; not the best ones."""
     found = [(_position(path), path) for path in glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth'))]
     return sorted((position, path) for position, path in found if position is not None)
@@ -177,16 +177,16 @@ def _position_inside(content):
     return (epoch + 1, steps) if isinstance(epoch, int) and isinstance(steps, int) else (-1, 0)
 
 
-def last_epoch(content):
+def last_epoch(content: Any) -> int:
     """The number of the last epoch that a checkpoint is of, or 0 where it says none."""
     return min(max(0, _position_inside(content)[0] - 1), 2 ** 31 - 1)
 
 
-def is_url(source):
+def is_url(source: str) -> bool:
     return re.match(r'[a-z]+://', source) is not None
 
 
-def candidates(source):
+def candidates(source: str) -> List[str]:
     """The files that --resume may mean: itself or a URL; in a folder its checkpoints, numbered ones newest first.
 
     Raises:
@@ -205,7 +205,7 @@ def candidates(source):
     return found
 
 
-def load_best_or_latest(source, prefer_best=False):
+def load_best_or_latest(source: str, prefer_best: bool = False) -> Tuple[str, Any]:
     """(path, content) of the checkpoint to resume: of a folder's the one that got furthest, or to evaluate the best.
 
     Of a folder, a damaged file is passed over, and a line says so. A best checkpoint may be further than the newest
@@ -251,7 +251,7 @@ def _first_whole(paths):
     return None, reasons
 
 
-def is_inside(path, folder):
+def is_inside(path: str, folder: str) -> bool:
     return bool(path and folder) and os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder)
 
 
@@ -285,7 +285,7 @@ def load_agreed(resume: str, output: OutputConfig, device: torch.device,
     return path, content
 
 
-def finish_save(path, content):
+def finish_save(path: str, content: Any) -> None:
     """Write the files that were to come after a best checkpoint in its save, which a kill broke off."""
     progress = content.get('progress')
     files = progress.get('files') if isinstance(progress, dict) else None
@@ -302,7 +302,7 @@ def _name_and_position(path, content):
 
 # ---- taking it up
 
-def load_weights(source, content, model, scaler, ema=None):
+def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any, ema: Any = None) -> None:
     """Load a checkpoint's weights into the model and, where both have one, the average."""
     if not isinstance(content, dict):
         raise UserError('--resume %s: holds no weights' % printable(source))
@@ -327,7 +327,7 @@ def load_weights(source, content, model, scaler, ema=None):
         ema.ema.load_state_dict({**ema.ema.state_dict(), **average})
 
 
-def saved_args(content):
+def saved_args(content: Any) -> Dict[str, Any]:
     """The flags that a checkpoint was trained with, by name; {} where it says none."""
     args = content.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else args
@@ -359,7 +359,7 @@ def _trained_with(content, source):
 COUNTERS = ('step', 'lookahead_step')  # what some optimizers count in their groups instead of in each parameter's state
 
 
-def load_optimizer(source, optimizer, state):
+def load_optimizer(source: str, optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
     """Load an optimizer's moments. Rates and other settings stay this run's: the file's would outlive its flags."""
     kinds = {'betas', 'momentum', 'rho', 'alpha'}  # what tells the families of optimizers apart
     try:
@@ -403,7 +403,8 @@ def _short(error):
     return ' '.join(str(error).split())[:200]
 
 
-def resume_training(source, content, model, optimizer, scaler, ema=None):
+def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: Any,
+                    ema: Any = None) -> RunState:
     """Take up a run where a checkpoint left it.
 
     Returns:

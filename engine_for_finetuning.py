@@ -137,19 +137,20 @@ def training_meters() -> utils.MetricLogger:
     return meters
 
 
-def class_accuracy(output, targets):
+def class_accuracy(output: torch.Tensor, targets: torch.Tensor) -> Optional[torch.Tensor]:
     """The share of right ones, a 0-dim tensor on the device; None without images or with several classes an image."""
     return (output.argmax(-1) == targets).float().mean() if len(targets) and targets.dim() == 1 else None
 
 
-def average_over_processes(meters, device):
+def average_over_processes(meters: utils.MetricLogger, device: torch.device) -> Dict[str, float]:
     meters.synchronize_between_processes(device)
     stats = meters.averages()
     distributed.say('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()), detail=True)
     return stats
 
 
-def settle(updates, scaler, monitor, log_writer, device):
+def settle(updates: List[StepState], scaler: precision.StepScaler, monitor: StepMonitor, log_writer: Any,
+           device: torch.device) -> None:
     """Read from the device what became of these updates, in one copy, and report those that were skipped."""
     numbers = iter(utils.to_floats([number for update in updates for number in (update.grad_norm, update.skipped)]))
     for update in updates:
@@ -166,7 +167,8 @@ def settle(updates, scaler, monitor, log_writer, device):
             monitor.norms.append(update.grad_norm)
 
 
-def set_schedules(optimizer, update_step, lr_values=None, wd_values=None):
+def set_schedules(optimizer: torch.optim.Optimizer, update_step: int, lr_values: Optional[Sequence[float]] = None,
+                  wd_values: Optional[Sequence[float]] = None) -> None:
     """Give each group its learning rate, value times lr_scale, and its weight decay where it has any."""
     for group in optimizer.param_groups:
         if lr_values is not None:
@@ -175,14 +177,14 @@ def set_schedules(optimizer, update_step, lr_values=None, wd_values=None):
             group['weight_decay'] = float(wd_values[update_step])
 
 
-def rates(optimizer):
+def rates(optimizer: torch.optim.Optimizer) -> Dict[str, float]:
     """The highest and lowest learning rate of the groups, and their weight decay."""
     lrs = [group['lr'] for group in optimizer.param_groups]
     decays = [group['weight_decay'] for group in optimizer.param_groups if group['weight_decay'] > 0]
     return dict(lr=max(lrs), min_lr=min(lrs), weight_decay=decays[-1] if decays else 0.)
 
 
-def report_skip(scaler, update_step):
+def report_skip(scaler: precision.StepScaler, update_step: int) -> None:
     what = 'gradients overflowed' if scaler.overflows else 'loss or gradients are not finite'
     distributed.say('Update step %d skipped: its %s (loss scale now %g, %d skipped so far)'
                     % (update_step, what, scaler.scale, scaler.skipped))
@@ -193,7 +195,7 @@ def report_skip(scaler, update_step):
             'or set --clip_grad'))
 
 
-def log_update(log_writer, update):
+def log_update(log_writer: Any, update: StepState) -> None:
     """The scalars of an update's last micro-step to TensorBoard, those that are finite."""
     names = [name for name, value in update.values.items() if value is not None]
     values = zip(names, utils.to_floats([update.values[name] for name in names]))
@@ -262,17 +264,18 @@ class WithMirrorImage(torch.nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         return (self.network(images).float() + self.network(images.flip(3)).float()) / 2
 
 
-def fill_up(images, data_loader):
+def fill_up(images: torch.Tensor, data_loader: Any) -> torch.Tensor:
     """A batch that is shorter than the loader's others, with blank images behind."""
     missing = (getattr(data_loader, 'batch_size', None) or 0) - len(images)
     return images if missing <= 0 else torch.cat((images, images.new_zeros((missing,) + images.shape[1:])))
 
 
-def profile(folder, device, model, data_loader, update_freq=1, cann=False, warmup_updates=2, updates=5, **training):
+def profile(folder: str, device: torch.device, model: torch.nn.Module, data_loader: Any, update_freq: int = 1,
+            cann: bool = False, warmup_updates: int = 2, updates: int = 5, **training: Any) -> None:
     """Profile a few updates, after a few that compile and fill caches, and write the trace into `folder`.
 
     Args:

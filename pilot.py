@@ -4,6 +4,7 @@ import collections
 import json
 import math
 import os
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -38,7 +39,7 @@ class StepState:
         self.step, self.losses, self.outputs, self.indices, self.unreadable = step, [], [], [], []
         self.grad_norm, self.skipped, self.values, self.stop, self.save = None, False, {}, 0, False
 
-    def add(self, batch, output, loss):
+    def add(self, batch: Sequence[Any], output: torch.Tensor, loss: torch.Tensor) -> None:
         self.losses.append(loss.detach())
         if len(batch) > 2:
             self.outputs.append(output.detach())
@@ -46,11 +47,11 @@ class StepState:
             self.unreadable += batch.unreadable
 
     @property
-    def loss(self):
+    def loss(self) -> float:
         """The sum of the micro-steps' losses on this process, read from the device."""
         return float(torch.stack(self.losses).sum())
 
-    def nonfinite_indices(self):
+    def nonfinite_indices(self) -> List[int]:
         """Positions of the images whose outputs are not finite; of all, where every output is finite."""
         found = []
         for indices, output in zip(self.indices, self.outputs):
@@ -71,17 +72,17 @@ class StepMonitor:
         self.norms = collections.deque(maxlen=NORMS_KEPT)  # of the last updates' gradients
         self.answers = None
 
-    def local_requests(self, update_step):
+    def local_requests(self, update_step: int) -> Tuple[int, bool]:
         """(signal that asks to stop or 0, whether to save after this update), of this process."""
         return 0, False
 
-    def begin_sync(self, update, device):
+    def begin_sync(self, update: StepState, device: torch.device) -> None:
         """Before the step: tell the other processes what this one wishes; the answers come while the step runs."""
         watchdog.wait()
         stop, save = self.local_requests(update.step)
         self.answers = distributed.ask([stop, save, len(update.unreadable)], device)
 
-    def finish_sync(self, update, device):
+    def finish_sync(self, update: StepState, device: torch.device) -> bool:
         """After the step: what all processes wish, into `update`; gives whether this update is the last before a save.
         """
         votes = self.answers()
@@ -91,14 +92,14 @@ class StepMonitor:
             self.unreadable([tuple(pair) for each in told for pair in each])
         return bool(update.stop or update.save)
 
-    def unreadable(self, pairs):
+    def unreadable(self, pairs: List[Tuple[str, str]]) -> None:
         """Files, (path, reason), that no process could read."""
 
-    def name_images(self, indices):
+    def name_images(self, indices: List[int]) -> List[str]:
         """Printable names of images, by their positions in the data set."""
         return []
 
-    def skipped(self, update, scaler, device):
+    def skipped(self, update: StepState, scaler: Any, device: torch.device) -> None:
         """An update was skipped, on every process. Where no overflow is to be expected, something is wrong."""
         losses = [loss for loss, in distributed.gather_numbers([update.loss], device)]
         guilty = [not math.isfinite(loss) for loss in losses]
@@ -110,7 +111,8 @@ class StepMonitor:
             'the gradients are not finite (their norm is %s, the loss %.4f)' % (update.grad_norm, update.loss))
         self.report_nonfinite('%s at update step %d' % (what, update.step), guilty, names, update.step, scaler.scale)
 
-    def report_nonfinite(self, what, guilty, names, update_step, scale):
+    def report_nonfinite(self, what: str, guilty: List[bool], names: List[List[str]], update_step: int,
+                         scale: float) -> None:
         """Report, and stop unless such updates are to be skipped."""
         images = [name for each in names for name in each]
         shown = ', '.join(images[:3]) + (' and %d more' % (len(images) - 3) if len(images) > 3 else '')
@@ -125,15 +127,16 @@ class StepMonitor:
         raise UserError(text + '; lower --lr, set --clip_grad, look at the images, or --on_nonfinite skip',
                         rank=guilty.index(True) if any(guilty) and distributed.world_size() > 1 else None)
 
-    def write_report(self, record):
+    def write_report(self, record: Dict[str, Any]) -> str:
         """Write a report down; gives ' (all in …)', or ''."""
         return ''
 
-    def after_step(self, update, epoch, steps, state, device):
+    def after_step(self, update: StepState, epoch: int, steps: int, state: Callable[[], Dict[str, Any]],
+                   device: torch.device) -> None:
         """After the step: save or stop, where `update` says so. `steps` of the epoch are done; `state()` gives what a
         resumed epoch needs."""
 
-    def on_epoch_end(self, state):
+    def on_epoch_end(self, state: Dict[str, Any]) -> None:
         """All updates of the epoch are done."""
 
 
@@ -158,16 +161,16 @@ class CheckpointMonitor(StepMonitor):
         self.timer = checkpoint.SaveTimer(output.save_ckpt_steps, output.save_ckpt_minutes)
         self.epoch_state = None  # the averages of the epoch whose updates are done
 
-    def local_requests(self, update_step):
+    def local_requests(self, update_step: int) -> Tuple[int, bool]:
         return self.signals.wish, self.saves and self.timer.due(update_step)
 
-    def unreadable(self, pairs):
+    def unreadable(self, pairs: List[Tuple[str, str]]) -> None:
         self.bad_images.report(pairs, len(self.train_set), 'training')
 
-    def name_images(self, indices):
+    def name_images(self, indices: List[int]) -> List[str]:
         return [datasets.image_name(self.train_set, index) for index in indices]
 
-    def write_report(self, record):
+    def write_report(self, record: Dict[str, Any]) -> str:
         if not self.output.output_dir:
             return ''
         path = os.path.join(self.output.output_dir, 'nonfinite.txt')
@@ -179,16 +182,17 @@ class CheckpointMonitor(StepMonitor):
             write_bytes(path, earlier + json.dumps(record).encode() + b'\n')
         return ' (all in %s)' % path
 
-    def after_step(self, update, epoch, steps, state, device):
+    def after_step(self, update: StepState, epoch: int, steps: int, state: Callable[[], Dict[str, Any]],
+                   device: torch.device) -> None:
         if update.stop or update.save:
             self.save(epoch, steps, state(), device)
         if update.stop:
             self.stop(update.stop, epoch, steps)
 
-    def on_epoch_end(self, state):
+    def on_epoch_end(self, state: Dict[str, Any]) -> None:
         self.epoch_state = state
 
-    def save(self, epoch, steps, state, device):
+    def save(self, epoch: int, steps: int, state: Optional[Dict[str, Any]], device: torch.device) -> None:
         """Write a checkpoint of mid-epoch, by the first process; every process hands in its averages."""
         self.run_state.epoch, self.run_state.steps, self.run_state.files = epoch, steps, []
         if not self.saves:
@@ -203,7 +207,7 @@ class CheckpointMonitor(StepMonitor):
         distributed.barrier()  # nobody leaves, and is seen to leave, before the file is whole
         self.timer.restart()
 
-    def save_epoch(self, improved, numbered):
+    def save_epoch(self, improved: List[str], numbered: bool) -> None:
         """After an epoch and its evaluation: the files of new bests, and the numbered one where it is due."""
         self.run_state.files = improved + ([self.run_state.file_name()] if numbered else [])
         if not self.saves or not self.run_state.files:
@@ -217,13 +221,13 @@ class CheckpointMonitor(StepMonitor):
         watchdog.wait()
         self.timer.restart()
 
-    def stop_after(self, epoch, steps, device):
+    def stop_after(self, epoch: int, steps: int, device: torch.device) -> None:
         """Stop where the updates of an epoch are done, and a signal broke its evaluation off."""
         number = int(max(word for word, in distributed.gather_numbers([self.signals.wish], device)))
         self.save(epoch, steps, self.epoch_state, device)
         self.stop(number, epoch, steps)
 
-    def stop(self, number, epoch, steps):
+    def stop(self, number: int, epoch: int, steps: int) -> None:
         where = 'after update %d of epoch %d' % (steps, epoch)
         if self.saves:
             raise preemption.Stopped(number, 'stopped by %s %s; saved %s; the same command%s goes on from there' % (

@@ -4,7 +4,7 @@ import io
 import os
 import re
 import time
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import scores
 from config import MixupConfig, OutputConfig, TransformConfig
 from device_loader import BoxesToErase, DeviceLoader
 from errors import UserError, one_line, printable
-from predictions import Predictions
+from predictions import Prediction, Predictions
 from safe_files import write_bytes
 
 run_folder.register_output(r'(eval-)?report\.html')
@@ -48,19 +48,19 @@ class Report:
         self.curves = run_files.Curves(output.output_dir if output.curves and not prefix else '')
         self.evaluated, self.newest, self.kept, self.samples, self.has_args = '', None, None, [], False
 
-    def begin(self, writer):
+    def begin(self, writer: Any) -> None:
         """Before the first step: the augmented images, where somebody will look at them."""
         if (self.output.report or writer is not None) and distributed.is_main_process():
             self.samples = self.make_samples()
         if writer is not None and self.samples:
             writer.image('images/training', 0, image_grid([pixels for pixels, _ in self.samples]))
 
-    def predictions(self):
+    def predictions(self) -> Optional[Predictions]:
         """What the next evaluation is to fill, or None where nobody wants to know."""
         self.newest = Predictions(len(self.classes)) if self.output.report or self.output.log_dir else None
         return self.newest
 
-    def after_epoch(self, writer, epoch, is_best):
+    def after_epoch(self, writer: Any, epoch: int, is_best: bool) -> None:
         """Draw the curves, note the evaluation where it is the best so far, show its confusions."""
         if self.newest is not None and self.newest.counts:
             if writer is not None:
@@ -74,23 +74,23 @@ class Report:
         self.write_args()
         self.curves.draw()
 
-    def draw_confusions(self, writer, epoch):
+    def draw_confusions(self, writer: Any, epoch: int) -> None:
         image = self.newest.image()
         if image is not None:
             writer.image('images/confusion', epoch, image)
 
-    def write_args(self):
+    def write_args(self) -> None:
         """Once, and not before an epoch is done: a run that is refused at its first step leaves nothing."""
         if not self.has_args:
             run_files.write_args(self.output, self.prefix + 'args.yaml')
             self.has_args = True
 
-    def of_weights(self, source):
+    def of_weights(self, source: str) -> None:
         """After an evaluation of the weights in a file; where they lie in output_dir, its curves are shown too."""
         self.kept, self.evaluated = self.newest, 'Of the weights in %s.' % printable(source)
         self.has_log = checkpoint.is_inside(source, self.output.output_dir)
 
-    def finish(self, figures):
+    def finish(self, figures: Dict[str, Any]) -> None:
         """At the end: all files.
 
         Args:
@@ -103,13 +103,13 @@ class Report:
         if self.output.report and distributed.is_main_process():
             self.write_page(figures)
 
-    def is_complete(self):
+    def is_complete(self) -> bool:
         """Whether what `finish` writes is there."""
         folder, names = self.output.output_dir, [self.prefix + 'args.yaml', self.prefix + 'summary.json']
         names += [self.page] * self.output.report
         return not folder or all(os.path.isfile(os.path.join(folder, name)) for name in names)
 
-    def write_page(self, figures):
+    def write_page(self, figures: Dict[str, Any]) -> None:
         path = os.path.join(self.output.output_dir, self.page)
         log = run_folder.read_log(self.output.output_dir) if self.has_log else []
         plots, hint = svg_plots(log)
@@ -132,7 +132,7 @@ class Report:
         write_bytes(path, page.encode('utf-8', 'backslashreplace'))
         distributed.say('Report: %s' % path)
 
-    def look_up(self, predictions):
+    def look_up(self, predictions: Sequence[Prediction]) -> List[Tuple[np.ndarray, Prediction, str]]:
         """(pixels as the model saw them, prediction, path) of validation images; without those that have gone."""
         found = []
         for each in predictions:
@@ -144,11 +144,11 @@ class Report:
         return found
 
 
-def text_of(value):
+def text_of(value: Any) -> str:
     return '-' if value is None or value == '' else 'on' if value is True else 'off' if value is False else str(value)
 
 
-def summary_tiles(figures, environment):
+def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any]) -> List[Tuple[str, str]]:
     """(name, text) of the figures that people look for first; those that there are."""
     seconds = int(figures.get('duration_seconds') or 0)
     of_run = 'epochs' in figures
@@ -198,7 +198,7 @@ def augmented_samples(train_set: Any, classes: Sequence[str], transform: Transfo
     return list(zip(pixels, captions))
 
 
-def caption(classes, target, shares, smoothing):
+def caption(classes: Sequence[str], target: Any, shares: Optional[torch.Tensor], smoothing: float) -> str:
     """The class of an image, or those that are mixed in it, with their shares."""
     if isinstance(target, list):  # of several classes, or of none
         return ', '.join(str(name) for name, share in zip(classes, target) if share > 0.5) or 'none'
@@ -211,7 +211,7 @@ def caption(classes, target, shares, smoothing):
         if len(top) > 1 else str(classes[top[0] if top else target])
 
 
-def image_grid(pictures, columns=4):
+def image_grid(pictures: Sequence[np.ndarray], columns: int = 4) -> np.ndarray:
     """One picture of several, uint8 (H, W, 3), in rows, with a thin gap."""
     side, gap = pictures[0].shape[0], 2
     rows = -(-len(pictures) // columns)
@@ -222,7 +222,7 @@ def image_grid(pictures, columns=4):
     return whole
 
 
-def svg_plots(log):
+def svg_plots(log: List[Dict[str, Any]]) -> Tuple[List[str], str]:
     """(SVG texts of the curves, '') or ([], why there are none). They take the page's colour for their text."""
     if not log:
         return [], ''

@@ -5,6 +5,7 @@ import html
 import io
 import math
 import string
+from typing import Any, Dict
 
 from errors import printable
 
@@ -110,12 +111,12 @@ BAR = string.Template('<span class="name">$name</span><span class="track"><i sty
 FIGURE = string.Template('<figure><img src="$source" alt="$alt"$tiny><figcaption>$caption</figcaption></figure>')
 
 
-def escape(text):
+def escape(text: Any) -> str:
     """Any text, a path with bytes that are no text too, as HTML."""
     return html.escape(printable(str(text)), quote=True)
 
 
-def render(data):
+def render(data: Dict[str, Any]) -> str:
     """The page, str.
 
     Args:
@@ -250,7 +251,7 @@ def _images(title, note, images):
         for pixels, alt, caption in images))
 
 
-def data_uri(pixels, side=160):
+def data_uri(pixels: Any, side: int = 160) -> str:
     """A JPEG of at most `side` pixels a side, inside the page."""
     from PIL import Image
     picture, file = Image.fromarray(pixels), io.BytesIO()
@@ -259,7 +260,7 @@ def data_uri(pixels, side=160):
     return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode()
 
 
-def percent(share):
+def percent(share: float) -> str:
     """Enough digits to tell 99.99 % from 100 %, and a space at which no line ends."""
     if not math.isfinite(share):
         return 'n/a'

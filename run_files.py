@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import time
-from typing import Any, Dict
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 
@@ -46,7 +46,7 @@ def write_summary(output_dir: str, figures: Dict[str, Any], name: str = 'summary
 
 
 @contextlib.contextmanager
-def best_effort():
+def best_effort() -> Iterator[None]:
     """A full disk is reported, but does not end the run: these files can be had again, what was trained cannot."""
     try:
         yield
@@ -54,7 +54,7 @@ def best_effort():
         distributed.say('Not written: ' + one_line(error))
 
 
-def nonfinite_to_none(value):
+def nonfinite_to_none(value: Any) -> Any:
     """A copy of nested dicts and lists in which infinite and undefined numbers are None."""
     if isinstance(value, dict):
         return {name: nonfinite_to_none(each) for name, each in value.items()}
@@ -63,7 +63,7 @@ def nonfinite_to_none(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def versions():
+def versions() -> Dict[str, Optional[str]]:
     """{name: version} of what computed, None where that cannot be told."""
     found = {'beit': project_version(), 'python': platform.python_version(), 'torch': torch.__version__}
     for name in ('torchvision', 'timm', 'numpy'):
@@ -71,7 +71,7 @@ def versions():
     return {name: value and str(value) for name, value in found.items()}
 
 
-def project_version():
+def project_version() -> Optional[str]:
     """This project's newest version in CHANGELOG.md; None where that is not there."""
     with contextlib.suppress(OSError, ValueError), open(os.path.join(HERE, 'CHANGELOG.md'), encoding='utf-8') as file:
         return next((line.split(']')[0][4:] for line in file if re.match(r'## \[\d', line)), None)
@@ -90,7 +90,7 @@ PANELS = (
 COLOURS = {label: colour for panel in PANELS for label, _, colour, _ in panel[3]}
 
 
-def curves_of(log, panel):
+def curves_of(log: List[Dict[str, Any]], panel: Tuple) -> List[Tuple]:
     """[(label, epochs, values)] of a panel's curves, those that have a value."""
     found = []
     for label, name, _, factor in panel[3]:
@@ -102,7 +102,7 @@ def curves_of(log, panel):
     return found
 
 
-def draw_panel(axes, log, panel):
+def draw_panel(axes: Any, log: List[Dict[str, Any]], panel: Tuple) -> None:
     """One panel into matplotlib's axes; a run's single epoch is a dot."""
     from matplotlib.ticker import FormatStrFormatter, MaxNLocator
     title, unit, from_zero, _ = panel
@@ -123,7 +123,7 @@ def draw_panel(axes, log, panel):
         axes.legend(frameon=False, fontsize=8.5)
 
 
-def draw_curves(path, log):
+def draw_curves(path: str, log: List[Dict[str, Any]]) -> None:
     """Write curves.png, three panels beside one another."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it would look for a screen
     from matplotlib.figure import Figure
@@ -148,7 +148,7 @@ class Curves:
         self.output_dir = output_dir if distributed.is_main_process() else ''
         self.drawn = -math.inf
 
-    def draw(self, is_last=False):
+    def draw(self, is_last: bool = False) -> None:
         if not self.output_dir or (time.monotonic() - self.drawn < SECONDS_BETWEEN and not is_last):
             return
         log = run_folder.read_log(self.output_dir)
@@ -163,5 +163,5 @@ class Curves:
             self.output_dir = ''  # once
 
 
-def hint_without_matplotlib(what):
+def hint_without_matplotlib(what: str) -> str:
     return '%s needs matplotlib; run: pip install -r requirements-extra.txt (or give --no_curves)' % what

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, FrozenSet, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -188,7 +188,7 @@ class MeanAveragePrecision(Metric):
         return stats
 
 
-def average_precisions(targets, outputs):
+def average_precisions(targets: np.ndarray, outputs: np.ndarray) -> Dict[int, float]:
     """{class index: scikit-learn's average precision} of the classes with a positive; {} where an output isn't finite.
 
     Args:
@@ -259,7 +259,7 @@ class RealLabels(Metric):
             stats['real_acc1'], stats['real_acc5'], stats['real_images'])
 
 
-def place_of(path, images, source):
+def place_of(path: str, images: int, source: str) -> int:
     """Which image of ImageNet's validation set a file is, from 0; UserError where `source` has no labels of it."""
     found = re.match(r'ILSVRC2012_val_(\d{8})\.', os.path.basename(path))
     if not found or not 1 <= int(found.group(1)) <= images:
@@ -269,7 +269,7 @@ def place_of(path, images, source):
     return int(found.group(1)) - 1
 
 
-def read_real_labels(path, classes):
+def read_real_labels(path: str, classes: int) -> List[FrozenSet[int]]:
     """A list of sets of class indices below `classes`, of a JSON file that holds a list of lists."""
     flag = '--real_labels %s' % printable(path)
     try:
@@ -369,7 +369,7 @@ def curves(panel: str) -> List[Tuple[str, str, str]]:
 RESULT_FILES = ('.csv', '.json')
 
 
-def check_results_file(path):
+def check_results_file(path: str) -> None:
     """Raise a `UserError` where --results_file can't be."""
     if os.path.splitext(path)[1] not in RESULT_FILES:
         raise UserError('--results_file %s: it must end in %s' % (printable(path), ' or '.join(RESULT_FILES)))
@@ -377,7 +377,7 @@ def check_results_file(path):
         raise UserError('--results_file %s: there is a folder of that name' % printable(path))
 
 
-def write_results(path, rows):
+def write_results(path: str, rows: List[Dict[str, Any]]) -> None:
     """Write the figures of each evaluated network: a row of CSV, or a dict in a JSON list, there with its classes."""
     if path.endswith('.json'):
         data = json.dumps(rows, indent=2, ensure_ascii=False) + '\n'

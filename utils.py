@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections import defaultdict, deque
+from typing import Any, Dict, Iterable, Iterator, List
 
 import numpy as np
 import torch
@@ -28,26 +29,26 @@ class SmoothedValue:
         self.window = deque(maxlen=window_size)
         self.total, self.count, self.fmt = 0., 0, fmt
 
-    def update(self, value, n=1):
+    def update(self, value: float, n: int = 1) -> None:
         self.window.append(value)
         self.count += n
         self.total += value * n
 
-    def synchronize_between_processes(self, device):
+    def synchronize_between_processes(self, device: torch.device) -> None:
         """Make total and count those of all processes; in float32, which every backend can reduce."""
         count, total = distributed.sum_over_processes((self.count,), self.total, device)
         self.count, self.total = count, total
 
     @property
-    def median(self):
+    def median(self) -> float:
         return sorted(self.window)[(len(self.window) - 1) // 2]
 
     @property
-    def global_avg(self):
+    def global_avg(self) -> float:
         return self.total / max(self.count, 1)
 
     @property
-    def value(self):
+    def value(self) -> float:
         return self.window[-1]
 
     def __str__(self):
@@ -56,7 +57,7 @@ class SmoothedValue:
         return self.fmt.format(median=self.median, global_avg=self.global_avg, value=self.value)
 
 
-def to_floats(values):
+def to_floats(values: Iterable) -> List[float]:
     """Floats of numbers and 0-dim tensors, all that lie on a device in one copy."""
     tensors = [value.detach().float() for value in values if torch.is_tensor(value)]
     read = iter(torch.stack(tensors).tolist() if tensors else ())
@@ -77,39 +78,40 @@ class MetricLogger:
         self.delimiter, self.hidden = delimiter, hidden
         self.unread = []  # (name, number or 0-dim tensor, how many it is the mean of), in order
 
-    def add_meter(self, name, meter):
+    def add_meter(self, name: str, meter: SmoothedValue) -> None:
         self.meters[name] = meter
 
-    def update(self, n=1, **values):
+    def update(self, n: int = 1, **values: Any) -> None:
         """Take note of numbers or 0-dim tensors, means of `n`; None is none, and what is not finite is left out."""
         self.unread += [(name, value, n) for name, value in values.items() if value is not None]
 
-    def read(self):
+    def read(self) -> None:
         """Bring the meters up to date."""
         unread, self.unread = self.unread, []
         for (name, _, n), value in zip(unread, to_floats([value for _, value, _ in unread])):
             if math.isfinite(value):
                 self.meters[name].update(value, n)
 
-    def synchronize_between_processes(self, device):
+    def synchronize_between_processes(self, device: torch.device) -> None:
         self.read()
         for name in sorted(self.meters):
             self.meters[name].synchronize_between_processes(device)
 
-    def averages(self):
+    def averages(self) -> Dict[str, float]:
         self.read()
         return {name: meter.global_avg for name, meter in self.meters.items() if meter.count}
 
-    def state(self):
+    def state(self) -> Dict[str, Any]:
         """The totals, as plain values."""
         self.read()
         return {name: [meter.count, meter.total] for name, meter in self.meters.items()}
 
-    def load_state(self, state):
+    def load_state(self, state: Dict[str, Any]) -> None:
         for name, (count, total) in state.items():
             self.meters[name].count, self.meters[name].total = int(count), float(total)
 
-    def log_every(self, iterable, steps, print_freq, header, timer, start=0):
+    def log_every(self, iterable: Iterable, steps: int, print_freq: int, header: str, timer: 'StepTimer',
+                  start: int = 0) -> Iterator:
         """Yield from `iterable`, of `steps` items those from `start` on; print a line each `print_freq`, and the last.
 
         Args:
@@ -127,7 +129,7 @@ class MetricLogger:
             display.step(functools.partial(self.bar_text, timer) if is_timed else None)
         display.end()
 
-    def line(self, header, step, steps, timer):
+    def line(self, header: str, step: int, steps: int, timer: 'StepTimer') -> str:
         """The text after a step: how far the loop is, the meters, times, memory, images per second."""
         self.read()
         eta = datetime.timedelta(seconds=int(timer.step_seconds.global_avg * (steps - step - 1)))
@@ -138,7 +140,7 @@ class MetricLogger:
             + ['time: %s' % timer.step_seconds, 'data: %s' % timer.data_seconds,
                'max mem: %.0f' % backend.max_memory_mb(timer.device), 'fps: %.0f' % timer.images_per_second])
 
-    def bar_text(self, timer):
+    def bar_text(self, timer: 'StepTimer') -> str:
         self.read()
         return progress.format_metrics(self.meters, timer.images_per_second)
 
@@ -161,7 +163,7 @@ class StepTimer:
         self.images, self.since = 0, 0.
         self.untimed = []  # (images, marks before and after waiting for data) of steps since the device was waited for
 
-    def time_data(self, iterable):
+    def time_data(self, iterable: Iterable) -> Iterator:
         """Yield from `iterable`, (images, …), and mark when each item was asked for and came."""
         self.since, before = time.time(), backend.mark(self.device)
         for item in iterable:
@@ -170,7 +172,7 @@ class StepTimer:
             yield item
             before = backend.mark(self.device)
 
-    def end_step(self, is_line):
+    def end_step(self, is_line: bool) -> bool:
         """Call after each step. Gives whether the device was waited for, so that its numbers can be read."""
         if not (is_line or backend.reads_freely(self.device)
                 or len(self.throughput.steps) < self.throughput.warmup_steps):
@@ -185,11 +187,11 @@ class StepTimer:
         return True
 
     @property
-    def images_per_second(self):
+    def images_per_second(self) -> float:
         return self.images / max(self.step_seconds.median, 1e-9)
 
 
-def should_log(step, steps, print_freq=10):
+def should_log(step: int, steps: int, print_freq: int = 10) -> bool:
     """Whether a line is printed after this step: each `print_freq`, and the last."""
     return step % print_freq == 0 or step == steps - 1
 
@@ -201,7 +203,7 @@ class Throughput:
         self.warmup_steps = warmup_steps
         self.steps = []  # (images, seconds, those of them that the loader was waited for)
 
-    def update(self, images, seconds, data_seconds=0.):
+    def update(self, images: int, seconds: float, data_seconds: float = 0.) -> None:
         self.steps.append((images, seconds, data_seconds))
 
     def _counted(self):
@@ -212,22 +214,22 @@ class Throughput:
         return tuple(sum(column) for column in zip(*counted)) + (len(counted),) if counted else (0, 0., 0., 0)
 
     @property
-    def images_per_second(self):
+    def images_per_second(self) -> float:
         images, seconds, _, _ = self._counted()
         return images / max(seconds, 1e-9)
 
     @property
-    def step_milliseconds(self):
+    def step_milliseconds(self) -> float:
         _, seconds, _, steps = self._counted()
         return 1000 * seconds / max(steps, 1)
 
     @property
-    def data_share(self):
+    def data_share(self) -> float:
         """The share of the time that was spent waiting for data."""
         _, seconds, data_seconds, _ = self._counted()
         return data_seconds / max(seconds, 1e-9)
 
-    def bottleneck(self):
+    def bottleneck(self) -> str:
         """Which of the two is the limit, for people."""
         share = self.data_share
         return 'the %s is the limit; %.1f %% of the time the device waited for data%s' % (
@@ -258,14 +260,14 @@ class TensorboardLogger:
             self.failure = error
             self.check()
 
-    def note(self, failed):
+    def note(self, failed: Any) -> None:
         """What a thread raised."""
         if isinstance(failed.exc_value, OSError):
             self.failure = failed.exc_value
         else:
             self.hook(failed)
 
-    def check(self):
+    def check(self) -> None:
         if self.failure is not None:
             file_writer = getattr(getattr(self, 'writer', None), 'file_writer', None)
             if hasattr(file_writer, 'event_writer'):
@@ -273,18 +275,18 @@ class TensorboardLogger:
             raise UserError('--log_dir %s: cannot write there (%s); make room, or choose another'
                             % (printable(self.log_dir), self.failure.strerror or self.failure))
 
-    def update(self, head, step, **values):
+    def update(self, head: str, step: int, **values: Any) -> None:
         for name, value in values.items():
             self.check()
             if value is not None:
                 self.writer.add_scalar('%s/%s' % (head, name), float(value), step)
 
-    def image(self, tag, step, pixels):
+    def image(self, tag: str, step: int, pixels: np.ndarray) -> None:
         """A picture, uint8 (H, W, 3)."""
         self.check()
         self.writer.add_image(tag, pixels, step, dataformats='HWC')
 
-    def close(self):
+    def close(self) -> None:
         """Write what is still queued."""
         closing = threading.Thread(target=self.writer.close, daemon=True)
         closing.start()
@@ -315,7 +317,7 @@ class ModelEma:
             parameter.requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, state, skip=False):
+    def update(self, state: Dict[str, torch.Tensor], skip: Any = False) -> None:
         """Move towards `state`, a name-to-float32-tensor dict of the model's weights and buffers, unless `skip`.
 
         Args:
@@ -331,7 +333,7 @@ class ModelEma:
 
 # ---- random numbers
 
-def seed_everything(seed):
+def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's generators, on every device."""
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
@@ -339,7 +341,7 @@ def seed_everything(seed):
     backend.seed_device(seed)
 
 
-def seed_step(seed, update_step):
+def seed_step(seed: int, update_step: int) -> None:
     """Seed every generator for one update of this process, so that a run can go on after any of them.
 
     What an evaluation or a loader drew in between makes no difference then, and there is no state to save.
