@@ -10,18 +10,17 @@ if __name__ == '__main__':
     errors.end_quietly()
 
 import collections
-import json
 import math
 import os
 import sys
 
+import flags
+from cli import OneLineParser, run_interruptible
 import torch
 
 import checkpoint
 import distributed
-import flags
-import utils
-from cli import OneLineParser, run_interruptible
+import run_folder
 from errors import UserError, printable
 from pretrained import inner_state, mismatches, strip_prefixes
 from weights_file import load_weights_file
@@ -47,7 +46,7 @@ def find(inputs):
     found = []
     for source in inputs:
         if os.path.isdir(source):
-            paths = [path for (_, steps), path in checkpoint.numbered(source) if not steps]
+            paths = [path for (_, steps), path in checkpoint.list_checkpoints(source) if not steps]
             if not paths:
                 raise UserError('--inputs %s: the folder holds no checkpoint-<epoch>.pth' % printable(source))
             found += paths
@@ -70,8 +69,8 @@ def take_best(paths, most, use_ema=False):
     figures = {}
     for path in paths:
         folder, name = os.path.split(path)
-        log = _read_log(os.path.join(folder, 'log.txt'))
-        epochs = {each: epoch for (epoch, steps), each in checkpoint.numbered(folder or '.') if not steps}
+        log = {stats['epoch']: stats for stats in run_folder.read_log(folder)}
+        epochs = {each: epoch for (epoch, steps), each in checkpoint.list_checkpoints(folder or '.') if not steps}
         epoch = epochs.get(os.path.join(folder or '.', name), 0) - 1
         prefix = 'test_ema_' if use_ema else 'test_'
         values = [log.get(epoch, {}).get(prefix + name) for name in ('mAP', 'acc1')]
@@ -88,20 +87,6 @@ def take_best(paths, most, use_ema=False):
     for path in chosen:
         print('%s: %.3f' % (printable(path), figures[path]))
     return chosen
-
-
-def _read_log(path):
-    """{epoch: its line} of a log.txt; {} where there is none."""
-    lines = {}
-    if os.path.isfile(path):
-        with open(path, encoding='utf-8', errors='replace') as file:
-            for text in file:
-                try:
-                    line = json.loads(text)
-                    lines[line['epoch']] = line
-                except (ValueError, KeyError, TypeError):
-                    continue
-    return lines
 
 
 # ---- the average
@@ -123,7 +108,7 @@ def average(paths, use_ema=False):
         if total is None:
             total = collections.OrderedDict((name, value.double() if value.is_floating_point() else value)
                                             for name, value in state.items())
-            first = dict(args=checkpoint.flags_inside(content), classes=content.get('classes'), about=about)
+            first = dict(args=checkpoint.saved_args(content), classes=content.get('classes'), about=about)
             continue
         check_alike(path, state, about, paths[0], total, first['about'])
         for name, value in state.items():
@@ -156,7 +141,7 @@ def weights_of(path, content, use_ema):
 
 def about_model(content):
     """{what has to be the same in all files: what this one says}"""
-    args = checkpoint.flags_inside(content)
+    args = checkpoint.saved_args(content)
     about = {'--' + name: args.get(name) for name in SAME if name in args}
     if isinstance(content.get('classes'), (list, tuple)):
         about['classes'] = list(content['classes'])
@@ -184,7 +169,7 @@ def main(args):
             raise UserError('--%s is missing; see --help' % flag)
     if os.path.lexists(args.output):
         raise UserError('--output %s: there is something of that name; choose another' % printable(args.output))
-    utils.check_writable('--output', os.path.dirname(args.output) or '.')
+    run_folder.check_writable('--output', os.path.dirname(args.output) or '.')
     paths = find(args.inputs)
     if args.best:
         paths = take_best(paths, args.best, args.use_ema)

@@ -471,6 +471,11 @@ def unwrap(model):
     return model
 
 
+def base_optimizer(optimizer):
+    """The optimizer inside timm's Lookahead; itself where there is none around it."""
+    return getattr(optimizer, '_base_optimizer', getattr(optimizer, 'base_optimizer', optimizer))
+
+
 # ---- what half precision is there
 
 def autocast(device_type, dtype):

@@ -9,11 +9,13 @@ from typing import Any, Iterable, Optional, Sequence, Tuple
 
 import distributed
 import atomic_write
+import run_folder
 from decode import UnreadableImage
 from errors import UserError, printable
 from image_dataset import image_name
 
 LIST = 'bad_images.txt'
+run_folder.register_output(r'bad_images\.txt')
 FILES_AT_ONCE = 16  # that one process of check_data takes
 
 

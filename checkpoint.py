@@ -1,4 +1,4 @@
-"""The one room that knows checkpoints: what they hold, which to resume, and how a run goes on as if never stopped.
+"""Checkpoints: what they hold, which to resume, and how a run goes on as if never stopped.
 
 Files of the reference, of timm and of this project load alike, on any device and
 in any precision: what is written is always float32 on the CPU.
@@ -11,15 +11,20 @@ import glob
 import os
 import re
 import time
-import typing
+from typing import Any, Container, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
+import backend
 import distributed
-from download import resolve_url
+import run_folder
+from config import OutputConfig
 from errors import UserError, printable
 from pretrained import inner_state, mismatches, strip_prefixes
+from download import resolve_url
 from weights_file import load_weights_file, save
+
+run_folder.register_output(r'checkpoint-.*\.pth', proves_run=True)
 
 BEST, BEST_EMA = 'checkpoint-best.pth', 'checkpoint-best-ema.pth'
 UNTOLD = ('nb_classes', 0)  # as the data has them
@@ -29,13 +34,16 @@ MODEL_FLAGS = ('model', 'input_size', 'nb_classes', 'rel_pos_bias', 'abs_pos_emb
 
 # ---- saving
 
-def training_state(args, progress, model, optimizer, scaler, ema=None, classes=(), activation='softmax'):
+def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.nn.Module,
+                     optimizer: torch.optim.Optimizer, scaler: Any, ema: Any = None, classes: Sequence[str] = (),
+                     activation: str = 'softmax') -> Dict[str, Any]:
     """The dict that a checkpoint holds: model, optimizer, epoch, scaler, args, classes, and with an average model_ema.
 
     There is no state of random numbers in it: those of a step follow from seed, step and process (`utils.seed_step`).
 
     Args:
-        progress (Progress): how far the run has come. `epoch` in the file is the last finished one, as in the
+        flags (dict): all of the run, by name.
+        run_state (RunState): how far the run has come. `epoch` in the file is the last finished one, as in the
             reference's; where an epoch is under way, `progress` in the file says how much of it is done.
         classes (sequence of str): the names of the model's outputs.
         activation (str): what makes probabilities of them, softmax or sigmoid.
@@ -43,21 +51,21 @@ def training_state(args, progress, model, optimizer, scaler, ema=None, classes=(
     content = {
         'model': _to_cpu(scaler.full_precision_state(model)),
         'optimizer': _portable(optimizer),
-        'epoch': progress.epoch - 1,
+        'epoch': run_state.epoch - 1,
         'scaler': scaler.state_dict(),
-        'args': dict(vars(args)),
+        'args': dict(flags),
         'classes': [printable(name) for name in classes],  # text: another machine may refuse a name's raw bytes
         'activation': activation,
-        'accuracy': dict(progress.best),
-        'progress': {'steps': progress.steps, 'meters': progress.meters, 'run': dict(progress.run),
-                     'files': progress.files, 'stale': progress.stale},
+        'accuracy': dict(run_state.best),
+        'progress': {'steps': run_state.steps, 'meters': run_state.meters, 'run': dict(run_state.run),
+                     'files': run_state.files, 'stale': run_state.stale},
     }
     if ema is not None:
         content['model_ema'] = _to_cpu(ema.ema.state_dict())
     return content
 
 
-class Progress:
+class RunState:
     """How far a run has come: so many epochs are finished, and so many updates of the next.
 
     Attributes:
@@ -73,7 +81,7 @@ class Progress:
         self.epoch, self.steps, self.meters, self.files = epoch, steps, list(meters), []
         self.best, self.run, self.stale = dict(best or {}), dict(run or {}), 0
 
-    def meters_of(self, rank, processes):
+    def meters_of(self, rank: int, processes: int) -> Optional[Dict[str, Any]]:
         """The state of the averages for a process; with another number of processes the first takes all of them."""
         if not self.meters or len(self.meters) == processes:
             return self.meters[rank] if self.meters else None
@@ -84,7 +92,7 @@ class Progress:
                 merged[name] = (counted + count, so_far + total)
         return dict(self.meters[0], meters=merged)
 
-    def file_name(self):
+    def file_name(self) -> str:
         """checkpoint-<finished epoch>.pth, or in mid-epoch checkpoint-<epoch>-step<its finished updates>.pth."""
         return 'checkpoint-%d-step%d.pth' % (self.epoch, self.steps) if self.steps \
             else 'checkpoint-%d.pth' % (self.epoch - 1)
@@ -93,9 +101,9 @@ class Progress:
 STEP_FILES_KEPT = 2  # of those in mid-epoch, without --keep_checkpoints: the newest, and one in case it is damaged
 
 
-def remove_old(folder, keep):
+def remove_old(folder: str, keep: int) -> None:
     """Remove the oldest numbered checkpoints, beyond the `keep` newest of each kind (0: all epochs, 2 in mid-epoch)."""
-    files = numbered(folder)
+    files = list_checkpoints(folder)
     for kind, most in ((0, keep), (1, keep or STEP_FILES_KEPT)):
         of_kind = [path for (_, steps), path in files if bool(steps) == kind]
         for path in of_kind[:-most] if most else []:
@@ -109,13 +117,13 @@ class SaveTimer:
     def __init__(self, steps=0, minutes=0.):
         self.steps, self.seconds, self.saved = steps, 60 * minutes, time.monotonic()
 
-    def due(self, update_step):
+    def due(self, update_step: int) -> bool:
         """Whether to save after this update of the run, counted from 0; the clock is the first process's."""
         by_steps = self.steps and (update_step + 1) % self.steps == 0
         by_clock = self.seconds and distributed.is_main_process() and time.monotonic() - self.saved >= self.seconds
         return bool(by_steps or by_clock)
 
-    def restart(self):
+    def restart(self) -> None:
         self.saved = time.monotonic()
 
 
@@ -141,18 +149,14 @@ def _portable(optimizer):
         if part in state:
             state[part] = {key: {name: portable(name, value) for name, value in values.items()}
                            for key, values in state[part].items()}
-    if hasattr(_inside_lookahead(optimizer), 'generator'):  # Adahessian draws numbers of its own
-        state['generator'] = _inside_lookahead(optimizer).generator.get_state()
+    if hasattr(backend.base_optimizer(optimizer), 'generator'):  # Adahessian draws numbers of its own
+        state['generator'] = backend.base_optimizer(optimizer).generator.get_state()
     return state
-
-
-def _inside_lookahead(optimizer):
-    return getattr(optimizer, '_base_optimizer', getattr(optimizer, 'base_optimizer', optimizer))
 
 
 # ---- which file to resume
 
-def numbered(folder):
+def list_checkpoints(folder: str) -> List[Tuple[Tuple[int, int], str]]:
     """((epochs done, updates done of the next), path) of a folder's checkpoints, oldest first; not the best ones."""
     found = [(_position(path), path) for path in glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth'))]
     return sorted((position, path) for position, path in found if position is not None)
@@ -173,16 +177,16 @@ def _position_inside(content):
     return (epoch + 1, steps) if isinstance(epoch, int) and isinstance(steps, int) else (-1, 0)
 
 
-def last_epoch(content):
+def last_epoch(content: Any) -> int:
     """The number of the last epoch that a checkpoint is of, or 0 where it says none."""
     return min(max(0, _position_inside(content)[0] - 1), 2 ** 31 - 1)
 
 
-def is_url(source):
+def is_url(source: str) -> bool:
     return re.match(r'[a-z]+://', source) is not None
 
 
-def candidates(source):
+def candidates(source: str) -> List[str]:
     """The files that --resume may mean: itself or a URL; in a folder its checkpoints, numbered ones newest first.
 
     Raises:
@@ -192,7 +196,7 @@ def candidates(source):
         return [source]
     if not os.path.isdir(source):
         raise UserError('--resume %s: no such file or folder' % printable(source))
-    found = [path for _, path in reversed(numbered(source))]
+    found = [path for _, path in reversed(list_checkpoints(source))]
     found += [os.path.join(source, name) for name in (BEST, BEST_EMA) if os.path.isfile(os.path.join(source, name))]
     if not found:
         raise UserError('--resume %s: the folder holds no checkpoint-<epoch>.pth or %s; give %s' % (
@@ -201,7 +205,7 @@ def candidates(source):
     return found
 
 
-def find(source, prefer_best=False):
+def load_best_or_latest(source: str, prefer_best: bool = False) -> Tuple[str, Any]:
     """(path, content) of the checkpoint to resume: of a folder's the one that got furthest, or to evaluate the best.
 
     Of a folder, a damaged file is passed over, and a line says so. A best checkpoint may be further than the newest
@@ -247,22 +251,23 @@ def _first_whole(paths):
     return None, reasons
 
 
-def lies_in(path, folder):
+def is_inside(path: str, folder: str) -> bool:
     return bool(path and folder) and os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder)
 
 
-def find_together(args, device):
+def load_agreed(resume: str, output: OutputConfig, device: torch.device,
+                for_evaluation: bool = False) -> Tuple[str, Optional[Dict[str, Any]]]:
     """(path, content) of what --resume or --auto_resume name, the same on every process; ('', None) where nothing is.
 
     Where one process's copy of the newest file is damaged or missing, all take the older one that it found. To
     evaluate, the best checkpoint of a folder is taken.
     """
-    source, path, content = args.resume, '', None
-    if not source and args.auto_resume and args.output_dir and not args.eval \
-            and glob.glob(os.path.join(glob.escape(args.output_dir), 'checkpoint-*.pth')):
-        source = args.output_dir
+    source, path, content = resume, '', None
+    if not source and output.auto_resume and output.output_dir and not for_evaluation \
+            and glob.glob(os.path.join(glob.escape(output.output_dir), 'checkpoint-*.pth')):
+        source = output.output_dir
     if source:
-        path, content = find(source, prefer_best=args.eval)
+        path, content = load_best_or_latest(source, prefer_best=for_evaluation)
     mine = _name_and_position(path, content)
     oldest = min(distributed.gather(mine, device), key=lambda word: word[1:])
     if mine != oldest and oldest[0] and os.path.isfile(os.path.join(source, oldest[0])):
@@ -272,14 +277,15 @@ def find_together(args, device):
     words = distributed.gather(mine, device)
     if any(word != words[0] for word in words):
         raise UserError('--%s: the processes did not find the same checkpoint (this one %s); every machine needs the '
-                        'same files there' % ('resume ' + args.resume if args.resume else 'output_dir '
-                                              + args.output_dir, path or 'none'))
-    if lies_in(path, args.output_dir) and args.save_ckpt and not args.eval and distributed.is_main_process():
+                        'same files there' % ('resume ' + resume if resume else 'output_dir '
+                                              + output.output_dir, path or 'none'))
+    if is_inside(path, output.output_dir) and output.save_ckpt and not for_evaluation \
+            and distributed.is_main_process():
         finish_save(path, content)
     return path, content
 
 
-def finish_save(path, content):
+def finish_save(path: str, content: Any) -> None:
     """Write the files that were to come after a best checkpoint in its save, which a kill broke off."""
     progress = content.get('progress')
     files = progress.get('files') if isinstance(progress, dict) else None
@@ -296,7 +302,7 @@ def _name_and_position(path, content):
 
 # ---- taking it up
 
-def load_weights(source, content, model, scaler, ema=None):
+def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any, ema: Any = None) -> None:
     """Load a checkpoint's weights into the model and, where both have one, the average."""
     if not isinstance(content, dict):
         raise UserError('--resume %s: holds no weights' % printable(source))
@@ -321,28 +327,28 @@ def load_weights(source, content, model, scaler, ema=None):
         ema.ema.load_state_dict({**ema.ema.state_dict(), **average})
 
 
-def flags_inside(content):
+def saved_args(content: Any) -> Dict[str, Any]:
     """The flags that a checkpoint was trained with, by name; {} where it says none."""
     args = content.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return args if isinstance(args, dict) else {}
 
 
-def check_same_split(source, content, args):
+def check_same_split(source: str, content: Any, val_split: float, seed: int) -> None:
     """Raise a `UserError` where --val_split takes images for evaluation that the checkpoint was trained on."""
-    theirs = flags_inside(content) if isinstance(content, dict) else {}
-    if not args.val_split or not theirs.get('val_split'):
+    theirs = saved_args(content) if isinstance(content, dict) else {}
+    if not val_split or not theirs.get('val_split'):
         return
-    for name in ('val_split', 'seed'):
-        if theirs.get(name) != getattr(args, name):
+    for name, value in (('val_split', val_split), ('seed', seed)):
+        if theirs.get(name) != value:
             raise UserError('--%s %s: %s was trained with --%s %s, so it knows some of the images that would be '
                             'evaluated; give its --seed and --val_split' % (
-                                name, getattr(args, name), printable(source), name, printable(str(theirs.get(name)))))
+                                name, value, printable(source), name, printable(str(theirs.get(name)))))
 
 
 def _trained_with(content, source):
     """' (it was trained with --model …)', if the file says so, and where its run left all flags, if that's there."""
-    args = flags_inside(content)
+    args = saved_args(content)
     flags = ['--%s %s' % (name, args[name]) for name in MODEL_FLAGS if name in args and (name, args[name]) != UNTOLD]
     every = os.path.join(os.path.dirname(source), 'args.yaml')
     if flags and os.path.isfile(every):
@@ -353,7 +359,7 @@ def _trained_with(content, source):
 COUNTERS = ('step', 'lookahead_step')  # what some optimizers count in their groups instead of in each parameter's state
 
 
-def load_optimizer(source, optimizer, state):
+def load_optimizer(source: str, optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
     """Load an optimizer's moments. Rates and other settings stay this run's: the file's would outlive its flags."""
     kinds = {'betas', 'momentum', 'rho', 'alpha'}  # what tells the families of optimizers apart
     try:
@@ -368,7 +374,7 @@ def load_optimizer(source, optimizer, state):
         _check_moments(optimizer, groups, state['state'])
         optimizer.load_state_dict(dict({name: state[name] for name in ('state', 'slow_state') if name in state},
                                        param_groups=groups))
-        inner = _inside_lookahead(optimizer)
+        inner = backend.base_optimizer(optimizer)
         if hasattr(inner, 'generator') and 'generator' in state:
             inner.generator = torch.Generator(inner.param_groups[0]['params'][0].device)
             inner.generator.set_state(state['generator'])
@@ -397,17 +403,18 @@ def _short(error):
     return ' '.join(str(error).split())[:200]
 
 
-def resume_training(source, content, model, optimizer, scaler, ema=None):
+def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: Any,
+                    ema: Any = None) -> RunState:
     """Take up a run where a checkpoint left it.
 
     Returns:
-        Progress. A file with weights only gives that of a start: training starts from them.
+        RunState. A file with weights only gives that of a start: training starts from them.
     """
     load_weights(source, content, model, scaler, ema)
     if not isinstance(content.get('optimizer'), dict) or 'epoch' not in content:
         distributed.say('Resumed the weights of %s; it holds no optimizer state, so the schedule starts anew'
                         % printable(source))
-        return Progress()
+        return RunState()
     load_optimizer(source, optimizer, content['optimizer'])
     epoch = content['epoch']
     if not isinstance(epoch, int) or not -1 <= epoch < 2 ** 31:  # the reference's best checkpoint says 'best'
@@ -421,32 +428,33 @@ def resume_training(source, content, model, optimizer, scaler, ema=None):
         meters = [{'meters': {str(name): [int(count), float(total)] for name, (count, total) in each['meters'].items()},
                    'skipped_before': int(each['skipped_before'])}
                   for each in inside.get('meters', ())]
-        progress = Progress(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
-        progress.stale = int(inside.get('stale', 0))
-        if progress.steps < 0 or bool(progress.steps) != bool(meters):
-            raise ValueError('%d steps do not fit its averages' % progress.steps)
+        run_state = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
+        run_state.stale = int(inside.get('stale', 0))
+        if run_state.steps < 0 or bool(run_state.steps) != bool(meters):
+            raise ValueError('%d steps do not fit its averages' % run_state.steps)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise UserError('--resume %s: its scaler, accuracy or progress is not what a checkpoint holds (%s); give its '
                         'weights to --finetune instead' % (printable(source), _short(error))) from None
-    distributed.say('Resumed %s: %s%s' % (printable(source), 'epoch %d is done' % epoch if not progress.steps else
-                                          '%d updates of epoch %d are done' % (progress.steps, epoch + 1),
+    distributed.say('Resumed %s: %s%s' % (printable(source), 'epoch %d is done' % epoch if not run_state.steps else
+                                          '%d updates of epoch %d are done' % (run_state.steps, epoch + 1),
                                           ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
-    return progress
+    return run_state
 
 
-def resume_differences(content: dict, args: argparse.Namespace, run: dict, ignored: typing.Container[str]) -> list:
+def resume_differences(content: Dict[str, Any], flags: Dict[str, Any], run: Dict[str, Any],
+                       ignored: Container[str]) -> List[str]:
     """What makes a resumed run compute other numbers than an unbroken one would, in words; [] where nothing does.
 
     Args:
         run: what else the numbers of this run depend on, compared with that of the checkpoint.
         ignored: the flags on which no number depends.
     """
-    theirs = flags_inside(content)
+    theirs = saved_args(content)
     progress = content.get('progress')
     before = progress.get('run') if isinstance(progress, dict) else None
     if not theirs or not isinstance(before, dict):
         return ['the checkpoint does not say with which flags it was made']
-    found = ['--%s is %s (was %.60s)' % (name, value, theirs[name]) for name, value in sorted(vars(args).items())
+    found = ['--%s is %s (was %.60s)' % (name, value, theirs[name]) for name, value in sorted(flags.items())
              if name in theirs and name not in ignored and repr(theirs[name]) != repr(value)]
     return found + ['%s: %s (was %.60s)' % (name, run[name], before.get(name, 'of another version'))
                     for name in sorted(run) if repr(before.get(name)) != repr(run[name])]

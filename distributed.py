@@ -35,13 +35,24 @@ def is_main_process():
     return rank() == 0
 
 
-screen = None  # where a person watches the first process, see `progress`
+_display = None  # where a person watches the first process, see `progress`
+
+
+def set_display(display):
+    """Show lines on a `progress.ProgressDisplay`; None prints them."""
+    global _display
+    _display = display
+
+
+def display():
+    """What `set_display` was given."""
+    return _display
 
 
 def say(text, detail=False):
     """Print a line, on the first process only and at once; a `detail` is not for a terminal with a bar."""
-    if screen is not None:
-        screen.say(text, detail)
+    if _display is not None:
+        _display.say(text, detail)
     elif is_main_process():
         print(text, flush=True)
 
@@ -50,13 +61,23 @@ def say_table(rows):
     """Lines 'name: value' of (name, value); on a terminal the values stand below one another."""
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
-        if screen is None:
+        if _display is None:
             say('%s: %s' % (name, value) if name else value)
         else:
-            screen.say_row(name, value, width)
+            _display.say_row(name, value, width)
 
 
-waiting = contextlib.nullcontext  # around each collective; `watchdog` puts its own here
+_wait_hook = contextlib.nullcontext
+
+
+def set_wait_hook(hook):
+    """Enter `hook()`, a context manager, around each collective; `watchdog` notes by it who waits."""
+    global _wait_hook
+    _wait_hook = hook
+
+
+def waiting():
+    return _wait_hook()
 
 
 def barrier():

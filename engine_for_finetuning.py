@@ -1,41 +1,57 @@
 """The loops: train one epoch, evaluate, profile a few steps."""
 
+import dataclasses
 import itertools
 import math
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import torch
-import torch.nn.functional as F
 
 import backend
 import distributed
 import precision
+import run_folder
+import scores
 import utils
 import watchdog
 from errors import UserError
-from pilot import Pilot, Update
+from pilot import StepMonitor, StepState
+
+run_folder.register_output('prof')
 
 SKIPS_IN_A_ROW = 20
 UNREAD_UPDATES = 10  # the most whose outcome may wait on the device
 
 
-def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler=None, max_norm=None,
-                    model_ema=None, mixup_fn=None, log_writer=None, start_steps=0, lr_schedule_values=None,
-                    wd_schedule_values=None, num_training_steps_per_epoch=None, update_freq=1, throughput=None,
-                    seed=None, first_step=0, state=None, pilot=None):
+@dataclasses.dataclass
+class EpochSettings:
+    """What `train_one_epoch` takes beside the parts that it trains: first the reference's arguments, in its order."""
+    max_norm: Optional[float] = None  # clip the norm of all gradients to this; None or 0 doesn't
+    model_ema: Optional[utils.ModelEma] = None
+    mixup_fn: Optional[Callable] = None
+    log_writer: Optional[utils.TensorboardLogger] = None
+    start_steps: int = 0  # update steps before this epoch, the index into the schedules
+    lr_schedule_values: Optional[Sequence[float]] = None  # one per update step of the whole run
+    wd_schedule_values: Optional[Sequence[float]] = None
+    num_training_steps_per_epoch: Optional[int] = None  # update steps; by default all that the loader gives
+    update_freq: int = 1  # micro-steps per update, the loss divided among them
+    throughput: Optional[utils.Throughput] = None
+    seed: Optional[int] = None  # seeds every update (`utils.seed_step`); None leaves the random numbers alone
+    first_step: int = 0  # updates of the epoch that were done before; the loader begins behind them
+    state: Optional[Dict[str, Any]] = None  # the averages up to there, as `monitor` was given them
+    monitor: Optional[StepMonitor] = None  # handles signals, saves in mid-epoch, unreadable images, non-finite losses
+
+
+def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: Iterable,
+                    optimizer: torch.optim.Optimizer, device: torch.device, epoch: int,
+                    loss_scaler: Optional[precision.StepScaler] = None, *settings: Any,
+                    **named_settings: Any) -> Dict[str, float]:
     """Train for one epoch, or for the rest of one.
 
     Args:
         data_loader: gives `loader.Batch`es, or (images float32 (B, 3, H, W), class indices int64 (B,)).
-        loss_scaler (precision.StepScaler): None is full precision.
-        max_norm (float): clip the norm of all gradients to this; None or 0 doesn't.
-        start_steps (int): update steps before this epoch, the index into the schedules.
-        lr_schedule_values, wd_schedule_values (sequence of float): one per update step of the whole run.
-        num_training_steps_per_epoch (int): update steps of the epoch; by default all that the loader gives.
-        update_freq (int): micro-steps per update, the loss divided among them.
-        seed (int): seed every update's random numbers from this (`utils.seed_step`); None leaves them alone.
-        first_step (int): updates of the epoch that were done before; `data_loader` begins behind them.
-        state (dict): the averages up to there, as `pilot` was given them.
-        pilot (pilot.Pilot): what becomes of signals, saves in mid-epoch, unreadable images and non-finite losses.
+        loss_scaler: None is full precision.
+        settings, named_settings: the fields of `EpochSettings`, by position or by name.
 
     Returns:
         dict of the epoch's averages over all processes: loss, class_acc (a share; without mixup, and with one
@@ -45,80 +61,98 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         UserError: a loss or gradient is not finite, in any process, or 20 updates in a row were skipped.
         preemption.Stopped: a signal came, and what was reached is saved.
     """
+    use = EpochSettings(*settings, **named_settings)
     model.train()
-    pilot = pilot or Pilot()
+    monitor, update_freq = use.monitor or StepMonitor(), use.update_freq or 1
     scaler = loss_scaler if loss_scaler is not None else precision.StepScaler()
-    meters = utils.MetricLogger()
-    for name in ('lr', 'min_lr'):
-        meters.add_meter(name, utils.SmoothedValue(window_size=1, fmt='{value:.6f}'))
-    for name in ('loss', 'class_acc', 'weight_decay', 'grad_norm', 'loss_scale'):  # the same on every process
-        meters.add_meter(name, utils.SmoothedValue())
-    if num_training_steps_per_epoch is None:
-        num_training_steps_per_epoch = len(data_loader) // update_freq
-    micro_steps, first_micro_step = num_training_steps_per_epoch * update_freq, first_step * update_freq
+    meters = training_meters()
+    if use.state:
+        meters.load_state(use.state['meters'])
+    skipped_before = use.state['skipped_before'] if use.state else scaler.skipped
+    updates = use.num_training_steps_per_epoch
+    micro_steps = (len(data_loader) // update_freq if updates is None else updates) * update_freq
+    first_micro_step, start_steps = use.first_step * update_freq, use.start_steps or 0
     create_graph = getattr(optimizer, 'is_second_order', False)
-    skipped_before = state['skipped_before'] if state else scaler.skipped
-    if state:
-        meters.load_state(state['meters'])
-    if first_step:  # the rates that the last of them left in the optimizer: a checkpoint may come before the next
-        set_schedules(optimizer, start_steps + first_step - 1, lr_schedule_values, wd_schedule_values)
-    update, unread, line_is_due = None, [], False
+    if use.first_step:  # the rates of the last of them: a checkpoint may come before the next
+        set_schedules(optimizer, start_steps + use.first_step - 1, use.lr_schedule_values, use.wd_schedule_values)
+    unread, line_is_due = [], False
+
+    def state():
+        return dict(meters=meters.state(), skipped_before=skipped_before)
 
     batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,
-                               'Epoch: [%d]' % epoch, device, distributed.world_size(), throughput,
-                               hidden=('loss_scale',), start=first_micro_step)
+                               'Epoch: [%d]' % epoch, utils.StepTimer(device, distributed.world_size(), use.throughput),
+                               first_micro_step)
     optimizer.zero_grad()
     scaler.forget_overflow(device)
     for micro_step, batch in enumerate(batches, first_micro_step):
         update_step = start_steps + micro_step // update_freq
         is_update = (micro_step + 1) % update_freq == 0
         if micro_step % update_freq == 0:
-            update = Update(update_step)
-            if seed is not None:
-                utils.seed_step(seed, update_step)
-        set_schedules(optimizer, update_step, lr_schedule_values, wd_schedule_values)
+            update = StepState(update_step)
+            if use.seed is not None:
+                utils.seed_step(use.seed, update_step)
+        set_schedules(optimizer, update_step, use.lr_schedule_values, use.wd_schedule_values)
 
         images = batch[0].to(device, non_blocking=True)
         targets = batch[1].to(device, non_blocking=True)
-        mixed, labels = (images, targets) if mixup_fn is None else mixup_fn(images, targets)
+        mixed, labels = (images, targets) if use.mixup_fn is None else use.mixup_fn(images, targets)
 
         output = model(mixed if len(mixed) else images.new_zeros((1,) + images.shape[1:]))
         loss = criterion(output, labels) if len(mixed) else output.sum() * 0.  # no image could be read: stay in step
         update.add(batch, output, loss)
         if is_update:
-            pilot.vote(update, device)
-        update.grad_norm = scaler(loss / update_freq, optimizer, model.parameters(), max_norm, is_update, create_graph)
+            monitor.begin_sync(update, device)
+        update.grad_norm = scaler(loss / update_freq, optimizer, model.parameters(), use.max_norm, is_update,
+                                  create_graph)
 
-        has_classes = len(images) and targets.dim() == 1 and not mixup_fn
-        class_acc = (output.argmax(-1) == targets).float().mean() if has_classes else None
         update.values = dict(rates(optimizer), loss=loss.detach(), grad_norm=update.grad_norm, loss_scale=scaler.scale,
-                             class_acc=class_acc)
+                             class_acc=None if use.mixup_fn else class_accuracy(output, targets))
         meters.update(**update.values)
-        line_is_due = line_is_due or utils.is_line(micro_step, micro_steps)
+        line_is_due = line_is_due or utils.should_log(micro_step, micro_steps)
         if not is_update:
             continue
         optimizer.zero_grad()
         update.skipped = scaler.newest_skipped
-        if model_ema is not None:
-            model_ema.update(scaler.full_precision_state(model), update.skipped)
+        if use.model_ema is not None:
+            use.model_ema.update(scaler.full_precision_state(model), update.skipped)
         unread.append(update)
-        must_read = pilot.hear(update, device) or line_is_due
+        must_read = monitor.finish_sync(update, device) or line_is_due
         if must_read or backend.reads_freely(device) or update.skipped is True or len(unread) >= UNREAD_UPDATES:
-            settle(unread, scaler, pilot, log_writer, device)
+            settle(unread, scaler, monitor, use.log_writer, device)
             unread, line_is_due = [], False
-        pilot.between_updates(update, epoch, micro_step // update_freq + 1,
-                              lambda: dict(meters=meters.state(), skipped_before=skipped_before), device)
+        monitor.after_step(update, epoch, micro_step // update_freq + 1, state, device)
 
-    pilot.epoch_is_trained(dict(meters=meters.state(), skipped_before=skipped_before))
+    monitor.on_epoch_end(state())
+    return dict(average_over_processes(meters, device), skipped_steps=scaler.skipped - skipped_before)
+
+
+def training_meters() -> utils.MetricLogger:
+    """Meters of an epoch; those that are there from the start are the same on every process."""
+    meters = utils.MetricLogger(hidden=('loss_scale',))
+    for name in ('lr', 'min_lr'):
+        meters.add_meter(name, utils.SmoothedValue(window_size=1, fmt='{value:.6f}'))
+    for name in ('loss', 'class_acc', 'weight_decay', 'grad_norm', 'loss_scale'):
+        meters.add_meter(name, utils.SmoothedValue())
+    return meters
+
+
+def class_accuracy(output: torch.Tensor, targets: torch.Tensor) -> Optional[torch.Tensor]:
+    """The share of right ones, a 0-dim tensor on the device; None without images or with several classes an image."""
+    return (output.argmax(-1) == targets).float().mean() if len(targets) and targets.dim() == 1 else None
+
+
+def average_over_processes(meters: utils.MetricLogger, device: torch.device) -> Dict[str, float]:
     meters.synchronize_between_processes(device)
     stats = meters.averages()
     distributed.say('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()), detail=True)
-    return dict(stats, skipped_steps=scaler.skipped - skipped_before)
+    return stats
 
 
-def settle(updates, scaler, pilot, log_writer, device):
+def settle(updates: List[StepState], scaler: precision.StepScaler, monitor: StepMonitor, log_writer: Any,
+           device: torch.device) -> None:
     """Read from the device what became of these updates, in one copy, and report those that were skipped."""
-    numbers = iter(utils.read_numbers([number for update in updates for number in (update.grad_norm, update.skipped)]))
+    numbers = iter(utils.to_floats([number for update in updates for number in (update.grad_norm, update.skipped)]))
     for update in updates:
         left_on_device = torch.is_tensor(update.skipped)
         update.grad_norm, update.skipped = next(numbers), bool(next(numbers))
@@ -127,13 +161,14 @@ def settle(updates, scaler, pilot, log_writer, device):
         if log_writer is not None:
             log_update(log_writer, update)
         if update.skipped:
-            pilot.skipped(update, scaler, device)
+            monitor.skipped(update, scaler, device)
             report_skip(scaler, update.step)
         else:
-            pilot.norms.append(update.grad_norm)
+            monitor.norms.append(update.grad_norm)
 
 
-def set_schedules(optimizer, update_step, lr_values=None, wd_values=None):
+def set_schedules(optimizer: torch.optim.Optimizer, update_step: int, lr_values: Optional[Sequence[float]] = None,
+                  wd_values: Optional[Sequence[float]] = None) -> None:
     """Give each group its learning rate, value times lr_scale, and its weight decay where it has any."""
     for group in optimizer.param_groups:
         if lr_values is not None:
@@ -142,14 +177,14 @@ def set_schedules(optimizer, update_step, lr_values=None, wd_values=None):
             group['weight_decay'] = float(wd_values[update_step])
 
 
-def rates(optimizer):
+def rates(optimizer: torch.optim.Optimizer) -> Dict[str, float]:
     """The highest and lowest learning rate of the groups, and their weight decay."""
     lrs = [group['lr'] for group in optimizer.param_groups]
     decays = [group['weight_decay'] for group in optimizer.param_groups if group['weight_decay'] > 0]
     return dict(lr=max(lrs), min_lr=min(lrs), weight_decay=decays[-1] if decays else 0.)
 
 
-def report_skip(scaler, update_step):
+def report_skip(scaler: precision.StepScaler, update_step: int) -> None:
     what = 'gradients overflowed' if scaler.overflows else 'loss or gradients are not finite'
     distributed.say('Update step %d skipped: its %s (loss scale now %g, %d skipped so far)'
                     % (update_step, what, scaler.scale, scaler.skipped))
@@ -160,46 +195,44 @@ def report_skip(scaler, update_step):
             'or set --clip_grad'))
 
 
-def log_update(log_writer, update):
+def log_update(log_writer: Any, update: StepState) -> None:
     """The scalars of an update's last micro-step to TensorBoard, those that are finite."""
     names = [name for name, value in update.values.items() if value is not None]
-    values = zip(names, utils.read_numbers([update.values[name] for name in names]))
+    values = zip(names, utils.to_floats([update.values[name] for name in names]))
     values = {name: value for name, value in values if math.isfinite(value)}
     for head, scalars in (('loss', ('loss', 'class_acc')),
                           ('opt', ('loss_scale', 'lr', 'min_lr', 'weight_decay', 'grad_norm'))):
         log_writer.update(head, update.step, **{name: values.get(name) for name in scalars})
 
 
-LOSS_UNIT = 2. ** -32  # losses are added up as whole multiples of this: the sum does not hang on the order
-
-
 @torch.no_grad()
-def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=None, scores=()):
-    """Top-1, top-5 and cross entropy over a validation set, every image counted once.
+def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device, sharded: bool = False,
+             throughput: Optional[utils.Throughput] = None, stop_signal: Optional[Callable[[], int]] = None,
+             metrics: Optional[List[scores.Metric]] = None) -> Optional[Dict[str, Any]]:
+    """Top-1, top-5 and loss over a validation set, or other `metrics`; every image is counted once.
 
-    Where images have several classes, targets float32 (B, classes), the loss is the binary cross entropy averaged over
-    the classes, and there is no top-1 or top-5.
-
-    The figures are the same bits on any number of processes: losses are added up as whole numbers, and a shorter batch
-    is filled up, since kernels round otherwise for another number of rows.
+    The figures are the same bits on any number of processes: a shorter batch is filled up, since kernels round
+    otherwise for another number of rows, and each metric is computed from whole numbers or from ordered images.
 
     Args:
         sharded (bool): each process's loader holds another part of the set; the counts are added up.
-        wish (function): gives the number of a signal that asks to stop, or 0.
-        scores (sequence): of `scores`; each is told of every batch, and its result stands beside the others.
+        stop_signal (function): gives the number of a signal that asks to stop, or 0.
+        metrics (list of scores.Metric): by default top-1 and top-5, and the loss.
 
     Returns:
-        dict of acc1, acc5 (percent), loss (per image), images (the count), the results of `scores`, and unreadable:
-        (path, reason) of the files that were left out, on all processes; or None where the evaluation was given up for
-        a signal, on any of them.
+        dict of what the metrics compute, by default acc1, acc5 (percent), loss (per image), images (the count), and
+        unreadable: (path, reason) of the files that were left out, on all processes; or None where a signal broke the
+        evaluation off, on any of them.
     """
     model.eval()
+    metrics = [scores.TopAccuracy(), scores.Loss()] if metrics is None else metrics
+    sharded = sharded and distributed.world_size() > 1
     meters = utils.MetricLogger()
-    correct = torch.zeros(3, dtype=torch.int64, device=device)  # top-1, top-5, images
-    all_losses, unreadable, stop = [], [], 0
-    processes = distributed.world_size() if sharded else 1
-    for batch in meters.log_every(data_loader, len(data_loader), 10, 'Test:', device, processes, throughput):
-        stop = wish() if wish else 0
+    meters.add_meter('loss', utils.SmoothedValue())  # first in the line, as in training
+    timer = utils.StepTimer(device, distributed.world_size() if sharded else 1, throughput)
+    seen, unreadable, stop = 0, [], 0
+    for batch in meters.log_every(data_loader, len(data_loader), 10, 'Test:', timer):
+        stop = stop_signal() if stop_signal else 0
         if stop:
             break
         unreadable += batch[3] if len(batch) > 3 else []
@@ -208,43 +241,20 @@ def evaluate(data_loader, model, device, sharded=False, throughput=None, wish=No
         images = batch[0].to(device, non_blocking=True)
         targets = batch[1].to(device, non_blocking=True)
         output = model(fill_up(images, data_loader))[:len(images)].float()
-        losses, top = losses_and_hits(output, targets)
-        for score in scores:
-            score.add(batch, output)
-        correct += torch.stack((top[:, 0].sum(), top.sum(), top.new_ones(len(top), dtype=torch.int64).sum()))
-        all_losses.append(losses)
-        acc1 = 100 * top[:, 0].float().mean() if targets.dim() == 1 else None
-        meters.update(len(images), loss=losses.mean(), acc1=acc1)
-    loss_units, not_finite = sum_losses(all_losses)
-    acc1, acc5, images = correct.tolist()
+        for metric in metrics:
+            meters.update(len(images), **metric.update((images, targets) + tuple(batch[2:]), output) or {})
+        seen += len(images)
     watchdog.mark(watchdog.LAST, 2, '')
-    if wish and distributed.any_process(stop, device):
+    if stop_signal and distributed.any_process(stop, device):
         return None
-    if sharded and distributed.world_size() > 1:
-        words = distributed.gather([acc1, acc5, images, loss_units, not_finite, unreadable], device)
-        acc1, acc5, images, loss_units, not_finite = (sum(each) for each in list(zip(*words))[:5])
-        unreadable = [tuple(pair) for word in words for pair in word[5]]
-    if not images:
+    parts = distributed.gather([seen, unreadable], device) if sharded else [[seen, unreadable]]
+    if not any(images for images, _ in parts):
         raise UserError('none of the validation images can be read; look at them with --check_data')
-    loss = float('nan') if not_finite else loss_units * LOSS_UNIT / images
-    stats = {'acc1': 100. * acc1 / images, 'acc5': 100. * acc5 / images, 'loss': loss, 'images': images,
-             'unreadable': unreadable}
-    for score in scores:
-        stats.update(score.result(sharded and distributed.world_size() > 1, device))
-    if 'mAP' in stats:
-        del stats['acc1'], stats['acc5']
-    distributed.say(('* mAP {mAP:.3f} loss {loss:.3f}' if 'mAP' in stats else
-                     '* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}').format(**stats), detail=True)
-    return stats
-
-
-def losses_and_hits(output, targets):
-    """(loss of each image (B,), whether each of the five highest outputs is of a right class (B, 5))."""
-    best = output.topk(min(5, output.shape[1]), dim=1).indices
-    if targets.dim() > 1:
-        losses = F.binary_cross_entropy_with_logits(output, targets, reduction='none').mean(dim=1)
-        return losses, targets.gather(1, best) > 0
-    return F.cross_entropy(output, targets, reduction='none'), best == targets[:, None]
+    stats = {}
+    for metric in metrics:
+        stats.update(metric.compute(sharded, device))
+    distributed.say('* ' + scores.log_line(stats), detail=True)
+    return dict(stats, unreadable=[tuple(pair) for _, pairs in parts for pair in pairs])
 
 
 class WithMirrorImage(torch.nn.Module):
@@ -254,24 +264,18 @@ class WithMirrorImage(torch.nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         return (self.network(images).float() + self.network(images.flip(3)).float()) / 2
 
 
-def sum_losses(losses):
-    """(sum of the finite ones in `LOSS_UNIT`s, number of the others) of tensors of losses, in one copy."""
-    losses = torch.cat(losses).cpu().double() if losses else torch.zeros(0)
-    finite = torch.isfinite(losses) & (losses < 2. ** 24)
-    return int((losses[finite] / LOSS_UNIT).round().to(torch.int64).sum()), int((~finite).sum())
-
-
-def fill_up(images, data_loader):
+def fill_up(images: torch.Tensor, data_loader: Any) -> torch.Tensor:
     """A batch that is shorter than the loader's others, with blank images behind."""
     missing = (getattr(data_loader, 'batch_size', None) or 0) - len(images)
     return images if missing <= 0 else torch.cat((images, images.new_zeros((missing,) + images.shape[1:])))
 
 
-def profile(folder, device, model, data_loader, update_freq=1, cann=False, warmup_updates=2, updates=5, **training):
+def profile(folder: str, device: torch.device, model: torch.nn.Module, data_loader: Any, update_freq: int = 1,
+            cann: bool = False, warmup_updates: int = 2, updates: int = 5, **training: Any) -> None:
     """Profile a few updates, after a few that compile and fill caches, and write the trace into `folder`.
 
     Args:

@@ -12,15 +12,15 @@ import augmentation
 import backend
 import checkpoint
 import criteria
+from cli import OneLineParser, add_bool_flag, bounded_number
+from config import InputConfig, MAX_INPUT_SIZE
 import distributed
 import locations
 import modeling_finetune
 import optim_factory
 import pretrained
 import scores
-import utils
-from cli import OneLineParser, add_bool_flag, bounded_number
-from config import MAX_INPUT_SIZE, InputConfig
+import run_folder
 from errors import UserError, unknown
 
 TRAINING, PREDICT, EXPORT, AVERAGE = PROGRAMS = (
@@ -481,7 +481,7 @@ def check_evaluation(args: argparse.Namespace) -> None:
             raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
     if args.results_file:
         scores.check_results_file(args.results_file)
-        utils.check_writable('--results_file', os.path.dirname(args.results_file))
+        run_folder.check_writable('--results_file', os.path.dirname(args.results_file))
     if args.real_labels and not os.path.isfile(args.real_labels):
         raise UserError('--real_labels %s: no such file' % args.real_labels)
     if args.eval and not (args.resume or args.finetune):
@@ -502,4 +502,4 @@ def check_outputs(args: argparse.Namespace) -> None:
     if args.log_dir and importlib.util.find_spec('tensorboardX') is None:
         raise UserError('--log_dir %s needs tensorboardX; run: pip install tensorboardX' % args.log_dir)
     for flag, folder in (('--output_dir', args.output_dir), ('--log_dir', args.log_dir)):
-        utils.check_writable(flag, folder)
+        run_folder.check_writable(flag, folder)

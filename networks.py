@@ -55,10 +55,10 @@ def open_trained(source, use_ema=False, **given):
     refuse_exports('--resume', source)
     if os.path.isfile(os.path.join(source, layouts.CONFIG)):
         source = layouts.in_folder(source, '--resume')
-    path, content = checkpoint.find(source, prefer_best=True)
+    path, content = checkpoint.load_best_or_latest(source, prefer_best=True)
     if not isinstance(content, dict):
         raise UserError('--resume %s: holds no weights' % printable(path))
-    told, about = checkpoint.flags_inside(content), content
+    told, about = checkpoint.saved_args(content), content
     foreign = 'model' not in told
     if foreign:
         about = _described(path)

@@ -159,7 +159,7 @@ def complete_momenta(optimizer):
 
     PyTorch's fused kernel takes groups of which all or none have begun.
     """
-    inner = getattr(optimizer, '_base_optimizer', getattr(optimizer, 'base_optimizer', optimizer))
+    inner = backend.base_optimizer(optimizer)
     for group in inner.param_groups if isinstance(inner, torch.optim.SGD) else ():
         begun = [inner.state.get(parameter, {}).get('momentum_buffer') is not None for parameter in group['params']]
         for parameter, has_momentum in zip(group['params'], begun):

@@ -2,19 +2,20 @@
 
 import collections
 import math
-import typing
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import distributed
+from scores import Metric
 
 KEPT = 24  # images of each kind
 LARGEST_IMAGE = 2048  # classes; a picture of more confusions nobody can look at
 
 
-class Prediction(typing.NamedTuple):
+class Prediction(NamedTuple):
     """One image of the data set."""
     index: int
     true: int  # its class
@@ -23,19 +24,20 @@ class Prediction(typing.NamedTuple):
     loss: float  # cross entropy, so that exp(-loss) is the true class's probability
 
 
-class Predictions:
-    """One of `engine.evaluate`'s scores; five numbers an image stay on the device until the end.
+class Predictions(Metric):
+    """A metric without a figure; five numbers an image stay on the device until the end.
 
     Attributes, once finished:
         counts (Counter): {(true class, predicted class): images}.
-        worst, best (list of Prediction): wrong ones by falling loss, right ones by falling probability; `KEPT` at most.
+        hardest, most_confident (list of Prediction): wrong ones by falling loss, right ones by falling probability;
+            `KEPT` at most.
     """
 
     def __init__(self, nb_classes):
         self.nb_classes, self._batches = nb_classes, []
-        self.counts, self.worst, self.best = collections.Counter(), [], []
+        self.counts, self.hardest, self.most_confident = collections.Counter(), [], []
 
-    def add(self, batch, output):
+    def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
         """Take a `loader.Batch` and what the network gave for it, float32 (B, classes)."""
         targets = batch[1].to(output.device)
         if targets.dim() != 1:  # several classes an image: no confusion of one with another
@@ -44,7 +46,7 @@ class Predictions:
         losses = F.cross_entropy(output, targets, reduction='none')
         self._batches.append((batch[2], targets, predicted, probability, losses))
 
-    def result(self, sharded, device):
+    def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         """Sort and count; {}, for it adds no figure. Where the set is shared out, every process calls this, and all get
         the whole.
 
@@ -58,12 +60,12 @@ class Predictions:
         for pairs, _, _ in parts:
             for code, count in pairs:
                 self.counts[divmod(code, self.nb_classes)] += count
-        self.worst, self.best = ([Prediction(*each) for each in kept] for kept in (
+        self.hardest, self.most_confident = ([Prediction(*each) for each in kept] for kept in (
             sorted((each for part in parts for each in part[1]), key=_mistaken)[:KEPT],
             sorted((each for part in parts for each in part[2]), key=_unsure)[:KEPT]))
         return {}
 
-    def per_class(self):
+    def per_class(self) -> Tuple[np.ndarray, np.ndarray]:
         """(right, images) of each class: two int64 (classes,)."""
         right, images = (np.zeros(self.nb_classes, np.int64) for _ in range(2))
         for (true, predicted), count in self.counts.items():
@@ -71,19 +73,19 @@ class Predictions:
             right[true] += count * (true == predicted)
         return right, images
 
-    def matrix(self):
+    def matrix(self) -> np.ndarray:
         """int64 (classes, classes): rows are true classes, columns predicted ones."""
         matrix = np.zeros((self.nb_classes, self.nb_classes), np.int64)
         for pair, count in self.counts.items():
             matrix[pair] = count
         return matrix
 
-    def most_confused(self, most=20):
+    def most_confused(self, most: int = 20) -> List[Tuple[int, int, int]]:
         """[(true, predicted, images)] of the wrong ones, the most frequent first."""
         wrong = [pair + (count,) for pair, count in self.counts.items() if pair[0] != pair[1]]
         return sorted(wrong, key=lambda each: (-each[2],) + each[:2])[:most]
 
-    def image(self, pixels=480):
+    def image(self, pixels: int = 480) -> Optional[np.ndarray]:
         """The matrix as a picture, uint8 (H, W, 3), dark where more of a true class (row) went; None for too many."""
         if self.nb_classes > LARGEST_IMAGE or not self.counts:
             return None
@@ -103,7 +105,7 @@ def _unsure(each):
 
 
 def _sort(indices, targets, predicted, probability, losses, nb_classes):
-    """([code of (true, predicted), images], worst, best) of one process's images, as JSON can hold them."""
+    """([code of (true, predicted), images], hardest, most_confident) of one process's images, as JSON can hold them."""
     codes, counts = np.unique(targets.astype(np.int64) * nb_classes + predicted, return_counts=True)
 
     def chosen(rows, order):

@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import sys
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import distributed
 
@@ -16,13 +17,13 @@ NARROW, NARROW_BAR = 72, '{desc} {percentage:3.0f}% <{remaining}{postfix}'  # co
 SLOWEST_DRAW = 0.1  # seconds between two drawings of a bar
 
 
-def watch():
+def watch() -> Optional['ProgressDisplay']:
     """Show the first process's run on the terminal that it has, if any. Raises nothing: a bar is a courtesy."""
-    screen = None
+    display = None
     if distributed.is_main_process() and os.environ.get('TERM') != 'dumb':
-        screen = _open()
-    distributed.screen = screen
-    return screen
+        display = _open()
+    distributed.set_display(display)
+    return display
 
 
 def _open():
@@ -37,11 +38,29 @@ def _open():
             stream = open(path, 'w', encoding='utf-8', errors='backslashreplace')
         except (OSError, ValueError):
             return None
-        return Screen(stream, tqdm, logs=True) if stream.isatty() else None
-    return Screen(sys.stdout, tqdm, logs=False) if sys.stdout.isatty() else None
+        return ProgressDisplay(stream, tqdm, logs=True) if stream.isatty() else None
+    return ProgressDisplay(sys.stdout, tqdm, logs=False) if sys.stdout.isatty() else None
 
 
-class Screen:
+class NoDisplay:
+    """What there is without a terminal: no bar."""
+
+    def begin(self, header: str, total: int, done: int = 0) -> None:
+        pass
+
+    def step(self, figures: Optional[Callable[[], str]] = None) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+def current() -> Any:
+    """The display of this process."""
+    return distributed.display() or NoDisplay()
+
+
+class ProgressDisplay:
     """A terminal with at most one bar at its bottom.
 
     Args:
@@ -51,26 +70,26 @@ class Screen:
     def __init__(self, stream, tqdm, logs):
         self.stream, self.tqdm, self.logs, self.bar, self.narrow = stream, tqdm, logs, None, False
 
-    def say(self, text, detail=False):
+    def say(self, text: str, detail: bool = False) -> None:
         """A line; a `detail` is for logs."""
         if self.logs:
             print(text, flush=True)
         if not detail:
             self.show(text)
 
-    def say_row(self, name, value, width):
+    def say_row(self, name: str, value: str, width: int) -> None:
         """A row of a table."""
         if self.logs:
             print('%s: %s' % (name, value) if name else value, flush=True)
         self.show(name.ljust(width) + value)
 
-    def show(self, text):
+    def show(self, text: str) -> None:
         """A line for the person alone."""
         with contextlib.suppress(OSError, ValueError):  # the terminal has been closed
             self.tqdm.write(text, file=self.stream)
             self.stream.flush()
 
-    def begin(self, header, total, done=0):
+    def begin(self, header: str, total: int, done: int = 0) -> None:
         """A bar of so many steps; `header` is what the lines of the log begin with."""
         self.end()
         name = re.sub(r'Epoch: \[(\d+)\]', lambda found: 'Epoch %d' % (int(found.group(1)) + 1), header)
@@ -83,23 +102,24 @@ class Screen:
             self.bar = self.tqdm(total=total, initial=done, desc=name, file=self.stream, leave=False,
                                  bar_format=NARROW_BAR if self.narrow else BAR, mininterval=SLOWEST_DRAW, **shape)
 
-    def step(self, figures=None):
-        """One step further; `figures` are words to stand behind the bar."""
+    def step(self, figures: Optional[Callable[[], str]] = None) -> None:
+        """One step further; `figures()` gives words to stand behind the bar."""
         if self.bar is None:
             return
         with contextlib.suppress(OSError, ValueError):
-            if figures:
-                self.bar.set_postfix_str(figures.replace('accuracy', 'acc') if self.narrow else figures, refresh=False)
+            if figures is not None:
+                text = figures()
+                self.bar.set_postfix_str(text.replace('accuracy', 'acc') if self.narrow else text, refresh=False)
             self.bar.update(1)
 
-    def end(self):
+    def end(self) -> None:
         bar, self.bar = self.bar, None
         if bar is not None:
             with contextlib.suppress(OSError, ValueError):
                 bar.close()
 
 
-def figures(meters, images_per_second):
+def format_metrics(meters: Dict[str, Any], images_per_second: float) -> str:
     """'loss 0.512, accuracy 97.2 %, 960 images/s' of what a loop's meters hold, for a bar."""
     words = []
     if 'loss' in meters and meters['loss'].window:
@@ -110,13 +130,18 @@ def figures(meters, images_per_second):
     return ', '.join(words + ['%.0f images/s' % images_per_second])
 
 
-def epoch(number, epochs, train_stats, test_stats, best, images_per_second, seconds):
-    """Say on a terminal, if there is one, what came of an epoch."""
-    if distributed.screen is None:
+def epoch(number: int, epochs: int, train_stats: Dict[str, float], validation: Optional[Tuple[float, float]],
+          images_per_second: float, seconds: float) -> None:
+    """Say on a terminal, if there is one, what came of an epoch.
+
+    Args:
+        validation: the primary figure and the best one so far, in percent; None where nothing was evaluated.
+    """
+    if distributed.display() is None:
         return
     words = ['Epoch %d/%d: loss %.3f' % (number + 1, epochs, train_stats.get('loss', float('nan')))]
     if 'class_acc' in train_stats:
         words.append('accuracy in training %.1f %%' % (100 * train_stats['class_acc']))
-    if test_stats is not None and 'acc1' in test_stats:
-        words.append('in validation %.2f %% (best %.2f %%)' % (test_stats['acc1'], best['accuracy']))
-    distributed.screen.show(', '.join(words + ['%.0f images/s' % images_per_second, '%.1f s' % seconds]))
+    if validation is not None:
+        words.append('in validation %.2f %% (best %.2f %%)' % validation)
+    distributed.display().show(', '.join(words + ['%.0f images/s' % images_per_second, '%.1f s' % seconds]))

@@ -4,8 +4,11 @@ import io
 import os
 import re
 import time
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+from image_dataset import image_name
+from loader import EpochSampler, SeededSamples, collate
 import torch
 
 import augmentation
@@ -13,12 +16,15 @@ import checkpoint
 import distributed
 import report_page
 import run_files
+import run_folder
+import scores
+from config import MixupConfig, OutputConfig, TransformConfig
 from device_loader import PrefetchLoader, RandomErasingBoxes
 from errors import UserError, one_line, printable
-from image_dataset import image_name
-from loader import EpochSampler, SeededSamples, collate
-from predictions import Predictions
+from predictions import Prediction, Predictions
 from atomic_write import write_bytes
+
+run_folder.register_output(r'(eval-)?report\.html')
 
 SAMPLES = 16  # augmented training images that are shown
 MARKER = '#010203'  # what matplotlib writes for the text's colour, which is the page's own
@@ -28,30 +34,34 @@ class Report:
     """Takes note of a run and writes what people look at. The first process writes; every one collects.
 
     Args:
-        about (dict): `run_files.environment`.
-        train_set, val_set: data sets, or None.
+        output (OutputConfig): what to write, where; and all flags, to show.
+        environment (dict): what summary.json says about a run beside its figures.
+        val_set: the validation set, or None.
+        samples (function): gives `augmented_samples`.
         prefix (str): in front of the files' names, so that an evaluation does not write over a training's.
     """
 
-    def __init__(self, args, about, classes, train_set, val_set, prefix=''):
-        self.args, self.about, self.classes, self.val_set, self.prefix = args, about, classes, val_set, prefix
-        self.train_set, self.has_log, self.page = train_set, not prefix, prefix + 'report.html'
-        self.curves = run_files.Curves(args.output_dir if args.curves and not prefix else '')
+    def __init__(self, output: OutputConfig, environment: Dict[str, Any], classes: Sequence[str], val_set: Any,
+                 samples: Callable[[], List[Tuple[np.ndarray, str]]], prefix: str = ''):
+        self.output, self.environment, self.classes, self.val_set = output, environment, classes, val_set
+        self.make_samples, self.prefix = samples, prefix
+        self.has_log, self.page = not prefix, prefix + 'report.html'
+        self.curves = run_files.Curves(output.output_dir if output.curves and not prefix else '')
         self.evaluated, self.newest, self.kept, self.samples, self.has_args = '', None, None, [], False
 
-    def begin(self, writer):
+    def begin(self, writer: Any) -> None:
         """Before the first step: the augmented images, where somebody will look at them."""
-        if (self.args.report or writer is not None) and distributed.is_main_process():
-            self.samples = augmented_samples(self.args, self.train_set, self.classes)
+        if (self.output.report or writer is not None) and distributed.is_main_process():
+            self.samples = self.make_samples()
         if writer is not None and self.samples:
-            writer.image('images/training', 0, sheet([pixels for pixels, _ in self.samples]))
+            writer.image('images/training', 0, image_grid([pixels for pixels, _ in self.samples]))
 
-    def predictions(self):
+    def predictions(self) -> Optional[Predictions]:
         """What the next evaluation is to fill, or None where nobody wants to know."""
-        self.newest = Predictions(len(self.classes)) if self.args.report or self.args.log_dir else None
+        self.newest = Predictions(len(self.classes)) if self.output.report or self.output.log_dir else None
         return self.newest
 
-    def after_epoch(self, writer, epoch, is_best):
+    def after_epoch(self, writer: Any, epoch: int, is_best: bool) -> None:
         """Draw the curves, note the evaluation where it is the best so far, show its confusions."""
         if self.newest is not None and self.newest.counts:
             if writer is not None:
@@ -65,23 +75,23 @@ class Report:
         self.write_args()
         self.curves.draw()
 
-    def draw_confusions(self, writer, epoch):
+    def draw_confusions(self, writer: Any, epoch: int) -> None:
         image = self.newest.image()
         if image is not None:
             writer.image('images/confusion', epoch, image)
 
-    def write_args(self):
+    def write_args(self) -> None:
         """Once, and not before an epoch is done: a run that is refused at its first step leaves nothing."""
         if not self.has_args:
-            run_files.write_args(self.args, self.prefix + 'args.yaml')
+            run_files.write_args(self.output, self.prefix + 'args.yaml')
             self.has_args = True
 
-    def of_weights(self, source):
+    def of_weights(self, source: str) -> None:
         """After an evaluation of the weights in a file; where they lie in output_dir, its curves are shown too."""
         self.kept, self.evaluated = self.newest, 'Of the weights in %s.' % printable(source)
-        self.has_log = checkpoint.lies_in(source, self.args.output_dir)
+        self.has_log = checkpoint.is_inside(source, self.output.output_dir)
 
-    def finish(self, figures):
+    def finish(self, figures: Dict[str, Any]) -> None:
         """At the end: all files.
 
         Args:
@@ -90,38 +100,40 @@ class Report:
         self.write_args()
         self.curves.draw(is_last=True)
         figures = dict(figures, finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
-        run_files.write_summary(self.args, dict(figures, **self.about), self.prefix + 'summary.json')
-        if self.args.report and distributed.is_main_process():
+        run_files.write_summary(self.output.output_dir, dict(figures, **self.environment), self.prefix + 'summary.json')
+        if self.output.report and distributed.is_main_process():
             self.write_page(figures)
 
-    def is_complete(self):
+    def is_complete(self) -> bool:
         """Whether what `finish` writes is there."""
-        folder, names = self.args.output_dir, [self.prefix + 'args.yaml', self.prefix + 'summary.json']
-        names += [self.page] * self.args.report
+        folder, names = self.output.output_dir, [self.prefix + 'args.yaml', self.prefix + 'summary.json']
+        names += [self.page] * self.output.report
         return not folder or all(os.path.isfile(os.path.join(folder, name)) for name in names)
 
-    def write_page(self, figures):
-        path = os.path.join(self.args.output_dir, self.page)
-        log = run_files.read_log(self.args.output_dir) if self.has_log else []
+    def write_page(self, figures: Dict[str, Any]) -> None:
+        path = os.path.join(self.output.output_dir, self.page)
+        log = run_folder.read_log(self.output.output_dir) if self.has_log else []
         plots, hint = svg_plots(log)
-        found = self.kept
+        found, flags = self.kept, self.output.flags
         classes = [str(name) for name in self.classes]
         page = report_page.render(dict(
-            title='%s on %s' % (self.args.model, self.args.data_path or self.args.eval_data_path), plots=plots,
+            title='%s on %s' % (flags['model'], flags['data_path'] or flags['eval_data_path']), plots=plots,
             subtitle='%s on %s, %s. Finished %s.' % (
-                'Evaluated' if self.prefix else 'Trained', self.about['device_name'], self.about['precision'],
+                'Evaluated' if self.prefix else 'Trained', self.environment['device_name'],
+                self.environment['precision'],
                 figures['finished'][:16].replace('T', ' ')),
-            tiles=tiles(figures, self.about), hint=hint, classes=classes, evaluated=self.evaluated or
+            tiles=summary_tiles(figures, self.environment), hint=hint, classes=classes, evaluated=self.evaluated or
             'Nothing was evaluated, so there are no accuracies and confusions.',
             per_class=found and found.per_class(), confused=found.most_confused() if found else [],
             matrix=found.matrix() if found and len(classes) <= report_page.HEAT_MAP_UP_TO else None,
-            worst=self.look_up(found.worst) if found else [], best=self.look_up(found.best) if found else [],
-            samples=self.samples, flags=[(name, text_of(value)) for name, value in sorted(vars(self.args).items())],
+            hardest=self.look_up(found.hardest) if found else [],
+            most_confident=self.look_up(found.most_confident) if found else [],
+            samples=self.samples, flags=[(name, text_of(value)) for name, value in sorted(flags.items())],
             versions=[(name + ' version', text_of(value)) for name, value in run_files.versions().items()]))
         write_bytes(path, page.encode('utf-8', 'backslashreplace'))
         distributed.say('Report: %s' % path)
 
-    def look_up(self, predictions):
+    def look_up(self, predictions: Sequence[Prediction]) -> List[Tuple[np.ndarray, Prediction, str]]:
         """(pixels as the model saw them, prediction, path) of validation images; without those that have gone."""
         found = []
         for each in predictions:
@@ -133,63 +145,62 @@ class Report:
         return found
 
 
-def text_of(value):
+def text_of(value: Any) -> str:
     return '-' if value is None or value == '' else 'on' if value is True else 'off' if value is False else str(value)
 
 
-def tiles(figures, about):
+def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any]) -> List[Tuple[str, str]]:
     """(name, text) of the figures that people look for first; those that there are."""
     seconds = int(figures.get('duration_seconds') or 0)
     of_run = 'epochs' in figures
-    named = (('Best accuracy, top-1' if of_run else 'Accuracy, top-1', figures.get('accuracy'), '%.2f %%'),
-             ('Top-5', figures.get('top5'), '%.2f %%'),
-             ('Accuracy of the EMA', figures.get('ema_accuracy'), '%.2f %%'),
-             ('Last training loss' if of_run else 'Loss', figures.get('loss'), '%.4f'),
-             ('Images/s', figures.get('images_per_second'), '%.1f'),
+    named = [(tile.of_training if of_run else tile.of_evaluation, figures.get(tile.summary), tile.form)
+             for metric in scores.METRICS for tile in metric.tiles]
+    named += (('Images/s', figures.get('images_per_second'), '%.1f'),
              ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
              ('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
-             ('Epochs', figures.get('epochs'), '%d'), ('Parameters', about['parameters'] / 1e6, '%.2f M'),
-             ('Classes', about['classes'], '%d'), ('Training images', about['training_images'], '%d'),
-             ('Validation images', about['validation_images'], '%d'),
+             ('Epochs', figures.get('epochs'), '%d'), ('Parameters', environment['parameters'] / 1e6, '%.2f M'),
+             ('Classes', environment['classes'], '%d'), ('Training images', environment['training_images'], '%d'),
+             ('Validation images', environment['validation_images'], '%d'),
              ('In bad_images.txt', figures.get('bad_images') or None, '%d'))
     return [(name, form % value) for name, value, form in named if value is not None]
 
 
 # ---- pictures
 
-def augmented_samples(args, train_set, classes):
+def augmented_samples(train_set: Any, classes: Sequence[str], transform: TransformConfig, mixing: MixupConfig,
+                      seed: int) -> List[Tuple[np.ndarray, str]]:
     """[(pixels uint8 (H, W, 3), caption)] of the first training images, as the model sees them; mixed, too.
 
     The random numbers of the run stay where they are. A file that can't be read is left out here: the run tells of it.
     """
-    evaluation = augmentation.EvalTransform.from_config(args)
-    loader = PrefetchLoader(None, torch.device('cpu'), evaluation.mean, evaluation.std, remode=args.remode)
-    erasing = RandomErasingBoxes(args.reprob, args.recount) if args.reprob > 0 else None
-    samples = SeededSamples(train_set, args.seed, True, erasing)
-    order = iter(EpochSampler(len(train_set), seed=args.seed))
+    evaluation = augmentation.EvalTransform.from_config(transform)
+    loader = PrefetchLoader(None, torch.device('cpu'), evaluation.mean, evaluation.std, remode=transform.remode)
+    erasing = RandomErasingBoxes(transform.reprob, transform.recount) if transform.reprob > 0 else None
+    samples = SeededSamples(train_set, seed, True, erasing)
+    order = iter(EpochSampler(len(train_set), seed=seed))
     try:
         items = [samples[next(order)] for _ in range(min(SAMPLES, len(train_set)))]
     except UserError:
         return []
-    batch = loader.prepare(collate(items, args.input_size))
+    batch = loader.prepare(collate(items, transform.input_size))
     if not len(batch.images):
         return []
-    images, shares, mixup = batch.images, None, augmentation.build_mixup(args, len(classes))
+    images, shares, mixup = batch.images, None, augmentation.build_mixup(mixing, len(classes))
     if mixup is not None:
         state = np.random.get_state()
         try:
-            np.random.seed(args.seed % 2 ** 32)
+            np.random.seed(seed % 2 ** 32)
             images, shares = mixup(images.clone(), batch.targets)
         finally:
             np.random.set_state(state)
     white, mean, std = loader.white, loader.mean, loader.std
     pixels = ((images * std + mean) * white).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    captions = [caption(classes, target, None if shares is None else shares[place], args.smoothing)
+    captions = [caption(classes, target, None if shares is None else shares[place], mixing.smoothing)
                 for place, target in enumerate(batch.targets.tolist())]
     return list(zip(pixels, captions))
 
 
-def caption(classes, target, shares, smoothing):
+def caption(classes: Sequence[str], target: Any, shares: Optional[torch.Tensor], smoothing: float) -> str:
     """The class of an image, or those that are mixed in it, with their shares."""
     if isinstance(target, list):  # of several classes, or of none
         return ', '.join(str(name) for name, share in zip(classes, target) if share > 0.5) or 'none'
@@ -202,7 +213,7 @@ def caption(classes, target, shares, smoothing):
         if len(top) > 1 else str(classes[top[0] if top else target])
 
 
-def sheet(pictures, columns=4):
+def image_grid(pictures: Sequence[np.ndarray], columns: int = 4) -> np.ndarray:
     """One picture of several, uint8 (H, W, 3), in rows, with a thin gap."""
     side, gap = pictures[0].shape[0], 2
     rows = -(-len(pictures) // columns)
@@ -213,7 +224,7 @@ def sheet(pictures, columns=4):
     return whole
 
 
-def svg_plots(log):
+def svg_plots(log: List[Dict[str, Any]]) -> Tuple[List[str], str]:
     """(SVG texts of the curves, '') or ([], why there are none). They take the page's colour for their text."""
     if not log:
         return [], ''

@@ -5,6 +5,7 @@ import html
 import io
 import math
 import string
+from typing import Any, Dict
 
 from errors import printable
 
@@ -110,19 +111,19 @@ BAR = string.Template('<span class="name">$name</span><span class="track"><i sty
 FIGURE = string.Template('<figure><img src="$source" alt="$alt"$tiny><figcaption>$caption</figcaption></figure>')
 
 
-def escape(text):
+def escape(text: Any) -> str:
     """Any text, a path with bytes that are no text too, as HTML."""
     return html.escape(printable(str(text)), quote=True)
 
 
-def render(data):
+def render(data: Dict[str, Any]) -> str:
     """The page, str.
 
     Args:
         data (dict): title, subtitle; tiles, flags: (name, text) pairs; plots: SVG texts; classes: names; per_class:
             (right, images) or None; matrix: int (classes, classes) or None; confused: (true, predicted, count);
-            evaluated: which weights; worst, best: (pixels, `Prediction`, path); samples: (pixels, caption); hint.
-            Pixels are uint8 (H, W, 3).
+            evaluated: which weights; hardest, most_confident: (pixels, `Prediction`, path); samples: (pixels, caption);
+            hint. Pixels are uint8 (H, W, 3).
     """
     sections = [_plots(data)]
     if data['per_class'] is not None:
@@ -215,23 +216,23 @@ def _heat_map(matrix, classes):
 # ---- images
 
 def _wrong(data):
-    if not data['worst']:
+    if not data['hardest']:
         return ''
     return _images('Most mistaken', 'Wrong ones with the highest loss, as the model saw them.', [
         (pixels, '%s taken for %s' % (data['classes'][each.true], data['classes'][each.predicted]),
          'taken for <span class="wrong">%s</span> (%s)<br>is %s (%s)<br>%s' % (
              escape(data['classes'][each.predicted]), percent(each.probability), escape(data['classes'][each.true]),
              percent(math.exp(-each.loss) if math.isfinite(each.loss) else math.nan), _path(path)))
-        for pixels, each, path in data['worst']])
+        for pixels, each, path in data['hardest']])
 
 
 def _right(data):
-    if not data['best']:
+    if not data['most_confident']:
         return _section('Surest', 'No image was taken for what it is.', '')
     return _images('Surest', 'Right ones with the highest probability.', [
         (pixels, data['classes'][each.true], '<span class="right">%s</span> (%s)<br>%s' % (
             escape(data['classes'][each.true]), percent(each.probability), _path(path)))
-        for pixels, each, path in data['best']])
+        for pixels, each, path in data['most_confident']])
 
 
 def _samples(data):
@@ -250,7 +251,7 @@ def _images(title, note, images):
         for pixels, alt, caption in images))
 
 
-def data_uri(pixels, side=160):
+def data_uri(pixels: Any, side: int = 160) -> str:
     """A JPEG of at most `side` pixels a side, inside the page."""
     from PIL import Image
     picture, file = Image.fromarray(pixels), io.BytesIO()
@@ -259,7 +260,7 @@ def data_uri(pixels, side=160):
     return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode()
 
 
-def percent(share):
+def percent(share: float) -> str:
     """Enough digits to tell 99.99 % from 100 %, and a space at which no line ends."""
     if not math.isfinite(share):
         return 'n/a'

@@ -24,7 +24,7 @@ import flags
 import layouts
 import modeling_finetune
 import atomic_write
-import utils
+import run_folder
 from cli import OneLineParser, run_interruptible
 from errors import UserError, one_line, printable, unknown
 from networks import open_trained
@@ -406,7 +406,7 @@ def default_output(source, ending):
 def check_output(args, path):
     """Raise a `UserError` where the output cannot be written, or would replace what nobody said to."""
     shown = '--output %s' % printable(path)
-    utils.check_writable('--output', os.path.dirname(os.path.abspath(path)))
+    run_folder.check_writable('--output', os.path.dirname(os.path.abspath(path)))
     if not os.path.lexists(path):
         return
     if os.path.isdir(path) != (args.format == 'huggingface'):

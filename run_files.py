@@ -9,141 +9,91 @@ import os
 import platform
 import re
 import time
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 
-import backend
 import config_file
 import distributed
+import run_folder
+import scores
+from config import OutputConfig
 from errors import UserError, one_line
 from atomic_write import write_bytes
+
+for pattern in (r'(eval-)?args\.yaml', r'(eval-)?summary\.json', r'curves\.png'):
+    run_folder.register_output(pattern)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SECONDS_BETWEEN = 20  # two drawings of the curves: a run of many tiny epochs shall not draw all the time
 
 
-def write_args(args, name='args.yaml'):
+def write_args(output: OutputConfig, name: str = 'args.yaml') -> None:
     """output_dir/args.yaml, by the first process."""
-    if args.output_dir and distributed.is_main_process():
-        with _no_matter():
-            os.makedirs(args.output_dir, exist_ok=True)
-            config_file.write(os.path.join(args.output_dir, name), vars(args))
+    if output.output_dir and distributed.is_main_process():
+        with best_effort():
+            os.makedirs(output.output_dir, exist_ok=True)
+            config_file.write(os.path.join(output.output_dir, name), output.flags)
 
 
-def write_summary(args, figures, name='summary.json'):
+def write_summary(output_dir: str, figures: Dict[str, Any], name: str = 'summary.json') -> None:
     """output_dir/summary.json, by the first process: one object, versions too; what isn't a finite number is null."""
-    if args.output_dir and distributed.is_main_process():
-        text = json.dumps(finite(dict(figures, versions=versions())), indent=2, allow_nan=False)
-        with _no_matter():
-            os.makedirs(args.output_dir, exist_ok=True)
-            write_bytes(os.path.join(args.output_dir, name), (text + '\n').encode())
+    if output_dir and distributed.is_main_process():
+        text = json.dumps(nonfinite_to_none(dict(figures, versions=versions())), indent=2, allow_nan=False)
+        with best_effort():
+            os.makedirs(output_dir, exist_ok=True)
+            write_bytes(os.path.join(output_dir, name), (text + '\n').encode())
 
 
 @contextlib.contextmanager
-def _no_matter():
-    """A full disk is told, but does not end the run: these files can be had again, what was trained cannot."""
+def best_effort() -> Iterator[None]:
+    """A full disk is reported, but does not end the run: these files can be had again, what was trained cannot."""
     try:
         yield
     except (OSError, UserError) as error:
         distributed.say('Not written: ' + one_line(error))
 
 
-def finite(value):
+def nonfinite_to_none(value: Any) -> Any:
     """A copy of nested dicts and lists in which infinite and undefined numbers are None."""
     if isinstance(value, dict):
-        return {name: finite(each) for name, each in value.items()}
+        return {name: nonfinite_to_none(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
+        return [nonfinite_to_none(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def versions():
+def versions() -> Dict[str, Optional[str]]:
     """{name: version} of what computed, None where that cannot be told."""
-    found = {'beit': own_version(), 'python': platform.python_version(), 'torch': torch.__version__}
+    found = {'beit': project_version(), 'python': platform.python_version(), 'torch': torch.__version__}
     for name in ('torchvision', 'timm', 'numpy'):
         found[name] = getattr(importlib.import_module(name), '__version__', None)
     return {name: value and str(value) for name, value in found.items()}
 
 
-def own_version():
-    """This project's newest of CHANGELOG.md and, in a clone, the commit: '0.4.0+g1a2b3c4'; None where neither is there.
-
-    git itself is not asked: a process that trains with others must not fork.
-    """
-    version, commit = '', ''
+def project_version() -> Optional[str]:
+    """This project's newest version in CHANGELOG.md; None where that is not there."""
     with contextlib.suppress(OSError, ValueError), open(os.path.join(HERE, 'CHANGELOG.md'), encoding='utf-8') as file:
-        version = next((line.split(']')[0][4:] for line in file if re.match(r'## \[\d', line)), '')
-    with contextlib.suppress(OSError, ValueError):
-        commit = _commit(os.path.join(HERE, '.git'))
-    return '+g'.join(part for part in (version, commit[:7]) if part) or None
-
-
-def _commit(folder):
-    """The commit that a .git folder is at; a file of that name says where the folder is."""
-    if os.path.isfile(folder):
-        folder = os.path.join(os.path.dirname(folder), _line(folder).partition('gitdir: ')[2])
-    head = _line(os.path.join(folder, 'HEAD'))
-    if not head.startswith('ref: '):
-        return head
-    shared = folder
-    if os.path.isfile(os.path.join(folder, 'commondir')):
-        shared = os.path.join(folder, _line(os.path.join(folder, 'commondir')))
-    if os.path.isfile(os.path.join(shared, head[5:])):
-        return _line(os.path.join(shared, head[5:]))
-    with open(os.path.join(shared, 'packed-refs'), encoding='utf-8') as file:
-        return next((line.split()[0] for line in file if line.rstrip().endswith(' ' + head[5:])), '')
-
-
-def _line(path):
-    with open(path, encoding='utf-8') as file:
-        return file.readline().strip()
-
-
-def environment(args, device, scaler, parameters, classes, train_set, val_set):
-    """What summary.json tells of a run beside its figures."""
-    return {'model': args.model, 'parameters': parameters, 'input_size': args.input_size, 'classes': len(classes),
-            'training_images': None if train_set is None else len(train_set),
-            'validation_images': None if val_set is None else len(val_set), 'device': str(device),
-            'device_name': backend.device_name(device), 'processes': distributed.world_size(),
-            'precision': scaler.description}
+        return next((line.split(']')[0][4:] for line in file if re.match(r'## \[\d', line)), None)
+    return None
 
 
 # ---- curves
 
-def read_log(output_dir):
-    """The lines of output_dir/log.txt, dicts with an epoch, in order; [] where there are none."""
-    lines = []
-    try:
-        with open(os.path.join(output_dir, 'log.txt'), encoding='utf-8', errors='replace') as file:
-            for line in file:
-                try:
-                    stats = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(stats, dict) and isinstance(stats.get('epoch'), int):
-                    lines.append(stats)
-    except OSError:
-        pass
-    return lines
-
-
-# What the panels show: title, unit, whether it starts at 0, and (label, name in log.txt, factor) of each curve.
+# What the panels show: title, unit, whether it starts at 0, and (label, name in log.txt, colour, factor) of each curve.
 PANELS = (
-    ('Loss', '', False, (('training', 'train_loss', 1), ('validation', 'test_loss', 1),
-                         ('validation, EMA', 'test_ema_loss', 1))),
-    ('Accuracy', '%', False, (('training top-1', 'train_class_acc', 100), ('top-1', 'test_acc1', 1),
-                              ('top-5', 'test_acc5', 1), ('top-1, EMA', 'test_ema_acc1', 1),
-                              ('top-5, EMA', 'test_ema_acc5', 1))),
-    ('Learning rate', '', True, (('highest', 'train_lr', 1), ('lowest', 'train_min_lr', 1))))
-COLOURS = {'training': '#8c8c8c', 'training top-1': '#8c8c8c', 'validation': '#2f7ed8', 'top-1': '#2f7ed8',
-           'top-5': '#1fa187', 'validation, EMA': '#e07b00', 'top-1, EMA': '#e07b00', 'top-5, EMA': '#c0569b',
-           'highest': '#2f7ed8', 'lowest': '#8c8c8c'}
+    ('Loss', '', False, (('training', 'train_loss', '#8c8c8c', 1),
+                         *(curve + (1,) for curve in scores.curves('Loss')))),
+    ('Accuracy', '%', False, (('training top-1', 'train_class_acc', '#8c8c8c', 100),
+                              *(curve + (1,) for curve in scores.curves('Accuracy')))),
+    ('Learning rate', '', True, (('highest', 'train_lr', '#2f7ed8', 1), ('lowest', 'train_min_lr', '#8c8c8c', 1))))
+COLOURS = {label: colour for panel in PANELS for label, _, colour, _ in panel[3]}
 
 
-def curves_of(log, panel):
+def curves_of(log: List[Dict[str, Any]], panel: Tuple) -> List[Tuple]:
     """[(label, epochs, values)] of a panel's curves, those that have a value."""
     found = []
-    for label, name, factor in panel[3]:
+    for label, name, _, factor in panel[3]:
         points = [(stats['epoch'] + 1, factor * stats[name]) for stats in log
                   if isinstance(stats.get(name), (int, float)) and math.isfinite(stats[name])]
         curve = (label,) + tuple(zip(*points))
@@ -152,7 +102,7 @@ def curves_of(log, panel):
     return found
 
 
-def draw_panel(axes, log, panel):
+def draw_panel(axes: Any, log: List[Dict[str, Any]], panel: Tuple) -> None:
     """One panel into matplotlib's axes; a run's single epoch is a dot."""
     from matplotlib.ticker import FormatStrFormatter, MaxNLocator
     title, unit, from_zero, _ = panel
@@ -173,7 +123,7 @@ def draw_panel(axes, log, panel):
         axes.legend(frameon=False, fontsize=8.5)
 
 
-def draw_curves(path, log):
+def draw_curves(path: str, log: List[Dict[str, Any]]) -> None:
     """Write curves.png, three panels beside one another."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it would look for a screen
     from matplotlib.figure import Figure
@@ -198,10 +148,10 @@ class Curves:
         self.output_dir = output_dir if distributed.is_main_process() else ''
         self.drawn = -math.inf
 
-    def draw(self, is_last=False):
+    def draw(self, is_last: bool = False) -> None:
         if not self.output_dir or (time.monotonic() - self.drawn < SECONDS_BETWEEN and not is_last):
             return
-        log = read_log(self.output_dir)
+        log = run_folder.read_log(self.output_dir)
         if not log:
             return
         try:
@@ -213,5 +163,5 @@ class Curves:
             self.output_dir = ''  # once
 
 
-def hint_without_matplotlib(what):
+def hint_without_matplotlib(what: str) -> str:
     return '%s needs matplotlib; run: pip install -r requirements-extra.txt (or give --no_curves)' % what

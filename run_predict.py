@@ -31,7 +31,7 @@ import flags
 import precision
 import preemption
 import atomic_write
-import utils
+import run_folder
 import watchdog
 from class_folders import is_image_name
 from cli import OneLineParser, exit_process, exit_with_error, run_with_error_report
@@ -114,7 +114,7 @@ def check_args(args):
         if os.path.isdir(args.output) or is_image_name(args.output):
             raise UserError('--output %s: %s; choose another name' % (printable(args.output), 'a folder has this name'
                             if os.path.isdir(args.output) else 'this would overwrite an image'))
-        utils.check_writable('--output', os.path.dirname(os.path.abspath(args.output)))
+        run_folder.check_writable('--output', os.path.dirname(os.path.abspath(args.output)))
     if args.attention is None:
         for name in ('attention_block', 'attention_heads', 'attention_dir'):
             if getattr(args, name):
@@ -126,7 +126,7 @@ def check_args(args):
         if any(os.path.join(os.path.realpath(each), '').startswith(folder) for each in args.inputs):
             raise UserError('--attention_dir %s holds inputs, and its pictures would become some; choose another folder'
                             % printable(args.attention_dir))
-        utils.check_writable('--attention_dir', args.attention_dir)
+        run_folder.check_writable('--attention_dir', args.attention_dir)
     if args.data_backend == 'fast':
         fast_images.check_available()
     _, processes, local_rank = distributed.launch_environment(args)

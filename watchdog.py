@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from typing import Any, Iterable, Iterator, List
 
 import distributed
 from errors import printable
@@ -166,18 +167,19 @@ def _processes(ranks, verb, plural):
         ', '.join(map(str, ranks)), plural)
 
 
-def start(store, seconds):
+def start(store: Any, seconds: float) -> None:
     """Watch from here on. `store` is where the processes met; a single process needs no watching."""
     global _dog
     if distributed.world_size() > 1:
         dog = _Watchdog(store, distributed.rank(), distributed.world_size(), seconds)
         distributed.barrier()  # so that each finds the others' words
-        _dog, distributed.waiting = dog, _waiting
+        _dog = dog
+        distributed.set_wait_hook(_waiting)
         for thread in dog.threads:
             thread.start()
 
 
-def stop():
+def stop() -> None:
     """Nothing more to watch: the last steps, which wait for nobody."""
     global _dog
     if _dog is not None:
@@ -187,14 +189,14 @@ def stop():
             thread.join(dog.patience)
 
 
-def enter(stage):
+def enter(stage: str) -> None:
     """The next stage, which all processes go through in the same order: an epoch, an evaluation, a save."""
     if _dog is not None:
         _dog.doing = stage
         _set((_dog.place[0] + 1, 0, 0), stage)
 
 
-def mark(item, phase, stage):
+def mark(item: int, phase: int, stage: str) -> None:
     """Where in the stage: at item number so and so, in one of `PHASES` (its index)."""
     if _dog is not None:
         stage = stage % item if item != LAST else ''
@@ -202,7 +204,19 @@ def mark(item, phase, stage):
         _set((_dog.place[0], item, phase), PHASES[phase] + stage)
 
 
-def wait():
+def track(iterable: Iterable, stage: str, start: int = 0) -> Iterator:
+    """Yield from `iterable`, and mark at which item of the stage this process is."""
+    enter(stage)
+    form = ' (%s step %%d)' % stage.replace('%', '%%')
+    mark(start, 0, form)
+    for number, item in enumerate(iterable, start):
+        mark(number, 1, form)
+        yield item
+        mark(number + 1, 0, form)
+    mark(LAST, 2, form)
+
+
+def wait() -> None:
     """The other processes are waited for, at the item last marked."""
     if _dog is not None:
         _set(_dog.place[:2] + (_dog.place[2] + 1,), PHASES[2])
@@ -222,7 +236,7 @@ def _set(place, what):
     _dog.place, _dog.what, _dog.since = place, what, time.monotonic()
 
 
-def lost():
+def lost() -> List[int]:
     """The numbers of the processes that have fallen silent, for the message after a broken connection."""
     if _dog is None:
         return []

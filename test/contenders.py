@@ -201,14 +201,13 @@ def build_as_main_does(args, classes, updates):
     """(arguments for `engine.train_one_epoch`, what main said): main runs, without images, up to its epoch loop."""
     kept, said = {}, io.StringIO()
 
-    def fit(args, training, *rest, **named):
-        pilots = [each for each in rest + tuple(named.values()) if hasattr(each, 'between_updates')]
-        kept.update(training, pilot=pilots[0] if pilots else None)
+    def train(args, training, data, learner, monitor, report):
+        kept.update(training, model=learner.model, device=learner.device, monitor=monitor)
 
     def build_datasets(args, *_, **__):
         return _Nothing(args.batch_size * updates * distributed.world_size()), None, [str(n) for n in range(classes)]
 
-    with mock.patch.object(program, 'fit', fit), mock.patch.object(datasets, 'build_datasets', build_datasets), \
+    with mock.patch.object(program, 'train', train), mock.patch.object(datasets, 'build_datasets', build_datasets), \
             contextlib.redirect_stdout(said):
         program.main(args, preemption.Signals())
     return kept, said.getvalue()

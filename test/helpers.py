@@ -222,7 +222,7 @@ class Numbered(list):
             yield Batch(images, targets, self.newest, [])
 
 
-class Listener(pilot.Pilot):
+class Listener(pilot.StepMonitor):
     """Names images by their places, and keeps the reports."""
 
     def __init__(self, on_nonfinite):
@@ -232,7 +232,7 @@ class Listener(pilot.Pilot):
     def name_images(self, indices):
         return ['image-%d' % index for index in indices]
 
-    def keep(self, record):
+    def write_report(self, record):
         self.records.append(record)
         return ''
 

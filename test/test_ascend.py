@@ -52,7 +52,7 @@ class Trained:
         return lines_of(self.folder)
 
     def weights(self, part='model'):
-        return weights_file.load_weights_file(checkpoint.numbered(self.folder)[-1][1])[part]
+        return checkpoint.read(checkpoint.list_checkpoints(self.folder)[-1][1])[part]
 
 
 def farthest(one, other):

@@ -19,7 +19,7 @@ from timm.models import create_model
 import backend
 from helpers import LAUNCH, PROGRAM, NANO, ROOT, assert_one_line, cannot_run, photo, write_images
 import run_class_finetuning
-import utils
+import run_folder
 from errors import printable
 
 pytestmark = pytest.mark.fast
@@ -610,7 +610,7 @@ def test_looking_whether_it_can_be_written_leaves_nothing_even_killed(monkeypatc
         cannot_run('linux', 'every file has a name here')
     for name in ('remove', 'unlink'):
         monkeypatch.setattr(os, name, lambda *_: pytest.fail('the file had a name'))
-    utils.check_writable('--output_dir', str(tmp_path / 'new' / 'er'))
+    run_folder.check_writable('--output_dir', str(tmp_path / 'new' / 'er'))
     assert os.listdir(str(tmp_path)) == []
 
 

@@ -128,7 +128,7 @@ def test_timms_model_is_timms_though_ours_took_its_name():
                 contenders.program.build_parser().parse_args(['--model=' + name, '--input_size=32']), 5)
         assert type(model).__module__ == 'timm.models.beit'
         assert type(ours).__module__ == 'modeling_finetune'
-        assert contenders.program.parameters(model) == contenders.program.parameters(ours)
+        assert contenders.program.count_parameters(model) == contenders.program.count_parameters(ours)
 
 
 @pytest.mark.parametrize('kind', ['ours', 'timm', 'reference'])
@@ -152,7 +152,7 @@ def test_our_contender_is_what_main_builds_from_the_flags():
     ours = contenders.Ours(setting, contenders.Mode('float32'))
     assert isinstance(ours.training['optimizer'], torch.optim.SGD)
     assert len(ours.training['lr_schedule_values']) == contenders.UPDATES
-    assert ours.training['max_norm'] == 7 and ours.training['pilot'] is not None
+    assert ours.training['max_norm'] == 7 and ours.training['monitor'] is not None
 
 
 # ---- the sub-commands

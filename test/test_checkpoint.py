@@ -294,11 +294,11 @@ def test_a_temporary_file_is_new_and_no_link(tmp_path):
 def test_what_a_folder_means(tmp_path):
     for name in ('checkpoint-2.pth', 'checkpoint-10.pth', 'checkpoint-best.pth'):
         checkpoint.save(str(tmp_path / name), {})
-    assert checkpoint.find(str(tmp_path))[0].endswith('checkpoint-10.pth')
-    assert checkpoint.find(str(tmp_path), prefer_best=True)[0].endswith('checkpoint-best.pth')
+    assert checkpoint.load_best_or_latest(str(tmp_path))[0].endswith('checkpoint-10.pth')
+    assert checkpoint.load_best_or_latest(str(tmp_path), prefer_best=True)[0].endswith('checkpoint-best.pth')
     with pytest.raises(UserError, match='holds no checkpoint'):
         (tmp_path / 'empty').mkdir()
-        checkpoint.find(str(tmp_path / 'empty'))
+        checkpoint.load_best_or_latest(str(tmp_path / 'empty'))
 
 
 # ---- resuming

@@ -48,7 +48,7 @@ def failed_in_one_line(status, err, *says):
 
 def goes_on(base, output):
     """The folder's checkpoints are whole, and a run goes on from the newest."""
-    files = [path for _, path in checkpoint.numbered(output)]
+    files = [path for _, path in checkpoint.list_checkpoints(output)]
     assert files
     for path in files:
         assert weights_file.load_weights_file(path)['model']
@@ -71,7 +71,7 @@ def test_a_disk_that_fills_up_with_checkpoints(image_folder, small_disk, process
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=200)
         status, err = done.returncode, done.stderr
     failed_in_one_line(status, err, '--output_dir', 'cannot write', 'earlier checkpoints are whole')
-    kept = [os.path.basename(path) for _, path in checkpoint.numbered(disk)]
+    kept = [os.path.basename(path) for _, path in checkpoint.list_checkpoints(disk)]
     assert kept and kept[0] == 'checkpoint-0.pth' and 'checkpoint-3.pth' not in kept
     if processes == 1:  # room again
         subprocess.run(['mount', '-o', 'remount,size=%d' % (8 * CHECKPOINT_BYTES), disk], check=True)
@@ -118,14 +118,14 @@ def test_a_disk_without_room_for_a_line(image_folder, small_disk, tmp_path, what
 BETWEEN = textwrap.dedent('''
     import os, shutil, subprocess, sys
     sys.path.insert(0, %r)
-    import run_class_finetuning, utils
+    import run_class_finetuning, run_folder
     output = sys.argv[1]
-    append = utils.append_log
+    append = run_folder.append_log
     def append_log(folder, stats):
         append(folder, stats)
         if stats['epoch'] == 1:
             %s
-    utils.append_log = append_log
+    run_folder.append_log = append_log
     sys.exit(run_class_finetuning.run(sys.argv[2:]))
 ''')
 HAPPENINGS = {
@@ -146,8 +146,8 @@ def test_an_output_folder_that_changes_under_the_run(image_folder, tmp_path, sma
     kept = output + '-kept' if happening in ('moved away', 'replaced by a file') else output
     if happening == 'removed':
         return
-    assert [os.path.basename(path) for _, path in checkpoint.numbered(kept)] == ['checkpoint-0.pth']
-    assert weights_file.load_weights_file(os.path.join(kept, 'checkpoint-0.pth'))['epoch'] == 0
+    assert [os.path.basename(path) for _, path in checkpoint.list_checkpoints(kept)] == ['checkpoint-0.pth']
+    assert checkpoint.read(os.path.join(kept, 'checkpoint-0.pth'))['epoch'] == 0
     if happening == 'read-only':
         subprocess.run(['mount', '-o', 'remount,rw', output], check=True)
         goes_on(base, output)

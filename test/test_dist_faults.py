@@ -226,19 +226,19 @@ def build_datasets(*args, then=datasets.build_datasets):
     act()
     return then(*args)
 datasets.build_datasets = build_datasets""",
-    'loading': """import datasets
-def get(self, key, get=datasets.SeededSamples.__getitem__):
+    'loading': """import loader
+def get(self, key, get=loader.SeededSamples.__getitem__):
     return act() if key[0] == 1 else get(self, key)
-datasets.SeededSamples.__getitem__ = get""",
+loader.SeededSamples.__getitem__ = get""",
     'training': """import engine_for_finetuning as engine
 def set_schedules(optimizer, update_step, *values, then=engine.set_schedules):
     return act() if update_step == 2 else then(optimizer, update_step, *values)
 engine.set_schedules = set_schedules""",
-    'evaluating': """import datasets
-def indices(self, then=datasets.OrderedDistributedSampler.__iter__, first=[0]):
+    'evaluating': """import loader
+def indices(self, then=loader.OrderedDistributedSampler.__iter__, first=[0]):
     first.pop() if first else act()
     return then(self)
-datasets.OrderedDistributedSampler.__iter__ = indices""",
+loader.OrderedDistributedSampler.__iter__ = indices""",
     'saving': """import watchdog
 def enter(stage, then=watchdog.enter, first=['saving a checkpoint']):
     then(stage)
@@ -387,10 +387,10 @@ def errors(ended):
     return [line for line in ended.err.splitlines() if 'error: ' in line and 'interrupted by SIGTERM' not in line]
 
 
-NOT_A_NUMBER = """import datasets, device_loader
+NOT_A_NUMBER = """import loader, device_loader
 def prepare(self, batch, then=device_loader.PrefetchLoader.prepare, batches=[]):
     batch = then(self, batch)
-    if isinstance(self.dataset, datasets.SeededSamples):  # training
+    if isinstance(self.dataset, loader.SeededSamples):  # training
         batches.append(batch)
     if len(batches) == 4:  # of the fourth update
         batches.append(None)
@@ -527,7 +527,7 @@ def test_two_machines_are_cut_apart(job, data, tmp_path, machines):
         assert ended.time - cut < SECONDS + SLACK
         assert 'run_class_finetuning.py: error: process %d gives no answer for ' % (1 - rank) in ended.err
         assert 'Traceback' not in ended.err
-    newest = checkpoint.numbered(output)[-1][1]
+    newest = checkpoint.list_checkpoints(output)[-1][1]
     whole(output)
 
     subprocess.run(['ip', '-n', machines[1], 'link', 'set', 'cable', 'up'], check=True)

@@ -104,9 +104,10 @@ def plant(call, do, path='', nth=1, when='before', seconds=0.):
     """Wrap a function of the program, or of os, so that its `nth` call on a path that matches has a consequence.
 
     Args:
-        call (str): 'os.replace', 'pilot.RunPilot.vote', …
+        call (str): 'os.replace', 'pilot.CheckpointMonitor.begin_sync', …
         do (int or str): a signal to this process; 'worker': SIGKILL to one of its loaders; 'sleep': for so many
-            `seconds`; 'note': nothing, but every call of pilot.Update.add adds the batch's indices to the file `path`.
+            `seconds`; 'note': nothing, but every call of pilot.StepState.add adds the batch's indices to the file
+            `path`.
         when (str): before, after, or half: before, with half of the file gone that an fsync is about to make last.
     """
     module, *names = call.split('.')
@@ -498,11 +499,11 @@ POINTS = {
     'writing after an epoch': [
         ('half of log.txt', dies('os.fsync', r'log\.txt', when='half')),
         ('between fsync and rename of log.txt', dies('os.replace', r'log\.txt')),
-        ('between log.txt and the checkpoints', dies('utils.append_log', when='after')),
+        ('between log.txt and the checkpoints', dies('run_folder.append_log', when='after')),
         ('half of the best', dies('os.fsync', r'checkpoint-best\.pth', when='half')),
         ('half of the numbered one', dies('os.fsync', r'checkpoint-0\.pth', when='half')),
         ('between rename and fsync of the folder', dies('os.replace', r'checkpoint-1\.pth$', when='after')),
-        ('between log.txt and the last checkpoints', dies('utils.append_log', when='after')),
+        ('between log.txt and the last checkpoints', dies('run_folder.append_log', when='after')),
         ('when all is done', dies('run_class_finetuning.print_result'))],
     'between two best checkpoints': [
         ('', dies('checkpoint.save', r'checkpoint-best\.pth', when='after')),
@@ -514,12 +515,12 @@ POINTS = {
         ('after', dies('os.remove', r'checkpoint-0-step4\.pth$', when='after')),
         ('before that of an epoch', dies('os.remove', r'checkpoint-0\.pth$'))],
     'elsewhere': [
-        ('before anything is there', dies('pilot.RunPilot.vote', nth=2)),
+        ('before anything is there', dies('pilot.CheckpointMonitor.begin_sync', nth=2)),
         ('in an update', dies('precision.StepScaler._finish', nth=4, when='after')),
         ('when a checkpoint is found', dies('checkpoint.resume_training')),
-        ('when the folder is prepared', dies('utils.prepare_folder', when='after')),
+        ('when the folder is prepared', dies('run_folder.prepare_folder', when='after')),
         ('in an evaluation', dies('engine_for_finetuning.evaluate', nth=2)),
-        ('between two epochs', dies('datasets.EpochSampler.set_epoch', nth=2)),
+        ('between two epochs', dies('loader.EpochSampler.set_epoch', nth=2)),
         ('in the last evaluation', dies('engine_for_finetuning.evaluate', nth=4, when='after'))],
 }
 
@@ -536,7 +537,7 @@ def test_killed_at_one_point_after_another(life, unbroken, points):
 def test_an_optimizer_with_secrets_goes_on(life, opt):
     reference, run = (life('plain', '--opt=' + opt, '--epochs=2', '--lr=1e-3') for _ in range(2))
     reference.finish()
-    assert run.attempt(dies('pilot.RunPilot.vote', nth=6))
+    assert run.attempt(dies('pilot.CheckpointMonitor.begin_sync', nth=6))
     run.finish().equals(reference)
 
 
@@ -545,13 +546,13 @@ def test_an_optimizer_with_secrets_goes_on(life, opt):
 NOT_BEGUN = None
 ASKS = [  # where the signal comes, in one start after another, and (epochs, updates) at which the run stops
     (dies('datasets.build_datasets'), NOT_BEGUN),
-    (dies('utils.prepare_folder', when='after'), NOT_BEGUN),
+    (dies('run_folder.prepare_folder', when='after'), NOT_BEGUN),
     (dies('os.fsync', r'checkpoint-0-step4'), (0, 5)),
-    (dies('pilot.RunPilot.vote'), (0, 6)),
+    (dies('pilot.CheckpointMonitor.begin_sync'), (0, 6)),
     (dies('engine_for_finetuning.evaluate', nth=2), (0, 6)),
-    (dies('utils.append_log'), (1, 1)),
+    (dies('run_folder.append_log'), (1, 1)),
     (dies('precision.StepScaler._finish', nth=2), (1, 4)),
-    (dies('pilot.RunPilot.between_updates', nth=2), (1, 6)),  # the evaluation is broken off
+    (dies('pilot.CheckpointMonitor.after_step', nth=2), (1, 6)),  # the evaluation is broken off
     (dies('os.replace', r'checkpoint-1\.pth'), (2, 1)),
 ]
 
@@ -593,8 +594,8 @@ def test_a_second_signal_ends_at_once(life, unbroken):
         assert running[0].wait(3) == 128 + INT
 
     reference, run = unbroken('plain'), life('plain')
-    assert run.attempt(dies('pilot.RunPilot.vote', nth=5, do=TERM),
-                       dict(call='pilot.RunPilot.save', do='sleep', nth=3, seconds=20.), strike=strike)
+    assert run.attempt(dies('pilot.CheckpointMonitor.begin_sync', nth=5, do=TERM),
+                       dict(call='pilot.CheckpointMonitor.save', do='sleep', nth=3, seconds=20.), strike=strike)
     assert 'ended at once' in run.running[0].output() and reached(run.out) == (0, 4)
     run.finish().equals(reference)
 
@@ -630,7 +631,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(life, unbroken, moment):
     assert {'loading': lambda: run.attempt(strike=strike),
             'an image': lambda: run.attempt(dies('augmentation.load_image', r'train/.*/\d+\.png', nth=30)),
             'a save': lambda: run.attempt(dict(dies('os.fsync', r'checkpoint-0-step5'), do='worker')),
-            'a log line': lambda: run.attempt(dict(dies('pilot.RunPilot.between_updates', nth=8), do='worker')),
+            'a log line': lambda: run.attempt(dict(dies('pilot.CheckpointMonitor.after_step', nth=8), do='worker')),
             }[moment]()
     run.finish().equals(reference)
 
@@ -664,9 +665,11 @@ class Chance:
         call, when = self.rng.choice([
             ('os.fsync', 'before'), ('os.fsync', 'after'), ('os.fsync', 'half'), ('os.replace', 'before'),
             ('os.replace', 'after'), ('os.remove', 'before'), ('os.remove', 'after'), ('checkpoint.save', 'before'),
-            ('checkpoint.save', 'after'), ('utils.append_log', 'after'), ('engine_for_finetuning.evaluate', 'before'),
-            ('engine_for_finetuning.evaluate', 'after'), ('precision.StepScaler._finish', 'after'),
-            ('pilot.RunPilot.vote', 'before'), ('pilot.RunPilot.vote', 'after'), ('augmentation.load_image', 'before')])
+            ('checkpoint.save', 'after'), ('run_folder.append_log', 'after'),
+            ('engine_for_finetuning.evaluate', 'before'), ('engine_for_finetuning.evaluate', 'after'),
+            ('precision.StepScaler._finish', 'after'),
+            ('pilot.CheckpointMonitor.begin_sync', 'before'), ('pilot.CheckpointMonitor.begin_sync', 'after'),
+            ('datasets.load_image', 'before')])
         path = r'out/[^/]*$' if call in ('os.fsync', 'os.replace', 'os.remove') else ''
         path = path.replace('*', '+') if when == 'half' else path
         nth = self.rng.randint(1, 150 if call == 'augmentation.load_image' else 5)
@@ -723,7 +726,7 @@ def damage(path, how):
 @pytest.mark.parametrize('how', DAMAGES)
 def test_a_damaged_newest_checkpoint_is_passed_over(life, unbroken, how):
     reference, run = unbroken('plain'), life('plain')
-    assert run.attempt(dies('pilot.RunPilot.vote', nth=12))
+    assert run.attempt(dies('pilot.CheckpointMonitor.begin_sync', nth=12))
     assert reached(run.out) == (1, 4)
     damage(os.path.join(run.out, 'checkpoint-1-step4.pth'), how)
     run.finish()
@@ -750,7 +753,7 @@ def test_a_damaged_best_checkpoint_is_not_evaluated(server, unbroken, tmp_path, 
 @pytest.mark.parametrize('number', [TERM, KILL])
 def test_the_second_process_is_struck(life, unbroken, number):
     reference, run = unbroken('two'), life('two')
-    assert run.attempt(dies('pilot.RunPilot.vote', nth=9, do=number), rank=1)
+    assert run.attempt(dies('pilot.CheckpointMonitor.begin_sync', nth=9, do=number), rank=1)
     assert reached(run.out) == ((1, 3) if number == TERM else (1, 2))
     if number == TERM:
         assert 'stopped by SIGTERM' in run.running[0].output()
@@ -767,12 +770,12 @@ def images(folder, processes):
 def test_one_process_takes_up_what_two_began(life, digits):
     """With the same total batch: the same images in the same order, and a line that says what is not the same."""
     def noting(run):
-        return dict(call='pilot.Update.add', path=os.path.join(run.folder, 'notes'), do='note')
+        return dict(call='pilot.StepState.add', path=os.path.join(run.folder, 'notes'), do='note')
 
     whole, run = life('two'), life('two')
     whole.start(noting(whole), rank=None)
     assert whole.wait() == [0, 0]
-    assert run.attempt(dies('pilot.RunPilot.vote', nth=9, do=TERM))
+    assert run.attempt(dies('pilot.CheckpointMonitor.begin_sync', nth=9, do=TERM))
     run.processes, run.flags = 1, run.flags + ['--batch_size=8']
     run.start(noting(run))
     assert run.wait() == [0], run.story()
@@ -857,7 +860,8 @@ def test_torchrun_starts_again_by_itself(life, unbroken):
     reference, run = unbroken('two'), life('two')
     launched = Launched(
         run, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max_restarts=3',
-        '--monitor_interval=0.2', os.path.abspath(__file__), '1', json.dumps(dies('pilot.RunPilot.vote', nth=9)),
+        '--monitor_interval=0.2', os.path.abspath(__file__), '1',
+        json.dumps(dies('pilot.CheckpointMonitor.begin_sync', nth=9)),
         *[flag for flag in run.flags if flag != '--auto_resume'])
     assert launched.end() == 0, launched.output()
     TALLY.kills += 1

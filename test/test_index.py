@@ -18,11 +18,8 @@ import datasets
 import distributed
 import index_cache
 import run_class_finetuning
-from helpers import NANO, ROOT, photo
+from helpers import NANO, ROOT, RUN, as_nobody, free_port, photo
 from errors import UserError
-from test_bad_images import as_nobody, public_folder  # noqa: F401 (a fixture)
-from test_multinode import free_port
-from test_training import RUN
 
 pytestmark = pytest.mark.current_only
 

@@ -241,12 +241,13 @@ def test_mean_average_precision_is_scikit_learns():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 5))
     loader = Batches([Batch(images[part], targets[part], torch.arange(40)[part], [])
                       for part in (slice(20, 40), slice(0, 20))])
-    stats = engine.evaluate(loader, model, CPU, scores=[scores.MeanAveragePrecision()])
+    stats = engine.evaluate(loader, model, CPU, metrics=[scores.Loss(), scores.MeanAveragePrecision()])
     outputs = model(images).detach()
     expected = np.mean([average_precision_score(targets[:, label], outputs[:, label]) for label in (0, 1, 2, 4)])
     assert stats['mAP'] == pytest.approx(100 * expected) and 'acc1' not in stats and stats['images'] == 40
     assert stats['loss'] == pytest.approx(float(F.binary_cross_entropy_with_logits(outputs, targets)), rel=1e-5)
-    named = engine.evaluate(loader, model, CPU, scores=[scores.MeanAveragePrecision(list('abcde'))])
+    named = engine.evaluate(loader, model, CPU,
+                            metrics=[scores.Loss(), scores.MeanAveragePrecision(list('abcde'))])
     assert named['mAP'] == stats['mAP'] and [each['class'] for each in named['classes']] == list('abcde')
     assert [each['images'] for each in named['classes']] == targets.sum(0).int().tolist()
     assert named['classes'][3]['average_precision'] is None
@@ -372,8 +373,8 @@ def test_real_labels_are_timms():
         for row in range(0, 250, 2):
             output[row, sorted(labels[first + row])[:1]] = 9.
         theirs.add_result(output)
-        ours.add((None, None, torch.arange(first, first + 250)), output)
-    result = ours.result(False, CPU)
+        ours.update((None, None, torch.arange(first, first + 250)), output)
+    result = ours.compute(False, CPU)
     assert result['real_acc1'] == pytest.approx(theirs.get_accuracy(1))
     assert result['real_acc5'] == pytest.approx(theirs.get_accuracy(5))
 
@@ -408,8 +409,8 @@ def test_counts_of_three_processes_are_added_up(monkeypatch):
     for first, each in [(0, alone)] + list(enumerate(parts)):
         for score in each:
             places = torch.arange(31)[first::1 if each is alone else 3]
-            score.add((None, targets[places], places), outputs[places])
+            score.update((None, targets[places], places), outputs[places])
     for kind, score in enumerate(alone):
         monkeypatch.setattr(scores.distributed, 'gather', lambda value, device: [
             each[kind].counts.tolist() for each in parts])  # noqa: B023
-        assert parts[0][kind].result(True, CPU) == score.result(False, CPU)
+        assert parts[0][kind].compute(True, CPU) == score.compute(False, CPU)

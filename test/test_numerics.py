@@ -16,7 +16,7 @@ from helpers import CPU, ROOT, RUN, Listener, Numbered, cannot_run, lines_of, to
 import pilot
 import precision
 import run_class_finetuning
-import utils
+import run_folder
 from errors import UserError
 
 pytestmark = [pytest.mark.fast, pytest.mark.computes]
@@ -45,7 +45,7 @@ def poisoned_run(on_nonfinite, update_freq=1, **options):
     listener = Listener(on_nonfinite)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     run = dict(model=Poisoned(model, loader), criterion=torch.nn.CrossEntropyLoss(), data_loader=loader,
-               optimizer=optimizer, device=CPU, epoch=0, pilot=listener, update_freq=update_freq, **options)
+               optimizer=optimizer, device=CPU, epoch=0, monitor=listener, update_freq=update_freq, **options)
     return model, listener, run, len(loader), len(loader[0][1])
 
 
@@ -84,7 +84,7 @@ def test_without_a_finite_loss_twenty_skips_end_the_run():
     loader = Numbered(loader * 6)
     with pytest.raises(UserError, match='20 updates in a row'):
         engine.train_one_epoch(model, lambda output, _: output.sum() * float('inf'), loader,
-                               torch.optim.SGD(model.parameters(), lr=1e-3), CPU, 0, pilot=Listener('skip'))
+                               torch.optim.SGD(model.parameters(), lr=1e-3), CPU, 0, monitor=Listener('skip'))
 
 
 @pytest.mark.parametrize('policy', ('stop', 'skip'))
@@ -94,7 +94,7 @@ def test_gradients_that_are_not_finite_in_full_precision(policy):
     listener = Listener(policy)
     handle = model.head.weight.register_hook(lambda gradient: gradient * float('nan'))
     run = dict(model=model, criterion=torch.nn.CrossEntropyLoss(), data_loader=loader, device=CPU, epoch=0,
-               optimizer=torch.optim.SGD(model.parameters(), lr=1e-3), pilot=listener)
+               optimizer=torch.optim.SGD(model.parameters(), lr=1e-3), monitor=listener)
     if policy == 'stop':
         with pytest.raises(UserError, match=r'the gradients are not finite \(their norm is nan, the loss 1\.\d+\) at '
                                             r'update step 0; loss scale 1; .*before: none yet; images: image-0, '
@@ -110,7 +110,7 @@ def test_a_scaled_loss_that_overflows_is_no_reason_to_stop():
     handle = model.head.weight.register_hook(lambda gradient: gradient * float('inf'))
     scaler = precision.StepScaler(scale=128.)
     engine.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, torch.optim.SGD(model.parameters(), lr=1e-3),
-                           CPU, 0, scaler, pilot=Listener('stop'))
+                           CPU, 0, scaler, monitor=Listener('stop'))
     assert scaler.skipped == len(loader)
     handle.remove()
 
@@ -226,4 +226,4 @@ def test_a_restart_by_torchrun_or_slurm_goes_on(image_folder, tmp_path, monkeypa
     assert run_class_finetuning.run(base + ['--maxstep=2']) == 0
     monkeypatch.setenv(variable, '1')
     assert run_class_finetuning.run(base) == 0
-    assert 'Resumed' in capsys.readouterr().out and utils.files_of_a_run(output)
+    assert 'Resumed' in capsys.readouterr().out and run_folder.run_outputs(output)

@@ -88,7 +88,7 @@ def test_what_stands_behind_a_bar():
     meters.update(loss=2., class_acc=0.25)
     meters.update(loss=1., class_acc=0.75)
     meters.read()
-    assert progress.figures(meters.meters, 123.4) == 'loss 1.500, accuracy 50.0 %, 123 images/s'
+    assert progress.format_metrics(meters.meters, 123.4) == 'loss 1.500, accuracy 50.0 %, 123 images/s'
 
 
 def test_an_error_on_a_terminal_is_on_a_line_of_its_own(data):
@@ -103,7 +103,7 @@ def test_an_error_on_a_terminal_is_on_a_line_of_its_own(data):
 def test_no_bar_where_there_is_no_terminal_for_it(monkeypatch, env):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert progress.watch() is None and distributed.screen is None
+    assert progress.watch() is None and distributed.display() is None
 
 
 def test_only_the_first_process_has_a_bar(monkeypatch):

@@ -30,8 +30,11 @@ import report
 import report_page
 import run_class_finetuning
 import run_files
-import utils
+import run_folder
+import scores
+from config import MixupConfig, TransformConfig
 from errors import UserError
+from flags import config_from
 from predictions import KEPT, Prediction, Predictions
 
 pytestmark = pytest.mark.current_only
@@ -196,29 +199,20 @@ def test_summary_has_the_results_figures_and_versions(run):
     assert summary['versions']['python'] == '%d.%d.%d' % sys.version_info[:3] and summary['versions']['beit']
 
 
-def test_what_is_not_finite_is_null(tmp_path, parse):
-    args = parse('--output_dir=%s' % (tmp_path / 'new'))
-    run_files.write_summary(args, {'loss': math.nan, 'list': [math.inf, 1, {'a': -math.inf}], 'text': 'NaN',
-                                   'on': True})
+def test_what_is_not_finite_is_null(tmp_path):
+    run_files.write_summary(str(tmp_path / 'new'), {
+        'loss': math.nan, 'list': [math.inf, 1, {'a': -math.inf}], 'text': 'NaN', 'on': True})
     written = loaded(tmp_path, 'new', 'summary.json')
     assert set(written.pop('versions')) == {'beit', 'python', 'torch', 'torchvision', 'timm', 'numpy'}
     assert written == {'loss': None, 'list': [None, 1, {'a': None}], 'text': 'NaN', 'on': True}
 
 
-def test_the_version_is_that_of_the_changelog_and_the_commit(tmp_path, monkeypatch):
+def test_the_version_is_that_of_the_changelog(tmp_path, monkeypatch):
     with open(os.path.join(ROOT, 'CHANGELOG.md'), encoding='utf-8') as file:
         newest = re.search(r'^## \[(\d.+?)\]', file.read(), re.M).group(1)
-    assert run_files.own_version().startswith(newest)
-    commit = subprocess.run(['git', '-C', ROOT, 'rev-parse', 'HEAD'], stdout=subprocess.PIPE, universal_newlines=True)
-    if commit.returncode == 0:
-        assert run_files.own_version() == '%s+g%s' % (newest, commit.stdout[:7])
-    shutil.copy(os.path.join(ROOT, 'CHANGELOG.md'), str(tmp_path))
+    assert run_files.project_version() == newest
     monkeypatch.setattr(run_files, 'HERE', str(tmp_path))
-    assert run_files.own_version() == newest  # no clone
-    (tmp_path / '.git').mkdir()
-    (tmp_path / '.git' / 'HEAD').write_text('ref: refs/heads/main\n')
-    (tmp_path / '.git' / 'packed-refs').write_text('# pack-refs\n%s refs/heads/main\n' % ('0123456789' * 4))
-    assert run_files.own_version() == newest + '+g0123456'
+    assert run_files.project_version() is None
 
 
 def test_an_evaluation_does_not_write_over_the_trainings_files(run, tmp_path, capsys):
@@ -247,7 +241,7 @@ def test_a_new_run_moves_them_aside(run, tmp_path):
     shutil.copytree(run[0], str(copy))
     (copy / 'report.html.tmp-12').write_text('half')
     (copy / 'mine.html').write_text('mine')
-    utils.prepare_folder(str(copy))
+    run_folder.prepare_folder(str(copy))
     assert os.listdir(str(copy)) == ['mine.html']
     aside, = [name for name in os.listdir(str(tmp_path)) if name.startswith('out-')]
     assert {'args.yaml', 'summary.json', 'report.html', 'log.txt'} <= set(os.listdir(str(tmp_path / aside)))
@@ -339,25 +333,26 @@ def some_outputs(images=200, classes=7):
 def collected(parts, classes=7):
     predictions = Predictions(classes)
     for indices, targets, _, output, _ in parts:
-        predictions.add(Batch(None, targets, indices, []), output)
+        predictions.update(Batch(None, targets, indices, []), output)
     return predictions
 
 
 def test_predictions_against_sklearn_and_a_slow_loop():
     indices, targets, predicted, output, losses = columns = some_outputs()
     predictions = collected([[column[:150] for column in columns], [column[150:] for column in columns]])
-    predictions.result(False, None)
+    predictions.compute(False, None)
     assert np.array_equal(predictions.matrix(), confusion_matrix(targets, predicted, labels=range(7)))
     right, images = predictions.per_class()
     assert images.tolist() == [int((targets == label).sum()) for label in range(7)] and images[6] == 0
     assert right.tolist() == [int(((targets == label) & (predicted == label)).sum()) for label in range(7)]
     wrong = sorted((-(float(losses[row]) if math.isfinite(losses[row]) else math.inf), int(indices[row]))
                    for row in range(200) if targets[row] != predicted[row])
-    assert [each.index for each in predictions.worst] == [index for _, index in wrong[:KEPT]]
+    assert [each.index for each in predictions.hardest] == [index for _, index in wrong[:KEPT]]
     sure = sorted((-float(torch.softmax(output[row], 0).max()), int(indices[row])) for row in range(200)
                   if targets[row] == predicted[row])
-    assert [each.index for each in predictions.best] == [index for _, index in sure[:KEPT]]
-    assert [-each.probability for each in predictions.best] == pytest.approx([share for share, _ in sure[:KEPT]])
+    assert [each.index for each in predictions.most_confident] == [index for _, index in sure[:KEPT]]
+    assert [-each.probability for each in predictions.most_confident] == pytest.approx(
+        [share for share, _ in sure[:KEPT]])
     pairs = predictions.most_confused(5)
     matrix = confusion_matrix(targets, predicted, labels=range(7))
     np.fill_diagonal(matrix, 0)
@@ -368,7 +363,7 @@ def test_predictions_against_sklearn_and_a_slow_loop():
 def test_predictions_of_several_processes_are_those_of_one(monkeypatch):
     columns = some_outputs()
     whole = collected([columns])
-    whole.result(False, None)
+    whole.compute(False, None)
     told = []
 
     def gather(value, _):
@@ -377,9 +372,10 @@ def test_predictions_of_several_processes_are_those_of_one(monkeypatch):
     monkeypatch.setattr(distributed, 'gather', gather)
     shares = [collected([[column[rank::3] for column in columns]]) for rank in range(3)] + [Predictions(7)]
     for share in shares:  # the last one got no image, and has now heard of all
-        share.result(True, None)
+        share.compute(True, None)
     assert shares[-1].counts == whole.counts
-    assert repr((shares[-1].worst, shares[-1].best)) == repr((whole.worst, whole.best))  # repr: one is nan
+    of_all = [repr((each.hardest, each.most_confident)) for each in (shares[-1], whole)]  # repr: one is nan
+    assert of_all[0] == of_all[1]
 
 
 def test_an_evaluation_gives_the_same_figures_with_predictions(monkeypatch):
@@ -388,7 +384,8 @@ def test_an_evaluation_gives_the_same_figures_with_predictions(monkeypatch):
     batches = [Batch(torch.randn(5, 3, 2, 2), torch.randint(0, 7, (5,)), torch.arange(5) + 5 * number, [])
                for number in range(4)]
     predictions = Predictions(7)
-    with_them = engine.evaluate(batches, model, torch.device('cpu'), scores=[predictions])
+    metrics = [scores.TopAccuracy(), scores.Loss(), predictions]
+    with_them = engine.evaluate(batches, model, torch.device('cpu'), metrics=metrics)
     assert with_them == engine.evaluate(batches, model, torch.device('cpu'))
     assert sum(predictions.counts.values()) == 20
     assert 100. * np.trace(predictions.matrix()) / 20 == pytest.approx(with_them['acc1'])
@@ -508,12 +505,17 @@ def test_the_reports_images_are_what_the_model_saw(run, parse):
         assert np.abs(shown - np.asarray(picture, dtype=float)).mean() < 12  # JPEG's losses
 
 
+def samples_of(args, train, classes):
+    return report.augmented_samples(train, classes, config_from(args, TransformConfig), config_from(args, MixupConfig),
+                                    args.seed)
+
+
 def test_augmented_samples_are_the_loaders_first_batch(run, parse):
     out, data, _, _ = run
     args = parse('--config=%s/args.yaml' % out, '--mixup=0', '--batch_size=16', '--reprob=0.5')
     train, val, classes = datasets.build_datasets(args)
     before = (torch.get_rng_state(), np.random.get_state()[1].copy())
-    samples = report.augmented_samples(args, train, classes)
+    samples = samples_of(args, train, classes)
     assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
     batch = next(iter(datasets.build_loaders(args, train, None)[0]))
     seen = np.clip(np.rint((batch.images.numpy() * 0.5 + 0.5) * 255), 0, 255).transpose(0, 2, 3, 1)
@@ -522,7 +524,7 @@ def test_augmented_samples_are_the_loaders_first_batch(run, parse):
     assert sum(np.abs(seen - np.asarray(train[int(index)][0], dtype=float)).max() > 0 for index in batch.indices) > 8
     args.mixup = 0.8
     state = np.random.get_state()[1].copy()
-    mixed = report.augmented_samples(args, train, classes)
+    mixed = samples_of(args, train, classes)
     assert np.array_equal(state, np.random.get_state()[1])
     share, other = re.match(r'.* (\d+) % \+ .* (\d+) %$', next(
         caption for _, caption in mixed if ' + ' in caption)).groups()
@@ -542,7 +544,8 @@ def many_classes(tmp_path, classes=100):
     return predictions, dict(
         title='t', subtitle='s', tiles=[], plots=[], hint='', classes=['class %d' % label for label in range(classes)],
         evaluated='All.', per_class=predictions.per_class(), confused=predictions.most_confused(), matrix=None,
-        worst=[(picture, Prediction(0, 1, 2, 0.5, math.inf), '/a/b/c.png')], best=[], samples=[], flags=[], versions=[])
+        hardest=[(picture, Prediction(0, 1, 2, 0.5, math.inf), '/a/b/c.png')], most_confident=[], samples=[],
+        flags=[], versions=[])
 
 
 def test_many_classes_are_cut_to_the_worst_and_best(tmp_path):
@@ -639,7 +642,7 @@ def test_tensorboard_shows_images_and_confusions(run, parse):
     assert step == 0 and sheet.shape == (4 * 34 - 2, 4 * 34 - 2, 3)
     args = parse('--config=%s/args.yaml' % out)
     train, _, classes = datasets.build_datasets(args)
-    assert np.array_equal(sheet[:32, 34:66], report.augmented_samples(args, train, classes)[1][0])
+    assert np.array_equal(sheet[:32, 34:66], samples_of(args, train, classes)[1][0])
     assert [step for step, _ in found['images/confusion']] == [0, 1, 2, 3]
     log = [line['test_acc1'] for line in log_of(out)]
     best = log.index(max(log))

@@ -42,7 +42,7 @@ def train(batches=24, poison=(), on_nonfinite='skip', scale=1., ema=False, **opt
     listener = Listener(on_nonfinite)
     optimizer = backend.build_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3, weight_decay=0.05)
     stats = engine.train_one_epoch(model, criterion, loader, optimizer, CPU, 0, precision.StepScaler(scale),
-                                   model_ema=average, pilot=listener, **options)
+                                   model_ema=average, monitor=listener, **options)
     return model, average, stats, listener
 
 
@@ -65,11 +65,11 @@ def test_the_host_reads_nothing_between_two_lines(far_device, monkeypatch):
                 asked.append(len(steps))
             return function(*args, **(kwargs or {}))
 
-    steps, step = [], pilot.Pilot.vote
-    monkeypatch.setattr(pilot.Pilot, 'vote', lambda *args: steps.append(1) or step(*args))
+    steps, step = [], pilot.StepMonitor.begin_sync
+    monkeypatch.setattr(pilot.StepMonitor, 'begin_sync', lambda *args: steps.append(1) or step(*args))
     monkeypatch.setattr(backend, 'synchronize', lambda device: waited.append(len(steps) - 1))
-    read = utils.read_numbers
-    monkeypatch.setattr(utils, 'read_numbers', lambda values: reads.append(len(steps) - 1) or read(values))
+    read = utils.to_floats
+    monkeypatch.setattr(utils, 'to_floats', lambda values: reads.append(len(steps) - 1) or read(values))
     with Watch():
         _, _, stats, _ = train(24, max_norm=1., scale=128., throughput=utils.Throughput(warmup_steps=2))
     assert asked == []
@@ -258,7 +258,7 @@ def test_a_run_says_which_of_loader_and_device_is_the_limit(seconds, limit):
     throughput = utils.Throughput(warmup_steps=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     engine.train_one_epoch(model, criterion, Slow(loader * 2), optimizer, CPU, 0, throughput=throughput)
-    assert throughput.limit().startswith('the %s is the limit; ' % limit)
+    assert throughput.bottleneck().startswith('the %s is the limit; ' % limit)
     assert throughput.data_share > 0.5 if seconds else throughput.data_share < 0.05
     assert throughput.step_milliseconds > 200
 

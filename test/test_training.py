@@ -19,6 +19,8 @@ import modeling_finetune
 import optim_factory
 import precision
 import run_class_finetuning
+import run_files
+import scores
 import utils
 from errors import UserError
 
@@ -241,6 +243,55 @@ def test_evaluation_by_a_slow_loop(capsys):
 def test_evaluation_with_fewer_than_five_classes():
     model, loader = toy(classes=2)
     assert engine.evaluate(loader, model, CPU)['acc5'] == 100.
+
+
+def test_the_references_call_trains():
+    """Positional as in the reference's run_class_finetuning.py: the scaler, clipping, EMA and mixup; then by name."""
+    model, loader = toy()
+    average = utils.ModelEma(model, 0.5)
+    before = average.ema.head.weight.clone()
+    stats = engine.train_one_epoch(
+        model, torch.nn.CrossEntropyLoss(), loader, torch.optim.SGD(model.parameters(), lr=1e-3), CPU, 0, None, 1.,
+        average, None, log_writer=None, start_steps=0, lr_schedule_values=[0.01] * len(loader), wd_schedule_values=None,
+        num_training_steps_per_epoch=len(loader), update_freq=1)
+    assert stats['lr'] == 0.01 and 'class_acc' in stats and not torch.equal(before, average.ema.head.weight)
+
+
+class Confidence(scores.Metric):
+    """The mean of the highest logit: any metric that is declared in `scores` alone."""
+
+    figures = (scores.Figure('confidence', line='confidence %.3f'),)
+
+    def __init__(self):
+        self.highest = []
+
+    def update(self, batch, output):
+        self.highest += output.max(dim=1).values.tolist()
+
+    def compute(self, sharded, device):
+        return {'confidence': sum(self.highest) / len(self.highest)}
+
+
+def test_a_new_metric_is_logged_and_printed(data, tmp_path, monkeypatch, capsys):
+    build = scores.build_metrics
+    monkeypatch.setattr(scores, 'build_metrics', lambda *args: build(*args) + [Confidence()])
+    monkeypatch.setattr(scores, 'FIGURES', scores.FIGURES + Confidence.figures)
+    output, results = str(tmp_path / 'out'), str(tmp_path / 'results.json')
+    base = RUN + ['--data_path', data, '--output_dir', output]
+    assert run_class_finetuning.run(base + ['--epochs=1']) == 0
+    value = lines_of(output)[0]['test_confidence']
+    assert re.search(r'^\* Acc@1 .* loss \S+ confidence %.3f$' % value, capsys.readouterr().out, re.M)
+    assert run_class_finetuning.run(base + ['--eval', '--resume', output, '--results_file', results]) == 0
+    with open(results, encoding='utf-8') as file:
+        assert json.load(file)[0]['confidence'] == pytest.approx(value)
+
+
+def test_figures_have_one_name_and_a_panel_each():
+    for name in ('name', 'summary', 'title'):
+        found = [getattr(figure, name) for figure in scores.FIGURES if getattr(figure, name)]
+        assert len(found) == len(set(found))
+    assert {figure.curve.panel for figure in scores.FIGURES if figure.curve} <= {panel[0] for panel in run_files.PANELS}
+    assert all(figure.summary and figure.title for figure in scores.FIGURES if figure.is_primary)
 
 
 def test_throughput_leaves_the_first_steps_out():

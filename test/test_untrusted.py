@@ -34,7 +34,6 @@ from hypothesis import strategies as st
 import weights_file
 import checkpoint
 import distributed
-import flags
 from helpers import ROOT, cannot_run
 import modeling_finetune
 import precision
@@ -814,8 +813,8 @@ def state_of(model):
     """What a small checkpoint of this project holds, after one update."""
     optimizer = adamw(model)
     optimizer.step()
-    args = argparse.Namespace(model='beit_nano_patch8_32', input_size=32, lr=1e-3, opt='adamw')
-    return checkpoint.training_state(args, checkpoint.Progress(
+    flags = dict(model='beit_nano_patch8_32', input_size=32, lr=1e-3, opt='adamw')
+    return checkpoint.build_checkpoint(flags, checkpoint.RunState(
         epoch=4, best={'accuracy': 81.5}, run={'processes': 1, 'total_batch': 8, 'images': 16, 'device': 'cpu'}),
         model, optimizer, precision.StepScaler())
 
@@ -982,12 +981,12 @@ def take_up(tmp_path, parse):
         pretrained.load_pretrained(model, path)
 
     def resume():
-        found, content = checkpoint.find(path)
+        found, content = checkpoint.load_best_or_latest(path)
         optimizer = adamw(model)
         progress = checkpoint.resume_training(found, content, model, optimizer, precision.StepScaler())
         assert isinstance(progress.epoch, int) and isinstance(progress.steps, int)
-        checkpoint.resume_differences(
-            content, args, {'processes': 1, 'total_batch': 8, 'images': 16, 'device': 'cpu'}, flags.without_effect())
+        checkpoint.resume_differences(content, vars(args), {
+            'processes': 1, 'total_batch': 8, 'images': 16, 'device': 'cpu'})
         progress.meters_of(0, 1)
         optimizer.step()
     return check
