@@ -2,7 +2,7 @@
 
 import collections.abc
 import os
-from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class ImageList(collections.abc.Sequence):
         name = self.names[int(self.ends[index - 1]) + 1 if index else 0:int(self.ends[index])].tobytes()
         return os.path.join(self.root, self.folders[folder], os.fsdecode(name)), int(self.labels[folder])
 
-    def __eq__(self, other: object) -> bool:
+    def __eq__(self, other: Any) -> bool:
         return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other))
 
     __hash__ = None

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+import typing
 
 import numpy as np
 import torch
@@ -274,7 +275,8 @@ ALIVE_SECONDS = 0.3  # between two signs of life; less than any --dist_timeout
 BLOCK = 1 << 26  # bytes that are sent at once; they go as int32, which HCCL surely knows
 
 
-def broadcast_from_main(make, device):
+def broadcast_from_main(make: typing.Callable[[typing.Callable[[], None]], bytes],
+                        device: typing.Optional[torch.device]) -> bytes:
     """Return on every process the bytes that `make` returns on the main one, or raise the `UserError` of there.
 
     `make` may take long. Its argument is a function to call now and then, so that the process isn't taken for hung.
