@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 import datasets
 import distributed
 import safe_files
-from errors import UserError, printable
+from errors import UserError, escape_text
 
 LIST = 'bad_images.txt'
 FILES_AT_ONCE = 16  # that one process of check_data takes
@@ -54,8 +54,8 @@ class BadImages:
         count = len(self.met[what])
         if count and count / total > self.limit:
             raise UserError('--max_bad_images %g: %d of the %d %s images cannot be read%s; mend or remove them, or '
-                            'raise --max_bad_images' % (self.limit, count, total, what, ', see ' + printable(self.path)
-                                                        if self.path else ''))
+                            'raise --max_bad_images' % (
+                                self.limit, count, total, what, ', see ' + escape_text(self.path) if self.path else ''))
 
 
 def _read_list(path):
@@ -140,7 +140,7 @@ def _check_some(dataset, indices):
         except datasets.UnreadableImage as error:
             reasons[index] = error.reason
         except UserError as error:
-            reasons[index] = str(error).replace(printable(path), 'it', 1)
+            reasons[index] = str(error).replace(escape_text(path), 'it', 1)
     return reasons
 
 

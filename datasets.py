@@ -32,7 +32,7 @@ import rand_augment
 import splits
 from augmentation import SMALL_INPUT, build_transform, is_fast, mean_and_std, small_input_rule
 from device_loader import BoxesToErase, DeviceLoader
-from errors import UserError, printable, unknown
+from errors import UserError, escape_text, unknown_value_error
 from image_files import EXTENSIONS, UnreadableImage, load_image, scan_classes
 
 DATA_SETS = ('CIFAR', 'IMNET', 'image_folder')
@@ -76,7 +76,7 @@ class Images(torch.utils.data.Dataset):
         image = self.read(path)
         if self.fits is not None and not self.fits(*image.size):
             raise UserError('%s is %dx%d; with --input_size of %d and less images are not resized, so give their own '
-                            'size, or a larger --input_size' % ((printable(path),) + image.size + (SMALL_INPUT,)))
+                            'size, or a larger --input_size' % ((escape_text(path),) + image.size + (SMALL_INPUT,)))
         return image
 
 
@@ -91,7 +91,7 @@ class ImageFolder(Images):
     """
 
     def __init__(self, root, transform=None, flag='--data_path', fits=None, index=None, read=load_image):
-        shown = printable(root)
+        shown = escape_text(root)
         if not os.path.isdir(root):
             raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
         self.index = index
@@ -105,13 +105,13 @@ class ImageFolder(Images):
         if empty:
             raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder'
                             % (flag, ' '.join(EXTENSIONS), 's' if len(empty) > 1 else '',
-                               ', '.join(printable(os.path.join(root, name)) for name in empty[:3])))
+                               ', '.join(escape_text(os.path.join(root, name)) for name in empty[:3])))
 
 
 def image_name(dataset, index):
     """What to call a sample in a message: its path, printable, or its number where it has no file of its own."""
     samples = getattr(dataset, 'samples', None)
-    return 'image %d' % index if samples is None else printable(samples[index][0])
+    return 'image %d' % index if samples is None else escape_text(samples[index][0])
 
 
 def write_digits(root):
@@ -155,7 +155,7 @@ def resolve_data_path(data_path):
             raise UserError('--data_path demo needs scikit-learn; run: pip install scikit-learn') from None
         except OSError as error:
             raise UserError('--data_path demo: cannot write the digits to %s (%s)'
-                            % (printable(root), error.strerror or error)) from None
+                            % (escape_text(root), error.strerror or error)) from None
         distributed.say('Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s' % root)
     return root
 
@@ -163,17 +163,17 @@ def resolve_data_path(data_path):
 def check_paths(args):
     """Raise a `UserError` where the folders that the flags name can't be right. Cheap, so that it can come first."""
     if args.data_set not in DATA_SETS:
-        raise unknown('--data_set', args.data_set, DATA_SETS)
+        raise unknown_value_error('--data_set', args.data_set, DATA_SETS)
     check_split(args)
     check_manifests(args)
     in_folders = [is_train for is_train in needed_parts(args) if manifest_of(is_train, args) is None]
     if not args.data_path and any(is_train or not args.eval_data_path for is_train in in_folders):
         raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo'
                         if not args.train_csv else '--train_csv %s: there are no validation images; give --val_csv, or '
-                        '--val_split 0.1 to take a tenth of these' % printable(args.train_csv))
+                        '--val_split 0.1 to take a tenth of these' % escape_text(args.train_csv))
     for flag, path in (('--data_path', args.data_path), ('--eval_data_path', args.eval_data_path)):
         if path and (path, flag) != ('demo', '--data_path') and not os.path.isdir(path):
-            raise UserError('%s %s: no such folder' % (flag, printable(path)))
+            raise UserError('%s %s: no such folder' % (flag, escape_text(path)))
     if args.data_path == 'demo':
         return
     if args.data_set == 'CIFAR':
@@ -186,7 +186,7 @@ def check_paths(args):
             flag, root = split_root(is_train, args)
             if not os.path.isdir(root):
                 raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s' % (
-                    flag, printable(getattr(args, flag[2:])), printable(root), '' if is_train or args.eval_data_path
+                    flag, escape_text(getattr(args, flag[2:])), escape_text(root), '' if is_train or args.eval_data_path
                     else '; or --val_split 0.1 takes a tenth of the training images for it')
                     + ('; or give the folder above, if that holds train/ and val/' if os.path.basename(
                         os.path.normpath(getattr(args, flag[2:]))) in ('train', 'val') else ''))
@@ -206,7 +206,7 @@ def check_split(args):
     if args.data_set == 'IMNET' and args.data_path and not args.train_csv and os.path.lexists(val):
         raise UserError(about + 'there is a folder %s with validation images; leave the flag out, or name the class '
                         'folders with --data_set image_folder --data_path %s'
-                        % (printable(val), printable(os.path.join(os.path.dirname(val), 'train'))))
+                        % (escape_text(val), escape_text(os.path.join(os.path.dirname(val), 'train'))))
 
 
 def check_manifests(args):
@@ -214,13 +214,13 @@ def check_manifests(args):
     for flag, path in (('--train_csv', args.train_csv), ('--val_csv', args.val_csv)):
         if path and not os.path.isfile(path):
             raise UserError('%s %s: %s; give a CSV file with a path,label a line' % (
-                flag, printable(path), 'is a folder' if os.path.isdir(path) else 'no such file'))
+                flag, escape_text(path), 'is a folder' if os.path.isdir(path) else 'no such file'))
         if path and args.data_set == 'CIFAR':
             raise UserError('%s %s: --data_set CIFAR has no image files to list; leave one of the two out'
-                            % (flag, printable(path)))
+                            % (flag, escape_text(path)))
     if args.val_csv and args.eval_data_path:
         raise UserError('--val_csv %s: --eval_data_path names validation images too; leave one of the two out'
-                        % printable(args.val_csv))
+                        % escape_text(args.val_csv))
 
 
 def needed_parts(args):
@@ -260,7 +260,7 @@ def cifar_root(data_path):
         if os.path.isfile(os.path.join(root, 'cifar-100-python', 'train')):
             return root
     raise UserError('--data_path %s: there is no cifar-100-python/train in it; unpack cifar-100-python.tar.gz there'
-                    % printable(data_path))
+                    % escape_text(data_path))
 
 
 def build_dataset(is_train, args, device=None, classes=None, multi_label=None):
@@ -275,7 +275,7 @@ def build_dataset(is_train, args, device=None, classes=None, multi_label=None):
             dataset = torchvision_datasets.CIFAR100(cifar_root(args.data_path), train=is_train, transform=transform)
         except RuntimeError:
             raise UserError('--data_path %s: cifar-100-python is damaged (its checksums differ); unpack it again'
-                            % printable(args.data_path)) from None
+                            % escape_text(args.data_path)) from None
         return dataset, list(getattr(dataset, 'classes', None) or map(str, range(100)))
     seen = dict(transform=transform, fits=small_input_rule(is_train, args.input_size),
                 read=fast_images.load_bytes if is_fast(is_train, args) else load_image)
@@ -315,14 +315,14 @@ def build_datasets(args, device=None, classes=None):
         val, val_classes = build_dataset(False, args, device, train_classes or classes, multi_label)
     if train is not None and val is not None and splits.is_multi_label(labelled(val)) != multi_label:
         raise UserError('--train_csv %s: it gives images several classes, and class folders give one; give --val_csv'
-                        % printable(args.train_csv))
+                        % escape_text(args.train_csv))
     if train_classes and val_classes and train_classes != val_classes:
         only = [('train', set(train_classes) - set(val_classes)), ('val', set(val_classes) - set(train_classes))]
-        differ = '; '.join('only in %s: %s' % (split, ', '.join(map(printable, sorted(names)[:5])))
+        differ = '; '.join('only in %s: %s' % (split, ', '.join(map(escape_text, sorted(names)[:5])))
                            for split, names in only if names)
         if args.train_csv and not args.val_csv:
             raise UserError('--train_csv %s: its classes are not those of the validation folders (%s); give --val_csv, '
-                            'the images to evaluate with these' % (printable(args.train_csv), differ))
+                            'the images to evaluate with these' % (escape_text(args.train_csv), differ))
         raise UserError('--data_path: train and val must name the same classes; %s' % differ)
     classes = train_classes or val_classes
     if train is not None and args.max_train_samples:

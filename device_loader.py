@@ -67,7 +67,7 @@ class DeviceLoader:
         with _signals_wait():
             batches = iter(self.loader)
         try:
-            yield from backend.one_ahead(_or_loader_death(batches), self.prepare, self.device)
+            yield from backend.one_ahead(_or_worker_death(batches), self.prepare, self.device)
         finally:  # PyTorch 1.5 hangs where it is the garbage collector that ends the workers
             if hasattr(batches, '_shutdown_workers') and not getattr(self.loader, 'persistent_workers', False):
                 batches._shutdown_workers()
@@ -99,7 +99,7 @@ class DeviceLoader:
         return noise.to(self.device)
 
 
-def _or_loader_death(batches):
+def _or_worker_death(batches):
     """The batches; a worker that was killed while it handed one over is told of as PyTorch tells of the others."""
     try:
         yield from batches

@@ -20,7 +20,7 @@ import zlib
 import numpy as np
 import torch
 
-from errors import printable
+from errors import escape_text
 
 MAX_PICKLE = 64 << 20  # bytes of names and plain values; the largest BEiT's checkpoint, optimizer and all, has 1 MiB
 MAX_DIRECTORY = 16 << 20  # bytes of a zip archive's directory: 200,000 tensors
@@ -151,7 +151,7 @@ def with_plain_keys(pairs):
 
 
 def refers_to(name):
-    return 'it refers to %s' % printable(name.replace(' ', '.'))[:100]
+    return 'it refers to %s' % escape_text(name.replace(' ', '.'))[:100]
 
 
 def _foreign_name(file):
@@ -436,7 +436,7 @@ def _zip_records(file, size):
             raise ValueError('its directory is damaged')
         if method or packed != length or flags & ~0x808:
             raise Refused('its record %s is compressed or encrypted, as torch.save never does'
-                           % printable(name.decode('utf-8', 'replace'))[:100])
+                           % escape_text(name.decode('utf-8', 'replace'))[:100])
         local = part(offset, '<4s5H3L2H')
         if local[0] != b'PK\3\4' or file.read(name_length) != name:
             raise ValueError('its directory is damaged')

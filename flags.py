@@ -21,7 +21,7 @@ import scores
 import utils
 from cli import OneLineParser, add_bool_flag, bounded_number
 from config import MAX_INPUT_SIZE
-from errors import UserError, unknown
+from errors import UserError, unknown_value_error
 
 TRAINING, PREDICT, EXPORT, AVERAGE = PROGRAMS = (
     'run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py')
@@ -401,7 +401,7 @@ def check_args(args: argparse.Namespace, local_rank: int = 0, processes: int = 1
 
 def check_model(args: argparse.Namespace) -> None:
     if args.model not in modeling_finetune.MODELS:
-        raise unknown('--model', args.model, modeling_finetune.MODELS)
+        raise unknown_value_error('--model', args.model, modeling_finetune.MODELS)
     patch = modeling_finetune.MODELS[args.model]['patch_size']
     if args.input_size % patch:
         below = args.input_size // patch * patch

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from errors import UserError, printable
+from errors import UserError, escape_text
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.ppm', '.pgm', '.tif', '.tiff')
 
@@ -25,7 +25,7 @@ class UnreadableImage(UserError):
     """A file that can't be read as an image: `path`, printable, and `reason`, both of one line."""
 
     def __init__(self, path, reason):
-        self.path, self.reason = printable(path), printable(' '.join(reason.split()))
+        self.path, self.reason = escape_text(path), escape_text(' '.join(reason.split()))
         super().__init__('%s: cannot be read as an image (%s); mend or remove it, or leave such files out with '
                          '--bad_images skip' % (self.path, self.reason))
 
@@ -51,7 +51,7 @@ def load_image(path):
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         reason = getattr(error, 'strerror', None) or re.sub(r' <_io\.[^>]*>', '', str(error)) or type(error).__name__
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
-            reason = 'it is a link to %s, which is not there' % printable(os.readlink(path))
+            reason = 'it is a link to %s, which is not there' % escape_text(os.readlink(path))
         raise UnreadableImage(path, reason) from None
 
 
@@ -197,7 +197,7 @@ def _list_folder(root, folder):
                     check_link(entry.path)
     except OSError as error:
         raise UserError('%s: cannot look for images there (%s); mend or remove it, or let this user read it'
-                        % (printable(error.filename or path), error.strerror)) from None
+                        % (escape_text(error.filename or path), error.strerror)) from None
     return files, folders, links, its_stamp
 
 
@@ -214,7 +214,7 @@ def follow(folder, led_here):
     target = os.path.realpath(folder)
     if any(os.path.join(each, '').startswith(os.path.join(target, '')) for each in led_here):
         raise UserError('%s: this link leads to %s, a folder that it lies in, round and round; remove it'
-                        % (printable(folder), printable(target)))
+                        % (escape_text(folder), escape_text(target)))
     return led_here + (target,)
 
 

@@ -13,7 +13,7 @@ import torch
 
 import augmentation
 import fast_images
-from errors import UserError, printable
+from errors import UserError, escape_text
 from image_files import EXTENSIONS, check_link, follow, is_hidden, is_image_name, load_image
 
 AT_ONCE = 1 << 16  # names that are put in order together; they bound the memory
@@ -44,7 +44,7 @@ def walk_images(root, without=()):
                     yield os.path.join(folder, name)
         except OSError as error:
             raise UserError('%s: cannot look for images there (%s); mend or remove it, or let this user read it'
-                            % (printable(error.filename or folder), error.strerror)) from None
+                            % (escape_text(error.filename or folder), error.strerror)) from None
         waiting += [(os.path.join(folder, name), led_here) for name in sorted(folders, reverse=True)]
 
 
@@ -75,7 +75,7 @@ def check_inputs(inputs):
     """Raise a `UserError` for one that names nothing."""
     for given in inputs:
         if not os.path.lexists(given) and next(glob.iglob(given, recursive=True), None) is None:
-            raise UserError('%s: %s' % (printable(given), 'no file has such a name' if glob.has_magic(given) else
+            raise UserError('%s: %s' % (escape_text(given), 'no file has such a name' if glob.has_magic(given) else
                                         'no such file or folder'))
 
 
@@ -147,7 +147,7 @@ class ImageStream(torch.utils.data.Sampler):
         found = sum(1 for _ in itertools.islice(find_images(self.inputs, self.without), count))
         if not found:
             raise UserError('%s: there is no image (%s) in it' % (
-                ', '.join(map(printable, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else ''),
+                ', '.join(map(escape_text, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else ''),
                 ' '.join(EXTENSIONS)))
         return found
 

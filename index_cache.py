@@ -29,7 +29,7 @@ import numpy as np
 
 import distributed
 import safe_files
-from errors import UserError, printable
+from errors import UserError, escape_text
 from image_files import EXTENSIONS, ImageList, Tree, check_link, open_file, scan_classes, stamp
 
 MAGIC = b'BEiT index 1'  # another number whenever the format changes, or what `scan_classes` finds
@@ -68,7 +68,7 @@ class Index:
                 return packed
             reasons += [reason] if reason else []
         if reasons:
-            distributed.say('%s: looking for its images again, %s' % (printable(root), reasons[0]))
+            distributed.say('%s: looking for its images again, %s' % (escape_text(root), reasons[0]))
         started = time.time_ns()
         tree = scan_classes(root, alive)
         found.append(tree)
@@ -124,9 +124,9 @@ def _read(path, root):
     except OSError:  # most often there is none
         return b'', None, ''
     except Exception:  # what a file made for it can raise
-        return b'', None, 'since %s is damaged' % printable(path)
+        return b'', None, 'since %s is damaged' % escape_text(path)
     changed = _changed(tree, user == _user(), root)
-    return (packed, tree, '') if changed is None else (b'', None, 'since %s changed' % printable(
+    return (packed, tree, '') if changed is None else (b'', None, 'since %s changed' % escape_text(
         os.path.join(root, changed) if changed else root))
 
 

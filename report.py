@@ -15,7 +15,7 @@ import distributed
 import report_page
 import run_files
 from device_loader import BoxesToErase, DeviceLoader
-from errors import UserError, one_line, printable
+from errors import UserError, escape_text, one_line
 from predictions import Predictions
 from safe_files import write_bytes
 
@@ -77,7 +77,7 @@ class Report:
 
     def of_weights(self, source):
         """After an evaluation of the weights in a file; where they lie in output_dir, its curves are shown too."""
-        self.kept, self.evaluated = self.newest, 'Of the weights in %s.' % printable(source)
+        self.kept, self.evaluated = self.newest, 'Of the weights in %s.' % escape_text(source)
         self.has_log = checkpoint.lies_in(source, self.args.output_dir)
 
     def finish(self, figures):

@@ -11,7 +11,7 @@ The scripts in test/ call this with the published hyper-parameters. BEiT base fi
 
 if __name__ == '__main__':
     import errors
-    errors.end_quietly()
+    errors.quiet_interrupt()
 
 import datetime
 import gc
@@ -41,7 +41,7 @@ import utils
 import watchdog
 from cli import exit_process, exit_with_error, run_with_error_report
 from criteria import build_criterion
-from errors import UserError, printable
+from errors import UserError, escape_text
 from flags import build_parser, check_args, without_effect
 from networks import build_model
 from pilot import RunPilot
@@ -302,8 +302,8 @@ def main(args, signals):
 
 def describe(args, device, scaler, about_attention, model, train_set, val_set, classes, steps_per_epoch, source=''):
     """Say at the start what this run is."""
-    distributed.say('Flags: %s' % printable(' '.join('--%s=%s' % item for item in sorted(vars(args).items())
-                                                     if item[1] is not None)), detail=True)
+    distributed.say('Flags: %s' % escape_text(' '.join('--%s=%s' % item for item in sorted(vars(args).items())
+                                                       if item[1] is not None)), detail=True)
     processes = distributed.world_size()
     rows = [('Device', '%s, %s, %d process%s' % (device, backend.device_name(device), processes,
                                                  'es' if processes > 1 else ''))]
@@ -323,14 +323,14 @@ def describe(args, device, scaler, about_attention, model, train_set, val_set, c
             args.batch_size, processes, args.update_freq, args.batch_size * args.update_freq * processes,
             steps_per_epoch, steps, '; --maxstep ends after %d' % args.maxstep if 0 < args.maxstep < steps else '')))
         rows.append(('Checkpoints', 'each %d epochs and the best into %s' % (args.save_ckpt_freq,
-                                                                           printable(args.output_dir))
+                                                                           escape_text(args.output_dir))
                      if args.output_dir and args.save_ckpt else 'none'))
-        rows.append(('Resumed', printable(source) if source else 'nothing, training starts'))
+        rows.append(('Resumed', escape_text(source) if source else 'nothing, training starts'))
     distributed.say_table(rows)
 
 
 def shorten_names(names, most=6):
-    shown = [printable(name) for name in names[:most]]
+    shown = [escape_text(name) for name in names[:most]]
     return ', '.join(shown) + (', … and %d more' % (len(names) - most) if len(names) > most else '')
 
 
@@ -342,12 +342,12 @@ def evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report):
     started, source, epoch = time.time(), args.finetune, 0
     if args.resume:
         source, content = checkpoint.find_together(args, device)
-        distributed.say('Evaluating %s' % printable(source))
+        distributed.say('Evaluating %s' % escape_text(source))
         checkpoint.check_same_split(source, content, args)
         checkpoint.load_weights(source, content, model, scaler, ema)
         epoch = checkpoint.last_epoch(content)
         if ema is not None and not content.get('model_ema'):
-            distributed.say('%s holds no averaged weights (it was trained without --model_ema)' % printable(source))
+            distributed.say('%s holds no averaged weights (it was trained without --model_ema)' % escape_text(source))
             ema = None
     unreadable = bad_images.BadImages(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
@@ -372,7 +372,7 @@ def evaluate_only(args, model, scaler, ema, val_loader, device, dtype, report):
 def results_row(args, source, weights, model, stats):
     """What --results_file says of one evaluation: the figures, and all that they hang on."""
     prepared = augmentation.preprocessing(args)
-    about = {'model': args.model, 'checkpoint': printable(source), 'weights': weights}
+    about = {'model': args.model, 'checkpoint': escape_text(source), 'weights': weights}
     about.update((name, value) for name, value in stats.items() if name != 'classes')
     about.update(param_count=parameters(model), img_size=args.input_size, crop_pct=prepared['crop_pct'],
                  interpolation=prepared['interpolation'], test_flip=args.test_flip)

@@ -24,7 +24,7 @@ import torch
 import distributed
 import dry_run
 from dry_run import ALLOWED, MAX_PICKLE, SCALARS, Refused, refers_to, with_plain_keys
-from errors import UserError, loader_death, printable
+from errors import UserError, escape_text, worker_death_message
 
 MAX_DOWNLOAD = 16 << 30  # bytes
 SILENCE = 60  # seconds that a server may take for its next bytes
@@ -107,7 +107,7 @@ def read(path, flag=''):
     Raises:
         UserError: the file is missing, damaged, or holds anything but tensors and plain values.
     """
-    name = ('%s %s' % (flag, printable(path))).strip()
+    name = ('%s %s' % (flag, escape_text(path))).strip()
     if not os.path.isfile(path):
         raise UserError('%s: %s' % (name, 'a folder or device, not a file' if os.path.exists(path) else 'no such file'))
     try:
@@ -127,7 +127,7 @@ def read(path, flag=''):
         raise UserError('%s: refused, because %s; a weights file holds tensors and plain values only'
                         % (name, error)) from None
     except Exception as error:  # a file made for it can raise anything
-        reason = printable(' '.join(str(error).encode('utf-8', 'backslashreplace').decode().split()))[:120] \
+        reason = escape_text(' '.join(str(error).encode('utf-8', 'backslashreplace').decode().split()))[:120] \
             or type(error).__name__
         raise UserError('%s: not a weights file, or damaged (%s); fetch or copy it again' % (name, reason)) from None
 
@@ -164,7 +164,7 @@ def fetch(source, flag=''):
     """
     if not re.match(r'[a-z]+://', source):
         return source
-    shown = ('%s %s' % (flag, printable(source))).strip()
+    shown = ('%s %s' % (flag, escape_text(source))).strip()
     address, _, fragment = source.partition('#')
     if not address.startswith('https://'):
         raise UserError('%s: only https:// addresses are downloaded; fetch the file yourself and give its path' % shown)
@@ -177,7 +177,7 @@ def fetch(source, flag=''):
     folder = 'beit-' + hashlib.sha256(address.encode('utf-8', 'surrogateescape')).hexdigest()[:12]
     path = os.path.join(home, 'hub', 'checkpoints', folder, name)  # two addresses may end in the same name
     if distributed.is_main_process() and not os.path.isfile(path):
-        distributed.say('Downloading %s to %s' % (printable(address), path))
+        distributed.say('Downloading %s to %s' % (escape_text(address), path))
         in_name = re.search(r'-([0-9a-f]{8,})\.', name)
         _download(address, path, wanted or (in_name.group(1) if in_name else ''), shown)
     distributed.barrier()
@@ -221,7 +221,7 @@ def _download(address, path, wanted, shown):
                 raise UserError('%s: the server sent a file with sha256 %s, not the one asked for'
                                 % (shown, digest.hexdigest()))
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = printable(str(error)) or type(error).__name__
+        reason = escape_text(str(error)) or type(error).__name__
         raise UserError('%s: download failed (%s); fetch the file yourself and give its path'
                         % (shown, reason)) from None
 
@@ -311,7 +311,7 @@ def write_bytes(path, data, is_given=False):
             file.write(data)
     except OSError as error:
         raise UserError('cannot write %s (%s); is the disk full, or its folder gone?'
-                        % (printable(path), error.strerror or error)) from None
+                        % (escape_text(path), error.strerror or error)) from None
 
 
 def save(path, content):
@@ -328,10 +328,10 @@ def save(path, content):
             if patient.error is not None:
                 raise patient.error
     except (OSError, RuntimeError) as error:
-        if loader_death(error):  # PyTorch raises that in whatever the main thread is doing
+        if worker_death_message(error):  # PyTorch raises that in whatever the main thread is doing
             raise
         raise UserError('--output_dir: cannot write %s (%s); earlier checkpoints are whole'
-                        % (printable(path), ' '.join(str(error).split()))) from None
+                        % (escape_text(path), ' '.join(str(error).split()))) from None
 
 
 class _Patient:
@@ -393,5 +393,6 @@ def read_checked(path, flag=''):
     content = read(path, flag)
     if isinstance(content, dict) and 'checksum' in content and content.pop('checksum') != checksum(content):
         raise UserError('%s: damaged, its content does not match its checksum; take another copy (or, where you '
-                        'changed it yourself, leave its "checksum" out)' % ('%s %s' % (flag, printable(path))).strip())
+                        'changed it yourself, leave its "checksum" out)'
+                        % ('%s %s' % (flag, escape_text(path))).strip())
     return content

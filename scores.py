@@ -17,7 +17,7 @@ import torch
 import distributed
 import safe_files
 import splits
-from errors import UserError, printable
+from errors import UserError, escape_text
 from image_files import open_file
 
 
@@ -68,7 +68,7 @@ class MeanAveragePrecision:
         each = average_precisions(targets, outputs)
         stats = {'mAP': 100. * float(np.mean(list(each.values()))) if each else float('nan')}
         if len(self.classes):
-            stats['classes'] = [{'class': printable(name), 'images': int(targets[:, label].sum()),
+            stats['classes'] = [{'class': escape_text(name), 'images': int(targets[:, label].sum()),
                                  'average_precision': 100. * each[label] if label in each else None}
                                 for label, name in enumerate(self.classes)]
         return stats
@@ -111,7 +111,7 @@ class PerClass:
         counts = self.counts
         if sharded:
             counts = np.sum(distributed.gather(counts.tolist(), device), axis=0)
-        return {'classes': [{'class': printable(name), 'images': int(images),
+        return {'classes': [{'class': escape_text(name), 'images': int(images),
                              'acc1': 100. * int(right) / int(images) if images else None}
                             for name, (images, right) in zip(self.classes, counts)]}
 
@@ -157,13 +157,13 @@ def place_of(path, images, source):
     if not found or not 1 <= int(found.group(1)) <= images:
         raise UserError('--real_labels %s: its list is of %d images, ILSVRC2012_val_00000001.JPEG to _%08d.JPEG, and '
                         '%s is none of them; it is for ImageNet\'s validation set only' % (
-                            printable(source), images, images, printable(path)))
+                            escape_text(source), images, images, escape_text(path)))
     return int(found.group(1)) - 1
 
 
 def read_real_labels(path, classes):
     """A list of sets of class indices below `classes`, of a JSON file that holds a list of lists."""
-    flag = '--real_labels %s' % printable(path)
+    flag = '--real_labels %s' % escape_text(path)
     try:
         with open_file(path) as file:
             content = json.loads(file.read().decode('utf-8'))
@@ -175,7 +175,7 @@ def read_real_labels(path, classes):
     for number, each in enumerate(content, 1):
         if not isinstance(each, list) or not all(type(label) is int and 0 <= label < classes for label in each):
             raise UserError('%s, image %d: must be a list of class indices below %d, is %s' % (
-                flag, number, classes, printable(json.dumps(each)[:60])))
+                flag, number, classes, escape_text(json.dumps(each)[:60])))
     return [frozenset(each) for each in content]
 
 
@@ -187,9 +187,9 @@ RESULT_FILES = ('.csv', '.json')
 def check_results_file(path):
     """Raise a `UserError` where --results_file can't be."""
     if os.path.splitext(path)[1] not in RESULT_FILES:
-        raise UserError('--results_file %s: it must end in %s' % (printable(path), ' or '.join(RESULT_FILES)))
+        raise UserError('--results_file %s: it must end in %s' % (escape_text(path), ' or '.join(RESULT_FILES)))
     if os.path.isdir(path):
-        raise UserError('--results_file %s: there is a folder of that name' % printable(path))
+        raise UserError('--results_file %s: there is a folder of that name' % escape_text(path))
 
 
 def write_results(path, rows):

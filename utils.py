@@ -20,7 +20,7 @@ import backend
 import distributed
 import progress
 import watchdog
-from errors import UserError, printable
+from errors import UserError, escape_text
 from safe_files import write_bytes
 
 
@@ -229,7 +229,7 @@ class TensorboardLogger:
             from tensorboardX import SummaryWriter  # needed only by those who ask for it
         except ImportError as error:
             raise UserError('--log_dir %s: tensorboardX cannot be imported (%s); run: pip install tensorboardX'
-                            % (printable(log_dir), error)) from None
+                            % (escape_text(log_dir), error)) from None
         self.log_dir, self.failure = log_dir, None
         self.hook, threading.excepthook = threading.excepthook, self.note
         try:
@@ -251,7 +251,7 @@ class TensorboardLogger:
             if hasattr(file_writer, 'event_writer'):
                 file_writer.event_writer.close = lambda: None  # it would be tried again, and fail, at Python's exit
             raise UserError('--log_dir %s: cannot write there (%s); make room, or choose another'
-                            % (printable(self.log_dir), self.failure.strerror or self.failure))
+                            % (escape_text(self.log_dir), self.failure.strerror or self.failure))
 
     def update(self, head, step, **values):
         for name, value in values.items():
@@ -395,7 +395,7 @@ def prepare_folder(folder, keep=False):
                 for path in files:
                     os.rename(path, os.path.join(aside, os.path.basename(path)))
                 distributed.say('Moved the earlier run in %s aside, to %s (--auto_resume would have gone on with it)'
-                                % (printable(folder), printable(aside)))
+                                % (escape_text(folder), escape_text(aside)))
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise UserError('--output_dir %s holds an earlier run and it cannot be moved aside (%s); choose another, '

@@ -21,7 +21,7 @@ import backend
 import launch
 import run_class_finetuning
 import utils
-from errors import printable
+from errors import escape_text
 from conftest import NANO, ROOT, TEST_DIR, cannot_run, photo
 
 SHORT = NANO + ['--batch_size=4', '--epochs=2', '--warmup_epochs=0']
@@ -117,7 +117,7 @@ def test_data_path_left_out(refused):
 
 @pytest.mark.parametrize('path', ['/does/not/exist', 'dat a', 'Demo', 'two\nlines'])
 def test_data_path_that_is_not_there(refused, path):
-    refused('--data_path', path, says=['--data_path', printable(path), 'no such folder'])
+    refused('--data_path', path, says=['--data_path', escape_text(path), 'no such folder'])
 
 
 def test_data_path_that_is_a_file(refused, data):
