@@ -7,7 +7,7 @@ import shutil
 import stat
 import typing
 
-from errors import UserError, printable
+from errors import UserError, escape_text
 
 
 @contextlib.contextmanager
@@ -98,4 +98,4 @@ def write_bytes(path: str, data: bytes, is_given: bool = False) -> None:
             file.write(data)
     except OSError as error:
         raise UserError('cannot write %s (%s); is the disk full, or its folder gone?'
-                        % (printable(path), error.strerror or error)) from None
+                        % (escape_text(path), error.strerror or error)) from None

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 import atomic_write
-from errors import UserError, printable
+from errors import UserError, escape_text
 
 KINDS = ('cls', 'mean')
 COOL, WARM, HOT = '#300080', '#ff3010', '#ffe600'  # of little attention, half and most
@@ -112,7 +112,7 @@ class Painter:
             os.makedirs(os.path.dirname(target), exist_ok=True)
         except OSError as error:
             raise UserError('--attention_dir: cannot make %s (%s)'
-                            % (printable(os.path.dirname(target)), error.strerror)) from None
+                            % (escape_text(os.path.dirname(target)), error.strerror)) from None
         save(target + '.attention.png', paint(picture, maps.mean(0)))
         for head, heat in enumerate(maps if self.heads else (), 1):
             save('%s.head%d.png' % (target, head), paint(picture, heat))

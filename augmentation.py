@@ -21,7 +21,7 @@ import fast_images
 import rand_augment
 from config import MAX_INPUT_SIZE, MixupConfig, TransformConfig
 from decode import load_image
-from errors import UserError, unknown
+from errors import UserError, unknown_value_error
 from modeling_finetune import INPUT_MEAN, INPUT_STD
 
 try:
@@ -198,8 +198,8 @@ def check_policy(policy: Optional[str]) -> None:
         else:
             auto_augment_transform(policy, {})
     except (AssertionError, ValueError, KeyError, IndexError, TypeError):
-        raise unknown('--aa', policy, ['rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', 'originalr', 'v0', 'v0r',
-                                       'none']) from None
+        raise unknown_value_error('--aa', policy, ['rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', 'originalr',
+                                                   'v0', 'v0r', 'none']) from None
 
 
 # ---- a batch

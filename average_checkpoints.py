@@ -7,7 +7,7 @@ The file holds model, args and classes, as a checkpoint does, without optimizer:
 
 if __name__ == '__main__':
     import errors
-    errors.end_quietly()
+    errors.quiet_interrupt()
 
 import collections
 import math
@@ -21,7 +21,7 @@ import torch
 import checkpoint
 import distributed
 import run_folder
-from errors import UserError, printable
+from errors import UserError, escape_text
 from pretrained import inner_state, mismatches, strip_prefixes
 from weights_file import load_weights_file
 
@@ -48,16 +48,16 @@ def find(inputs):
         if os.path.isdir(source):
             paths = [path for (_, steps), path in checkpoint.list_checkpoints(source) if not steps]
             if not paths:
-                raise UserError('--inputs %s: the folder holds no checkpoint-<epoch>.pth' % printable(source))
+                raise UserError('--inputs %s: the folder holds no checkpoint-<epoch>.pth' % escape_text(source))
             found += paths
         elif os.path.isfile(source):
             found.append(source)
         else:
-            raise UserError('--inputs %s: no such file or folder' % printable(source))
+            raise UserError('--inputs %s: no such file or folder' % escape_text(source))
     real = [os.path.realpath(path) for path in found]
     twice = [path for path, where in zip(found, real) if real.count(where) > 1]
     if twice:
-        raise UserError('--inputs %s: given more than once; each counts once' % printable(twice[0]))
+        raise UserError('--inputs %s: given more than once; each counts once' % escape_text(twice[0]))
     return found
 
 
@@ -79,13 +79,13 @@ def take_best(paths, most, use_ema=False):
             figures[path] = value
     if not figures:
         raise UserError('--best %d: the log.txt beside %s has no %sacc1 or mAP of its epoch, nor have the others; '
-                        'leave --best out, or name the files' % (most, printable(paths[0]), prefix))
+                        'leave --best out, or name the files' % (most, escape_text(paths[0]), prefix))
     if most > len(figures):
         raise UserError('--best %d: of %d checkpoints %d were evaluated; lower it, or train with --save_ckpt_freq 1'
                         % (most, len(paths), len(figures)))
     chosen = sorted(figures, key=lambda path: -figures[path])[:most]
     for path in chosen:
-        print('%s: %.3f' % (printable(path), figures[path]))
+        print('%s: %.3f' % (escape_text(path), figures[path]))
     return chosen
 
 
@@ -117,7 +117,8 @@ def average(paths, use_ema=False):
     for name, value in total.items():
         if value.is_floating_point():
             total[name] = (value / len(paths)).float()
-    content = {'model': total, 'args': first['args'], 'averaged': [printable(os.path.basename(path)) for path in paths]}
+    content = {'model': total, 'args': first['args'],
+               'averaged': [escape_text(os.path.basename(path)) for path in paths]}
     if isinstance(first['classes'], (list, tuple)):
         content['classes'] = list(first['classes'])
     if 'activation' in first['about']:
@@ -128,14 +129,14 @@ def average(paths, use_ema=False):
 def weights_of(path, content, use_ema):
     if use_ema and not (isinstance(content, dict) and content.get('model_ema')):
         raise UserError('--use_ema: %s holds no averaged weights (it was trained without --model_ema)'
-                        % printable(path))
+                        % escape_text(path))
     state = strip_prefixes(content['model_ema'] if use_ema else inner_state(content, 'model|module|state_dict')[1])
     if not state:
-        raise UserError('--inputs %s: holds no weights' % printable(path))
+        raise UserError('--inputs %s: holds no weights' % escape_text(path))
     broken = [name for name, value in state.items()
               if value.is_floating_point() and not torch.isfinite(value.double().sum())]
     if broken:
-        raise UserError('--inputs %s: %s is not finite; leave this file out' % (printable(path), broken[0]))
+        raise UserError('--inputs %s: %s is not finite; leave this file out' % (escape_text(path), broken[0]))
     return state
 
 
@@ -160,7 +161,7 @@ def check_alike(path, state, about, first_path, first_state, first_about):
                     if not weights and not value.is_floating_point() and not value.equal(first_state[name])]
     if differences:
         raise UserError('--inputs %s: it is not of the same model as %s: %s'
-                        % (printable(path), printable(first_path), '; '.join(differences)))
+                        % (escape_text(path), escape_text(first_path), '; '.join(differences)))
 
 
 def main(args):
@@ -168,7 +169,7 @@ def main(args):
         if not getattr(args, flag):
             raise UserError('--%s is missing; see --help' % flag)
     if os.path.lexists(args.output):
-        raise UserError('--output %s: there is something of that name; choose another' % printable(args.output))
+        raise UserError('--output %s: there is something of that name; choose another' % escape_text(args.output))
     run_folder.check_writable('--output', os.path.dirname(args.output) or '.')
     paths = find(args.inputs)
     if args.best:
@@ -177,7 +178,7 @@ def main(args):
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     checkpoint.save(args.output, content)
     distributed.say('Averaged %s of %d checkpoints into %s' % (
-        'the averaged weights' if args.use_ema else 'the weights', len(paths), printable(args.output)))
+        'the averaged weights' if args.use_ema else 'the weights', len(paths), escape_text(args.output)))
 
 
 def run(argv=None):

@@ -11,7 +11,7 @@ import distributed
 import atomic_write
 import run_folder
 from decode import UnreadableImage
-from errors import UserError, printable
+from errors import UserError, escape_text
 from image_dataset import image_name
 
 LIST = 'bad_images.txt'
@@ -58,8 +58,8 @@ class BadImages:
         count = len(self.met[what])
         if count and count / total > self.limit:
             raise UserError('--max_bad_images %g: %d of the %d %s images cannot be read%s; mend or remove them, or '
-                            'raise --max_bad_images' % (self.limit, count, total, what, ', see ' + printable(self.path)
-                                                        if self.path else ''))
+                            'raise --max_bad_images' % (
+                                self.limit, count, total, what, ', see ' + escape_text(self.path) if self.path else ''))
 
 
 def _read_list(path):
@@ -147,7 +147,7 @@ def _check_some(dataset, indices):
         except UnreadableImage as error:
             reasons[index] = error.reason
         except UserError as error:
-            reasons[index] = str(error).replace(printable(path), 'it', 1)
+            reasons[index] = str(error).replace(escape_text(path), 'it', 1)
     return reasons
 
 

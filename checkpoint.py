@@ -19,7 +19,7 @@ import backend
 import distributed
 import run_folder
 from config import OutputConfig
-from errors import UserError, printable
+from errors import UserError, escape_text
 from pretrained import inner_state, mismatches, strip_prefixes
 from download import resolve_url
 from weights_file import load_weights_file, save
@@ -54,7 +54,7 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
         'epoch': run_state.epoch - 1,
         'scaler': scaler.state_dict(),
         'args': dict(flags),
-        'classes': [printable(name) for name in classes],  # text: another machine may refuse a name's raw bytes
+        'classes': [escape_text(name) for name in classes],  # text: another machine may refuse a name's raw bytes
         'activation': activation,
         'accuracy': dict(run_state.best),
         'progress': {'steps': run_state.steps, 'meters': run_state.meters, 'run': dict(run_state.run),
@@ -195,12 +195,12 @@ def candidates(source: str) -> List[str]:
     if is_url(source) or os.path.isfile(source):
         return [source]
     if not os.path.isdir(source):
-        raise UserError('--resume %s: no such file or folder' % printable(source))
+        raise UserError('--resume %s: no such file or folder' % escape_text(source))
     found = [path for _, path in reversed(list_checkpoints(source))]
     found += [os.path.join(source, name) for name in (BEST, BEST_EMA) if os.path.isfile(os.path.join(source, name))]
     if not found:
         raise UserError('--resume %s: the folder holds no checkpoint-<epoch>.pth or %s; give %s' % (
-            printable(source), BEST, "Hugging Face's folders with --finetune, --eval too" if os.path.isfile(
+            escape_text(source), BEST, "Hugging Face's folders with --finetune, --eval too" if os.path.isfile(
                 os.path.join(source, 'config.json')) else 'the --output_dir of a run, or a file'))
     return found
 
@@ -231,7 +231,7 @@ def load_best_or_latest(source: str, prefer_best: bool = False) -> Tuple[str, An
     if chosen is not None:
         return chosen
     raise UserError('--resume %s: each of its checkpoints (%d) is damaged: %s; move them away to start anew'
-                    % (printable(source), len(paths), reasons[0]))
+                    % (escape_text(source), len(paths), reasons[0]))
 
 
 def _first_whole(paths):
@@ -242,7 +242,7 @@ def _first_whole(paths):
             content = load_weights_file(path)
             if isinstance(content, dict):
                 return (path, content), reasons
-            reasons.append('%s: holds no weights' % printable(path))
+            reasons.append('%s: holds no weights' % escape_text(path))
         except UserError as error:
             if 'refused, because' in str(error):
                 raise  # not damaged, but a stranger's
@@ -305,14 +305,14 @@ def _name_and_position(path, content):
 def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any, ema: Any = None) -> None:
     """Load a checkpoint's weights into the model and, where both have one, the average."""
     if not isinstance(content, dict):
-        raise UserError('--resume %s: holds no weights' % printable(source))
+        raise UserError('--resume %s: holds no weights' % escape_text(source))
     _, state = inner_state(content, 'model|module|state_dict')
     state = strip_prefixes(state)
     live = scaler.full_precision_state(model)
     problems = mismatches(state, live)
     if problems:
         raise UserError('--resume %s: these are not the weights of this model: %s%s'
-                        % (printable(source), problems, _trained_with(content, source)))
+                        % (escape_text(source), problems, _trained_with(content, source)))
     for name, tensor in live.items():
         if name in state and not name.endswith('relative_position_index'):
             tensor.copy_(state[name])
@@ -323,7 +323,7 @@ def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any,
         average = strip_prefixes(average) if average else scaler.full_precision_state(model)
         problems = mismatches(average, ema.ema.state_dict())
         if problems:
-            raise UserError('--resume %s: its model_ema is not of this model: %s' % (printable(source), problems))
+            raise UserError('--resume %s: its model_ema is not of this model: %s' % (escape_text(source), problems))
         ema.ema.load_state_dict({**ema.ema.state_dict(), **average})
 
 
@@ -343,7 +343,7 @@ def check_same_split(source: str, content: Any, val_split: float, seed: int) -> 
         if theirs.get(name) != value:
             raise UserError('--%s %s: %s was trained with --%s %s, so it knows some of the images that would be '
                             'evaluated; give its --seed and --val_split' % (
-                                name, value, printable(source), name, printable(str(theirs.get(name)))))
+                                name, value, escape_text(source), name, escape_text(str(theirs.get(name)))))
 
 
 def _trained_with(content, source):
@@ -352,7 +352,7 @@ def _trained_with(content, source):
     flags = ['--%s %s' % (name, args[name]) for name in MODEL_FLAGS if name in args and (name, args[name]) != UNTOLD]
     every = os.path.join(os.path.dirname(source), 'args.yaml')
     if flags and os.path.isfile(every):
-        flags[-1] += '; --config %s gives all of its flags' % printable(every)
+        flags[-1] += '; --config %s gives all of its flags' % escape_text(every)
     return ' (it was trained with %s)' % ' '.join(flags) if flags else ''
 
 
@@ -382,7 +382,7 @@ def load_optimizer(source: str, optimizer: torch.optim.Optimizer, state: Dict[st
             inner._momentum_initialized = True  # or timm 0.4's NovoGrad would begin anew
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError('--resume %s: its optimizer state does not fit this run (%s); use the --opt and model flags of '
-                        'that run, or give the file to --finetune' % (printable(source), _short(error))) from None
+                        'that run, or give the file to --finetune' % (escape_text(source), _short(error))) from None
 
 
 def _check_moments(optimizer, groups, state):
@@ -413,13 +413,13 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
     load_weights(source, content, model, scaler, ema)
     if not isinstance(content.get('optimizer'), dict) or 'epoch' not in content:
         distributed.say('Resumed the weights of %s; it holds no optimizer state, so the schedule starts anew'
-                        % printable(source))
+                        % escape_text(source))
         return RunState()
     load_optimizer(source, optimizer, content['optimizer'])
     epoch = content['epoch']
     if not isinstance(epoch, int) or not -1 <= epoch < 2 ** 31:  # the reference's best checkpoint says 'best'
         raise UserError('--resume %s: it does not say after which epoch it was saved (epoch is %.40r); '
-                        'give its weights to --finetune instead' % (printable(source), epoch))
+                        'give its weights to --finetune instead' % (escape_text(source), epoch))
     try:
         if isinstance(content.get('scaler'), dict):
             scaler.load_state_dict(content['scaler'])
@@ -434,8 +434,8 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
             raise ValueError('%d steps do not fit its averages' % run_state.steps)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise UserError('--resume %s: its scaler, accuracy or progress is not what a checkpoint holds (%s); give its '
-                        'weights to --finetune instead' % (printable(source), _short(error))) from None
-    distributed.say('Resumed %s: %s%s' % (printable(source), 'epoch %d is done' % epoch if not run_state.steps else
+                        'weights to --finetune instead' % (escape_text(source), _short(error))) from None
+    distributed.say('Resumed %s: %s%s' % (escape_text(source), 'epoch %d is done' % epoch if not run_state.steps else
                                           '%d updates of epoch %d are done' % (run_state.steps, epoch + 1),
                                           ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
     return run_state

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
-from errors import UserError, printable
+from errors import UserError, escape_text
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.ppm', '.pgm', '.tif', '.tiff')
 _64_BITS = 2 ** 64 - 1
@@ -139,7 +139,7 @@ def _list_folder(root, folder):
                     check_link(entry.path)
     except OSError as error:
         raise UserError('%s: cannot look for images there (%s); mend or remove it, or let this user read it'
-                        % (printable(error.filename or path), error.strerror)) from None
+                        % (escape_text(error.filename or path), error.strerror)) from None
     return files, folders, links, before
 
 
@@ -162,5 +162,5 @@ def resolve_link(folder: str, ancestors: Tuple[str, ...]) -> Tuple[str, ...]:
     target = os.path.realpath(folder)
     if any(os.path.join(each, '').startswith(os.path.join(target, '')) for each in ancestors):
         raise UserError('%s: this link leads to %s, a folder that it lies in, round and round; remove it'
-                        % (printable(folder), printable(target)))
+                        % (escape_text(folder), escape_text(target)))
     return ancestors + (target,)

@@ -11,7 +11,7 @@ import config_file
 import distributed
 import preemption
 import watchdog
-from errors import UserError, loader_death, nearest, one_line, printable
+from errors import UserError, escape_text, nearest, one_line, worker_death_message
 
 COLUMN = 24  # where a flag's help begins
 
@@ -92,7 +92,7 @@ class OneLineParser(argparse.ArgumentParser):
         """A namespace of the flags that a --config file holds. `UserError`s name the file and the key."""
         parsed, known = argparse.Namespace(), self._option_string_actions
         for key, value in config_file.read(path).items():
-            shown, flag = '--config %s: %s' % (printable(path), printable(key)), '--' + key.replace('-', '_')
+            shown, flag = '--config %s: %s' % (escape_text(path), escape_text(key)), '--' + key.replace('-', '_')
             if flag in ('--help', '--config'):
                 raise UserError('%s: this one works on the command line only' % shown)
             if flag not in known:
@@ -187,8 +187,8 @@ def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: 
         distributed.wait_for_others_to_speak(first=mine)
         return exit_with_error(program, one_line(error), 2, error.rank)
     except (RuntimeError, MemoryError) as error:
-        if loader_death(error):
-            return exit_with_error(program, loader_death(error) + resume_hint, 1)
+        if worker_death_message(error):
+            return exit_with_error(program, worker_death_message(error) + resume_hint, 1)
         if backend.out_of_memory(error):
             return exit_with_error(program, 'out of memory (%s); %s' % (one_line(error)[:200], memory_remedy), 2)
         if not distributed.lost_a_process(error):

@@ -9,7 +9,7 @@ import re
 from typing import Any, Dict, List, Union
 
 import distributed
-from errors import UserError, printable
+from errors import UserError, escape_text
 from atomic_write import write_bytes
 
 HEAD = '# The flags of this run, all of them. To start another with them: run_class_finetuning.py --config THIS_FILE\n'
@@ -29,7 +29,7 @@ def write(path: str, flags: Dict[str, Any]) -> None:
     if os.path.isfile(path):
         with open(path, 'rb') as file:
             if file.read(len(HEAD)) != HEAD.encode():  # somebody's own, which --config may have read
-                distributed.say('%s is not of a run, and stays as it is' % printable(path))
+                distributed.say('%s is not of a run, and stays as it is' % escape_text(path))
                 return
     lines = ['%s: %s' % (name, json.dumps(flags[name], ensure_ascii=False)) for name in sorted(flags)]
     lines = [re.sub(ESCAPED, lambda found: '\\u%04x' % ord(found.group()), line) + '\n' for line in lines]
@@ -42,7 +42,7 @@ def read(path: str) -> Dict[str, Union[str, List[str], None]]:
     Raises:
         UserError: no such file, not YAML, or something else than one value or list of values for each flag.
     """
-    shown = '--config %s' % printable(path)
+    shown = '--config %s' % escape_text(path)
     try:
         with open(path, 'rb') as file:
             data = file.read(LARGEST + 1)
@@ -61,7 +61,7 @@ def read(path: str) -> Dict[str, Union[str, List[str], None]]:
     found = {}
     for key, value in _pairs(yaml, text, shown):
         if key in found:
-            raise UserError('%s: %s stands there twice; remove one' % (shown, printable(key)))
+            raise UserError('%s: %s stands there twice; remove one' % (shown, escape_text(key)))
         found[key] = value
     return found
 
@@ -75,7 +75,7 @@ def _pairs(yaml, text, shown):
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, 'problem_mark', None)
         raise UserError('%s: not YAML%s (%s)' % (shown, '' if mark is None else ', line %d' % (mark.line + 1),
-                                                printable(getattr(error, 'problem', None) or type(error).__name__))
+                                                escape_text(getattr(error, 'problem', None) or type(error).__name__))
                         ) from None
     if root is None:
         return []

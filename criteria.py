@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from decode import open_file
-from errors import UserError, nearest, printable
+from errors import UserError, escape_text, nearest
 
 LOSSES = ('auto', 'ce', 'bce')
 
@@ -104,23 +104,24 @@ def class_weights(source, classes, counts):
         missing = [name for name, count in zip(classes, counts) if not count]
         if missing:
             raise UserError('--class_weights balanced: no training image is of class %s; add some, or give the weights '
-                            'in a file' % ', '.join(map(printable, missing[:5])))
+                            'in a file' % ', '.join(map(escape_text, missing[:5])))
         return torch.tensor(np.sum(counts) / (len(classes) * np.asarray(counts, dtype=np.float64)), dtype=torch.float32)
     given = _read_weights(source)
     for name in given:
         if name not in classes:
             near = [] if name.isdigit() else nearest(name, classes)  # 12 is not meant by 1 or 2
             raise UserError('--class_weights %s: there is no class %s; %s' % (
-                printable(source), printable(name), 'did you mean %s?' % ' or '.join(map(printable, near)) if near else
-                'the first is %s, the last %s' % (printable(classes[0]), printable(classes[-1]))))
+                escape_text(source), escape_text(name),
+                'did you mean %s?' % ' or '.join(map(escape_text, near)) if near else
+                'the first is %s, the last %s' % (escape_text(classes[0]), escape_text(classes[-1]))))
     missing = [name for name in classes if name not in given]
     if missing:
         raise UserError('--class_weights %s: no weight for class %s%s; give every class one' % (
-            printable(source), ', '.join(map(printable, missing[:5])),
+            escape_text(source), ', '.join(map(escape_text, missing[:5])),
             ' and %d more' % (len(missing) - 5) if len(missing) > 5 else ''))
     weights = torch.tensor([given[name] for name in classes], dtype=torch.float32)
     if not weights.sum() > 0 or not torch.isfinite(weights).all():
-        raise UserError('--class_weights %s: all weights are 0, or one is too large' % printable(source))
+        raise UserError('--class_weights %s: all weights are 0, or one is too large' % escape_text(source))
     return weights
 
 
@@ -132,7 +133,7 @@ def check_weights(source):
 
 def _read_weights(path):
     """{class: weight} of a file, each at least 0."""
-    flag = '--class_weights %s' % printable(path)
+    flag = '--class_weights %s' % escape_text(path)
     if not os.path.isfile(path):
         raise UserError('%s: no such file; give balanced, or a CSV or JSON file of class and weight' % flag)
     try:
@@ -151,12 +152,12 @@ def _read_weights(path):
             weight = float(weight)
         except (TypeError, ValueError, OverflowError):
             raise UserError('%s, entry %d: must be a class and a number, is %s' % (
-                flag, line, printable(str(row)[:100]))) from None
+                flag, line, escape_text(str(row)[:100]))) from None
         if not 0 <= weight < math.inf:
             raise UserError('%s, entry %d: the weight of %s must be a number from 0 on, is %s'
-                            % (flag, line, printable(name), weight))
+                            % (flag, line, escape_text(name), weight))
         if name.strip() in given:
-            raise UserError('%s, entry %d: %s has a weight already' % (flag, line, printable(name)))
+            raise UserError('%s, entry %d: %s has a weight already' % (flag, line, escape_text(name)))
         given[name.strip()] = weight
     return given
 
@@ -169,5 +170,5 @@ def fingerprint(weights):
 def describe_weights(weights, classes):
     """One line for people: every class's weight, or of many the lightest and heaviest."""
     pairs = sorted(zip(weights.tolist(), classes))
-    shown = ['%s %.4g' % (printable(name), weight) for weight, name in pairs]
+    shown = ['%s %.4g' % (escape_text(name), weight) for weight, name in pairs]
     return 'Class weights: ' + ', '.join(shown if len(shown) <= 12 else shown[:4] + ['…'] + shown[-4:])

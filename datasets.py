@@ -21,7 +21,7 @@ from class_folders import scan_classes
 from config import DataConfig, InputConfig
 from decode import UnreadableImage
 from device_loader import PrefetchLoader, RandomErasingBoxes
-from errors import UserError, printable
+from errors import UserError, escape_text
 from image_dataset import ImageDataset, ImageFolder, label_source
 from loader import EpochSampler, OrderedDistributedSampler, Samples, SeededSamples, loader_kwargs
 
@@ -48,7 +48,7 @@ def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.de
                                                     transform=reading['transform'])
         except RuntimeError:
             raise UserError('--data_path %s: cifar-100-python is damaged (its checksums differ); unpack it again'
-                            % printable(config.data_path)) from None
+                            % escape_text(config.data_path)) from None
         return dataset, list(getattr(dataset, 'classes', None) or map(str, range(100)))
     if locations.manifest_of(is_train, config):
         dataset = ImageDataset(*read_manifest(is_train, config, device, classes, multi_label), **reading)
@@ -89,14 +89,14 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
         val, val_classes = build_dataset(False, config, device, train_classes or classes, multi_label)
     if train is not None and val is not None and splits.is_multi_label(label_source(val)) != multi_label:
         raise UserError('--train_csv %s: it gives images several classes, and class folders give one; give --val_csv'
-                        % printable(config.train_csv))
+                        % escape_text(config.train_csv))
     if train_classes and val_classes and train_classes != val_classes:
         only = [('train', set(train_classes) - set(val_classes)), ('val', set(val_classes) - set(train_classes))]
-        differ = '; '.join('only in %s: %s' % (split, ', '.join(map(printable, sorted(names)[:5])))
+        differ = '; '.join('only in %s: %s' % (split, ', '.join(map(escape_text, sorted(names)[:5])))
                            for split, names in only if names)
         if config.train_csv and not config.val_csv:
             raise UserError('--train_csv %s: its classes are not those of the validation folders (%s); give --val_csv, '
-                            'the images to evaluate with these' % (printable(config.train_csv), differ))
+                            'the images to evaluate with these' % (escape_text(config.train_csv), differ))
         raise UserError('--data_path: train and val must name the same classes; %s' % differ)
     classes = train_classes or val_classes
     if train is not None and config.max_train_samples:

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from errors import UserError, printable
+from errors import UserError, escape_text
 
 # Pillow refuses images of more than twice MAX_IMAGE_PIXELS (179 million). Between once and twice they are read, without
 # its warning, which each worker would print and which doesn't name the file.
@@ -22,7 +22,7 @@ class UnreadableImage(UserError):
     """A file that can't be read as an image: `path`, printable, and `reason`, both of one line."""
 
     def __init__(self, path: str, reason: str) -> None:
-        self.path, self.reason = printable(path), printable(' '.join(reason.split()))
+        self.path, self.reason = escape_text(path), escape_text(' '.join(reason.split()))
         super().__init__('%s: cannot be read as an image (%s); mend or remove it, or leave such files out with '
                          '--bad_images skip' % (self.path, self.reason))
 
@@ -48,7 +48,7 @@ def load_image(path: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         reason = getattr(error, 'strerror', None) or re.sub(r' <_io\.[^>]*>', '', str(error)) or type(error).__name__
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
-            reason = 'it is a link to %s, which is not there' % printable(os.readlink(path))
+            reason = 'it is a link to %s, which is not there' % escape_text(os.readlink(path))
         raise UnreadableImage(path, reason) from None
 
 

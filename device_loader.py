@@ -70,7 +70,7 @@ class PrefetchLoader:
         with _signals_wait():
             batches = iter(self.loader)
         try:
-            yield from backend.one_ahead(_or_loader_death(batches), self.prepare, self.device)
+            yield from backend.one_ahead(_or_worker_death(batches), self.prepare, self.device)
         finally:  # PyTorch 1.5 hangs if the garbage collector ends the workers
             if hasattr(batches, '_shutdown_workers') and not getattr(self.loader, 'persistent_workers', False):
                 batches._shutdown_workers()
@@ -102,7 +102,7 @@ class PrefetchLoader:
         return noise.to(self.device)
 
 
-def _or_loader_death(batches):
+def _or_worker_death(batches):
     """The batches. A worker that is killed while it hands one over raises the error that PyTorch has for others."""
     try:
         yield from batches

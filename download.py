@@ -8,7 +8,7 @@ import urllib.request
 
 import distributed
 from atomic_write import atomic_write
-from errors import UserError, printable
+from errors import UserError, escape_text
 
 MAX_DOWNLOAD = 16 << 30  # bytes
 SILENCE = 60  # seconds that a server may take for its next bytes
@@ -32,7 +32,7 @@ def resolve_url(source: str, flag: str = '') -> str:
     """
     if not re.match(r'[a-z]+://', source):
         return source
-    shown = ('%s %s' % (flag, printable(source))).strip()
+    shown = ('%s %s' % (flag, escape_text(source))).strip()
     address, _, fragment = source.partition('#')
     if not address.startswith('https://'):
         raise UserError('%s: only https:// addresses are downloaded; fetch the file yourself and give its path' % shown)
@@ -45,7 +45,7 @@ def resolve_url(source: str, flag: str = '') -> str:
     folder = 'beit-' + hashlib.sha256(address.encode('utf-8', 'surrogateescape')).hexdigest()[:12]
     path = os.path.join(home, 'hub', 'checkpoints', folder, name)  # two addresses may end in the same name
     if distributed.is_main_process() and not os.path.isfile(path):
-        distributed.say('Downloading %s to %s' % (printable(address), path))
+        distributed.say('Downloading %s to %s' % (escape_text(address), path))
         in_name = re.search(r'-([0-9a-f]{8,})\.', name)
         _download(address, path, wanted or (in_name.group(1) if in_name else ''), shown)
     distributed.barrier()
@@ -89,6 +89,6 @@ def _download(address, path, wanted, shown):
                 raise UserError('%s: the server sent a file with sha256 %s, not the one asked for'
                                 % (shown, digest.hexdigest()))
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = printable(str(error)) or type(error).__name__
+        reason = escape_text(str(error)) or type(error).__name__
         raise UserError('%s: download failed (%s); fetch the file yourself and give its path'
                         % (shown, reason)) from None

@@ -21,7 +21,7 @@ import zlib
 import numpy as np
 import torch
 
-from errors import printable
+from errors import escape_text
 
 MAX_PICKLE = 64 << 20  # bytes of names and plain values; the largest BEiT's checkpoint, optimizer and all, has 1 MiB
 MAX_DIRECTORY = 16 << 20  # bytes of a zip archive's directory: 200,000 tensors
@@ -68,7 +68,7 @@ _FOREIGN_OPCODES = {'FRAME', 'SHORT_BINUNICODE', 'STRING', 'MEMOIZE', 'INST', 'S
 
 
 def check_name(name):
-    require(name in ALLOWED, 'it refers to %s' % printable(name.replace(' ', '.'))[:100])
+    require(name in ALLOWED, 'it refers to %s' % escape_text(name.replace(' ', '.'))[:100])
 
 
 def check_key(key):
@@ -325,7 +325,7 @@ def _zip_records(file, size):
         demand(signature == b'PK\1\2' and b'\0' not in name)
         require(not method and packed == length and not flags & ~0x808,
                 'its record %s is compressed or encrypted, as torch.save never does'
-                % printable(name.decode('utf-8', 'replace'))[:100])
+                % escape_text(name.decode('utf-8', 'replace'))[:100])
         signature, local_name_length, local_extra_length = part(offset, '<4s22x2H')
         demand(signature == b'PK\3\4' and file.read(name_length) == name)
         data = offset + 30 + local_name_length + local_extra_length

@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import signal
+from typing import Iterable, List, Optional, Union
 
 
 class UserError(Exception):
@@ -15,18 +16,18 @@ class UserError(Exception):
         rank (int or None): where all processes raise it together, the one that it is about; it speaks for all.
     """
 
-    def __init__(self, text, rank=None):
+    def __init__(self, text: str, rank: Optional[int] = None) -> None:
         super().__init__(text)
         self.rank = rank
 
 
-def end_quietly():
+def quiet_interrupt() -> None:
     """Let Ctrl-C end a program without a traceback while it imports PyTorch, which takes seconds."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """The error's own line, without the traceback text that a DataLoader worker wraps around it."""
     text = str(error)
     if 'Original Traceback' in text:
@@ -34,7 +35,7 @@ def one_line(error):
     return ' '.join(text.split())
 
 
-def loader_death(error):
+def worker_death_message(error: BaseException) -> str:
     """One line, where a RuntimeError says that a loader process was killed, else ''."""
     found = re.search(r'DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (exited unexpectedly|is killed by signal: [^.]*)',
                       str(error))
@@ -42,7 +43,7 @@ def loader_death(error):
         '--num_workers' % found.groups()
 
 
-def printable(path):
+def escape_text(path: Union[str, bytes, 'os.PathLike[str]']) -> str:
     """A path as it can be shown in one line: control characters and bytes that aren't text become escapes."""
     try:
         text = os.fsencode(path).decode('utf-8', 'backslashreplace')
@@ -51,13 +52,13 @@ def printable(path):
     return ''.join(each if each.isprintable() else each.encode('unicode_escape').decode() for each in text)
 
 
-def nearest(name, known):
+def nearest(name: str, known: Iterable[str]) -> List[str]:
     """Up to three of `known` that look like `name`, the likeliest first."""
-    known = {each.lower(): each for each in sorted(known)}
-    return [known[each] for each in difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.6)]
+    by_lower = {each.lower(): each for each in sorted(known)}
+    return [by_lower[each] for each in difflib.get_close_matches(str(name).lower(), by_lower, n=3, cutoff=0.6)]
 
 
-def unknown(flag, name, known):
+def unknown_value_error(flag: str, name: str, known: Iterable[str]) -> UserError:
     """A `UserError` for a name that is none of `known`; it says which known ones come near.
 
     Args:

@@ -21,7 +21,7 @@ import optim_factory
 import pretrained
 import scores
 import run_folder
-from errors import UserError, unknown
+from errors import UserError, unknown_value_error
 
 TRAINING, PREDICT, EXPORT, AVERAGE = PROGRAMS = (
     'run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py')
@@ -396,7 +396,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def check_model(args: argparse.Namespace) -> None:
     if args.model not in modeling_finetune.MODELS:
-        raise unknown('--model', args.model, modeling_finetune.MODELS)
+        raise unknown_value_error('--model', args.model, modeling_finetune.MODELS)
     patch = modeling_finetune.MODELS[args.model]['patch_size']
     if args.input_size % patch:
         below = args.input_size // patch * patch

@@ -12,7 +12,7 @@ import splits
 from augmentation import SMALL_INPUT
 from class_folders import EXTENSIONS, scan_classes
 from decode import load_image
-from errors import UserError, printable
+from errors import UserError, escape_text
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -52,7 +52,7 @@ class ImageDataset(torch.utils.data.Dataset):
         image = self.read(path)
         if self.fits is not None and not self.fits(*image.size):
             raise UserError('%s is %dx%d; with --input_size of %d and less images are not resized, so give their own '
-                            'size, or a larger --input_size' % ((printable(path),) + image.size + (SMALL_INPUT,)))
+                            'size, or a larger --input_size' % ((escape_text(path),) + image.size + (SMALL_INPUT,)))
         return image
 
 
@@ -69,7 +69,7 @@ class ImageFolder(ImageDataset):
     def __init__(self, root: str, transform: Optional[Callable] = None, flag: str = '--data_path',
                  fits: Optional[Callable[[int, int], bool]] = None, read: Callable = load_image,
                  scan: Callable = scan_classes) -> None:
-        shown = printable(root)
+        shown = escape_text(root)
         if not os.path.isdir(root):
             raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
         found = scan(root)
@@ -82,13 +82,13 @@ class ImageFolder(ImageDataset):
         if empty:
             raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder'
                             % (flag, ' '.join(EXTENSIONS), 's' if len(empty) > 1 else '',
-                               ', '.join(printable(os.path.join(root, name)) for name in empty[:3])))
+                               ', '.join(escape_text(os.path.join(root, name)) for name in empty[:3])))
 
 
 def image_name(dataset: Any, index: int) -> str:
     """The name of a sample in messages: its path, printable, or its number where it has no file of its own."""
     samples = getattr(dataset, 'samples', None)
-    return 'image %d' % index if samples is None else printable(samples[index][0])
+    return 'image %d' % index if samples is None else escape_text(samples[index][0])
 
 
 def label_source(dataset: Any) -> Any:

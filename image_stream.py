@@ -14,7 +14,7 @@ import torch
 
 from augmentation import EvalTransform, image_reader
 from class_folders import EXTENSIONS, check_link, is_hidden, is_image_name, resolve_link
-from errors import UserError, printable
+from errors import UserError, escape_text
 
 AT_ONCE = 1 << 16  # names that are put in order together; they bound the memory
 
@@ -44,7 +44,7 @@ def walk_images(root: str, without: Collection[str] = ()) -> Iterator[str]:
                     yield os.path.join(folder, name)
         except OSError as error:
             raise UserError('%s: cannot look for images there (%s); mend or remove it, or let this user read it'
-                            % (printable(error.filename or folder), error.strerror)) from None
+                            % (escape_text(error.filename or folder), error.strerror)) from None
         pending += [(os.path.join(folder, name), ancestors) for name in sorted(folders, reverse=True)]
 
 
@@ -75,7 +75,7 @@ def check_inputs(inputs: Sequence[str]) -> None:
     """Raise a `UserError` for one that names nothing."""
     for name in inputs:
         if not os.path.lexists(name) and next(glob.iglob(name, recursive=True), None) is None:
-            raise UserError('%s: %s' % (printable(name), 'no file has such a name' if glob.has_magic(name) else
+            raise UserError('%s: %s' % (escape_text(name), 'no file has such a name' if glob.has_magic(name) else
                                         'no such file or folder'))
 
 
@@ -147,7 +147,7 @@ class PathSampler(torch.utils.data.Sampler):
         found = sum(1 for _ in itertools.islice(find_images(self.inputs, self.without), count))
         if not found:
             raise UserError('%s: there is no image (%s) in it' % (
-                ', '.join(map(printable, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else ''),
+                ', '.join(map(escape_text, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else ''),
                 ' '.join(EXTENSIONS)))
         return found
 

@@ -24,7 +24,7 @@ import torch
 import atomic_write
 import distributed
 from class_folders import EXTENSIONS, FolderScan, ImageList, check_link, fingerprint, scan_classes
-from errors import UserError, printable
+from errors import UserError, escape_text
 
 VERSION = 2  # increase it whenever the format changes, or what `scan_classes` finds
 RACY_NS = 2 * 10 ** 9  # the ticks of a file system's clock are this long, at most
@@ -63,7 +63,7 @@ def _find(root, keep_alive: Callable[[], None], scans: List[FolderScan]) -> byte
                 return packed
     if changed is not None:
         distributed.say('%s: looking for its images again, since %s changed'
-                        % (printable(root), printable(os.path.join(root, changed) if changed else root)))
+                        % (escape_text(root), escape_text(os.path.join(root, changed) if changed else root)))
     started = time.time_ns()
     scans.append(scan_classes(root, keep_alive))
     packed = _pack(scans[0])

@@ -10,7 +10,7 @@ import re
 
 import torch
 
-from errors import UserError, printable
+from errors import UserError, escape_text
 
 CONFIG, WEIGHTS = 'config.json', ('model.safetensors', 'pytorch_model.bin')  # what a Hugging Face folder holds
 
@@ -139,7 +139,7 @@ def in_folder(folder, flag):
     Raises:
         UserError: it holds none, or its config.json is another model's.
     """
-    name = '%s %s' % (flag, printable(folder))
+    name = '%s %s' % (flag, escape_text(folder))
     config = os.path.join(folder, CONFIG)
     found = [os.path.join(folder, each) for each in WEIGHTS if os.path.isfile(os.path.join(folder, each))]
     if not found or not os.path.isfile(config):
@@ -151,7 +151,7 @@ def in_folder(folder, flag):
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError('%s: its %s cannot be read; fetch or copy it again' % (name, CONFIG)) from None
     if kind != 'beit':
-        raise UserError('%s: its %s says model_type %s; only beit fits' % (name, CONFIG, printable(str(kind))[:40]))
+        raise UserError('%s: its %s says model_type %s; only beit fits' % (name, CONFIG, escape_text(str(kind))[:40]))
     return found[0]
 
 

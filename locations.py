@@ -11,7 +11,7 @@ from PIL import Image
 import distributed
 from augmentation import SMALL_INPUT
 from config import DataConfig, InputConfig
-from errors import UserError, printable, unknown
+from errors import UserError, escape_text, unknown_value_error
 from paths import project_root
 
 DATA_SETS = ('CIFAR', 'IMNET', 'image_folder')
@@ -58,7 +58,7 @@ def resolve_data_path(data_path: str) -> str:
             raise UserError('--data_path demo needs scikit-learn; run: pip install scikit-learn') from None
         except OSError as error:
             raise UserError('--data_path demo: cannot write the digits to %s (%s)'
-                            % (printable(root), error.strerror or error)) from None
+                            % (escape_text(root), error.strerror or error)) from None
         distributed.say('Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s' % root)
     return root
 
@@ -66,17 +66,17 @@ def resolve_data_path(data_path: str) -> str:
 def check_paths(config: InputConfig) -> None:
     """Raise a `UserError` where a flag names a folder or file that is missing or contradicts another. Cheap."""
     if config.data_set not in DATA_SETS:
-        raise unknown('--data_set', config.data_set, DATA_SETS)
+        raise unknown_value_error('--data_set', config.data_set, DATA_SETS)
     check_split(config)
     check_manifests(config)
     in_folders = [is_train for is_train in needed_subsets(config) if manifest_of(is_train, config) is None]
     if not config.data_path and any(is_train or not config.eval_data_path for is_train in in_folders):
         raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo'
                         if not config.train_csv else '--train_csv %s: there are no validation images; give --val_csv, '
-                        'or --val_split 0.1 to take a tenth of these' % printable(config.train_csv))
+                        'or --val_split 0.1 to take a tenth of these' % escape_text(config.train_csv))
     for flag, path in (('--data_path', config.data_path), ('--eval_data_path', config.eval_data_path)):
         if path and (path, flag) != ('demo', '--data_path') and not os.path.isdir(path):
-            raise UserError('%s %s: no such folder' % (flag, printable(path)))
+            raise UserError('%s %s: no such folder' % (flag, escape_text(path)))
     if config.data_path == 'demo':
         return
     if config.data_set == 'CIFAR':
@@ -89,8 +89,8 @@ def check_paths(config: InputConfig) -> None:
             flag, root = split_root(is_train, config)
             if not os.path.isdir(root):
                 raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s' % (
-                    flag, printable(getattr(config, flag[2:])), printable(root), '' if is_train or config.eval_data_path
-                    else '; or --val_split 0.1 takes a tenth of the training images for it')
+                    flag, escape_text(getattr(config, flag[2:])), escape_text(root),
+                    '' if is_train or config.eval_data_path else '; or --val_split 0.1 takes a tenth of the training images for it')
                     + ('; or give the folder above, if that holds train/ and val/' if os.path.basename(
                         os.path.normpath(getattr(config, flag[2:]))) in ('train', 'val') else ''))
 
@@ -109,7 +109,7 @@ def check_split(config: DataConfig) -> None:
     if config.data_set == 'IMNET' and config.data_path and not config.train_csv and os.path.lexists(val):
         raise UserError(prefix + 'there is a folder %s with validation images; leave the flag out, or name the class '
                         'folders with --data_set image_folder --data_path %s'
-                        % (printable(val), printable(os.path.join(os.path.dirname(val), 'train'))))
+                        % (escape_text(val), escape_text(os.path.join(os.path.dirname(val), 'train'))))
 
 
 def check_manifests(config: DataConfig) -> None:
@@ -117,13 +117,13 @@ def check_manifests(config: DataConfig) -> None:
     for flag, path in (('--train_csv', config.train_csv), ('--val_csv', config.val_csv)):
         if path and not os.path.isfile(path):
             raise UserError('%s %s: %s; give a CSV file with a path,label a line' % (
-                flag, printable(path), 'is a folder' if os.path.isdir(path) else 'no such file'))
+                flag, escape_text(path), 'is a folder' if os.path.isdir(path) else 'no such file'))
         if path and config.data_set == 'CIFAR':
             raise UserError('%s %s: --data_set CIFAR has no image files to list; leave one of the two out'
-                            % (flag, printable(path)))
+                            % (flag, escape_text(path)))
     if config.val_csv and config.eval_data_path:
         raise UserError('--val_csv %s: --eval_data_path names validation images too; leave one of the two out'
-                        % printable(config.val_csv))
+                        % escape_text(config.val_csv))
 
 
 def needed_subsets(config: DataConfig) -> List[bool]:
@@ -163,4 +163,4 @@ def cifar_root(data_path: str) -> str:
         if os.path.isfile(os.path.join(root, 'cifar-100-python', 'train')):
             return root
     raise UserError('--data_path %s: there is no cifar-100-python/train in it; unpack cifar-100-python.tar.gz there'
-                    % printable(data_path))
+                    % escape_text(data_path))

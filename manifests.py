@@ -11,7 +11,7 @@ import torch
 
 import distributed
 from decode import open_file
-from errors import UserError, nearest, printable
+from errors import UserError, escape_text, nearest
 
 PATHS = {'path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_path'}
 LABELS = {'label', 'labels', 'class', 'classes', 'category'}
@@ -96,7 +96,7 @@ def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]
             raise file.error(line, 'there is no path before the comma')
         if name in lines:
             raise file.error(line, '%s stands in line %d already; list each image once%s' % (
-                printable(name), lines[name], ', with all of its labels: label;label' if not multi_label else ''))
+                escape_text(name), lines[name], ', with all of its labels: label;label' if not multi_label else ''))
         lines[name] = line
         names.append(name)
         labels.append((line, _split(file, line, cell, multi_label)))
@@ -107,9 +107,9 @@ def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]
     for line, each in labels:
         for label in each:
             if label not in numbers:
-                near = ' or '.join(map(printable, nearest(label, known)))
+                near = ' or '.join(map(escape_text, nearest(label, known)))
                 raise file.error(line, 'the label %r is none of the %d classes of the training images; %s' % (
-                    printable(label), len(known), 'did you mean %s?' % near if near else
+                    escape_text(label), len(known), 'did you mean %s?' % near if near else
                     'list training images of it, or mend it'))
     root = root or os.path.dirname(path)
     if must_exist:
@@ -122,7 +122,7 @@ class _File:
     """The text of a manifest, and how its errors are worded."""
 
     def __init__(self, flag, path):
-        self.name = '%s %s' % (flag, printable(path))
+        self.name = '%s %s' % (flag, escape_text(path))
         try:
             with open_file(path) as file:
                 data = file.read()
@@ -180,10 +180,10 @@ def _split(file, line, cell, multi_label):
         raise file.error(line, 'there is an empty label; write path,label%s' % (
             ', or path,label;label' if BETWEEN in cell else ''))
     if len(labels) > 1 and not multi_label:
-        raise file.error(line, '%s are several labels, and the training images have one each' % printable(cell))
+        raise file.error(line, '%s are several labels, and the training images have one each' % escape_text(cell))
     for label in labels:
         if not label.isprintable():
-            raise file.error(line, 'the label %s holds characters that cannot be printed' % printable(label))
+            raise file.error(line, 'the label %s holds characters that cannot be printed' % escape_text(label))
         if labels.count(label) > 1:
             raise file.error(line, 'the label %s stands there twice' % label)
     return labels
@@ -204,6 +204,6 @@ def _check_images(file, root, lines, keep_alive):
             missing.append(name)
     if missing:
         raise file.error(lines[missing[0]], 'there is no file %s%s; paths begin at %s (--data_path names another '
-                         'folder)' % (printable(os.path.join(root, missing[0])), '' if len(missing) == 1 else
-                                      ', and %d more are missing' % (len(missing) - 1), printable(root) or '.'))
+                         'folder)' % (escape_text(os.path.join(root, missing[0])), '' if len(missing) == 1 else
+                                      ', and %d more are missing' % (len(missing) - 1), escape_text(root) or '.'))
     return b''

@@ -18,7 +18,7 @@ import distributed
 import layouts
 import modeling_finetune
 from augmentation import EvalTransform
-from errors import UserError, printable, unknown
+from errors import UserError, escape_text, unknown_value_error
 from pretrained import fit_to_model, inner_state, mismatches, refuse_exports, strip_prefixes
 
 
@@ -57,7 +57,7 @@ def open_trained(source, use_ema=False, **given):
         source = layouts.in_folder(source, '--resume')
     path, content = checkpoint.load_best_or_latest(source, prefer_best=True)
     if not isinstance(content, dict):
-        raise UserError('--resume %s: holds no weights' % printable(path))
+        raise UserError('--resume %s: holds no weights' % escape_text(path))
     told, about = checkpoint.saved_args(content), content
     foreign = 'model' not in told
     if foreign:
@@ -65,9 +65,10 @@ def open_trained(source, use_ema=False, **given):
         told = about.get('args', {})
     if 'model' not in told and not given.get('model'):
         raise UserError('--resume %s: it does not say which model it is of; give --model, and --input_size where it is '
-                        'not 224' % printable(path))
+                        'not 224' % escape_text(path))
     if use_ema and not content.get('model_ema'):
-        raise UserError('--resume %s holds no averaged weights (it was trained without --model_ema)' % printable(path))
+        raise UserError('--resume %s holds no averaged weights (it was trained without --model_ema)'
+                        % escape_text(path))
     state = content['model_ema'] if use_ema else inner_state(content, 'model|module|state_dict')[1]
     state = layouts.from_any(strip_prefixes(state))[0]
     args = _default_settings()
@@ -76,24 +77,25 @@ def open_trained(source, use_ema=False, **given):
     vars(args).update({name: value for name, value in told.items() if hasattr(args, name)})
     vars(args).update({name: value for name, value in given.items() if value is not None})
     if args.model not in modeling_finetune.MODELS:
-        raise unknown('--model', args.model, modeling_finetune.MODELS)
+        raise unknown_value_error('--model', args.model, modeling_finetune.MODELS)
     if 'head.weight' not in state:
-        raise UserError('--resume %s: it has no head, so it names no class; fine-tune it first' % printable(path))
+        raise UserError('--resume %s: it has no head, so it names no class; fine-tune it first' % escape_text(path))
     nb_classes = len(state['head.weight'])
     try:
         model = build_model(args, nb_classes)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError('--resume %s: no model can be built of what it says (%s)' % (printable(path), error)) from None
+        raise UserError('--resume %s: no model can be built of what it says (%s)'
+                        % (escape_text(path), error)) from None
     if foreign:
         fit_to_model(state, model)  # one table for all blocks; another --input_size
         unused = sorted(set(state) - set(model.state_dict()))  # such as the mask token of pretraining
         if unused:
-            distributed.say('Unused names in %s: %s' % (printable(path), ', '.join(unused[:8])))
+            distributed.say('Unused names in %s: %s' % (escape_text(path), ', '.join(unused[:8])))
         state = {name: value for name, value in state.items() if name not in unused}
     problems = mismatches(state, model.state_dict())
     if problems:
         raise UserError('--resume %s: these are not the weights of --model %s: %s'
-                        % (printable(path), args.model, problems))
+                        % (escape_text(path), args.model, problems))
     model.load_state_dict({name: value for name, value in state.items()
                            if not name.endswith('relative_position_index')}, strict=False)
     return Trained(model.eval(), _classes(about, nb_classes), EvalTransform.from_config(args), args, path,

@@ -12,7 +12,7 @@ import timm.optim
 import torch
 
 import backend
-from errors import UserError, unknown
+from errors import UserError, unknown_value_error
 
 
 # ---- parameter groups
@@ -112,7 +112,7 @@ def optimizer_class(name, under_apex=None):
     """
     lookahead, _, base = name.lower().rpartition('lookahead_')
     if base not in OPTIMIZERS or lookahead:
-        raise unknown('--opt', name, list(OPTIMIZERS) + ['lookahead_adamw'])
+        raise unknown_value_error('--opt', name, list(OPTIMIZERS) + ['lookahead_adamw'])
     cls, fixed = OPTIMIZERS[base](under_apex)
     if cls is None:
         raise UserError('--opt %s: neither this PyTorch nor this timm has it; use adamw' % name)

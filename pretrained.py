@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import distributed
 import layouts
-from errors import UserError, printable
+from errors import UserError, escape_text
 from download import resolve_url
 from weights_file import load_weights_file
 
@@ -21,7 +21,7 @@ def refuse_exports(flag, source):
     exported = next((ending for ending in ('.onnx', '.pt2', '.torchscript.pt') if source.endswith(ending)), '')
     if exported:
         raise UserError('%s %s: %s is a network to be run, not weights to go on from; give the checkpoint that it was '
-                        'made of, a .safetensors file or a Hugging Face folder' % (flag, printable(source), exported))
+                        'made of, a .safetensors file or a Hugging Face folder' % (flag, escape_text(source), exported))
 
 
 def check_finetune(source):

@@ -20,7 +20,7 @@ import run_folder
 import scores
 from config import MixupConfig, OutputConfig, TransformConfig
 from device_loader import PrefetchLoader, RandomErasingBoxes
-from errors import UserError, one_line, printable
+from errors import UserError, escape_text, one_line
 from predictions import Prediction, Predictions
 from atomic_write import write_bytes
 
@@ -88,7 +88,7 @@ class Report:
 
     def of_weights(self, source: str) -> None:
         """After an evaluation of the weights in a file; where they lie in output_dir, its curves are shown too."""
-        self.kept, self.evaluated = self.newest, 'Of the weights in %s.' % printable(source)
+        self.kept, self.evaluated = self.newest, 'Of the weights in %s.' % escape_text(source)
         self.has_log = checkpoint.is_inside(source, self.output.output_dir)
 
     def finish(self, figures: Dict[str, Any]) -> None:

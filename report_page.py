@@ -7,7 +7,7 @@ import math
 import string
 from typing import Any, Dict
 
-from errors import printable
+from errors import escape_text
 
 HEAT_MAP_UP_TO = 30  # classes; above, the most confused pairs
 BARS_UP_TO = 40  # classes; above, the worst and best `BARS_OF_MANY`
@@ -113,7 +113,7 @@ FIGURE = string.Template('<figure><img src="$source" alt="$alt"$tiny><figcaption
 
 def escape(text: Any) -> str:
     """Any text, a path with bytes that are no text too, as HTML."""
-    return html.escape(printable(str(text)), quote=True)
+    return html.escape(escape_text(str(text)), quote=True)
 
 
 def render(data: Dict[str, Any]) -> str:

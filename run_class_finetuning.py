@@ -11,7 +11,7 @@ The scripts in test/ call this with the published hyper-parameters. BEiT base fi
 
 if __name__ == '__main__':
     import errors
-    errors.end_quietly()
+    errors.quiet_interrupt()
 
 import dataclasses
 import datetime
@@ -47,7 +47,7 @@ import utils
 import watchdog
 from config import MixupConfig, ModelConfig, OutputConfig, TransformConfig
 from criteria import build_criterion
-from errors import UserError, printable
+from errors import UserError, escape_text
 from flags import build_parser, check_args, config_from
 from networks import build_model
 from pilot import CheckpointMonitor
@@ -243,8 +243,8 @@ def build_report(args, output, data, learner):
 
 def describe(args, data, learner, source=''):
     """Say at the start what this run is."""
-    distributed.say('Flags: %s' % printable(' '.join('--%s=%s' % item for item in sorted(vars(args).items())
-                                                     if item[1] is not None)), detail=True)
+    distributed.say('Flags: %s' % escape_text(' '.join('--%s=%s' % item for item in sorted(vars(args).items())
+                                                       if item[1] is not None)), detail=True)
     processes, unused_npu = distributed.world_size(), backend.npu_passed_over(args.device, learner.device)
     rows = [('Device', '%s, %s, %d process%s' % (learner.device, backend.device_name(learner.device), processes,
                                                  'es' if processes > 1 else ''))]
@@ -266,14 +266,14 @@ def describe(args, data, learner, source=''):
             data.steps_per_epoch, steps,
             '; --maxstep ends after %d' % args.maxstep if 0 < args.maxstep < steps else '')))
         rows.append(('Checkpoints', 'each %d epochs and the best into %s' % (args.save_ckpt_freq,
-                                                                           printable(args.output_dir))
+                                                                           escape_text(args.output_dir))
                      if args.output_dir and args.save_ckpt else 'none'))
-        rows.append(('Resumed', printable(source) if source else 'nothing, training starts'))
+        rows.append(('Resumed', escape_text(source) if source else 'nothing, training starts'))
     distributed.say_table(rows)
 
 
 def shorten_names(names, most=6):
-    shown = [printable(name) for name in names[:most]]
+    shown = [escape_text(name) for name in names[:most]]
     return ', '.join(shown) + (', … and %d more' % (len(names) - most) if len(names) > most else '')
 
 
@@ -374,12 +374,12 @@ def evaluate_only(args, output, data, learner, report):
     started, source, epoch, device = time.time(), args.finetune, 0, learner.device
     if args.resume:
         source, content = checkpoint.load_agreed(args.resume, output, device, for_evaluation=True)
-        distributed.say('Evaluating %s' % printable(source))
+        distributed.say('Evaluating %s' % escape_text(source))
         checkpoint.check_same_split(source, content, args.val_split, args.seed)
         checkpoint.load_weights(source, content, learner.model, learner.scaler, learner.ema)
         epoch = checkpoint.last_epoch(content)
         if learner.ema is not None and not content.get('model_ema'):
-            distributed.say('%s holds no averaged weights (it was trained without --model_ema)' % printable(source))
+            distributed.say('%s holds no averaged weights (it was trained without --model_ema)' % escape_text(source))
             learner.ema = None
     unreadable = bad_images.BadImages(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
@@ -441,7 +441,7 @@ def evaluate_all(args, data, learner, unreadable, throughput=None, stop_signal=N
 def results_row(args, source, weights, model, stats):
     """What --results_file says about one evaluation: the figures, and all that they depend on."""
     prepared = augmentation.preprocessing(config_from(args, TransformConfig))
-    row = {'model': args.model, 'checkpoint': printable(source), 'weights': weights}
+    row = {'model': args.model, 'checkpoint': escape_text(source), 'weights': weights}
     row.update((name, value) for name, value in stats.items() if name != 'classes')
     row.update(param_count=count_parameters(model), img_size=args.input_size, crop_pct=prepared['crop_pct'],
                interpolation=prepared['interpolation'], test_flip=args.test_flip)

@@ -7,7 +7,7 @@ compared with the checkpoint's own network first; where the two differ, nothing 
 
 if __name__ == '__main__':
     import errors
-    errors.end_quietly()
+    errors.quiet_interrupt()
 
 import contextlib
 import inspect
@@ -26,7 +26,7 @@ import modeling_finetune
 import atomic_write
 import run_folder
 from cli import OneLineParser, run_interruptible
-from errors import UserError, one_line, printable, unknown
+from errors import UserError, escape_text, one_line, unknown_value_error
 from networks import open_trained
 
 import torch
@@ -388,9 +388,9 @@ def check_args(args):
     if args.format not in FORMATS:
         if not args.format:
             raise UserError('--format is missing; give one of %s' % ', '.join(FORMATS))
-        raise unknown('--format', args.format, FORMATS)
+        raise unknown_value_error('--format', args.format, FORMATS)
     if args.model is not None and args.model not in modeling_finetune.MODELS:
-        raise unknown('--model', args.model, modeling_finetune.MODELS)
+        raise unknown_value_error('--model', args.model, modeling_finetune.MODELS)
     if args.opset and args.format != 'onnx':
         raise UserError('--opset %d goes with --format onnx, not %s' % (args.opset, args.format))
     if args.output:
@@ -405,7 +405,7 @@ def default_output(source, ending):
 
 def check_output(args, path):
     """Raise a `UserError` where the output cannot be written, or would replace what nobody said to."""
-    shown = '--output %s' % printable(path)
+    shown = '--output %s' % escape_text(path)
     run_folder.check_writable('--output', os.path.dirname(os.path.abspath(path)))
     if not os.path.lexists(path):
         return
@@ -414,7 +414,7 @@ def check_output(args, path):
                                                              args.format, 'folder' if os.path.isfile(path) else 'file'))
     if args.format == 'huggingface' and set(os.listdir(path)) - FOLDER:
         raise UserError('%s: the folder holds other files (%s), which would be lost; name a new one' % (
-            shown, printable(sorted(set(os.listdir(path)) - FOLDER)[0])))
+            shown, escape_text(sorted(set(os.listdir(path)) - FOLDER)[0])))
     if not args.overwrite and (args.format != 'huggingface' or os.listdir(path)):
         raise UserError('%s: already there; give --overwrite, or another name' % shown)
 
@@ -437,9 +437,9 @@ def main(args):
     size = sum(map(len, made.values())) if isinstance(made, dict) else len(made)
     print('Exported %s, %d classes, input %dx%d, from %s' % (
         trained.args.model, len(trained.classes), trained.args.input_size, trained.args.input_size,
-        printable(trained.source)))
+        escape_text(trained.source)))
     print(told or 'Not checked, as --no_check says')
-    print('Wrote %s (%s, %s, %.1f MB)' % (printable(path), args.format, about, size / 1e6))
+    print('Wrote %s (%s, %s, %.1f MB)' % (escape_text(path), args.format, about, size / 1e6))
     if args.format == 'safetensors':
         print('Load it: %s' % timm_line(trained, path))
         print('Prepare images: timm.data.create_transform(%s)' % _spell(trained.preprocessing.to_timm()))
@@ -455,7 +455,7 @@ def write_folder(path, files, check):
             return check(folder)
     except OSError as error:
         raise UserError('cannot write %s (%s); is the disk full, or its folder gone?'
-                        % (printable(path), error.strerror or error)) from None
+                        % (escape_text(path), error.strerror or error)) from None
 
 
 def run(argv=None):

@@ -12,7 +12,7 @@ import time
 from typing import Any, Callable, Dict, List, Optional
 
 import distributed
-from errors import UserError, printable
+from errors import UserError, escape_text
 from atomic_write import write_bytes
 
 LOG = 'log.txt'
@@ -81,7 +81,7 @@ def prepare_folder(folder: str, keep: bool = False) -> None:
                 for path in files:
                     os.rename(path, os.path.join(aside, os.path.basename(path)))
                 distributed.say('Moved the earlier run in %s aside, to %s (--auto_resume would have gone on with it)'
-                                % (printable(folder), printable(aside)))
+                                % (escape_text(folder), escape_text(aside)))
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise UserError('--output_dir %s holds an earlier run and it cannot be moved aside (%s); choose another, '

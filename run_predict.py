@@ -7,7 +7,7 @@ Classes, input size, mean and deviation, pooling: all comes from the checkpoint.
 
 if __name__ == '__main__':
     import errors
-    errors.end_quietly()
+    errors.quiet_interrupt()
 
 import argparse
 import contextlib
@@ -36,7 +36,7 @@ import watchdog
 from class_folders import is_image_name
 from cli import OneLineParser, exit_process, exit_with_error, run_with_error_report
 from device_loader import PrefetchLoader
-from errors import UserError, printable
+from errors import UserError, escape_text
 from image_stream import PathDataset, PathSampler, check_inputs, common_folder
 from loader import Samples, loader_kwargs
 from networks import open_trained
@@ -109,10 +109,10 @@ def check_args(args):
         args.format = args.format or ('jsonl' if args.output == '-' else ending)
         if args.format not in FORMATS:
             raise UserError('--output %s: its ending names no format; end it in .%s, or give --format'
-                            % (printable(args.output), ', .'.join(sorted(FORMATS))))
+                            % (escape_text(args.output), ', .'.join(sorted(FORMATS))))
     if args.output not in ('', '-'):
         if os.path.isdir(args.output) or is_image_name(args.output):
-            raise UserError('--output %s: %s; choose another name' % (printable(args.output), 'a folder has this name'
+            raise UserError('--output %s: %s; choose another name' % (escape_text(args.output), 'a folder has this name'
                             if os.path.isdir(args.output) else 'this would overwrite an image'))
         run_folder.check_writable('--output', os.path.dirname(os.path.abspath(args.output)))
     if args.attention is None:
@@ -125,7 +125,7 @@ def check_args(args):
         folder = os.path.join(os.path.realpath(args.attention_dir), '')
         if any(os.path.join(os.path.realpath(each), '').startswith(folder) for each in args.inputs):
             raise UserError('--attention_dir %s holds inputs, and its pictures would become some; choose another folder'
-                            % printable(args.attention_dir))
+                            % escape_text(args.attention_dir))
         run_folder.check_writable('--attention_dir', args.attention_dir)
     if args.data_backend == 'fast':
         fast_images.check_available()
@@ -235,11 +235,11 @@ class Lines:
     """The results for people: a line for each image, on standard output."""
 
     def __init__(self, file, classes, *_):
-        self.file, self.classes = file, [printable(name) for name in classes]
+        self.file, self.classes = file, [escape_text(name) for name in classes]
 
     def write(self, answer):
         if not answer.reason:
-            self.file.write(('%s: %s\n' % (printable(answer.path), ', '.join(
+            self.file.write(('%s: %s\n' % (escape_text(answer.path), ', '.join(
                 '%s %.1f %%' % (self.classes[index], 100 * share)
                 for index, share in zip(answer.classes, answer.probabilities)))).encode('utf-8', 'backslashreplace'))
 
@@ -269,8 +269,8 @@ class Csv(Lines):
     def write(self, answer):
         pairs = [value for index, share in zip(answer.classes, answer.probabilities)
                  for value in (self.classes[index], '%.6f' % share)]
-        extra = {'attention': printable(answer.picture), 'error': answer.reason}
-        self.row([printable(answer.path)] + (pairs or [''] * self.columns) + [extra[name] for name in self.extra])
+        extra = {'attention': escape_text(answer.picture), 'error': answer.reason}
+        self.row([escape_text(answer.path)] + (pairs or [''] * self.columns) + [extra[name] for name in self.extra])
 
 
 class JsonLines:
@@ -331,7 +331,7 @@ def destination(args, stdout):
         if isinstance(error, BrokenPipeError):
             raise
         raise UserError('cannot write %s (%s); is the disk full, or its folder gone?' % (
-            '--output ' + printable(args.output) if to_file else 'to standard output', error.strerror or error)
+            '--output ' + escape_text(args.output) if to_file else 'to standard output', error.strerror or error)
                         ) from None
 
 
@@ -352,7 +352,7 @@ def report(predictor, args, stdout, trained, device):
             for answer in answers if distributed.is_main_process() else ():
                 if answer.reason:
                     bar.write('Left out: %s cannot be read as an image (%s)'
-                              % (printable(answer.path), answer.reason), file=sys.stderr)
+                              % (escape_text(answer.path), answer.reason), file=sys.stderr)
                 sink.write(answer)
             left_out += sum(bool(answer.reason) for answer in answers)
             read += sum(not answer.reason for answer in answers)
@@ -410,7 +410,7 @@ def main(args, stdout):
     model, scaler = precision.initialize_amp(trained.model.to(device), None, device, dtype, args.opt_level)
     attention.choose_attention(trained.model, device, 'auto', dtype, loader.batch_size)
     distributed.say('%s: %s, %d classes, input %dx%d, %s; on %s, %s' % (
-        printable(trained.source), trained.args.model, len(trained.classes), trained.args.input_size,
+        escape_text(trained.source), trained.args.model, len(trained.classes), trained.args.input_size,
         trained.args.input_size, 'averaged weights' if args.use_ema else 'pooled by the %s' % (
             'mean' if trained.model.fc_norm is not None else 'class token'), device, scaler.description))
 
@@ -422,8 +422,8 @@ def main(args, stdout):
     seconds = time.time() - started
     distributed.say('%d image%s in %.1f s (%.0f images/s)%s%s%s' % (
         read, '' if read == 1 else 's', seconds, read / seconds, ', %d left out' % left_out if left_out else '',
-        '; results in %s' % printable(args.output) if args.output not in ('', '-') else '',
-        '; pictures in %s' % printable(args.attention_dir) if painter else ''))
+        '; results in %s' % escape_text(args.output) if args.output not in ('', '-') else '',
+        '; pictures in %s' % escape_text(args.attention_dir) if painter else ''))
 
 
 def run(argv=None):

@@ -23,7 +23,7 @@ import distributed
 import atomic_write
 import splits
 from decode import open_file
-from errors import UserError, printable
+from errors import UserError, escape_text
 
 LOSS_UNIT = 2. ** -32  # losses are added up as whole multiples of this: the sum does not depend on the order
 
@@ -182,7 +182,7 @@ class MeanAveragePrecision(Metric):
         each = average_precisions(targets, outputs)
         stats = {'mAP': 100. * float(np.mean(list(each.values()))) if each else float('nan')}
         if len(self.classes):
-            stats['classes'] = [{'class': printable(name), 'images': int(targets[:, label].sum()),
+            stats['classes'] = [{'class': escape_text(name), 'images': int(targets[:, label].sum()),
                                  'average_precision': 100. * each[label] if label in each else None}
                                 for label, name in enumerate(self.classes)]
         return stats
@@ -216,7 +216,7 @@ class PerClass(Metric):
     def compute(self, sharded, device):
         """{'classes': [{class, images, acc1 in percent, or None without images}]}"""
         counts = np.sum(distributed.gather(self.counts.tolist(), device), axis=0) if sharded else self.counts
-        return {'classes': [{'class': printable(name), 'images': int(images),
+        return {'classes': [{'class': escape_text(name), 'images': int(images),
                              'acc1': 100. * int(right) / int(images) if images else None}
                             for name, (images, right) in zip(self.classes, counts)]}
 
@@ -265,13 +265,13 @@ def place_of(path: str, images: int, source: str) -> int:
     if not found or not 1 <= int(found.group(1)) <= images:
         raise UserError('--real_labels %s: its list is of %d images, ILSVRC2012_val_00000001.JPEG to _%08d.JPEG, and '
                         '%s is none of them; it is for ImageNet\'s validation set only' % (
-                            printable(source), images, images, printable(path)))
+                            escape_text(source), images, images, escape_text(path)))
     return int(found.group(1)) - 1
 
 
 def read_real_labels(path: str, classes: int) -> List[FrozenSet[int]]:
     """A list of sets of class indices below `classes`, of a JSON file that holds a list of lists."""
-    flag = '--real_labels %s' % printable(path)
+    flag = '--real_labels %s' % escape_text(path)
     try:
         with open_file(path) as file:
             content = json.loads(file.read().decode('utf-8'))
@@ -283,7 +283,7 @@ def read_real_labels(path: str, classes: int) -> List[FrozenSet[int]]:
     for number, each in enumerate(content, 1):
         if not isinstance(each, list) or not all(type(label) is int and 0 <= label < classes for label in each):
             raise UserError('%s, image %d: must be a list of class indices below %d, is %s' % (
-                flag, number, classes, printable(json.dumps(each)[:60])))
+                flag, number, classes, escape_text(json.dumps(each)[:60])))
     return [frozenset(each) for each in content]
 
 
@@ -372,9 +372,9 @@ RESULT_FILES = ('.csv', '.json')
 def check_results_file(path: str) -> None:
     """Raise a `UserError` where --results_file can't be."""
     if os.path.splitext(path)[1] not in RESULT_FILES:
-        raise UserError('--results_file %s: it must end in %s' % (printable(path), ' or '.join(RESULT_FILES)))
+        raise UserError('--results_file %s: it must end in %s' % (escape_text(path), ' or '.join(RESULT_FILES)))
     if os.path.isdir(path):
-        raise UserError('--results_file %s: there is a folder of that name' % printable(path))
+        raise UserError('--results_file %s: there is a folder of that name' % escape_text(path))
 
 
 def write_results(path: str, rows: List[Dict[str, Any]]) -> None:

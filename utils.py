@@ -17,7 +17,7 @@ import backend
 import distributed
 import progress
 import watchdog
-from errors import UserError, printable
+from errors import UserError, escape_text
 
 
 # ---- meters and log lines
@@ -251,7 +251,7 @@ class TensorboardLogger:
             from tensorboardX import SummaryWriter  # needed only by those who ask for it
         except ImportError as error:
             raise UserError('--log_dir %s: tensorboardX cannot be imported (%s); run: pip install tensorboardX'
-                            % (printable(log_dir), error)) from None
+                            % (escape_text(log_dir), error)) from None
         self.log_dir, self.failure = log_dir, None
         self.hook, threading.excepthook = threading.excepthook, self.note
         try:
@@ -273,7 +273,7 @@ class TensorboardLogger:
             if hasattr(file_writer, 'event_writer'):
                 file_writer.event_writer.close = lambda: None  # it would be tried again, and fail, at Python's exit
             raise UserError('--log_dir %s: cannot write there (%s); make room, or choose another'
-                            % (printable(self.log_dir), self.failure.strerror or self.failure))
+                            % (escape_text(self.log_dir), self.failure.strerror or self.failure))
 
     def update(self, head: str, step: int, **values: Any) -> None:
         for name, value in values.items():

@@ -15,7 +15,7 @@ import time
 from typing import Any, Iterable, Iterator, List
 
 import distributed
-from errors import printable
+from errors import escape_text
 
 LAST = 10 ** 12  # the place of a process that has done its part of a stage and waits for the others
 PHASES = ('waiting for data', 'computing', 'waiting for the other processes')
@@ -159,7 +159,7 @@ class _Watchdog:
         """Where the main thread is."""
         frame = sys._current_frames().get(self.main_thread)
         return 'its end' if frame is None else '%s in %s:%d' % (
-            frame.f_code.co_name, printable(os.path.basename(frame.f_code.co_filename)), frame.f_lineno)
+            frame.f_code.co_name, escape_text(os.path.basename(frame.f_code.co_filename)), frame.f_lineno)
 
 
 def _processes(ranks, verb, plural):

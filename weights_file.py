@@ -16,7 +16,7 @@ import torch
 import dry_run
 from atomic_write import atomic_write
 from dry_run import ALLOWED, MAX_PICKLE, SCALARS, UnsafeFileError
-from errors import UserError, loader_death, printable
+from errors import UserError, escape_text, worker_death_message
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
@@ -94,7 +94,7 @@ def load_untrusted(path: str, flag: str = '') -> typing.Any:
     Raises:
         UserError: the file is missing, damaged, or holds anything but tensors and plain values.
     """
-    name = ('%s %s' % (flag, printable(path))).strip()
+    name = ('%s %s' % (flag, escape_text(path))).strip()
     if not os.path.isfile(path):
         raise UserError('%s: %s' % (name, 'a folder or device, not a file' if os.path.exists(path) else 'no such file'))
     try:
@@ -114,7 +114,7 @@ def load_untrusted(path: str, flag: str = '') -> typing.Any:
         raise UserError('%s: refused, because %s; a weights file holds tensors and plain values only'
                         % (name, error)) from None
     except Exception as error:  # a file made for it can raise anything
-        reason = printable(' '.join(str(error).encode('utf-8', 'backslashreplace').decode().split()))[:120] \
+        reason = escape_text(' '.join(str(error).encode('utf-8', 'backslashreplace').decode().split()))[:120] \
             or type(error).__name__
         raise UserError('%s: not a weights file, or damaged (%s); fetch or copy it again' % (name, reason)) from None
 
@@ -128,7 +128,8 @@ def load_weights_file(path: str, flag: str = '') -> typing.Any:
     content = load_untrusted(path, flag)
     if isinstance(content, dict) and 'checksum' in content and content.pop('checksum') != checksum(content):
         raise UserError('%s: damaged, its content does not match its checksum; take another copy (or, where you '
-                        'changed it yourself, leave its "checksum" out)' % ('%s %s' % (flag, printable(path))).strip())
+                        'changed it yourself, leave its "checksum" out)'
+                        % ('%s %s' % (flag, escape_text(path))).strip())
     return content
 
 
@@ -158,10 +159,10 @@ def save(path: str, content: typing.Dict[str, typing.Any]) -> None:
             if latch.error is not None:
                 raise latch.error
     except (OSError, RuntimeError) as error:
-        if loader_death(error):  # PyTorch raises that in whatever the main thread is doing
+        if worker_death_message(error):  # PyTorch raises that in whatever the main thread is doing
             raise
         raise UserError('--output_dir: cannot write %s (%s); earlier checkpoints are whole'
-                        % (printable(path), ' '.join(str(error).split()))) from None
+                        % (escape_text(path), ' '.join(str(error).split()))) from None
 
 
 class ErrorLatch:

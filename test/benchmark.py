@@ -40,7 +40,7 @@ sys.path[:0] = [ROOT, TEST_DIR]
 
 if __name__ == '__main__':
     import errors
-    errors.end_quietly()
+    errors.quiet_interrupt()
 
 import contenders  # first of the project's: it sets how torch is loaded
 from contenders import CONTENDERS, PRECISIONS, Mode, Ours, Setting
@@ -54,7 +54,7 @@ import index_cache
 import modeling_finetune
 import run_class_finetuning as program
 import watchdog
-from errors import UserError, nearest, one_line, printable, unknown
+from errors import UserError, escape_text, nearest, one_line, unknown_value_error
 from cli import bounded_number as number
 
 import numpy as np
@@ -189,7 +189,7 @@ def print_report(options, report, head, cells):
         hardware['device'], hardware['cpu'], hardware['cores'], hardware['threads'], versions['python'],
         versions['torch'], versions['torchvision'], versions['timm'], options.pairs))
     if options.extra:
-        print('Ours with %s' % printable(' '.join(options.extra)))
+        print('Ours with %s' % escape_text(' '.join(options.extra)))
     if options.pairs < ENOUGH_PAIRS:
         print('Fewer than %d pairs: a try, and no measurement' % ENOUGH_PAIRS)
     print()
@@ -384,7 +384,7 @@ def fastest(measured, side):
 
 def setting_of(options, device):
     if options.model not in modeling_finetune.MODELS:
-        raise unknown('--model', options.model, modeling_finetune.MODELS)
+        raise unknown_value_error('--model', options.model, modeling_finetune.MODELS)
     architecture = modeling_finetune.MODELS[options.model]
     size = options.input_size or architecture['img_size']
     if size % architecture['patch_size']:
@@ -566,7 +566,7 @@ def baseline_rate(options, root, device):
         raise
     except Exception as error:  # torchvision's, Pillow's, with a worker's traceback around them
         raise UserError('--data_path %s: ImageFolder, the baseline, cannot read it (%s); mend or remove what it names'
-                        % (printable(root), str(error).strip().splitlines()[-1][:300])) from None
+                        % (escape_text(root), str(error).strip().splitlines()[-1][:300])) from None
 
 
 def data_main(options, device):
@@ -601,7 +601,7 @@ def data_main(options, device):
                 row.update(ours=summary(ours), baseline=summary(theirs), ratio=ratios(ours, theirs))
             except StopIteration:
                 raise UserError('--data_path %s: too few images, for a sample needs %d; lower --images, --batch_size '
-                                'or --workers' % (printable(root), sum(rounds(options)) * options.workers
+                                'or --workers' % (escape_text(root), sum(rounds(options)) * options.workers
                                                   * options.batch_size)) from None
             except UserError as error:
                 if options.data_path and not report.get('rows'):
@@ -999,7 +999,7 @@ def parse(argv):
     options.extra, options.argv = extra, argv + (['--'] + extra if extra else [])
     folder = os.path.dirname(os.path.abspath(options.json))
     if options.json and (os.path.isdir(options.json) or not os.access(folder, os.W_OK)):
-        raise UserError('--json %s: cannot be written there' % printable(options.json))
+        raise UserError('--json %s: cannot be written there' % escape_text(options.json))
     return options
 
 

@@ -20,7 +20,7 @@ import backend
 from helpers import LAUNCH, PROGRAM, NANO, ROOT, assert_one_line, cannot_run, photo, write_images
 import run_class_finetuning
 import run_folder
-from errors import printable
+from errors import escape_text
 
 pytestmark = pytest.mark.fast
 
@@ -98,7 +98,7 @@ def test_data_path_left_out(refused):
 
 @pytest.mark.parametrize('path', ['/does/not/exist', 'dat a', 'Demo', 'two\nlines'])
 def test_data_path_that_is_not_there(refused, path):
-    refused('--data_path', path, says=['--data_path', printable(path), 'no such folder'])
+    refused('--data_path', path, says=['--data_path', escape_text(path), 'no such folder'])
 
 
 def test_data_path_that_is_a_file(refused, data):
