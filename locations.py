@@ -90,7 +90,8 @@ def check_paths(config: InputConfig) -> None:
             if not os.path.isdir(root):
                 raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s' % (
                     flag, escape_text(getattr(config, flag[2:])), escape_text(root),
-                    '' if is_train or config.eval_data_path else '; or --val_split 0.1 takes a tenth of the training images for it')
+                    '' if is_train or config.eval_data_path else
+                    '; or --val_split 0.1 takes a tenth of the training images for it')
                     + ('; or give the folder above, if that holds train/ and val/' if os.path.basename(
                         os.path.normpath(getattr(config, flag[2:]))) in ('train', 'val') else ''))
 

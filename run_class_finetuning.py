@@ -22,7 +22,7 @@ import sys
 import time
 from typing import Any, List, Optional
 
-from image_dataset import label_source
+from image_dataset import ImageDataset, label_source
 from cli import exit_process, exit_with_error, run_with_error_report
 import torch
 
@@ -48,7 +48,7 @@ import watchdog
 from config import MixupConfig, ModelConfig, OutputConfig, TransformConfig
 from criteria import build_criterion
 from errors import UserError, escape_text
-from flags import build_parser, check_args, config_from
+from flags import build_parser, check_args, config_from, without_effect
 from networks import build_model
 from pilot import CheckpointMonitor
 from report import Report, augmented_samples
@@ -61,8 +61,8 @@ RNG_VERSION = 2  # another number whenever the same seed gives a run other rando
 @dataclasses.dataclass
 class Data:
     """What a run reads."""
-    train_set: Optional[datasets.Images]
-    val_set: Optional[datasets.Images]
+    train_set: Optional[ImageDataset]
+    val_set: Optional[ImageDataset]
     classes: List[str]
     class_weights: Optional[torch.Tensor]  # in the loss, float32 (classes,)
     steps_per_epoch: Optional[int]  # updates; None where nothing is trained
@@ -138,9 +138,10 @@ def start(args):
 
 def check_data(args):
     """Decode every image; a `UserError` says how many cannot be."""
-    if not distributed.speaks_first():  # the others would decode the same
+    if distributed.launch_environment(args)[0] != 0:  # the others would decode the same
         return
-    damaged = bad_images.check_data(args)
+    train_set, val_set, _ = datasets.build_datasets(args)
+    damaged = bad_images.check_data((train_set, val_set), args.num_workers, args.output_dir)
     if damaged:
         place = ', listed in %s' % os.path.join(args.output_dir, bad_images.LIST) if args.output_dir else ''
         raise UserError('--check_data: %d image%s cannot be read%s; mend or remove what is listed, or leave it out '
@@ -294,7 +295,7 @@ def resume(args, output, data, learner):
     checkpoint.check_same_split(source, content, args.val_split, args.seed)
     run_state = checkpoint.resume_training(source, content, learner.model, learner.optimizer, learner.scaler,
                                            learner.ema)
-    changes = checkpoint.resume_differences(content, vars(args), run)
+    changes = checkpoint.resume_differences(content, vars(args), run, without_effect())
     if run_state.steps and run_state.run.get('total_batch') != total_batch:
         raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; make '
                         '--batch_size x --update_freq x processes the same, or resume the checkpoint of a whole epoch'
