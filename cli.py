@@ -10,6 +10,7 @@ import backend
 import config_file
 import distributed
 import preemption
+import progress
 import watchdog
 from errors import UserError, escape_text, nearest, one_line, worker_death_message
 
@@ -216,8 +217,7 @@ def run_interruptible(program: str, work: Callable[[], Any], memory_remedy: str)
 def exit_with_error(program: str, message: str, status: int, rank: Optional[int] = None) -> int:
     """Print the one line. `rank` is whom it is about, where that isn't this process."""
     about = rank if rank is not None else distributed.rank() or None
-    if distributed.screen is not None:
-        distributed.screen.end()
+    progress.current().end()
     print('%s: error: %s%s' % (program, '' if about is None else 'process %d: ' % about, message), file=sys.stderr,
           flush=True)
     return exit_process(status)
