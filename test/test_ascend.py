@@ -108,7 +108,8 @@ HALVES = [
     ('apex O2', [FUSED], 'ascend', r"O2 float16 by apex.amp \(Ascend's\)"),
     pytest.param('apex O1', [FUSED, '--opt-level=O1'], 'ascend', r"O1 float16 by apex.amp \(Ascend's\)",
                  marks=pytest.mark.soak),
-    ('O2', [FUSED], None, r'O2 float16 by PyTorch \(apex is not installed\)'),
+    pytest.param('O2', [FUSED], None, r'O2 float16 by PyTorch \(apex is not installed\)',
+                 marks=pytest.mark.soak),  # the next test compares it with apex O2
     ('O1', [FUSED, '--opt-level=O1'], 'nvidia', r"O1 float16 by PyTorch \(.*NVIDIA's without amp"),
     pytest.param('O2 dynamic', ['--loss_scale=dynamic'], 'pypi', r'O2 float16 by PyTorch \(.*unrelated package',
                  marks=pytest.mark.soak),
@@ -181,9 +182,10 @@ sys.exit(program.run(sys.argv[1:]))
 
 
 @pytest.mark.parametrize('soc, scale, apex', [
-    ('910A', '65504', 'ascend'), ('910A', 'dynamic', None), ('910B', '65504', None), ('910B', 'dynamic', 'ascend')] + [
+    ('910A', '65504', 'ascend'), ('910A', 'dynamic', None), ('910B', '65504', None)] + [
     pytest.param(*way, marks=pytest.mark.soak) for way in [('910A', '65504', None), ('910A', 'dynamic', 'ascend'),
-                                                           ('910B', '65504', 'ascend'), ('910B', 'dynamic', None)]])
+                                                           ('910B', '65504', 'ascend'), ('910B', 'dynamic', None),
+                                                           ('910B', 'dynamic', 'ascend')]])
 def test_an_overflow_is_skipped_counted_and_logged(emulator, tmp_path, soc, scale, apex):
     """Twice in eight updates; on a 910A the gradients stay finite, and only its flag tells."""
     out = str(tmp_path / 'out')
@@ -242,8 +244,10 @@ ON_NPU = TINY + ['--device=npu']
 WAYS = [('train_full_1p', 1, 'ascend', [], r"O2 float16 by apex.amp \(Ascend's\)"),
         pytest.param('train_full_1p', 1, None, ['--opt-level=O1'], 'O1 float16 by PyTorch', marks=pytest.mark.soak),
         pytest.param('train_full_1p', 1, 'nvidia', [], 'O2 float16 by PyTorch', marks=pytest.mark.soak),
-        ('train_full_1p', 1, None, ['--no_amp'], 'float32'),
-        ('train_full_8p', 8, 'ascend', ['--batch_size=2'], r"O2 float16 by apex.amp \(Ascend's\)"),
+        pytest.param('train_full_1p', 1, None, ['--no_amp'], 'float32', marks=pytest.mark.soak),
+        ('train_full_8p', 2, 'ascend', ['--nproc_per_node=2'], r"O2 float16 by apex.amp \(Ascend's\)"),
+        pytest.param('train_full_8p', 8, 'ascend', ['--batch_size=2'], r"O2 float16 by apex.amp \(Ascend's\)",
+                     marks=pytest.mark.soak),
         ('train_performance_1p', 1, 'ascend', [], r"O2 float16 by apex.amp \(Ascend's\)"),
         pytest.param('train_performance_8p', 2, None, ['--nproc_per_node=2'], 'O2 float16 by PyTorch',
                      marks=pytest.mark.soak)]
@@ -349,7 +353,7 @@ def test_cann_prof_without_torch_npu_is_one_line():
 
 # ---- fused attention
 
-@pytest.mark.parametrize('fault', ['drop_bias', 'scale_bias'])
+@pytest.mark.parametrize('fault', ['drop_bias', pytest.param('scale_bias', marks=pytest.mark.soak)])
 def test_a_fused_attention_that_treats_the_bias_wrongly_is_not_used(train, fault):
     flags = ['--epochs=1', '--maxstep=8']
     run, cpu = train(*flags, FAKE_NPU_SDPA=fault), train(*flags, on='cpu')
@@ -425,7 +429,7 @@ def test_compile_mode_is_for_npus(train):
     one_line(train('--jit_compile=on', on='cpu'), '--jit_compile on', 'only NPUs have it', 'leave the flag out')
 
 
-@pytest.mark.parametrize('level', ['O1', 'O2'])
+@pytest.mark.parametrize('level', [pytest.param('O1', marks=pytest.mark.soak), 'O2'])
 def test_bfloat16_on_a_910a(train, level):
     one_line(train('--amp', '--opt-level=' + level, '--amp_dtype=bfloat16', FAKE_NPU_SOC='910A'),
              '--amp_dtype bfloat16', '910A', 'use --amp_dtype float16')
@@ -494,7 +498,7 @@ def test_attention_dropout_and_fused_attention(train):
     assert 'plain in training, for --attn_drop_rate' in run.out
 
 
-@pytest.mark.parametrize('package', ['ascend-toolkit', 'nnae'])
+@pytest.mark.parametrize('package', ['ascend-toolkit', pytest.param('nnae', marks=pytest.mark.soak)])
 def test_the_scripts_set_cann_up(emulator, checkout, data, tmp_path, package):
     """Before it is set up torch_npu can't be imported; --device is left to find the NPU."""
     info = fake_cann(tmp_path, package)
@@ -516,7 +520,8 @@ def test_the_scripts_set_cann_up(emulator, checkout, data, tmp_path, package):
 @pytest.mark.parametrize('flags, env, expected', [
     ([], {'FAKE_NPU_CANN': 'missing'}, 'CANN is not set up'),  # found before the processes start
     ([], {'FAKE_NPU_CANN': '7.0'}, 'cannot be started'),  # found by each of them
-    (['--amp', '--amp_dtype=bfloat16'], {'FAKE_NPU_SOC': '910A'}, '--amp_dtype bfloat16'),
+    pytest.param(['--amp', '--amp_dtype=bfloat16'], {'FAKE_NPU_SOC': '910A'}, '--amp_dtype bfloat16',
+                 marks=pytest.mark.soak),
     (['--nproc_per_node=3'], {}, 'there are 2; lower --nproc_per_node')])
 def test_what_goes_wrong_on_every_process_is_one_line_too(emulator, checkout, data, flags, env, expected):
     started = time.time()

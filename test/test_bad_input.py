@@ -204,6 +204,7 @@ def test_corrupt_image(refused, own_data, split):
     refused('--data_path', own_data, '--no_save_ckpt', late=True, says=[path, 'cannot be read', 'mend or remove it'])
 
 
+@pytest.mark.slow
 def test_corrupt_image_met_by_a_worker(program, own_data, tmp_path):
     path = corrupt(own_data, 'train')
     status, out, err = program(*SHORT, '--data_path', own_data, '--num_workers=2', '--output_dir', str(tmp_path / 'o'))
@@ -359,6 +360,7 @@ def test_torch_npu_that_sees_no_npu(refused, monkeypatch, fresh_devices):
     refused('--device=npu', says=['--device npu', 'sees no NPU', 'npu-smi'])
 
 
+@pytest.mark.slow
 def test_npu_without_cann(program, data, tmp_path):
     """torch_npu is installed, as a package that torch itself would load at once, but CANN's libraries are not found."""
     if hasattr(torch, 'npu'):

@@ -14,7 +14,7 @@ import run_class_finetuning
 
 pytestmark = pytest.mark.current_only
 
-SOAK = 10 if os.environ.get('BEIT_SOAK') else 1
+SOAK = 20 if os.environ.get('BEIT_SOAK') else 1
 SECONDS = 60  # a run of one update takes a fraction of one
 
 WRONG = (
@@ -102,7 +102,7 @@ def test_every_flag_with_wrong_values(image_folder, folder, capfd, monkeypatch):
                 attempt('%s=%s' % (flag, text))  # noqa: B023
         number = st.one_of(st.integers(), st.floats(), st.text(max_size=12)).map(str)
 
-        @settings(max_examples=6 * SOAK, deadline=None, derandomize=not os.environ.get('BEIT_SOAK'), database=None,
+        @settings(max_examples=3 * SOAK, deadline=None, derandomize=not os.environ.get('BEIT_SOAK'), database=None,
                   suppress_health_check=list(HealthCheck))
         @given(number)
         def any_text(text):

@@ -393,7 +393,7 @@ def test_mean_average_precision_is_the_same_on_two_processes(several, tmp_path):
         with open(output + '/%d.json' % number, encoding='utf-8') as file:
             results.append(json.load(file)[0])
     losses = [each.pop('loss') for each in results]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # its sum is taken in another order
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-7)  # an image's float32 loss may differ in its last bit
     assert results[0] == results[1] and 'mAP' in results[0]
 
 

@@ -150,7 +150,8 @@ def test_registered_with_timm():
         timm.create_model('beit_base_patch16_224', pretrained=True)
 
 
-@pytest.mark.parametrize('name', ('beit_base_patch16_224', 'beit_large_patch16_224'))
+@pytest.mark.parametrize('name', ('beit_base_patch16_224',
+                                  pytest.param('beit_large_patch16_224', marks=pytest.mark.slow)))
 def test_logits_and_gradients_are_timms(name):
     if importlib.util.find_spec('timm.models.beit') is None:
         cannot_run('current', 'this timm is too old to have a BEiT')
