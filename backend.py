@@ -305,12 +305,28 @@ def fused_optimizer(name, under_apex=None):
 
 def build_optimizer(cls, groups, **settings):
     """An optimizer, with its fused kernel where it and the device have one: one pass over the weights, not ten."""
-    if 'fused' in inspect.signature(cls.__init__).parameters:
+    groups = list(groups)
+    parameters = list(groups[0]['params']) if groups and isinstance(groups[0], dict) else groups
+    if parameters and _has_fused_step(cls, parameters[0].device):
         try:
             return cls(groups, fused=True, **settings)
-        except RuntimeError:  # not on this device, or not for these settings
+        except RuntimeError:  # not for these settings
             pass
     return cls(groups, **settings)
+
+
+@functools.lru_cache(maxsize=None)
+def _has_fused_step(cls, device):
+    """Whether a fused step works there. It is tried: PyTorch 2.1's AdamW accepts a CPU, and its step then fails."""
+    if 'fused' not in inspect.signature(cls.__init__).parameters:
+        return False
+    parameter = nn.Parameter(torch.zeros(1, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        cls([parameter], lr=1., fused=True).step()
+        return True
+    except RuntimeError:
+        return False
 
 
 @functools.lru_cache(maxsize=None)
