@@ -67,6 +67,7 @@ def fork(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *_):
     self._child_created, self.pid = True, os.fork()
     if not self.pid:
         become(None, None, env)
+        sys.stdout = sys.__stdout__  # the launcher's own is put away
         leave(program, args[args.index('run_class_finetuning.py') + 1:])
 
 def start(job, number):
