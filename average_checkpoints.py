@@ -6,7 +6,7 @@ The file holds model, args and classes, as a checkpoint does, without optimizer:
 """
 
 if __name__ == '__main__':
-    import errors
+    from beit import errors
     errors.quiet_interrupt()
 
 import collections
@@ -14,16 +14,17 @@ import math
 import os
 import sys
 
-import flags
-from cli import OneLineParser, run_interruptible
 import torch
 
-import checkpoint
-import distributed
-import run_folder
-from errors import UserError, escape_text
-from pretrained import inner_state, mismatches, strip_prefixes
-from weights_file import load_weights_file
+import flags
+from beit import errors
+from beit.checkpoint import discovery, training_state
+from beit.checkpoint.pretrained import mismatches, strip_prefixes, unwrap_state_dict
+from beit.cli import OneLineParser, run_interruptible
+from beit.errors import UserError, escape_text
+from beit.files import run_folder, weights_file
+from beit.files.weights_file import load_weights_file
+from beit.log import log_main
 
 SAME = ('model', 'input_size', 'use_mean_pooling', 'imagenet_default_mean_and_std', 'crop_pct')  # what one file says
 
@@ -46,7 +47,7 @@ def find(inputs):
     found = []
     for source in inputs:
         if os.path.isdir(source):
-            paths = [path for (_, steps), path in checkpoint.list_checkpoints(source) if not steps]
+            paths = [path for (_, steps), path in discovery.list_checkpoints(source) if not steps]
             if not paths:
                 raise UserError('--inputs %s: the folder holds no checkpoint-<epoch>.pth' % escape_text(source))
             found += paths
@@ -70,7 +71,7 @@ def take_best(paths, most, use_ema=False):
     for path in paths:
         folder, name = os.path.split(path)
         log = {stats['epoch']: stats for stats in run_folder.read_log(folder)}
-        epochs = {each: epoch for (epoch, steps), each in checkpoint.list_checkpoints(folder or '.') if not steps}
+        epochs = {each: epoch for (epoch, steps), each in discovery.list_checkpoints(folder or '.') if not steps}
         epoch = epochs.get(os.path.join(folder or '.', name), 0) - 1
         prefix = 'test_ema_' if use_ema else 'test_'
         values = [log.get(epoch, {}).get(prefix + name) for name in ('mAP', 'acc1')]
@@ -108,7 +109,7 @@ def average(paths, use_ema=False):
         if total is None:
             total = collections.OrderedDict((name, value.double() if value.is_floating_point() else value)
                                             for name, value in state.items())
-            first = dict(args=checkpoint.saved_args(content), classes=content.get('classes'), about=about)
+            first = dict(args=training_state.saved_args(content), classes=content.get('classes'), about=about)
             continue
         check_alike(path, state, about, paths[0], total, first['about'])
         for name, value in state.items():
@@ -130,7 +131,7 @@ def weights_of(path, content, use_ema):
     if use_ema and not (isinstance(content, dict) and content.get('model_ema')):
         raise UserError('--use_ema: %s holds no averaged weights (it was trained without --model_ema)'
                         % escape_text(path))
-    state = strip_prefixes(content['model_ema'] if use_ema else inner_state(content, 'model|module|state_dict')[1])
+    state = strip_prefixes(content['model_ema'] if use_ema else unwrap_state_dict(content, 'model|module|state_dict')[1])
     if not state:
         raise UserError('--inputs %s: holds no weights' % escape_text(path))
     broken = [name for name, value in state.items()
@@ -142,7 +143,7 @@ def weights_of(path, content, use_ema):
 
 def about_model(content):
     """{what has to be the same in all files: what this one says}"""
-    args = checkpoint.saved_args(content)
+    args = training_state.saved_args(content)
     about = {'--' + name: args.get(name) for name in SAME if name in args}
     if isinstance(content.get('classes'), (list, tuple)):
         about['classes'] = list(content['classes'])
@@ -176,8 +177,8 @@ def main(args):
         paths = take_best(paths, args.best, args.use_ema)
     content = average(paths, args.use_ema)
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    checkpoint.save(args.output, content)
-    distributed.say('Averaged %s of %d checkpoints into %s' % (
+    weights_file.save(args.output, content)
+    log_main('Averaged %s of %d checkpoints into %s' % (
         'the averaged weights' if args.use_ema else 'the weights', len(paths), escape_text(args.output)))
 
 

@@ -11,20 +11,16 @@ import numpy as np
 import torch
 from torchvision import datasets as torchvision_datasets
 
-import distributed
-import index_cache
-import locations
-import manifests
-import splits
-from augmentation import EvalTransform, build_transform, image_reader, is_fast, small_input_rule
-from class_folders import scan_classes
-from config import DataConfig, InputConfig
-from decode import UnreadableImage
-from device_loader import PrefetchLoader, RandomErasingBoxes
-from errors import UserError, escape_text
-from image_dataset import ImageDataset, ImageFolder, label_source
-from loader import EpochSampler, OrderedDistributedSampler, Samples, SeededSamples, loader_kwargs
-
+from beit.config import DataConfig, InputConfig
+from beit.data import csv_dataset, folder_index, locations, subsets
+from beit.data.class_folders import scan_classes
+from beit.data.decode import UnreadableImage
+from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
+from beit.data.image_dataset import ImageDataset, ImageFolder, label_source
+from beit.data.loader import EpochSampler, OrderedDistributedSampler, Samples, SeededSamples, loader_kwargs
+from beit.data.transforms import EvalTransform, build_transform, image_reader, is_fast, small_input_rule
+from beit.distributed import process_group
+from beit.errors import UserError, escape_text
 
 # ---- data sets
 
@@ -54,17 +50,17 @@ def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.de
         dataset = ImageDataset(*read_manifest(is_train, config, device, classes, multi_label), **reading)
         return dataset, dataset.classes
     flag, root = locations.split_root(is_train, config)
-    scan = functools.partial(index_cache.load_or_scan, device=device) if config.index_cache else scan_classes
+    scan = functools.partial(folder_index.load_or_scan, device=device) if config.index_cache else scan_classes
     dataset = ImageFolder(root, flag=flag, scan=scan, **reading)
     return dataset, dataset.classes
 
 
 def read_manifest(is_train: bool, config: DataConfig, device: Optional[torch.device],
                   classes: Optional[List[str]] = None, multi_label: Optional[bool] = None,
-                  must_exist: bool = True) -> Tuple[manifests.Manifest, List[str]]:
+                  must_exist: bool = True) -> Tuple[csv_dataset.Manifest, List[str]]:
     """Read the CSV file that the flags name. A missing image counts as unreadable where such images are allowed."""
     flag, path = locations.manifest_of(is_train, config)
-    return manifests.read(flag, path, locations.resolve_data_path(config.data_path), config.loss, classes, multi_label,
+    return csv_dataset.read(flag, path, locations.resolve_data_path(config.data_path), config.loss, classes, multi_label,
                           device, must_exist and config.bad_images == 'error' and not config.check_data)
 
 
@@ -79,7 +75,7 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
     train = train_classes = val = val_classes = multi_label = None
     if not config.eval:
         train, train_classes = build_dataset(True, config, device)
-        multi_label = splits.is_multi_label(label_source(train))
+        multi_label = subsets.is_multi_label(label_source(train))
     elif config.train_csv and config.val_csv:  # it says which classes there are
         listed, classes = read_manifest(True, config, device, must_exist=False)
         multi_label = listed.multi_label
@@ -87,7 +83,7 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
         train, val, val_classes = split_validation(train, config, device)
     elif locations.needs_validation(config):
         val, val_classes = build_dataset(False, config, device, train_classes or classes, multi_label)
-    if train is not None and val is not None and splits.is_multi_label(label_source(val)) != multi_label:
+    if train is not None and val is not None and subsets.is_multi_label(label_source(val)) != multi_label:
         raise UserError('--train_csv %s: it gives images several classes, and class folders give one; give --val_csv'
                         % escape_text(config.train_csv))
     if train_classes and val_classes and train_classes != val_classes:
@@ -122,14 +118,14 @@ def split_validation(train: Optional[ImageFolder], config: InputConfig, device: 
         train (ImageFolder): all images; None where only the validation part is wanted.
     """
     whole = train if train is not None else build_dataset(False, config, device)[0]
-    train_indices, val_indices = splits.split(whole.samples, config.val_split, config.seed)
+    train_indices, val_indices = subsets.split(whole.samples, config.val_split, config.seed)
     val = whole.subset(val_indices, **_reading(False, config)) if locations.needs_validation(config) else None
     return None if train is None else train.subset(train_indices), val, whole.classes
 
 
 def limit_samples(train: Any, config: DataConfig) -> Any:
     """At most --max_train_samples of the training set: the same ones in every epoch."""
-    indices = splits.subsample(label_source(train), config.max_train_samples, config.seed)
+    indices = subsets.subsample(label_source(train), config.max_train_samples, config.seed)
     if hasattr(train, 'subset'):
         return train.subset(indices)
     subset = torch.utils.data.Subset(train, indices.tolist())
@@ -156,12 +152,12 @@ def build_loaders(config: InputConfig, train: Any, val: Any, device: Optional[to
             config.num_workers, config.pin_mem, config.input_size, device))
 
     if train is not None:
-        sampler = EpochSampler(len(train), distributed.rank(), distributed.world_size(), config.seed)
+        sampler = EpochSampler(len(train), process_group.rank(), process_group.world_size(), config.seed)
         train_loader = PrefetchLoader(
             load(SeededSamples(train, config.seed, skips, erasing), batch_size=config.batch_size, drop_last=True,
                  sampler=sampler), device, evaluation.mean, evaluation.std, remode=config.remode)
     if val is not None:
-        shard = (distributed.rank(), distributed.world_size()) if config.dist_eval else (0, 1)
+        shard = (process_group.rank(), process_group.world_size()) if config.dist_eval else (0, 1)
         val_loader = PrefetchLoader(
             load(Samples(val, skips), batch_size=int(1.5 * config.batch_size),
                  sampler=OrderedDistributedSampler(len(val), *shard)), device, evaluation.mean, evaluation.std)

@@ -7,15 +7,15 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import torch
 
-import backend
-import distributed
-import precision
-import run_folder
-import scores
 import utils
-import watchdog
-from errors import UserError
-from pilot import StepMonitor, StepState
+from beit import log
+from beit.devices import accelerator, profiler
+from beit.distributed import collectives, process_group, watchdog
+from beit.errors import UserError
+from beit.files import run_folder
+from beit.training.loss_scaler import LossScaler
+from beit.training.metrics import Loss, Metric, TopAccuracy, log_line
+from beit.training.step_control import StepMonitor, StepState
 
 run_folder.register_output('prof')
 
@@ -44,7 +44,7 @@ class EpochSettings:
 
 def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: Iterable,
                     optimizer: torch.optim.Optimizer, device: torch.device, epoch: int,
-                    loss_scaler: Optional[precision.StepScaler] = None, *settings: Any,
+                    loss_scaler: Optional[LossScaler] = None, *settings: Any,
                     **named_settings: Any) -> Dict[str, float]:
     """Train for one epoch, or for the rest of one.
 
@@ -64,7 +64,7 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: It
     use = EpochSettings(*settings, **named_settings)
     model.train()
     monitor, update_freq = use.monitor or StepMonitor(), use.update_freq or 1
-    scaler = loss_scaler if loss_scaler is not None else precision.StepScaler()
+    scaler = loss_scaler if loss_scaler is not None else LossScaler()
     meters = training_meters()
     if use.state:
         meters.load_state(use.state['meters'])
@@ -81,7 +81,7 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: It
         return dict(meters=meters.state(), skipped_before=skipped_before)
 
     batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,
-                               'Epoch: [%d]' % epoch, utils.StepTimer(device, distributed.world_size(), use.throughput),
+                               'Epoch: [%d]' % epoch, utils.StepTimer(device, process_group.world_size(), use.throughput),
                                first_micro_step)
     optimizer.zero_grad()
     scaler.forget_overflow(device)
@@ -118,7 +118,7 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: It
             use.model_ema.update(scaler.full_precision_state(model), update.skipped)
         unread.append(update)
         must_read = monitor.finish_sync(update, device) or line_is_due
-        if must_read or backend.reads_freely(device) or update.skipped is True or len(unread) >= UNREAD_UPDATES:
+        if must_read or accelerator.is_synchronous(device) or update.skipped is True or len(unread) >= UNREAD_UPDATES:
             settle(unread, scaler, monitor, use.log_writer, device)
             unread, line_is_due = [], False
         monitor.after_step(update, epoch, micro_step // update_freq + 1, state, device)
@@ -145,11 +145,11 @@ def class_accuracy(output: torch.Tensor, targets: torch.Tensor) -> Optional[torc
 def average_over_processes(meters: utils.MetricLogger, device: torch.device) -> Dict[str, float]:
     meters.synchronize_between_processes(device)
     stats = meters.averages()
-    distributed.say('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()), detail=True)
+    log.log_main('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()), detail=True)
     return stats
 
 
-def settle(updates: List[StepState], scaler: precision.StepScaler, monitor: StepMonitor, log_writer: Any,
+def settle(updates: List[StepState], scaler: LossScaler, monitor: StepMonitor, log_writer: Any,
            device: torch.device) -> None:
     """Read from the device what became of these updates, in one copy, and report those that were skipped."""
     numbers = iter(utils.to_floats([number for update in updates for number in (update.grad_norm, update.skipped)]))
@@ -184,9 +184,9 @@ def rates(optimizer: torch.optim.Optimizer) -> Dict[str, float]:
     return dict(lr=max(lrs), min_lr=min(lrs), weight_decay=decays[-1] if decays else 0.)
 
 
-def report_skip(scaler: precision.StepScaler, update_step: int) -> None:
+def report_skip(scaler: LossScaler, update_step: int) -> None:
     what = 'gradients overflowed' if scaler.overflows else 'loss or gradients are not finite'
-    distributed.say('Update step %d skipped: its %s (loss scale now %g, %d skipped so far)'
+    log.log_main('Update step %d skipped: its %s (loss scale now %g, %d skipped so far)'
                     % (update_step, what, scaler.scale, scaler.skipped))
     if scaler.skipped_in_a_row >= SKIPS_IN_A_ROW:
         raise UserError('%d updates in a row had %s; lower --lr, %s' % (
@@ -208,7 +208,7 @@ def log_update(log_writer: Any, update: StepState) -> None:
 @torch.no_grad()
 def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device, sharded: bool = False,
              throughput: Optional[utils.Throughput] = None, stop_signal: Optional[Callable[[], int]] = None,
-             metrics: Optional[List[scores.Metric]] = None) -> Optional[Dict[str, Any]]:
+             metrics: Optional[List[Metric]] = None) -> Optional[Dict[str, Any]]:
     """Top-1, top-5 and loss over a validation set, or other `metrics`; every image is counted once.
 
     The figures are the same bits on any number of processes: a shorter batch is filled up, since kernels round
@@ -225,11 +225,11 @@ def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device
         evaluation off, on any of them.
     """
     model.eval()
-    metrics = [scores.TopAccuracy(), scores.Loss()] if metrics is None else metrics
-    sharded = sharded and distributed.world_size() > 1
+    metrics = [TopAccuracy(), Loss()] if metrics is None else metrics
+    sharded = sharded and process_group.world_size() > 1
     meters = utils.MetricLogger()
     meters.add_meter('loss', utils.SmoothedValue())  # first in the line, as in training
-    timer = utils.StepTimer(device, distributed.world_size() if sharded else 1, throughput)
+    timer = utils.StepTimer(device, process_group.world_size() if sharded else 1, throughput)
     seen, unreadable, stop = 0, [], 0
     for batch in meters.log_every(data_loader, len(data_loader), 10, 'Test:', timer):
         stop = stop_signal() if stop_signal else 0
@@ -244,16 +244,16 @@ def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device
         for metric in metrics:
             meters.update(len(images), **metric.update((images, targets) + tuple(batch[2:]), output) or {})
         seen += len(images)
-    watchdog.mark(watchdog.LAST, 2, '')
-    if stop_signal and distributed.any_process(stop, device):
+    watchdog.mark_item(watchdog.LAST, 2, '')
+    if stop_signal and collectives.any_process(stop, device):
         return None
-    parts = distributed.gather([seen, unreadable], device) if sharded else [[seen, unreadable]]
+    parts = collectives.all_gather_json([seen, unreadable], device) if sharded else [[seen, unreadable]]
     if not any(images for images, _ in parts):
         raise UserError('none of the validation images can be read; look at them with --check_data')
     stats = {}
     for metric in metrics:
         stats.update(metric.compute(sharded, device))
-    distributed.say('* ' + scores.log_line(stats), detail=True)
+    log.log_main('* ' + log_line(stats), detail=True)
     return dict(stats, unreadable=[tuple(pair) for _, pairs in parts for pair in pairs])
 
 
@@ -287,8 +287,8 @@ def profile(folder: str, device: torch.device, model: torch.nn.Module, data_load
                         num_training_steps_per_epoch=min(steps, len(data_loader) // update_freq), **training)
 
     train(warmup_updates)
-    with backend.profiler(device, folder, distributed.rank(), cann):
+    with profiler.profiler(device, folder, process_group.rank(), cann):
         train(updates)
-    distributed.say('Profile of %d updates: %s (%s)' % (
+    log.log_main('Profile of %d updates: %s (%s)' % (
         updates, folder, 'open it with MindStudio Insight' if cann else 'open trace_rank*.json at chrome://tracing '
                                                                         'or ui.perfetto.dev'))

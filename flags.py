@@ -7,21 +7,18 @@ import os
 import textwrap
 from typing import Any, Callable, Dict, FrozenSet, Iterator, Mapping, Optional, Sequence, Tuple, Type, TypeVar
 
-import attention_maps
-import augmentation
-import backend
-import checkpoint
-import criteria
-from cli import OneLineParser, add_bool_flag, bounded_number
-from config import InputConfig, MAX_INPUT_SIZE
-import distributed
-import locations
 import modeling_finetune
 import optim_factory
-import pretrained
-import scores
-import run_folder
-from errors import UserError, unknown_value_error
+from beit.checkpoint import discovery, pretrained
+from beit.cli import OneLineParser, add_bool_flag, bounded_number
+from beit.config import MAX_INPUT_SIZE, InputConfig
+from beit.data import locations, transforms
+from beit.devices import accelerator, half_precision, kernels, profiler
+from beit.distributed import process_group
+from beit.errors import UserError, unknown_value_error
+from beit.files import run_folder
+from beit.outputs import attention_maps
+from beit.training import losses, metrics
 
 TRAINING, PREDICT, EXPORT, AVERAGE = PROGRAMS = (
     'run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py')
@@ -252,11 +249,11 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('aa', 'rand-m9-mstd0.5-inc1', 'AutoAugment policy or none'),
         Flag('hflip', 0.5, 'share of images that are mirrored', type=share),
         Flag('loss', 'auto', 'ce, bce (a binary one for each class); auto: bce for many labels',
-             choices=criteria.LOSSES),
+             choices=losses.LOSSES),
         Flag('class_weights', '', 'balanced: rare ones weigh more; or a CSV or JSON file', shown='all the same'),
         Flag('smoothing', 0.1, 'label smoothing', type=below_one, synonyms='label_smoothing'),
         Flag('train_interpolation', 'bicubic', 'of random crops: random, bilinear, bicubic, lanczos',
-             choices=augmentation.INTERPOLATIONS),
+             choices=transforms.INTERPOLATIONS),
         Flag('crop_pct', None, 'share of the resized image to evaluate', shown='224/256; from 384 pixels on 1.0',
              type=bounded_number(float, 0, 1, above=True),
              also={PREDICT: dict(group=UNLABELLED, help='share of the resized image that is cropped',
@@ -287,11 +284,11 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('amp', False, 'mixed precision, by apex where it is installed, else by PyTorch',
              synonyms='fp16 bf16 mixed_precision',
              also={PREDICT: dict(group='run', help='mixed precision, as in evaluation')}),
-        Flag('opt_level', 'O2', 'O0 float32; O1 autocast; O2 half weights, float32 masters', choices=backend.OPT_LEVELS,
+        Flag('opt_level', 'O2', 'O0 float32; O1 autocast; O2 half weights, float32 masters', choices=half_precision.OPT_LEVELS,
              metavar='O0|O1|O2',
              also={PREDICT: dict(group='run', help='O0 float32, O1 autocast, O2 half-precision weights',
                                  aliases=('opt-level',))}),
-        Flag('amp_dtype', None, 'float16, bfloat16', shown='float16; on a CPU bfloat16', choices=backend.AMP_DTYPES,
+        Flag('amp_dtype', None, 'float16, bfloat16', shown='float16; on a CPU bfloat16', choices=half_precision.AMP_DTYPES,
              also={PREDICT: dict(group='run')}),
         Flag('loss_scale', None, 'a number, or dynamic', shown='128 for float16, else 1', type=loss_scale),
     ),
@@ -307,10 +304,10 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('imagenet_default_mean_and_std', False, 'ImageNet\'s mean and deviation instead of 0.5'),
         Flag('data_set', 'IMNET', 'IMNET (train/, val/), image_folder (class folders), CIFAR (100)'),
         Flag('data_backend', 'exact', 'exact, the reference\'s pixels; fast, by torchvision, nearly so',
-             choices=augmentation.BACKENDS,
+             choices=transforms.BACKENDS,
              also={PREDICT: dict(group='run',
                                  help='exact, or fast: JPEG files by torchvision, pixels differ a little')}),
-        Flag('eval_data_backend', 'exact', 'the same of evaluation: exact, fast', choices=augmentation.BACKENDS),
+        Flag('eval_data_backend', 'exact', 'the same of evaluation: exact, fast', choices=transforms.BACKENDS),
         Flag('bad_images', 'error', 'a file that cannot be read: error, or skip: leave out and list it',
              choices=('error', 'skip'),
              also={PREDICT: dict(group='what',
@@ -405,11 +402,11 @@ def check_model(args: argparse.Namespace) -> None:
 
 
 def check_augmentation(args: argparse.Namespace) -> None:
-    augmentation.check_policy(args.aa)
-    augmentation.check_backend(args)
+    transforms.check_policy(args.aa)
+    transforms.check_backend(args)
     if args.resplit:
         raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
-    if augmentation.uses_mixup(args) and args.batch_size % 2 and not args.eval:
+    if transforms.uses_mixup(args) and args.batch_size % 2 and not args.eval:
         raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
     for flag in ('mixup', 'cutmix'):
         if 0 < getattr(args, flag) < 1e-6:  # NumPy's beta distribution gives no number there
@@ -417,7 +414,7 @@ def check_augmentation(args: argparse.Namespace) -> None:
     if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         raise UserError('--cutmix_minmax %g %g: the first must be below the second' % tuple(args.cutmix_minmax))
     if args.class_weights and not args.eval:
-        criteria.check_weights(args.class_weights)
+        losses.check_weights(args.class_weights)
 
 
 def check_schedule(args: argparse.Namespace) -> None:
@@ -434,20 +431,20 @@ def check_schedule(args: argparse.Namespace) -> None:
 
 def check_compute(args: argparse.Namespace) -> None:
     """The device, and what it can do."""
-    _, processes, local_rank = distributed.launch_environment(args)
+    _, processes, local_rank = process_group.launch_environment(args)
     if args.world_size > 1 and processes == 1:
         raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
                         '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))
     # Too few devices are an error of all processes of a machine, so that none waits for one that cannot come.
     highest = os.environ.get('LOCAL_WORLD_SIZE', '1')
-    device = backend.find_device(
+    device = accelerator.find_device(
         args.device, max(local_rank, int(highest) - 1) if highest.isdigit() else local_rank, processes)
     if device.type == 'cpu':
-        backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
+        half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     if args.cann_prof:
-        backend.check_cann_profiler()
+        profiler.check_cann_profiler()
     if args.compile:
-        backend.check_compile(device)
+        kernels.check_compile(device)
         if args.skip_dropped == 'on':
             raise UserError('--skip_dropped on: it changes shapes from step to step, and --compile needs one; leave '
                             'one of them out')
@@ -480,7 +477,7 @@ def check_evaluation(args: argparse.Namespace) -> None:
         if getattr(args, flag) and not args.eval:
             raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
     if args.results_file:
-        scores.check_results_file(args.results_file)
+        metrics.check_results_file(args.results_file)
         run_folder.check_writable('--results_file', os.path.dirname(args.results_file))
     if args.real_labels and not os.path.isfile(args.real_labels):
         raise UserError('--real_labels %s: no such file' % args.real_labels)
@@ -493,7 +490,7 @@ def check_weights(args: argparse.Namespace) -> None:
     if not args.eval:
         pretrained.check_finetune(args.finetune)
     if args.resume:
-        checkpoint.candidates(args.resume)
+        discovery.candidates(args.resume)
 
 
 def check_outputs(args: argparse.Namespace) -> None:

@@ -11,9 +11,8 @@ import numpy as np
 import timm.optim
 import torch
 
-import backend
-from errors import UserError, unknown_value_error
-
+from beit.devices import accelerator, kernels
+from beit.errors import UserError, unknown_value_error
 
 # ---- parameter groups
 
@@ -70,7 +69,7 @@ def _timm(*names, **fixed):
 
 
 def _fused(name, **fixed):
-    return lambda under_apex: (backend.fused_optimizer(name, under_apex), fixed)
+    return lambda under_apex: (kernels.fused_optimizer(name, under_apex), fixed)
 
 
 # Name to a function of `under_apex` that gives (class, fixed arguments). 'momentum' stands for the flag of that name.
@@ -133,7 +132,7 @@ def create_optimizer(model, opt='adamw', lr=5e-4, weight_decay=0.05, layer_decay
         UserError: see `optimizer_class`; or `opt_betas` for an optimizer without betas.
     """
     cls, fixed, lookahead = optimizer_class(opt, under_apex)
-    cls = backend.mended_optimizer(cls)
+    cls = kernels.patched_optimizer(cls)
     if lookahead and under_apex and 'fused' in opt.lower():
         raise UserError('--opt %s: apex works on the fused optimizer itself, which lookahead hides; use --opt %s or '
                         'lookahead_adamw' % (opt, opt.lower().replace('lookahead_', '')))
@@ -150,7 +149,7 @@ def create_optimizer(model, opt='adamw', lr=5e-4, weight_decay=0.05, layer_decay
         settings.pop('eps')  # it has two, and finds its own
     settings.update(fixed)
     settings = {name: value for name, value in settings.items() if name in accepted}
-    optimizer = cls(groups, **settings) if under_apex else backend.build_optimizer(cls, groups, **settings)
+    optimizer = cls(groups, **settings) if under_apex else kernels.build_optimizer(cls, groups, **settings)
     return timm.optim.Lookahead(optimizer) if lookahead else optimizer
 
 
@@ -159,7 +158,7 @@ def complete_momenta(optimizer):
 
     PyTorch's fused kernel takes groups of which all or none have begun.
     """
-    inner = backend.base_optimizer(optimizer)
+    inner = accelerator.base_optimizer(optimizer)
     for group in inner.param_groups if isinstance(inner, torch.optim.SGD) else ():
         begun = [inner.state.get(parameter, {}).get('momentum_buffer') is not None for parameter in group['params']]
         for parameter, has_momentum in zip(group['params'], begun):

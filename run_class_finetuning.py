@@ -10,7 +10,7 @@ The scripts in test/ call this with the published hyper-parameters. BEiT base fi
 """
 
 if __name__ == '__main__':
-    import errors
+    from beit import errors
     errors.quiet_interrupt()
 
 import dataclasses
@@ -22,37 +22,41 @@ import sys
 import time
 from typing import Any, List, Optional
 
-from image_dataset import ImageDataset, label_source
-from cli import exit_process, exit_with_error, run_with_error_report
 import torch
 
-import backend  # first: it sets how torch loads its devices
-import attention
-import augmentation
-import bad_images
-import checkpoint
-import criteria
 import datasets
-import distributed
 import engine_for_finetuning as engine
 import optim_factory
-import precision
-import preemption
-import pretrained
-import progress as watching
-import run_folder
-import scores
-import splits
 import utils
-import watchdog
-from config import MixupConfig, ModelConfig, OutputConfig, TransformConfig
-from criteria import build_criterion
-from errors import UserError, escape_text
+from beit import errors, log
+from beit.checkpoint import discovery, pretrained, training_state
+from beit.checkpoint.inference_model import build_model
+from beit.cli import exit_process, exit_with_error, run_with_error_report
+from beit.config import MixupConfig, ModelConfig, OutputConfig, TransformConfig
+from beit.data import subsets, transforms
+from beit.data import unreadable as unreadable_
+from beit.data.image_dataset import ImageDataset, label_source
+from beit.data.unreadable import LIST, BadImages
+from beit.devices import accelerator, half_precision, kernels
+from beit.distributed import collectives, preemption, process_group, watchdog
+from beit.errors import UserError, escape_text
+from beit.files import run_folder
+from beit.outputs.report import Report, augmented_samples
+from beit.training import fused_attention, loss_scaler, losses
+from beit.training.losses import build_criterion
+from beit.training.metrics import (
+    best_figures,
+    build_metrics,
+    check_metrics,
+    logged,
+    plotted,
+    primary_metric,
+    primary_percent,
+    summary_figures,
+    write_results,
+)
+from beit.training.step_control import CheckpointMonitor
 from flags import build_parser, check_args, config_from, without_effect
-from networks import build_model
-from pilot import CheckpointMonitor
-from report import Report, augmented_samples
-
 
 PROGRAM = 'run_class_finetuning.py'
 RNG_VERSION = 2  # another number whenever the same seed gives a run other random numbers than before
@@ -71,7 +75,7 @@ class Data:
 
     @property
     def multi_label(self) -> bool:
-        return splits.is_multi_label(label_source(self.train_set))
+        return subsets.is_multi_label(label_source(self.train_set))
 
 
 @dataclasses.dataclass
@@ -79,11 +83,11 @@ class Learner:
     """What a run trains or evaluates, and how that computes."""
     model: torch.nn.Module  # in DistributedDataParallel where it trains with other processes
     optimizer: Optional[torch.optim.Optimizer]
-    scaler: precision.StepScaler
+    scaler: loss_scaler.LossScaler
     ema: Optional[utils.ModelEma]
     device: torch.device
     dtype: Optional[torch.dtype]  # of half precision; None is float32
-    attention: str  # for people
+    fused_attention: str  # for people
 
 
 def main(args, signals):
@@ -92,7 +96,7 @@ def main(args, signals):
         check_data(args)
         return
     device = start(args)
-    dtype = backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
+    dtype = half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     utils.seed_everything(args.seed)
     output = config_from(args, OutputConfig, flags=dict(vars(args)))
 
@@ -106,9 +110,9 @@ def main(args, signals):
 
     source, run_state = resume(args, output, data, learner)
     describe(args, data, learner, source)
-    goes_on = source and checkpoint.is_inside(source, args.output_dir)
+    goes_on = source and discovery.is_inside(source, args.output_dir)
     run_folder.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
-    update_freezing(args, backend.unwrap(learner.model), run_state.epoch)
+    update_freezing(args, accelerator.unwrap(learner.model), run_state.epoch)
 
     training = build_training(args, data, learner)
     distribute(learner)
@@ -126,24 +130,24 @@ def main(args, signals):
 def start(args):
     """The device of this process, which has met the others."""
     if args.deterministic:
-        backend.prepare_determinism()
-    device = distributed.init_distributed_mode(args)
-    watchdog.start(distributed.meeting_store(), args.dist_timeout)
-    watching.watch()
-    backend.set_compile_mode(device, args.jit_compile)
+        accelerator.prepare_determinism()
+    device = process_group.init_distributed_mode(args)
+    watchdog.start(process_group.rendezvous_store(), args.dist_timeout)
+    log.start_display()
+    accelerator.set_compile_mode(device, args.jit_compile)
     if args.deterministic:
-        backend.make_deterministic(device)
+        accelerator.make_deterministic(device)
     return device
 
 
 def check_data(args):
     """Decode every image; a `UserError` says how many cannot be."""
-    if distributed.launch_environment(args)[0] != 0:  # the others would decode the same
+    if process_group.launch_environment(args)[0] != 0:  # the others would decode the same
         return
     train_set, val_set, _ = datasets.build_datasets(args)
-    damaged = bad_images.check_data((train_set, val_set), args.num_workers, args.output_dir)
+    damaged = unreadable_.check_data((train_set, val_set), args.num_workers, args.output_dir)
     if damaged:
-        place = ', listed in %s' % os.path.join(args.output_dir, bad_images.LIST) if args.output_dir else ''
+        place = ', listed in %s' % os.path.join(args.output_dir, LIST) if args.output_dir else ''
         raise UserError('--check_data: %d image%s cannot be read%s; mend or remove what is listed, or leave it out '
                         'with --bad_images skip, and a --max_bad_images above its share'
                         % (damaged, 's' if damaged > 1 else '', place))
@@ -154,7 +158,7 @@ def prepare_data(args, output, device):
     train_set, val_set, classes = datasets.build_datasets(args, device, known_classes(args, output, device))
     if val_set is not None:
         datasets.check_fits(val_set)
-        scores.check_metrics(val_set, args.results_file, args.real_labels, args.data_set)
+        check_metrics(val_set, args.results_file, args.real_labels, args.data_set)
     weights = choose_class_weights(args, train_set, classes)
     steps_per_epoch = None if args.eval else count_steps(args, len(train_set))
     return Data(train_set, val_set, classes, weights, steps_per_epoch,
@@ -165,7 +169,7 @@ def known_classes(args, output, device):
     """The class names in the checkpoint to evaluate, where no folder and no --train_csv tells them; or None."""
     if not (args.eval and args.val_csv and args.resume) or args.train_csv:
         return None
-    content = checkpoint.load_agreed(args.resume, output, device, for_evaluation=True)[1]
+    content = discovery.load_agreed(args.resume, output, device, for_evaluation=True)[1]
     names = content.get('classes') if isinstance(content, dict) else None
     return names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None
 
@@ -174,19 +178,19 @@ def choose_class_weights(args, train_set, classes):
     """What each class weighs in the loss, float32 (classes,), said to people; or None."""
     if args.eval or not args.class_weights:
         return None
-    counts = splits.class_counts(label_source(train_set), len(classes))
-    weights = criteria.class_weights(args.class_weights, classes, counts)
-    distributed.say(criteria.describe_weights(weights, classes))
+    counts = subsets.class_counts(label_source(train_set), len(classes))
+    weights = losses.class_weights(args.class_weights, classes, counts)
+    log.log_main(losses.describe_weights(weights, classes))
     return weights
 
 
 def count_steps(args, images):
     """Update steps per epoch. Raises `UserError` where an epoch has none or the warm-up outlasts the run."""
-    total_batch = args.batch_size * args.update_freq * distributed.world_size()
+    total_batch = args.batch_size * args.update_freq * process_group.world_size()
     if images < total_batch:
         raise UserError('--batch_size %d x %d processes x --update_freq %d = %d images an update, more than the %d of '
                         'the training set; lower one of them'
-                        % (args.batch_size, distributed.world_size(), args.update_freq, total_batch, images))
+                        % (args.batch_size, process_group.world_size(), args.update_freq, total_batch, images))
     steps = images // total_batch
     if args.warmup_steps > steps * args.epochs:
         raise UserError('--warmup_steps %d is longer than the run of %d steps; lower it'
@@ -200,14 +204,14 @@ def build_learner(args, nb_classes, device, dtype):
     if args.finetune:
         pretrained.load_pretrained(model, args.finetune, args.model_key, args.model_prefix)
     model.to(device)
-    optimizer = None if args.eval else build_optimizer(args, model, backend.apex_amp(device, dtype) is not None)
+    optimizer = None if args.eval else build_optimizer(args, model, half_precision.apex_amp(device, dtype) is not None)
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
         if args.model_ema else None
-    model, scaler = precision.initialize_amp(model, optimizer, device, dtype, args.opt_level, args.loss_scale)
-    chosen = attention.choose_attention(
-        backend.unwrap(model), device, 'plain' if args.deterministic and args.attention == 'auto' else args.attention,
+    model, scaler = loss_scaler.initialize_amp(model, optimizer, device, dtype, args.opt_level, args.loss_scale)
+    chosen = fused_attention.choose_attention(
+        accelerator.unwrap(model), device, 'plain' if args.deterministic and args.attention == 'auto' else args.attention,
         dtype, args.batch_size)
-    configure_speed(args, backend.unwrap(model), device)
+    configure_speed(args, accelerator.unwrap(model), device)
     return Learner(model, optimizer, scaler, ema, device, dtype, chosen)
 
 
@@ -227,7 +231,7 @@ def configure_speed(args, model, device):
         block.skips_dropped = args.skip_dropped == 'on' or (
             args.skip_dropped == 'auto' and device.type == 'cpu' and not args.compile)
     if args.compile:
-        backend.compile_in_place(model)
+        kernels.compile_in_place(model)
 
 
 def build_report(args, output, data, learner):
@@ -235,7 +239,7 @@ def build_report(args, output, data, learner):
         'model': args.model, 'parameters': count_parameters(learner.model), 'input_size': args.input_size,
         'classes': len(data.classes), 'training_images': None if data.train_set is None else len(data.train_set),
         'validation_images': None if data.val_set is None else len(data.val_set), 'device': str(learner.device),
-        'device_name': backend.device_name(learner.device), 'processes': distributed.world_size(),
+        'device_name': accelerator.device_name(learner.device), 'processes': process_group.world_size(),
         'precision': learner.scaler.description}
     samples = functools.partial(augmented_samples, data.train_set, data.classes, config_from(args, TransformConfig),
                                 config_from(args, MixupConfig), args.seed)
@@ -244,10 +248,10 @@ def build_report(args, output, data, learner):
 
 def describe(args, data, learner, source=''):
     """Say at the start what this run is."""
-    distributed.say('Flags: %s' % escape_text(' '.join('--%s=%s' % item for item in sorted(vars(args).items())
+    log.log_main('Flags: %s' % escape_text(' '.join('--%s=%s' % item for item in sorted(vars(args).items())
                                                        if item[1] is not None)), detail=True)
-    processes, unused_npu = distributed.world_size(), backend.npu_passed_over(args.device, learner.device)
-    rows = [('Device', '%s, %s, %d process%s' % (learner.device, backend.device_name(learner.device), processes,
+    processes, unused_npu = process_group.world_size(), accelerator.npu_unused_reason(args.device, learner.device)
+    rows = [('Device', '%s, %s, %d process%s' % (learner.device, accelerator.device_name(learner.device), processes,
                                                  'es' if processes > 1 else ''))]
     if unused_npu:
         rows.append(('', unused_npu.rstrip()))
@@ -270,7 +274,7 @@ def describe(args, data, learner, source=''):
                                                                            escape_text(args.output_dir))
                      if args.output_dir and args.save_ckpt else 'none'))
         rows.append(('Resumed', escape_text(source) if source else 'nothing, training starts'))
-    distributed.say_table(rows)
+    log.log_table(rows)
 
 
 def shorten_names(names, most=6):
@@ -284,24 +288,24 @@ def count_parameters(model):
 
 def resume(args, output, data, learner):
     """(checkpoint that was resumed or '', checkpoint.RunState), alike on every process."""
-    total_batch = args.batch_size * args.update_freq * distributed.world_size()
-    run = dict(processes=distributed.world_size(), images=len(data.train_set), device=learner.device.type,
+    total_batch = args.batch_size * args.update_freq * process_group.world_size()
+    run = dict(processes=process_group.world_size(), images=len(data.train_set), device=learner.device.type,
                random_numbers=RNG_VERSION, total_batch=total_batch)
     if data.class_weights is not None:
-        run['class_weights'] = criteria.fingerprint(data.class_weights)
-    source, content = checkpoint.load_agreed(args.resume, output, learner.device)
+        run['class_weights'] = losses.fingerprint(data.class_weights)
+    source, content = discovery.load_agreed(args.resume, output, learner.device)
     if content is None:
-        return source, checkpoint.RunState(args.start_epoch, run=run)
-    checkpoint.check_same_split(source, content, args.val_split, args.seed)
-    run_state = checkpoint.resume_training(source, content, learner.model, learner.optimizer, learner.scaler,
+        return source, training_state.RunState(args.start_epoch, run=run)
+    training_state.check_same_split(source, content, args.val_split, args.seed)
+    run_state = training_state.resume_training(source, content, learner.model, learner.optimizer, learner.scaler,
                                            learner.ema)
-    changes = checkpoint.resume_differences(content, vars(args), run, without_effect())
+    changes = training_state.resume_differences(content, vars(args), run, without_effect())
     if run_state.steps and run_state.run.get('total_batch') != total_batch:
         raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; make '
                         '--batch_size x --update_freq x processes the same, or resume the checkpoint of a whole epoch'
                         % (source, run_state.run.get('total_batch'), total_batch))
     same_order = not any(change.startswith(('--seed ', 'images: ', 'total_batch: ')) for change in changes)
-    distributed.say('Goes on exactly as if it had not been stopped' if not changes else
+    log.log_main('Goes on exactly as if it had not been stopped' if not changes else
                     'Goes on in %s order of the data, %s not with the same numbers as without a stop: %s' % (
                         'the same' if same_order else 'another', 'but' if same_order else 'and', '; '.join(changes)))
     run_state.run = run
@@ -318,7 +322,7 @@ def update_freezing(args, model, epoch):
     if freeze == model.backbone_frozen:
         return False
     model.freeze_backbone(freeze)
-    distributed.say('%s, %d of %d parameters' % (
+    log.log_main('%s, %d of %d parameters' % (
         'Training the head alone' if freeze else 'Training the whole model', count_parameters(model),
         sum(parameter.numel() for parameter in model.parameters())))
     return True
@@ -326,7 +330,7 @@ def update_freezing(args, model, epoch):
 
 def build_training(args, data, learner):
     """The arguments of `engine.train_one_epoch` that are the same in every epoch."""
-    mixup = augmentation.build_mixup(config_from(args, MixupConfig), len(data.classes))
+    mixup = transforms.build_mixup(config_from(args, MixupConfig), len(data.classes))
     weights = None if data.class_weights is None else data.class_weights.to(learner.device)
     criterion = build_criterion(args, mixup, weights, data.multi_label)
     lr_values, wd_values = build_schedules(args, data.steps_per_epoch)
@@ -347,13 +351,13 @@ def build_schedules(args, steps_per_epoch):
 
 def distribute(learner):
     """Where there are several processes, put the model into DistributedDataParallel, which records what trains."""
-    if distributed.world_size() > 1:
-        learner.model = backend.distributed_model(learner.model, learner.device)
+    if process_group.world_size() > 1:
+        learner.model = accelerator.wrap_ddp(learner.model, learner.device)
 
 
 def unfreeze_when_due(args, learner, epoch):
     """Before an epoch: rebuild DistributedDataParallel and the optimizer's state where the backbone begins to train."""
-    if update_freezing(args, backend.unwrap(learner.model), epoch) and distributed.world_size() > 1:
+    if update_freezing(args, accelerator.unwrap(learner.model), epoch) and process_group.world_size() > 1:
         learner.model = learner.model.module
         gc.collect()  # with the old DistributedDataParallel its hooks go
         distribute(learner)
@@ -363,9 +367,9 @@ def unfreeze_when_due(args, learner, epoch):
 
 def build_monitor(args, output, signals, run_state, data, learner):
     """What acts between two updates: signals, checkpoints, unreadable images, losses that are not finite."""
-    parts = dict(model=backend.unwrap(learner.model), optimizer=learner.optimizer, scaler=learner.scaler,
-                 ema=learner.ema, classes=data.classes, activation=criteria.activation(args, data.multi_label))
-    unreadable = bad_images.BadImages(args.output_dir, args.max_bad_images)
+    parts = dict(model=accelerator.unwrap(learner.model), optimizer=learner.optimizer, scaler=learner.scaler,
+                 ema=learner.ema, classes=data.classes, activation=losses.activation(args, data.multi_label))
+    unreadable = BadImages(args.output_dir, args.max_bad_images)
     return CheckpointMonitor(output, signals, run_state, unreadable, data.train_set, parts, args.on_nonfinite)
 
 
@@ -374,24 +378,24 @@ def build_monitor(args, output, signals, run_state, data, learner):
 def evaluate_only(args, output, data, learner, report):
     started, source, epoch, device = time.time(), args.finetune, 0, learner.device
     if args.resume:
-        source, content = checkpoint.load_agreed(args.resume, output, device, for_evaluation=True)
-        distributed.say('Evaluating %s' % escape_text(source))
-        checkpoint.check_same_split(source, content, args.val_split, args.seed)
-        checkpoint.load_weights(source, content, learner.model, learner.scaler, learner.ema)
-        epoch = checkpoint.last_epoch(content)
+        source, content = discovery.load_agreed(args.resume, output, device, for_evaluation=True)
+        log.log_main('Evaluating %s' % escape_text(source))
+        training_state.check_same_split(source, content, args.val_split, args.seed)
+        training_state.load_weights(source, content, learner.model, learner.scaler, learner.ema)
+        epoch = discovery.last_epoch(content)
         if learner.ema is not None and not content.get('model_ema'):
-            distributed.say('%s holds no averaged weights (it was trained without --model_ema)' % escape_text(source))
+            log.log_main('%s holds no averaged weights (it was trained without --model_ema)' % escape_text(source))
             learner.ema = None
-    unreadable = bad_images.BadImages(args.output_dir, args.max_bad_images)
+    unreadable = BadImages(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
     stats, ema_stats = evaluate_all(args, data, learner, unreadable, throughput, predictions=report.predictions())
-    if args.results_file and distributed.is_main_process():
-        scores.write_results(args.results_file, [
+    if args.results_file and process_group.is_main_process():
+        write_results(args.results_file, [
             results_row(args, source, weights, learner.model, each)
             for weights, each in (('model', stats), ('model_ema', ema_stats)) if each is not None])
-    figures = scores.summary_figures(stats)
+    figures = summary_figures(stats)
     print_result(throughput, figures)
-    if args.log_dir and distributed.is_main_process():
+    if args.log_dir and process_group.is_main_process():
         writer = utils.TensorboardLogger(os.path.join(args.log_dir, 'eval'))  # not among the training's own figures
         record_scores(writer, epoch, stats, ema_stats)
         report.draw_confusions(writer, epoch)
@@ -409,10 +413,10 @@ def evaluate_all(args, data, learner, unreadable, throughput=None, stop_signal=N
         stop_signal (function): gives the number of a signal that asks to stop; None outside of training.
         predictions (predictions.Predictions): filled by the model itself.
     """
-    sharded = args.dist_eval and distributed.world_size() > 1
+    sharded = args.dist_eval and process_group.world_size() > 1
 
     def evaluate(name, network, throughput=None, predictions=None):
-        metrics = scores.build_metrics(data.val_set, args.results_file, args.real_labels, args.data_set)
+        metrics = build_metrics(data.val_set, args.results_file, args.real_labels, args.data_set)
         stats = engine.evaluate(
             data.val_loader, engine.WithMirrorImage(network) if args.test_flip else network, learner.device, sharded,
             throughput, stop_signal, metrics + ([predictions] if predictions is not None else []))
@@ -420,19 +424,19 @@ def evaluate_all(args, data, learner, unreadable, throughput=None, stop_signal=N
             left_out = stats.pop('unreadable')
             if left_out:
                 unreadable.report(left_out, len(data.val_set), 'validation')
-            figure = scores.primary_metric(stats)
-            distributed.say('%s of the %s on the %d test images: %.3f%s%s' % (
+            figure = primary_metric(stats)
+            log.log_main('%s of the %s on the %d test images: %.3f%s%s' % (
                 figure.title, name, stats['images'], stats[figure.name], figure.unit,
                 ' (%d more could not be read and are not counted)' % len(set(left_out)) if left_out else ''),
                 detail=stop_signal is not None)  # in training, the epoch's own line has it
             for message in filter(None, (metric.message(stats) for metric in metrics)):
-                distributed.say(message)
+                log.log_main(message)
         return stats
 
     stats, ema_stats = evaluate('network', learner.model, throughput, predictions), None
     if learner.ema is not None and stats is not None:
         ema, device = learner.ema.ema, learner.device
-        ema_stats = evaluate('averaged network (EMA)', precision.autocast_for_evaluation(
+        ema_stats = evaluate('averaged network (EMA)', loss_scaler.autocast_for_evaluation(
             ema.to(device), device, learner.dtype, args.opt_level))
         ema.to('cpu' if args.model_ema_force_cpu else device)
         stats = stats if ema_stats is not None else None
@@ -441,7 +445,7 @@ def evaluate_all(args, data, learner, unreadable, throughput=None, stop_signal=N
 
 def results_row(args, source, weights, model, stats):
     """What --results_file says about one evaluation: the figures, and all that they depend on."""
-    prepared = augmentation.preprocessing(config_from(args, TransformConfig))
+    prepared = transforms.preprocessing(config_from(args, TransformConfig))
     row = {'model': args.model, 'checkpoint': escape_text(source), 'weights': weights}
     row.update((name, value) for name, value in stats.items() if name != 'classes')
     row.update(param_count=count_parameters(model), img_size=args.input_size, crop_pct=prepared['crop_pct'],
@@ -452,7 +456,7 @@ def results_row(args, source, weights, model, stats):
 def print_result(throughput, figures):
     """The line that the scripts in test/ read. A figure that is missing is n/a, mAP left out."""
     accuracy, loss, average_precision = (figures.get(name) for name in ('accuracy', 'loss', 'mAP'))
-    distributed.say('Result: images_per_second %.2f step_milliseconds %.3f accuracy %s loss %s%s' % (
+    log.log_main('Result: images_per_second %.2f step_milliseconds %.3f accuracy %s loss %s%s' % (
         throughput.images_per_second, throughput.step_milliseconds,
         'n/a' if accuracy is None else '%.3f' % accuracy, 'n/a' if loss is None else '%.4f' % loss,
         '' if average_precision is None else ' mAP %.3f' % average_precision))
@@ -474,7 +478,7 @@ def train(args, training, data, learner, monitor, report):
     The line in log.txt comes before the checkpoint: where a kill falls between them, the resumed run writes it again.
     """
     started, throughput, state, train_stats = time.time(), utils.Throughput(), monitor.run_state, {}
-    writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and distributed.is_main_process() else None
+    writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and process_group.is_main_process() else None
     step_limit = min(args.maxstep or args.epochs * data.steps_per_epoch, args.epochs * data.steps_per_epoch)
     first = epochs = state.epoch  # epochs: that something was done of
     report.begin(writer)
@@ -491,7 +495,7 @@ def train(args, training, data, learner, monitor, report):
             model=learner.model, device=learner.device, epoch=epoch, log_writer=writer,
             start_steps=epoch * data.steps_per_epoch, first_step=state.steps, num_training_steps_per_epoch=steps,
             throughput=throughput, monitor=monitor,
-            state=state.meters_of(distributed.rank(), distributed.world_size()), **training)
+            state=state.meters_of(process_group.rank(), process_group.world_size()), **training)
 
         test_stats = ema_stats = None
         if data.val_loader is not None and (is_due or is_last):
@@ -504,9 +508,9 @@ def train(args, training, data, learner, monitor, report):
             state.stale += 1
         state.stale = 0 if improved else state.stale
         record(args, writer, epoch, learner.model, train_stats, test_stats, ema_stats)
-        watching.epoch(epoch, args.epochs, train_stats, scores.primary_percent(test_stats, state.best),
+        log.log_epoch(epoch, args.epochs, train_stats, primary_percent(test_stats, state.best),
                        throughput.images_per_second, time.time() - begun)
-        report.after_epoch(writer, epoch, checkpoint.BEST in improved)
+        report.after_epoch(writer, epoch, discovery.BEST in improved)
         if not is_whole:  # --maxstep, in mid-epoch
             monitor.save(epoch, steps, monitor.epoch_state, learner.device)
             monitor.save_epoch(improved, numbered=False)
@@ -523,14 +527,14 @@ def finish(args, learner, monitor, report, throughput, train_stats, first, epoch
     """Say how the training ended, and write what people look at. `epochs`: something was done of so many."""
     state = monitor.run_state
     if throughput.steps:
-        distributed.say('Speed: %s' % throughput.bottleneck())
-    distributed.say('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
+        log.log_main('Speed: %s' % throughput.bottleneck())
+    log.log_main('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
     if should_stop_early(args, state, learner.device):
-        distributed.say('Stopped early: no new best in %d evaluation%s (--early_stop %d)'
+        log.log_main('Stopped early: no new best in %d evaluation%s (--early_stop %d)'
                         % (state.stale, 's' if state.stale > 1 else '', args.early_stop))
-    figures = dict(scores.best_figures(state.best), loss=train_stats.get('loss'))
+    figures = dict(best_figures(state.best), loss=train_stats.get('loss'))
     if first >= args.epochs:
-        distributed.say('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
+        log.log_main('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
         if report.is_complete():
             return  # else it was killed between its last checkpoint and its summary
     else:
@@ -541,33 +545,33 @@ def finish(args, learner, monitor, report, throughput, train_stats, first, epoch
 
 def should_stop_early(args, run_state, device):
     """Whether --early_stop ends the run. The first process decides: the others' figures may round otherwise."""
-    return args.early_stop > 0 and distributed.any_process(
-        distributed.is_main_process() and run_state.stale >= args.early_stop, device)
+    return args.early_stop > 0 and collectives.any_process(
+        process_group.is_main_process() and run_state.stale >= args.early_stop, device)
 
 
 def update_best(best, test_stats, ema_stats):
     """Update the best figures; gives the checkpoint names that are new bests."""
     improved = []
-    for prefix, stats, file_name in (('', test_stats, checkpoint.BEST), ('ema_', ema_stats, checkpoint.BEST_EMA)):
+    for prefix, stats, file_name in (('', test_stats, discovery.BEST), ('ema_', ema_stats, discovery.BEST_EMA)):
         if stats is not None:
-            figure = scores.primary_metric(stats)
+            figure = primary_metric(stats)
             if stats[figure.name] > best.get(prefix + figure.summary, -1.):
                 best[prefix + figure.summary] = stats[figure.name]
                 improved.append(file_name)
     if test_stats is not None:
-        name = scores.primary_metric(test_stats).summary
+        name = primary_metric(test_stats).summary
         average = '' if ema_stats is None else ', of the average: %.3f%%' % best.get('ema_' + name, float('nan'))
-        distributed.say('Max %s: %.3f%%%s' % (name, best.get(name, float('nan')), average), detail=True)
+        log.log_main('Max %s: %.3f%%%s' % (name, best.get(name, float('nan')), average), detail=True)
     return improved
 
 
 def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
     """One JSON line in log.txt, and the epoch's scalars to TensorBoard."""
-    if not distributed.is_main_process():
+    if not process_group.is_main_process():
         return
     stats = {'train_' + name: value for name, value in train_stats.items()}
     for prefix, evaluated in (('test_', test_stats), ('test_ema_', ema_stats)):
-        stats.update({prefix + name: value for name, value in scores.logged(evaluated or {}).items()})
+        stats.update({prefix + name: value for name, value in logged(evaluated or {}).items()})
     if args.output_dir:
         run_folder.append_log(args.output_dir, dict(stats, epoch=epoch, n_parameters=count_parameters(model)))
     if writer is not None:
@@ -577,7 +581,7 @@ def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
 def record_scores(writer, epoch, test_stats, ema_stats):
     for prefix, stats in (('test', test_stats), ('ema', ema_stats)):
         writer.update('perf', epoch, **{'%s_%s' % (prefix, name): value
-                                        for name, value in scores.plotted(stats or {}).items()})
+                                        for name, value in plotted(stats or {}).items()})
 
 
 def run(argv=None):
@@ -592,10 +596,10 @@ def run(argv=None):
     except preemption.Stopped as stop:  # also while an error is told: another process may have caused that one
         watchdog.stop()
         if str(stop):
-            distributed.say('%s: %s' % (PROGRAM, stop))
-            distributed.wait_for_others_to_speak(first=distributed.is_main_process())
+            log.log_main('%s: %s' % (PROGRAM, stop))
+            process_group.defer_error_report(first=process_group.is_main_process())
             return exit_process(128 + stop.number)
-        if not distributed.speaks_first():
+        if not process_group.is_error_reporter():
             return exit_process(128 + stop.number)
         return exit_with_error(PROGRAM, 'interrupted by %s; with --output_dir, the same command and --auto_resume goes '
                                'on from the last checkpoint' % preemption.name(stop.number), 128 + stop.number)

@@ -6,7 +6,7 @@ compared with the checkpoint's own network first; where the two differ, nothing 
 """
 
 if __name__ == '__main__':
-    import errors
+    from beit import errors
     errors.quiet_interrupt()
 
 import contextlib
@@ -19,18 +19,17 @@ import sys
 import typing
 import warnings
 
-import backend  # noqa: F401  (sets how torch loads its devices)
-import flags
-import layouts
-import modeling_finetune
-import atomic_write
-import run_folder
-from cli import OneLineParser, run_interruptible
-from errors import UserError, escape_text, one_line, unknown_value_error
-from networks import open_trained
-
 import torch
 from PIL import Image
+
+import flags
+import modeling_finetune
+from beit import errors
+from beit.checkpoint import hf_names
+from beit.checkpoint.inference_model import load_for_inference
+from beit.cli import OneLineParser, run_interruptible
+from beit.errors import UserError, escape_text, one_line, unknown_value_error
+from beit.files import atomic_write, run_folder
 
 PROGRAM = 'run_export.py'
 EXAMPLES = """examples:
@@ -223,7 +222,7 @@ def _spell(arguments):
 def make_huggingface(trained, args):
     """The three files of a folder for transformers, as {name: bytes}."""
     try:
-        tensors = layouts.to_hugging_face(trained.model.state_dict())
+        tensors = hf_names.to_hugging_face(trained.model.state_dict())
     except KeyError as error:
         raise UserError('--format huggingface: BeitForImageClassification has no place for %s; use another --format'
                         % error) from None
@@ -421,7 +420,7 @@ def check_output(args, path):
 
 def main(args):
     check_args(args)
-    trained = open_trained(args.resume, use_ema=args.use_ema, model=args.model, input_size=args.input_size)
+    trained = load_for_inference(args.resume, use_ema=args.use_ema, model=args.model, input_size=args.input_size)
     chosen = FORMATS[args.format]
     path = args.output or default_output(trained.source, ('-ema' if args.use_ema else '') + chosen.ending)
     check_output(args, path)

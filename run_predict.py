@@ -6,7 +6,7 @@ Classes, input size, mean and deviation, pooling: all comes from the checkpoint.
 """
 
 if __name__ == '__main__':
-    import errors
+    from beit import errors
     errors.quiet_interrupt()
 
 import argparse
@@ -21,27 +21,24 @@ import sys
 import time
 import typing
 
-import backend  # first: it sets how torch loads its devices
-import attention
-import attention_maps
-import distributed
-import engine_for_finetuning as engine
-import fast_images
-import flags
-import precision
-import preemption
-import atomic_write
-import run_folder
-import watchdog
-from class_folders import is_image_name
-from cli import OneLineParser, exit_process, exit_with_error, run_with_error_report
-from device_loader import PrefetchLoader
-from errors import UserError, escape_text
-from image_stream import PathDataset, PathSampler, check_inputs, common_folder
-from loader import Samples, loader_kwargs
-from networks import open_trained
-
 import torch
+
+import engine_for_finetuning as engine
+import flags
+from beit import errors, log
+from beit.checkpoint.inference_model import load_for_inference
+from beit.cli import OneLineParser, exit_process, exit_with_error, run_with_error_report
+from beit.data import fast_decode
+from beit.data.class_folders import is_image_name
+from beit.data.device_loader import PrefetchLoader
+from beit.data.loader import Samples, loader_kwargs
+from beit.data.prediction_inputs import PathDataset, PathSampler, check_inputs, common_folder
+from beit.devices import accelerator, half_precision
+from beit.distributed import collectives, preemption, process_group, watchdog
+from beit.errors import UserError, escape_text
+from beit.files import atomic_write, run_folder
+from beit.outputs import attention_maps
+from beit.training import fused_attention, loss_scaler
 
 PROGRAM = 'run_predict.py'
 EXAMPLES = """examples:
@@ -128,11 +125,11 @@ def check_args(args):
                             % escape_text(args.attention_dir))
         run_folder.check_writable('--attention_dir', args.attention_dir)
     if args.data_backend == 'fast':
-        fast_images.check_available()
-    _, processes, local_rank = distributed.launch_environment(args)
-    device = backend.find_device(args.device, local_rank, processes)
+        fast_decode.check_available()
+    _, processes, local_rank = process_group.launch_environment(args)
+    device = accelerator.find_device(args.device, local_rank, processes)
     if device.type == 'cpu':
-        backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
+        half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     return args
 
 
@@ -208,23 +205,23 @@ def together(answers, device):
 
     The k-th batches of all processes are neighbours: process r of w has every w-th image.
     """
-    if distributed.world_size() == 1:
+    if process_group.world_size() == 1:
         yield from answers
         return
     stage, mine = ' (predicting, batch %d)', iter(answers)
-    watchdog.enter('predicting')
+    watchdog.enter_stage('predicting')
     for batch in itertools.count():
-        watchdog.mark(batch, 0, stage)
-        lists = distributed.gather(next(mine, None), device)
+        watchdog.mark_item(batch, 0, stage)
+        lists = collectives.all_gather_json(next(mine, None), device)
         if not any(lists):
-            watchdog.mark(watchdog.LAST, 2, stage)
+            watchdog.mark_item(watchdog.LAST, 2, stage)
             return
         yield [Answer(*each) for each in sorted(itertools.chain(*filter(None, lists)), key=lambda each: each[0])]
 
 
 def check_streams(stream, device):
     """Raise a `UserError` where the processes did not pass the same images."""
-    if any(state != stream.state for state in distributed.gather(stream.state, device)):
+    if any(state != stream.state for state in collectives.all_gather_json(stream.state, device)):
         raise UserError('the processes did not find the same images; every machine needs the same files, and they '
                         'must stay as they are for the time')
 
@@ -315,7 +312,7 @@ FORMATS = {'csv': Csv, 'json': Json, 'jsonl': JsonLines}
 @contextlib.contextmanager
 def destination(args, stdout):
     """The file that takes the results, as bytes; one that is named appears only when it is whole."""
-    if not distributed.is_main_process():
+    if not process_group.is_main_process():
         yield io.BytesIO()
         return
     to_file = args.output not in ('', '-')
@@ -342,14 +339,14 @@ def report(predictor, args, stdout, trained, device):
     tqdm.monitor_interval = 0  # its thread must not be there when processes are forked
     to_file, size = args.output not in ('', '-'), trained.args.input_size
     read = left_out = resized = 0
-    hidden = None if to_file and distributed.is_main_process() else True  # None: shown on a terminal
+    hidden = None if to_file and process_group.is_main_process() else True  # None: shown on a terminal
     with destination(args, stdout) as file, tqdm(desc='Predicting', unit=' images', disable=hidden) as bar:
         sink = (FORMATS[args.format] if args.output else Lines)(file, trained.classes, args)
         for answers in together(predictor.answers(), device):
             if any(answer.resized for answer in answers) and not resized:
-                distributed.say('Note: images that are not %dx%d are resized and cropped to that; the model was '
+                log.log_main('Note: images that are not %dx%d are resized and cropped to that; the model was '
                                 'trained on images of just that size' % (size, size))
-            for answer in answers if distributed.is_main_process() else ():
+            for answer in answers if process_group.is_main_process() else ():
                 if answer.reason:
                     bar.write('Left out: %s cannot be read as an image (%s)'
                               % (escape_text(answer.path), answer.reason), file=sys.stderr)
@@ -373,8 +370,8 @@ def report(predictor, args, stdout, trained, device):
 
 def start(args):
     """The device of this process, which has met the others."""
-    device = distributed.init_distributed_mode(args)
-    watchdog.start(distributed.meeting_store(), args.dist_timeout)
+    device = process_group.init_distributed_mode(args)
+    watchdog.start(process_group.rendezvous_store(), args.dist_timeout)
     return device
 
 
@@ -382,7 +379,7 @@ def loader_processes(args, found):
     """How many load images, where no flag says it. A single batch is loaded before new processes would have begun."""
     if args.num_workers is not None:
         return args.num_workers
-    return 0 if found < args.batch_size else max(1, min(8, (os.cpu_count() or 1) // distributed.world_size()))
+    return 0 if found < args.batch_size else max(1, min(8, (os.cpu_count() or 1) // process_group.world_size()))
 
 
 def build_loader(args, trained, stream, device):
@@ -399,28 +396,28 @@ def main(args, stdout):
     """Predict; the results go to `stdout`, a text file, or to where the flags say."""
     args = check_args(args)
     device = start(args)
-    dtype = backend.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
-    trained = open_trained(args.resume, args.use_ema, model=args.model, input_size=args.input_size,
+    dtype = half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
+    trained = load_for_inference(args.resume, args.use_ema, model=args.model, input_size=args.input_size,
                            crop_pct=args.crop_pct)
-    recorder = None if args.attention is None else attention_maps.Recorder(
+    recorder = None if args.attention is None else attention_maps.AttentionHook(
         trained.model, args.attention_block, None if args.attention == 'auto' else args.attention)
     stream = PathSampler(args.inputs, {os.path.realpath(args.attention_dir)} if recorder else (),
-                         distributed.rank(), distributed.world_size())
+                         process_group.rank(), process_group.world_size())
     loader = build_loader(args, trained, stream, device)
-    model, scaler = precision.initialize_amp(trained.model.to(device), None, device, dtype, args.opt_level)
-    attention.choose_attention(trained.model, device, 'auto', dtype, loader.batch_size)
-    distributed.say('%s: %s, %d classes, input %dx%d, %s; on %s, %s' % (
+    model, scaler = loss_scaler.initialize_amp(trained.model.to(device), None, device, dtype, args.opt_level)
+    fused_attention.choose_attention(trained.model, device, 'auto', dtype, loader.batch_size)
+    log.log_main('%s: %s, %d classes, input %dx%d, %s; on %s, %s' % (
         escape_text(trained.source), trained.args.model, len(trained.classes), trained.args.input_size,
         trained.args.input_size, 'averaged weights' if args.use_ema else 'pooled by the %s' % (
             'mean' if trained.model.fc_norm is not None else 'class token'), device, scaler.description))
 
-    painter = recorder and attention_maps.Painter(recorder, args.attention_dir, common_folder(args.inputs),
+    painter = recorder and attention_maps.HeatmapWriter(recorder, args.attention_dir, common_folder(args.inputs),
                                                   args.attention_heads)
     started = time.time()
     predictor = Predictor(model.eval(), loader, stream, args.top_k, painter, trained.activation)
     read, left_out = report(predictor, args, stdout, trained, device)
     seconds = time.time() - started
-    distributed.say('%d image%s in %.1f s (%.0f images/s)%s%s%s' % (
+    log.log_main('%d image%s in %.1f s (%.0f images/s)%s%s%s' % (
         read, '' if read == 1 else 's', seconds, read / seconds, ', %d left out' % left_out if left_out else '',
         '; results in %s' % escape_text(args.output) if args.output not in ('', '-') else '',
         '; pictures in %s' % escape_text(args.attention_dir) if painter else ''))
@@ -443,7 +440,7 @@ def run(argv=None):
         return exit_process(128 + signal.SIGPIPE)
     except preemption.Stopped as stop:
         watchdog.stop()
-        if not distributed.speaks_first():
+        if not process_group.is_error_reporter():
             return exit_process(128 + stop.number)
         return exit_with_error(PROGRAM, 'interrupted by %s; a file for --output is not written'
                                % preemption.name(stop.number), 128 + stop.number)

@@ -13,12 +13,10 @@ from typing import Any, Dict, Iterable, Iterator, List
 import numpy as np
 import torch
 
-import backend
-import distributed
-import progress
-import watchdog
-from errors import UserError, escape_text
-
+from beit import log
+from beit.devices import accelerator, kernels
+from beit.distributed import collectives, process_group, watchdog
+from beit.errors import UserError, escape_text
 
 # ---- meters and log lines
 
@@ -36,7 +34,7 @@ class SmoothedValue:
 
     def synchronize_between_processes(self, device: torch.device) -> None:
         """Make total and count those of all processes; in float32, which every backend can reduce."""
-        count, total = distributed.sum_over_processes((self.count,), self.total, device)
+        count, total = collectives.all_reduce_sum((self.count,), self.total, device)
         self.count, self.total = count, total
 
     @property
@@ -118,14 +116,14 @@ class MetricLogger:
             iterable: gives (images, targets, …).
             timer (StepTimer): gives the times and images per second of the line.
         """
-        display = progress.current()
+        display = log.current_display()
         display.begin(header, steps, start)
         for step, item in enumerate(watchdog.track(timer.time_data(iterable), header, start), start):
             yield item
             is_line = should_log(step, steps, print_freq)
             is_timed = timer.end_step(is_line)
             if is_line:
-                distributed.say(self.line(header, step, steps, timer), detail=True)
+                log.log_main(self.line(header, step, steps, timer), detail=True)
             display.step(functools.partial(self.bar_text, timer) if is_timed else None)
         display.end()
 
@@ -138,11 +136,11 @@ class MetricLogger:
             + ['%s: %s' % (name, meter) for name, meter in self.meters.items()
                if name not in self.hidden and meter.window]
             + ['time: %s' % timer.step_seconds, 'data: %s' % timer.data_seconds,
-               'max mem: %.0f' % backend.max_memory_mb(timer.device), 'fps: %.0f' % timer.images_per_second])
+               'max mem: %.0f' % accelerator.max_memory_mb(timer.device), 'fps: %.0f' % timer.images_per_second])
 
     def bar_text(self, timer: 'StepTimer') -> str:
         self.read()
-        return progress.format_metrics(self.meters, timer.images_per_second)
+        return log.format_metrics(self.meters, timer.images_per_second)
 
 
 class StepTimer:
@@ -165,23 +163,23 @@ class StepTimer:
 
     def time_data(self, iterable: Iterable) -> Iterator:
         """Yield from `iterable`, (images, …), and mark when each item was asked for and came."""
-        self.since, before = time.time(), backend.mark(self.device)
+        self.since, before = time.time(), accelerator.record_event(self.device)
         for item in iterable:
             self.images = len(item[0]) * self.processes
-            self.untimed.append((self.images, before, backend.mark(self.device)))
+            self.untimed.append((self.images, before, accelerator.record_event(self.device)))
             yield item
-            before = backend.mark(self.device)
+            before = accelerator.record_event(self.device)
 
     def end_step(self, is_line: bool) -> bool:
         """Call after each step. Gives whether the device was waited for, so that its numbers can be read."""
-        if not (is_line or backend.reads_freely(self.device)
+        if not (is_line or accelerator.is_synchronous(self.device)
                 or len(self.throughput.steps) < self.throughput.warmup_steps):
             return False
-        backend.synchronize(self.device)
+        accelerator.synchronize(self.device)
         now = time.time()
         for images, before, after in self.untimed:
             self.step_seconds.update((now - self.since) / len(self.untimed))
-            self.data_seconds.update(backend.seconds_between(before, after))
+            self.data_seconds.update(accelerator.elapsed_seconds(before, after))
             self.throughput.update(images, self.step_seconds.value, self.data_seconds.value)
         self.since, self.untimed = now, []
         return True
@@ -326,7 +324,7 @@ class ModelEma:
         averages = self.ema.state_dict()
         floats = [name for name, average in averages.items() if average.is_floating_point()]
         values = [state[name].to(averages[name].device) for name in floats]
-        backend.average_all([averages[name] for name in floats], values, self.decay, skip)
+        kernels.foreach_lerp([averages[name] for name in floats], values, self.decay, skip)
         for name in set(averages) - set(floats):
             averages[name].copy_(state[name])
 
@@ -338,7 +336,7 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)
-    backend.seed_device(seed)
+    accelerator.seed_device(seed)
 
 
 def seed_step(seed: int, update_step: int) -> None:
@@ -346,8 +344,8 @@ def seed_step(seed: int, update_step: int) -> None:
 
     What an evaluation or a loader drew in between makes no difference then, and there is no state to save.
     """
-    words = np.random.SeedSequence([seed, distributed.rank(), update_step]).generate_state(3).tolist()
+    words = np.random.SeedSequence([seed, process_group.rank(), update_step]).generate_state(3).tolist()
     random.seed(words[0])
     np.random.seed(words[1])
     torch.manual_seed(words[2])
-    backend.seed_device(words[2])
+    accelerator.seed_device(words[2])

@@ -34,10 +34,10 @@ install() {
 
 installed() { [ -x "$VENV/bin/python" ] && cmp -s "$1" "$(stamp "$1")"; }
 
-# One copy for each file: requirements.txt and test/requirements.txt share a name.
+# One copy for each file: requirements.txt and tests/requirements.txt share a name.
 stamp() {
     case $1 in
-        */test/*) echo "$VENV/installed-test.txt" ;;
+        */tests/*) echo "$VENV/installed-test.txt" ;;
         */requirements-extra.txt) echo "$VENV/installed-extra.txt" ;;
         *) echo "$VENV/installed.txt" ;;
     esac
@@ -281,10 +281,11 @@ launch() {
         # torch_npu can't be imported, and so no NPU found, before CANN is set up.
         # shellcheck source=/dev/null
         if has_module torch_npu; then source "$ROOT/test/env_npu.sh" || exit 2; fi
-        device=$("$PYTHON" -c 'import sys, backend
-device = backend.find_device("auto")
+        device=$("$PYTHON" -c 'import sys
+from beit.devices import accelerator
+device = accelerator.find_device("auto")
 print(device.type)
-sys.stderr.write(backend.npu_passed_over("auto", device))') || exit 2
+sys.stderr.write(accelerator.npu_unused_reason("auto", device))') || exit 2
     fi
     # shellcheck source=/dev/null
     case $device in npu*) source "$ROOT/test/env_npu.sh" || exit 2 ;; esac
@@ -393,5 +394,5 @@ run_python() {
     fi
     local where=("--nproc_per_node=$nproc_per_node" "--nnodes=$nnodes" "--node_rank=$node_rank") name
     for name in master_addr master_port max_restarts; do [ -z "${!name}" ] || where+=("--$name=${!name}"); done
-    exec "$PYTHON" -u -m launcher "${where[@]}" run_class_finetuning.py "${ARGUMENTS[@]}"
+    exec "$PYTHON" -u -m beit.distributed.launcher "${where[@]}" run_class_finetuning.py "${ARGUMENTS[@]}"
 }

@@ -12,7 +12,7 @@
 #   bash test/run_tests.sh --stack=1.8 --ci   on 1.8, the files that are marked computes: the rest goes the same ways as
 #                                         on 1.5, with the same Python 3.8, or as on the current one
 #   bash test/run_tests.sh --lint         the linter, and mypy where it passes (LINT_TYPES=1; see pyproject.toml)
-#   bash test/run_tests.sh -k model -x    any of pytest's own options; or files, test/test_model.py, in place of all
+#   bash test/run_tests.sh -k model -x    any of pytest's own options; or files, tests/test_model.py, in place of all
 #
 # PYTHON=/path/to/python chooses the Python; PYTHON38= the one for --stack, where it isn't found by itself.
 #
@@ -32,7 +32,7 @@
 # current stack gets the packages of requirements-extra.txt.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 tool=pytest
-left_out=() what=(test) others=() marks='' ci='' stack=''
+left_out=() what=(tests) others=() marks='' ci='' stack=''
 for each; do
     case $each in
         -h|--help) show_help; exit 0 ;;
@@ -40,8 +40,8 @@ for each; do
         --soak) export BEIT_SOAK=1 ;;
         --fast) marks="fast and not slow" ;;
         --ci) ci=yes ;;
-        --stack=*) stack=${each#*=}; choose_stack "$stack"; left_out=(--deselect test/test_stacks.py::test_across_) ;;
-        test/*.py*) what=(); others+=("$each") ;;
+        --stack=*) stack=${each#*=}; choose_stack "$stack"; left_out=(--deselect tests/test_stacks.py::test_across_) ;;
+        tests/*.py*) what=(); others+=("$each") ;;
         *) others+=("$each") ;;
     esac
 done
@@ -53,8 +53,8 @@ extras=()
 choose_python $tool ${extras[@]+"${extras[@]}"}
 if ! "$PYTHON" -c "import $tool" 2>/dev/null; then
     [ "$PYTHON" = "$VENV/bin/python" ] \
-        || die "PYTHON=$PYTHON has no $tool; run: $PYTHON -m pip install -r test/requirements.txt"
-    install "$ROOT/test/requirements.txt" || die "pip could not install test/requirements.txt; see $VENV/install.log"
+        || die "PYTHON=$PYTHON has no $tool; run: $PYTHON -m pip install -r tests/requirements.txt"
+    install "$ROOT/tests/requirements.txt" || die "pip could not install tests/requirements.txt; see $VENV/install.log"
 fi
 if [ $tool = ruff ]; then
     "$PYTHON" -m ruff check . || exit

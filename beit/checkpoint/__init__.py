@@ -1,0 +1,1 @@
+"""Checkpoints and pretrained weights: what they hold, and how they are loaded."""

@@ -1,0 +1,163 @@
+"""Which checkpoint of a folder is meant: the newest, or the best."""
+
+import glob
+import os
+import re
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+
+from beit import log
+from beit.config import OutputConfig
+from beit.distributed import collectives, process_group
+from beit.errors import UserError, escape_text
+from beit.files.download import resolve_url
+from beit.files.weights_file import load_weights_file, save
+
+BEST, BEST_EMA = 'checkpoint-best.pth', 'checkpoint-best-ema.pth'
+
+
+# ---- which file to resume
+
+def list_checkpoints(folder: str) -> List[Tuple[Tuple[int, int], str]]:
+    """((epochs done, updates done of the next), path) of a folder's checkpoints, oldest first; not the best ones."""
+    found = [(position_in_name(path), path) for path in glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth'))]
+    return sorted((position, path) for position, path in found if position is not None)
+
+
+def position_in_name(path):
+    """(epochs done, updates done of the next) by a checkpoint's name, or None."""
+    found = re.search(r'checkpoint-(\d+)(?:-step(\d+))?\.pth$', path)
+    if not found:
+        return None
+    return (int(found.group(1)), int(found.group(2))) if found.group(2) else (int(found.group(1)) + 1, 0)
+
+
+def position_in_content(content):
+    """The same by what a file holds; a file that says nothing of it comes last."""
+    epoch, progress = content.get('epoch'), content.get('progress')
+    steps = progress.get('steps') if isinstance(progress, dict) else 0
+    return (epoch + 1, steps) if isinstance(epoch, int) and isinstance(steps, int) else (-1, 0)
+
+
+def last_epoch(content: Any) -> int:
+    """The number of the last epoch that a checkpoint is of, or 0 where it says none."""
+    return min(max(0, position_in_content(content)[0] - 1), 2 ** 31 - 1)
+
+
+def is_url(source: str) -> bool:
+    return re.match(r'[a-z]+://', source) is not None
+
+
+def candidates(source: str) -> List[str]:
+    """The files that --resume may mean: itself or a URL; in a folder its checkpoints, numbered ones newest first.
+
+    Raises:
+        UserError: there's none.
+    """
+    if is_url(source) or os.path.isfile(source):
+        return [source]
+    if not os.path.isdir(source):
+        raise UserError('--resume %s: no such file or folder' % escape_text(source))
+    found = [path for _, path in reversed(list_checkpoints(source))]
+    found += [os.path.join(source, name) for name in (BEST, BEST_EMA) if os.path.isfile(os.path.join(source, name))]
+    if not found:
+        raise UserError('--resume %s: the folder holds no checkpoint-<epoch>.pth or %s; give %s' % (
+            escape_text(source), BEST, "Hugging Face's folders with --finetune, --eval too" if os.path.isfile(
+                os.path.join(source, 'config.json')) else 'the --output_dir of a run, or a file'))
+    return found
+
+
+def load_best_or_latest(source: str, prefer_best: bool = False) -> Tuple[str, Any]:
+    """(path, content) of the checkpoint to resume: of a folder's the one that got furthest, or to evaluate the best.
+
+    Of a folder, a damaged file is passed over, and a line says so. A best checkpoint may be further than the newest
+    numbered one, which come each few epochs only.
+
+    Raises:
+        UserError: the file, or every file of the folder, is damaged or missing.
+    """
+    paths = candidates(source)
+    if not os.path.isdir(source):
+        return source, load_weights_file(resolve_url(source, '--resume'), '--resume')
+    ordered = [path for path in paths if position_in_name(path) is not None]
+    bests = [path for path in paths if path not in ordered]
+    if prefer_best:
+        chosen, reasons = _first_whole(sorted(paths, key=lambda path: os.path.basename(path) != BEST))
+    else:
+        chosen, reasons = _first_whole(ordered)
+        for path in bests:
+            best, more = _first_whole([path])
+            reasons += more
+            if best is not None and (chosen is None or position_in_content(best[1]) > position_in_content(chosen[1])):
+                chosen = best
+    if chosen is not None:
+        return chosen
+    raise UserError('--resume %s: each of its checkpoints (%d) is damaged: %s; move them away to start anew'
+                    % (escape_text(source), len(paths), reasons[0]))
+
+
+def _first_whole(paths):
+    """((path, content) of the first that can be read, or None; what is wrong with those before it)."""
+    reasons = []
+    for path in paths:
+        try:
+            content = load_weights_file(path)
+            if isinstance(content, dict):
+                return (path, content), reasons
+            reasons.append('%s: holds no weights' % escape_text(path))
+        except UserError as error:
+            if 'refused, because' in str(error):
+                raise  # not damaged, but a stranger's
+            reasons.append(str(error).rpartition('; ')[0])  # without advice for a file that came from elsewhere
+        log.log_main('%s; passed over' % reasons[-1])
+    return None, reasons
+
+
+def is_inside(path: str, folder: str) -> bool:
+    return bool(path and folder) and os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder)
+
+
+def load_agreed(resume: str, output: OutputConfig, device: torch.device,
+                for_evaluation: bool = False) -> Tuple[str, Optional[Dict[str, Any]]]:
+    """(path, content) of what --resume or --auto_resume name, the same on every process; ('', None) where nothing is.
+
+    Where one process's copy of the newest file is damaged or missing, all take the older one that it found. To
+    evaluate, the best checkpoint of a folder is taken.
+    """
+    source, path, content = resume, '', None
+    if not source and output.auto_resume and output.output_dir and not for_evaluation \
+            and glob.glob(os.path.join(glob.escape(output.output_dir), 'checkpoint-*.pth')):
+        source = output.output_dir
+    if source:
+        path, content = load_best_or_latest(source, prefer_best=for_evaluation)
+    mine = _name_and_position(path, content)
+    oldest = min(collectives.all_gather_json(mine, device), key=lambda word: word[1:])
+    if mine != oldest and oldest[0] and os.path.isfile(os.path.join(source, oldest[0])):
+        path = os.path.join(source, oldest[0])
+        content = load_weights_file(path, '--resume')
+        mine = _name_and_position(path, content)
+    words = collectives.all_gather_json(mine, device)
+    if any(word != words[0] for word in words):
+        raise UserError('--%s: the processes did not find the same checkpoint (this one %s); every machine needs the '
+                        'same files there' % ('resume ' + resume if resume else 'output_dir '
+                                              + output.output_dir, path or 'none'))
+    if is_inside(path, output.output_dir) and output.save_ckpt and not for_evaluation \
+            and process_group.is_main_process():
+        finish_save(path, content)
+    return path, content
+
+
+def finish_save(path: str, content: Any) -> None:
+    """Write the files that were to come after a best checkpoint in its save, which a kill broke off."""
+    progress = content.get('progress')
+    files = progress.get('files') if isinstance(progress, dict) else None
+    name = os.path.basename(path)
+    if name in (BEST, BEST_EMA) and isinstance(files, list) and name in files:
+        for later in files[files.index(name) + 1:]:
+            if re.match(r'checkpoint-(best|best-ema|\d+)\.pth$', str(later)):
+                save(os.path.join(os.path.dirname(path), later), content)
+
+
+def _name_and_position(path, content):
+    return [os.path.basename(path)] + list(position_in_content(content) if isinstance(content, dict) else (-1, -1))

@@ -1,0 +1,203 @@
+"""Pretrained weights made to fit: another class count, input size or kind of bias table (--finetune)."""
+
+import collections
+import math
+import os
+import re
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from beit import log
+from beit.checkpoint import hf_names
+from beit.errors import UserError, escape_text
+from beit.files.download import resolve_url
+from beit.files.weights_file import load_weights_file
+
+
+def refuse_exports(flag, source):
+    """Raise a `UserError` for a file of run_export.py that other programs run, by its ending."""
+    exported = next((ending for ending in ('.onnx', '.pt2', '.torchscript.pt') if source.endswith(ending)), '')
+    if exported:
+        raise UserError('%s %s: %s is a network to be run, not weights to go on from; give the checkpoint that it was '
+                        'made of, a .safetensors file or a Hugging Face folder' % (flag, escape_text(source), exported))
+
+
+def check_finetune(source):
+    """Raise a `UserError` where --finetune names a file that isn't there. Cheap, so that it can come first."""
+    refuse_exports('--finetune', source)
+    if source and os.path.isdir(source):
+        hf_names.hf_weights_path(source, '--finetune')
+    elif source and not re.match(r'[a-z]+://', source) and not os.path.isfile(source):
+        raise UserError('--finetune %s: no such file; put the pretrained weights there (checkpoints/README.md says '
+                        'where to get them), or train from scratch with --finetune=' % source)
+
+
+def load_pretrained(model, source, model_key='model|module', model_prefix=''):
+    """Load pretrained weights into a model of any input size and class count.
+
+    The head is dropped where its shape differs, a shared bias table is given to every block, bias tables and absolute
+    positions are resized to the model's grid (the reference's rules).
+
+    Args:
+        source (str): a file, an https URL or a Hugging Face folder; of the reference, timm or Hugging Face.
+        model_key (str): names divided by |; the first that the file holds is taken, else the file itself.
+        model_prefix (str): what the file's names have in front, such as 'encoder.'; names without it are left out.
+
+    Raises:
+        UserError: the file can't be read, or its weights are another model's; then it lists names and shapes.
+    """
+    check_finetune(source)
+    path = hf_names.hf_weights_path(source, '--finetune') if os.path.isdir(source) else resolve_url(source, '--finetune')
+    key, loaded = unwrap_state_dict(load_weights_file(path, '--finetune'), model_key)
+    state, library = hf_names.to_native(strip_prefixes(loaded, model_prefix))
+    if not state:
+        raise UserError('--finetune %s: holds no weights%s' % (
+            source, ' with the prefix %r (--model_prefix)' % model_prefix if model_prefix else ''))
+    dropped = adapt_state_dict(state, model)
+    target = model.state_dict()
+    problems = mismatches(state, target, essential_only=True)
+    if problems:
+        raise UserError('--finetune %s: these are not the weights of this --model: %s' % (source, problems))
+    result = model.load_state_dict(state, strict=False)
+    key = ', '.join(filter(None, [key, library and 'names of %s' % library]))
+    weights, missing = ([name for name in names if not name.endswith('relative_position_index')]
+                        for names in (target, result.missing_keys))
+    log.log_main('Loaded %d of %d weights from %s%s' % (len(weights) - len(missing), len(weights), source,
+                                                           ' (%s)' % key if key else ''))
+    for what, names in (('Not in the file, left at their start', missing), ('Left out of the file', dropped),
+                        ('Unused names in the file', sorted(result.unexpected_keys))):
+        if names:
+            log.log_main('%s: %s' % (what, _shorten(names)))
+
+
+def unwrap_state_dict(loaded, model_key):
+    for key in model_key.split('|'):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            return key, loaded[key]
+    return '', loaded
+
+
+def strip_prefixes(loaded, model_prefix=''):
+    """The tensors of a state dict, without `model_prefix` or DistributedDataParallel's 'module.'."""
+    if not isinstance(loaded, dict):
+        return {}
+    prefix = model_prefix
+    if not prefix and loaded and all(str(name).startswith('module.') for name in loaded):
+        prefix = 'module.'
+    return collections.OrderedDict((name[len(prefix):], value) for name, value in loaded.items()
+                                   if isinstance(name, str) and name.startswith(prefix) and torch.is_tensor(value))
+
+
+def adapt_state_dict(state, model):
+    """Change a state dict in place so that it fits the model's classes, depth and grid; gives the names it dropped."""
+    target = model.state_dict()
+    dropped = []
+    if any(name in state and name in target and state[name].shape != target[name].shape
+           for name in ('head.weight', 'head.bias')):
+        dropped = [name for name in ('head.weight', 'head.bias') if state.pop(name, None) is not None]
+    shared = 'rel_pos_bias.relative_position_bias_table'
+    if shared in state and shared not in target:
+        table = state.pop(shared)
+        for index in range(model.get_num_layers()):
+            state['blocks.%d.attn.relative_position_bias_table' % index] = table.clone()
+    for name in [name for name in state if name.endswith('relative_position_index')]:
+        del state[name]
+    grid = model.patch_embed.patch_shape
+    for name in list(state):
+        if name not in target or state[name].shape == target[name].shape:
+            continue
+        if name.endswith('relative_position_bias_table') and state[name].shape[1:] == target[name].shape[1:]:
+            state[name] = _resize_table(name, state[name], grid)
+        elif name == 'pos_embed' and state[name].shape[::2] == target[name].shape[::2]:
+            state[name] = resize_pos_embed(state[name], grid)
+    return dropped
+
+
+def _resize_table(name, table, grid):
+    if grid[0] != grid[1]:
+        raise UserError('%s: tables are resized to square grids only, not to %dx%d patches' % ((name,) + tuple(grid)))
+    side = math.isqrt(table.shape[0] - 3) if hasattr(math, 'isqrt') else int((table.shape[0] - 3) ** 0.5)
+    if side * side != table.shape[0] - 3:
+        raise UserError('%s: %d rows are not those of a square grid' % (name, table.shape[0]))
+    log.log_main('%s: resized from %dx%d to %dx%d offsets' % (name, side, side, 2 * grid[0] - 1, 2 * grid[0] - 1))
+    return resize_rel_pos_bias(table, 2 * grid[0] - 1)
+
+
+def resize_rel_pos_bias(table, dst_size):
+    """Resize a relative position bias table, by the reference's spline on a geometric series of positions.
+
+    Args:
+        table (Tensor): (S*S+3, heads), S = 2 * source grid - 1; the three extra rows are kept.
+        dst_size (int): 2 * target grid - 1.
+
+    Returns:
+        Tensor (dst_size*dst_size+3, heads), of the same dtype.
+    """
+    from scipy.interpolate import RectBivariateSpline  # slow to import, seldom needed
+
+    src_size = int(round((table.shape[0] - 3) ** 0.5))
+    if src_size * src_size != table.shape[0] - 3:
+        raise ValueError('a table has S*S+3 rows, got %d' % table.shape[0])
+    if src_size == dst_size:
+        return table.clone()
+    source = _geometric_positions(src_size, dst_size)
+    target = np.arange(-(dst_size // 2), dst_size // 2 + 1, dtype=np.float64)
+    offsets, extra = table[:-3], table[-3:]
+    resized = []
+    for head in range(table.shape[1]):
+        z = offsets[:, head].view(src_size, src_size).double().numpy()
+        resized.append(torch.from_numpy(
+            np.ascontiguousarray(RectBivariateSpline(source, source, z.T)(target, target).T)).reshape(-1, 1))
+    return torch.cat((torch.cat(resized, dim=1).to(table.dtype), extra), dim=0)
+
+
+def _geometric_positions(src_size, dst_size):
+    """Source positions 0, ±1, ±(1+q), … ; q is bisected so that the outermost reaches dst_size // 2."""
+    half = src_size // 2
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        reach = (1.0 - q ** half) / (1.0 - q)
+        low, high = (low, q) if reach > dst_size // 2 else (q, high)
+    steps = np.cumsum([q ** power for power in range(half)])
+    return np.concatenate((-steps[::-1], [0.], steps))
+
+
+def resize_pos_embed(pos_embed, grid):
+    """Resize absolute positions (1, 1+S*S, D) to (1, 1+H*W, D): bicubic, the class token's kept."""
+    extra, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    side = int(patches.shape[1] ** 0.5)
+    if side * side != patches.shape[1]:
+        raise UserError('pos_embed: %d positions are not those of a square grid' % patches.shape[1])
+    patches = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+    patches = F.interpolate(patches, size=tuple(grid), mode='bicubic', align_corners=False)
+    return torch.cat((extra, patches.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)), dim=1)
+
+
+# Weights that a model cannot do without; norms, gammas, position tables and the head may be left at their start.
+_ESSENTIAL = re.compile(r'patch_embed\.proj\.|blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc\d)\.|cls_token')
+
+
+def mismatches(state, target, essential_only=False):
+    """How a state dict differs from the model's, in words; '' where it fits."""
+    problems = ['%s is %s in the file and %s in the model' % (name, _shape(state[name]), _shape(target[name]))
+                for name in target if name in state and state[name].shape != target[name].shape]
+    problems += ['%s %s is missing in the file' % (name, _shape(target[name])) for name in target
+                 if name not in state and not name.endswith('relative_position_index')
+                 and (not essential_only or _ESSENTIAL.match(name))]
+    if not essential_only:
+        problems += ['%s %s is not in the model' % (name, _shape(state[name])) for name in state
+                     if name not in target and not name.endswith('relative_position_index')]
+    return _shorten(problems, 6, '; ')
+
+
+def _shape(tensor):
+    return '(%s)' % ', '.join(map(str, tensor.shape))
+
+
+def _shorten(names, most=8, divider=', '):
+    names = list(names)
+    more = divider + '… and %d more' % (len(names) - most) if len(names) > most else ''
+    return divider.join(names[:most]) + more

@@ -1,0 +1,309 @@
+"""What a checkpoint holds, and how a run resumes from one.
+
+Files of the reference, of timm and of this project load alike, on any device and in any precision: what is written is
+always float32 on the CPU.
+"""
+
+import argparse
+import collections
+import contextlib
+import os
+import time
+from typing import Any, Container, Dict, List, Optional, Sequence
+
+import torch
+
+from beit import log
+from beit.checkpoint import discovery
+from beit.checkpoint.pretrained import mismatches, strip_prefixes, unwrap_state_dict
+from beit.devices import accelerator
+from beit.distributed import process_group
+from beit.errors import UserError, escape_text
+from beit.files import run_folder
+
+run_folder.register_output(r'checkpoint-.*\.pth', proves_run=True)
+UNTOLD = ('nb_classes', 0)  # as the data has them
+MODEL_FLAGS = ('model', 'input_size', 'nb_classes', 'rel_pos_bias', 'abs_pos_emb', 'layer_scale_init_value',
+               'use_mean_pooling')  # which flags decide the names and shapes of the weights
+
+
+# ---- saving
+
+def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.nn.Module,
+                     optimizer: torch.optim.Optimizer, scaler: Any, ema: Any = None, classes: Sequence[str] = (),
+                     activation: str = 'softmax') -> Dict[str, Any]:
+    """The dict that a checkpoint holds: model, optimizer, epoch, scaler, args, classes, and with an average model_ema.
+
+    There is no state of random numbers in it: those of a step follow from seed, step and process (`utils.seed_step`).
+
+    Args:
+        flags (dict): all of the run, by name.
+        run_state (RunState): how far the run has come. `epoch` in the file is the last finished one, as in the
+            reference's; where an epoch is under way, `progress` in the file says how much of it is done.
+        classes (sequence of str): the names of the model's outputs.
+        activation (str): what makes probabilities of them, softmax or sigmoid.
+    """
+    content = {
+        'model': _to_cpu(scaler.full_precision_state(model)),
+        'optimizer': _portable(optimizer),
+        'epoch': run_state.epoch - 1,
+        'scaler': scaler.state_dict(),
+        'args': dict(flags),
+        'classes': [escape_text(name) for name in classes],  # text: another machine may refuse a name's raw bytes
+        'activation': activation,
+        'accuracy': dict(run_state.best),
+        'progress': {'steps': run_state.steps, 'meters': run_state.meters, 'run': dict(run_state.run),
+                     'files': run_state.files, 'stale': run_state.stale},
+    }
+    if ema is not None:
+        content['model_ema'] = _to_cpu(ema.ema.state_dict())
+    return content
+
+
+class RunState:
+    """How far a run has come: so many epochs are finished, and so many updates of the next.
+
+    Attributes:
+        epoch (int): the epoch under way, from 0; steps (int): its finished updates.
+        meters (list): of each process, the state of that epoch's averages; [] at its start.
+        best (dict): the best accuracies so far, in percent.
+        run (dict): what the order of the data hangs on: processes, total_batch, images, and the device.
+        stale (int): evaluations in a row that gave no new best.
+        files (list of str): the checkpoints that are written after an epoch, in this order; [] in mid-epoch.
+    """
+
+    def __init__(self, epoch=0, steps=0, meters=(), best=None, run=None):
+        self.epoch, self.steps, self.meters, self.files = epoch, steps, list(meters), []
+        self.best, self.run, self.stale = dict(best or {}), dict(run or {}), 0
+
+    def meters_of(self, rank: int, processes: int) -> Optional[Dict[str, Any]]:
+        """The state of the averages for a process; with another number of processes the first takes all of them."""
+        if not self.meters or len(self.meters) == processes:
+            return self.meters[rank] if self.meters else None
+        merged = {}
+        for state in self.meters if rank == 0 else ():
+            for name, (count, total) in state['meters'].items():
+                counted, so_far = merged.get(name, (0, 0.))
+                merged[name] = (counted + count, so_far + total)
+        return dict(self.meters[0], meters=merged)
+
+    def file_name(self) -> str:
+        """checkpoint-<finished epoch>.pth, or in mid-epoch checkpoint-<epoch>-step<its finished updates>.pth."""
+        return 'checkpoint-%d-step%d.pth' % (self.epoch, self.steps) if self.steps \
+            else 'checkpoint-%d.pth' % (self.epoch - 1)
+
+
+STEP_FILES_KEPT = 2  # of those in mid-epoch, without --keep_checkpoints: the newest, and one in case it is damaged
+
+
+def remove_old_checkpoints(folder: str, keep: int) -> None:
+    """Remove the oldest numbered checkpoints, beyond the `keep` newest of each kind (0: all epochs, 2 in mid-epoch)."""
+    files = discovery.list_checkpoints(folder)
+    for kind, most in ((0, keep), (1, keep or STEP_FILES_KEPT)):
+        of_kind = [path for (_, steps), path in files if bool(steps) == kind]
+        for path in of_kind[:-most] if most else []:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+
+
+class SaveTimer:
+    """When to save in mid-epoch: each so many updates, each so many minutes (0: never)."""
+
+    def __init__(self, steps=0, minutes=0.):
+        self.steps, self.seconds, self.saved = steps, 60 * minutes, time.monotonic()
+
+    def due(self, update_step: int) -> bool:
+        """Whether to save after this update of the run, counted from 0; the clock is the first process's."""
+        by_steps = self.steps and (update_step + 1) % self.steps == 0
+        by_clock = self.seconds and process_group.is_main_process() and time.monotonic() - self.saved >= self.seconds
+        return bool(by_steps or by_clock)
+
+    def restart(self) -> None:
+        self.saved = time.monotonic()
+
+
+def _to_cpu(state):
+    return collections.OrderedDict(
+        (name, value.detach().to('cpu', torch.float32 if value.is_floating_point() else value.dtype))
+        for name, value in state.items())
+
+
+def _portable(optimizer):
+    """Optimizer state that any machine and version reads: tensors on the CPU, `step` as a number."""
+    def portable(name, value):
+        if not torch.is_tensor(value):
+            return value
+        return float(value) if name == 'step' else value.detach().to('cpu')
+
+    state = optimizer.state_dict()
+    if 'slow_state' in state:  # timm 0.4's Lookahead names the parameters by their addresses there
+        names = {id(parameter): name for group, saved in zip(optimizer.param_groups, state['param_groups'])
+                 for parameter, name in zip(group['params'], saved['params'])}
+        state['slow_state'] = {names.get(key, key): values for key, values in state['slow_state'].items()}
+    for part in ('state', 'slow_state'):
+        if part in state:
+            state[part] = {key: {name: portable(name, value) for name, value in values.items()}
+                           for key, values in state[part].items()}
+    if hasattr(accelerator.base_optimizer(optimizer), 'generator'):  # Adahessian draws numbers of its own
+        state['generator'] = accelerator.base_optimizer(optimizer).generator.get_state()
+    return state
+
+
+# ---- taking it up
+
+def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any, ema: Any = None) -> None:
+    """Load a checkpoint's weights into the model and, where both have one, the average."""
+    if not isinstance(content, dict):
+        raise UserError('--resume %s: holds no weights' % escape_text(source))
+    _, state = unwrap_state_dict(content, 'model|module|state_dict')
+    state = strip_prefixes(state)
+    live = scaler.full_precision_state(model)
+    problems = mismatches(state, live)
+    if problems:
+        raise UserError('--resume %s: these are not the weights of this model: %s%s'
+                        % (escape_text(source), problems, _trained_with(content, source)))
+    for name, tensor in live.items():
+        if name in state and not name.endswith('relative_position_index'):
+            tensor.copy_(state[name])
+    scaler.weights_changed()
+    if ema is not None:
+        # Without an average in the file, the average starts again from the weights just read.
+        average = content.get('model_ema')
+        average = strip_prefixes(average) if average else scaler.full_precision_state(model)
+        problems = mismatches(average, ema.ema.state_dict())
+        if problems:
+            raise UserError('--resume %s: its model_ema is not of this model: %s' % (escape_text(source), problems))
+        ema.ema.load_state_dict({**ema.ema.state_dict(), **average})
+
+
+def saved_args(content: Any) -> Dict[str, Any]:
+    """The flags that a checkpoint was trained with, by name; {} where it says none."""
+    args = content.get('args')
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return args if isinstance(args, dict) else {}
+
+
+def check_same_split(source: str, content: Any, val_split: float, seed: int) -> None:
+    """Raise a `UserError` where --val_split takes images for evaluation that the checkpoint was trained on."""
+    theirs = saved_args(content) if isinstance(content, dict) else {}
+    if not val_split or not theirs.get('val_split'):
+        return
+    for name, value in (('val_split', val_split), ('seed', seed)):
+        if theirs.get(name) != value:
+            raise UserError('--%s %s: %s was trained with --%s %s, so it knows some of the images that would be '
+                            'evaluated; give its --seed and --val_split' % (
+                                name, value, escape_text(source), name, escape_text(str(theirs.get(name)))))
+
+
+def _trained_with(content, source):
+    """' (it was trained with --model …)', if the file says so, and where its run left all flags, if that's there."""
+    args = saved_args(content)
+    flags = ['--%s %s' % (name, args[name]) for name in MODEL_FLAGS if name in args and (name, args[name]) != UNTOLD]
+    every = os.path.join(os.path.dirname(source), 'args.yaml')
+    if flags and os.path.isfile(every):
+        flags[-1] += '; --config %s gives all of its flags' % escape_text(every)
+    return ' (it was trained with %s)' % ' '.join(flags) if flags else ''
+
+
+COUNTERS = ('step', 'lookahead_step')  # what some optimizers count in their groups instead of in each parameter's state
+
+
+def load_optimizer(source: str, optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
+    """Load an optimizer's moments. Rates and other settings stay this run's: the file's would outlive its flags."""
+    kinds = {'betas', 'momentum', 'rho', 'alpha'}  # what tells the families of optimizers apart
+    try:
+        theirs = state['param_groups']
+        if kinds & set(theirs[0] if theirs else ()) != kinds & set(optimizer.param_groups[0]):
+            raise ValueError('another kind of optimizer wrote it')
+        if len(theirs) != len(optimizer.param_groups):
+            raise ValueError('it has %d groups of parameters, this run %d' % (len(theirs), len(optimizer.param_groups)))
+        groups = [dict({name: value for name, value in mine.items() if name != 'params'}, params=group['params'],
+                       **{name: group[name] for name in COUNTERS if type(group.get(name)) is int})
+                  for mine, group in zip(optimizer.param_groups, theirs)]
+        _check_moments(optimizer, groups, state['state'])
+        optimizer.load_state_dict(dict({name: state[name] for name in ('state', 'slow_state') if name in state},
+                                       param_groups=groups))
+        inner = accelerator.base_optimizer(optimizer)
+        if hasattr(inner, 'generator') and 'generator' in state:
+            inner.generator = torch.Generator(inner.param_groups[0]['params'][0].device)
+            inner.generator.set_state(state['generator'])
+        if hasattr(inner, '_momentum_initialized') and state['state']:
+            inner._momentum_initialized = True  # or timm 0.4's NovoGrad would begin anew
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError('--resume %s: its optimizer state does not fit this run (%s); use the --opt and model flags of '
+                        'that run, or give the file to --finetune' % (escape_text(source), shorten(error))) from None
+
+
+def _check_moments(optimizer, groups, state):
+    """Raise a ValueError where a moment has another shape than its parameter: PyTorch looks at the number only."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+    keys = [key for group in groups for key in group['params']]
+    for key, parameter in zip(keys, parameters):
+        for name, value in state.get(key, {}).items():
+            moment = name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer')
+            if moment and not (name == 'momentum_buffer' and value is None) and tuple(value.shape) not in (
+                    tuple(parameter.shape), () if name == 'exp_avg_sq' else None):  # NovoGrad's is a number
+                raise ValueError('%s is %s for a parameter of %s' % (name, tuple(value.shape), tuple(parameter.shape)))
+            if name == 'step' and not 0 <= float(value) < 2 ** 53:
+                raise ValueError('step is %r' % (value,))
+
+
+def shorten(error):
+    return ' '.join(str(error).split())[:200]
+
+
+def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: Any,
+                    ema: Any = None) -> RunState:
+    """Take up a run where a checkpoint left it.
+
+    Returns:
+        RunState. A file with weights only gives that of a start: training starts from them.
+    """
+    load_weights(source, content, model, scaler, ema)
+    if not isinstance(content.get('optimizer'), dict) or 'epoch' not in content:
+        log.log_main('Resumed the weights of %s; it holds no optimizer state, so the schedule starts anew'
+                        % escape_text(source))
+        return RunState()
+    load_optimizer(source, optimizer, content['optimizer'])
+    epoch = content['epoch']
+    if not isinstance(epoch, int) or not -1 <= epoch < 2 ** 31:  # the reference's best checkpoint says 'best'
+        raise UserError('--resume %s: it does not say after which epoch it was saved (epoch is %.40r); '
+                        'give its weights to --finetune instead' % (escape_text(source), epoch))
+    try:
+        if isinstance(content.get('scaler'), dict):
+            scaler.load_state_dict(content['scaler'])
+        inside = content.get('progress') or {}
+        best = {str(name): float(value) for name, value in (content.get('accuracy') or {}).items()}
+        meters = [{'meters': {str(name): [int(count), float(total)] for name, (count, total) in each['meters'].items()},
+                   'skipped_before': int(each['skipped_before'])}
+                  for each in inside.get('meters', ())]
+        run_state = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
+        run_state.stale = int(inside.get('stale', 0))
+        if run_state.steps < 0 or bool(run_state.steps) != bool(meters):
+            raise ValueError('%d steps do not fit its averages' % run_state.steps)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        raise UserError('--resume %s: its scaler, accuracy or progress is not what a checkpoint holds (%s); give its '
+                        'weights to --finetune instead' % (escape_text(source), shorten(error))) from None
+    log.log_main('Resumed %s: %s%s' % (escape_text(source), 'epoch %d is done' % epoch if not run_state.steps else
+                                          '%d updates of epoch %d are done' % (run_state.steps, epoch + 1),
+                                          ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
+    return run_state
+
+
+def resume_differences(content: Dict[str, Any], flags: Dict[str, Any], run: Dict[str, Any],
+                       ignored: Container[str]) -> List[str]:
+    """What makes a resumed run compute other numbers than an unbroken one would, in words; [] where nothing does.
+
+    Args:
+        run: what else the numbers of this run depend on, compared with that of the checkpoint.
+        ignored: the flags on which no number depends.
+    """
+    theirs = saved_args(content)
+    progress = content.get('progress')
+    before = progress.get('run') if isinstance(progress, dict) else None
+    if not theirs or not isinstance(before, dict):
+        return ['the checkpoint does not say with which flags it was made']
+    found = ['--%s is %s (was %.60s)' % (name, value, theirs[name]) for name, value in sorted(flags.items())
+             if name in theirs and name not in ignored and repr(theirs[name]) != repr(value)]
+    return found + ['%s: %s (was %.60s)' % (name, run[name], before.get(name, 'of another version'))
+                    for name in sorted(run) if repr(before.get(name)) != repr(run[name])]

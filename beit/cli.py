@@ -1,0 +1,228 @@
+"""How the programs meet the command line: their parser, the types of flags, one-line errors and the exit status."""
+
+import argparse
+import os
+import re
+import sys
+from typing import Any, Callable, Dict, Iterable, List, Optional
+
+from beit import log
+from beit.devices import accelerator
+from beit.distributed import preemption, process_group, watchdog
+from beit.errors import UserError, escape_text, nearest, one_line, worker_death_message
+from beit.outputs import args_yaml
+
+COLUMN = 24  # where a flag's help begins
+
+
+# ---- the parser
+
+def nearest_flags(name: str, known: Iterable[str], synonyms: Optional[Dict[str, str]] = None) -> List[str]:
+    """Up to three of the `known` flags that a name without its dashes may have meant, the likeliest first.
+
+    Args:
+        synonyms: {what other projects call a flag: its name here}.
+    """
+    name = name.replace('-', '_')
+    others = {other: flag for other, flag in (synonyms or {}).items() if flag in known and other not in known}
+    if name in others:
+        return [others[name]]
+    near = [others.get(each, each) for each in nearest(name, list(known) + list(others))]
+    return list(dict.fromkeys(near))
+
+
+class OneLineHelp(argparse.RawDescriptionHelpFormatter):
+    """Help in which a flag is one line of at most 100 columns: its names, what it does, its default in brackets."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=COLUMN, width=100)
+
+    def _format_action_invocation(self, action):
+        return ', '.join(action.option_strings) or action.dest
+
+    def _format_action(self, action):  # what a long name would put on a line of its own follows it
+        return super()._format_action(action).replace('\n' + ' ' * COLUMN, '  ', 1)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose help and errors are one line each, and which knows what an unknown flag may have meant.
+
+    --help shows `usage` instead of all flags in brackets.
+
+    Attributes:
+        synonyms (dict): what other projects call a flag, for `nearest_flags`.
+    """
+
+    def __init__(self, prog: str, usage: str, **options: Any) -> None:
+        super().__init__(prog, usage='python %s %s' % (prog, usage), allow_abbrev=False,
+                         formatter_class=OneLineHelp, **options)
+        self.synonyms: Dict[str, str] = {}
+        self._optionals.title = 'options'  # before Python 3.10 "optional arguments"
+
+    def error(self, message: str) -> Any:
+        message = re.sub('^argument (?=--)', '', message)
+        raise UserError(re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", lambda found: 'unknown value %s; it must '
+                               'be one of %s' % (found.group(1), found.group(2).replace("'", '')), message))
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        args = normalize_argv(sys.argv[1:] if args is None else list(args))
+        parsed, rest = self.parse_known_args(args, namespace)
+        if getattr(parsed, 'config', None):  # once more, behind those of the file
+            parsed, rest = self.parse_known_args(args, self.read_config(parsed.config))
+        if 'config' in parsed:
+            del parsed.config  # what it says is in the other flags now
+        if 'auto_resume' in parsed:  # not every program goes on
+            parsed.auto_resume = parsed.auto_resume or was_restarted()
+        if rest:
+            raise self.unknown_flag(rest[0].partition('=')[0])
+        return parsed
+
+    def unknown_flag(self, flag: str) -> UserError:
+        if not flag.startswith('-'):
+            return UserError('%r is not a flag; flags begin with --, as in --data_path=/data/ImageNet2012' % flag)
+        return UserError('%s: unknown flag; %s' % (flag, self.suggest(flag.lstrip('-'), '--')))
+
+    def suggest(self, name: str, dashes: str = '') -> str:
+        known = [option[2:] for option in self._option_string_actions if option.startswith('--')]
+        near = ' or '.join(dashes + flag for flag in nearest_flags(name, known, self.synonyms))
+        return 'did you mean %s?' % near if near else 'see --help'
+
+    def read_config(self, path: str) -> argparse.Namespace:
+        """A namespace of the flags that a --config file holds. `UserError`s name the file and the key."""
+        parsed, known = argparse.Namespace(), self._option_string_actions
+        for key, value in args_yaml.read(path).items():
+            shown, flag = '--config %s: %s' % (escape_text(path), escape_text(key)), '--' + key.replace('-', '_')
+            if flag in ('--help', '--config'):
+                raise UserError('%s: this one works on the command line only' % shown)
+            if flag not in known:
+                raise UserError('%s: no flag has this name; %s' % (shown, self.suggest(key)))
+            if value is None:  # null, the default
+                continue
+            if known[flag].nargs == 0:
+                flag, value = self.bool_option(known[flag], value, shown), []
+            elif isinstance(value, list) != (known[flag].nargs is not None):
+                raise UserError('%s: it takes %s' % (shown, 'one value, not a list' if known[flag].nargs is None else
+                                                     'a list of numbers, as in [0.9, 0.999]'))
+            try:
+                args = [flag + '=' + value] if isinstance(value, str) else [flag] + value
+                if self.parse_known_args(normalize_argv(args), parsed)[1]:
+                    raise UserError('%d values are too many' % len(value))
+            except UserError as error:
+                text = str(error)
+                raise UserError('%s: %s' % (shown, text[len(flag) + 2:] if text.startswith(flag + ': ') else text)) \
+                    from None
+        return parsed
+
+    def bool_option(self, action: argparse.Action, value: Any, shown: str) -> str:
+        """The option that sets a boolean flag as a file's `value` says."""
+        if str(value).lower() not in ('true', 'false'):
+            raise UserError('%s: it must be true or false, got %r' % (shown, value))
+        wanted = action.const if str(value).lower() == 'true' else not action.const
+        return next(each.option_strings[0] for each in self._actions
+                    if each.dest == action.dest and each.const is wanted)
+
+
+def normalize_argv(args: List[str]) -> List[str]:
+    """The command line with `_` in flags; refuses what argparse would misread or drop."""
+    for arg in args:
+        if '\0' in arg:
+            raise UserError('%r: a flag cannot hold a NUL character' % arg)
+        if re.match(r'--[^=]+=--$', arg):
+            raise UserError('%s: -- is not a value' % arg)
+    return [re.sub(r'^--[^=]+', lambda flag: '--' + flag.group()[2:].replace('-', '_'), arg) for arg in args]
+
+
+def was_restarted() -> bool:
+    """Whether torchrun (--max_restarts) or SLURM (--requeue) starts this program anew, which then has to go on."""
+    return any(os.environ.get(name, '0') not in ('', '0') for name in ('TORCHELASTIC_RESTART_COUNT',
+                                                                        'SLURM_RESTART_COUNT'))
+
+
+# ---- kinds of flags
+
+def bounded_number(kind: Callable[[str], Any], low: Optional[float] = None, high: Optional[float] = None,
+                   above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: an int or float from `low` (or above it) to `high`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError('%r is not %s' % (text, 'a whole number' if kind is int else 'a number'))
+        if value != value or value in (float('inf'), float('-inf')):
+            raise argparse.ArgumentTypeError('%r is not a finite number' % text)
+        if low is not None and (value <= low if above else value < low):
+            raise argparse.ArgumentTypeError('must be %s %s, got %s' % ('above' if above else 'at least', low, text))
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError('must be at most %s, got %s' % (high, text))
+        return value
+    return parse
+
+
+def add_bool_flag(group: Any, name: str, default: bool, help: str, off: Optional[str] = None) -> None:
+    """Add a boolean flag: --name turns it on, --no_name (or `off`) turns it off; where `off` is empty, nothing does."""
+    off = 'no_' + name if off is None else off
+    group.add_argument('--' + name, action='store_true', default=default,
+                       help='%s (%s)' % (help, 'on; off by --' + off if default else 'off'))
+    if off:
+        group.add_argument('--' + off, action='store_false', dest=name, help=argparse.SUPPRESS)
+
+
+# ---- errors and the exit status
+
+def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: str, resume_hint: str = '') -> int:
+    """Do `work()`; its exit status: 0, 2 for what the user can mend, 1 for what broke.
+
+    Args:
+        program: the file's name, in front of an error.
+        memory_remedy: what helps where memory is not enough.
+        resume_hint: how to go on after a loader process was killed.
+    """
+    try:
+        work()
+        watchdog.stop()
+        process_group.shutdown()
+    except UserError as error:
+        mine = process_group.is_error_reporter() if error.rank is None else error.rank == process_group.rank()
+        process_group.defer_error_report(first=mine)
+        return exit_with_error(program, one_line(error), 2, error.rank)
+    except (RuntimeError, MemoryError) as error:
+        if worker_death_message(error):
+            return exit_with_error(program, worker_death_message(error) + resume_hint, 1)
+        if accelerator.is_out_of_memory(error):
+            return exit_with_error(program, 'out of memory (%s); %s' % (one_line(error)[:200], memory_remedy), 2)
+        if not process_group.is_peer_failure(error):
+            raise
+        silent = watchdog.silent_ranks()
+        process_group.defer_error_report()
+        return exit_with_error(program, 'lost the connection to %s, which ended or hangs; its own message says why' % (
+            'process %s' % ' and '.join(map(str, silent)) if silent else 'another process'), 1)
+    return 0
+
+
+def run_interruptible(program: str, work: Callable[[], Any], memory_remedy: str) -> int:
+    """`run_with_error_report`, for a program that leaves nothing behind when a signal ends it.
+
+    The status is then 128 + the signal's number.
+    """
+    try:
+        with preemption.Signals():
+            return run_with_error_report(program, work, memory_remedy)
+    except preemption.Stopped as stop:
+        return exit_with_error(program, 'interrupted by %s; nothing was written' % preemption.name(stop.number),
+                               128 + stop.number)
+
+
+def exit_with_error(program: str, message: str, status: int, rank: Optional[int] = None) -> int:
+    """Print the one line. `rank` is whom it is about, where that isn't this process."""
+    about = rank if rank is not None else process_group.rank() or None
+    log.current_display().end()
+    print('%s: error: %s%s' % (program, '' if about is None else 'process %d: ' % about, message), file=sys.stderr,
+          flush=True)
+    return exit_process(status)
+
+
+def exit_process(status: int) -> int:
+    """End at once where there are several processes; give the status where this is the only one."""
+    if process_group.world_size() > 1:
+        os._exit(status)  # an orderly exit would wait for processes that wait for this one
+    return status

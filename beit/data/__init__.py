@@ -1,0 +1,1 @@
+"""Images: finding, decoding, transforming and batching them."""

@@ -1,0 +1,129 @@
+"""Batches on the device: copied there as bytes ahead of their use, and there made float32, normalised and erased."""
+
+import contextlib
+import random
+import signal
+import time
+from typing import Any, Iterator, Optional, Sequence
+
+import torch
+from timm.data.random_erasing import RandomErasing
+
+from beit.data import device_randaugment
+from beit.devices import accelerator
+
+
+class RandomErasingBoxes(RandomErasing):
+    """timm's choice of what to erase, without the erasing: drawn in a loader's worker, applied on the device.
+
+    Args:
+        probability (float): the share of images.
+        most (int): the largest number of boxes of one image.
+    """
+
+    def __init__(self, probability: float, most: int = 1) -> None:
+        super().__init__(probability, mode='const', max_count=most, device='cpu')  # const draws no numbers for pixels
+
+    def __call__(self, height: int, width: int) -> tuple:
+        """(seed of the noise, [(top, left, height, width)]), or () for an image that is left alone."""
+        boxes = _Boxes()
+        self._erase(boxes, 3, height, width, torch.float32)
+        return (random.getrandbits(63), list(boxes)) if boxes else ()
+
+
+class _Boxes(list):
+    """In place of an image: notes where timm writes."""
+
+    def __setitem__(self, where, _):
+        _, rows, columns = where
+        self.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
+
+
+class PrefetchLoader:
+    """What a DataLoader of bytes gives, on `device`: images float32, normalised as timm does it, and erased.
+
+    Its attributes are the DataLoader's. On a CPU and on CUDA images are the bits that torchvision's ToTensor and
+    Normalize give. The noise of an erased image depends only on its seed and the
+    kind of device.
+
+    Args:
+        loader (DataLoader): gives `loader.Batch`es of uint8 (B, 3, H, W).
+        mean, std (sequence of 3 float): of images between 0 and 1.
+        remode (str): what erasing writes: 'const' 0, 'rand' one normal colour a box, 'pixel' normal noise.
+    """
+
+    def __init__(self, loader: Optional[torch.utils.data.DataLoader], device: torch.device, mean: Sequence[float],
+                 std: Sequence[float], remode: str = 'pixel') -> None:
+        self.loader, self.device, self.remode = loader, device, remode
+        self.generator = accelerator.noise_generator(device)
+        # 255 too: by a number CUDA multiplies with 1/255 instead, which rounds otherwise.
+        self.white, self.mean, self.std = (torch.tensor(value, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+                                           for value in ([255.], mean, std))
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        with _signals_wait():
+            batches = iter(self.loader)
+        try:
+            yield from accelerator.prefetch(_or_worker_death(batches), self.prepare, self.device)
+        finally:  # PyTorch 1.5 hangs if the garbage collector ends the workers
+            if hasattr(batches, '_shutdown_workers') and not getattr(self.loader, 'persistent_workers', False):
+                batches._shutdown_workers()
+
+    def prepare(self, batch: Any) -> Any:
+        """The batch on the device; nothing waits for it to be there."""
+        images = batch.images.permute(0, 2, 3, 1).to(self.device, non_blocking=True)  # as they lie: one plain copy
+        images = images.permute(0, 3, 1, 2).contiguous()
+        device_randaugment.apply(images, batch.augmenting)
+        images = images.float()
+        images.div_(self.white).sub_(self.mean).div_(self.std)
+        for index, seed, boxes in batch.erasing:
+            self.generator.manual_seed(seed)
+            for top, left, height, width in boxes:
+                images[index, :, top:top + height, left:left + width] = self.pixels(height, width)
+        return batch._replace(images=images, targets=batch.targets.to(self.device, non_blocking=True), erasing=[],
+                              augmenting=[])
+
+    def as_bytes(self, images: torch.Tensor) -> torch.Tensor:
+        """What `prepare` normalised, as uint8 (B, H, W, 3) on the CPU: the pixels that the model was shown."""
+        return ((images * self.std + self.mean) * self.white).round().byte().permute(0, 2, 3, 1).cpu()
+
+    def pixels(self, height: int, width: int) -> torch.Tensor:
+        """What erasing writes into a box: (3, height, width), or (3, 1, 1)."""
+        if self.remode == 'const':
+            return torch.zeros(3, 1, 1, device=self.device)
+        shape = (3, height, width) if self.remode == 'pixel' else (3, 1, 1)
+        noise = torch.empty(shape, device=self.generator.device).normal_(generator=self.generator)
+        return noise.to(self.device)
+
+
+def _or_worker_death(batches):
+    """The batches. A worker that is killed while it hands one over raises the error that PyTorch has for others."""
+    try:
+        yield from batches
+    except (EOFError, ConnectionError, FileNotFoundError) as error:
+        dead, until = [], time.monotonic() + 2  # its connection may end before the worker is seen to be dead
+        while not dead and 'Caught ' not in str(error) and time.monotonic() < until:  # Caught: in a worker that lives
+            dead = [str(worker.pid) for worker in getattr(batches, '_workers', ()) if not worker.is_alive()]
+            time.sleep(0.05)
+        if not dead:
+            raise
+        raise RuntimeError('DataLoader worker (pid(s) %s) exited unexpectedly' % ', '.join(dead)) from error
+
+
+@contextlib.contextmanager
+def _signals_wait():
+    """Workers that start in here cannot be ended by a signal to all processes of a job; see `loader.worker_init`."""
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

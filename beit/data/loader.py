@@ -1,0 +1,188 @@
+"""The order of images, their random numbers and how batches are collated; what a DataLoader's worker does.
+
+A sample depends only on the seed, the epoch and the image's index: not on the number of workers, nor on how many
+processes share the data.
+"""
+
+import functools
+import inspect
+import os
+import random
+import signal
+import sys
+import threading
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+from torch.utils.data.dataloader import default_collate
+
+from beit.data import device_randaugment
+from beit.data.decode import UnreadableImage
+from beit.data.device_loader import RandomErasingBoxes
+from beit.devices import accelerator
+from beit.distributed import process_group
+from beit.errors import UserError
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """This process's share of one permutation per epoch; gives (epoch, index) pairs.
+
+    Process r of w takes positions r, r+w, r+2w, … so that the k-th batches of all processes together are the k-th batch
+    of one process with w times the batch size. The last positions that don't go round are left out.
+    """
+
+    def __init__(self, length: int, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
+        self.length, self.rank, self.world_size, self.seed = length, rank, world_size, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Give this epoch, from this process's `start`-th sample on."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        """What is left of the epoch."""
+        return max(self.length // self.world_size - self.start, 0)
+
+    def __iter__(self) -> Iterator[Tuple[int, int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        share = order[:self.length // self.world_size * self.world_size][self.rank::self.world_size]
+        for index in share[self.start:]:
+            yield self.epoch, int(index)
+
+
+class OrderedDistributedSampler(torch.utils.data.Sampler):
+    """This process's share of a validation set: every image in exactly one process, none twice."""
+
+    def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
+        self.indices = range(rank, length, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+
+class Unreadable(NamedTuple):
+    """A file that was left out; its path is printable."""
+    path: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """What the loaders give. B is smaller by the files that were left out; it can be 0."""
+    images: torch.Tensor  # float32 (B, 3, H, W), normalised; from a worker uint8
+    targets: torch.Tensor  # int64 (B,), class indices
+    indices: torch.Tensor  # int64 (B,), of the data set; see `image_dataset.image_name`
+    unreadable: list  # of Unreadable
+    erasing: Sequence = ()  # what is still to be erased: (position in the batch, seed, boxes), see `RandomErasingBoxes`
+    augmenting: Sequence = ()  # what is still to be done to the bytes, see `rand_augment.collate_ops`
+
+
+class Sample(NamedTuple):
+    """What a worker makes of an image, for `collate`."""
+    image: torch.Tensor  # uint8 (H, W, 3)
+    target: int
+    index: int
+    erasing: tuple = ()  # what to erase of it
+    deferred: Optional[device_randaugment.DeferredImage] = None  # what else is to be done to it
+
+
+class Samples(torch.utils.data.Dataset):
+    """A `Sample` by index; where `skips`, an `Unreadable` for a bad file.
+
+    Args:
+        erasing (RandomErasingBoxes): draws its numbers behind all others of an image; None erases nothing.
+    """
+
+    def __init__(self, dataset: Any, skips: bool = False, erasing: Optional[RandomErasingBoxes] = None) -> None:
+        self.dataset, self.skips, self.erasing = dataset, skips, erasing
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Union[Sample, Unreadable]:
+        try:
+            image, target = self.dataset[index]
+            deferred = image if isinstance(image, device_randaugment.DeferredImage) else None
+            image = image if deferred is None else deferred.image
+            return Sample(image, target, index, self.erasing(*image.shape[:2]) if self.erasing else (), deferred)
+        except UnreadableImage as error:
+            if self.skips:
+                return Unreadable(error.path, error.reason)
+            raise UserError(str(error)) from None  # the name by which `one_line` knows it, coming from a worker
+
+
+class SeededSamples(Samples):
+    """Samples by (epoch, index), the augmentation's random numbers drawn from (seed, epoch, index)."""
+
+    def __init__(self, dataset: Any, seed: int = 0, skips: bool = False,
+                 erasing: Optional[RandomErasingBoxes] = None) -> None:
+        super().__init__(dataset, skips, erasing)
+        self.seed = seed
+
+    def __getitem__(self, key: Tuple[int, int]) -> Union[Sample, Unreadable]:
+        epoch, index = key
+        in_worker = torch.utils.data.get_worker_info() is not None
+        saved = None if in_worker else (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        try:
+            seeds = np.random.SeedSequence([self.seed, epoch, index]).generate_state(3).tolist()
+            random.seed(seeds[0])
+            np.random.seed(seeds[1])
+            torch.default_generator.manual_seed(seeds[2])  # torch.manual_seed would go to every device too
+            return super().__getitem__(index)
+        finally:
+            if saved is not None:  # the training loop's own numbers must not notice
+                random.setstate(saved[0])
+                np.random.set_state(saved[1])
+                torch.set_rng_state(saved[2])
+
+
+def collate(items: Sequence, size: int) -> Batch:
+    """What `Samples` gave, as a `Batch` of bytes, images of size x size."""
+    unreadable = [item for item in items if isinstance(item, Unreadable)]
+    read = [item for item in items if not isinstance(item, Unreadable)]
+    if not read:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return Batch(torch.zeros(0, 3, size, size, dtype=torch.uint8), nothing, nothing.clone(), unreadable, [])
+    images, targets, indices = default_collate([sample[:3] for sample in read])
+    erasing = [(position,) + sample.erasing for position, sample in enumerate(read) if sample.erasing]
+    augmenting = device_randaugment.collate_ops([sample.deferred for sample in read])
+    return Batch(images.permute(0, 3, 1, 2), targets, indices, unreadable, erasing, augmenting)
+
+
+def worker_init(_: int) -> None:
+    """Make a loader's worker one that only the main process ends: by SIGTERM, as PyTorch does, or by its own end.
+
+    A signal to all processes of a job must not take the workers from a main process that is about to save.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _unless_connection_is_lost
+    process_group.end_with_parent()
+    if hasattr(signal, 'sigwaitinfo'):  # on Linux; a handler wouldn't learn who sent the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_exit_when_parent_asks, args=(os.getppid(),), daemon=True).start()
+
+
+def _unless_connection_is_lost(kind, error, traceback):
+    """The hook of a worker, whose thread that hands batches over meets this where the main process is killed."""
+    if not isinstance(error, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, traceback)
+
+
+def _exit_when_parent_asks(parent):
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def loader_kwargs(num_workers: int, pin_mem: bool, input_size: int, device: torch.device) -> Dict[str, Any]:
+    """A DataLoader's arguments. Its workers stay from one epoch to the next, where PyTorch has that."""
+    wanted = dict(
+        num_workers=num_workers, pin_memory=pin_mem and accelerator.can_pin_memory(device),
+        worker_init_fn=worker_init, collate_fn=functools.partial(collate, size=input_size),
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator())  # seeds of new workers must not come from the run's own numbers
+    known = inspect.signature(torch.utils.data.DataLoader.__init__).parameters
+    return {name: value for name, value in wanted.items() if name in known}

@@ -1,0 +1,167 @@
+"""Which folders and files the flags name, and the digits that --data_path demo means."""
+
+import os
+import shutil
+import tempfile
+from typing import List, Optional, Tuple
+
+import numpy as np
+from PIL import Image
+
+from beit import log
+from beit.config import DataConfig, InputConfig
+from beit.data.transforms import SMALL_INPUT
+from beit.errors import UserError, escape_text, unknown_value_error
+from beit.paths import project_root
+
+DATA_SETS = ('CIFAR', 'IMNET', 'image_folder')
+
+
+def write_digits(root: str) -> None:
+    """Write scikit-learn's UCI handwritten digits as an image folder: 1,797 scans, 10 classes, stratified 80/20.
+
+    The 8x8 scans become 32x32 PNG files. The folder appears whole or not at all.
+    """
+    from sklearn.datasets import load_digits  # slow to import, for the demo only
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    indices = np.arange(len(digits.target))
+    train, val = train_test_split(indices, test_size=0.2, random_state=0, stratify=digits.target)
+    os.makedirs(os.path.dirname(root), exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix='.digits-', dir=os.path.dirname(root))
+    try:
+        for split, members in (('train', train), ('val', val)):
+            for index in members:
+                folder = os.path.join(temporary, split, str(digits.target[index]))
+                os.makedirs(folder, exist_ok=True)
+                scan = Image.fromarray(np.uint8(np.round(digits.images[index] * (255. / 16.))))
+                scan.resize((32, 32), Image.BICUBIC).save(os.path.join(folder, '%04d.png' % index))
+        os.chmod(temporary, 0o755)
+        os.rename(temporary, root)
+    except OSError:
+        if not os.path.isdir(os.path.join(root, 'val')):  # another process may have been first
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def resolve_data_path(data_path: str) -> str:
+    """The folder of --data_path; `demo` is the folder of the digits, written on first use."""
+    if data_path != 'demo':
+        return data_path
+    root = os.path.join(project_root(), 'data', 'digits')
+    if not os.path.isdir(os.path.join(root, 'val')):
+        try:
+            write_digits(root)
+        except ImportError:
+            raise UserError('--data_path demo needs scikit-learn; run: pip install scikit-learn') from None
+        except OSError as error:
+            raise UserError('--data_path demo: cannot write the digits to %s (%s)'
+                            % (escape_text(root), error.strerror or error)) from None
+        log.log_main('Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s' % root)
+    return root
+
+
+def check_paths(config: InputConfig) -> None:
+    """Raise a `UserError` where a flag names a folder or file that is missing or contradicts another. Cheap."""
+    if config.data_set not in DATA_SETS:
+        raise unknown_value_error('--data_set', config.data_set, DATA_SETS)
+    check_split(config)
+    check_manifests(config)
+    in_folders = [is_train for is_train in needed_subsets(config) if manifest_of(is_train, config) is None]
+    if not config.data_path and any(is_train or not config.eval_data_path for is_train in in_folders):
+        raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo'
+                        if not config.train_csv else '--train_csv %s: there are no validation images; give --val_csv, '
+                        'or --val_split 0.1 to take a tenth of these' % escape_text(config.train_csv))
+    for flag, path in (('--data_path', config.data_path), ('--eval_data_path', config.eval_data_path)):
+        if path and (path, flag) != ('demo', '--data_path') and not os.path.isdir(path):
+            raise UserError('%s %s: no such folder' % (flag, escape_text(path)))
+    if config.data_path == 'demo':
+        return
+    if config.data_set == 'CIFAR':
+        cifar_root(config.data_path)
+        if config.input_size < SMALL_INPUT:
+            raise UserError('--input_size %d: the images of CIFAR are 32x32 and are not made smaller; use 32 or more'
+                            % config.input_size)
+    for is_train in in_folders:
+        if config.data_set != 'CIFAR':
+            flag, root = split_root(is_train, config)
+            if not os.path.isdir(root):
+                raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s' % (
+                    flag, escape_text(getattr(config, flag[2:])), escape_text(root),
+                    '' if is_train or config.eval_data_path else
+                    '; or --val_split 0.1 takes a tenth of the training images for it')
+                    + ('; or give the folder above, if that holds train/ and val/' if os.path.basename(
+                        os.path.normpath(getattr(config, flag[2:]))) in ('train', 'val') else ''))
+
+
+def check_split(config: DataConfig) -> None:
+    """Raise a `UserError` where --val_split is given although there are validation images."""
+    if not config.val_split:
+        return
+    prefix = '--val_split %g: ' % config.val_split
+    for flag in ('eval_data_path', 'val_csv'):
+        if getattr(config, flag):
+            raise UserError(prefix + '--%s names the validation images; leave one of the two out' % flag)
+    if config.data_set == 'CIFAR':
+        raise UserError(prefix + 'CIFAR has a test set of its own; leave the flag out')
+    val = os.path.join(resolve_data_path(config.data_path), 'val')
+    if config.data_set == 'IMNET' and config.data_path and not config.train_csv and os.path.lexists(val):
+        raise UserError(prefix + 'there is a folder %s with validation images; leave the flag out, or name the class '
+                        'folders with --data_set image_folder --data_path %s'
+                        % (escape_text(val), escape_text(os.path.join(os.path.dirname(val), 'train'))))
+
+
+def check_manifests(config: DataConfig) -> None:
+    """Raise a `UserError` where --train_csv or --val_csv names no file, or contradicts another flag."""
+    for flag, path in (('--train_csv', config.train_csv), ('--val_csv', config.val_csv)):
+        if path and not os.path.isfile(path):
+            raise UserError('%s %s: %s; give a CSV file with a path,label a line' % (
+                flag, escape_text(path), 'is a folder' if os.path.isdir(path) else 'no such file'))
+        if path and config.data_set == 'CIFAR':
+            raise UserError('%s %s: --data_set CIFAR has no image files to list; leave one of the two out'
+                            % (flag, escape_text(path)))
+    if config.val_csv and config.eval_data_path:
+        raise UserError('--val_csv %s: --eval_data_path names validation images too; leave one of the two out'
+                        % escape_text(config.val_csv))
+
+
+def needed_subsets(config: DataConfig) -> List[bool]:
+    """[True, False] for the training and the validation set, without those that the run doesn't need."""
+    return ([] if config.eval else [True]) + ([False] if needs_validation(config) else [])
+
+
+def manifest_of(is_train: bool, config: DataConfig) -> Optional[Tuple[str, str]]:
+    """(flag, CSV file) that lists the images for training or validation, or None."""
+    flag = 'train_csv' if is_train or config.val_split else 'val_csv'
+    return ('--' + flag, getattr(config, flag)) if getattr(config, flag) else None
+
+
+def needs_validation(config: DataConfig) -> bool:
+    return config.eval or not config.disable_eval_during_finetuning
+
+
+def split_root(is_train: bool, config: DataConfig) -> Tuple[str, str]:
+    """(flag, folder) of the class folders for training or validation; with --val_split these are the same."""
+    is_train = is_train or config.val_split > 0
+    if config.data_set == 'image_folder':
+        if is_train:
+            return '--data_path', config.data_path
+        if not config.eval_data_path:
+            raise UserError('--data_set image_folder needs --eval_data_path, the class folders for validation '
+                            '(or --disable_eval_during_finetuning)')
+        return '--eval_data_path', config.eval_data_path
+    if not is_train and config.eval_data_path:
+        return '--eval_data_path', config.eval_data_path
+    return '--data_path', os.path.join(resolve_data_path(config.data_path), 'train' if is_train else 'val')
+
+
+def cifar_root(data_path: str) -> str:
+    """The folder that holds cifar-100-python, the archive's own folder; that folder itself will do as well."""
+    path = os.path.normpath(data_path)
+    for root in (path, os.path.dirname(path)):
+        if os.path.isfile(os.path.join(root, 'cifar-100-python', 'train')):
+            return root
+    raise UserError('--data_path %s: there is no cifar-100-python/train in it; unpack cifar-100-python.tar.gz there'
+                    % escape_text(data_path))

@@ -1,0 +1,170 @@
+"""Images of files, folders and patterns, one after another: what `run_predict.py` reads.
+
+Folders of any size begin at once and take no more memory than small ones: nothing is listed before it is needed.
+"""
+
+import collections
+import glob
+import itertools
+import os
+import zlib
+from typing import Collection, Iterable, Iterator, List, Sequence, Tuple
+
+import torch
+
+from beit.data.class_folders import EXTENSIONS, check_link, is_hidden, is_image_name, resolve_link
+from beit.data.transforms import EvalTransform, image_reader
+from beit.errors import UserError, escape_text
+
+AT_ONCE = 1 << 16  # names that are put in order together; they bound the memory
+
+
+def walk_images(root: str, without: Collection[str] = ()) -> Iterator[str]:
+    """Yield the path of every image in a folder, at any depth: a folder's files, then what is in its folders.
+
+    Names come sorted; those of a folder with more than `AT_ONCE` so many at a time, as the system gives them. Hidden
+    names are passed over, links are followed.
+
+    Args:
+        without (collection of str): real paths of folders to pass over.
+
+    Raises:
+        UserError: a folder can't be listed, a link leads nowhere or to a folder that it lies in.
+    """
+    pending = [(root, (os.path.realpath(root),))]
+    while pending:
+        folder, ancestors = pending.pop()
+        ancestors = resolve_link(folder, ancestors) if folder != root else ancestors
+        if ancestors[-1] in without:
+            continue
+        folders = []
+        try:
+            with os.scandir(folder) as entries:
+                for name in in_order(_images(entries, folders)):
+                    yield os.path.join(folder, name)
+        except OSError as error:
+            raise UserError('%s: cannot look for images there (%s); mend or remove it, or let this user read it'
+                            % (escape_text(error.filename or folder), error.strerror)) from None
+        pending += [(os.path.join(folder, name), ancestors) for name in sorted(folders, reverse=True)]
+
+
+def _images(entries, folders):
+    """The names of images among a folder's entries; those of folders are added to `folders`."""
+    for entry in entries:
+        if is_hidden(entry.name):
+            continue
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            folders.append(entry.name)
+        elif is_image_name(entry.name):
+            yield entry.name
+        elif entry.is_symlink():
+            check_link(entry.path)
+
+
+def in_order(names: Iterable[str]) -> Iterator[str]:
+    """Yield them sorted, `AT_ONCE` at a time."""
+    names = iter(names)
+    while True:
+        some = sorted(itertools.islice(names, AT_ONCE))
+        yield from some
+        if len(some) < AT_ONCE:
+            return
+
+
+def check_inputs(inputs: Sequence[str]) -> None:
+    """Raise a `UserError` for one that names nothing."""
+    for name in inputs:
+        if not os.path.lexists(name) and next(glob.iglob(name, recursive=True), None) is None:
+            raise UserError('%s: %s' % (escape_text(name), 'no file has such a name' if glob.has_magic(name) else
+                                        'no such file or folder'))
+
+
+def find_images(inputs: Sequence[str], without: Collection[str] = ()) -> Iterator[str]:
+    """Yield the path of each image that files, folders and patterns name, in their order.
+
+    A file that is named counts as an image whatever its ending. A pattern's files count by their endings, and its
+    folders with all that is in them, unless it goes into folders by itself (**).
+    """
+    for name in inputs:
+        if os.path.isdir(name):
+            yield from walk_images(name, without)
+        elif os.path.lexists(name):
+            yield name
+        else:
+            for path in in_order(glob.iglob(name, recursive=True)):
+                if any(os.path.join(os.path.realpath(path), '').startswith(os.path.join(each, '')) for each in without):
+                    continue
+                if os.path.isdir(path):
+                    yield from () if '**' in name else walk_images(path, without)
+                elif is_image_name(path):
+                    yield path
+
+
+def common_folder(inputs: Sequence[str]) -> str:
+    """The innermost folder, an absolute path, that holds all that the inputs name."""
+    folders = []
+    for name in inputs:
+        path = os.path.abspath(name)
+        if os.path.lexists(name):
+            folders.append(path if os.path.isdir(path) else os.path.dirname(path))
+            continue
+        while glob.has_magic(path):
+            path = os.path.dirname(path)
+        folders.append(path)
+    return os.path.commonpath(folders)
+
+
+class PathSampler(torch.utils.data.Sampler):
+    """This process's share of the images, every `processes`-th, as (number, path); without a length.
+
+    Attributes:
+        requested (deque): those that the loader asked for and `take` did not return yet, in their order.
+        state (list): how many images of all processes were passed, and a checksum of their paths. Processes that
+            passed the same ones have the same.
+    """
+
+    def __init__(self, inputs: Sequence[str], without: Collection[str] = (), rank: int = 0, processes: int = 1) -> None:
+        self.inputs, self.without, self.rank, self.processes = inputs, without, rank, processes
+        self.requested, self.state = collections.deque(), [0, 0]
+
+    def __iter__(self):
+        for number, path in enumerate(find_images(self.inputs, self.without)):
+            self.state = [number + 1, zlib.crc32(os.fsencode(path), self.state[1])]
+            if number % self.processes == self.rank:
+                self.requested.append((number, path))
+                yield number, path
+
+    def take(self, count: int) -> List[Tuple[int, str]]:
+        """The next `count` that were requested."""
+        return [self.requested.popleft() for _ in range(count)]
+
+    def first(self, count: int) -> int:
+        """How many images there are, `count` at most.
+
+        Raises:
+            UserError: there's none.
+        """
+        found = sum(1 for _ in itertools.islice(find_images(self.inputs, self.without), count))
+        if not found:
+            raise UserError('%s: there is no image (%s) in it' % (
+                ', '.join(map(escape_text, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else ''),
+                ' '.join(EXTENSIONS)))
+        return found
+
+
+class PathDataset(torch.utils.data.Dataset):
+    """(image uint8 (size, size, 3), whether it was resized although training resizes none) by (number, path).
+
+    A model for small inputs was trained on images of exactly that size. The shorter side of others is resized, and the
+    centre cropped.
+    """
+
+    def __init__(self, evaluation: EvalTransform, data_backend: str = 'exact') -> None:
+        self.evaluation, self.transform = evaluation, evaluation.build(data_backend)
+        self.read = image_reader(evaluation.is_fast(data_backend))
+        self.make_fit = evaluation.resize_and_crop()
+
+    def __getitem__(self, key: Tuple[int, str]) -> Tuple[torch.Tensor, int]:
+        image = self.read(key[1])
+        resized = not (self.evaluation.resizes or self.evaluation.fits(*image.size))
+        return self.transform(self.make_fit(image) if resized else image), int(resized)

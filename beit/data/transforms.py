@@ -1,0 +1,243 @@
+"""What is done to an image before the model sees it, and to a batch of them: the transforms, mixup and cutmix.
+
+`datasets` decides where this runs; `loader` seeds the random numbers.
+"""
+
+import dataclasses
+import functools
+import inspect
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.mixup import mixup_target
+from torchvision import transforms
+
+from beit.config import MAX_INPUT_SIZE, MixupConfig, TransformConfig
+from beit.data import device_randaugment, fast_decode
+from beit.data.decode import load_image
+from beit.errors import UserError, unknown_value_error
+from modeling_finetune import INPUT_MEAN, INPUT_STD
+
+try:
+    from torchvision.transforms import InterpolationMode
+except ImportError:  # torchvision before 0.9 takes Pillow's constants
+    InterpolationMode = Image
+
+INTERPOLATIONS = ('random', 'bilinear', 'bicubic', 'lanczos')
+BACKENDS = ('exact', 'fast')
+SMALL_INPUT = 32  # up to this size images are taken as they are: no resizing, random crops with padding
+PADDING = 4
+
+
+# ---- evaluation
+
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """How evaluation prepares an image: its shorter side is resized, the centre cropped, and pixels are normalised.
+
+    Training's validation, prediction, the report and every export ask this class. Images for inputs of `SMALL_INPUT`
+    and less are not resized: they must have that size, see `fits`.
+    """
+    input_size: int = 224  # pixels a side of the crop
+    crop_pct: float = 224 / 256  # input_size / the shorter side
+    interpolation: str = 'bicubic'
+    mean: Tuple[float, ...] = INPUT_MEAN  # of pixels between 0 and 1
+    std: Tuple[float, ...] = INPUT_STD
+
+    @classmethod
+    def from_config(cls, config: TransformConfig) -> 'EvalTransform':
+        """As the flags have it; without --crop_pct as the reference takes it for this input size."""
+        mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if config.imagenet_default_mean_and_std else (
+            INPUT_MEAN, INPUT_STD)
+        crop_pct = config.crop_pct or (224 / 256 if config.input_size < 384 else 1.0)
+        return cls(config.input_size, crop_pct if config.input_size > SMALL_INPUT else 1.0, mean=tuple(mean),
+                   std=tuple(std))
+
+    @classmethod
+    def from_timm(cls, words: Dict[str, Any]) -> 'EvalTransform':
+        """From what `to_timm` gives. Raises ValueError, TypeError or LookupError where it is nothing of the kind."""
+        _, height, width = words['input_size']
+        if height != width or type(height) is not int or not 1 <= height <= MAX_INPUT_SIZE or \
+                not 0 < float(words['crop_pct']) <= 1:
+            raise ValueError('not the preprocessing of a square input')
+        return cls(height, float(words['crop_pct']), words['interpolation'],
+                   *(tuple(map(float, words[name])) for name in ('mean', 'std')))
+
+    def to_timm(self) -> Dict[str, Any]:
+        """In timm's words: input_size (3, H, W), interpolation, mean, std and crop_pct."""
+        return {'input_size': (3, self.input_size, self.input_size), 'interpolation': self.interpolation,
+                'mean': self.mean, 'std': self.std, 'crop_pct': self.crop_pct}
+
+    @property
+    def is_imagenet_normalized(self) -> bool:
+        return self.mean == IMAGENET_DEFAULT_MEAN
+
+    @property
+    def resizes(self) -> bool:
+        return self.input_size > SMALL_INPUT
+
+    @property
+    def shorter_side(self) -> int:
+        """Pixels of the resized image's shorter side."""
+        return int(self.input_size / self.crop_pct) if self.resizes else self.input_size
+
+    def fits(self, width: int, height: int) -> bool:
+        """Whether an image of this size can be taken."""
+        return self.resizes or (width, height) == (self.input_size, self.input_size)
+
+    def is_fast(self, data_backend: str) -> bool:
+        """Whether `data_backend` gives other pixels; images that are not resized stay exact."""
+        return data_backend == 'fast' and self.resizes
+
+    def resize_and_crop(self, fast: bool = False) -> Callable:
+        """Of a Pillow image; `fast` takes what `fast_images.load_bytes` gives too. Gives a Pillow image."""
+        if fast:
+            return fast_decode.CentreCrop(self.shorter_side, self.input_size, self.interpolation)
+        mode = getattr(InterpolationMode, self.interpolation.upper())
+        return transforms.Compose([transforms.Resize(self.shorter_side, interpolation=mode),
+                                   transforms.CenterCrop(self.input_size)])
+
+    def build(self, data_backend: str = 'exact') -> Callable:
+        """The worker's part: an image to uint8 (input_size, input_size, 3)."""
+        steps = [self.resize_and_crop(self.is_fast(data_backend))] if self.resizes else []
+        return transforms.Compose(steps + [to_uint8])
+
+
+# ---- an image
+
+def build_transform(is_train: bool, config: TransformConfig, device: Optional[torch.device] = None) -> Callable:
+    """The worker's part of the reference's transform: a Pillow image to uint8 (input_size, input_size, 3).
+
+    Training is timm's `create_transform`; inputs of 32 pixels and less use random crops with 4 pixels of padding.
+    Evaluation is `EvalTransform`. What follows, normalising and random erasing, is `PrefetchLoader`'s. Where `is_fast`,
+    it takes what `fast_images.load_bytes` gives too, and leaves flips and RandAugment to a `device` that is not the
+    CPU, where the loop has better to do.
+    """
+    evaluation, fast = EvalTransform.from_config(config), is_fast(is_train, config)
+    if not is_train:
+        return evaluation.build(config.eval_data_backend)
+    # RandAugment turns and shears with the same interpolation; in Pillow's hands bilinear takes half the time.
+    interpolation = 'bilinear' if fast and config.train_interpolation != 'random' else config.train_interpolation
+    transform = create_transform(
+        input_size=config.input_size, is_training=True, color_jitter=config.color_jitter,
+        auto_augment=policy_or_none(config.aa), interpolation=interpolation, hflip=getattr(config, 'hflip', 0.5),
+        re_prob=0., mean=evaluation.mean, std=evaluation.std, use_prefetcher=True)
+    if fast:
+        deferred = device is not None and device.type != 'cpu' and device_randaugment.can_defer(transform.transforms[1:-1])
+        transform.transforms[0] = fast_decode.RandomCrop(config.input_size, interpolation=config.train_interpolation,
+                                                         as_tensor=deferred)
+        if deferred:  # the rest is the device's
+            transform.transforms[1:] = [device_randaugment.DeferredRandAugment(*transform.transforms[1:-1])]
+            return transform
+    elif not evaluation.resizes:
+        transform.transforms[0] = transforms.RandomCrop(config.input_size, padding=PADDING)
+    transform.transforms[-1] = to_uint8
+    return transform
+
+
+def to_uint8(image: Image.Image) -> torch.Tensor:
+    """A Pillow image as uint8 (H, W, 3). Turned to (3, H, W), as timm's own last step does, takes longer to collate."""
+    return torch.from_numpy(np.array(image))
+
+
+def is_fast(is_train: bool, config: TransformConfig) -> bool:
+    """Whether --data_backend fast, or --eval_data_backend, asks for other pixels; what isn't resized stays exact."""
+    return EvalTransform.from_config(config).is_fast(config.data_backend if is_train else config.eval_data_backend)
+
+
+def image_reader(fast: bool) -> Callable:
+    """The function that reads the image of a path for these transforms."""
+    return fast_decode.load_bytes if fast else load_image
+
+
+def check_backend(config: TransformConfig) -> None:
+    """Raise a `UserError` where --data_backend fast isn't to be had."""
+    for flag in ('data_backend', 'eval_data_backend'):
+        if getattr(config, flag) == 'fast':
+            fast_decode.check_available('--' + flag)
+    if config.data_backend == 'fast' and config.train_interpolation not in fast_decode.RESIZES:
+        raise UserError('--train_interpolation %s needs --data_backend exact; fast has %s'
+                        % (config.train_interpolation, ', '.join(fast_decode.RESIZES)))
+
+
+def small_input_rule(is_train: bool, config: TransformConfig) -> Optional[Callable[[int, int], bool]]:
+    """Which images (width, height) the transform of a small input can take, or None where it resizes them."""
+    evaluation = EvalTransform.from_config(config)
+    if evaluation.resizes:
+        return None
+    # No lambda: workers may get it pickled.
+    return functools.partial(_fits_padded, config.input_size) if is_train else evaluation.fits
+
+
+def _fits_padded(input_size, width, height):
+    return min(width, height) + 2 * PADDING >= input_size
+
+
+def policy_or_none(policy: Optional[str]) -> Optional[str]:
+    """An AutoAugment policy, or None for 'none' and the empty string."""
+    return None if policy in (None, '', 'none', 'None') else policy
+
+
+def check_policy(policy: Optional[str]) -> None:
+    """Raise a `UserError` for a --aa that timm doesn't know."""
+    policy = policy_or_none(policy)
+    if policy is None:
+        return
+    try:
+        if policy.startswith('rand'):
+            rand_augment_transform(policy, {})
+        elif policy.startswith('augmix'):
+            from timm.data.auto_augment import augment_and_mix_transform
+            augment_and_mix_transform(policy, {})
+        else:
+            auto_augment_transform(policy, {})
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError):
+        raise unknown_value_error('--aa', policy, ['rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', 'originalr',
+                                                   'v0', 'v0r', 'none']) from None
+
+
+# ---- a batch
+
+class DeviceMixup(Mixup):
+    """timm's Mixup for batches of any size, with the targets where the images are.
+
+    The last image of an odd batch is not mixed; timm refuses such a batch. timm 0.4 puts the targets on CUDA whatever
+    the device.
+    """
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        mix = {'elem': self._mix_elem, 'pair': self._mix_pair, 'batch': self._mix_batch}[self.mode]
+        even = len(images) // 2 * 2
+        parts = [(targets[:even], mix(images[:even]))] if even else []
+        parts += [(targets[even:], 1.)] if even < len(images) else []
+        options = {'device': images.device} if 'device' in inspect.signature(mixup_target).parameters else {}
+        soft = [_mix_dense(part, share, self.label_smoothing) if part.dim() > 1 else
+                mixup_target(part, self.num_classes, share, self.label_smoothing, **options) for part, share in parts]
+        return images, torch.cat(soft) if soft else images.new_zeros(0, self.num_classes)
+
+
+def _mix_dense(targets, share, smoothing):
+    """Ones and zeros (B, classes) mixed with those of the batch turned round, each moved towards 0.5 by `smoothing`."""
+    targets = targets * (1. - smoothing) + 0.5 * smoothing
+    return targets * share + targets.flip(0) * (1. - share)
+
+
+def uses_mixup(config: MixupConfig) -> bool:
+    return config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
+
+
+def build_mixup(config: MixupConfig, nb_classes: int) -> Optional[DeviceMixup]:
+    """A function that mixes a batch in place, (images, targets) to (images, soft targets (B, classes)); or None.
+
+    Targets are class indices (B,), or ones and zeros (B, classes) where images have several classes.
+    """
+    if not uses_mixup(config):
+        return None
+    return DeviceMixup(mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, cutmix_minmax=config.cutmix_minmax,
+                       prob=config.mixup_prob, switch_prob=config.mixup_switch_prob, mode=config.mixup_mode,
+                       label_smoothing=config.smoothing, num_classes=nb_classes)

@@ -1,0 +1,180 @@
+"""Image files that cannot be read: stop, or leave them out, report and count them."""
+
+import collections
+import concurrent.futures
+import os
+import signal
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Iterable, Optional, Sequence, Tuple
+
+from beit import log
+from beit.data.decode import UnreadableImage
+from beit.data.image_dataset import image_name
+from beit.distributed import process_group
+from beit.errors import UserError, escape_text
+from beit.files import atomic_write, run_folder
+
+LIST = 'bad_images.txt'
+run_folder.register_output(r'bad_images\.txt')
+FILES_AT_ONCE = 16  # that one process of check_data takes
+
+
+class BadImages:
+    """The files that a run left out: each reported once and listed in output_dir/bad_images.txt; too many stop it.
+
+    What is in the list already, from before a resume or from --check_data, is not reported again. It counts against
+    the limit only when this process meets it: the file may have been mended.
+
+    Args:
+        output_dir (str): '' or None keeps no list.
+        limit (float): the largest share of a set's files that may be bad.
+    """
+
+    def __init__(self, output_dir: Optional[str], limit: float) -> None:
+        self.path, self.limit = output_dir and os.path.join(output_dir, LIST), limit
+        self.listed = _read_list(self.path)
+        self.met = collections.defaultdict(set)
+
+    def report(self, unreadable: Iterable[Tuple[str, str]], total: int, what: str) -> None:
+        """Report and count newly met files. Every process calls this with the same list.
+
+        Args:
+            unreadable (list of (str, str)): printable path and reason, of all processes together.
+            total (int): the files of that set.
+            what (str): 'training' or 'validation'; each is counted by itself.
+
+        Raises:
+            UserError: too many files of the set are bad, or the list can't be written.
+        """
+        new = {}
+        for path, reason in unreadable:
+            self.met[what].add(path)
+            if path not in self.listed:
+                self.listed[path] = new[path] = reason
+        for path, reason in new.items():
+            log.log_main('Left out: %s cannot be read as an image (%s)' % (path, reason))
+        if new and self.path and process_group.is_main_process():
+            _write_list(self.path, self.listed)
+        count = len(self.met[what])
+        if count and count / total > self.limit:
+            raise UserError('--max_bad_images %g: %d of the %d %s images cannot be read%s; mend or remove them, or '
+                            'raise --max_bad_images' % (
+                                self.limit, count, total, what, ', see ' + escape_text(self.path) if self.path else ''))
+
+
+def _read_list(path):
+    """{printable path: reason} of a bad_images.txt; {} where there is none."""
+    if not path or not os.path.isfile(path):
+        return {}
+    with open(path, encoding='utf-8', errors='replace') as file:
+        return dict(line.rstrip('\n').partition('\t')[::2] for line in file if line.strip())
+
+
+def _write_list(path, reasons):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    lines = ['%s\t%s\n' % item for item in reasons.items()]
+    atomic_write.write_bytes(path, ''.join(lines).encode())
+
+
+# ---- before a run
+
+def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> int:
+    """Decode every image of the data sets, print a line for each that can't be used, and list those.
+
+    output_dir/bad_images.txt becomes the list of what is bad now; it is empty where all is well.
+
+    Args:
+        parts: data sets; None among them is skipped.
+
+    Returns:
+        The number of files that can't be used. A size that the flags don't allow counts: a run would stop there.
+    """
+    from tqdm import tqdm  # needed only here
+
+    tqdm.monitor_interval = 0  # its thread must not be there when processes are forked
+    parts = [part for part in parts if part is not None]
+    total, bad = sum(map(len, parts)), {}
+    with tqdm(total=total, desc='Checking', unit=' images', disable=None) as bar:  # None: only on a terminal
+        for dataset in parts:
+            found = {}
+            # CIFAR's images lie in one file, whose checksum was looked at when it was read.
+            for indices, reasons in _check_files(dataset, num_workers) if hasattr(dataset, 'load') else ():
+                for index in reasons:
+                    bar.write('%s\t%s' % (image_name(dataset, index), reasons[index]))
+                found.update(reasons)
+                bar.update(len(indices))
+            bad.update((image_name(dataset, index), found[index]) for index in sorted(found))
+    if output_dir:
+        _write_list(os.path.join(output_dir, LIST), bad)
+    log.log_main('Checked %d images: %d cannot be read' % (total, len(bad)))
+    return len(bad)
+
+
+def _check_files(dataset, workers):
+    """Yield (indices, {index: reason} of the bad ones among them) until every file was looked at once.
+
+    Where a worker dies, the files that were under way are looked at one at a time, to tell which one it died of.
+    """
+    waiting = collections.deque(range(first, min(first + FILES_AT_ONCE, len(dataset)))
+                                for first in range(0, len(dataset), FILES_AT_ONCE))
+    while waiting and not workers:
+        indices = waiting.popleft()
+        yield indices, _check_some(dataset, indices)
+    while waiting:
+        under_way = {}
+        try:
+            with _pool(min(workers, len(waiting)), dataset) as pool:
+                while waiting or under_way:
+                    while waiting and len(under_way) < 2 * workers:
+                        under_way[pool.submit(_check_in_worker, waiting[0])] = waiting[0]
+                        waiting.popleft()
+                    done, _ = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
+                    for future in done:
+                        reasons = future.result()
+                        yield under_way.pop(future), reasons
+        except BrokenProcessPool:
+            for indices in under_way.values():
+                yield indices, _check_one_at_a_time(dataset, indices)
+
+
+def _check_some(dataset, indices):
+    """{index: reason} of those files that can't be used."""
+    reasons = {}
+    for index in indices:
+        path = dataset.samples[index][0]
+        try:
+            dataset.load(path)
+        except UnreadableImage as error:
+            reasons[index] = error.reason
+        except UserError as error:
+            reasons[index] = str(error).replace(escape_text(path), 'it', 1)
+    return reasons
+
+
+def _check_one_at_a_time(dataset, indices):
+    reasons, indices = {}, collections.deque(indices)
+    while indices:
+        try:
+            with _pool(1, dataset) as pool:
+                while indices:
+                    reasons.update(pool.submit(_check_in_worker, [indices[0]]).result())
+                    indices.popleft()
+        except BrokenProcessPool:
+            reasons[indices.popleft()] = 'the process that read it died: killed by the system, or a decoder crashed'
+    return reasons
+
+
+def _pool(workers, dataset):
+    return concurrent.futures.ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(dataset,))
+
+
+def _start_worker(dataset):
+    global _dataset
+    _dataset = dataset
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process reports it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    process_group.end_with_parent()
+
+
+def _check_in_worker(indices):
+    return _check_some(_dataset, indices)

@@ -1,0 +1,1 @@
+"""The only package that names torch.npu, torch.cuda, torch_npu or apex."""

@@ -1,0 +1,192 @@
+"""Fused optimizers, foreach arithmetic, fused attention and compilation, where a device has them."""
+
+import functools
+import importlib
+import importlib.util
+import os
+import shutil
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from beit.devices import accelerator
+from beit.errors import UserError
+
+# By `under_apex`: where NpuFusedAdamW comes from, and that place in words.
+NPU_FUSED_HOMES = {True: (('apex.optimizers',), 'Ascend\'s apex under apex.amp'),
+                   False: (('torch_npu.optim',), 'torch_npu outside apex.amp'),
+                   None: (('torch_npu.optim', 'apex.optimizers'), 'torch_npu or Ascend\'s apex')}
+
+
+def fused_optimizer(name, under_apex=None):
+    """The class of a fused optimizer: NpuFusedAdamW from torch_npu or Ascend's apex, Fused* from NVIDIA's apex.
+
+    Args:
+        under_apex (bool): whether apex.amp will prepare the optimizer; None where that isn't known yet. The two
+            NpuFusedAdamW are no substitutes: apex's works under apex.amp only, and torch_npu's would not see the
+            gradients that apex.amp hands over.
+
+    Raises:
+        UserError: it isn't installed here.
+    """
+    homes, where = NPU_FUSED_HOMES[under_apex] if name.startswith('Npu') else (('apex.optimizers',), 'NVIDIA\'s apex')
+    for home in homes:
+        package = home.partition('.')[0]
+        if importlib.util.find_spec(package) is None or (package == 'torch_npu' and accelerator.npu_problem()):
+            continue
+        try:
+            return getattr(importlib.import_module(home), name)
+        except (ImportError, AttributeError):
+            continue
+    raise UserError('--opt %s needs %s, which is not installed here; use --opt adamw' % (name.lower(), where))
+
+
+def build_optimizer(cls, groups, **settings):
+    """An optimizer, with its fused kernel where it and the device have one: one pass over the weights, not ten."""
+    groups = list(groups)
+    parameters = list(groups[0]['params']) if groups and isinstance(groups[0], dict) else groups
+    if parameters and accelerator._has_fused_step(cls, parameters[0].device):
+        try:
+            return cls(groups, fused=True, **settings)
+        except RuntimeError:  # not for these settings
+            pass
+    return cls(groups, **settings)
+
+
+@functools.lru_cache(maxsize=None)
+def patched_optimizer(cls):
+    """The class of an optimizer, or one in its place that passes over groups without a gradient: PyTorch 1.8's AdamW
+    fails where the first group has none."""
+    if cls is not torch.optim.AdamW:
+        return cls
+    try:
+        cls([nn.Parameter(torch.zeros(1))], lr=1.).step()
+        return cls
+    except UnboundLocalError:
+        return _AdamWOfGroupsWithGradients
+
+
+class _AdamWOfGroupsWithGradients(torch.optim.AdamW):
+    def step(self, closure=None):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if any(each.grad is not None for each in group['params'])]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
+def supports_grad_scale(optimizer):
+    """Whether an optimizer's step divides the gradients by `grad_scale`, and does nothing where `found_inf` is 1."""
+    return getattr(optimizer, '_step_supports_amp_scaling', False)
+
+
+def step_scaled(optimizer, divisor=None, skip=None):
+    """A step of an optimizer that `takes_scale`: gradients divided by a 0-dim tensor, and none where `skip` is true."""
+    optimizer.grad_scale = divisor
+    optimizer.found_inf = None if skip is None else skip.float()
+    optimizer.step()
+    optimizer.grad_scale = optimizer.found_inf = None
+
+
+_HAS_FOREACH = hasattr(torch, '_foreach_copy_')
+
+
+def foreach_mul(tensors, factor):
+    """Multiply each in place by a number."""
+    if _HAS_FOREACH:
+        torch._foreach_mul_(tensors, factor)
+        return
+    for tensor in tensors:
+        tensor.mul_(factor)
+
+
+def foreach_add(tensors, others):
+    """Add to each in place the other of its place, which may be of another dtype."""
+    if _HAS_FOREACH and tensors:
+        torch._foreach_add_(tensors, others if tensors[0].dtype == others[0].dtype else [
+            other.to(tensor.dtype) for tensor, other in zip(tensors, others)])
+        return
+    for tensor, other in zip(tensors, others):
+        tensor.add_(other.to(tensor.dtype))
+
+
+def foreach_copy(tensors, others):
+    """Copy into each the other of its place, which may be of another dtype."""
+    if _HAS_FOREACH and tensors:
+        torch._foreach_copy_(tensors, others)
+        return
+    for tensor, other in zip(tensors, others):
+        tensor.copy_(other)
+
+
+def foreach_lerp(averages, values, decay, skip=False):
+    """average = decay * average + (1 - decay) * value for each, in place; where `skip` is true, as they were.
+
+    Args:
+        skip (bool or 0-dim bool tensor).
+    """
+    if skip is True:
+        return
+    if skip is not False:  # it is on the device: a step of length 0
+        length = ((1 - decay) * (~skip).float()).to(averages[0].device)
+        if _HAS_FOREACH:
+            steps = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(steps, length)
+            torch._foreach_add_(averages, steps)
+            return
+        for average, value in zip(averages, values):
+            average.add_((value - average) * length)
+    elif _HAS_FOREACH:
+        torch._foreach_mul_(averages, decay)
+        torch._foreach_add_(averages, values, alpha=1 - decay)
+    else:
+        for average, value in zip(averages, values):
+            average.mul_(decay).add_(value, alpha=1 - decay)
+
+
+# ---- attention
+
+def fused_attentions(device):
+    """Fused kernels to try on a device, best first: {name: function of (q, k, v, bias, scale)}.
+
+    q, k, v are (B, heads, N, head_dim), bias (1, heads, N, N) or None; softmax(scale * q @ k.T + bias) @ v comes out.
+    Kernels differ in what they do with the bias, some lose it: `attention` proves one before it is used.
+    """
+    found = {}
+    if hasattr(F, 'scaled_dot_product_attention'):
+        found['scaled_dot_product_attention'] = accelerator._cuda_attention if device.type == 'cuda' else accelerator._torch_attention
+    if device.type == 'npu' and _npu_fusion_attention() is not None:
+        found['npu_fusion_attention'] = _npu_attention
+    return found
+
+
+def _npu_fusion_attention():
+    return getattr(importlib.import_module('torch_npu'), 'npu_fusion_attention', None) \
+        if importlib.util.find_spec('torch_npu') else None
+
+
+def _npu_attention(q, k, v, bias, scale):
+    """It computes softmax(scale * (q @ k.T + pse)) @ v, so the bias is divided by the scale first."""
+    pse = None if bias is None else (bias / scale).to(q.dtype).expand(len(q), -1, -1, -1).contiguous()
+    return _npu_fusion_attention()(q, k, v, q.shape[1], 'BNSD', pse=pse, scale=scale)[0]
+
+
+# ---- compilation
+
+def check_compile(device):
+    """Raise a `UserError` where torch.compile can't be had."""
+    if not hasattr(torch, 'compile') or not hasattr(nn.Module, 'compile'):
+        raise UserError('--compile: this PyTorch cannot compile a model in place; use 2.2 or newer, or leave it out')
+    compiler = os.environ.get('CXX', 'g++')
+    if device.type == 'cpu' and not any(shutil.which(name) for name in (compiler, 'clang++')):
+        raise UserError('--compile: compiling for a CPU needs a C++ compiler; install g++, or leave the flag out')
+
+
+def compile_in_place(model):
+    """Compile a module's forward and backward pass for the shapes that it meets, as one graph each; names stay."""
+    limits = importlib.import_module('torch._dynamo').config
+    name = 'recompile_limit' if hasattr(limits, 'recompile_limit') else 'cache_size_limit'
+    setattr(limits, name, max(getattr(limits, name), 64))  # --bad_images skip gives batches of several sizes
+    model.compile(fullgraph=True, dynamic=False)

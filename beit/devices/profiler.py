@@ -1,0 +1,55 @@
+"""Profiles a few updates through PyTorch or CANN."""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+
+import torch
+
+from beit.devices import accelerator
+from beit.errors import UserError
+
+# ---- profiling
+
+@contextlib.contextmanager
+def profiler(device, folder, rank=0, cann=False):
+    """Record what runs inside, and write it into `folder`.
+
+    Args:
+        cann (bool): through torch_npu's profiler (for Ascend's tools); else a Chrome trace, trace_rank<N>.json.
+    """
+    os.makedirs(folder, exist_ok=True)
+    if cann:
+        with _cann_profiler(folder):
+            yield
+        return
+    path = os.path.join(folder, 'trace_rank%d.json' % rank)
+    if hasattr(torch, 'profiler') and hasattr(torch.profiler, 'ProfilerActivity'):
+        activities = [getattr(torch.profiler.ProfilerActivity, name) for name in ('CPU', 'CUDA', 'PrivateUse1')
+                      if hasattr(torch.profiler.ProfilerActivity, name)
+                      and (name == 'CPU' or (name == 'CUDA') == (device.type == 'cuda') and device.type != 'cpu')]
+        with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+            yield
+            accelerator.synchronize(device)
+    else:  # PyTorch 1.5
+        with torch.autograd.profiler.profile(use_cuda=device.type == 'cuda') as profile:
+            yield
+            accelerator.synchronize(device)
+    profile.export_chrome_trace(path)
+
+
+def check_cann_profiler():
+    """Raise a `UserError` where torch_npu's profiler isn't to be had."""
+    problem = accelerator.npu_problem()
+    if problem is None and not hasattr(importlib.import_module('torch_npu'), 'profiler'):
+        problem = 'this torch_npu has no profiler; use --prof'
+    if problem:
+        raise UserError('--cann_prof: %s' % problem)
+
+
+def _cann_profiler(folder):
+    torch_npu = importlib.import_module('torch_npu')
+    return torch_npu.profiler.profile(
+        activities=[torch_npu.profiler.ProfilerActivity.CPU, torch_npu.profiler.ProfilerActivity.NPU],
+        on_trace_ready=torch_npu.profiler.tensorboard_trace_handler(folder))

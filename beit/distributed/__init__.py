@@ -1,0 +1,1 @@
+"""Processes: how they meet, what they exchange, and how a hanging one ends the job."""

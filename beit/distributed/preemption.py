@@ -1,0 +1,132 @@
+"""A signal becomes the wish to stop: the step under way is finished and saved first; a second one ends at once."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+
+from beit.distributed import process_group
+
+NUMBERS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name))
+SAME_EVENT_SECONDS = 1.  # a terminal, SLURM and a launcher may each deliver the same one
+UNHEARD_SECONDS = 5.  # how long a signal that has to end the program at once may wait for the interpreter
+
+# Signals of a worker or a helper that was forked off are none of this process's.
+_owner = None
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=lambda: _owner and signal.set_wakeup_fd(-1))
+
+
+class Stopped(BaseException):
+    """The program ends because of a signal. Its text, if any, says what was saved.
+
+    Attributes:
+        number (int): the signal's; the exit status is 128 + number, so 143 for SIGTERM and 130 for SIGINT.
+    """
+
+    def __init__(self, number, text=''):
+        super().__init__(text)
+        self.number = number
+
+
+def name(number):
+    return signal.Signals(number).name
+
+
+class Signals:
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 while the program runs; a context manager around all of it.
+
+    Outside `finishing` a signal raises `Stopped` at once. Inside, the first becomes `wish`, which the loop looks at;
+    the second ends the process, even one that waits inside a collective: a thread hears it.
+
+    Attributes:
+        wish (int): the number of the signal that asked to stop, or 0.
+    """
+
+    def __init__(self):
+        self.wish, self.first, self.patient, self.entered, self.over = 0, None, False, False, False
+
+    def __enter__(self):
+        global _owner
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only there can signals be handled
+        _owner, self.entered = os.getpid(), True
+        self.ear, mouth = os.pipe()
+        os.set_blocking(mouth, False)
+        self.mouth, self.before = mouth, {}
+        self.wakeup = signal.set_wakeup_fd(mouth)
+        for number in NUMBERS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+                self.before[number] = signal.signal(number, self.heard)
+        threading.Thread(target=self.listen, args=(self.ear,), daemon=True, name='signals').start()
+        return self
+
+    def __exit__(self, *_):
+        global _owner
+        if not self.entered or os.getpid() != _owner:
+            return
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self.wakeup)
+        _owner = None
+        os.close(self.mouth)  # the thread reads the end of the file, and ends
+
+    @contextlib.contextmanager
+    def finishing(self):
+        """Inside, a signal waits for the end of the step. Behind it all is saved and told, and none is heard.
+
+        Nor does it matter then that a loader process is killed, of which PyTorch's handler would tell in a traceback.
+        """
+        self.patient = True
+        try:
+            yield
+            self.over = True
+            if self.entered and hasattr(signal, 'SIGCHLD'):
+                self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
+        finally:
+            self.patient = self.over
+
+    def heard(self, number, _):
+        """In the main thread, between two of Python's instructions."""
+        if os.getpid() != _owner or self.wish or self.over:
+            return
+        self.wish = number
+        if not self.patient:
+            raise Stopped(number)
+        if process_group.is_main_process():
+            say_now('%s: finishing this step, then saving; once more ends at once' % name(number))
+
+    def listen(self, ear):
+        """In a thread of its own, which runs while the main one waits in a library."""
+        while True:
+            news = os.read(ear, 64)
+            if not news:
+                os.close(ear)
+                return
+            for number in news:
+                if number not in NUMBERS:
+                    continue
+                now = time.monotonic()
+                if self.first is None:
+                    self.first = now
+                    if not self.patient:
+                        threading.Thread(target=self.insist, args=(number,), daemon=True).start()
+                elif now - self.first > SAME_EVENT_SECONDS:
+                    end_at_once(number)
+
+    def insist(self, number):
+        time.sleep(UNHEARD_SECONDS)
+        if not self.wish:  # the main thread is stuck in a library, and the handler has not come to its turn
+            end_at_once(number)
+
+
+def end_at_once(number):
+    if process_group.is_main_process():
+        say_now('%s: ended at once; the last checkpoint is whole' % name(number))
+    os._exit(128 + number)
+
+
+def say_now(text):
+    """Past Python's buffer, which the interrupted code may be writing to."""
+    os.write(2, (text + '\n').encode())

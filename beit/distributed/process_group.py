@@ -1,0 +1,192 @@
+"""Which processes there are, how they meet and how they part."""
+
+import contextlib
+import ctypes
+import datetime
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+
+import torch.distributed as dist
+
+from beit.devices import accelerator
+from beit.errors import UserError
+
+
+def _initialized():
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size():
+    return dist.get_world_size() if _initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if _initialized() else 0
+
+
+def is_main_process():
+    return rank() == 0
+
+
+_wait_hook = contextlib.nullcontext
+
+
+def set_wait_hook(hook):
+    """Enter `hook()`, a context manager, around each collective; `watchdog` notes by it who waits."""
+    global _wait_hook
+    _wait_hook = hook
+
+
+def waiting():
+    return _wait_hook()
+
+
+def barrier():
+    if world_size() > 1:
+        with waiting():
+            dist.barrier()
+
+
+def launch_environment(args):
+    """(rank, world_size, local_rank) as torchrun, Open MPI (--dist_on_itp) or SLURM set them; (0, 1, 0) without."""
+    environ = os.environ
+    numbers = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID',
+               'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')
+    for name in numbers:
+        if not environ.get(name, '0').isdigit():
+            raise UserError('%s=%s in the environment is not a whole number; a launcher sets it, or unset it'
+                            % (name, environ[name]))
+    if args.dist_on_itp:
+        names = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')
+        if any(name not in environ for name in names):
+            raise UserError('--dist_on_itp: %s is not set; start the program with mpirun, or leave the flag out'
+                            % next(name for name in names if name not in environ))
+        return tuple(int(environ[name]) for name in names)
+    if 'RANK' in environ and 'WORLD_SIZE' in environ:
+        local = environ.get('LOCAL_RANK', args.local_rank if args.local_rank >= 0 else 0)
+        return int(environ['RANK']), int(environ['WORLD_SIZE']), int(local)
+    if int(environ.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in environ and 'MASTER_ADDR' in environ:
+        return int(environ['SLURM_PROCID']), int(environ['SLURM_NTASKS']), int(environ.get('SLURM_LOCALID', 0))
+    return 0, 1, 0
+
+
+def wait_seconds(default):
+    """How long to wait for the other processes or machines at the start: DIST_WAIT_SECONDS, or the default."""
+    text = os.environ.get('DIST_WAIT_SECONDS') or str(default)
+    if not text.isdigit() or not 0 < int(text) <= 10 ** 6:
+        raise UserError('DIST_WAIT_SECONDS=%s in the environment is not a whole number of seconds; unset it' % text)
+    return int(text)
+
+
+rendezvous_stores = []  # the store in which the processes met
+host_groups = []  # a group for `ask`, whose collectives never touch a device
+
+
+def rendezvous_store():
+    """The store in which the processes met, or None where there's one process."""
+    return rendezvous_stores[-1] if rendezvous_stores else None
+
+
+def init_distributed_mode(args):
+    """Choose the device and join the other processes, where there are any.
+
+    The meeting has a limit of its own, DIST_WAIT_SECONDS (300); collectives have --dist_timeout and a little more, so
+    that `watchdog`, which knows more, comes first.
+
+    Returns:
+        The `torch.device` of this process.
+    """
+    process, processes, local_rank = launch_environment(args)
+    device = accelerator.select_device(args.device, local_rank, processes)
+    if processes > 1:
+        from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
+        address = args.dist_url
+        if args.dist_on_itp and address == 'env://':
+            address = 'tcp://%s:%s' % (os.environ.get('MASTER_ADDR', '127.0.0.1'),
+                                       os.environ.get('MASTER_PORT', '29500'))
+        seconds = wait_seconds(300)
+        try:
+            store, process, processes = next(rendezvous(address, process, processes,
+                                                        timeout=datetime.timedelta(seconds=seconds)))
+            store = _of_this_start(store)
+            dist.init_process_group(accelerator.PROCESS_GROUP_BACKEND[device.type], store=store, rank=process,
+                                    world_size=processes,
+                                    timeout=datetime.timedelta(seconds=args.dist_timeout + 10))
+            rendezvous_stores.append(store)
+            host_groups.append(_make_host_group(device, args.dist_timeout + 10))
+        except (RuntimeError, ValueError) as error:
+            text = ' '.join(str(error).split())
+            if 'in use' in text:
+                raise UserError('port %s, where the processes were to meet, is in use; choose another with '
+                                '--master_port, or start again' % os.environ.get('MASTER_PORT', '')) from None
+            raise UserError('--dist_url %s: the %d processes did not find one another within %d s (%s); start all of '
+                            'them, with the address and port of the machine of the first'
+                            % (address, processes, seconds, text[:200])) from None
+        barrier()
+    return device
+
+
+def _of_this_start(store):
+    """The store, without what processes wrote that torchrun has started anew: they would be looked for where they were.
+
+    Only on one machine, where all are told the same count.
+    """
+    count = os.environ.get('TORCHELASTIC_RESTART_COUNT', '')
+    return dist.PrefixStore('start %s' % count, store) if count and os.environ.get('GROUP_WORLD_SIZE') == '1' else store
+
+
+def _make_host_group(device, seconds):
+    if accelerator.PROCESS_GROUP_BACKEND[device.type] == 'gloo':
+        return dist.group.WORLD
+    return dist.new_group(timeout=datetime.timedelta(seconds=seconds), backend='gloo')
+
+
+def shutdown() -> None:
+    """End this process, one of several, at the end of a good run; where there is only one, return.
+
+    No group is destroyed and Python does not end in its orderly way: gloo's threads need Python's lock where they let a
+    tensor go, and would abort it then, or wait for ever. All files must be closed by now.
+    """
+    if world_size() > 1:
+        dist.barrier(group=host_groups[-1])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def is_error_reporter():
+    """Whether an error that every process may meet is this one's to tell; before they have met, one of each machine."""
+    return is_main_process() if _initialized() else os.environ.get('LOCAL_RANK', '0') == '0'
+
+
+def defer_error_report(first=False):
+    """Before an error's line: several processes often meet the same error, or one meets the end of another.
+
+    The process that the line comes from best (`first`) speaks at once; a launcher then ends the others, who wait.
+    """
+    if not first and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        time.sleep(5 if _initialized() else 20)  # while they start, one may be far behind another
+
+
+def is_peer_failure(error):
+    """Whether an error is a collective's, that another process has left."""
+    kinds = tuple(getattr(dist, name) for name in ('DistBackendError', 'DistNetworkError', 'DistStoreError')
+                  if hasattr(dist, name))
+    return world_size() > 1 and (isinstance(error, kinds) or re.search(
+        r'[Cc]onnection (closed|reset|refused)|gloo|NCCL|HCCL|Socket|Broken pipe|[Tt]imed out', str(error)) is not None)
+
+
+PRCTL = ctypes.CDLL(None).prctl if sys.platform.startswith('linux') else None
+
+
+def end_with_parent():
+    """From here on this process is killed when its parent ends, however that ends. Linux only."""
+    if PRCTL:
+        PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid != os.getppid():  # it ended before
+            os._exit(1)

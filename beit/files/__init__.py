@@ -1,0 +1,1 @@
+"""Files that are read without trusting them, and written whole or not at all."""

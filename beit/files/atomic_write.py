@@ -1,0 +1,101 @@
+"""Files and folders that are written whole or not at all: a name never holds half of one."""
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import typing
+
+from beit.errors import UserError, escape_text
+
+
+@contextlib.contextmanager
+def atomic_write(path: str, is_given: bool = False) -> typing.Iterator[typing.BinaryIO]:
+    """A file to write bytes to, which takes the name `path` only when it is whole and on the disk.
+
+    A new file of a temporary name in the same folder, flush, fsync, rename, fsync of the folder. Whatever goes wrong,
+    and whenever the process is killed, the name holds what it held before or all of the new; a kill can leave
+    <path>.tmp-<process>.
+
+    Args:
+        is_given (bool): the user chose the name. A link then stays, and what it leads to is replaced; a pipe or a
+            device stays, and is written to.
+    """
+    if is_given:
+        path = os.path.realpath(path) if os.path.islink(path) else path
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            with open(path, 'wb') as file:
+                yield file
+            return
+    temporary = '%s.tmp-%d' % (path, os.getpid())
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISREG(os.lstat(temporary).st_mode):
+            os.remove(temporary)  # of an earlier process of this number, which was killed
+    file = open(temporary, 'xb')  # O_EXCL: an error where anything has the name, even a link to nowhere
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _fsync_folder(os.path.dirname(path) or '.')
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)  # still there only where something failed, or the user interrupted
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str) -> typing.Iterator[str]:
+    """A new folder to write files to, which takes the name `path` only when all of them are whole and on the disk.
+
+    What goes wrong before leaves `path` as it was. A folder that stood there is then set aside and removed: a kill
+    between the two renames leaves it whole, as <path>.old-<process>, and none under the name.
+    """
+    path = path.rstrip(os.sep)
+    temporary, old = '%s.tmp-%d' % (path, os.getpid()), '%s.old-%d' % (path, os.getpid())
+    try:
+        os.mkdir(temporary)
+        yield temporary
+        for name in os.listdir(temporary):
+            with open(os.path.join(temporary, name), 'rb+') as file:
+                os.fsync(file.fileno())
+        _fsync_folder(temporary)
+        if os.path.isdir(path):
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if os.path.isdir(old):
+                os.replace(old, path)
+            raise
+        _fsync_folder(os.path.dirname(path) or '.')
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fsync_folder(folder):
+    if hasattr(os, 'O_DIRECTORY'):
+        handle = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems can't
+                raise
+        finally:
+            os.close(handle)
+
+
+def write_bytes(path: str, data: bytes, is_given: bool = False) -> None:
+    """Write a small file whole or not at all; for `is_given` see `atomic_write`.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written; what stood there before is whole.
+    """
+    try:
+        with atomic_write(path, is_given) as file:
+            file.write(data)
+    except OSError as error:
+        raise UserError('cannot write %s (%s); is the disk full, or its folder gone?'
+                        % (escape_text(path), error.strerror or error)) from None

@@ -1,0 +1,215 @@
+"""Weights files: read without trusting them, written with a checksum of their content."""
+
+import argparse
+import hashlib
+import inspect
+import json
+import os
+import pickle
+import types
+import typing
+import warnings
+
+import numpy as np
+import torch
+
+from beit.errors import UserError, escape_text, worker_death_message
+from beit.files import pickle_scanner
+from beit.files.atomic_write import atomic_write
+from beit.files.pickle_scanner import ALLOWED, MAX_PICKLE, SCALARS, UnsafeFileError
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Finds the handful of harmless names that a checkpoint needs, and refuses every other."""
+
+    def find_class(self, module, name):
+        pickle_scanner.check_name('%s %s' % (module, name))
+        return ALLOWED['%s %s' % (module, name)]
+
+
+def _restricted_pickle():
+    """A module for torch.load's `pickle_module`, for the PyTorch that has no `weights_only` with an allow list."""
+    module = types.ModuleType('restricted_pickle')
+    module.Unpickler = _RestrictedUnpickler
+    module.load = lambda file, **options: _RestrictedUnpickler(file, **options).load()
+    return module
+
+
+def _numpy_scalar_types():
+    """For torch's allow list, which goes by the names that things have: NumPy's before and since its version 2."""
+    def scalar(module):
+        def scalar(dtype, data):
+            return ALLOWED[SCALARS[0]](dtype, data)
+        scalar.__module__, scalar.__qualname__ = module, 'scalar'
+        return scalar
+
+    codes = ['f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1']
+    return [scalar(name.split()[0]) for name in SCALARS] + [np.dtype] + [type(np.dtype(code)) for code in codes]
+
+
+def _load(file):
+    file.seek(0)
+    if hasattr(torch.serialization, 'safe_globals'):
+        with torch.serialization.safe_globals([argparse.Namespace] + _numpy_scalar_types()):
+            return torch.load(file, map_location='cpu', weights_only=True)
+    options = {}
+    if 'weights_only' in inspect.signature(torch.load).parameters:
+        options['weights_only'] = False  # there it has no allow list; the restricted unpickler is as strict
+    return torch.load(file, map_location='cpu', pickle_module=_restricted_pickle(), **options)
+
+
+def _read_safetensors(path, header, name):
+    # The package checks that shapes, offsets and the file's length agree before it makes a tensor.
+    try:
+        if hasattr(torch, 'frombuffer'):
+            from safetensors.torch import load_file
+            content = load_file(path)
+        elif b'"BF16"' in header:
+            raise UserError('%s: holds bfloat16 tensors, which need PyTorch 1.10 or newer in this format; store them '
+                            'as float32' % name)
+        else:
+            from safetensors.numpy import load_file
+            content = {name: torch.from_numpy(array) for name, array in load_file(path).items()}
+    except ImportError:
+        raise UserError('%s: a safetensors file, and the package that reads it is missing; run: pip install '
+                        'safetensors' % name) from None
+    for key in content:
+        pickle_scanner.check_key(key)
+    return content
+
+
+def load_untrusted(path: str, flag: str = '') -> typing.Any:
+    """What a weights file holds, its tensors on the CPU: one of torch.save, in either format, or safetensors.
+
+    Nothing in the file is run. Before anything is allocated, a scan that is the same with every PyTorch compares what
+    the file claims with its bytes; torch.load then reads it with an allow list.
+
+    Args:
+        flag (str): the flag that named it, for the error's line.
+
+    Returns:
+        Nested dicts, lists and tuples of tensors and plain values, with an argparse.Namespace where one was saved. The
+        keys are strings that can be printed, whole numbers or None.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds anything but tensors and plain values.
+    """
+    name = ('%s %s' % (flag, escape_text(path))).strip()
+    if not os.path.isfile(path):
+        raise UserError('%s: %s' % (name, 'a folder or device, not a file' if os.path.exists(path) else 'no such file'))
+    try:
+        with warnings.catch_warnings(), open(path, 'rb') as file:
+            warnings.simplefilter('ignore')  # what is wrong with a file is said once, below
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(9)
+            header_size = int.from_bytes(start[:8], 'little')
+            if start[8:] == b'{' and header_size < min(size, MAX_PICKLE):
+                file.seek(8)
+                return _read_safetensors(path, file.read(header_size), name)
+            pickle_scanner.scan(file, size, start)
+            return _load(file)
+    except UserError:
+        raise
+    except UnsafeFileError as error:
+        raise UserError('%s: refused, because %s; a weights file holds tensors and plain values only'
+                        % (name, error)) from None
+    except Exception as error:  # a file made for it can raise anything
+        reason = escape_text(' '.join(str(error).encode('utf-8', 'backslashreplace').decode().split()))[:120] \
+            or type(error).__name__
+        raise UserError('%s: not a weights file, or damaged (%s); fetch or copy it again' % (name, reason)) from None
+
+
+def load_weights_file(path: str, flag: str = '') -> typing.Any:
+    """`load_untrusted`, and compare the checksum where the file has one.
+
+    Raises:
+        UserError: as `load_untrusted`, or the content isn't what was written.
+    """
+    content = load_untrusted(path, flag)
+    if isinstance(content, dict) and 'checksum' in content and content.pop('checksum') != checksum(content):
+        raise UserError('%s: damaged, its content does not match its checksum; take another copy (or, where you '
+                        'changed it yourself, leave its "checksum" out)'
+                        % ('%s %s' % (flag, escape_text(path))).strip())
+    return content
+
+
+def read_metadata(path: str) -> typing.Dict[str, str]:
+    """The metadata of a safetensors file, str by str; {} where it has none, or is another file."""
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(8)
+            size = int.from_bytes(start, 'little')
+            found = json.loads(file.read(size).decode()).get('__metadata__') if size < MAX_PICKLE else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def save(path: str, content: typing.Dict[str, typing.Any]) -> None:
+    """Write a checkpoint, a dict, with torch.save and a checksum of its content; whole or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written; what stood there before is whole.
+    """
+    content = dict(content, checksum=content.get('checksum') or checksum(content))
+    try:
+        with atomic_write(path) as file:
+            latch = ErrorLatch(file)
+            torch.save(content, latch)
+            if latch.error is not None:
+                raise latch.error
+    except (OSError, RuntimeError) as error:
+        if worker_death_message(error):  # PyTorch raises that in whatever the main thread is doing
+            raise
+        raise UserError('--output_dir: cannot write %s (%s); earlier checkpoints are whole'
+                        % (escape_text(path), ' '.join(str(error).split()))) from None
+
+
+class ErrorLatch:
+    """A file to write to that keeps its error to itself: PyTorch 1.8 aborts the process where a write fails."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data):
+        if self.error is None:
+            try:
+                return self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self):
+        pass  # `atomic_write` does it
+
+
+def checksum(content: typing.Dict[str, typing.Any]) -> str:
+    """SHA-256, in hex, of what a checkpoint holds: names, plain values, and the tensors' types, shapes and bytes.
+
+    It is of the content, not of the file, so that it survives another PyTorch's way of writing.
+    """
+    digest = hashlib.sha256()
+
+    def add(value):
+        if torch.is_tensor(value):
+            digest.update(('%s %s;' % (value.dtype, tuple(value.shape))).encode())
+            value = value.detach().cpu().contiguous().reshape(-1)
+            digest.update((value.float() if value.dtype == torch.bfloat16 else value).numpy().tobytes())
+        elif isinstance(value, (dict, argparse.Namespace)):
+            items = value if isinstance(value, dict) else vars(value)
+            digest.update(b'{')
+            for key in items:
+                add(key)
+                add(items[key])
+            digest.update(b'}')
+        elif isinstance(value, (list, tuple)):
+            digest.update(b'[')
+            for each in value:
+                add(each)
+            digest.update(b']')
+        else:
+            value = value.item() if isinstance(value, np.generic) else value
+            digest.update(('%r;' % (value,)).encode('utf-8', 'surrogatepass'))
+
+    add({key: content[key] for key in content if key != 'checksum'})
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What a run, a prediction or an export writes."""

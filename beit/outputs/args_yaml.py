@@ -1,0 +1,91 @@
+"""Flags in a file: the args.yaml that a run leaves, and what --config reads.
+
+Each line is `flag: value`, the value as JSON has it, which is YAML too.
+"""
+
+import json
+import os
+import re
+from typing import Any, Dict, List, Union
+
+from beit import log
+from beit.errors import UserError, escape_text
+from beit.files.atomic_write import write_bytes
+
+HEAD = '# The flags of this run, all of them. To start another with them: run_class_finetuning.py --config THIS_FILE\n'
+LARGEST = 1 << 20  # bytes; nobody writes so many flags
+NULLS = ('', '~', 'null', 'Null', 'NULL')
+ESCAPED = '[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]'  # YAML has no room
+
+
+def write(path: str, flags: Dict[str, Any]) -> None:
+    """Write a dict of flag to value (bool, number, str, list or None), whole or not at all.
+
+    A file of that name that no run wrote stays as it is.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written.
+    """
+    if os.path.isfile(path):
+        with open(path, 'rb') as file:
+            if file.read(len(HEAD)) != HEAD.encode():  # somebody's own, which --config may have read
+                log.log_main('%s is not of a run, and stays as it is' % escape_text(path))
+                return
+    lines = ['%s: %s' % (name, json.dumps(flags[name], ensure_ascii=False)) for name in sorted(flags)]
+    lines = [re.sub(ESCAPED, lambda found: '\\u%04x' % ord(found.group()), line) + '\n' for line in lines]
+    write_bytes(path, (HEAD + ''.join(lines)).encode())
+
+
+def read(path: str) -> Dict[str, Union[str, List[str], None]]:
+    """{flag: str, list of str, or None for null} of a flat YAML file, each value as it is written there.
+
+    Raises:
+        UserError: no such file, not YAML, or something else than one value or list of values for each flag.
+    """
+    shown = '--config %s' % escape_text(path)
+    try:
+        with open(path, 'rb') as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise UserError('%s: larger than 1 MiB, and so no file of flags' % shown)
+        text = data.decode('utf-8-sig')
+    except OSError as error:
+        raise UserError('%s: cannot be read (%s); give a file such as the args.yaml of a run'
+                        % (shown, error.strerror or error)) from None
+    except UnicodeDecodeError:
+        raise UserError('%s: not a text file; give a file such as the args.yaml of a run' % shown) from None
+    try:
+        import yaml  # slow to import, and of use to --config alone
+    except ImportError:
+        raise UserError('%s needs PyYAML; run: pip install PyYAML' % shown) from None
+    found = {}
+    for key, value in _pairs(yaml, text, shown):
+        if key in found:
+            raise UserError('%s: %s stands there twice; remove one' % (shown, escape_text(key)))
+        found[key] = value
+    return found
+
+
+def _pairs(yaml, text, shown):
+    def scalar(node):
+        return None if node.style is None and node.value in NULLS else node.value
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, 'problem_mark', None)
+        raise UserError('%s: not YAML%s (%s)' % (shown, '' if mark is None else ', line %d' % (mark.line + 1),
+                                                escape_text(getattr(error, 'problem', None) or type(error).__name__))
+                        ) from None
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError('%s: it must hold lines of the form flag: value' % shown)
+    pairs = []
+    for key, value in root.value:
+        is_list = isinstance(value, yaml.SequenceNode)
+        if not isinstance(key, yaml.ScalarNode) or not all(
+                isinstance(each, yaml.ScalarNode) for each in (value.value if is_list else [value])):
+            raise UserError('%s, line %d: a flag has one value, or a list of values' % (shown, key.start_mark.line + 1))
+        pairs.append((key.value, [each.value for each in value.value] if is_list else scalar(value)))
+    return pairs

@@ -1,0 +1,268 @@
+"""What a run shows of itself, while it trains and at its end: curves, images to TensorBoard, summary, report.html."""
+
+import io
+import os
+import re
+import time
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+
+from beit.checkpoint import discovery
+from beit.config import MixupConfig, OutputConfig, TransformConfig
+from beit.data import transforms
+from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
+from beit.data.image_dataset import image_name
+from beit.data.loader import EpochSampler, SeededSamples, collate
+from beit.distributed import process_group
+from beit.errors import UserError, escape_text, one_line
+from beit.files import run_folder
+from beit.files.atomic_write import write_bytes
+from beit.log import log_main
+from beit.outputs import curves, report_html, summary
+from beit.training import metrics
+from beit.training.confusion import Prediction, Predictions
+
+run_folder.register_output(r'(eval-)?report\.html')
+
+SAMPLES = 16  # augmented training images that are shown
+MARKER = '#010203'  # what matplotlib writes for the text's colour, which is the page's own
+
+
+class Report:
+    """Takes note of a run and writes what people look at. The first process writes; every one collects.
+
+    Args:
+        output (OutputConfig): what to write, where; and all flags, to show.
+        environment (dict): what summary.json says about a run beside its figures.
+        val_set: the validation set, or None.
+        samples (function): gives `augmented_samples`.
+        prefix (str): in front of the files' names, so that an evaluation does not write over a training's.
+    """
+
+    def __init__(self, output: OutputConfig, environment: Dict[str, Any], classes: Sequence[str], val_set: Any,
+                 samples: Callable[[], List[Tuple[np.ndarray, str]]], prefix: str = ''):
+        self.output, self.environment, self.classes, self.val_set = output, environment, classes, val_set
+        self.make_samples, self.prefix = samples, prefix
+        self.has_log, self.page = not prefix, prefix + 'report.html'
+        self.curves = curves.Curves(output.output_dir if output.curves and not prefix else '')
+        self.evaluated, self.newest, self.kept, self.samples, self.has_args = '', None, None, [], False
+
+    def begin(self, writer: Any) -> None:
+        """Before the first step: the augmented images, where somebody will look at them."""
+        if (self.output.report or writer is not None) and process_group.is_main_process():
+            self.samples = self.make_samples()
+        if writer is not None and self.samples:
+            writer.image('images/training', 0, image_grid([pixels for pixels, _ in self.samples]))
+
+    def predictions(self) -> Optional[Predictions]:
+        """What the next evaluation is to fill, or None where nobody wants to know."""
+        self.newest = Predictions(len(self.classes)) if self.output.report or self.output.log_dir else None
+        return self.newest
+
+    def after_epoch(self, writer: Any, epoch: int, is_best: bool) -> None:
+        """Draw the curves, note the evaluation where it is the best so far, show its confusions."""
+        if self.newest is not None and self.newest.counts:
+            if writer is not None:
+                self.draw_confusions(writer, epoch)
+            if is_best or self.kept is None:
+                self.kept = self.newest
+                self.evaluated = 'Of epoch %d, %s.' % (epoch + 1, 'the best so far, whose weights are in '
+                                                       'checkpoint-best.pth' if is_best else
+                                                       'after a resume; the best one was before')
+        self.newest = None
+        self.write_args()
+        self.curves.draw()
+
+    def draw_confusions(self, writer: Any, epoch: int) -> None:
+        image = self.newest.image()
+        if image is not None:
+            writer.image('images/confusion', epoch, image)
+
+    def write_args(self) -> None:
+        """Once, and not before an epoch is done: a run that is refused at its first step leaves nothing."""
+        if not self.has_args:
+            summary.write_args(self.output, self.prefix + 'args.yaml')
+            self.has_args = True
+
+    def of_weights(self, source: str) -> None:
+        """After an evaluation of the weights in a file; where they lie in output_dir, its curves are shown too."""
+        self.kept, self.evaluated = self.newest, 'Of the weights in %s.' % escape_text(source)
+        self.has_log = discovery.is_inside(source, self.output.output_dir)
+
+    def finish(self, figures: Dict[str, Any]) -> None:
+        """At the end: all files.
+
+        Args:
+            figures (dict): the run's result, for summary.json.
+        """
+        self.write_args()
+        self.curves.draw(is_last=True)
+        figures = dict(figures, finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
+        summary.write_summary(self.output.output_dir, dict(figures, **self.environment), self.prefix + 'summary.json')
+        if self.output.report and process_group.is_main_process():
+            self.write_page(figures)
+
+    def is_complete(self) -> bool:
+        """Whether what `finish` writes is there."""
+        folder, names = self.output.output_dir, [self.prefix + 'args.yaml', self.prefix + 'summary.json']
+        names += [self.page] * self.output.report
+        return not folder or all(os.path.isfile(os.path.join(folder, name)) for name in names)
+
+    def write_page(self, figures: Dict[str, Any]) -> None:
+        path = os.path.join(self.output.output_dir, self.page)
+        log = run_folder.read_log(self.output.output_dir) if self.has_log else []
+        plots, hint = svg_plots(log)
+        found, flags = self.kept, self.output.flags
+        classes = [str(name) for name in self.classes]
+        page = report_html.render(dict(
+            title='%s on %s' % (flags['model'], flags['data_path'] or flags['eval_data_path']), plots=plots,
+            subtitle='%s on %s, %s. Finished %s.' % (
+                'Evaluated' if self.prefix else 'Trained', self.environment['device_name'],
+                self.environment['precision'],
+                figures['finished'][:16].replace('T', ' ')),
+            tiles=summary_tiles(figures, self.environment), hint=hint, classes=classes, evaluated=self.evaluated or
+            'Nothing was evaluated, so there are no accuracies and confusions.',
+            per_class=found and found.per_class(), confused=found.most_confused() if found else [],
+            matrix=found.matrix() if found and len(classes) <= report_html.HEAT_MAP_UP_TO else None,
+            hardest=self.look_up(found.hardest) if found else [],
+            most_confident=self.look_up(found.most_confident) if found else [],
+            samples=self.samples, flags=[(name, text_of(value)) for name, value in sorted(flags.items())],
+            versions=[(name + ' version', text_of(value)) for name, value in summary.versions().items()]))
+        write_bytes(path, page.encode('utf-8', 'backslashreplace'))
+        log_main('Report: %s' % path)
+
+    def look_up(self, predictions: Sequence[Prediction]) -> List[Tuple[np.ndarray, Prediction, str]]:
+        """(pixels as the model saw them, prediction, path) of validation images; without those that have gone."""
+        found = []
+        for each in predictions:
+            try:
+                pixels = np.asarray(self.val_set[each.index][0])
+            except (OSError, UserError):
+                continue
+            found.append((pixels, each, image_name(self.val_set, each.index)))
+        return found
+
+
+def text_of(value: Any) -> str:
+    return '-' if value is None or value == '' else 'on' if value is True else 'off' if value is False else str(value)
+
+
+def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any]) -> List[Tuple[str, str]]:
+    """(name, text) of the figures that people look for first; those that there are."""
+    seconds = int(figures.get('duration_seconds') or 0)
+    of_run = 'epochs' in figures
+    named = [(tile.of_training if of_run else tile.of_evaluation, figures.get(tile.summary), tile.form)
+             for metric in metrics.METRICS for tile in metric.tiles]
+    named += (('Images/s', figures.get('images_per_second'), '%.1f'),
+             ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
+             ('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
+             ('Epochs', figures.get('epochs'), '%d'), ('Parameters', environment['parameters'] / 1e6, '%.2f M'),
+             ('Classes', environment['classes'], '%d'), ('Training images', environment['training_images'], '%d'),
+             ('Validation images', environment['validation_images'], '%d'),
+             ('In bad_images.txt', figures.get('bad_images') or None, '%d'))
+    return [(name, form % value) for name, value, form in named if value is not None]
+
+
+# ---- pictures
+
+def augmented_samples(train_set: Any, classes: Sequence[str], transform: TransformConfig, mixing: MixupConfig,
+                      seed: int) -> List[Tuple[np.ndarray, str]]:
+    """[(pixels uint8 (H, W, 3), caption)] of the first training images, as the model sees them; mixed, too.
+
+    The random numbers of the run stay where they are. A file that can't be read is left out here: the run tells of it.
+    """
+    evaluation = transforms.EvalTransform.from_config(transform)
+    loader = PrefetchLoader(None, torch.device('cpu'), evaluation.mean, evaluation.std, remode=transform.remode)
+    erasing = RandomErasingBoxes(transform.reprob, transform.recount) if transform.reprob > 0 else None
+    samples = SeededSamples(train_set, seed, True, erasing)
+    order = iter(EpochSampler(len(train_set), seed=seed))
+    try:
+        items = [samples[next(order)] for _ in range(min(SAMPLES, len(train_set)))]
+    except UserError:
+        return []
+    batch = loader.prepare(collate(items, transform.input_size))
+    if not len(batch.images):
+        return []
+    images, shares, mixup = batch.images, None, transforms.build_mixup(mixing, len(classes))
+    if mixup is not None:
+        state = np.random.get_state()
+        try:
+            np.random.seed(seed % 2 ** 32)
+            images, shares = mixup(images.clone(), batch.targets)
+        finally:
+            np.random.set_state(state)
+    white, mean, std = loader.white, loader.mean, loader.std
+    pixels = ((images * std + mean) * white).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    captions = [caption(classes, target, None if shares is None else shares[place], mixing.smoothing)
+                for place, target in enumerate(batch.targets.tolist())]
+    return list(zip(pixels, captions))
+
+
+def caption(classes: Sequence[str], target: Any, shares: Optional[torch.Tensor], smoothing: float) -> str:
+    """The class of an image, or those that are mixed in it, with their shares."""
+    if isinstance(target, list):  # of several classes, or of none
+        return ', '.join(str(name) for name, share in zip(classes, target) if share > 0.5) or 'none'
+    if shares is None:
+        return str(classes[target])
+    part = smoothing / len(classes)
+    shares = (shares - part) / max(1 - smoothing, 1e-6)
+    top = [label for label in shares.argsort(descending=True).tolist()[:2] if shares[label] > 0.005]
+    return ' + '.join('%s %.0f %%' % (classes[label], 100 * float(shares[label])) for label in top) \
+        if len(top) > 1 else str(classes[top[0] if top else target])
+
+
+def image_grid(pictures: Sequence[np.ndarray], columns: int = 4) -> np.ndarray:
+    """One picture of several, uint8 (H, W, 3), in rows, with a thin gap."""
+    side, gap = pictures[0].shape[0], 2
+    rows = -(-len(pictures) // columns)
+    whole = np.full((rows * (side + gap) - gap, columns * (side + gap) - gap, 3), 255, np.uint8)
+    for place, picture in enumerate(pictures):
+        top, left = place // columns * (side + gap), place % columns * (side + gap)
+        whole[top:top + side, left:left + side] = picture
+    return whole
+
+
+def svg_plots(log: List[Dict[str, Any]]) -> Tuple[List[str], str]:
+    """(SVG texts of the curves, '') or ([], why there are none). They take the page's colour for their text."""
+    if not log:
+        return [], ''
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+        plots = []
+        with matplotlib.rc_context({'svg.fonttype': 'none', 'text.color': MARKER, 'axes.labelcolor': MARKER,
+                                    'xtick.color': MARKER, 'ytick.color': MARKER, 'axes.edgecolor': MARKER,
+                                    'font.family': 'sans-serif'}):
+            for number, panel in enumerate(curves.PANELS):
+                if not curves.curves_of(log, panel):
+                    continue
+                matplotlib.rcParams['svg.hashsalt'] = 'panel %d' % number  # names inside the page must differ
+                figure, file = Figure(figsize=(4.6, 3.4)), io.StringIO()
+                figure.patch.set_alpha(0)
+                FigureCanvasSVG(figure)
+                axes = figure.add_subplot(1, 1, 1)
+                axes.patch.set_alpha(0)
+                curves.draw_panel(axes, log, panel)
+                figure.tight_layout(pad=0.6)
+                figure.savefig(file, format='svg')
+                plots.append(_for_page(file.getvalue(), panel[0]))
+        return plots, ''
+    except Exception as error:  # whatever matplotlib meets: the rest of the page is worth more
+        hint = curves.hint_without_matplotlib('A report with curves') if isinstance(error, ImportError) else \
+            'The curves were not drawn (%s: %s)' % (type(error).__name__, one_line(error))
+        log_main(hint)
+        return [], hint
+
+
+def _for_page(svg, title):
+    """matplotlib's file as a part of a page: no prologue, no metadata, no names of other places."""
+    svg = svg[svg.index('<svg'):]
+    svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.S)
+    svg = re.sub(r'\s(xmlns(:\w+)?)="[^"]*"', '', svg).replace('xlink:href=', 'href=')
+    svg = re.sub(r'<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-label="%s">' % title, svg,
+                 count=1)
+    svg = re.sub(r'\sid="[\w.]+_\d+"', '', svg)  # names of groups, alike in every plot
+    return svg.replace(MARKER, 'currentColor')

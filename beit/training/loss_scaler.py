@@ -1,0 +1,315 @@
+"""What float32, O1 and O2 do to a model and to its training step: one scaler to call, whichever it is.
+
+Which device, PyTorch or apex does the work is `backend`'s knowledge; here it is put to use.
+"""
+
+import inspect
+import math
+
+import torch
+from torch import nn
+
+from beit.devices import accelerator, half_precision, kernels
+from beit.distributed import collectives
+
+
+def total_norm(gradients):
+    """The norm of all gradients together. Clipping to infinity gives it too, and raises an NPU's overflow flag."""
+    if hasattr(nn.utils, 'get_total_norm'):
+        return nn.utils.get_total_norm(gradients)
+    return torch.norm(torch.stack([torch.norm(gradient) for gradient in gradients]))
+
+
+class LossScaler:
+    """Backward, unscale, clip and step: one call per micro-step, the same for every precision.
+
+    This one is full precision and native O1; `MasterWeightScaler` and `ApexScaler` change what differs. The loss is
+    multiplied by `scale`; at an update the gradients are divided by it, checked, clipped and used. An update whose
+    gradients are not finite is skipped and counted; a dynamic scale is then halved, and doubled after 2,000 good
+    updates (the scheme of "Mixed Precision Training", https://arxiv.org/abs/1710.03740, section 3.2). A loss that is
+    not finite makes all gradients so, and through their average those of every process.
+
+    Where the optimizer can be told on the device to skip (PyTorch's fused ones), the host does not wait for the
+    gradients' norm: it stays there, and so does whether the update was skipped. A dynamic scale has to know at once.
+
+    On a device where overflow saturates (`backend.saturates`) finite gradients prove nothing: its overflow flag is read
+    too, and the processes agree on it.
+
+    Attributes:
+        scale (float), dynamic (bool); skipped (int): updates skipped since the start; skipped_in_a_row (int): those up
+            to the newest, 0 where that was good.
+        description (str): precision and the library that does it, for people.
+        overflows (bool): whether gradients that are not finite are to be expected, as in float16.
+        newest_skipped (bool or 0-dim tensor): whether the newest update was skipped.
+    """
+
+    GROWTH_INTERVAL = 2000
+    LARGEST, SMALLEST = 2. ** 24, 2. ** -14
+
+    def __init__(self, scale=1., dynamic=False, description='float32', overflows=None):
+        self.scale, self.dynamic, self.description = float(scale), dynamic, description
+        self.overflows = self.scale != 1. or dynamic if overflows is None else overflows
+        self.skipped, self.skipped_in_a_row, self.good_updates, self.newest_skipped = 0, 0, 0, False
+
+    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+        """One micro-step: `loss` is a scalar tensor, already divided by the number of micro-steps.
+
+        Returns:
+            At an update, the norm of all gradients before clipping, unscaled, as a float or a 0-dim tensor on the
+            device; between updates, None.
+        """
+        self._backward(loss, create_graph)
+        if not is_update:
+            return None
+        return self._finish(optimizer, [p for p in parameters if p.grad is not None], clip_grad, loss.device)
+
+    def _backward(self, loss, create_graph):
+        loss = loss * (loss.detach() * 0. + 1.)  # times 1, or not a number where the loss is not finite
+        (loss if self.scale == 1. else loss * self.scale).backward(create_graph=create_graph)
+
+    def forget_overflow(self, device):
+        """Call before training: what overflowed until now, as in an evaluation, is no reason to skip a step."""
+        if half_precision.saturates(device):
+            half_precision.read_overflow(device)
+
+    def _finish(self, optimizer, parameters, clip_grad, device):
+        """Unscale, clip and step, unless the gradients are not finite."""
+        if kernels.supports_grad_scale(optimizer) and not (self.dynamic or half_precision.saturates(device)):
+            return self._finish_on_device(optimizer, parameters, clip_grad, device)
+        if self.scale != 1.:
+            kernels.foreach_mul([parameter.grad for parameter in parameters], 1. / self.scale)
+        grad_norm = self._clip(optimizer, parameters, clip_grad)
+        if not self._note(self._overflowed(grad_norm, device)):
+            optimizer.step()
+        self._adapt_scale(self.newest_skipped)
+        return grad_norm
+
+    def _finish_on_device(self, optimizer, parameters, clip_grad, device):
+        """The same, without waiting: the optimizer divides by scale and clipping, and skips, by itself."""
+        grad_norm = total_norm([parameter.grad for parameter in parameters])
+        divisor = None
+        if self.scale != 1.:
+            grad_norm = grad_norm / self.scale
+            divisor = torch.full_like(grad_norm, self.scale)
+        if clip_grad:
+            factor = (clip_grad / (grad_norm + 1e-6)).clamp(max=1.)  # as torch.nn.utils.clip_grad_norm_
+            divisor = self.scale / factor
+        skip = ~torch.isfinite(grad_norm)
+        if not accelerator.is_synchronous(device):
+            self.newest_skipped = skip
+            kernels.step_scaled(optimizer, divisor, skip)
+        elif not self._note(bool(skip)):
+            kernels.step_scaled(optimizer, divisor)
+        return grad_norm
+
+    def _overflowed(self, grad_norm, device):
+        if half_precision.saturates(device):
+            return collectives.any_process(half_precision.read_overflow(device) or not math.isfinite(grad_norm), device)
+        return not math.isfinite(grad_norm)
+
+    def _clip(self, optimizer, parameters, clip_grad):
+        if not clip_grad:
+            return float(total_norm([parameter.grad for parameter in parameters]))
+        if hasattr(optimizer, 'clip_grad_norm_fused_'):  # it reads only its own copies of the gradients
+            return float(optimizer.clip_grad_norm_fused_(clip_grad))
+        return float(nn.utils.clip_grad_norm_(parameters, clip_grad))
+
+    def _adapt_scale(self, skipped):
+        if skipped:
+            self.good_updates = 0
+            if self.dynamic:
+                self.scale = max(self.scale / 2, self.SMALLEST)
+        else:
+            self.good_updates += 1
+            if self.dynamic and self.good_updates % self.GROWTH_INTERVAL == 0:
+                self.scale = min(self.scale * 2, self.LARGEST)
+
+    def _note(self, skip):
+        self.newest_skipped = skip
+        self.count(skip)
+        return skip
+
+    def count(self, skipped):
+        """Take note of whether an update was skipped: for the caller to do where that was left on the device."""
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def full_precision_state(self, model):
+        """Name to float32 tensor for every parameter and buffer, live: what is copied in is what trains on."""
+        model = accelerator.unwrap(model)
+        live = dict(model.named_parameters())
+        live.update(model.named_buffers())
+        return {name: live[name].data for name in model.state_dict()}
+
+    def weights_changed(self):
+        """Call after copying into `full_precision_state`, so that half-precision copies follow."""
+
+    def state_dict(self):
+        return {'scale': self.scale, 'good_updates': self.good_updates, 'skipped': self.skipped,
+                'skipped_in_a_row': self.skipped_in_a_row}
+
+    def load_state_dict(self, state):
+        """Take over the counters, and the scale where it's dynamic. Other programs' scaler states are left alone."""
+        self.skipped, self.skipped_in_a_row = int(state.get('skipped', 0)), int(state.get('skipped_in_a_row', 0))
+        if 'good_updates' in state:
+            self.good_updates = int(state['good_updates'])
+            self.scale = float(state['scale']) if self.dynamic else self.scale
+
+
+class MasterWeightScaler(LossScaler):
+    """Native O2: the model holds half-precision weights, the optimizer their float32 masters.
+
+    Args:
+        pairs (list): (model parameter, its master), for every parameter of the optimizer.
+    """
+
+    def __init__(self, pairs, **settings):
+        super().__init__(**settings)
+        self.pairs = pairs
+
+    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+        self._backward(loss, create_graph)
+        # Accumulate in float32, in buffers that stay where they are: NpuFusedAdamW never looks for new ones.
+        pairs = [pair for pair in self.pairs if pair[0].grad is not None]
+        begun = [pair for pair in pairs if pair[1].grad is not None]
+        kernels.foreach_add([master.grad for _, master in begun], [parameter.grad for parameter, _ in begun])
+        fresh = [pair for pair in pairs if pair[1].grad is None]
+        for _, master in fresh:
+            master.grad = torch.empty_like(master)
+        kernels.foreach_copy([master.grad for _, master in fresh], [parameter.grad for parameter, _ in fresh])
+        for parameter, _ in pairs:
+            parameter.grad = None
+        if not is_update:
+            return None
+        masters = [master for _, master in self.pairs if master.grad is not None]
+        grad_norm = self._finish(optimizer, masters, clip_grad, loss.device)
+        self.weights_changed()
+        return grad_norm
+
+    def full_precision_state(self, model):
+        state = super().full_precision_state(model)
+        masters = {id(parameter): master for parameter, master in self.pairs}
+        for name, parameter in accelerator.unwrap(model).named_parameters():
+            state[name] = masters[id(parameter)].data if id(parameter) in masters else parameter.data
+        return state
+
+    def weights_changed(self):
+        kernels.foreach_copy([parameter.data for parameter, _ in self.pairs], [master.data for _, master in self.pairs])
+
+
+class ApexScaler(MasterWeightScaler):
+    """O1 and O2 by apex: it scales, unscales and keeps the masters; checking, skipping and counting are done here."""
+
+    def __init__(self, amp, pairs, **settings):
+        super().__init__(pairs, **settings)
+        self.amp = amp
+
+    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+        loss = loss * (loss.detach() * 0. + 1.)
+        with self.amp.scale_loss(loss, optimizer, delay_unscale=not is_update) as scaled:
+            scaled.backward(create_graph=create_graph)
+        if not is_update:
+            return None
+        grad_norm = self._clip(optimizer, list(self.amp.master_params(optimizer)), clip_grad)
+        before, self.scale = self.scale, self._apex_scale()
+        if self.dynamic:  # apex has decided, and made a step that is to be skipped a no-op, which has to be called
+            skip = self.scale < before or not math.isfinite(grad_norm)
+        else:
+            skip = self._overflowed(grad_norm, loss.device)
+        if not self._note(skip) or self.dynamic:
+            optimizer.step()
+        return grad_norm
+
+    def _clip(self, optimizer, parameters, clip_grad):
+        touched = self.pairs or self.dynamic or self.scale != 1.  # else apex has combined nothing
+        if clip_grad and touched and hasattr(optimizer, 'clip_optimizer_grad_norm_fused'):
+            return float(optimizer.clip_optimizer_grad_norm_fused(clip_grad))
+        return super()._clip(optimizer, [p for p in parameters if p.grad is not None], clip_grad)
+
+    def _apex_scale(self):
+        return float(next(iter(self.amp.state_dict().values()))['loss_scale'])
+
+    def state_dict(self):
+        return dict(super().state_dict(), apex=self.amp.state_dict())
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        if 'apex' in state:
+            self.amp.load_state_dict(state['apex'])
+
+
+class Autocast(nn.Module):
+    """Native O1: runs the model under autocast, and gives float32."""
+
+    def __init__(self, module, device_type, dtype):
+        super().__init__()
+        self.module, self.device_type, self.dtype = module, device_type, dtype
+
+    def forward(self, images):
+        with half_precision.autocast(self.device_type, self.dtype):
+            return self.module(images).float()
+
+
+class HalfPrecision(nn.Module):
+    """Native O2: casts the model's weights and its input to half precision, its output to float32."""
+
+    def __init__(self, module, dtype):
+        super().__init__()
+        self.module, self.dtype = module.to(dtype), dtype
+
+    def forward(self, images):
+        return self.module(images.to(self.dtype)).float()
+
+
+def initialize_amp(model, optimizer, device, dtype=None, opt_level='O2', loss_scale=None):
+    """Put the model in the precision asked for. Call it before DistributedDataParallel.
+
+    Args:
+        optimizer: built on the model's float32 parameters; under O2 it holds their masters afterwards. None where
+            the model is only evaluated.
+        dtype: what `backend.check_precision` gave; None is float32.
+        loss_scale (float, 'dynamic' or None): None is 128 (the adaptation's static scale) for float16, else 1.
+
+    Returns:
+        (model, scaler): a module to call in the model's place, and the `StepScaler` to train with.
+    """
+    if dtype is None:
+        return model, LossScaler()
+    if loss_scale is None:
+        loss_scale = 128. if dtype == torch.float16 else 1.
+    dynamic = loss_scale == 'dynamic'
+    scaling = dict(scale=2. ** 16 if dynamic else loss_scale, dynamic=dynamic)
+    if dtype == torch.float16:
+        scaling['overflows'] = True
+    name = str(dtype).replace('torch.', '')
+    amp = half_precision.apex_amp(device, dtype)
+    about_apex = half_precision.find_apex()[1] if device.type != 'cpu' and dtype == torch.float16 else ''
+    scaling['description'] = '%s %s by PyTorch%s' % (opt_level, name, about_apex and ' (%s)' % about_apex)
+
+    if amp is not None and optimizer is not None:
+        scaling['description'] = '%s %s by %s' % (opt_level, name, about_apex)
+        before = [p for group in optimizer.param_groups for p in group['params']]
+        options = dict(opt_level=opt_level, loss_scale=loss_scale, verbosity=0)
+        if 'combine_grad' in inspect.signature(amp.initialize).parameters:
+            options['combine_grad'] = True
+        model, optimizer = amp.initialize(model, optimizer, **options)
+        optimizer.zero_grad()  # apex puts the masters into the optimizer with this call, not before
+        after = [p for group in optimizer.param_groups for p in group['params']]
+        return model, ApexScaler(amp, [pair for pair in zip(before, after) if pair[0] is not pair[1]], **scaling)
+    if opt_level == 'O1' and not half_precision.has_autocast(device.type, dtype):
+        return model, LossScaler()  # apex alone could, and does so in training only
+    if opt_level == 'O1':
+        return Autocast(model, device.type, dtype), LossScaler(**scaling)
+    pairs = []
+    for group in optimizer.param_groups if optimizer is not None else []:
+        masters = [nn.Parameter(parameter.detach().clone()) for parameter in group['params']]
+        pairs += zip(group['params'], masters)
+        group['params'] = masters
+    return HalfPrecision(model, dtype), MasterWeightScaler(pairs, **scaling)
+
+
+def autocast_for_evaluation(model, device, dtype, opt_level):
+    """A float32 model, such as the average of the weights, wrapped for evaluation in the run's precision."""
+    if dtype is None or opt_level != 'O1' or not half_precision.has_autocast(device.type, dtype):
+        return model
+    return Autocast(model, device.type, dtype)

@@ -1,0 +1,174 @@
+"""The loss that training minimises: cross entropy over the classes or a binary one for each, and what classes weigh."""
+
+import csv
+import io
+import json
+import math
+import os
+import zlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+from beit.data.decode import open_file
+from beit.errors import UserError, escape_text, nearest
+
+LOSSES = ('auto', 'ce', 'bce')
+
+
+def activation(args, multi_label=False):
+    """What makes probabilities of the logits of a network that `build_criterion`'s loss trains."""
+    return 'sigmoid' if args.loss == 'bce' or multi_label else 'softmax'
+
+
+def build_criterion(args, mixup, weights=None, multi_label=False):
+    """The loss of (logits (B, classes), what `mixup` gives, or class indices, or ones and zeros (B, classes)).
+
+    Args:
+        mixup: None, or what has smoothed the targets already.
+        weights (float32 (classes,)): see `class_weights`; None leaves the classes alike.
+        multi_label (bool): whether an image may be of several classes.
+    """
+    if args.loss == 'bce' or multi_label:
+        return BinaryCrossEntropy(args.smoothing, weights, smooths_dense=mixup is None)
+    if weights is not None:
+        return WeightedCrossEntropy(args.smoothing, weights)
+    if mixup is not None:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else torch.nn.CrossEntropyLoss()
+
+
+def one_hot(targets, logits, smoothing):
+    """Class indices (B,) as float (B, classes): 1 - smoothing for the class, and smoothing / classes for each."""
+    share = smoothing / logits.shape[-1]
+    return torch.full_like(logits, share).scatter_(1, targets[:, None], 1. - smoothing + share)
+
+
+class BinaryCrossEntropy(torch.nn.Module):
+    """A binary cross entropy for each class, averaged over classes and images; smoothing is timm's of that name.
+
+    Args:
+        pos_weight (float32 (classes,)): what an image that is of a class weighs there; None is 1.
+        smooths_dense (bool): whether targets (B, classes) are moved towards 0.5; mixup has done so.
+    """
+
+    def __init__(self, smoothing=0., pos_weight=None, smooths_dense=True):
+        super().__init__()
+        self.smoothing, self.smooths_dense = smoothing, smooths_dense
+        self.register_buffer('pos_weight', pos_weight)
+
+    def forward(self, logits, targets):
+        if targets.dim() == 1:
+            targets = one_hot(targets, logits, self.smoothing)
+        elif self.smooths_dense:
+            targets = targets * (1. - self.smoothing) + 0.5 * self.smoothing
+        return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), pos_weight=self.pos_weight)
+
+
+class WeightedCrossEntropy(torch.nn.Module):
+    """Cross entropy, each class's term times its weight, averaged over the images: PyTorch's for soft targets.
+
+    It is not divided by the weights of a batch, as PyTorch does with class indices: a gradient would then hang on how
+    images are shared out among micro-steps and processes.
+    """
+
+    def __init__(self, smoothing, weight):
+        super().__init__()
+        self.smoothing = smoothing
+        self.register_buffer('weight', weight)
+
+    def forward(self, logits, targets):
+        soft = one_hot(targets, logits, self.smoothing) if targets.dim() == 1 else targets
+        return -(self.weight * soft * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
+
+
+# ---- what classes weigh
+
+def class_weights(source, classes, counts):
+    """float32 (classes,): the weights that --class_weights asks for, or None.
+
+    'balanced' is scikit-learn's: all labels / (classes * labels of this class), so that they average 1 over the labels.
+
+    Args:
+        source (str): '', 'balanced', or a CSV file of `class,weight` rows or a JSON object.
+        counts (array of int): the training images of each class.
+
+    Raises:
+        UserError: a class has no training image, or the file is not what it must be.
+    """
+    if not source:
+        return None
+    if source == 'balanced':
+        missing = [name for name, count in zip(classes, counts) if not count]
+        if missing:
+            raise UserError('--class_weights balanced: no training image is of class %s; add some, or give the weights '
+                            'in a file' % ', '.join(map(escape_text, missing[:5])))
+        return torch.tensor(np.sum(counts) / (len(classes) * np.asarray(counts, dtype=np.float64)), dtype=torch.float32)
+    given = _read_weights(source)
+    for name in given:
+        if name not in classes:
+            near = [] if name.isdigit() else nearest(name, classes)  # 12 is not meant by 1 or 2
+            raise UserError('--class_weights %s: there is no class %s; %s' % (
+                escape_text(source), escape_text(name),
+                'did you mean %s?' % ' or '.join(map(escape_text, near)) if near else
+                'the first is %s, the last %s' % (escape_text(classes[0]), escape_text(classes[-1]))))
+    missing = [name for name in classes if name not in given]
+    if missing:
+        raise UserError('--class_weights %s: no weight for class %s%s; give every class one' % (
+            escape_text(source), ', '.join(map(escape_text, missing[:5])),
+            ' and %d more' % (len(missing) - 5) if len(missing) > 5 else ''))
+    weights = torch.tensor([given[name] for name in classes], dtype=torch.float32)
+    if not weights.sum() > 0 or not torch.isfinite(weights).all():
+        raise UserError('--class_weights %s: all weights are 0, or one is too large' % escape_text(source))
+    return weights
+
+
+def check_weights(source):
+    """Raise a `UserError` where --class_weights is no file that can be read. Cheap, so that it can come first."""
+    if source and source != 'balanced':
+        _read_weights(source)
+
+
+def _read_weights(path):
+    """{class: weight} of a file, each at least 0."""
+    flag = '--class_weights %s' % escape_text(path)
+    if not os.path.isfile(path):
+        raise UserError('%s: no such file; give balanced, or a CSV or JSON file of class and weight' % flag)
+    try:
+        with open_file(path) as file:
+            text = file.read().decode('utf-8-sig')
+        rows = json.loads(text) if text.lstrip()[:1] == '{' else list(
+            csv.reader(io.StringIO(text, newline=''), strict=True))
+    except (OSError, ValueError, csv.Error, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise UserError('%s: is neither CSV nor JSON (%s)' % (flag, ' '.join(str(error).split())[:100])) from None
+    given = {}
+    for line, row in enumerate(rows.items() if isinstance(rows, dict) else rows, 1):
+        if not row or (line == 1 and [str(cell).strip().lower() for cell in row] == ['class', 'weight']):
+            continue
+        try:
+            name, weight = row
+            weight = float(weight)
+        except (TypeError, ValueError, OverflowError):
+            raise UserError('%s, entry %d: must be a class and a number, is %s' % (
+                flag, line, escape_text(str(row)[:100]))) from None
+        if not 0 <= weight < math.inf:
+            raise UserError('%s, entry %d: the weight of %s must be a number from 0 on, is %s'
+                            % (flag, line, escape_text(name), weight))
+        if name.strip() in given:
+            raise UserError('%s, entry %d: %s has a weight already' % (flag, line, escape_text(name)))
+        given[name.strip()] = weight
+    return given
+
+
+def fingerprint(weights):
+    """A number for a checkpoint to know the weights by, whatever file they came from."""
+    return zlib.crc32(weights.numpy().tobytes())
+
+
+def describe_weights(weights, classes):
+    """One line for people: every class's weight, or of many the lightest and heaviest."""
+    pairs = sorted(zip(weights.tolist(), classes))
+    shown = ['%s %.4g' % (escape_text(name), weight) for weight, name in pairs]
+    return 'Class weights: ' + ', '.join(shown if len(shown) <= 12 else shown[:4] + ['…'] + shown[-4:])

@@ -1,0 +1,236 @@
+"""What happens between two updates, as all processes agree: save, stop, report what cannot be used."""
+
+import collections
+import json
+import math
+import os
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+
+from beit import log
+from beit.checkpoint import training_state
+from beit.data.image_dataset import image_name
+from beit.distributed import collectives, preemption, process_group, watchdog
+from beit.errors import UserError
+from beit.files import run_folder, weights_file
+from beit.files.atomic_write import write_bytes
+
+run_folder.register_output(r'nonfinite\.txt')
+
+NORMS_KEPT = 10  # gradient norms that a report of what is not finite shows
+
+
+class StepState:
+    """An update under way, and what is known of it. What the device knows stays there until somebody has to read it.
+
+    Attributes:
+        step (int): its number, from 0 over the whole run.
+        losses, outputs (list of tensors): of its micro-steps, on the device; indices (list of int64 tensors): which
+            images gave those outputs, as positions in the data set.
+        unreadable (list): (path, reason) of files that were left out.
+        grad_norm (float or 0-dim tensor), skipped (bool or 0-dim tensor): what the scaler gave.
+        values (dict): what is logged of its last micro-step, numbers and 0-dim tensors.
+        stop (int): the number of a signal that some process got; save (bool): some process is due to save.
+    """
+
+    def __init__(self, step):
+        self.step, self.losses, self.outputs, self.indices, self.unreadable = step, [], [], [], []
+        self.grad_norm, self.skipped, self.values, self.stop, self.save = None, False, {}, 0, False
+
+    def add(self, batch: Sequence[Any], output: torch.Tensor, loss: torch.Tensor) -> None:
+        self.losses.append(loss.detach())
+        if len(batch) > 2:
+            self.outputs.append(output.detach())
+            self.indices.append(batch.indices)
+            self.unreadable += batch.unreadable
+
+    @property
+    def loss(self) -> float:
+        """The sum of the micro-steps' losses on this process, read from the device."""
+        return float(torch.stack(self.losses).sum())
+
+    def nonfinite_indices(self) -> List[int]:
+        """Positions of the images whose outputs are not finite; of all, where every output is finite."""
+        found = []
+        for indices, output in zip(self.indices, self.outputs):
+            rows = (~torch.isfinite(output.float()).all(dim=1)).cpu()[:len(indices)]
+            found += indices[rows].tolist()
+        return found or [index for indices in self.indices for index in indices.tolist()]
+
+
+class StepMonitor:
+    """Decides, with all processes, what becomes of an update; this one stops at the first non-finite loss.
+
+    `run_class_finetuning.py` gives one that saves, too. Every process calls each method at the same place.
+    """
+
+    on_nonfinite = 'stop'
+
+    def __init__(self):
+        self.norms = collections.deque(maxlen=NORMS_KEPT)  # of the last updates' gradients
+        self.answers = None
+
+    def local_requests(self, update_step: int) -> Tuple[int, bool]:
+        """(signal that asks to stop or 0, whether to save after this update), of this process."""
+        return 0, False
+
+    def begin_sync(self, update: StepState, device: torch.device) -> None:
+        """Before the step: tell the other processes what this one wishes; the answers come while the step runs."""
+        watchdog.mark_waiting()
+        stop, save = self.local_requests(update.step)
+        self.answers = collectives.all_gather_async([stop, save, len(update.unreadable)], device)
+
+    def finish_sync(self, update: StepState, device: torch.device) -> bool:
+        """After the step: what all processes wish, into `update`; gives whether this update is the last before a save.
+        """
+        votes = self.answers()
+        update.stop, update.save = int(max(vote[0] for vote in votes)), any(vote[1] for vote in votes)
+        if any(vote[2] for vote in votes):
+            told = collectives.all_gather_json(update.unreadable, device)
+            self.unreadable([tuple(pair) for each in told for pair in each])
+        return bool(update.stop or update.save)
+
+    def unreadable(self, pairs: List[Tuple[str, str]]) -> None:
+        """Files, (path, reason), that no process could read."""
+
+    def name_images(self, indices: List[int]) -> List[str]:
+        """Printable names of images, by their positions in the data set."""
+        return []
+
+    def skipped(self, update: StepState, scaler: Any, device: torch.device) -> None:
+        """An update was skipped, on every process. Where no overflow is to be expected, something is wrong."""
+        losses = [loss for loss, in collectives.all_gather_numbers([update.loss], device)]
+        guilty = [not math.isfinite(loss) for loss in losses]
+        if not any(guilty) and scaler.overflows:
+            return
+        names = collectives.all_gather_json(self.name_images(update.nonfinite_indices())
+                                   if not any(guilty) or not math.isfinite(update.loss) else [], device)
+        what = 'the loss is %s' % losses[guilty.index(True)] if any(guilty) else (
+            'the gradients are not finite (their norm is %s, the loss %.4f)' % (update.grad_norm, update.loss))
+        self.report_nonfinite('%s at update step %d' % (what, update.step), guilty, names, update.step, scaler.scale)
+
+    def report_nonfinite(self, what: str, guilty: List[bool], names: List[List[str]], update_step: int,
+                         scale: float) -> None:
+        """Report, and stop unless such updates are to be skipped."""
+        images = [name for each in names for name in each]
+        shown = ', '.join(images[:3]) + (' and %d more' % (len(images) - 3) if len(images) > 3 else '')
+        norms = ' '.join('%.4g' % norm for norm in self.norms) or 'none yet'
+        place = self.write_report(dict(update_step=update_step, what=what, loss_scale=scale, images=images,
+                               norms=[repr(norm) for norm in self.norms]))
+        text = '%s; loss scale %g; norms of the gradients before: %s%s' % (
+            what, scale, norms, '; images: %s%s' % (shown, place) if images else '')
+        if self.on_nonfinite == 'skip':
+            log.log_main(text)
+            return
+        raise UserError(text + '; lower --lr, set --clip_grad, look at the images, or --on_nonfinite skip',
+                        rank=guilty.index(True) if any(guilty) and process_group.world_size() > 1 else None)
+
+    def write_report(self, record: Dict[str, Any]) -> str:
+        """Write a report down; gives ' (all in …)', or ''."""
+        return ''
+
+    def after_step(self, update: StepState, epoch: int, steps: int, state: Callable[[], Dict[str, Any]],
+                   device: torch.device) -> None:
+        """After the step: save or stop, where `update` says so. `steps` of the epoch are done; `state()` gives what a
+        resumed epoch needs."""
+
+    def on_epoch_end(self, state: Dict[str, Any]) -> None:
+        """All updates of the epoch are done."""
+
+
+class CheckpointMonitor(StepMonitor):
+    """The pilot of a whole run: saves in mid-epoch, and before it stops for a signal; writes reports to output_dir.
+
+    Args:
+        output (OutputConfig): where to save, how often, and the flags that a checkpoint holds.
+        signals (preemption.Signals): where the request to stop comes from.
+        run_state (checkpoint.RunState): where the run begins; kept up to date.
+        bad_images (bad_images.BadImages): takes the files that can't be read.
+        train_set: the training set.
+        parts (dict): model, optimizer, scaler and ema, as `checkpoint.build_checkpoint` takes them.
+        on_nonfinite (str): 'stop', or 'skip' such an update.
+    """
+
+    def __init__(self, output, signals, run_state, bad_images, train_set, parts, on_nonfinite='stop'):
+        super().__init__()
+        self.output, self.signals, self.run_state, self.parts = output, signals, run_state, parts
+        self.bad_images, self.train_set, self.on_nonfinite = bad_images, train_set, on_nonfinite
+        self.saves = bool(output.output_dir and output.save_ckpt)
+        self.timer = training_state.SaveTimer(output.save_ckpt_steps, output.save_ckpt_minutes)
+        self.epoch_state = None  # the averages of the epoch whose updates are done
+
+    def local_requests(self, update_step: int) -> Tuple[int, bool]:
+        return self.signals.wish, self.saves and self.timer.due(update_step)
+
+    def unreadable(self, pairs: List[Tuple[str, str]]) -> None:
+        self.bad_images.report(pairs, len(self.train_set), 'training')
+
+    def name_images(self, indices: List[int]) -> List[str]:
+        return [image_name(self.train_set, index) for index in indices]
+
+    def write_report(self, record: Dict[str, Any]) -> str:
+        if not self.output.output_dir:
+            return ''
+        path = os.path.join(self.output.output_dir, 'nonfinite.txt')
+        if process_group.is_main_process():
+            earlier = b''
+            if os.path.isfile(path):
+                with open(path, 'rb') as file:
+                    earlier = file.read()
+            write_bytes(path, earlier + json.dumps(record).encode() + b'\n')
+        return ' (all in %s)' % path
+
+    def after_step(self, update: StepState, epoch: int, steps: int, state: Callable[[], Dict[str, Any]],
+                   device: torch.device) -> None:
+        if update.stop or update.save:
+            self.save(epoch, steps, state(), device)
+        if update.stop:
+            self.stop(update.stop, epoch, steps)
+
+    def on_epoch_end(self, state: Dict[str, Any]) -> None:
+        self.epoch_state = state
+
+    def save(self, epoch: int, steps: int, state: Optional[Dict[str, Any]], device: torch.device) -> None:
+        """Write a checkpoint of mid-epoch, by the first process; every process hands in its averages."""
+        self.run_state.epoch, self.run_state.steps, self.run_state.files = epoch, steps, []
+        if not self.saves:
+            return
+        watchdog.enter_stage('saving a checkpoint')
+        self.run_state.meters = collectives.all_gather_json(state, device)
+        if process_group.is_main_process():
+            content = training_state.build_checkpoint(self.output.flags, self.run_state, **self.parts)
+            weights_file.save(os.path.join(self.output.output_dir, self.run_state.file_name()), content)
+            training_state.remove_old_checkpoints(self.output.output_dir, self.output.keep_checkpoints)
+        watchdog.mark_waiting()
+        process_group.barrier()  # nobody leaves, and is seen to leave, before the file is whole
+        self.timer.restart()
+
+    def save_epoch(self, improved: List[str], numbered: bool) -> None:
+        """After an epoch and its evaluation: the files of new bests, and the numbered one where it is due."""
+        self.run_state.files = improved + ([self.run_state.file_name()] if numbered else [])
+        if not self.saves or not self.run_state.files:
+            return
+        watchdog.enter_stage('saving a checkpoint')
+        if process_group.is_main_process():
+            content = training_state.build_checkpoint(self.output.flags, self.run_state, **self.parts)
+            for name in self.run_state.files:
+                weights_file.save(os.path.join(self.output.output_dir, name), content)
+            training_state.remove_old_checkpoints(self.output.output_dir, self.output.keep_checkpoints)
+        watchdog.mark_waiting()
+        self.timer.restart()
+
+    def stop_after(self, epoch: int, steps: int, device: torch.device) -> None:
+        """Stop where the updates of an epoch are done, and a signal broke its evaluation off."""
+        number = int(max(word for word, in collectives.all_gather_numbers([self.signals.wish], device)))
+        self.save(epoch, steps, self.epoch_state, device)
+        self.stop(number, epoch, steps)
+
+    def stop(self, number: int, epoch: int, steps: int) -> None:
+        where = 'after update %d of epoch %d' % (steps, epoch)
+        if self.saves:
+            raise preemption.Stopped(number, 'stopped by %s %s; saved %s; the same command%s goes on from there' % (
+                preemption.name(number), where, os.path.join(self.output.output_dir, self.run_state.file_name()),
+                '' if self.output.auto_resume else ' with --auto_resume'))
+        raise preemption.Stopped(number, 'stopped by %s %s; nothing was saved, for want of --output_dir (or by '
+                                         '--no_save_ckpt)' % (preemption.name(number), where))

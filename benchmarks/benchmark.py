@@ -1,0 +1,1023 @@
+#!/usr/bin/env python3
+"""Measure this repository against timm and torchvision, side by side on the same machine.
+
+    python benchmarks/benchmark.py step                     training steps, on whatever device there is
+    python benchmarks/benchmark.py step --model beit_base_patch16_224 --batch_size 128 --precision bfloat16 O2 \\
+        --compile both --json step.json -- --attention=fused     flags after -- go to run_class_finetuning.py
+    python benchmarks/benchmark.py eval                     evaluation
+    python benchmarks/benchmark.py data                     the loader against torchvision's ImageFolder and timm's transform
+    python benchmarks/benchmark.py startup                  large folders: until the first step
+    python benchmarks/benchmark.py script                   test/train_performance_1p.sh against its own step
+    python benchmarks/benchmark.py scaling                  1, 2, 4 and 8 processes
+
+The contenders take turns, who goes first in turn too; a ratio is that of two neighbouring samples, and what is shown is
+the median of the ratios, their extremes and quartiles. Warm-up, compilation among it, is measured apart. What cannot
+run here is a row that says why. README.md, Performance, explains the columns; benchmarks/contenders.py says what exactly
+competes.
+"""
+
+import argparse
+import contextlib
+import datetime
+import functools
+import gc
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+TEST_DIR = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TEST_DIR)
+sys.path[:0] = [ROOT, TEST_DIR]
+
+if __name__ == '__main__':
+    from beit import errors
+    errors.quiet_interrupt()
+
+import numpy as np
+import timm
+import timm.data
+import torch
+import torchvision
+from PIL import Image
+
+import contenders  # first of the project's: it sets how torch is loaded
+import datasets
+import modeling_finetune
+import run_class_finetuning as program
+from beit import errors
+from beit.cli import bounded_number
+from beit.data import folder_index, locations, transforms
+from beit.devices import accelerator
+from beit.distributed import process_group, watchdog
+from beit.errors import UserError, escape_text, nearest, one_line, unknown_value_error
+from contenders import CONTENDERS, PRECISIONS, Mode, Ours, Setting
+
+ENOUGH_PAIRS = 5  # a median over fewer is not one to publish
+RUN_SECONDS = 1800  # for one process to end, before it is given up
+
+
+# ---- statistics
+
+def summary(values):
+    """Median, extremes and quartiles (by linear interpolation) of a list of numbers, and the numbers."""
+    values = [float(value) for value in values]
+    quartiles = statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
+    return dict(median=statistics.median(values), min=min(values), max=max(values),
+                quartiles=[quartiles[0], quartiles[2]], samples=values)
+
+
+def ratios(left, right):
+    """The summary of left / right, sample by sample."""
+    return summary(a / b for a, b in zip(left, right))
+
+
+def take_turns(runs, pairs):
+    """Run each of `runs` once a round, a round for each pair; rounds go forwards and backwards in turn.
+
+    Args:
+        runs (list of functions): each gives a number.
+
+    Returns:
+        list of the numbers of each run.
+    """
+    results = [[] for _ in runs]
+    for pair in range(pairs):
+        order = list(range(len(runs)))
+        for index in order if pair % 2 == 0 else order[::-1]:
+            if _heard:
+                sys.exit(128 + _heard[0])
+            results[index].append(runs[index]())
+    return results
+
+
+_heard = []  # signals
+
+
+def stop(number, _):
+    """An orderly end removes what was made. One that comes in mid-fork gets lost there: `take_turns` looks again."""
+    _heard.append(bounded_number)
+    sys.exit(128 + bounded_number)
+
+
+def progress(text):
+    print('benchmark.py: ' + text, file=sys.stderr, flush=True)
+
+
+# ---- what was measured where
+
+def cpu_name():
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
+            for line in file:
+                if line.startswith('model name'):
+                    return line.partition(':')[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def about_run(options, device):
+    """Everything that the figures hang on, without the machine's name."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return dict(
+        benchmark=options.command, date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+        command=['benchmarks/benchmark.py'] + options.argv,
+        hardware=dict(device=accelerator.device_name(device), device_type=device.type, cpu=cpu_name(), cores=cores,
+                      threads=torch.get_num_threads()),
+        versions=dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
+                      timm=timm.__version__),
+        pairs=options.pairs, rows=[])
+
+
+def write_json(options, report):
+    if not options.json:
+        return
+    with open(options.json, 'w', encoding='utf-8') as file:
+        json.dump(report, file, indent=1)
+        file.write('\n')
+
+
+def add_row(options, report, row):
+    """Keep a row, and write what there is: whoever breaks a long run off keeps the rows that are done."""
+    report['rows'].append(row)
+    write_json(options, report)
+    return row
+
+
+# ---- tables
+
+def shown(value, form='%.1f'):
+    return 'n/a' if value is None else form % value
+
+
+def about_ratio(ratio):
+    """The cells of a ratio: its median, extremes and quartiles."""
+    if ratio is None:
+        return ['n/a', '', '']
+    return ['%.3f' % ratio['median'], '%.3f..%.3f' % (ratio['min'], ratio['max']),
+            '%.3f..%.3f' % tuple(ratio['quartiles'])]
+
+
+RATIO = ['ratio', 'min..max', 'quartiles']
+
+
+def table(head, rows, markdown=False):
+    """Lines of a table in plain text, or in Markdown."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    if markdown:
+        return '\n'.join('| %s |' % ' | '.join(row) for row in [head, ['---'] * len(head)] + rows)
+    widths = [max(len(row[column]) for row in [head] + rows) for column in range(len(head))]
+    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+                     for row in [head] + rows)
+
+
+def print_report(options, report, head, cells):
+    hardware, versions = report['hardware'], report['versions']
+    print('%s; %s, %d cores, %d threads; Python %s, torch %s, torchvision %s, timm %s; %d pairs' % (
+        hardware['device'], hardware['cpu'], hardware['cores'], hardware['threads'], versions['python'],
+        versions['torch'], versions['torchvision'], versions['timm'], options.pairs))
+    if options.extra:
+        print('Ours with %s' % escape_text(' '.join(options.extra)))
+    if options.pairs < ENOUGH_PAIRS:
+        print('Fewer than %d pairs: a try, and no measurement' % ENOUGH_PAIRS)
+    print()
+    print(table(head, [cells(row) for row in report['rows']], options.markdown), flush=True)
+
+
+# ---- step and eval
+
+def build(kind, setting, mode, device):
+    """(contender, MiB that were taken on the device before it)."""
+    accelerator.reset_max_memory(device)
+    before = accelerator.max_memory_mb(device)
+    return CONTENDERS[kind](setting, mode), before
+
+
+def why_not(error):
+    """The reason in a row, for a mode that cannot run here."""
+    if accelerator.is_out_of_memory(error):
+        return 'out of memory'
+    text = one_line(error) or type(error).__name__
+    return text.partition(';')[0][:150]
+
+
+class Entry:
+    """A contender in one mode, warmed up: its record for the report, and its samples."""
+
+    def __init__(self, kind, setting, mode, work, warmup, device):
+        self.record = dict(contender=kind, mode=str(CONTENDERS[kind].mode_of(mode, device)))
+        self.mode, self.batch_size, self.work, self.device = mode, setting.batch_size, work, device
+        self.contender, self.seconds = None, None
+        try:
+            self.contender, before = build(kind, setting, mode, device)
+            self.record['about'] = self.contender.about
+            start = time.perf_counter()
+            self.run(warmup)
+            self.record['warmup_seconds'] = time.perf_counter() - start
+            self.seconds = self.run(1)
+            if device.type != 'cpu':
+                self.record['peak_memory_mib'] = accelerator.max_memory_mb(device) - before
+        except Exception as error:  # torch.compile can fail in any way; whatever it is, the other rows stand
+            self.contender = None
+            self.record['not_available'] = why_not(error)
+            if not isinstance(error, UserError):
+                progress('%s %s: %s' % (kind, mode, one_line(error)[:500]))
+
+    def is_able(self):
+        return 'not_available' not in self.record
+
+    def run(self, steps):
+        """Seconds of so many steps, from a device that has nothing to do to one that is done."""
+        accelerator.synchronize(self.device)
+        start = time.perf_counter()
+        getattr(self.contender, self.work)(steps)
+        accelerator.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        if getattr(self.contender, 'skipped_steps', None):
+            self.record['skipped_steps'] = self.contender.skipped_steps
+        return seconds
+
+    def rate(self, steps):
+        """Images per second. Where it fails, the record says why."""
+        try:
+            return self.batch_size * steps / self.run(steps)
+        except Exception as error:
+            self.record.setdefault('not_available', why_not(error))
+            raise
+
+    def finish(self, rates, flops, peak):
+        self.record['images_per_second'] = summary(rates)
+        per_second = self.record['images_per_second']['median'] * flops
+        self.record['flops_per_second'] = per_second
+        if peak and self.mode is not None and self.mode.precision != 'float32':
+            self.record['peak_fraction'] = per_second / peak
+
+    def end(self):
+        """Give back what it has taken."""
+        self.contender = None
+
+
+class Apart(Entry):
+    """An entry in a process of its own, as people run it: how one side sets its process up is no matter of the other.
+
+    Its memory is that of this process. For devices of which several processes would not share the memory well, `Entry`.
+    """
+
+    def __init__(self, kind, setting, mode, work, warmup, device):
+        self.mode, self.batch_size = mode, setting.batch_size
+        self.record = dict(contender=kind, mode=str(CONTENDERS[kind].mode_of(mode, device)))
+        order = dict(kind=kind, setting=setting._asdict(), mode=mode, work=work, warmup=warmup)
+        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), '_entry', json.dumps(order)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
+                                        preexec_fn=process_group.end_with_parent)
+        try:
+            self.seconds = self.answer()
+        except BaseException:  # a signal, while it warms up: it would do that to the end
+            self.end()
+            raise
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            self.record['not_available'] = 'its process ended with status %d' % self.process.wait()
+            return None
+        seconds, record = json.loads(line)
+        self.record.update(record)
+        return seconds
+
+    def run(self, steps):
+        with contextlib.suppress(BrokenPipeError):  # it is dead; there is no answer then
+            print(steps, file=self.process.stdin, flush=True)
+        seconds = self.answer()
+        if seconds is None:
+            raise UserError('%s %s: %s' % (self.record['contender'], self.record['mode'], self.record['not_available']))
+        return seconds
+
+    def end(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+def entry_main(order):
+    """The process of an `Apart`: a line, [seconds, record], of one step, then of each number of steps that comes in."""
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # what others print
+    setting = Setting(**dict(order['setting'], extra=tuple(order['setting']['extra'])))
+    entry = Entry(order['kind'], setting, order['mode'] and Mode(*order['mode']), order['work'], order['warmup'],
+                  accelerator.select_device(setting.device))
+
+    def answer(seconds):
+        entry.record.update(peak_memory_mib=peak_resident_mib())
+        print(json.dumps([seconds, entry.record]), file=answers, flush=True)
+
+    answer(entry.seconds)
+    for line in sys.stdin:
+        answer(entry.run(int(line)))
+
+
+def measure_row(ours, other, options, setting, device, work, flops, peak):
+    """One row: two contenders, (kind, mode) each, in turns. Where one can't run, the other's figures alone."""
+    contenders.forget_compiled()
+    progress(' against '.join('%s %s' % (kind, CONTENDERS[kind].mode_of(mode, device)) for kind, mode in (ours, other)))
+    kind_of_entry, entries = Apart if device.type == 'cpu' else Entry, []
+    try:
+        for kind, mode in (ours, other):
+            entries.append(kind_of_entry(kind, setting, mode, work, options.warmup, device))
+        able = [entry for entry in entries if entry.is_able()]
+        row = dict(ours=entries[0].record, other=entries[1].record)
+        if able:
+            least = 3 if device.type == 'cpu' else 10  # of ours, one in ten prints a line, for which it waits
+            steps = options.steps or max(least, int(options.seconds / max(entry.seconds for entry in able)) + 1)
+            row['steps_per_sample'] = steps
+            try:
+                results = take_turns([functools.partial(entry.rate, steps) for entry in able], options.pairs)
+            except Exception:  # the memory may run out as late as this; the other rows stand
+                if all(entry.is_able() for entry in able):
+                    raise
+                return row
+            for entry, rates in zip(able, results):
+                entry.finish(rates, flops, peak)
+            if len(able) == 2:
+                row['ratio'] = ratios(*results)
+    finally:
+        for entry in entries:
+            entry.end()
+        gc.collect()
+    return row
+
+
+def peak_resident_mib():
+    """The most memory that this process had, in MiB. (getrusage counts in what its parent had before it started.)"""
+    try:
+        with open('/proc/self/status', encoding='utf-8') as file:
+            for line in file:
+                if line.startswith('VmHWM:'):
+                    return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return None
+
+
+def modes_of(options):
+    compiled = {'off': (False,), 'on': (True,), 'both': (False, True)}[options.compile]
+    return [Mode(precision, each) for each in compiled for precision in options.precision]
+
+
+def fastest(measured, side):
+    """The mode of the fastest record on one side of what was measured, (row, (mode, mode)) each, or None."""
+    rates = [(row[side]['images_per_second']['median'], modes[side == 'other']) for row, modes in measured
+             if 'images_per_second' in row[side]]
+    return max(rates)[1] if rates else None
+
+
+def setting_of(options, device):
+    if options.model not in modeling_finetune.MODELS:
+        raise unknown_value_error('--model', options.model, modeling_finetune.MODELS)
+    architecture = modeling_finetune.MODELS[options.model]
+    size = options.input_size or architecture['img_size']
+    if size % architecture['patch_size']:
+        raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s'
+                        % (size, architecture['patch_size'], options.model))
+    batch = options.batch_size or (4 if device.type == 'cpu' else 128)
+    check_extra(options.extra, contenders.flags_of_a_step())  # a wrong flag is no matter of one mode
+    return Setting(options.model, size, batch, options.device, options.classes, tuple(options.extra))
+
+
+def check_extra(extra, taken):
+    """Raise a `UserError` for wrong flags after --, and for those that are `taken`: the comparison rests on them."""
+    program.build_parser().parse_args(extra)
+    for flag in extra:
+        name = flag.partition('=')[0].replace('-', '_').replace('__', '--', 1)
+        if name in taken:
+            raise UserError('%s after --: the comparison rests on it; leave it out, or give the benchmark its own, '
+                            'where it has one, before --' % flag)
+
+
+def sides(options, device, work):
+    """`step` and `eval`: rows of the same mode, then the fastest of ours against timm's fastest and the reference."""
+    setting = setting_of(options, device)
+    options.precision = options.precision or (['float32', 'bfloat16'] if device.type == 'cpu' else list(PRECISIONS))
+    report = about_run(options, device)
+    flops = contenders.forward_flops(setting.architecture, setting.classes) * (3 if work == 'train' else 1)
+    peak = options.peak or contenders.peak_flops(report['hardware']['device'])
+    report.update(model=setting.model, input_size=setting.input_size, batch_size=setting.batch_size,
+                  flops_per_image=flops, peak_flops=peak, extra_flags=options.extra)
+
+    def measure(name, our_mode, kind, its_mode):
+        row = dict(name=name, **measure_row(('ours', our_mode), (kind, its_mode), options, setting, device, work,
+                                            flops, peak))
+        return add_row(options, report, row)
+
+    measured = []
+    if 'timm' in options.against or 'best' in options.against:
+        measured = [(measure('same mode', mode, 'timm', mode), (mode, mode)) for mode in modes_of(options)]
+    ours, timms = fastest(measured, 'ours'), fastest(measured, 'other')
+    if 'best' in options.against and ours and timms and len(measured) > 1:
+        measure('fastest of each', ours, 'timm', timms)
+    if 'reference' in options.against:
+        for mode in [ours] if ours else modes_of(options):
+            measure('reference', mode, 'reference', None)
+    write_json(options, report)
+    head = ['ours', 'against', 'images/s', 'its images/s'] + RATIO + [
+        'TFLOP/s', 'of peak', 'MiB', 'its MiB', 'warm-up s', 'its warm-up s', 'note']
+    print_report(options, report, head, side_cells)
+
+
+def side_cells(row):
+    ours, other = row['ours'], row['other']
+    against = {'timm': 'timm ', 'reference': 'reference '}[other['contender']] + other['mode']
+    note = 'fastest of each' if row['name'] == 'fastest of each' else ''
+    rates = [record.get('images_per_second') and record['images_per_second']['median'] for record in (ours, other)]
+    reason = ours.get('not_available') or other.get('not_available')
+    flops, share = ours.get('flops_per_second'), ours.get('peak_fraction')
+    return [ours['mode'], against, shown(rates[0], '%.2f'), shown(rates[1], '%.2f')] \
+        + about_ratio(row.get('ratio')) + [
+            shown(flops and flops / 1e12, '%.3f'), shown(share and 100 * share, '%.1f %%')] \
+        + [shown(record.get(key), form) for key, form in (('peak_memory_mib', '%.0f'), ('warmup_seconds', '%.1f'))
+           for record in (ours, other)] + ['n/a: ' + reason if reason else note]
+
+
+def step_main(options, device):
+    sides(options, device, 'train')
+
+
+def eval_main(options, device):
+    sides(options, device, 'evaluate')
+
+
+# ---- data
+
+# Sizes that are common in ImageNet, as often as there; the mean there is 469 x 387 pixels and 110 KB.
+SIZES = ((500, 375),) * 9 + ((375, 500),) * 3 + ((500, 333),) * 4 + ((333, 500),) * 2 + ((500, 400), (640, 480),
+                                                                                         (500, 500), (400, 300))
+
+
+def photograph(rng, width, height):
+    """A picture with a photograph's statistics: 1/f noise (Field, JOSA A 4, 1987), and shapes with edges."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1.
+
+    def noise(power):
+        spectrum = rng.standard_normal(frequency.shape) + 1j * rng.standard_normal(frequency.shape)
+        field = np.fft.irfft2(spectrum / frequency ** power, (height, width))
+        return (field - field.mean()) / field.std()
+
+    light, colour = noise(1.), np.stack([noise(1.6) for _ in range(3)], -1)
+    row, column = np.mgrid[:height, :width]
+    for _ in range(6):
+        centre, radius = rng.uniform(0, (height, width)), rng.uniform(0.08, 0.35, 2) * (height, width)
+        inside = ((row - centre[0]) / radius[0]) ** 2 + ((column - centre[1]) / radius[1]) ** 2 < 1
+        light = light + inside * rng.normal(0, 0.7)
+        colour = colour + inside[..., None] * rng.normal(0, 0.7, 3)
+    return Image.fromarray(np.uint8(np.clip(120 + 45 * light[..., None] + 20 * colour, 0, 255)))
+
+
+def make_photographs(root, files, distinct, classes=10):
+    """Class folders of JPEGs under `root`/train: `files` names of `distinct` different pictures, always the same."""
+    rng = np.random.default_rng(0)
+    originals = os.path.join(root, 'originals')
+    os.makedirs(originals)
+    for index in range(min(distinct, files)):
+        width, height = SIZES[index % len(SIZES)]
+        photograph(rng, width, height).save(os.path.join(originals, '%d.jpg' % index), quality=90)
+    for index in range(files):
+        folder = os.path.join(root, 'train', 'class%03d' % (index % classes))
+        os.makedirs(folder, exist_ok=True)
+        link(os.path.join(originals, '%d.jpg' % (index % distinct)), os.path.join(folder, '%06d.jpg' % index))
+
+
+def link(source, path):
+    try:
+        os.link(source, path)
+    except OSError:  # no hard links here, or too many to this file
+        shutil.copyfile(source, path)
+
+
+def our_batches(options, args, device, alone=False):
+    """An iterator of our loader's batches, as the training loop gets them: on the device, normalised and erased.
+
+    Args:
+        alone (bool): as the workers give them for an accelerator, which does the rest.
+    """
+    train, _, _ = datasets.build_datasets(args, torch.device('cuda') if alone else device)
+    loader, _ = datasets.build_loaders(args, train, None, device)
+    return iter(loader.loader if alone else loader)
+
+
+def baseline_batches(options, root, device):
+    """An iterator over torchvision's ImageFolder with timm's create_transform and PyTorch's own collate function."""
+    transform = timm.data.create_transform(
+        input_size=options.input_size, is_training=True, color_jitter=0.4, auto_augment='rand-m9-mstd0.5-inc1',
+        interpolation='bicubic', re_prob=0.25, re_mode='pixel', re_count=1, mean=modeling_finetune.INPUT_MEAN,
+        std=modeling_finetune.INPUT_STD)
+    folder = torchvision.datasets.ImageFolder(os.path.join(root, 'train'), transform)
+    return iter(torch.utils.data.DataLoader(
+        folder, batch_size=options.batch_size, shuffle=True, num_workers=options.workers, drop_last=True,
+        pin_memory=accelerator.can_pin_memory(device)))
+
+
+def rounds(options):
+    """How many batches of each worker come before a sample, and are in it: at least four, for where there are more
+    workers than cores they come in bursts."""
+    batches = -(-options.images // options.batch_size)
+    return options.warmup, max(-(-batches // options.workers), 4 if options.workers > 1 else 1)
+
+
+def loader_rate(start, options, device):
+    """Images per second and worker, from a batch that has come to one that comes later.
+
+    The workers have started, and what they had ready is used up, before the clock runs: between two batches that the
+    main process waits for lies what the workers take to make one. All workers give as many, before and in the sample:
+    their first ones come together.
+    """
+    batches, (before, counted) = start(), rounds(options)
+    try:
+        for _ in range(before * options.workers):
+            next(batches)
+        begin = time.perf_counter()
+        images = sum(len(next(batches)[0]) for _ in range(counted * options.workers))
+        accelerator.synchronize(device)
+        return images / (time.perf_counter() - begin) / options.workers
+    finally:  # the next one must have the machine to itself, and an error must not keep the workers
+        (batches.close if hasattr(batches, 'close') else batches._shutdown_workers)()
+
+
+def baseline_rate(options, root, device):
+    """`loader_rate` of the baseline.
+
+    Raises:
+        UserError: it has no answer to something in the folder.
+    """
+    try:
+        return loader_rate(functools.partial(baseline_batches, options, root, device), options, device)
+    except StopIteration:
+        raise
+    except Exception as error:  # torchvision's, Pillow's, with a worker's traceback around them
+        raise UserError('--data_path %s: ImageFolder, the baseline, cannot read it (%s); mend or remove what it names'
+                        % (escape_text(root), str(error).strip().splitlines()[-1][:300])) from None
+
+
+def data_main(options, device):
+    check_extra(options.extra, contenders.FLAGS_OF_THE_LOADER)
+    backends = contenders.flag_choices('data_backend') or ('',)
+    report = about_run(options, device)
+    report.update(workers=options.workers, batch_size=options.batch_size, input_size=options.input_size,
+                  images_per_sample=options.images, extra_flags=options.extra,
+                  images='folder' if options.data_path else 'made')
+    with tempfile.TemporaryDirectory() as folder:
+        root = locations.resolve_data_path(options.data_path) if options.data_path else folder
+        if not options.data_path:
+            progress('making %d JPEGs' % options.distinct)
+            batches = options.workers * (sum(rounds(options)) + 2) + 1  # with those that are made ahead
+            make_photographs(folder, batches * options.batch_size, options.distinct)
+            sizes = [os.path.getsize(entry.path) for entry in os.scandir(os.path.join(folder, 'originals'))]
+            report['mean_file_bytes'] = sum(sizes) / len(sizes)
+        for name, alone in [(name, alone) for alone in (False, True)[:1 + (device.type == 'cpu')] for name in backends]:
+            args = program.build_parser().parse_args([
+                '--data_path=' + root, '--input_size=%d' % options.input_size, '--batch_size=%d' % options.batch_size,
+                '--num_workers=%d' % options.workers, '--disable_eval_during_finetuning'] + options.extra
+                + (['--data_backend=' + name] if name else []))
+            locations.check_paths(args)
+            row = dict(backend=(name or 'default') + (', workers alone' if alone else ''))
+            progress('loader %s against ImageFolder' % row['backend'])
+            try:
+                transforms.check_backend(args)
+                ours, theirs = take_turns([
+                    functools.partial(loader_rate, functools.partial(our_batches, options, args, device, alone),
+                                      options, device),
+                    functools.partial(baseline_rate, options, root, device)], options.pairs)
+                row.update(ours=summary(ours), baseline=summary(theirs), ratio=ratios(ours, theirs))
+            except StopIteration:
+                raise UserError('--data_path %s: too few images, for a sample needs %d; lower --images, --batch_size '
+                                'or --workers' % (escape_text(root), sum(rounds(options)) * options.workers
+                                                  * options.batch_size)) from None
+            except UserError as error:
+                if options.data_path and not report.get('rows'):
+                    raise
+                row['not_available'] = why_not(error)
+            add_row(options, report, row)
+    write_json(options, report)
+
+    def cells(row):
+        return [row['backend']] + [shown(row.get(side) and row[side]['median']) for side in ('ours', 'baseline')] \
+            + about_ratio(row.get('ratio')) + [row.get('not_available', '')]
+
+    print_report(options, report, ['loader', 'images/s per worker', 'ImageFolder + timm\'s'] + RATIO + ['note'],
+                 cells)
+
+
+# ---- startup
+
+FILES_PER_CLASS = 100
+
+
+def make_tree(root, files):
+    """Class folders of so many names for one tiny JPEG, a hundred to a folder."""
+    source = os.path.join(os.path.dirname(root), 'tiny0.jpg')
+    Image.fromarray(np.uint8(np.random.RandomState(0).randint(0, 256, (32, 32, 3)))).save(source)
+    for index in range(files):
+        folder = os.path.join(root, 'class%05d' % (index // FILES_PER_CLASS))
+        if index % FILES_PER_CLASS == 0:
+            os.makedirs(folder)
+        if index and index % 30000 == 0:  # a file can have only so many names
+            source = shutil.copyfile(source, os.path.join(os.path.dirname(root), 'tiny%d.jpg' % index))
+        link(source, os.path.join(folder, '%06d.jpg' % index))
+
+
+    for folder, _, _ in os.walk(root):
+        os.utime(folder, (1e9, 1e9))  # an index of folders that changed a moment ago would not be believed
+
+
+def folder_flags(root):
+    """The flags that train on a folder of classes."""
+    return ['--data_set=image_folder', '--data_path=' + root, '--disable_eval_during_finetuning',
+            '--model=beit_nano_patch8_32', '--input_size=32', '--batch_size=16']
+
+
+def forget_index(root):
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(folder_index.index_path(root))
+
+
+def open_folder(root, options, first=False):
+    """Seconds in which this repository's data set of a folder is there; `first`: without an index of it."""
+    if first:
+        forget_index(root)
+    args = program.build_parser().parse_args(folder_flags(root) + options.extra)
+    start = time.perf_counter()
+    datasets.build_dataset(True, args)
+    return time.perf_counter() - start
+
+
+def open_image_folder(root):
+    """Seconds in which torchvision's is there."""
+    start = time.perf_counter()
+    torchvision.datasets.ImageFolder(root)
+    return time.perf_counter() - start
+
+
+def first_step(root, options, first=False):
+    """Seconds from the start of the program to the line of its first step; `first`: without an index of the folder."""
+    if first:
+        forget_index(root)
+    command = [sys.executable, '-u', os.path.join(ROOT, 'run_class_finetuning.py')] + folder_flags(root) + [
+        '--num_workers=1', '--maxstep=1', '--epochs=1', '--warmup_epochs=0', '--device=' + options.device,
+        '--no_save_ckpt'] + options.extra
+    start, seconds, last = time.perf_counter(), None, ''
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True) as run:
+        for line in run.stdout:
+            last = line.strip() or last
+            if seconds is None and line.startswith('Epoch: [0]'):
+                seconds = time.perf_counter() - start
+    if run.returncode or seconds is None:
+        raise UserError('run_class_finetuning.py failed: %s' % last)
+    return seconds
+
+
+def startup_main(options, device):
+    report = about_run(options, device)
+    report['extra_flags'] = options.extra
+    for files in options.files:
+        with tempfile.TemporaryDirectory() as folder:
+            root = os.path.join(folder, 'images')
+            progress('%d files' % files)
+            make_tree(root, files)
+            open_image_folder(root)  # the names are in memory from here on
+            theirs, one, two = take_turns([
+                functools.partial(open_image_folder, root),
+                functools.partial(open_folder, root, options, first=True),
+                functools.partial(open_folder, root, options)], options.pairs)
+            for start, times in (('first', one), ('second', two)):
+                add_row(options, report, dict(files=files, what='data set', start=start, seconds=summary(times),
+                                              other='ImageFolder', other_seconds=summary(theirs),
+                                              ratio=ratios(theirs, times)))
+            one, two = take_turns([functools.partial(first_step, root, options, first=True),
+                                   functools.partial(first_step, root, options)], options.pairs)
+            add_row(options, report, dict(files=files, what='to first step', start='first', seconds=summary(one)))
+            add_row(options, report, dict(files=files, what='to first step', start='second', seconds=summary(two),
+                                          other='first start', other_seconds=summary(one), ratio=ratios(one, two)))
+
+    def cells(row):
+        other = row.get('other_seconds')
+        return [row['files'], row['what'], row['start'], '%.3f' % row['seconds']['median'], row.get('other', ''),
+                shown(other['median'], '%.3f') if other else ''] \
+            + (about_ratio(row['ratio']) if other else ['', '', ''])
+
+    print_report(options, report, ['files', 'what', 'start', 'seconds', 'against', 'its seconds'] + RATIO, cells)
+
+
+# ---- the script, from JPEG files to its last lines
+
+def script_rate(options, setting, mode, root):
+    """Images per second that test/train_performance_1p.sh reports, and its words on what limits them."""
+    flags = [flag for flag in contenders.our_flags(setting, mode, root)
+             if not flag.startswith(('--num_workers=', '--epochs=', '--disable_eval'))]
+    command = ['bash', os.path.join(contenders.ROOT, 'test', 'train_performance_1p.sh'), *flags, '--epochs=1',
+               '--num_workers=%d' % options.workers, '--maxstep=%d' % options.steps, '--finetune=', '--loss_scale=1'] \
+        + ([] if mode.precision != 'float32' else ['--no_amp'])
+    status, out, err = run_to_end(command)
+    found = re.search(r'^Final Performance images/sec : ([\d.]+)', out, re.M)
+    if status or not found:
+        raise UserError('test/train_performance_1p.sh failed: %s' % one_line((err.strip() or out.strip())[-300:]))
+    return float(found.group(1)), re.search(r'^Speed: (.*)', out, re.M).group(1)
+
+
+def run_to_end(command):
+    """(status, stdout, stderr) of a script, which is asked to end, with all that it started, where this is to end."""
+    script = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True, env=dict(os.environ, PYTHON=sys.executable),
+                              start_new_session=True)  # Ctrl-C comes to it from here alone
+    try:
+        out, err = script.communicate(timeout=RUN_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UserError('%s did not end in %d s' % (os.path.basename(command[1]), RUN_SECONDS)) from None
+    finally:
+        if script.poll() is None:
+            script.terminate()  # it passes that on, and waits
+            script.communicate()
+    return script.returncode, out, err
+
+
+def script_main(options, device):
+    setting = setting_of(options, device)
+    mode = Mode(options.precision or ('float32' if device.type == 'cpu' else 'bfloat16'), options.compile == 'on')
+    report = about_run(options, device)
+    report.update(model=setting.model, input_size=setting.input_size, batch_size=setting.batch_size, mode=str(mode),
+                  steps_per_sample=options.steps, extra_flags=options.extra)
+    entry, limits = Entry('ours', setting, mode, 'train', options.warmup, device), []
+    if not entry.is_able():
+        raise UserError('%s cannot run here: %s' % (mode, entry.record['not_available']))
+    with tempfile.TemporaryDirectory() as root:
+        progress('making JPEGs')
+        make_photographs(root, setting.batch_size * options.steps, min(128, setting.batch_size * options.steps))
+
+        def script():
+            rate, limit = script_rate(options, setting, mode, root)
+            limits.append(limit)
+            return rate
+        scripts, steps = take_turns([script, functools.partial(entry.rate, max(3, options.steps - 5))], options.pairs)
+    add_row(options, report, dict(script=summary(scripts), step=summary(steps), ratio=ratios(scripts, steps),
+                                  limits=limits))
+
+    def cells(row):
+        return [str(mode), shown(row['script']['median'], '%.2f'), shown(row['step']['median'], '%.2f')] \
+            + about_ratio(row['ratio']) + [row['limits'][-1].partition(';')[0]]
+
+    print_report(options, report, ['mode', 'script, images/s', 'step, images/s'] + RATIO + ['the last run says'], cells)
+
+
+# ---- scaling
+
+def process_main(order):
+    """One process of several: the step of `Ours`, in samples that begin and end together; the first prints them."""
+    setting = Setting(**dict(order['setting'], extra=tuple(order['setting']['extra'])))
+    ours = Ours(setting, Mode(*order['mode']))
+    ours.train(order['warmup'])
+    rates = []
+    for _ in range(order['samples']):
+        process_group.barrier()
+        accelerator.synchronize(ours.device)
+        start = time.perf_counter()
+        ours.train(order['steps'])
+        accelerator.synchronize(ours.device)
+        process_group.barrier()
+        rates.append(process_group.world_size() * setting.batch_size * order['steps'] / (time.perf_counter() - start))
+    if process_group.is_main_process():
+        print(json.dumps(dict(rates=rates, threads=torch.get_num_threads())), flush=True)
+    watchdog.stop()
+    process_group.shutdown()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def run_processes(count, order, threads):
+    """Start so many processes; gives what the first printed. Raises a `UserError` where one failed.
+
+    They get the environment that torchrun would give them.
+    """
+    port, processes = free_port(), []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [os.path.join(folder, '%d.%s') % (rank, '%s') for rank in range(count)]
+        try:
+            for rank, path in enumerate(paths):
+                env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank),
+                           LOCAL_WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+                if threads:
+                    env['OMP_NUM_THREADS'] = str(threads)
+                with open(path % 'out', 'wb') as out, open(path % 'err', 'wb') as err:
+                    processes.append(subprocess.Popen(
+                        [sys.executable, os.path.abspath(__file__), '_process', json.dumps(order)], env=env,
+                        stdout=out, stderr=err, preexec_fn=process_group.end_with_parent))
+            failed = wait_for(processes)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+        if failed is not None:
+            said = last_line(paths[failed] % 'err').replace('benchmark.py: error: ', '')
+            raise UserError('process %d of %d failed: %s' % (failed, count, said or 'it does not say why'))
+        return json.loads(last_line(paths[0] % 'out'))
+
+
+def wait_for(processes):
+    """The number of the first process that fails, or None: the others would wait for it."""
+    until = time.monotonic() + RUN_SECONDS
+    while any(process.poll() is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.poll()]
+        if failed:
+            return failed[0]
+        if time.monotonic() > until:
+            raise UserError('%d processes did not end in %d s' % (len(processes), RUN_SECONDS))
+        time.sleep(0.05)
+    return next((rank for rank, process in enumerate(processes) if process.returncode), None)
+
+
+def last_line(path):
+    with open(path, encoding='utf-8', errors='replace') as file:
+        return (file.read().strip().splitlines() or [''])[-1]
+
+
+def scaling_main(options, device):
+    setting = setting_of(options, device)
+    precision = options.precision or ('float32' if device.type == 'cpu' else 'bfloat16')
+    mode = Mode(precision, options.compile == 'on')
+    contenders.mode_flags(mode)
+    report = about_run(options, device)
+    report.update(model=setting.model, input_size=setting.input_size, batch_size=setting.batch_size, mode=str(mode),
+                  extra_flags=options.extra)
+    order = dict(setting=setting._asdict(), mode=list(mode), warmup=options.warmup, steps=options.steps, samples=3)
+    counts = sorted(set(options.processes) | {1})
+    rates, threads, reasons = {count: [] for count in counts}, {}, {}
+    cores = report['hardware']['threads']
+    for turn in range(options.pairs):
+        for count in counts if turn % 2 == 0 else counts[::-1]:
+            if count in reasons:
+                continue
+            progress('%d processes, run %d of %d' % (count, turn + 1, options.pairs))
+            try:
+                accelerator.find_device(options.device, count - 1, count)
+                told = run_processes(count, order, max(1, cores // count) if device.type == 'cpu' else None)
+                rates[count].append(statistics.median(told['rates']))
+                threads[count] = told['threads']
+            except UserError as error:
+                reasons[count] = why_not(error)
+    for count in counts:
+        row = dict(processes=count)
+        if count in reasons or 1 in reasons:
+            row['not_available'] = reasons.get(count) or 'one process failed: %s' % reasons[1]
+        else:
+            devices = 1 if device.type == 'cpu' else count  # processes of a CPU share its cores
+            row.update(threads=threads[count], images_per_second=summary(rates[count]),
+                       speedup=ratios(rates[count], rates[1]),
+                       efficiency=ratios(rates[count], [devices * rate for rate in rates[1]]))
+        add_row(options, report, row)
+
+    def cells(row):
+        rate = row.get('images_per_second')
+        return [row['processes'], shown(row.get('threads'), '%d'), shown(rate and rate['median'], '%.2f'),
+                shown(row.get('speedup') and row['speedup']['median'], '%.3f')] \
+            + about_ratio(row.get('efficiency')) + [row.get('not_available', '')]
+
+    print_report(options, report, ['processes', 'threads each', 'images/s in all', 'against one', 'efficiency']
+                 + RATIO[1:] + ['note'], cells)
+
+
+# ---- flags
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def build_parser():
+    positive = bounded_number(int, 1)
+    parser = Parser('benchmark.py', description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', metavar='step|eval|data|startup|script|scaling')
+
+    def command(name, main, help_text, description=''):
+        description = '%s%s. %s' % (help_text[0].upper(), help_text[1:], description)
+        sub = commands.add_parser(name, help=help_text, description=description, allow_abbrev=False)
+        sub.set_defaults(main=main)
+        sub.add_argument('--device', default='auto', help='auto, npu, cuda, cpu or one with an index (auto)')
+        sub.add_argument('--pairs', default=ENOUGH_PAIRS, type=positive,
+                         help='how often each contender is measured (%d)' % ENOUGH_PAIRS)
+        sub.add_argument('--json', default='', help='write everything that was measured into this file')
+        sub.add_argument('--markdown', action='store_true', help='print the table in Markdown')
+        return sub
+
+    def model(sub):
+        sub.add_argument('--model', default='beit_base_patch16_224',
+                         help='one of %s (beit_base_patch16_224)' % ', '.join(modeling_finetune.MODELS))
+        sub.add_argument('--input_size', default=0, type=bounded_number(int, 0, 8192), help='pixels a side (the model\'s own)')
+        sub.add_argument('--batch_size', default=0, type=positive, help='images in a step (128, on a CPU 4)')
+        sub.add_argument('--classes', default=1000, type=positive, help='classes (1000)')
+        sub.add_argument('--warmup', default=3, type=positive, help='steps before the first sample (3)')
+
+    for name, main, text in (('step', step_main, 'training steps: forward, backward, clip, optimizer'),
+                             ('eval', eval_main, 'evaluation: forward, loss, top-1 and top-5')):
+        sub = command(name, main, text, 'Flags after -- go to run_class_finetuning.py, for this repository\'s side.')
+        model(sub)
+        sub.add_argument('--precision', default=None, nargs='+', choices=PRECISIONS,
+                         help='float32, bfloat16 and float16 autocast, O2 (all; on a CPU float32 bfloat16)')
+        sub.add_argument('--compile', default='off', choices=('off', 'on', 'both'),
+                         help='torch.compile on both sides (off)')
+        sub.add_argument('--against', default=['timm', 'best', 'reference'], nargs='+',
+                         choices=('timm', 'best', 'reference'),
+                         help='timm in the same mode; the fastest mode of each; plain attention as the reference '
+                         'computes it (all)')
+        sub.add_argument('--steps', default=0, type=bounded_number(int, 0), help='steps in a sample (--seconds of them)')
+        sub.add_argument('--seconds', default=2., type=bounded_number(float, 0), help='least length of a sample (2)')
+        sub.add_argument('--peak', default=None, type=bounded_number(float, 0, above=True),
+                         help='the device\'s dense peak in FLOP/s, where it isn\'t known (H100, H200, A100 are)')
+
+    sub = command('data', data_main, 'the loader, against torchvision\'s ImageFolder and timm\'s create_transform')
+    sub.add_argument('--data_path', default='', help='a folder with train/ in it (JPEGs of ImageNet\'s sizes are made)')
+    sub.add_argument('--input_size', default=224, type=bounded_number(int, 33, 8192),
+                     help='pixels a side; up to 32, training does not resize as timm\'s does (224)')
+    sub.add_argument('--batch_size', default=64, type=positive, help='images in a batch (64)')
+    sub.add_argument('--workers', default=1, type=positive, help='loader processes (1)')
+    sub.add_argument('--images', default=512, type=positive,
+                     help='images in a sample, or more: as many of each worker (512)')
+    sub.add_argument('--distinct', default=128, type=positive, help='different pictures to make (128)')
+    sub.add_argument('--warmup', default=2, type=positive, help='batches of each worker before a sample (2)')
+
+    sub = command('startup', startup_main, 'until the first step, with large folders',
+                  'The names are in the memory of the operating system before the first sample.')
+    sub.add_argument('--files', default=[1000, 10000, 100000], nargs='+', type=bounded_number(int, 16, 10 ** 7),
+                     help='sizes of the folders (1000 10000 100000)')
+
+    sub = command('script', script_main, 'what test/train_performance_1p.sh reports from JPEG files, against the step',
+                  'A ratio of 1 means that loader, logging and all the rest cost nothing.')
+    model(sub)
+    sub.add_argument('--precision', default=None, choices=PRECISIONS, help='(bfloat16, on a CPU float32)')
+    sub.add_argument('--compile', default='off', choices=('off', 'on'), help='torch.compile (off)')
+    sub.add_argument('--steps', default=15, type=bounded_number(int, 7), help='steps of a run, of which 5 are not counted (15)')
+    sub.add_argument('--workers', default=2, type=positive, help='loader processes (2)')
+
+    sub = command('scaling', scaling_main, 'the step on several processes of this machine',
+                  'The batch is that of each process. Efficiency is images per second over those of one process, and '
+                  'over the number of devices; on a CPU the processes share the cores, so that 1 is all there is.')
+    model(sub)
+    sub.add_argument('--processes', default=[1, 2, 4, 8], nargs='+', type=positive, help='how many (1 2 4 8)')
+    sub.add_argument('--precision', default=None, choices=PRECISIONS, help='(bfloat16, on a CPU float32)')
+    sub.add_argument('--compile', default='off', choices=('off', 'on'), help='torch.compile (off)')
+    sub.add_argument('--steps', default=5, type=positive, help='steps in a sample, of which a run has three (5)')
+    return parser
+
+
+def parse(argv):
+    extra = []
+    if '--' in argv:
+        argv, extra = argv[:argv.index('--')], argv[argv.index('--') + 1:]
+    parser = build_parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.command is None:
+        raise UserError('say what to measure: step, eval, data, startup, script or scaling; see --help')
+    if rest:
+        known = parser._subparsers._group_actions[0].choices[options.command]._option_string_actions
+        near = nearest(rest[0].partition('=')[0], known)
+        raise UserError('%s: unknown flag of %s; %s' % (rest[0], options.command, 'did you mean %s?' % ' or '.join(near)
+                                                        if near else 'see %s --help' % options.command))
+    options.extra, options.argv = extra, argv + (['--'] + extra if extra else [])
+    folder = os.path.dirname(os.path.abspath(options.json))
+    if options.json and (os.path.isdir(options.json) or not os.access(folder, os.W_OK)):
+        raise UserError('--json %s: cannot be written there' % escape_text(options.json))
+    return options
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    internal = {'_entry': entry_main, '_process': process_main}.get(argv[0] if argv else '')
+    try:
+        if internal:
+            internal(json.loads(argv[1]))
+            return 0
+        options = parse(argv)
+        options.main(options, accelerator.select_device(options.device))
+        return 0
+    except UserError as error:
+        print('benchmark.py: error: %s' % one_line(error), file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == '__main__':
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+    sys.exit(main())

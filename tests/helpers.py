@@ -1,0 +1,440 @@
+"""What tests share: flags of a tiny run, needs, images, toy models, the program, its scripts and launcher as processes.
+
+Tests import from here, never from each other or from conftest.py, which has the fixtures and hooks.
+"""
+
+import collections
+import contextlib
+import glob
+import hashlib
+import importlib.util
+import json
+import os
+import pickle
+import platform
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+TEST_DIR = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TEST_DIR)
+EMULATOR = os.path.join(TEST_DIR, 'npu_emulator')
+sys.path.insert(0, ROOT)
+
+import engine_for_finetuning as engine  # noqa: E402
+import modeling_finetune  # noqa: E402
+import optim_factory  # noqa: E402
+from beit.data.loader import Batch
+from beit.training import loss_scaler, step_control
+
+# Curves take a second of each run; test_report.py draws them.
+NANO = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu']
+LAUNCH = [sys.executable, '-m', 'beit.distributed.launcher']  # from the root; then its options, PROGRAM and flags
+PROGRAM = os.path.join(ROOT, 'run_class_finetuning.py')
+RUN = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu',
+       '--warmup_epochs=0', '--batch_size=8', '--aa=none', '--layer_scale_init_value=0', '--init_scale=1',
+       '--abs_pos_emb', '--disable_rel_pos_bias']
+CPU = torch.device('cpu')
+TINY = NANO + ['--batch_size=4', '--epochs=1', '--warmup_epochs=0', '--finetune=', '--lr=1e-3']
+LONG = ['--epochs=100000', '--no_save_ckpt', '--disable_eval_during_finetuning']  # until something ends it
+BLOCK = re.compile(r'-{18} Final result -{18}\n'
+                   r'Final Performance images/sec : (?P<fps>\d+\.\d\d)\n'
+                   r'Final Train Accuracy : (?P<accuracy>\d+\.\d{3}|n/a)\n'
+                   r'E2E Training Duration sec : (?P<seconds>\d+)\n\Z')
+SUMMARY_NAMES = ['Network', 'RankSize', 'BatchSize', 'DeviceType', 'CaseName', 'ActualFPS', 'TrainingTime',
+                 'TrainAccuracy', 'ActualLoss', 'E2ETrainingTime']
+SUFFIX = {'full': 'acc', 'performance': 'perf', 'eval': 'eval'}
+LOG = {'full': 'train_0', 'performance': 'train_0_perf', 'eval': 'train_0_eval'}
+Run = collections.namedtuple('Run', 'status out err')
+
+
+def cannot_run(need, reason):
+    """Skip the running test with one loud line, or fail it where MUST_RUN names the need (see test/run_tests.sh).
+
+    Where the need is known before the test runs, `pytest.mark.needs(need, is_met, reason)` does the same.
+    """
+    if need in os.environ.get('MUST_RUN', '').split():
+        pytest.fail('%s, and MUST_RUN names %s' % (reason, need))
+    pytest.skip('NOT RUN: ' + reason)
+
+
+def needs_extra(*modules):
+    """A mark for tests that need packages of requirements-extra.txt, named as they are imported."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return pytest.mark.needs('extras', not missing, 'it needs %s, of requirements-extra.txt' % ', '.join(missing))
+
+
+has_proc = pytest.mark.needs('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
+
+
+def photo(seed, width=96, height=72):
+    """A smooth picture with some noise, like a photograph's statistics."""
+    rng = np.random.RandomState(seed)
+    coarse = Image.fromarray(rng.randint(0, 256, (6, 8, 3)).astype(np.uint8)).resize((width, height), Image.BICUBIC)
+    noisy = np.asarray(coarse).astype(np.int64) + rng.randint(-12, 13, (height, width, 3))
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+
+
+def write_images(root, classes=('cat', 'dog'), train=8, val=4, size=(32, 32)):
+    for split, count in (('train', train), ('val', val)):
+        for name in classes:
+            folder = os.path.join(str(root), split, name)
+            os.makedirs(folder)
+            for index in range(count):
+                photo(index, *size).save(os.path.join(folder, '%d.png' % index))
+    return str(root)
+
+
+def write_cifar(root, monkeypatch):
+    """A small archive in CIFAR-100's own layout, whose checksums torchvision is told; gives each split's content."""
+    folder = root / 'cifar-100-python'
+    folder.mkdir()
+    rng = np.random.RandomState(0)
+    names = ['class_%02d' % number for number in range(100)]
+    content = {split: {'data': rng.randint(0, 256, (count, 3072)).astype(np.uint8),
+                       'fine_labels': rng.randint(0, 100, count).tolist(), 'coarse_labels': [0] * count,
+                       'filenames': ['%d.png' % index for index in range(count)], 'batch_label': split}
+               for split, count in (('train', 12), ('test', 7))}
+    content['meta'] = {'fine_label_names': names, 'coarse_label_names': ['coarse_%d' % n for n in range(20)]}
+    sums = {}
+    for name, value in content.items():
+        data = pickle.dumps(value, protocol=2)
+        (folder / name).write_bytes(data)
+        sums[name] = hashlib.md5(data).hexdigest()
+    cls = torchvision.datasets.CIFAR100
+    monkeypatch.setattr(cls, 'train_list', [['train', sums['train']]])
+    monkeypatch.setattr(cls, 'test_list', [['test', sums['test']]])
+    monkeypatch.setattr(cls, 'meta', {'filename': 'meta', 'key': 'fine_label_names', 'md5': sums['meta']},
+                        raising=False)
+    return content
+
+
+def lines_of(output_dir):
+    with open(os.path.join(output_dir, 'log.txt'), encoding='utf-8') as file:
+        return [json.loads(line) for line in file]
+
+
+def summaries(folder):
+    """(step, value) of a TensorBoard folder, by tensorboardX's own protocol buffers."""
+    from tensorboardX.proto.event_pb2 import Event
+    for path in glob.glob(os.path.join(folder, '*tfevents*')):
+        with open(path, 'rb') as file:
+            data = file.read()
+        while data:
+            length = struct.unpack('<Q', data[:8])[0]
+            event, data = Event.FromString(data[12:12 + length]), data[16 + length:]
+            for value in event.summary.value:
+                yield event.step, value
+
+
+def scalars(folder):
+    """Tag to values of a TensorBoard folder."""
+    found = {}
+    for _, value in summaries(folder):
+        found.setdefault(value.tag, []).append(value.simple_value)
+    return found
+
+
+class Batches(list):
+    """A list of (images, targets) with a loader's batch_size."""
+
+    @property
+    def batch_size(self):
+        return len(self[0][1])
+
+
+def toy(classes=3, **options):
+    torch.manual_seed(0)
+    model = modeling_finetune.beit_nano_patch8_32(num_classes=classes, init_scale=1., **options)
+    loader = Batches([(torch.randn(4, 3, 32, 32), torch.randint(0, classes, (4,))) for _ in range(4)])
+    return model, loader
+
+
+def trajectory_run(recorded, epochs=None, amp=None, prepare=None):
+    """The recorded training, on this project's loop: (epoch statistics, microbatch losses, model).
+
+    Args:
+        prepare (function): of the model, what changes how it computes.
+    """
+    from timm.loss import LabelSmoothingCrossEntropy
+    config, training = json.loads(str(recorded['config'])), json.loads(str(recorded['training']))
+    model = modeling_finetune.VisionTransformer(norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), **config)
+    model.load_state_dict({name[len('start.'):]: torch.from_numpy(recorded[name]) for name in recorded.files
+                           if name.startswith('start.')})
+    optimizer = optim_factory.create_optimizer(model, 'adamw', training['lr'], training['weight_decay'],
+                                               training['layer_decay'], training['opt_eps'])
+    scaler = None
+    if amp is not None:
+        model, scaler = loss_scaler.initialize_amp(model, optimizer, CPU, **amp)
+    if prepare is not None:
+        prepare(model)
+    images = (torch.from_numpy(recorded['images']).float() / 255 - 0.5) / 0.5
+    loader = Batches(zip(images, torch.from_numpy(recorded['targets'])))
+    steps = training['steps_per_epoch']
+    lr = optim_factory.cosine_scheduler(training['lr'], training['min_lr'], training['epochs'], steps,
+                                        training['warmup_epochs'])
+    wd = optim_factory.cosine_scheduler(training['weight_decay'], training['weight_decay_end'], training['epochs'],
+                                        steps)
+    losses, criterion = [], LabelSmoothingCrossEntropy(training['smoothing'])
+
+    def recording_criterion(output, target):
+        loss = criterion(output, target)
+        losses.append(loss.item())
+        return loss
+
+    stats = [engine.train_one_epoch(model, recording_criterion, loader, optimizer, CPU, epoch, scaler,
+                                    training['clip_grad'], start_steps=epoch * steps, lr_schedule_values=lr,
+                                    wd_schedule_values=wd, num_training_steps_per_epoch=steps,
+                                    update_freq=training['update_freq'])
+             for epoch in range(epochs or training['epochs'])]
+    return stats, losses, model
+
+
+def check_trajectory(recorded, stats, losses, model):
+    np.testing.assert_allclose(losses, recorded['microbatch_losses'], rtol=1e-5)
+    for mine, theirs in zip(stats, json.loads(str(recorded['epoch_stats']))):
+        for name, value in theirs.items():
+            assert mine[name] == pytest.approx(value, rel=1e-5), name
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_allclose(tensor.numpy(), recorded['final.' + name], rtol=0, atol=1e-4, err_msg=name)
+
+
+class Numbered(list):
+    """Batches with the images' places in the data set, of which it remembers the newest."""
+
+    newest = None
+
+    def __iter__(self):
+        for number, (images, targets) in enumerate(list.__iter__(self)):
+            self.newest = torch.arange(number * len(images), (number + 1) * len(images))
+            yield Batch(images, targets, self.newest, [])
+
+
+class Listener(step_control.StepMonitor):
+    """Names images by their places, and keeps the reports."""
+
+    def __init__(self, on_nonfinite):
+        super().__init__()
+        self.on_nonfinite, self.records = on_nonfinite, []
+
+    def name_images(self, indices):
+        return ['image-%d' % index for index in indices]
+
+    def write_report(self, record):
+        self.records.append(record)
+        return ''
+
+
+def run_program(*flags, timeout=300, env=None, cwd=ROOT):
+    """run_class_finetuning.py in a process of its own: (exit status, standard output, standard error)."""
+    result = subprocess.run([sys.executable, os.path.join(ROOT, 'run_class_finetuning.py')] + list(flags), cwd=cwd,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout,
+                            env=dict(os.environ, **(env or {})))
+    return result.returncode, result.stdout, result.stderr
+
+
+def assert_one_line(status, out, err, says):
+    assert status == 2, err
+    assert 'Traceback' not in out + err
+    assert len(err.splitlines()) == 1 and err.endswith('\n'), err
+    assert 'error: ' in err
+    for part in says:
+        assert part in err, '%r is not in: %s' % (part, err)
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Without root's rights, to which no permission is denied."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def marked(mark):
+    """{pid: environment} of the living processes that were started with MARK=mark."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            with open('/proc/%s/environ' % pid, 'rb') as file:
+                entries = file.read().decode(errors='replace').split('\0')
+        except OSError:
+            continue
+        if 'MARK=' + mark in entries:
+            found[int(pid)] = dict(entry.partition('=')[::2] for entry in entries)
+    return found
+
+
+def all_end(mark, seconds=10):
+    until = time.time() + seconds
+    while marked(mark) and time.time() < until:
+        time.sleep(0.2)
+    return not marked(mark)
+
+
+def copy_checkout(folder):
+    """The repository's own files, tracked or new but not what an earlier run left, copied into `folder`."""
+    try:
+        names = subprocess.check_output(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
+                                        cwd=ROOT, stderr=subprocess.DEVNULL).decode().split('\0')
+    except (OSError, subprocess.CalledProcessError):
+        names = []  # an archive without its history, or a machine without git
+    if not any(names):
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
+            '.git', '.venv*', 'data', 'train_result*', 'output', 'prof', '__pycache__', '.*_cache', '*.pth'))
+        return folder
+    for name in names:
+        source, target = os.path.join(ROOT, name), os.path.join(folder, name)
+        if os.path.isfile(source):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copy2(source, target)
+    return folder
+
+
+def environment(**changes):
+    env = {name: value for name, value in os.environ.items()
+           if name not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
+    return dict(env, **dict({'PYTHON': sys.executable}, **changes))
+
+
+def start_script(checkout, script, *flags, where='', **env):
+    """Start test/<script>.sh from the root, or with where='test' from there."""
+    path = os.path.join('' if where else 'test', script + '.sh')
+    return subprocess.Popen(['bash', path] + list(flags), cwd=os.path.join(checkout, where), env=environment(**env),
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            universal_newlines=True)
+
+
+def run_script(checkout, script, *flags, where='', timeout=300, **env):
+    process = start_script(checkout, script, *flags, where=where, **env)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return Run(process.returncode, out, err)
+
+
+def output(checkout, name=''):
+    return os.path.join(checkout, 'test', 'output', '0', name)
+
+
+def text(path):
+    with open(path, encoding='utf-8') as file:
+        return file.read()
+
+
+def result(run):
+    """The figures of the final block, which must be the last that a run prints."""
+    assert run.status == 0, run.out + run.err
+    found = BLOCK.search(run.out)
+    assert found, run.out
+    return found.groupdict()
+
+
+def summary(checkout, case):
+    """The summary file's figures, by name; exactly the ten lines, in their order."""
+    lines = text(output(checkout, case + '.log')).splitlines()
+    pairs = [line.split(' = ') for line in lines]
+    assert [pair[0] for pair in pairs] == SUMMARY_NAMES
+    figures = dict(pairs)
+    assert figures['CaseName'] == case
+    return figures
+
+
+def check_summary(checkout, script, run, batch_size, devices, model='beit_nano_patch8_32'):
+    """The file is where tools look for it, its figures are bare numbers, and they agree with the block."""
+    kind = script.split('_')[1]
+    block = result(run)
+    figures = summary(checkout, '%s_bs%d_%dp_%s' % (model, batch_size, devices, SUFFIX[kind]))
+    assert os.path.isfile(output(checkout, LOG[kind] + '.log'))
+    assert (figures['Network'], figures['RankSize'], figures['BatchSize'], figures['DeviceType']) \
+        == (model, str(devices), str(batch_size), platform.machine())
+    assert (figures['ActualFPS'], figures['TrainAccuracy'], figures['E2ETrainingTime']) \
+        == (block['fps'], block['accuracy'], block['seconds'])
+    assert re.match(r'\d+\.\d\d$', figures['ActualFPS']) and float(figures['ActualFPS']) > 0
+    assert re.match(r'\d+\.\d{3}$', figures['TrainingTime'])
+    assert re.match(r'\d+\.\d{4}$', figures['ActualLoss'])
+    assert re.match(r'\d+$', figures['E2ETrainingTime'])
+    if kind == 'performance':
+        assert figures['TrainAccuracy'] == 'n/a'  # nothing is evaluated
+    else:
+        assert 0 <= float(figures['TrainAccuracy']) <= 100
+    if kind != 'eval':  # there the last batch is smaller
+        fps = float(figures['ActualFPS'])
+        assert float(figures['TrainingTime']) \
+            == pytest.approx(1000. * batch_size * devices / fps, rel=0.01 / fps + 1e-4)  # both are rounded
+    assert float(figures['TrainingTime']) < 1000 * (int(figures['E2ETrainingTime']) + 1)
+    return figures
+
+
+def fails(run, *expected):
+    """A user's mistake: status 2, an error line with the expected words, no traceback, no result."""
+    assert run.status == 2, run.out + run.err
+    assert 'Final result' not in run.out
+    assert 'Traceback' not in run.out + run.err
+    errors = [line for line in (run.out + run.err).splitlines() if 'error: ' in line]
+    assert len(errors) == 1, run.out + run.err
+    for words in expected:
+        assert words in errors[0]
+
+
+def fake_cann(tmp_path, package):
+    """CANN's folder with an environment script such as `package`/set_env.sh; gives the file that names the folder."""
+    folder = tmp_path / 'opt' / 'my Ascend' / package
+    (folder / 'latest').mkdir(parents=True)
+    (folder / 'set_env.sh').write_text(  # like the real one, it reads variables that may not be set
+        'export ASCEND_HOME_PATH="%s" FAKE_CANN=%s LD_LIBRARY_PATH=/cann:$LD_LIBRARY_PATH:$NOT_SET\n'
+        % (folder / 'latest', package))
+    info = tmp_path / 'ascend_cann_install.info'
+    info.write_text('Version=1.0\nInstall_Path=%s\n' % folder.parent)
+    return str(info)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def start_launcher(*flags, nnodes=2, node_rank=0, port=None, address='127.0.0.1', processes=1, prefix=(), **env):
+    """Start the scripts' launcher as one of the machines."""
+    options = ['--nnodes=%d' % nnodes, '--node_rank=%d' % node_rank, '--nproc_per_node=%d' % processes]
+    options += ['--master_addr=' + address, '--master_port=%d' % port] if port else []
+    return subprocess.Popen(list(prefix) + LAUNCH + options + [PROGRAM] + RUN + list(flags), cwd=ROOT,
+                            env=environment(OMP_NUM_THREADS='1', **env), stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+
+
+def ends(processes, seconds=60):
+    """What they came to; all within so many seconds."""
+    until = time.time() + seconds
+    try:
+        return [Run(process.returncode, *streams) for process, streams in
+                [(each, each.communicate(timeout=max(until - time.time(), 1))) for each in processes]]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def launch(processes, *flags, timeout=240):
+    """The scripts' launcher with so many processes: (exit status, standard output, standard error)."""
+    result = subprocess.run(
+        LAUNCH + ['--nproc_per_node=%d' % processes, PROGRAM] + RUN + list(flags), cwd=ROOT, timeout=timeout,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+        env=dict(os.environ, OMP_NUM_THREADS='1'))
+    return result.returncode, result.stdout, result.stderr

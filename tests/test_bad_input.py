@@ -1,0 +1,671 @@
+"""Whatever a user can get wrong ends in one clear line, exit status 2, and nothing lost.
+
+Most cases call the program inside this process, which takes milliseconds; a few start it as a user does.
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import types
+import warnings
+
+import pytest
+import torch
+from timm.models import create_model
+
+import run_class_finetuning
+from beit.devices import accelerator, half_precision
+from beit.errors import UserError, escape_text
+from beit.files import run_folder
+from helpers import LAUNCH, NANO, PROGRAM, ROOT, assert_one_line, cannot_run, photo, write_images
+
+pytestmark = pytest.mark.fast
+
+SHORT = NANO + ['--batch_size=4', '--epochs=2', '--warmup_epochs=0']
+EARLIER_RUN = {'log.txt': b'{"epoch": 0}\n', 'checkpoint-0.pth': b'not really weights'}
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """A good data set, 16 + 8 images in two classes. Tests leave it as it is."""
+    return write_images(tmp_path_factory.mktemp('good data'))
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """Another one, for a test to spoil."""
+    return write_images(tmp_path / 'own data', train=4, val=2)
+
+
+def contents(folder):
+    """Every file below a folder, by path, with its bytes."""
+    found = {}
+    for place, _, names in os.walk(str(folder)):
+        for name in names:
+            with open(os.path.join(place, name), 'rb') as file:
+                found[os.path.relpath(os.path.join(place, name), str(folder))] = file.read()
+    return found
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, data):
+    """refused('--lr=x', says=['--lr', "'x'"]): the program refuses these flags as it should.
+
+    The output folder holds an earlier run. It must stay as it is; a mistake that only training can find (late=True)
+    may move it aside, but neither lose nor add a file.
+    """
+    output = tmp_path / 'results'
+    output.mkdir()
+    for name, content in EARLIER_RUN.items():
+        (output / name).write_bytes(content)
+
+    def check(*flags, says, base=True, late=False, adds=None):
+        before = contents(tmp_path)
+        capsys.readouterr()
+        start = SHORT + ['--data_path', data, '--output_dir', str(output)] if base else []
+        with warnings.catch_warnings(record=True) as printed:
+            warnings.simplefilter('always')
+            status = run_class_finetuning.run(start + list(flags))
+        # pytest swallows warnings; in a process of its own these would be further lines on stderr.
+        assert [str(w.message) for w in printed if w.category in (UserWarning, FutureWarning, RuntimeWarning)] == []
+        assert_one_line(status, *capsys.readouterr(), says=says)
+        after = {path: content for path, content in contents(tmp_path).items()
+                 if adds is None or os.path.basename(path) != adds}
+        if late:
+            assert sorted(after.values()) == sorted(before.values())
+        else:
+            assert after == before
+    return check
+
+
+def test_the_good_data_passes(data, tmp_path, capsys):
+    """Else every other test here would pass for the wrong reason."""
+    assert run_class_finetuning.run(SHORT + ['--data_path', data, '--maxstep=1', '--output_dir',
+                                             str(tmp_path / 'results')]) == 0
+    out, err = capsys.readouterr()
+    assert err == '' and 'Result: ' in out
+    assert {'checkpoint-0-step1.pth', 'checkpoint-best.pth'} <= set(os.listdir(str(tmp_path / 'results')))
+
+
+# ---- data
+
+def test_data_path_left_out(refused):
+    refused(*SHORT, base=False, says=['--data_path is missing', 'train/ and val/', 'demo'])
+
+
+@pytest.mark.parametrize('path', ['/does/not/exist', 'dat a', 'Demo', 'two\nlines'])
+def test_data_path_that_is_not_there(refused, path):
+    refused('--data_path', path, says=['--data_path', escape_text(path), 'no such folder'])
+
+
+def test_data_path_that_is_a_file(refused, data):
+    path = os.path.join(data, 'train', 'cat', '0.png')
+    refused('--data_path', path, says=['--data_path', path, 'no such folder'])
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_missing_split(refused, own_data, split):
+    os.rename(os.path.join(own_data, split), os.path.join(own_data, 'other'))
+    refused('--data_path', own_data, says=['--data_path', os.path.join(own_data, split), 'one folder of images per'])
+
+
+def test_missing_val_for_evaluation(refused, own_data):
+    os.rename(os.path.join(own_data, 'val'), os.path.join(own_data, 'other'))
+    refused('--data_path', own_data, '--eval', '--resume=any', says=['--data_path', os.path.join(own_data, 'val')])
+
+
+def test_eval_data_path_that_is_not_there(refused):
+    refused('--eval_data_path=/does/not/exist', says=['--eval_data_path', '/does/not/exist', 'no such folder'])
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize('left', ['nothing', 'a text file'])
+def test_class_folder_without_images(refused, own_data, split, left):
+    folder = os.path.join(own_data, split, 'bird')
+    os.mkdir(folder)
+    if left != 'nothing':
+        with open(os.path.join(folder, 'notes.txt'), 'w', encoding='utf-8') as file:
+            file.write('no picture')
+    refused('--data_path', own_data, says=['--data_path', folder, 'no image', 'add images or remove the folder'])
+
+
+def test_no_image_in_any_class_folder(refused, tmp_path):
+    for name in ('train/cat', 'train/dog', 'val/cat', 'val/dog'):
+        os.makedirs(str(tmp_path / 'd' / name))
+    refused('--data_path', str(tmp_path / 'd'), says=['--data_path', str(tmp_path / 'd' / 'train' / 'cat'), 'no image'])
+
+
+def test_no_class_folders(refused, tmp_path):
+    for split in ('train', 'val'):
+        os.makedirs(str(tmp_path / 'd' / split))
+        photo(1, 32, 32).save(str(tmp_path / 'd' / split / 'a.png'))
+    refused('--data_path', str(tmp_path / 'd'), says=[
+        '--data_path', str(tmp_path / 'd' / 'train'), 'no class folders', 'in a folder of its own'])
+
+
+def test_classes_that_differ(refused, own_data):
+    os.rename(os.path.join(own_data, 'val', 'dog'), os.path.join(own_data, 'val', 'wolf'))
+    refused('--data_path', own_data, says=['same classes', 'only in train: dog', 'only in val: wolf'])
+
+
+def test_nb_classes_that_disagrees(refused):
+    refused('--nb_classes=1000', says=['--nb_classes 1000', '2 classes', 'leave the flag out'])
+
+
+def test_image_folder_without_eval_data_path(refused, data):
+    refused('--data_set=image_folder', '--data_path', os.path.join(data, 'train'),
+            says=['--data_set image_folder', '--eval_data_path'])
+
+
+def test_cifar_without_its_archive(refused, data):
+    refused('--data_set=CIFAR', says=['--data_path', data, 'cifar-100-python', 'unpack'])
+
+
+def test_batch_larger_than_the_data_set(refused):
+    refused('--batch_size=17', says=['--batch_size 17', '16 of the training set', 'lower'])
+    refused('--update_freq=5', says=['--update_freq 5', '20 images', '16 of the training set', 'lower'])
+
+
+@pytest.mark.parametrize('size', [(48, 40), (24, 24)])
+def test_unresized_images_of_another_size(refused, tmp_path, size):
+    """Up to 32 pixels the evaluation takes images as they are, so they must have that size."""
+    root = write_images(tmp_path / 'd', train=4, val=2, size=size)
+    refused('--data_path', root, late=True, says=[os.path.join(root, ''), '32', '%dx%d' % size, '--input_size'])
+
+
+def test_unresized_images_of_many_sizes(refused, own_data):
+    photo(9, 40, 44).save(os.path.join(own_data, 'val', 'cat', '1.png'))
+    refused('--data_path', own_data, late=True,
+            says=[os.path.join(own_data, 'val', 'cat', '1.png'), '40x44', '--input_size'])
+
+
+def test_training_images_too_small_to_crop(refused, own_data):
+    for name in os.listdir(os.path.join(own_data, 'train', 'cat')):
+        photo(9, 8, 8).save(os.path.join(own_data, 'train', 'cat', name))
+    refused('--data_path', own_data, late=True,
+            says=[os.path.join(own_data, 'train', 'cat', ''), '8x8', '--input_size'])
+
+
+def corrupt(own_data, split):
+    path = os.path.join(own_data, split, 'cat', '1.png')
+    with open(path, 'rb') as file:
+        content = file.read()
+    with open(path, 'wb') as file:
+        file.write(content[:len(content) // 2])
+    return path
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_corrupt_image(refused, own_data, split):
+    path = corrupt(own_data, split)
+    refused('--data_path', own_data, '--no_save_ckpt', late=True, says=[path, 'cannot be read', 'mend or remove it'])
+
+
+@pytest.mark.slow
+def test_corrupt_image_met_by_a_worker(program, own_data, tmp_path):
+    path = corrupt(own_data, 'train')
+    status, out, err = program(*SHORT, '--data_path', own_data, '--num_workers=2', '--output_dir', str(tmp_path / 'o'))
+    assert_one_line(status, out, err, [path, 'cannot be read', 'mend or remove it'])
+    assert contents(tmp_path / 'o') == {}
+
+
+# ---- weights
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """weights('good.pth'): files with weights, and with what isn't."""
+    folder = tmp_path_factory.mktemp('weights')
+    model = create_model('beit_nano_patch8_32', num_classes=2, img_size=32)
+    narrow = create_model('beit_nano_patch8_32', num_classes=2, img_size=32, embed_dim=32)
+    path = {name: str(folder / (name + '.pth')) for name in (
+        'good', 'narrow', 'other', 'truncated', 'text', 'empty', 'zip', 'list', 'no weights')}
+    torch.save({'model': model.state_dict()}, path['good'])
+    torch.save({'model': narrow.state_dict(), 'args': {'model': 'beit_small', 'input_size': 32}}, path['narrow'])
+    torch.save({'conv1.weight': torch.zeros(64, 3, 7, 7), 'fc.bias': torch.zeros(1000)}, path['other'])
+    with open(path['good'], 'rb') as file:
+        content = file.read()
+    for name, data in (('truncated', content[:len(content) // 2]), ('text', b'hello, world\n'), ('empty', b''),
+                       ('zip', b'PK\x03\x04' + bytes(range(200)))):
+        with open(path[name], 'wb') as file:
+            file.write(data)
+    torch.save([1, 2, 3], path['list'])
+    torch.save({'model': {}, 'note': 'nothing here'}, path['no weights'])
+    return path
+
+
+def test_good_weights_are_taken(weights, data, capsys):
+    assert run_class_finetuning.run(SHORT + ['--data_path', data, '--finetune', weights['good'], '--maxstep=1']) == 0
+    assert 'Loaded ' in capsys.readouterr().out
+
+
+def test_missing_weights(refused):
+    refused('--finetune=checkpoints/beit.pth', says=[
+        '--finetune checkpoints/beit.pth', 'checkpoints/README.md', 'train from scratch with --finetune='])
+
+
+def test_folder_in_place_of_weights(refused, tmp_path):
+    refused('--finetune', str(tmp_path), says=['--finetune', str(tmp_path)])
+
+
+@pytest.mark.parametrize('flags', [['--finetune'], ['--resume'], ['--eval', '--resume']], ids=' '.join)
+@pytest.mark.parametrize('name', ['truncated', 'text', 'empty', 'zip'])
+def test_damaged_weights(refused, weights, flags, name):
+    refused(*flags, weights[name], says=[weights[name], 'not a weights file', 'again'])
+
+
+@pytest.mark.parametrize('flags', [['--finetune'], ['--resume'], ['--eval', '--resume']], ids=' '.join)
+@pytest.mark.parametrize('name', ['list', 'no weights'])
+def test_files_without_weights(refused, weights, flags, name):
+    refused(*flags, weights[name], says=[flags[-1], weights[name]])
+
+
+@pytest.mark.parametrize('flags', [['--finetune'], ['--resume'], ['--eval', '--resume']], ids=' '.join)
+def test_weights_of_another_width(refused, weights, flags):
+    refused(*flags, weights['narrow'], says=[
+        flags[-1], weights['narrow'], 'not the weights of this',
+        'patch_embed.proj.weight is (32, 3, 8, 8) in the file and (64, 3, 8, 8) in the model', 'more'])
+
+
+@pytest.mark.parametrize('flags', [['--finetune'], ['--resume'], ['--eval', '--resume']], ids=' '.join)
+def test_weights_of_another_kind_of_model(refused, weights, flags):
+    refused(*flags, weights['other'], says=[
+        flags[-1], weights['other'], 'not the weights of this',
+        'patch_embed.proj.weight (64, 3, 8, 8) is missing in the file'])
+
+
+def test_the_flags_that_a_checkpoint_was_trained_with_are_named(refused, weights):
+    refused('--resume', weights['narrow'], says=['--model beit_small', '--input_size 32'])
+
+
+def test_model_key_and_prefix_that_are_not_in_the_file(refused, weights):
+    refused('--finetune', weights['good'], '--model_prefix=encoder.', says=[
+        weights['good'], "'encoder.'", '--model_prefix'])
+    refused('--finetune', weights['good'], '--model_key=teacher', says=[weights['good'], 'no weights'])
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize('flags', [['--finetune'], ['--resume'], ['--eval', '--resume'], ['--auto_resume']],
+                         ids=' '.join)
+@pytest.mark.parametrize('plain', [False, True], ids=['torch.save', 'plain pickle'])
+def test_weights_that_carry_a_program(refused, tmp_path, flags, plain):
+    marker = str(tmp_path / 'it ran')
+    path = str(tmp_path / 'results' / 'checkpoint-1.pth')
+    with open(path, 'wb') as file:
+        (pickle if plain else torch).__dict__['dump' if plain else 'save']({'model': Malicious(marker)}, file)
+    refused(*(flags if flags == ['--auto_resume'] else flags + [path]), says=[path])
+    assert not os.path.exists(marker)
+
+
+def test_only_https_addresses(refused):
+    refused('--finetune=http://localhost/w.pth',
+            says=['http://localhost/w.pth', 'https://', 'fetch the file yourself'])
+
+
+def test_resume_that_is_not_there(refused):
+    refused('--resume=./no_such_folder', says=['--resume ./no_such_folder', 'no such file or folder'])
+    refused('--eval', '--resume=./no_such_folder', says=['--resume ./no_such_folder', 'no such file or folder'])
+
+
+def test_resume_folder_without_checkpoints(refused, data):
+    refused('--resume', data, says=['--resume', data, 'no checkpoint-<epoch>.pth', 'checkpoint-best.pth'])
+
+
+def test_auto_resume_of_a_damaged_checkpoint(refused, tmp_path):
+    refused('--auto_resume', says=[str(tmp_path / 'results' / 'checkpoint-0.pth'), 'not a weights file'])
+
+
+def test_eval_without_resume(refused):
+    refused('--eval', says=['--eval needs --resume', 'checkpoint'])
+
+
+# ---- device
+
+@pytest.fixture
+def fresh_devices():
+    """What is known of NPUs is found out again, in this test and after it."""
+    accelerator.npu_problem.cache_clear()
+    yield
+    accelerator.npu_problem.cache_clear()
+
+
+def without(monkeypatch, *packages):
+    """As if these packages were not installed."""
+    find_spec = accelerator.importlib.util.find_spec
+    monkeypatch.setattr(accelerator.importlib.util, 'find_spec',
+                        lambda name: None if name in packages else find_spec(name))
+
+
+def test_npu_without_torch_npu(refused, monkeypatch, fresh_devices):
+    without(monkeypatch, 'torch_npu')
+    monkeypatch.delattr(torch, 'npu', raising=False)
+    for flag in ('--device=npu', '--device=npu:1'):
+        refused(flag, says=[flag.replace('=', ' '), 'torch_npu is not installed', '--device cuda or cpu'])
+    refused('--cann_prof', says=['--cann_prof', 'torch_npu is not installed'])
+
+
+def test_torch_npu_that_sees_no_npu(refused, monkeypatch, fresh_devices):
+    monkeypatch.setattr(torch, 'npu', types.SimpleNamespace(is_available=lambda: False), raising=False)
+    refused('--device=npu', says=['--device npu', 'sees no NPU', 'npu-smi'])
+
+
+@pytest.mark.slow
+def test_npu_without_cann(program, data, tmp_path):
+    """torch_npu is installed, as a package that torch itself would load at once, but CANN's libraries are not found."""
+    if hasattr(torch, 'npu'):
+        cannot_run('current', 'this PyTorch has NPUs built in: no torch_npu without CANN')
+    site = tmp_path / 'site'
+    (site / 'torch_npu').mkdir(parents=True)
+    (site / 'torch_npu' / '__init__.py').write_text(
+        "raise ImportError('libhccl.so: cannot open shared object file: No such file or directory')\n")
+    (site / 'torch_npu-2.0.dist-info').mkdir()
+    (site / 'torch_npu-2.0.dist-info' / 'METADATA').write_text('Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.0\n')
+    (site / 'torch_npu-2.0.dist-info' / 'entry_points.txt').write_text(
+        '[torch.backends]\ntorch_npu = torch_npu:_autoload\n')
+    status, out, err = program(*SHORT, '--data_path', data, '--device=npu', env={'PYTHONPATH': str(site)})
+    assert_one_line(status, out, err, ['--device npu', 'CANN', 'libhccl.so', 'source test/env_npu.sh'])
+    assert out == ''
+
+
+def test_cuda_without_cuda(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    for flag in ('--device=cuda', '--device=cuda:1'):
+        refused(flag, says=[flag.replace('=', ' '), 'CUDA', '--device cpu'])
+
+
+def test_more_devices_than_there_are(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    refused('--device=cuda:7', says=['--device cuda:7', 'there are 2'])
+
+
+@pytest.mark.parametrize('name', ['gpu', 'cuda:x', '', 'npu1'])
+def test_unknown_device(refused, name):
+    refused('--device', name, says=['--device', repr(name), 'auto, npu, cuda or cpu'])
+
+
+# ---- precision
+
+def test_o2_on_a_pytorch_that_cannot(refused, monkeypatch):
+    monkeypatch.setattr(half_precision, '_half_precision_problem', lambda device, dtype: 'no LayerNorm for BFloat16')
+    refused('--amp', '--opt-level=O2', says=['--opt-level O2', 'bfloat16', 'no LayerNorm for BFloat16',
+                                             'leave --amp out'])
+
+
+def test_o1_without_autocast(refused, monkeypatch):
+    monkeypatch.setattr(half_precision, 'has_autocast', lambda device_type, dtype: False)
+    refused('--amp', '--opt-level=O1', says=['--opt-level O1', 'no autocast', 'leave --amp out'])
+
+
+@pytest.mark.parametrize('level', ['O1', 'O2'])
+def test_float16_on_a_cpu(refused, level):
+    refused('--amp', '--opt-level', level, '--amp_dtype=float16', says=['--amp_dtype float16', 'bfloat16',
+                                                                        'leave the flag out'])
+
+
+# ---- names
+
+@pytest.mark.parametrize('flag, value, near', [
+    ('--model', 'beit_base_patch16_244', ['beit_base_patch16_224']),
+    ('--model', 'beit_huge', ['beit_']),
+    ('--model', 'resnet50', ['beit_base_patch16_224', 'beit_nano_patch8_32']),
+    ('--opt', 'adamv', ['adam']),
+    ('--opt', 'AdmaW', ['adamw']),
+    ('--opt', 'sgdm', ['sgd']),
+    ('--opt', 'lookahead_adma', ['lookahead_adamw']),
+    ('--data_set', 'IMNT', ['IMNET']),
+    ('--data_set', 'imnet', ['IMNET']),
+    ('--data_set', 'IMAGENET', ['IMNET']),
+    ('--data_set', 'Cifar', ['CIFAR']),
+    ('--data_set', 'cifar100', ['CIFAR']),
+    ('--data_set', 'imagefolder', ['image_folder']),
+    ('--aa', 'rand-m9-mstd0.5-inc1-z3', ['rand-m9-mstd0.5-inc1']),
+    ('--aa', 'orignal', ['original']),
+    ('--aa', 'augmx-m3-w3', ['augmix-m3-w3']),
+    ('--aa', 'autoaugment', ['rand-m9-mstd0.5-inc1', 'none']),
+    ('--remode', 'pixl', ['pixel']),
+    ('--train_interpolation', 'cubic', ['bicubic']),
+    ('--mixup_mode', 'batches', ['batch']),
+    ('--opt-level', 'O3', ['O1', 'O2']),
+    ('--opt_level', '2', ['O1', 'O2']),
+    ('--amp_dtype', 'fp16', ['float16']),
+])
+def test_unknown_name(refused, flag, value, near):
+    refused('%s=%s' % (flag, value), says=[flag.replace('-level', '_level'), repr(value)] + near)
+
+
+@pytest.mark.parametrize('name, needs', [('npufusedadamw', 'torch_npu'), ('fusedlamb', 'apex')])
+def test_optimizer_whose_library_is_not_here(refused, monkeypatch, name, needs):
+    without(monkeypatch, 'torch_npu', 'apex')
+    refused('--opt', name, says=['--opt ' + name, needs, 'not installed', '--opt adamw'])
+
+
+@pytest.mark.parametrize('flag, near', [
+    ('--epoch=3x', '--epochs'), ('--batchsize=3', '--batch_size'), ('--data-pth=x', '--data_path'),
+    ('--learning_rate=1', '--'), ('--warmup_epoch=2', '--warmup_epochs'), ('--opt_leve=O1', '--opt_level'),
+    ('--no_amp2', '--'), ('-x', '--help'), ('-lr=3', '--lr')])
+def test_unknown_flag(refused, flag, near):
+    refused(flag, says=[flag.partition('=')[0].replace('-pth', '_pth') + ': unknown flag', near])
+
+
+def test_word_that_is_no_flag(refused):
+    refused('train', says=["'train' is not a flag", '--data_path='])
+    refused('--lr', '1e-4', '5', says=["'5' is not a flag"])
+
+
+def test_flag_without_its_value(refused):
+    refused('--lr', says=['--lr', 'expected one argument'])
+    refused('--cutmix_minmax', '0.1', says=['--cutmix_minmax', 'expected 2 arguments'])
+
+
+# ---- numbers
+
+def numeric_flags():
+    """(flag, how many values it takes) for every flag of the parser that takes numbers."""
+    return sorted((action.option_strings[0], action.nargs) for action in run_class_finetuning.build_parser()._actions
+                  if action.type is not None and action.type is not str)
+
+
+def with_value(flag, nargs, value):
+    return [flag, '0.5', value] if nargs == 2 else [flag, value] if nargs else ['%s=%s' % (flag, value)]
+
+
+def test_every_flag_with_a_number_checks_it():
+    typed = {flag for flag, _ in numeric_flags()}
+    for action in run_class_finetuning.build_parser()._actions:
+        if isinstance(action.default, (int, float)) and not isinstance(action.default, bool):
+            assert action.option_strings[0] in typed
+    assert {'--clip_grad', '--weight_decay_end', '--crop_pct', '--opt_betas', '--loss_scale'} < typed
+    assert len(typed) > 40
+
+
+@pytest.mark.parametrize('value', ['nan', 'inf', '1e999', 'three', '', '1,5', '-2'])
+@pytest.mark.parametrize('flag, nargs', numeric_flags())
+def test_not_a_sensible_number(refused, flag, nargs, value):
+    refused(*with_value(flag, nargs, value), says=[flag, value])
+
+
+@pytest.mark.parametrize('flag', [
+    '--batch_size', '--epochs', '--update_freq', '--save_ckpt_freq', '--input_size', '--opt_eps', '--layer_decay',
+    '--crop_pct', '--recount', '--world_size', '--loss_scale'])
+def test_zero_where_it_makes_no_sense(refused, flag):
+    refused(flag + '=0', says=[flag, 'got 0', 'at least 1' if flag not in (
+        '--opt_eps', '--layer_decay', '--crop_pct', '--loss_scale') else 'above 0'])
+
+
+BELOW_ONE = ('--drop', '--attn_drop_rate', '--drop_path', '--smoothing', '--momentum', '--opt_betas')
+AT_MOST_ONE = ('--hflip', '--reprob', '--mixup_prob', '--mixup_switch_prob', '--model_ema_decay', '--layer_decay',
+               '--crop_pct')
+
+
+@pytest.mark.parametrize('flag, value', [(flag, '1') for flag in BELOW_ONE] + [(flag, '1.5') for flag in AT_MOST_ONE])
+def test_shares_above_one(refused, flag, value):
+    refused('%s=%s' % (flag, value), says=[flag, 'at most', 'got ' + value])
+
+
+@pytest.mark.parametrize('flag', [
+    '--batch_size', '--epochs', '--update_freq', '--save_ckpt_freq', '--seed', '--maxstep', '--num_workers',
+    '--input_size', '--warmup_epochs', '--warmup_steps', '--nb_classes', '--recount', '--start_epoch'])
+@pytest.mark.parametrize('value', ['1.5', '1e3'])
+def test_fractions_where_a_whole_number_is_meant(refused, flag, value):
+    refused('%s=%s' % (flag, value), says=[flag, repr(value), 'not a whole number'])
+
+
+@pytest.mark.parametrize('seed', [2 ** 64, 10 ** 20])
+def test_seed_beyond_what_the_generators_take(refused, seed):
+    refused('--seed=%d' % seed, says=['--seed', str(seed)])
+
+
+@pytest.mark.parametrize('betas', [['0.9'], ['0.9', '0.99', '0.999']], ids=' '.join)
+def test_wrong_number_of_betas(refused, betas):
+    refused('--opt_betas', *betas, says=['--opt_betas', ' '.join(betas), '2'])
+
+
+def test_betas_for_an_optimizer_without(refused):
+    refused('--opt=sgd', '--opt_betas', '0.9', '0.99', says=['--opt_betas 0.9 0.99', '--opt sgd', 'leave the flag out'])
+
+
+@pytest.mark.parametrize('bounds', [['0.9', '0.1'], ['0.5', '0.5']], ids=' '.join)
+def test_cutmix_bounds_in_the_wrong_order(refused, bounds):
+    refused('--cutmix_minmax', *bounds, says=['--cutmix_minmax', bounds[0], bounds[1]])
+
+
+@pytest.mark.parametrize('opt', ['sgd', 'nesterov'])
+def test_nesterov_without_momentum(refused, opt):
+    refused('--opt', opt, '--momentum=0', says=['--momentum', '--opt', '0'])
+
+
+@pytest.mark.parametrize('size, use', [(36, ['32', '40']), (31, ['24', '32']), (4, ['8'])])
+def test_input_size_that_is_no_multiple_of_the_patch(refused, size, use):
+    refused('--input_size=%d' % size, says=['--input_size %d' % size, 'patch size 8'] + use)
+    refused('--model=beit_base_patch16_224', '--input_size=225',
+            says=['--input_size 225', 'patch size 16', '224', '240'])
+
+
+def test_warm_up_longer_than_the_run(refused):
+    refused('--warmup_epochs=3', says=['--warmup_epochs 3', '--epochs 2', '--warmup_epochs=2'])
+    refused('--warmup_steps=9', says=['--warmup_steps 9', '8 steps', 'lower it'])
+
+
+@pytest.mark.parametrize('flags', [['--mixup=0.8'], ['--cutmix=1'], ['--cutmix_minmax', '0.2', '0.8'],
+                                   ['--mixup=0.8', '--mixup_mode=pair']], ids=' '.join)
+def test_mixing_an_odd_batch(refused, flags):
+    refused('--batch_size=3', *flags, says=['--batch_size 3', 'even'])
+
+
+def test_flags_that_do_not_apply(refused):
+    refused('--resplit', says=['--resplit', 'leave it out'])
+    refused('--world_size=2', says=['--world_size 2', 'launcher', '--nproc_per_node=2'])
+
+
+def test_open_mpi_without_mpirun(refused, monkeypatch):
+    monkeypatch.delenv('OMPI_COMM_WORLD_RANK', raising=False)
+    refused('--dist_on_itp', says=['--dist_on_itp', 'OMPI_COMM_WORLD_RANK', 'mpirun'])
+
+
+def test_loss_that_is_not_finite(refused):
+    refused('--init_scale=1e300', '--no_save_ckpt', late=True, adds='nonfinite.txt',
+            says=['the loss is', 'update step 0', '--lr'])
+
+
+# ---- output
+
+@pytest.mark.parametrize('flag', ['--output_dir', '--log_dir'])
+def test_output_that_is_a_file_or_under_one(refused, tmp_path, flag):
+    (tmp_path / 'a file').write_text('mine')
+    for folder in (tmp_path / 'a file', tmp_path / 'a file' / 'deeper' / 'still'):
+        refused(flag, str(folder), says=[flag, str(folder), 'a file, not a folder', 'choose another'])
+
+
+@pytest.mark.parametrize('flag', ['--output_dir', '--log_dir'])
+def test_output_that_cannot_be_written(refused, tmp_path, flag):
+    folder = tmp_path / 'locked'
+    folder.mkdir()
+    folder.chmod(0o555)
+    if os.access(str(folder), os.W_OK):  # root may write anywhere but where no files are kept
+        folder = type(folder)('/proc')
+        if not folder.is_dir():
+            cannot_run('linux', 'root can write to every folder here')
+    refused(flag, str(folder / 'results'), says=[flag, str(folder / 'results'), 'cannot be written', 'choose another'])
+
+
+def test_images_that_a_small_input_does_not_fit_are_found_before_training(refused, image_folder, monkeypatch):
+    monkeypatch.setattr(run_class_finetuning, 'fit', lambda *_: pytest.fail('training began'))
+    refused('--data_path', image_folder(size=(40, 50)), says=['is 40x50', '--input_size of 32', 'are not resized'])
+
+
+def test_looking_whether_it_can_be_written_leaves_nothing_even_killed(monkeypatch, tmp_path):
+    try:
+        os.close(os.open(str(tmp_path), os.O_TMPFILE | os.O_RDWR))
+    except (AttributeError, OSError):
+        cannot_run('linux', 'every file has a name here')
+    for name in ('remove', 'unlink'):
+        monkeypatch.setattr(os, name, lambda *_: pytest.fail('the file had a name'))
+    run_folder.check_writable('--output_dir', str(tmp_path / 'new' / 'er'))
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_log_dir_without_tensorboardx(refused, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'tensorboardX', None)
+    refused('--log_dir', str(tmp_path / 'tb'), late=True, says=['--log_dir', 'pip install tensorboardX'])
+
+
+# ---- several processes
+
+def test_fewer_devices_than_processes(refused, monkeypatch):
+    """All find it, though only some have no device, and one says so."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    refused('--device=cuda', says=['--device cuda', 'there are 2', '--nproc_per_node'])
+
+
+@pytest.mark.parametrize('flags, says', [
+    (['--batch_size=many'], ['--batch_size', "'many'"]), (['--model=beit'], ['--model', "'beit'"])], ids=str)
+def test_an_error_of_all_processes_is_told_by_one(tmp_path, data, flags, says):
+    result = subprocess.run(
+        LAUNCH + ['--nproc_per_node=2', PROGRAM, '--data_path', data, '--output_dir', str(tmp_path / 'o')] + flags,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120)
+    assert_one_line(result.returncode, result.stdout, result.stderr, says)
+    assert result.stdout == '' and not (tmp_path / 'o').exists()
+
+
+def test_an_index_for_several_processes(monkeypatch):
+    from beit.devices import accelerator
+    from beit.errors import UserError
+    monkeypatch.setitem(accelerator._PROBLEM, 'cuda', lambda: None)
+    with pytest.raises(UserError, match='--device cuda:1: 2 processes need a device each'):
+        accelerator.find_device('cuda:1', 0, processes=2)
+
+
+def test_an_unusable_npu_is_not_passed_over_in_silence(monkeypatch, tmp_path):
+    import importlib.util
+
+    import torch
+
+    from beit.devices import accelerator
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name == 'torch_npu' or None)
+    monkeypatch.setattr(accelerator, 'npu_problem', lambda: 'CANN is not set up')
+    assert accelerator.npu_unused_reason('auto', torch.device('cpu')) == 'Not using an NPU: CANN is not set up\n'
+    assert accelerator.npu_unused_reason('cpu', torch.device('cpu')) == ''
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(args, signals):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    monkeypatch.setattr(run_class_finetuning, 'main', interrupt)
+    assert run_class_finetuning.run([]) == 130
+    assert capsys.readouterr().err.count('\n') == 1

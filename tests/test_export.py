@@ -1,0 +1,492 @@
+"""What leaves this project is read by those it is made for, with equal logits; and their weights come in."""
+
+import inspect
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from timm.models import create_model
+
+import modeling_finetune
+import run_class_finetuning
+import run_export
+from beit.checkpoint import hf_names, inference_model, pretrained
+from beit.data import transforms
+from beit.files import weights_file
+from helpers import needs_extra, photo
+
+pytestmark = pytest.mark.current_only
+
+try:
+    import timm.models.beit as timm_beit
+except ImportError:
+    timm_beit = None
+try:
+    import timm.models._registry as timm_registry
+except ImportError:
+    timm_registry = None
+
+with_timm = pytest.mark.needs('current', hasattr(timm_beit, 'Beit') and timm_registry is not None,
+                              'it needs a timm with BEiT')
+with_export = pytest.mark.needs('current', hasattr(getattr(torch, 'export', None), 'Dim'), 'it needs torch.export')
+with_dynamo = pytest.mark.needs('current', 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters,
+                                'it needs the exporter of PyTorch 2')
+NANO = ('--model', 'beit_nano_patch8_32', '--input_size', '32')
+CLASSES = ['cat', 'grüner "Hund"', '鸟']
+PLAIN = ('--disable_rel_pos_bias', '--abs_pos_emb', '--use_cls', '--layer_scale_init_value', '0')
+
+
+def shake(model, seed=0):
+    """Give every weight a value that tells: tables and biases begin at zero, gammas all alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture
+def trained(tmp_path, parse):
+    """trained(*flags): the path of a checkpoint of a network with three classes, and the network."""
+    def make(*flags, classes=CLASSES, **more):
+        args = parse(*(flags or NANO))
+        model = shake(inference_model.build_model(args, len(classes)))
+        path = str(tmp_path / 'weights.pth')
+        weights_file.save(path, dict({'model': model.state_dict(), 'args': vars(args), 'classes': classes}, **more))
+        return path, model
+    return make
+
+
+@pytest.fixture
+def export(capsys):
+    """export(*flags): what the program says; `fails`: its one line on standard error."""
+    def run(*flags, fails=False):
+        capsys.readouterr()
+        status = run_export.run([str(flag) for flag in flags])
+        out, err = capsys.readouterr()
+        if not fails:
+            assert (status, err) == (0, ''), err
+            return out
+        assert status == 2 and not out and err.startswith('run_export.py: error: ') and err.count('\n') == 1, err
+        return err
+    return run
+
+
+def images_of(side, count=4):
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(9))
+
+
+def logits_of(model, images):
+    with torch.no_grad():
+        return model(images)
+
+
+def close(found, expected, share=1e-5):
+    expected = torch.as_tensor(expected)
+    return (torch.as_tensor(found) - expected).abs().max() <= share * expected.abs().max()
+
+
+def is_told(about):
+    """Whether metadata has what a user must know."""
+    preprocessing = json.loads(about['preprocessing'])
+    return json.loads(about['classes']) == CLASSES and preprocessing['mean'] == [0.5] * 3 \
+        and {'input_size', 'std', 'crop_pct', 'interpolation'} <= set(preprocessing) \
+        and about['model'] in modeling_finetune.MODELS
+
+
+# ---- out
+
+@needs_extra('onnx', 'onnxscript', 'onnxruntime')
+@with_dynamo
+@pytest.mark.parametrize('name', sorted(modeling_finetune.MODELS))
+def test_onnx(name, trained, export, tmp_path, monkeypatch):
+    import onnx
+    import onnxruntime
+
+    monkeypatch.setitem(modeling_finetune.MODELS, name, dict(modeling_finetune.MODELS[name], depth=2 if 'nano' in name
+                                                             else 1))  # the other blocks would be the same again
+    side = {'beit_nano_patch8_32': 32, 'beit_base_patch16_224': 224}.get(name, 64)  # likewise
+    path, model = trained('--model', name, '--input_size', str(side))
+    said = export('--resume', path, '--format', 'onnx', '--output', tmp_path / 'x.onnx')
+    assert 'Checked: logits differ by at most' in said and 'with onnxruntime' in said
+    file = onnx.load(str(tmp_path / 'x.onnx'))
+    assert [each.version for each in file.opset_import if not each.domain] == [run_export.OPSETS[0]]
+    assert is_told({each.key: each.value for each in file.metadata_props})
+    session = onnxruntime.InferenceSession(str(tmp_path / 'x.onnx'))
+    assert isinstance(session.get_inputs()[0].shape[0], str)  # any batch
+    images = images_of(side, 2)
+    assert close(session.run(None, {'image': images.numpy()})[0], logits_of(model, images))
+
+
+@needs_extra('onnx', 'onnxscript', 'onnxruntime')
+@with_dynamo
+def test_onnx_of_an_older_opset(trained, export, tmp_path):
+    import onnx
+
+    path, _ = trained()
+    export('--resume', path, '--format', 'onnx', '--output', tmp_path / 'x.onnx', '--opset', '18')
+    assert onnx.load(str(tmp_path / 'x.onnx')).opset_import[0].version == 18
+    for opset, says in (('99', '--opset 99: onnx'), ('7', '--opset 7: PyTorch')):
+        assert says in export('--resume', path, '--format', 'onnx', '--output', tmp_path / 'y.onnx', '--opset', opset,
+                              fails=True)
+    assert sorted(os.listdir(str(tmp_path))) == ['weights.pth', 'x.onnx']
+
+
+def test_torchscript(trained, export, tmp_path):
+    path, model = trained()
+    assert 'Checked' in export('--resume', path, '--format', 'torchscript')
+    about = run_export._extra_files(dict.fromkeys(('classes', 'preprocessing', 'model'), ''))
+    loaded = torch.jit.load(str(tmp_path / 'weights.torchscript.pt'), _extra_files=about)
+    assert is_told({name: value if isinstance(value, str) else value.decode() for name, value in about.items()})
+    assert close(logits_of(loaded, images_of(32)), logits_of(model, images_of(32)))
+
+
+@with_export
+def test_torch_export(trained, export, tmp_path):
+    path, model = trained()
+    assert 'Checked' in export('--resume', path, '--format', 'torch_export')
+    about = dict.fromkeys(('classes', 'preprocessing', 'model'), '')
+    loaded = torch.export.load(str(tmp_path / 'weights.pt2'), extra_files=about).module()
+    assert is_told(about)
+    assert close(logits_of(loaded, images_of(32)), logits_of(model, images_of(32)))
+
+
+@with_timm
+@pytest.mark.parametrize('flags', [NANO, NANO + PLAIN, ('--model', 'beit_base_patch16_224'), (
+    '--model', 'beit_large_patch16_384', '--input_size', '64') + PLAIN])
+def test_timm_loads_it_with_the_printed_line(flags, trained, export, tmp_path, monkeypatch):
+    """And the logits are those of timm's own network."""
+    import timm
+    from safetensors import safe_open
+
+    name, shallow = flags[1], dict(depth=2)  # on both sides
+    if 'nano' not in name:
+        monkeypatch.setitem(modeling_finetune.MODELS, name, dict(modeling_finetune.MODELS[name], **shallow))
+    path, model = trained(*flags)
+    said = export('--resume', path, '--format', 'safetensors', '--output', tmp_path / 'x.safetensors')
+    assert 'Checked' in said and ', with timm ' in said
+    line = [line for line in said.splitlines() if line.startswith('Load it: ')][0][len('Load it: '):]
+    names = {'timm': timm}
+    monkeypatch.setitem(timm_registry._model_entrypoints, name,  # ours stands there in this process
+                        lambda **options: getattr(timm_beit, name)(**dict(shallow, **options)))
+    exec(line, names)  # noqa: S102
+    side = model.patch_embed.img_size[0]
+    assert type(names['model']) is timm_beit.Beit
+    assert close(logits_of(names['model'].eval(), images_of(side)), logits_of(model, images_of(side)))
+    with safe_open(str(tmp_path / 'x.safetensors'), 'pt') as file:
+        assert is_told(file.metadata())
+
+
+@needs_extra('transformers')
+@pytest.mark.parametrize('flags', [NANO, NANO + PLAIN, NANO + ('--abs_pos_emb', '--use_cls')])
+def test_hugging_face_loads_it_offline(flags, trained, export, tmp_path):
+    from safetensors import safe_open
+    from transformers import BeitForImageClassification
+
+    path, model = trained(*flags)
+    said = export('--resume', path, '--format', 'huggingface', '--output', tmp_path / 'folder')
+    assert 'Checked' in said and ', with transformers ' in said
+    assert sorted(os.listdir(str(tmp_path / 'folder'))) == sorted(run_export.FOLDER)
+    loaded, about = BeitForImageClassification.from_pretrained(str(tmp_path / 'folder'), local_files_only=True,
+                                                               output_loading_info=True)
+    assert not about['missing_keys'] and not about['unexpected_keys']
+    assert close(logits_of(lambda images: loaded.eval()(pixel_values=images).logits, images_of(32)),
+                 logits_of(model, images_of(32)))
+    assert loaded.config.id2label == dict(enumerate(CLASSES))
+    assert loaded.config.label2id == {name: label for label, name in enumerate(CLASSES)}
+    with safe_open(str(tmp_path / 'folder' / 'model.safetensors'), 'pt') as file:
+        assert is_told(file.metadata())
+
+
+@needs_extra('transformers')
+@pytest.mark.parametrize('flags', [(), ('--crop_pct', '0.9'), ('--imagenet_default_mean_and_std',)])
+def test_hugging_face_sees_the_same_pixels(flags, parse, tmp_path):
+    from transformers import AutoImageProcessor
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    args = parse('--input_size', '48', *flags)
+    about = inference_model.LoadedModel(None, [], transforms.EvalTransform.from_config(args), args, '')
+    (tmp_path / 'preprocessor_config.json').write_bytes(run_export._json(run_export.huggingface_preprocessor(about)))
+    half = [0.5] * 3
+    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if 'imagenet' in str(flags) else (half, half)
+    for name, most in (('pil', 1e-4), ('torchvision', 1.01)):  # of 255 steps
+        processor = AutoImageProcessor.from_pretrained(str(tmp_path), local_files_only=True, backend=name)
+        for width, height in ((96, 72), (61, 200)):
+            picture = photo(width, width, height)
+            found = processor(picture, return_tensors='pt')['pixel_values'][0].permute(1, 2, 0)
+            found = found * torch.tensor(std) + torch.tensor(mean)
+            expected = transforms.build_transform(False, args)(picture)
+            assert (255 * found - expected).abs().max() < most, name
+
+
+def test_the_averaged_weights(trained, export, tmp_path, parse):
+    average = shake(inference_model.build_model(parse(*NANO), 3), seed=5)
+    path, _ = trained(model_ema=average.state_dict())
+    export('--resume', path, '--format', 'torchscript', '--use_ema')
+    loaded = torch.jit.load(str(tmp_path / 'weights-ema.torchscript.pt'))
+    assert close(logits_of(loaded, images_of(32)), logits_of(average, images_of(32)))
+
+
+# ---- nothing wrong leaves
+
+@pytest.mark.parametrize('kind', ['torchscript', pytest.param('huggingface', marks=needs_extra('transformers'))])
+def test_another_network_is_not_written(kind, trained, export, tmp_path, monkeypatch):
+    """A bias table gets lost on the way: the comparison says so."""
+    path, _ = trained()
+    make = run_export.FORMATS[kind].make
+
+    def lose(found, args):
+        other = inference_model.build_model(found.args, 3).eval()
+        other.load_state_dict(found.model.state_dict())
+        other.blocks[2].attn.relative_position_bias_table.zero_()
+        return make(found._replace(model=other), args)
+
+    monkeypatch.setitem(run_export.FORMATS, kind, run_export.FORMATS[kind]._replace(make=lose))
+    before = sorted(os.listdir(str(tmp_path)))
+    assert 'not the checkpoint\'s network' in export('--resume', path, '--format', kind, fails=True)
+    assert sorted(os.listdir(str(tmp_path))) == before
+    export('--resume', path, '--format', kind, '--no_check')
+
+
+@pytest.mark.parametrize('kind', ['torchscript', 'huggingface'])
+def test_a_full_disk_leaves_what_was_there(kind, trained, export, tmp_path, monkeypatch):
+    path, _ = trained()
+    output = tmp_path / 'output'
+    if kind == 'huggingface':
+        output.mkdir()
+        (output / 'config.json').write_text('old')
+    else:
+        output.write_text('old')
+
+    def full(handle):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    flags = ('--resume', path, '--format', kind, '--output', output, '--overwrite', '--no_check')
+    assert 'No space left' in export(*flags, fails=True)
+    assert (output / 'config.json' if kind == 'huggingface' else output).read_text() == 'old'
+    assert sorted(os.listdir(str(tmp_path))) == ['output', 'weights.pth']
+
+
+def test_what_is_there_stays_without_overwrite(trained, export, tmp_path):
+    path, _ = trained()
+    (tmp_path / 'x').write_text('mine')
+    to = ('--resume', path, '--output', tmp_path / 'x', '--no_check', '--format')
+    assert '--overwrite' in export(*to, 'torchscript', fails=True)
+    assert 'a file' in export(*to, 'huggingface', '--overwrite', fails=True)
+    assert (tmp_path / 'x').read_text() == 'mine'
+    export(*to, 'torchscript', '--overwrite')
+    assert torch.jit.load(str(tmp_path / 'x'))
+    folder = tmp_path / 'folder'
+    folder.mkdir()
+    to = ('--resume', path, '--output', folder, '--no_check', '--format')
+    assert 'a folder' in export(*to, 'torchscript', fails=True)
+    export(*to, 'huggingface')
+    assert '--overwrite' in export(*to, 'huggingface', fails=True)
+    export(*to, 'huggingface', '--overwrite')
+    (folder / 'thesis.txt').write_text('all of it')
+    assert 'thesis.txt' in export(*to, 'huggingface', '--overwrite', fails=True)
+    assert sorted(os.listdir(str(tmp_path))) == ['folder', 'weights.pth', 'x']
+
+
+@pytest.mark.parametrize('flags, says', [
+    (['--format', 'onnx'], '--resume'),
+    (['--resume', 'no/such.pth', '--format', 'onnx'], 'no such file'),
+    (['--resume', 'WEIGHTS', '--format', 'onxn'], 'did you mean onnx'),
+    (['--resume', 'WEIGHTS'], '--format'),
+    (['--resume', 'WEIGHTS', '--format', 'torchscript', '--opset', '18'], '--opset 18 goes with --format onnx'),
+    (['--resume', 'WEIGHTS', '--format', 'onnx', '--opset', 'new'], '--opset'),
+    (['--resume', 'WEIGHTS', '--format', 'torchscript', '--use_ema'], 'no averaged weights'),
+    (['--resume', 'WEIGHTS', '--format', 'torchscript', '--output', '/dev/null/x'], '--output'),
+    (['--resume', 'WEIGHTS', '--format', 'torchscript', '--fromat', 'x'], 'did you mean --format'),
+    (['--resume', 'WEIGHTS', '--format', 'torchscript', '--model', 'beit_base'], '--model'),
+])
+def test_bad_flags_are_one_line(flags, says, trained, export):
+    path, _ = trained()
+    assert says in export(*[path if flag == 'WEIGHTS' else flag for flag in flags], fails=True)
+
+
+@pytest.mark.parametrize('kind, module, says', [
+    ('onnx', 'onnx', 'needs onnx; run: pip install -r requirements-extra.txt'),
+    ('huggingface', 'transformers', 'Not checked: that needs transformers; run: pip install -r requirements-extra.txt'),
+    pytest.param('onnx', 'onnxscript', 'needs onnxscript; run: pip', marks=[needs_extra('onnx'), with_dynamo]),
+    pytest.param('onnx', 'onnxruntime', 'Not checked: that needs onnxruntime; run: pip install -r',
+                 marks=[needs_extra('onnx', 'onnxscript'), with_dynamo]),
+])
+def test_a_missing_package_is_one_line(kind, module, says, trained, export, monkeypatch):
+    path, _ = trained()
+    monkeypatch.setitem(sys.modules, module, None)
+    assert says in export('--resume', path, '--format', kind, fails='Not checked' not in says)
+
+
+def test_help_ends_with_examples(capsys):
+    with pytest.raises(SystemExit):
+        run_export.run(['--help'])
+    assert 'examples:' in capsys.readouterr().out.split('--no_check')[-1]
+
+
+# ---- in
+
+def by_hand(model):
+    """A state dict under Hugging Face's names, written out one by one."""
+    state, theirs = model.state_dict(), {}
+    for ours, name in (('cls_token', 'embeddings.cls_token'), ('head.weight', 'classifier.weight'),
+                       ('head.bias', 'classifier.bias'), ('fc_norm.weight', 'pooler.layernorm.weight'),
+                       ('fc_norm.bias', 'pooler.layernorm.bias'),
+                       ('patch_embed.proj.weight', 'embeddings.patch_embeddings.projection.weight'),
+                       ('patch_embed.proj.bias', 'embeddings.patch_embeddings.projection.bias')):
+        theirs[name if 'classifier' in name else 'beit.' + name] = state[ours]
+    for index in range(4):
+        here, there = 'blocks.%d.' % index, 'beit.encoder.layer.%d.' % index
+        for place, name in enumerate(('query', 'key', 'value')):
+            theirs[there + 'attention.attention.%s.weight' % name] = state[here + 'attn.qkv.weight'][64 * place:][:64]
+        theirs[there + 'attention.attention.query.bias'] = state[here + 'attn.q_bias']
+        theirs[there + 'attention.attention.value.bias'] = state[here + 'attn.v_bias']
+        theirs[there + 'attention.attention.relative_position_bias.relative_position_bias_table'] = \
+            state[here + 'attn.relative_position_bias_table']
+        theirs[there + 'lambda_1'], theirs[there + 'lambda_2'] = state[here + 'gamma_1'], state[here + 'gamma_2']
+        for kind in ('weight', 'bias'):
+            theirs[there + 'attention.output.dense.' + kind] = state[here + 'attn.proj.' + kind]
+            theirs[there + 'intermediate.dense.' + kind] = state[here + 'mlp.fc1.' + kind]
+            theirs[there + 'output.dense.' + kind] = state[here + 'mlp.fc2.' + kind]
+            theirs[there + 'layernorm_before.' + kind] = state[here + 'norm1.' + kind]
+            theirs[there + 'layernorm_after.' + kind] = state[here + 'norm2.' + kind]
+    return {name: value.clone() for name, value in theirs.items()}
+
+
+def finetuned(source, parse, *flags, classes=3):
+    model = inference_model.build_model(parse(*NANO, *flags), classes)
+    pretrained.load_pretrained(model, str(source))
+    return model.eval()
+
+
+def test_names_of_hugging_face_on_every_pytorch(trained, export, parse, tmp_path, capsys):
+    """A folder as `from_pretrained` reads it, an old one with pytorch_model.bin; what is wrong is said."""
+    path, model = trained()
+    theirs = by_hand(model)
+    export('--resume', path, '--format', 'huggingface', '--output', tmp_path / 'new')
+    written = weights_file.load_untrusted(str(tmp_path / 'new' / 'model.safetensors'))
+    assert {name: value.tolist() for name, value in written.items()} == {
+        name: value.tolist() for name, value in theirs.items()}
+    folder = tmp_path / 'old'
+    folder.mkdir()
+    (folder / 'config.json').write_text('{"model_type": "beit"}')
+    torch.save(theirs, str(folder / 'pytorch_model.bin'))
+    for source in (folder, folder / 'pytorch_model.bin', tmp_path / 'new'):
+        assert close(logits_of(finetuned(source, parse), images_of(32)), logits_of(model, images_of(32)))
+        assert 'names of Hugging Face' in capsys.readouterr().out
+    for labels, classes in ({}, ['0', '1', '2']), ({'id2label': {'1': 'b', '0': 'a', '2': 'c'}}, ['a', 'b', 'c']):
+        (folder / 'config.json').write_text(json.dumps(dict(model_type='beit', **labels)))
+        opened = inference_model.load_for_inference(str(folder), model='beit_nano_patch8_32', input_size=32)
+        assert close(logits_of(opened.model, images_of(32)), logits_of(model, images_of(32)))
+        assert opened.classes == classes
+    inner = {name.replace('beit.', ''): value for name, value in theirs.items() if 'classifier' not in name}
+    torch.save(inner, str(folder / 'pytorch_model.bin'))  # of BeitModel, which has no head
+    kept = finetuned(folder, parse).state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items() if 'head' not in name)
+
+    del theirs['beit.encoder.layer.1.attention.attention.key.weight']
+    torch.save(theirs, str(folder / 'pytorch_model.bin'))
+    for source, says in ((folder, 'blocks.1.attn.qkv.weight (192, 64) is missing'), (tmp_path, 'a folder without')):
+        with pytest.raises(run_export.UserError, match=says.replace('(', r'\(').replace(')', r'\)')):
+            finetuned(source, parse)
+    unreadable = 'cannot be read'
+    for config, says in (('{"model_type": "vit"}', 'model_type vit'), ('[', unreadable), ('{}', unreadable)):
+        (folder / 'config.json').write_text(config)
+        with pytest.raises(run_export.UserError, match=says):
+            run_class_finetuning.check_args(parse(*NANO, '--data_path', 'demo', '--finetune', str(folder)))
+
+
+@needs_extra('transformers')
+@pytest.mark.parametrize('flags, options, share', [
+    ((), dict(use_relative_position_bias=True, layer_norm_eps=1e-6), 1e-5),
+    ((), dict(use_relative_position_bias=True), 1e-4),  # its norms add 1e-12 to the variance where ours add 1e-6
+    (PLAIN, dict(use_absolute_position_embeddings=True, use_mean_pooling=False, layer_scale_init_value=0.), 1e-4),
+    ((), dict(use_shared_relative_position_bias=True, use_mask_token=True), 1e-4),
+])
+def test_weights_of_transformers_come_in(flags, options, share, parse, tmp_path):
+    """As it saves them, and its state dict, whose names are others since its version 5."""
+    from transformers import BeitConfig, BeitForImageClassification
+
+    torch.manual_seed(0)
+    theirs = shake(BeitForImageClassification(BeitConfig(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, image_size=32, patch_size=8,
+        num_labels=3, **options)))
+    theirs.save_pretrained(str(tmp_path / 'folder'))
+    torch.save(theirs.state_dict(), str(tmp_path / 'state.bin'))
+    expected = logits_of(lambda images: theirs(pixel_values=images).logits, images_of(32))
+    for source in ('folder', 'folder/model.safetensors', 'state.bin'):
+        assert close(logits_of(finetuned(tmp_path / source, parse, *flags), images_of(32)), expected, share), source
+    opened = inference_model.load_for_inference(str(tmp_path / 'folder'), model='beit_nano_patch8_32', input_size=32)
+    assert close(logits_of(opened.model, images_of(32)), expected, share)
+
+
+@with_timm
+@pytest.mark.parametrize('flags, options', [
+    ((), dict(use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1)), (PLAIN, dict(global_pool='token'))])
+def test_weights_of_timm_come_in(flags, options, parse, tmp_path):
+    from safetensors.torch import save_file
+
+    theirs = shake(timm_beit.Beit(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=3,
+                                  **options))
+    torch.save(theirs.state_dict(), str(tmp_path / 'x.pth'))
+    save_file(theirs.state_dict(), str(tmp_path / 'x.safetensors'))
+    expected = logits_of(theirs, images_of(32))
+    for source in ('x.pth', 'x.safetensors'):
+        assert close(logits_of(finetuned(tmp_path / source, parse, *flags), images_of(32)), expected), source
+    opened = inference_model.load_for_inference(str(tmp_path / 'x.safetensors'), model='beit_nano_patch8_32', input_size=32)
+    assert close(logits_of(opened.model, images_of(32)), expected)
+    assert opened.classes == ['0', '1', '2']
+
+
+def test_every_name_goes_both_ways(parse):
+    """The names alone, for each way of building the network; their numbers too, which re.match must not cut short."""
+    for flags in ((), PLAIN, ('--abs_pos_emb', '--use_cls')):
+        model = create_model('beit_nano_patch8_32', depth=12, num_classes=3, use_rel_pos_bias=not flags,
+                             use_abs_pos_emb=bool(flags), use_mean_pooling='--use_cls' not in flags,
+                             init_values=0. if flags == PLAIN else 0.1)
+        state = {name: value for name, value in model.state_dict().items() if not name.endswith('position_index')}
+        renamed = hf_names.to_hugging_face(state)
+        assert not set(renamed) & set(state) and all(name.startswith(('beit.', 'classifier.')) for name in renamed)
+        back, library = hf_names.to_native(renamed)
+        assert library and set(back) == set(state)
+        assert all(np.array_equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize('kind', ['safetensors', 'huggingface'])
+def test_what_was_exported_is_used_without_flags(kind, trained, export, tmp_path):
+    path, model = trained(*NANO, '--imagenet_default_mean_and_std', '--use_cls', activation='sigmoid')
+    export('--resume', path, '--format', kind, '--output', tmp_path / 'out.safetensors')
+    before, after = inference_model.load_for_inference(path), inference_model.load_for_inference(str(tmp_path / 'out.safetensors'))
+    assert after.classes == before.classes == CLASSES and after.activation == before.activation
+    assert after.preprocessing == before.preprocessing and after.args.model == before.args.model
+    assert close(logits_of(after.model, images_of(32)), logits_of(model, images_of(32)))
+
+
+def hostile(size, crop):
+    return {'model': 'beit_nano_patch8_32', 'classes': '[]', 'activation': 'softmax', 'preprocessing':
+            '{"input_size": %s, "crop_pct": %s, "mean": [0, 0, 0]}' % (size, crop)}
+
+
+@pytest.mark.parametrize('about', [{}, {'preprocessing': '['}, {'preprocessing': '{"input_size": 3}', 'model': 'x'},
+                                   hostile('[3, Infinity, Infinity]', 1), hostile('[3, 1e9, 1e9]', 1),
+                                   hostile('[3, 32, 32]', -1), hostile('[3, 32, 32]', 'NaN')])
+def test_metadata_that_says_nothing_asks_for_flags(about, trained, export, tmp_path):
+    from safetensors.numpy import load_file, save_file
+    export('--resume', trained()[0], '--format', 'safetensors', '--output', tmp_path / 'out.safetensors')
+    save_file(load_file(str(tmp_path / 'out.safetensors')), str(tmp_path / 'bare.safetensors'), about)
+    with pytest.raises(run_export.UserError, match='does not say which model it is of; give --model'):
+        inference_model.load_for_inference(str(tmp_path / 'bare.safetensors'))
+
+
+@pytest.mark.parametrize('ending', ['.onnx', '.pt2', '.torchscript.pt'])
+def test_an_export_to_run_is_not_taken_for_weights(tmp_path, ending):
+    path = tmp_path / ('model' + ending)
+    path.write_bytes(b'whatever')
+    with pytest.raises(run_export.UserError, match='to be run, not weights to go on from;.*give the checkpoint'):
+        pretrained.check_finetune(str(path))
+    with pytest.raises(run_export.UserError, match='--resume .* to be run, not weights to go on from'):
+        inference_model.load_for_inference(str(path))

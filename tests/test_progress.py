@@ -1,0 +1,113 @@
+"""What a person at a terminal sees: a bar, one line an epoch; what a log gets: every line, as ever."""
+
+import os
+import pty
+import re
+import sys
+
+import pytest
+
+import utils
+from beit.distributed import process_group
+from beit.log import display, format_metrics, start_display
+from helpers import NANO, ROOT, copy_checkout, text
+
+pytestmark = pytest.mark.current_only
+
+
+def on_a_terminal(*command, **env):
+    """(exit status, what was shown) of a command whose standard streams are a terminal that does not tell its size."""
+    shown = []
+
+    def read(terminal):
+        shown.append(os.read(terminal, 65536))
+        return shown[-1]
+    before = dict(os.environ)
+    os.environ.update(env, TERM='xterm', OMP_NUM_THREADS='1')
+    stdin = os.dup(0)
+    try:
+        with open(os.devnull) as nothing:  # pytest's own standard input can't be read from
+            os.dup2(nothing.fileno(), 0)
+            status = pty.spawn(list(command), read)
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        os.environ.clear()
+        os.environ.update(before)
+    return os.WEXITSTATUS(status), b''.join(shown).decode('utf-8')
+
+
+EPOCH = (r'Epoch %d/2: loss \d\.\d+, accuracy in training [\d.]+ %%, in validation [\d.]+ %% \(best [\d.]+ %%\), '
+         r'\d+ images/s, [\d.]+ s\r\n')
+TRAINING = ['--epochs=2', '--warmup_epochs=0', '--batch_size=8']
+
+
+def check_terminal(shown):
+    """A bar for each epoch and validation, one line after each epoch, a table before, and no line of the log's."""
+    assert re.search(r'\rEpoch 1  +\d+%\|.*\| \d/4 \[\d\d:\d\d<', shown), shown
+    for number in (1, 2):
+        assert '\rEpoch %d ' % number in shown
+        assert len(re.findall(EPOCH % number, shown)) == 1, shown
+    assert '\rValidation ' in shown
+    assert re.search(r'^Device +cpu, ', shown, re.M) and re.search(r'^Classes +cat, dog\r$', shown, re.M)
+    assert re.search(r'^Batch +8 per device x 1 x 1 accumulated = 8; 4 update steps an epoch, 8 in all\r$', shown, re.M)
+    assert not re.search(r'Averaged stats|\* Acc@1|Epoch: \[|Test:|Max accuracy', shown), shown
+
+
+def test_a_program_on_a_terminal(data):
+    status, shown = on_a_terminal(sys.executable, os.path.join(ROOT, 'run_class_finetuning.py'), '--data_path=' + data,
+                                  *NANO + TRAINING)
+    assert status == 0, shown
+    check_terminal(shown)
+    assert 'Result: images_per_second' in shown
+
+
+def test_a_narrow_terminal_has_the_figures_and_no_bar(data):
+    status, shown = on_a_terminal('bash', '-c', 'stty cols 60 rows 20; exec "$@"', 'bash', sys.executable, os.path.join(
+        ROOT, 'run_class_finetuning.py'), '--data_path=' + data, *NANO + TRAINING[:-1], '--batch_size=1')
+    assert status == 0, shown
+    assert re.search(r'\rEpoch 2  +\d+% <\d\d:\d\d, loss \d\.\d+, acc [\d.]+ %, \d+ images/s', shown), shown
+    assert '%|' not in shown and len(re.findall(EPOCH % 2, shown)) == 1
+
+
+def test_a_script_on_a_terminal_shows_the_bar_and_keeps_the_log(data, tmp_path):
+    checkout = copy_checkout(str(tmp_path / 'my code' / 'beit'))
+    status, shown = on_a_terminal('bash', os.path.join(checkout, 'test', 'train_full_1p.sh'), '--data_path=' + data,
+                                  '--finetune=', *NANO + TRAINING, PYTHON=sys.executable)
+    assert status == 0, shown
+    check_terminal(shown)
+    assert re.search(r'Final Train Accuracy : [\d.]+\r\n', shown)
+    log = text(os.path.join(checkout, 'test', 'output', '0', 'train_0.log'))
+    assert len(re.findall(r'^Epoch: \[[01]\]  \[[03]/4\]  eta: \S+  lr: ', log, re.M)) == 4
+    assert log.count('Averaged stats: ') == 2 and log.count('* Acc@1 ') == 2 and '\nDevice: cpu, ' in log
+    assert '%|' not in log and 'Epoch 1/2' not in log and '\r' not in log
+
+
+def test_what_stands_behind_a_bar():
+    meters = utils.MetricLogger()
+    meters.update(loss=2., class_acc=0.25)
+    meters.update(loss=1., class_acc=0.75)
+    meters.read()
+    assert format_metrics(meters.meters, 123.4) == 'loss 1.500, accuracy 50.0 %, 123 images/s'
+
+
+def test_an_error_on_a_terminal_is_on_a_line_of_its_own(data):
+    status, shown = on_a_terminal(sys.executable, os.path.join(ROOT, 'run_class_finetuning.py'), '--data_path=' + data,
+                                  '--lr=1e30', '--on_nonfinite=stop', *NANO + TRAINING)
+    assert status == 2
+    assert re.search(r'[\r\n]run_class_finetuning.py: error: the (loss|gradients) ', shown), shown
+
+
+@pytest.mark.parametrize('env', [{'TERM': 'dumb'}, {'TERM': 'xterm', 'BEIT_TERMINAL': '/none'},
+                                 {'TERM': 'xterm', 'BEIT_TERMINAL': os.devnull}])
+def test_no_bar_where_there_is_no_terminal_for_it(monkeypatch, env):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert start_display() is None and display() is None
+
+
+def test_only_the_first_process_has_a_bar(monkeypatch):
+    monkeypatch.setattr(process_group, 'is_main_process', lambda: False)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+    monkeypatch.setenv('TERM', 'xterm')
+    assert start_display() is None

@@ -1,0 +1,553 @@
+"""The shell scripts, run as a user runs them, in a copy of the repository whose path has a space."""
+
+import glob
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import subprocess
+
+import pytest
+
+from helpers import (
+    LOG,
+    NANO,
+    ROOT,
+    TINY,
+    Run,
+    all_end,
+    check_summary,
+    copy_checkout,
+    environment,
+    fails,
+    fake_cann,
+    has_proc,
+    marked,
+    output,
+    result,
+    run_script,
+    start_script,
+    summary,
+    text,
+)
+
+pytestmark = pytest.mark.current_only
+
+TRAINING = ('train_full_1p', 'train_full_8p', 'train_performance_1p', 'train_performance_8p')
+SCRIPTS = TRAINING + ('train_eval_1p',)
+DATED = r'-\d{8}-\d{6}(-\d+)?'
+
+
+# ---- a checkout to run in, data, a script
+
+def contents(folder):
+    """{path in the folder: bytes} of all files."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            with open(path, 'rb') as file:
+                found[os.path.relpath(path, folder)] = file.read()
+    return found
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return copy_checkout(str(tmp_path / 'my code' / 'beit'))
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, data):
+    """(checkout, run) after one epoch of train_full_1p.sh from the root. Tests that change it take `after_training`."""
+    folder = copy_checkout(str(tmp_path_factory.mktemp('trained') / 'my code' / 'beit'))
+    return folder, run_script(folder, 'train_full_1p', '--data_path=' + data, *TINY)
+
+
+@pytest.fixture
+def after_training(trained, tmp_path):
+    """A copy of its own of that checkout, with what the run left there."""
+    result(trained[1])
+    shutil.copytree(trained[0], str(tmp_path / 'a copy' / 'beit'))
+    return str(tmp_path / 'a copy' / 'beit')
+
+
+# ---- help
+
+@pytest.mark.parametrize('where', ['', 'test'])
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_help_is_readable(checkout, script, where):
+    run = run_script(checkout, script, '--data_path=demo', '--help', where=where)
+    assert (run.status, run.err) == (0, '')
+    lines = run.out.splitlines()
+    assert re.match(r'[A-Z].*\.$', lines[0]) and len(lines) > 10
+    assert not any(line.startswith('#') or len(line) > 120 or 'source ' in line for line in lines)
+    options = ['data_path', 'model', 'batch_size', 'device', 'nproc_per_node']
+    options += {'full': ['finetune', 'resume', 'output_dir', 'epochs', 'nb_classes'], 'eval': ['resume', 'nb_classes'],
+                'performance': ['finetune', 'maxstep']}[script.split('_')[1]]
+    options += ['nnodes', 'node_rank', 'master_addr', 'master_port'] if script.endswith('8p') else []
+    for option in options:
+        assert '--%s=' % option in run.out, option
+    assert 'bash test/%s.sh --data_path=' % script in run.out
+    assert run_script(checkout, script, '-h', where=where).out == run.out
+    assert not os.path.exists(output(checkout))
+
+
+# ---- what a script hands to Python, read by a stand-in for it
+
+STAND_IN = """#!/usr/bin/env bash
+if [ "$1" = -c ]; then echo cpu; exit; fi
+printf '%s\\n' "$@" >"$RECORD"
+echo "The stand-in ran; CANN: ${FAKE_CANN:-none}"
+echo "Result: images_per_second 1157.00 step_milliseconds 442.524 accuracy 85.238 loss 1.2345"
+exit "${STATUS:-0}"
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, checkout):
+    """stand_in('train_full_1p', …): (run, the arguments that Python would have got)."""
+    program, record = tmp_path / 'stand in', tmp_path / 'record'
+    program.write_text(STAND_IN)
+    program.chmod(0o755)
+
+    def run(script, *flags, **options):
+        done = run_script(checkout, script, *flags, **dict({'PYTHON': str(program), 'RECORD': str(record)}, **options))
+        return done, record.read_text().splitlines() if record.exists() else None
+    return run
+
+
+def needs(script):
+    """What a script can't do without, beside data."""
+    return ['--resume=README'] if script == 'train_eval_1p' else []
+
+
+@pytest.fixture
+def weights(checkout):
+    """Something for --resume and --finetune to find, where only the scripts look."""
+    for name in ('README', 'checkpoints/beit_base_patch16_224_pt22k_ft22k.pth'):
+        os.makedirs(os.path.join(checkout, os.path.dirname(name)), exist_ok=True)
+        with open(os.path.join(checkout, name), 'w', encoding='utf-8'):
+            pass
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_the_published_hyper_parameters_are_the_defaults(stand_in, weights, parse, data, script):
+    run, arguments = stand_in(script, '--data_path=' + data, *needs(script))
+    devices = 8 if script.endswith('8p') else 1
+    result(run)
+    if devices == 8:
+        launch = arguments[:arguments.index('run_class_finetuning.py')]
+        assert launch[:3] == ['-u', '-m', 'beit.distributed.launcher'] and '--nproc_per_node=8' in launch and '--nnodes=1' in launch
+        arguments = arguments[arguments.index('run_class_finetuning.py'):]
+    else:
+        assert arguments[:2] == ['-u', 'run_class_finetuning.py']
+        arguments = arguments[1:]
+    args = parse(*arguments[1:])
+    assert (args.data_path, args.model, args.batch_size) == (data, 'beit_base_patch16_224', 64)
+    assert (args.epochs, args.warmup_epochs, args.update_freq, args.lr) == (30, 5, 1, 2e-5)
+    assert (args.layer_decay, args.drop_path, args.weight_decay) == (0.85, 0.1, 1e-8)
+    kind = script.split('_')[1]
+    assert args.eval == (kind == 'eval')
+    assert args.maxstep == (50 if kind == 'performance' else 0)
+    assert args.output_dir == ('./train_result' if kind == 'full' else '')
+    assert args.finetune == ('' if kind == 'eval' else './checkpoints/beit_base_patch16_224_pt22k_ft22k.pth')
+
+
+def test_the_final_block_and_the_summary_have_the_exact_lines(stand_in, weights, checkout, data):
+    run, _ = stand_in('train_full_8p', '--data_path=' + data)
+    assert run.out.splitlines()[-4:-1] == [
+        '------------------ Final result ------------------', 'Final Performance images/sec : 1157.00',
+        'Final Train Accuracy : 85.238']
+    seconds = result(run)['seconds']
+    assert text(output(checkout, 'beit_base_patch16_224_bs64_8p_acc.log')) == (
+        'Network = beit_base_patch16_224\nRankSize = 8\nBatchSize = 64\nDeviceType = %s\n'
+        'CaseName = beit_base_patch16_224_bs64_8p_acc\nActualFPS = 1157.00\nTrainingTime = 442.524\n'
+        'TrainAccuracy = 85.238\nActualLoss = 1.2345\nE2ETrainingTime = %s\n' % (platform.machine(), seconds))
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_every_way_to_write_an_option_arrives(stand_in, weights, parse, data, script):
+    run, arguments = stand_in(
+        script, '--data_path', data, '----nproc_per_node=2', '--batch-size', '16', '--opt-level=O1',
+        '--smoothing', '0.2', '--layer_decay=0.5', '--opt_betas', '0.8', '0.9',
+        '--model_prefix=two  words $HOME *', '--amp', *needs(script))
+    result(run)
+    assert '--nproc_per_node=2' in arguments[:arguments.index('run_class_finetuning.py')]
+    args = parse(*arguments[arguments.index('run_class_finetuning.py') + 1:])
+    assert (args.data_path, args.batch_size, args.opt_level, args.smoothing) == (data, 16, 'O1', 0.2)
+    assert (args.layer_decay, args.opt_betas, args.amp) == (0.5, [0.8, 0.9], True)
+    assert args.model_prefix == 'two  words $HOME *'
+    assert args.dist_eval
+
+
+def test_more_than_one_machine(stand_in, weights, checkout, data):
+    run, arguments = stand_in('train_full_8p', '--data_path=' + data, '--nnodes=2', '--node_rank', '0',
+                              '--master_addr=10.0.0.1', '--master_port=29501')
+    result(run)
+    assert {'--nproc_per_node=8', '--nnodes=2', '--node_rank=0', '--master_addr=10.0.0.1', '--master_port=29501'} \
+        <= set(arguments[:arguments.index('run_class_finetuning.py')])
+    assert summary(checkout, 'beit_base_patch16_224_bs64_16p_acc')['RankSize'] == '16'
+
+
+def test_on_an_npu_the_presets_are_the_adaptation_s_and_cann_is_found(stand_in, weights, parse, data, tmp_path):
+    info = fake_cann(tmp_path, 'ascend-toolkit')
+    run, arguments = stand_in('train_full_1p', '--data_path=' + data, '--device=npu', ASCEND_INSTALL_INFO=info)
+    result(run)
+    assert 'CANN: ascend-toolkit' in run.out
+    args = parse(*arguments[2:])
+    assert (args.amp, args.opt_level, args.loss_scale, args.opt) == (True, 'O2', 128, 'npufusedadamw')
+
+
+@pytest.mark.parametrize('where', ['', 'test'])
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_a_failing_run_is_a_failing_script(stand_in, weights, checkout, data, script, where):
+    resume = ['--resume=' + os.path.join(checkout, 'README')] if needs(script) else []
+    run, _ = stand_in(script, '--data_path=' + data, *resume, where=where, STATUS='7')
+    assert run.status == 7
+    assert 'The stand-in ran' in run.out and 'Final result' not in run.out
+    assert 'failed with exit status 7; the log is ' + output(checkout) in run.err
+    assert os.listdir(output(checkout)) == [LOG[script.split('_')[1]] + '.log']  # no summary of a run that failed
+
+
+# ---- mistakes that the scripts find themselves
+
+@pytest.mark.parametrize('where', ['', 'test'])
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_a_mistake_ends_in_one_line_and_status_2(checkout, data, tmp_path, script, where):
+    for flags, expected in (
+            ([], '--data_path is missing'),
+            (['--data_path=/no/such folder'], '--data_path /no/such folder: no such folder'),
+            (['--data_path'], '--data_path needs a value'),
+            (['--data_path=' + data, '--resume=' + str(tmp_path / 'nothing')], '/nothing: no such file or folder'),
+            (['--data_path=' + data, '--resume=' + data, '--batch_size=many'], "--batch_size must be a whole number"),
+            (['--data_path=' + data, '--resume=' + data, '--nproc_per_node=0'], '--nproc_per_node must be'),
+            (['--data_path=' + data, '--resume=' + data, '--nnodes=2'], '--nnodes 2 needs --master_addr and'),
+            (['--data_path=' + data, '--resume=' + data, '--nnodes=2', '--node_rank=2'], 'goes from 0 to 1'),
+            (['--data_path=' + data, '--resume=' + data, '--node_rank=-1'], '--node_rank must be'),
+            (['--data_path=' + data, '--resume=' + data, '--master_port=70000'], '--master_port 70000')):
+        run = run_script(checkout, script, *flags, where=where)
+        fails(run, script + '.sh: error: ', expected)
+        assert run.out == ''
+    assert not os.path.exists(output(checkout))
+
+
+def test_evaluation_asks_for_the_checkpoint(checkout, data):
+    fails(run_script(checkout, 'train_eval_1p', '--data_path=' + data), '--resume is missing')
+
+
+def test_a_python_that_is_not_there(checkout, data):
+    fails(run_script(checkout, 'train_full_1p', '--data_path=' + data, PYTHON='/no/such/python'),
+          'PYTHON=/no/such/python: no such program')
+
+
+# ---- real runs on one device
+
+def test_full_1p_trains_and_evaluates(trained):
+    checkout, run = trained
+    figures = check_summary(checkout, 'train_full_1p', run, batch_size=4, devices=1)
+    log = text(output(checkout, 'train_0.log'))
+    assert log in run.out  # what was shown is what is logged
+    assert 'Epoch: [0]  [7/8]' in log
+    assert 'Max accuracy: %s%%' % figures['TrainAccuracy'] in log
+    assert set(os.listdir(os.path.join(checkout, 'train_result'))) \
+        == {'checkpoint-0.pth', 'checkpoint-best.pth', 'log.txt', 'args.yaml', 'summary.json'}
+    epoch = json.loads(text(os.path.join(checkout, 'train_result', 'log.txt')))
+    assert '%.3f' % epoch['test_acc1'] == figures['TrainAccuracy']
+    assert '%.4f' % epoch['train_loss'] == figures['ActualLoss']
+    assert not glob.glob(os.path.join(checkout, '*' + '-2*'))
+
+
+def test_a_new_run_moves_the_earlier_one_aside(after_training, data):
+    logs, results = output(after_training), os.path.join(after_training, 'train_result')
+    case = 'beit_nano_patch8_32_bs4_1p_acc'
+    before = contents(logs), contents(results)
+    assert set(before[0]) == {'train_0.log', case + '.log'} and 'checkpoint-best.pth' in before[1]
+
+    spaced = [part for flag in TINY for part in flag.split('=', 1)]  # every option in its other spelling
+    run = run_script(after_training, 'train_full_1p', '--data_path', data, *spaced, '--maxstep', '2',
+                     '--output_dir', '../train_result', where='test')
+    check_summary(after_training, 'train_full_1p', run, batch_size=4, devices=1)
+
+    names = set(os.listdir(logs)) - set(before[0])
+    assert len(names) == 2
+    for name, content in before[0].items():
+        moved, = [other for other in names if re.match(name[:-4] + DATED + r'\.log$', other)]
+        assert contents(logs)[moved] == content
+    folder, = glob.glob(results + '-*')
+    assert re.match(r'train_result' + DATED + '$', os.path.basename(folder))
+    assert contents(folder) == before[1]
+    kept, moved = [line for line in run.out.splitlines() if 'earlier run' in line]
+    assert all(name in kept for name in names) and os.path.basename(folder) in moved
+    assert len(text(os.path.join(results, 'log.txt')).splitlines()) == 1
+
+
+def test_resume_goes_on_in_place(after_training, data):
+    logs, results = output(after_training), os.path.join(after_training, 'train_result')
+    log, epochs = text(os.path.join(logs, 'train_0.log')), text(os.path.join(results, 'log.txt'))
+    first = contents(results)['checkpoint-0.pth']
+    run = run_script(after_training, 'train_full_1p', '--data_path=' + data, '--resume=./train_result', *TINY,
+                     '--epochs=2', '--smoothing', '0.2', '--clip_grad=1.5')
+    check_summary(after_training, 'train_full_1p', run, batch_size=4, devices=1)
+    assert '--smoothing=0.2' in run.out and '--clip_grad=1.5' in run.out
+    assert 'Epoch: [1]' in run.out and 'Epoch: [0]' not in run.out and 'earlier run' not in run.out
+    grown = text(os.path.join(logs, 'train_0.log'))
+    assert grown.startswith(log) and 'Epoch: [1]' in grown[len(log):]
+    lines = text(os.path.join(results, 'log.txt'))
+    assert lines.startswith(epochs) and [json.loads(line)['epoch'] for line in lines.splitlines()] == [0, 1]
+    assert contents(results)['checkpoint-0.pth'] == first
+    assert not glob.glob(results + '-*')
+    assert set(os.listdir(logs)) == {'train_0.log', 'beit_nano_patch8_32_bs4_1p_acc.log'}
+
+
+@pytest.mark.parametrize('where, resume', [('', 'train_result/checkpoint-best.pth'), ('test', './train_result'),
+                                           ('test', '../train_result')])
+def test_evaluation_gives_the_accuracy_of_the_training(after_training, trained, data, where, resume):
+    before = contents(os.path.join(after_training, 'train_result'))
+    shutil.copytree(os.path.join(data, 'val'), os.path.join(after_training, 'only val', 'val'))
+    folder = '../only val' if where else 'only val'  # relative to where the script is called
+    run = run_script(after_training, 'train_eval_1p', '--data_path=' + folder, '--resume=' + resume, *NANO,
+                     '--batch_size=4', where=where)
+    check_summary(after_training, 'train_eval_1p', run, batch_size=4, devices=1)
+    assert result(run)['accuracy'] == result(trained[1])['accuracy']
+    assert 'Accuracy of the network on the 22 test images: %s%%' % result(run)['accuracy'] in run.out
+    assert contents(os.path.join(after_training, 'train_result')) == before
+
+
+def test_performance_1p_measures_50_steps(checkout, data):
+    run = run_script(checkout, 'train_performance_1p', '--data_path=' + data, *TINY, '--epochs=7')
+    check_summary(checkout, 'train_performance_1p', run, batch_size=4, devices=1)
+    assert 'Epoch: [5]  [7/8]' in run.out and 'Epoch: [6]  [1/2]' in run.out  # 6 * 8 + 2
+    assert 'Test:' not in run.out and not os.path.exists(os.path.join(checkout, 'train_result'))
+
+
+def test_performance_1p_from_test_with_accumulation(after_training, data):
+    """One step is one micro-step of batch_size images; nothing of an earlier training is touched."""
+    before = contents(os.path.join(after_training, 'train_result'))
+    run = run_script(after_training, 'train_performance_1p', '--data_path=' + data, *TINY, '--maxstep=3',
+                     '--update_freq=2', where='test')
+    check_summary(after_training, 'train_performance_1p', run, batch_size=4, devices=1)
+    assert 'Epoch: [0]  [5/6]' in run.out
+    assert contents(os.path.join(after_training, 'train_result')) == before
+    assert 'earlier run' not in run.out
+
+
+def test_paths_for_python_are_meant_from_the_calling_folder_too(checkout, data):
+    """--eval_data_path beside --data_path: both lie in test/, where the script is called."""
+    shutil.copytree(data, os.path.join(checkout, 'test', 'my data'))
+    run = run_script(checkout, 'train_full_1p', '--data_path=my data/train', '--eval_data_path=my data/val',
+                     '--data_set=image_folder', '--output_dir=my result', *TINY, '--maxstep=2', where='test')
+    check_summary(checkout, 'train_full_1p', run, batch_size=4, devices=1)
+    assert os.path.isfile(os.path.join(checkout, 'test', 'my result', 'checkpoint-best.pth'))
+
+
+@pytest.mark.parametrize('script, flags, expected', [
+    ('train_full_1p', ['--nb_classes=7'], '--nb_classes 7'),
+    ('train_performance_1p', ['--maxsteps=3'], '--maxstep'),
+    ('train_full_8p', ['--nproc_per_node=2', '--epoch=3'], '--epochs'),
+    ('train_performance_8p', ['--nproc_per_node=2', '--master_port=0'], '--master_port'),
+    ('train_eval_1p', ['--resume=./train_result', '--abs_pos_emb'], 'pos_embed')])
+def test_a_mistake_that_python_finds_loses_nothing(after_training, data, script, flags, expected):
+    results = os.path.join(after_training, 'train_result')
+    before, logs = contents(results), set(contents(output(after_training)).values())
+    fails(run_script(after_training, script, '--data_path=' + data, *(TINY + flags)), expected)
+    assert contents(results) == before
+    assert not glob.glob(results + '-*')
+    assert logs <= set(contents(output(after_training)).values())
+
+
+# ---- several processes
+
+@pytest.mark.parametrize('script, where, flags', [
+    ('train_full_8p', '', ['----nproc_per_node=2']),
+    ('train_full_8p', 'test', ['--nproc_per_node', '2', '--maxstep=3']),
+    ('train_performance_8p', '', ['--nproc_per_node=2', '--maxstep=6']),
+    ('train_performance_8p', 'test', ['--nproc_per_node=2', '--maxstep=2', '--update_freq=2'])])
+def test_the_8p_scripts_over_gloo(checkout, data, script, where, flags):
+    run = run_script(checkout, script, '--data_path=' + data, *(TINY + flags), where=where)
+    check_summary(checkout, script, run, batch_size=4, devices=2)
+    assert 'Device: cpu, ' in run.out and '2 processes' in run.out
+    assert run.out.count('Result: ') == 1
+    if script == 'train_full_8p':
+        assert 'on the 22 test images' in run.out  # each once, though they are shared
+        assert os.path.isfile(os.path.join(checkout, 'train_result', 'checkpoint-best.pth'))
+
+
+def test_two_machines(checkout, data):
+    """Two launches of one process each, which meet at a port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    flags = TINY + ['--data_path=' + data, '--nproc_per_node=1', '--nnodes=2', '--master_addr=127.0.0.1',
+                    '--master_port=%d' % port, '--maxstep=3']
+    nodes = [start_script(checkout, 'train_full_8p', *flags, '--node_rank=%d' % rank) for rank in (0, 1)]
+    try:
+        runs = [Run(node.returncode, *streams) for node, streams in [(n, n.communicate(timeout=200)) for n in nodes]]
+    finally:
+        for node in nodes:
+            node.kill()
+    check_summary(checkout, 'train_full_8p', runs[0], batch_size=4, devices=2)
+    assert runs[1].status == 0, runs[1].out + runs[1].err
+    assert 'Final result' not in runs[1].out and 'node 0' in runs[1].out
+    assert set(os.listdir(output(checkout))) \
+        == {'train_0.log', 'train_0_node1.log', 'beit_nano_patch8_32_bs4_2p_acc.log'}
+
+
+@has_proc
+@pytest.mark.parametrize('damaged', ['003.png', '004.png'])
+def test_one_process_that_fails_ends_the_run(checkout, image_folder, damaged):
+    """A damaged image, which only one of the two processes reads; the other loses its partner, and is quiet."""
+    folder = image_folder()
+    with open(os.path.join(folder, 'train', 'cat', damaged), 'wb') as file:
+        file.write(b'no image')
+    run = run_script(checkout, 'train_full_8p', '--data_path=' + folder, *TINY, '--nproc_per_node=2', MARK=folder)
+    assert run.status == 2, run.out + run.err
+    assert run.out.count(damaged + ': cannot be read as an image') == 1
+    assert 'Traceback' not in run.out + run.err
+    assert 'Final result' not in run.out
+    assert not os.path.exists(output(checkout, 'beit_nano_patch8_32_bs4_2p_acc.log'))
+    assert all_end(folder)
+
+
+@has_proc
+def test_one_process_that_is_killed_ends_the_run(checkout, data, tmp_path):
+    script = start_script(checkout, 'train_performance_8p', '--data_path=' + data, *TINY, '--nproc_per_node=2',
+                          '--epochs=100000', '--maxstep=400000', MARK=str(tmp_path))
+    try:
+        assert any('Epoch: [2]' in line for line in script.stdout)
+        second, = [pid for pid, env in marked(str(tmp_path)).items() if env.get('RANK') == '1']
+        os.kill(second, signal.SIGKILL)
+        out, err = script.communicate(timeout=60)
+    finally:
+        script.kill()
+    assert script.returncode > 0
+    assert 'failed with exit status %d' % script.returncode in err
+    assert 'Final result' not in out
+    assert all_end(str(tmp_path))
+
+
+@has_proc
+@pytest.mark.parametrize('script, number, status', [('train_performance_1p', signal.SIGTERM, 143),
+                                                    ('train_performance_8p', signal.SIGTERM, 143),
+                                                    ('train_performance_1p', signal.SIGHUP, 143),
+                                                    ('train_performance_8p', signal.SIGINT, 130)])
+def test_a_script_that_is_stopped_stops_its_processes(checkout, data, tmp_path, script, number, status):
+    flags = TINY + (['--nproc_per_node=2'] if '8p' in script else [])
+    run = start_script(checkout, script, '--data_path=' + data, *flags, '--epochs=100000', '--maxstep=400000',
+                       MARK=str(tmp_path))
+    try:
+        assert any('Epoch: [2]' in line for line in run.stdout)
+        run.send_signal(number)  # to the shell alone, as kill, docker stop or a scheduler do
+        out, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == status, err
+    assert 'stopped with exit status %d' % status in err
+    assert 'Final result' not in out and 'Traceback' not in out + err
+    assert 'stopped by %s after update ' % ('SIGINT' if number == signal.SIGINT else 'SIGTERM') in out
+    assert all_end(str(tmp_path))
+
+
+# ---- env_npu.sh
+
+def source_env_npu(**env):
+    """(status, {name: value}, standard error) after `source test/env_npu.sh` in a strict shell."""
+    clean = {name: value for name, value in environment().items() if not name.startswith(('ASCEND', 'HCCL', 'TASK_'))}
+    done = subprocess.run(['bash', '-c', 'set -u; source "$0" && env -0', os.path.join(ROOT, 'test', 'env_npu.sh')],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                          env=dict(clean, **env))
+    return done.returncode, dict(entry.partition('=')[::2] for entry in done.stdout.split('\0')), done.stderr
+
+
+@pytest.mark.parametrize('package', ['ascend-toolkit', 'nnae', 'cann'])
+def test_env_npu_finds_cann_where_its_installer_says(tmp_path, package):
+    status, env, errors = source_env_npu(ASCEND_INSTALL_INFO=fake_cann(tmp_path, package))
+    assert (status, errors) == (0, '')
+    assert (env['FAKE_CANN'], env['TASK_QUEUE_ENABLE']) == (package, '1')
+    assert 120 <= int(env['HCCL_CONNECT_TIMEOUT']) <= 7200
+
+
+def test_env_npu_takes_the_toolkit_before_nnae(tmp_path):
+    fake_cann(tmp_path, 'nnae')
+    assert source_env_npu(ASCEND_INSTALL_INFO=fake_cann(tmp_path, 'ascend-toolkit'))[1]['FAKE_CANN'] == 'ascend-toolkit'
+
+
+def test_env_npu_takes_a_path_that_ends_in_the_package(tmp_path):
+    info = fake_cann(tmp_path, 'nnae')
+    with open(info, 'w', encoding='utf-8') as file:
+        file.write('Install_Path=%s\n' % (tmp_path / 'opt' / 'my Ascend' / 'nnae'))
+    assert source_env_npu(ASCEND_INSTALL_INFO=info)[1]['FAKE_CANN'] == 'nnae'
+
+
+def test_env_npu_leaves_what_is_set(tmp_path):
+    info = fake_cann(tmp_path, 'ascend-toolkit')
+    status, env, errors = source_env_npu(ASCEND_INSTALL_INFO=info, ASCEND_HOME_PATH=str(tmp_path),
+                                         HCCL_CONNECT_TIMEOUT='1200')
+    assert (status, errors) == (0, '')
+    assert (env['ASCEND_HOME_PATH'], env['HCCL_CONNECT_TIMEOUT']) == (str(tmp_path), '1200')
+    assert 'FAKE_CANN' not in env
+    assert source_env_npu(ASCEND_INSTALL_INFO=info, ASCEND_HOME_PATH='/gone')[1]['FAKE_CANN'] == 'ascend-toolkit'
+
+
+def test_env_npu_reads_a_file_with_windows_line_ends(tmp_path):
+    info = fake_cann(tmp_path, 'nnae')
+    with open(info, 'rb+') as file:
+        lines = file.read().replace(b'\n', b'\r\n')
+        file.seek(0)
+        file.write(lines)
+    assert source_env_npu(ASCEND_INSTALL_INFO=info)[1]['FAKE_CANN'] == 'nnae'
+
+
+@pytest.mark.parametrize('options', ['u', 'eu', ''])
+def test_env_npu_leaves_the_shells_options(tmp_path, options):
+    done = subprocess.run(
+        ['bash', '-c', 'set -%s; source "$0"; echo "$-"' % (options or '-'), os.path.join(ROOT, 'test', 'env_npu.sh')],
+        stdout=subprocess.PIPE, universal_newlines=True, check=True,
+        env=environment(ASCEND_INSTALL_INFO=fake_cann(tmp_path, 'cann'), ASCEND_HOME_PATH=''))
+    assert ('u' in done.stdout, 'e' in done.stdout) == ('u' in options, 'e' in options)
+
+
+def test_env_npu_in_another_shell_says_so(tmp_path):
+    done = subprocess.run(['sh', '-c', '. "$0"; echo status $?', os.path.join(ROOT, 'test', 'env_npu.sh')],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert 'status 2' in done.stdout and 'this shell is not bash' in done.stderr or 'status 0' in done.stdout
+
+
+@pytest.mark.parametrize('package', ['ascend-toolkit', 'nnae', 'cann'])
+def test_env_npu_finds_cann_in_its_usual_place(tmp_path, package):
+    fake_cann(tmp_path, package)
+    status, env, errors = source_env_npu(ASCEND_INSTALL_INFO='/nowhere',
+                                         ASCEND_FOLDER=str(tmp_path / 'opt' / 'my Ascend'))
+    assert (status, errors, env['FAKE_CANN']) == (0, '', package)
+
+
+def test_env_npu_without_cann_warns_in_one_line(tmp_path):
+    status, env, errors = source_env_npu(ASCEND_INSTALL_INFO=str(tmp_path / 'none'), ASCEND_FOLDER=str(tmp_path))
+    assert status == 0 and 'HCCL_CONNECT_TIMEOUT' in env
+    assert len(errors.splitlines()) == 1 and 'found no CANN' in errors and 'set_env.sh' in errors
+
+
+def test_env_npu_keeps_compiled_operators(tmp_path):
+    info = fake_cann(tmp_path, 'cann')
+    env = source_env_npu(ASCEND_INSTALL_INFO=info, XDG_CACHE_HOME=str(tmp_path / 'cache'))[1]
+    assert env['ACL_OP_COMPILER_CACHE_MODE'] == 'enable' and os.path.isdir(env['ACL_OP_COMPILER_CACHE_DIR'])
+    assert env['ACL_OP_COMPILER_CACHE_DIR'].startswith(str(tmp_path / 'cache'))
+    (tmp_path / 'file').write_text('')
+    status, env, _ = source_env_npu(ASCEND_INSTALL_INFO=info, XDG_CACHE_HOME=str(tmp_path / 'file'))
+    assert status == 0 and 'ACL_OP_COMPILER_CACHE_DIR' not in env
+
+
+@pytest.mark.parametrize('there', [False, True])
+def test_env_npu_with_and_without_msnpureport(tmp_path, there):
+    """Without it nothing is said; one that fails, or that needs rights which a user lacks, stops nothing."""
+    folder = tmp_path / 'bin'
+    folder.mkdir()
+    for name in ('bash', 'sed', 'tail', 'tr', 'env', 'mkdir'):
+        os.symlink(shutil.which(name), str(folder / name))
+    if there:
+        (folder / 'msnpureport').write_text('#!/bin/sh\necho permission denied >&2\nexit 1\n')
+        (folder / 'msnpureport').chmod(0o755)
+    status, env, errors = source_env_npu(ASCEND_INSTALL_INFO=fake_cann(tmp_path, 'cann'), PATH=str(folder))
+    assert (status, errors, env['FAKE_CANN']) == (0, '', 'cann')
