@@ -131,7 +131,8 @@ def weights_of(path, content, use_ema):
     if use_ema and not (isinstance(content, dict) and content.get('model_ema')):
         raise UserError('--use_ema: %s holds no averaged weights (it was trained without --model_ema)'
                         % escape_text(path))
-    state = strip_prefixes(content['model_ema'] if use_ema else unwrap_state_dict(content, 'model|module|state_dict')[1])
+    state = strip_prefixes(content['model_ema'] if use_ema else
+                           unwrap_state_dict(content, 'model|module|state_dict')[1])
     if not state:
         raise UserError('--inputs %s: holds no weights' % escape_text(path))
     broken = [name for name, value in state.items()

@@ -60,8 +60,8 @@ def read_manifest(is_train: bool, config: DataConfig, device: Optional[torch.dev
                   must_exist: bool = True) -> Tuple[csv_dataset.Manifest, List[str]]:
     """Read the CSV file that the flags name. A missing image counts as unreadable where such images are allowed."""
     flag, path = locations.manifest_of(is_train, config)
-    return csv_dataset.read(flag, path, locations.resolve_data_path(config.data_path), config.loss, classes, multi_label,
-                          device, must_exist and config.bad_images == 'error' and not config.check_data)
+    return csv_dataset.read(flag, path, locations.resolve_data_path(config.data_path), config.loss, classes,
+                            multi_label, device, must_exist and config.bad_images == 'error' and not config.check_data)
 
 
 def build_datasets(config: InputConfig, device: Optional[torch.device] = None, classes: Optional[List[str]] = None

@@ -80,9 +80,9 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: It
     def state():
         return dict(meters=meters.state(), skipped_before=skipped_before)
 
+    timer = utils.StepTimer(device, process_group.world_size(), use.throughput)
     batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,
-                               'Epoch: [%d]' % epoch, utils.StepTimer(device, process_group.world_size(), use.throughput),
-                               first_micro_step)
+                               'Epoch: [%d]' % epoch, timer, first_micro_step)
     optimizer.zero_grad()
     scaler.forget_overflow(device)
     for micro_step, batch in enumerate(batches, first_micro_step):

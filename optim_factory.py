@@ -11,7 +11,7 @@ import numpy as np
 import timm.optim
 import torch
 
-from beit.devices import accelerator, kernels
+from beit.devices import kernels
 from beit.errors import UserError, unknown_value_error
 
 # ---- parameter groups
@@ -158,7 +158,7 @@ def complete_momenta(optimizer):
 
     PyTorch's fused kernel takes groups of which all or none have begun.
     """
-    inner = accelerator.base_optimizer(optimizer)
+    inner = kernels.base_optimizer(optimizer)
     for group in inner.param_groups if isinstance(inner, torch.optim.SGD) else ():
         begun = [inner.state.get(parameter, {}).get('momentum_buffer') is not None for parameter in group['params']]
         for parameter, has_momentum in zip(group['params'], begun):

@@ -208,9 +208,8 @@ def build_learner(args, nb_classes, device, dtype):
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
         if args.model_ema else None
     model, scaler = loss_scaler.initialize_amp(model, optimizer, device, dtype, args.opt_level, args.loss_scale)
-    chosen = fused_attention.choose_attention(
-        accelerator.unwrap(model), device, 'plain' if args.deterministic and args.attention == 'auto' else args.attention,
-        dtype, args.batch_size)
+    attention = 'plain' if args.deterministic and args.attention == 'auto' else args.attention
+    chosen = fused_attention.choose_attention(accelerator.unwrap(model), device, attention, dtype, args.batch_size)
     configure_speed(args, accelerator.unwrap(model), device)
     return Learner(model, optimizer, scaler, ema, device, dtype, chosen)
 

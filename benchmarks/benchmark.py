@@ -5,15 +5,15 @@
     python benchmarks/benchmark.py step --model beit_base_patch16_224 --batch_size 128 --precision bfloat16 O2 \\
         --compile both --json step.json -- --attention=fused     flags after -- go to run_class_finetuning.py
     python benchmarks/benchmark.py eval                     evaluation
-    python benchmarks/benchmark.py data                     the loader against torchvision's ImageFolder and timm's transform
+    python benchmarks/benchmark.py data                     the loader against torchvision and timm's transform
     python benchmarks/benchmark.py startup                  large folders: until the first step
     python benchmarks/benchmark.py script                   test/train_performance_1p.sh against its own step
     python benchmarks/benchmark.py scaling                  1, 2, 4 and 8 processes
 
 The contenders take turns, who goes first in turn too; a ratio is that of two neighbouring samples, and what is shown is
 the median of the ratios, their extremes and quartiles. Warm-up, compilation among it, is measured apart. What cannot
-run here is a row that says why. README.md, Performance, explains the columns; benchmarks/contenders.py says what exactly
-competes.
+run here is a row that says why. README.md, Performance, explains the columns; benchmarks/contenders.py says what
+exactly competes.
 """
 
 import argparse
@@ -923,7 +923,8 @@ def build_parser():
     def model(sub):
         sub.add_argument('--model', default='beit_base_patch16_224',
                          help='one of %s (beit_base_patch16_224)' % ', '.join(modeling_finetune.MODELS))
-        sub.add_argument('--input_size', default=0, type=bounded_number(int, 0, 8192), help='pixels a side (the model\'s own)')
+        sub.add_argument('--input_size', default=0, type=bounded_number(int, 0, 8192),
+                         help='pixels a side (the model\'s own)')
         sub.add_argument('--batch_size', default=0, type=positive, help='images in a step (128, on a CPU 4)')
         sub.add_argument('--classes', default=1000, type=positive, help='classes (1000)')
         sub.add_argument('--warmup', default=3, type=positive, help='steps before the first sample (3)')
@@ -940,7 +941,8 @@ def build_parser():
                          choices=('timm', 'best', 'reference'),
                          help='timm in the same mode; the fastest mode of each; plain attention as the reference '
                          'computes it (all)')
-        sub.add_argument('--steps', default=0, type=bounded_number(int, 0), help='steps in a sample (--seconds of them)')
+        sub.add_argument('--steps', default=0, type=bounded_number(int, 0),
+                         help='steps in a sample (--seconds of them)')
         sub.add_argument('--seconds', default=2., type=bounded_number(float, 0), help='least length of a sample (2)')
         sub.add_argument('--peak', default=None, type=bounded_number(float, 0, above=True),
                          help='the device\'s dense peak in FLOP/s, where it isn\'t known (H100, H200, A100 are)')
@@ -966,7 +968,8 @@ def build_parser():
     model(sub)
     sub.add_argument('--precision', default=None, choices=PRECISIONS, help='(bfloat16, on a CPU float32)')
     sub.add_argument('--compile', default='off', choices=('off', 'on'), help='torch.compile (off)')
-    sub.add_argument('--steps', default=15, type=bounded_number(int, 7), help='steps of a run, of which 5 are not counted (15)')
+    sub.add_argument('--steps', default=15, type=bounded_number(int, 7),
+                     help='steps of a run, of which 5 are not counted (15)')
     sub.add_argument('--workers', default=2, type=positive, help='loader processes (2)')
 
     sub = command('scaling', scaling_main, 'the step on several processes of this machine',

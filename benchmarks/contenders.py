@@ -269,7 +269,8 @@ def timm_model(setting):
 
 def half_dtype(precision, device):
     """The dtype to autocast to, or None for float32."""
-    return half_precision.check_precision(device, precision != 'float32', 'O1', None if precision == 'float32' else precision)
+    return half_precision.check_precision(device, precision != 'float32', 'O1',
+                                          None if precision == 'float32' else precision)
 
 
 @contextlib.contextmanager

@@ -436,7 +436,8 @@ def test_compile_mode_reaches_the_device(emulator):
 
 
 def test_the_seed_reaches_the_device(emulator):
-    code = 'import utils, torch; from beit.devices import accelerator; accelerator.select_device("npu"); utils.seed_everything(7); ' \
+    code = 'import utils, torch; from beit.devices import accelerator; accelerator.select_device("npu"); ' \
+        'utils.seed_everything(7); ' \
            'print(torch.npu.initial_seed())'
     assert subprocess.check_output([sys.executable, '-c', code], cwd=ROOT, env=dict(os.environ, **emulator())) == b'7\n'
 

@@ -643,7 +643,6 @@ def test_an_error_of_all_processes_is_told_by_one(tmp_path, data, flags, says):
 
 def test_an_index_for_several_processes(monkeypatch):
     from beit.devices import accelerator
-    from beit.errors import UserError
     monkeypatch.setitem(accelerator._PROBLEM, 'cuda', lambda: None)
     with pytest.raises(UserError, match='--device cuda:1: 2 processes need a device each'):
         accelerator.find_device('cuda:1', 0, processes=2)

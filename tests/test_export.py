@@ -437,7 +437,8 @@ def test_weights_of_timm_come_in(flags, options, parse, tmp_path):
     expected = logits_of(theirs, images_of(32))
     for source in ('x.pth', 'x.safetensors'):
         assert close(logits_of(finetuned(tmp_path / source, parse, *flags), images_of(32)), expected), source
-    opened = inference_model.load_for_inference(str(tmp_path / 'x.safetensors'), model='beit_nano_patch8_32', input_size=32)
+    opened = inference_model.load_for_inference(str(tmp_path / 'x.safetensors'), model='beit_nano_patch8_32',
+                                                input_size=32)
     assert close(logits_of(opened.model, images_of(32)), expected)
     assert opened.classes == ['0', '1', '2']
 
@@ -460,7 +461,8 @@ def test_every_name_goes_both_ways(parse):
 def test_what_was_exported_is_used_without_flags(kind, trained, export, tmp_path):
     path, model = trained(*NANO, '--imagenet_default_mean_and_std', '--use_cls', activation='sigmoid')
     export('--resume', path, '--format', kind, '--output', tmp_path / 'out.safetensors')
-    before, after = inference_model.load_for_inference(path), inference_model.load_for_inference(str(tmp_path / 'out.safetensors'))
+    before = inference_model.load_for_inference(path)
+    after = inference_model.load_for_inference(str(tmp_path / 'out.safetensors'))
     assert after.classes == before.classes == CLASSES and after.activation == before.activation
     assert after.preprocessing == before.preprocessing and after.args.model == before.args.model
     assert close(logits_of(after.model, images_of(32)), logits_of(model, images_of(32)))

@@ -38,6 +38,8 @@ from helpers import LAUNCH, NANO, PROGRAM, ROOT, cannot_run, free_port
 pytestmark = [pytest.mark.computes,
               pytest.mark.needs('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')]
 
+STEPS = 'beit.training.step_control.'
+
 SOAK = os.environ.get('BEIT_SOAK', '0') not in ('', '0')
 SEED = int(time.time()) if SOAK else 4
 KILLS_IN_CI, KILLS_IN_SOAK = 50, 500
@@ -109,8 +111,8 @@ def plant(call, do, path='', nth=1, when='before', seconds=0.):
             `path`.
         when (str): before, after, or half: before, with half of the file gone that an fsync is about to make last.
     """
-    module, *names = call.split('.')
-    owner = importlib.import_module(module)
+    module, names = re.match(r'((?:[a-z_]+\.)*?[a-z_]+)\.((?:[A-Z]\w*\.)?\w+)$', call).groups()
+    owner, names = importlib.import_module(module), names.split('.')
     for name in names[:-1]:
         owner = getattr(owner, name)
     function, calls = getattr(owner, names[-1]), itertools.count(1)
@@ -514,7 +516,7 @@ POINTS = {
         ('after', dies('os.remove', r'checkpoint-0-step4\.pth$', when='after')),
         ('before that of an epoch', dies('os.remove', r'checkpoint-0\.pth$'))],
     'elsewhere': [
-        ('before anything is there', dies('beit.training.step_control.CheckpointMonitor.begin_sync', nth=2)),
+        ('before anything is there', dies(STEPS + 'CheckpointMonitor.begin_sync', nth=2)),
         ('in an update', dies('beit.training.loss_scaler.LossScaler._finish', nth=4, when='after')),
         ('when a checkpoint is found', dies('beit.checkpoint.training_state.resume_training')),
         ('when the folder is prepared', dies('beit.files.run_folder.prepare_folder', when='after')),
@@ -536,7 +538,7 @@ def test_killed_at_one_point_after_another(life, unbroken, points):
 def test_an_optimizer_with_secrets_goes_on(life, opt):
     reference, run = (life('plain', '--opt=' + opt, '--epochs=2', '--lr=1e-3') for _ in range(2))
     reference.finish()
-    assert run.attempt(dies('beit.training.step_control.CheckpointMonitor.begin_sync', nth=6))
+    assert run.attempt(dies(STEPS + 'CheckpointMonitor.begin_sync', nth=6))
     run.finish().equals(reference)
 
 
@@ -547,11 +549,11 @@ ASKS = [  # where the signal comes, in one start after another, and (epochs, upd
     (dies('datasets.build_datasets'), NOT_BEGUN),
     (dies('beit.files.run_folder.prepare_folder', when='after'), NOT_BEGUN),
     (dies('os.fsync', r'checkpoint-0-step4'), (0, 5)),
-    (dies('beit.training.step_control.CheckpointMonitor.begin_sync'), (0, 6)),
+    (dies(STEPS + 'CheckpointMonitor.begin_sync'), (0, 6)),
     (dies('engine_for_finetuning.evaluate', nth=2), (0, 6)),
     (dies('beit.files.run_folder.append_log'), (1, 1)),
     (dies('beit.training.loss_scaler.LossScaler._finish', nth=2), (1, 4)),
-    (dies('beit.training.step_control.CheckpointMonitor.after_step', nth=2), (1, 6)),  # the evaluation is broken off
+    (dies(STEPS + 'CheckpointMonitor.after_step', nth=2), (1, 6)),  # the evaluation is broken off
     (dies('os.replace', r'checkpoint-1\.pth'), (2, 1)),
 ]
 
@@ -593,8 +595,8 @@ def test_a_second_signal_ends_at_once(life, unbroken):
         assert running[0].wait(3) == 128 + INT
 
     reference, run = unbroken('plain'), life('plain')
-    assert run.attempt(dies('beit.training.step_control.CheckpointMonitor.begin_sync', nth=5, do=TERM),
-                       dict(call='beit.training.step_control.CheckpointMonitor.save', do='sleep', nth=3, seconds=20.), strike=strike)
+    assert run.attempt(dies(STEPS + 'CheckpointMonitor.begin_sync', nth=5, do=TERM),
+                       dict(call=STEPS + 'CheckpointMonitor.save', do='sleep', nth=3, seconds=20.), strike=strike)
     assert 'ended at once' in run.running[0].output() and reached(run.out) == (0, 4)
     run.finish().equals(reference)
 
@@ -630,7 +632,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(life, unbroken, moment):
     assert {'loading': lambda: run.attempt(strike=strike),
             'an image': lambda: run.attempt(dies('beit.data.decode.load_image', r'train/.*/\d+\.png', nth=30)),
             'a save': lambda: run.attempt(dict(dies('os.fsync', r'checkpoint-0-step5'), do='worker')),
-            'a log line': lambda: run.attempt(dict(dies('beit.training.step_control.CheckpointMonitor.after_step', nth=8), do='worker')),
+            'a log line': lambda: run.attempt(dict(dies(STEPS + 'CheckpointMonitor.after_step', nth=8), do='worker')),
             }[moment]()
     run.finish().equals(reference)
 
@@ -663,11 +665,12 @@ class Chance:
             return run.attempt(strike=self.later(run, lambda running: kill_workers(running, most)))
         call, when = self.rng.choice([
             ('os.fsync', 'before'), ('os.fsync', 'after'), ('os.fsync', 'half'), ('os.replace', 'before'),
-            ('os.replace', 'after'), ('os.remove', 'before'), ('os.remove', 'after'), ('beit.files.weights_file.save', 'before'),
+            ('os.replace', 'after'), ('os.remove', 'before'), ('os.remove', 'after'),
+            ('beit.files.weights_file.save', 'before'),
             ('beit.files.weights_file.save', 'after'), ('beit.files.run_folder.append_log', 'after'),
             ('engine_for_finetuning.evaluate', 'before'), ('engine_for_finetuning.evaluate', 'after'),
             ('beit.training.loss_scaler.LossScaler._finish', 'after'),
-            ('beit.training.step_control.CheckpointMonitor.begin_sync', 'before'), ('beit.training.step_control.CheckpointMonitor.begin_sync', 'after'),
+            (STEPS + 'CheckpointMonitor.begin_sync', 'before'), (STEPS + 'CheckpointMonitor.begin_sync', 'after'),
             ('datasets.load_image', 'before')])
         path = r'out/[^/]*$' if call in ('os.fsync', 'os.replace', 'os.remove') else ''
         path = path.replace('*', '+') if when == 'half' else path
@@ -725,7 +728,7 @@ def damage(path, how):
 @pytest.mark.parametrize('how', DAMAGES)
 def test_a_damaged_newest_checkpoint_is_passed_over(life, unbroken, how):
     reference, run = unbroken('plain'), life('plain')
-    assert run.attempt(dies('beit.training.step_control.CheckpointMonitor.begin_sync', nth=12))
+    assert run.attempt(dies(STEPS + 'CheckpointMonitor.begin_sync', nth=12))
     assert reached(run.out) == (1, 4)
     damage(os.path.join(run.out, 'checkpoint-1-step4.pth'), how)
     run.finish()
@@ -752,7 +755,7 @@ def test_a_damaged_best_checkpoint_is_not_evaluated(server, unbroken, tmp_path, 
 @pytest.mark.parametrize('number', [TERM, KILL])
 def test_the_second_process_is_struck(life, unbroken, number):
     reference, run = unbroken('two'), life('two')
-    assert run.attempt(dies('beit.training.step_control.CheckpointMonitor.begin_sync', nth=9, do=number), rank=1)
+    assert run.attempt(dies(STEPS + 'CheckpointMonitor.begin_sync', nth=9, do=number), rank=1)
     assert reached(run.out) == ((1, 3) if number == TERM else (1, 2))
     if number == TERM:
         assert 'stopped by SIGTERM' in run.running[0].output()
@@ -769,12 +772,12 @@ def images(folder, processes):
 def test_one_process_takes_up_what_two_began(life, digits):
     """With the same total batch: the same images in the same order, and a line that says what is not the same."""
     def noting(run):
-        return dict(call='beit.training.step_control.StepState.add', path=os.path.join(run.folder, 'notes'), do='note')
+        return dict(call=STEPS + 'StepState.add', path=os.path.join(run.folder, 'notes'), do='note')
 
     whole, run = life('two'), life('two')
     whole.start(noting(whole), rank=None)
     assert whole.wait() == [0, 0]
-    assert run.attempt(dies('beit.training.step_control.CheckpointMonitor.begin_sync', nth=9, do=TERM))
+    assert run.attempt(dies(STEPS + 'CheckpointMonitor.begin_sync', nth=9, do=TERM))
     run.processes, run.flags = 1, run.flags + ['--batch_size=8']
     run.start(noting(run))
     assert run.wait() == [0], run.story()
@@ -860,7 +863,7 @@ def test_torchrun_starts_again_by_itself(life, unbroken):
     launched = Launched(
         run, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max_restarts=3',
         '--monitor_interval=0.2', os.path.abspath(__file__), '1',
-        json.dumps(dies('beit.training.step_control.CheckpointMonitor.begin_sync', nth=9)),
+        json.dumps(dies(STEPS + 'CheckpointMonitor.begin_sync', nth=9)),
         *[flag for flag in run.flags if flag != '--auto_resume'])
     assert launched.end() == 0, launched.output()
     TALLY.kills += 1

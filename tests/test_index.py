@@ -308,7 +308,9 @@ def test_a_run_uses_an_index_of_training_and_of_validation(image_folder, tmp_pat
 SEVERAL = '''
 import argparse, functools, json, sys
 sys.path.insert(0, %r)
-import datasets; from beit.data import class_folders; from beit.data import folder_index; from beit.distributed import collectives; from beit.distributed import process_group
+import datasets
+from beit.data import class_folders, folder_index
+from beit.distributed import collectives, process_group
 from beit.errors import UserError
 args = argparse.Namespace(device='cpu', dist_on_itp=False, local_rank=-1, dist_url='env://', dist_timeout=60.)
 device = process_group.init_distributed_mode(args)

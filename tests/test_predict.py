@@ -506,7 +506,8 @@ def test_order_and_which_files_count(tmp_path):
     given = [str(tmp_path / 'e'), str(tmp_path / 'c/readme.md'), str(tmp_path / 'b.png')]  # named: whatever its ending
     assert names_of(prediction_inputs.find_images(given), tmp_path) == ['e/y.bmp', 'c/readme.md', 'b.png']
     make_tree(tmp_path, ['photo[1].jpg'])
-    assert len(list(prediction_inputs.find_images([str(tmp_path / 'photo[1].jpg')]))) == 1  # a name before it is a pattern
+    found = prediction_inputs.find_images([str(tmp_path / 'photo[1].jpg')])
+    assert len(list(found)) == 1  # a name before it is a pattern
     os.symlink('..', str(tmp_path / 'c' / 'round'))
     with pytest.raises(UserError, match='round and round'):
         list(prediction_inputs.walk_images(str(tmp_path)))

@@ -140,7 +140,8 @@ def test_the_published_hyper_parameters_are_the_defaults(stand_in, weights, pars
     result(run)
     if devices == 8:
         launch = arguments[:arguments.index('run_class_finetuning.py')]
-        assert launch[:3] == ['-u', '-m', 'beit.distributed.launcher'] and '--nproc_per_node=8' in launch and '--nnodes=1' in launch
+        assert launch[:3] == ['-u', '-m', 'beit.distributed.launcher']
+        assert '--nproc_per_node=8' in launch and '--nnodes=1' in launch
         arguments = arguments[arguments.index('run_class_finetuning.py'):]
     else:
         assert arguments[:2] == ['-u', 'run_class_finetuning.py']

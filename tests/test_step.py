@@ -16,7 +16,8 @@ from helpers import CPU, Listener, Numbered, cannot_run, check_trajectory, toy, 
 
 pytestmark = [pytest.mark.fast, pytest.mark.computes]
 
-FUSED = kernels.supports_grad_scale(kernels.build_optimizer(torch.optim.AdamW, [torch.nn.Parameter(torch.zeros(1))], lr=1.))
+FUSED = kernels.supports_grad_scale(
+    kernels.build_optimizer(torch.optim.AdamW, [torch.nn.Parameter(torch.zeros(1))], lr=1.))
 needs_fused = pytest.mark.needs('current', FUSED, 'this PyTorch has no fused AdamW for a CPU')
 
 

@@ -21,7 +21,8 @@ BEST, BEST_EMA = 'checkpoint-best.pth', 'checkpoint-best-ema.pth'
 
 def list_checkpoints(folder: str) -> List[Tuple[Tuple[int, int], str]]:
     """((epochs done, updates done of the next), path) of a folder's checkpoints, oldest first; not the best ones."""
-    found = [(position_in_name(path), path) for path in glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth'))]
+    found = [(position_in_name(path), path)
+             for path in glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth'))]
     return sorted((position, path) for position, path in found if position is not None)
 
 

@@ -49,7 +49,8 @@ def load_pretrained(model, source, model_key='model|module', model_prefix=''):
         UserError: the file can't be read, or its weights are another model's; then it lists names and shapes.
     """
     check_finetune(source)
-    path = hf_names.hf_weights_path(source, '--finetune') if os.path.isdir(source) else resolve_url(source, '--finetune')
+    path = hf_names.hf_weights_path(source, '--finetune') if os.path.isdir(source) \
+        else resolve_url(source, '--finetune')
     key, loaded = unwrap_state_dict(load_weights_file(path, '--finetune'), model_key)
     state, library = hf_names.to_native(strip_prefixes(loaded, model_prefix))
     if not state:

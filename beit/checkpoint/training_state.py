@@ -16,7 +16,7 @@ import torch
 from beit import log
 from beit.checkpoint import discovery
 from beit.checkpoint.pretrained import mismatches, strip_prefixes, unwrap_state_dict
-from beit.devices import accelerator
+from beit.devices import kernels
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
 from beit.files import run_folder
@@ -144,8 +144,8 @@ def _portable(optimizer):
         if part in state:
             state[part] = {key: {name: portable(name, value) for name, value in values.items()}
                            for key, values in state[part].items()}
-    if hasattr(accelerator.base_optimizer(optimizer), 'generator'):  # Adahessian draws numbers of its own
-        state['generator'] = accelerator.base_optimizer(optimizer).generator.get_state()
+    if hasattr(kernels.base_optimizer(optimizer), 'generator'):  # Adahessian draws numbers of its own
+        state['generator'] = kernels.base_optimizer(optimizer).generator.get_state()
     return state
 
 
@@ -223,7 +223,7 @@ def load_optimizer(source: str, optimizer: torch.optim.Optimizer, state: Dict[st
         _check_moments(optimizer, groups, state['state'])
         optimizer.load_state_dict(dict({name: state[name] for name in ('state', 'slow_state') if name in state},
                                        param_groups=groups))
-        inner = accelerator.base_optimizer(optimizer)
+        inner = kernels.base_optimizer(optimizer)
         if hasattr(inner, 'generator') and 'generator' in state:
             inner.generator = torch.Generator(inner.param_groups[0]['params'][0].device)
             inner.generator.set_state(state['generator'])

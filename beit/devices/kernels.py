@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import shutil
 
@@ -42,16 +43,35 @@ def fused_optimizer(name, under_apex=None):
     raise UserError('--opt %s needs %s, which is not installed here; use --opt adamw' % (name.lower(), where))
 
 
+@functools.lru_cache(maxsize=None)
+def _has_fused_step(cls, device):
+    """Whether a fused step works there. It is tried: PyTorch 2.1's AdamW accepts a CPU, and its step then fails."""
+    if 'fused' not in inspect.signature(cls.__init__).parameters:
+        return False
+    parameter = nn.Parameter(torch.zeros(1, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        cls([parameter], lr=1., fused=True).step()
+        return True
+    except RuntimeError:
+        return False
+
+
 def build_optimizer(cls, groups, **settings):
     """An optimizer, with its fused kernel where it and the device have one: one pass over the weights, not ten."""
     groups = list(groups)
     parameters = list(groups[0]['params']) if groups and isinstance(groups[0], dict) else groups
-    if parameters and accelerator._has_fused_step(cls, parameters[0].device):
+    if parameters and _has_fused_step(cls, parameters[0].device):
         try:
             return cls(groups, fused=True, **settings)
         except RuntimeError:  # not for these settings
             pass
     return cls(groups, **settings)
+
+
+def base_optimizer(optimizer):
+    """The optimizer inside timm's Lookahead; itself where there is none around it."""
+    return getattr(optimizer, '_base_optimizer', getattr(optimizer, 'base_optimizer', optimizer))
 
 
 @functools.lru_cache(maxsize=None)
@@ -148,6 +168,21 @@ def foreach_lerp(averages, values, decay, skip=False):
 
 # ---- attention
 
+def _torch_attention(q, k, v, bias, scale):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale)
+
+
+def _cuda_attention(q, k, v, bias, scale):
+    """Without gradients PyTorch expands a bias whose rows aren't a multiple of 8 long to every image, and pads that.
+
+    Padded here, before it is expanded: a block of base takes 0.15 ms instead of 0.26 ms (H100, batch 128, bfloat16).
+    """
+    if bias is not None and not torch.is_grad_enabled():
+        tokens = bias.shape[-1]
+        bias = F.pad(bias, (0, -tokens % 8))[..., :tokens]
+    return _torch_attention(q, k, v, bias, scale)
+
+
 def fused_attentions(device):
     """Fused kernels to try on a device, best first: {name: function of (q, k, v, bias, scale)}.
 
@@ -156,7 +191,7 @@ def fused_attentions(device):
     """
     found = {}
     if hasattr(F, 'scaled_dot_product_attention'):
-        found['scaled_dot_product_attention'] = accelerator._cuda_attention if device.type == 'cuda' else accelerator._torch_attention
+        found['scaled_dot_product_attention'] = _cuda_attention if device.type == 'cuda' else _torch_attention
     if device.type == 'npu' and _npu_fusion_attention() is not None:
         found['npu_fusion_attention'] = _npu_attention
     return found

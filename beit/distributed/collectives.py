@@ -69,11 +69,12 @@ def all_gather_rows(columns, device):
     Returns:
         list of tensors on the CPU.
     """
-    told = all_gather_json([None if column is None else [str(column.dtype), list(column.shape)] for column in columns], device)
+    shapes = all_gather_json([None if column is None else [str(column.dtype), list(column.shape)]
+                              for column in columns], device)
     gathered = []
     for place, column in enumerate(columns):
-        rows = [0 if each[place] is None else each[place][1][0] for each in told]
-        dtype, shape = next(each[place] for each in told if each[place] is not None)
+        rows = [0 if each[place] is None else each[place][1][0] for each in shapes]
+        dtype, shape = next(each[place] for each in shapes if each[place] is not None)
         padded = torch.zeros([max(rows)] + shape[1:], dtype=getattr(torch, dtype.replace('torch.', '')), device=device)
         if column is not None:
             padded[:len(column)] = column.to(device)

@@ -1,6 +1,7 @@
 """torchrun for the scripts: a failed job ends with its own error line and exit status, and a signal lets it save first.
 
-    python -m beit.distributed.launcher --nproc_per_node=8 [--nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500] \\
+    python -m beit.distributed.launcher --nproc_per_node=8 \\
+        [--nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500] \\
         run_class_finetuning.py --data_path=/data/ImageNet2012 …
 
 The options are torchrun's, or those of torch.distributed.launch where this PyTorch has no torchrun (1.5, 1.8). By
@@ -21,8 +22,8 @@ QUIET = __name__ == '__main__' and 'TORCH_CPP_LOG_LEVEL' not in os.environ
 if QUIET:  # before PyTorch is imported, which would tell of connections in many lines
     os.environ['TORCH_CPP_LOG_LEVEL'] = 'FATAL'
 
-from beit.distributed import preemption, process_group
-from beit.errors import UserError, one_line
+from beit.distributed import preemption, process_group  # noqa: E402
+from beit.errors import UserError, one_line  # noqa: E402
 
 
 class Rank(subprocess.Popen):

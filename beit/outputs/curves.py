@@ -13,10 +13,8 @@ from beit.files.atomic_write import write_bytes
 from beit.log import log_main
 from beit.training import metrics
 
+run_folder.register_output(r'curves\.png')
 SECONDS_BETWEEN = 20  # two drawings of the curves: a run of many tiny epochs shall not draw all the time
-
-
-# ---- curves
 
 # What the panels show: title, unit, whether it starts at 0, and (label, name in log.txt, colour, factor) of each curve.
 PANELS = (

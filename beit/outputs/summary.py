@@ -18,11 +18,10 @@ from beit.errors import UserError, one_line
 from beit.files import run_folder
 from beit.files.atomic_write import write_bytes
 from beit.outputs import args_yaml
+from beit.paths import project_root
 
-for pattern in (r'(eval-)?args\.yaml', r'(eval-)?summary\.json', r'curves\.png'):
+for pattern in (r'(eval-)?args\.yaml', r'(eval-)?summary\.json'):
     run_folder.register_output(pattern)
-
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def write_args(output: OutputConfig, name: str = 'args.yaml') -> None:
@@ -70,6 +69,7 @@ def versions() -> Dict[str, Optional[str]]:
 
 def project_version() -> Optional[str]:
     """This project's newest version in CHANGELOG.md; None where that is not there."""
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(HERE, 'CHANGELOG.md'), encoding='utf-8') as file:
+    path = os.path.join(project_root(), 'CHANGELOG.md')
+    with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as file:
         return next((line.split(']')[0][4:] for line in file if re.match(r'## \[\d', line)), None)
     return None
