@@ -6,11 +6,14 @@ Layer-wise learning rates and the rules for weight decay are those of the refere
 
 import inspect
 import math
+from typing import Any, Optional
 
 import numpy as np
 import timm.optim
 import torch
+from torch import nn
 
+from beit.config import OptimizerConfig
 from beit.devices import kernels
 from beit.errors import UserError, unknown_value_error
 
@@ -124,32 +127,37 @@ def check_optimizer(name, momentum):
         raise UserError('--momentum 0: --opt %s needs momentum; use --opt momentum for plain descent' % name)
 
 
-def create_optimizer(model, opt='adamw', lr=5e-4, weight_decay=0.05, layer_decay=1.0, opt_eps=1e-8, opt_betas=None,
-                     momentum=0.9, disable_weight_decay_on_rel_pos_bias=False, under_apex=None):
+def create_optimizer(model: nn.Module, config: Optional[OptimizerConfig] = None, under_apex: Optional[bool] = None,
+                     **settings: Any) -> torch.optim.Optimizer:
     """The optimizer over layer-decay groups. Every optimizer gets all the settings that it takes.
+
+    Args:
+        config: its settings; or some of its fields by name, and then without layer decay unless that is one of them.
+        under_apex: whether apex.amp will prepare the optimizer.
 
     Raises:
         UserError: see `optimizer_class`; or `opt_betas` for an optimizer without betas.
     """
+    config = config or OptimizerConfig(**dict({'layer_decay': 1.}, **settings))
+    opt, betas = config.opt, config.opt_betas
     cls, fixed, lookahead = optimizer_class(opt, under_apex)
     cls = kernels.patched_optimizer(cls)
     if lookahead and under_apex and 'fused' in opt.lower():
         raise UserError('--opt %s: apex works on the fused optimizer itself, which lookahead hides; use --opt %s or '
                         'lookahead_adamw' % (opt, opt.lower().replace('lookahead_', '')))
-    groups = get_parameter_groups(model, weight_decay, layer_decay,
-                                  weight_decay_skip_list(model, disable_weight_decay_on_rel_pos_bias))
+    groups = get_parameter_groups(model, config.weight_decay, config.layer_decay,
+                                  weight_decay_skip_list(model, config.disable_weight_decay_on_rel_pos_bias))
     accepted = inspect.signature(cls.__init__).parameters
-    if opt_betas is not None and 'betas' not in accepted:
-        raise UserError('--opt_betas %s: --opt %s has no betas; leave the flag out'
-                        % (' '.join(map(str, opt_betas)), opt))
-    settings = {'lr': lr, 'weight_decay': weight_decay, 'eps': opt_eps, 'momentum': momentum}
-    if opt_betas is not None:
-        settings['betas'] = tuple(opt_betas)
+    if betas is not None and 'betas' not in accepted:
+        raise UserError('--opt_betas %s: --opt %s has no betas; leave the flag out' % (' '.join(map(str, betas)), opt))
+    chosen = {'lr': config.lr, 'weight_decay': config.weight_decay, 'eps': config.opt_eps, 'momentum': config.momentum}
+    if betas is not None:
+        chosen['betas'] = tuple(betas)
     if cls.__name__ == 'Adafactor':
-        settings.pop('eps')  # it has two, and finds its own
-    settings.update(fixed)
-    settings = {name: value for name, value in settings.items() if name in accepted}
-    optimizer = cls(groups, **settings) if under_apex else kernels.build_optimizer(cls, groups, **settings)
+        chosen.pop('eps')  # it has two, and finds its own
+    chosen.update(fixed)
+    chosen = {name: value for name, value in chosen.items() if name in accepted}
+    optimizer = cls(groups, **chosen) if under_apex else kernels.build_optimizer(cls, groups, **chosen)
     return timm.optim.Lookahead(optimizer) if lookahead else optimizer
 
 

@@ -32,7 +32,7 @@ from beit import errors, log
 from beit.checkpoint import discovery, pretrained, training_state
 from beit.checkpoint.inference_model import build_model
 from beit.cli import exit_process, exit_with_error, run_with_error_report
-from beit.config import MixupConfig, ModelConfig, OutputConfig, TransformConfig
+from beit.config import MixupConfig, ModelConfig, OptimizerConfig, OutputConfig, TransformConfig
 from beit.data import subsets, transforms
 from beit.data import unreadable as unreadable_
 from beit.data.image_dataset import ImageDataset, label_source
@@ -218,9 +218,7 @@ def build_optimizer(args, model, under_apex):
     if args.unfreeze_epoch and under_apex:
         raise UserError('--unfreeze_epoch %d: apex gathers the gradients of the first step and looks for no others '
                         'later; leave --amp out, or use two runs, the second with --finetune' % args.unfreeze_epoch)
-    return optim_factory.create_optimizer(
-        model, args.opt, args.lr, args.weight_decay, args.layer_decay, args.opt_eps, args.opt_betas, args.momentum,
-        args.disable_weight_decay_on_rel_pos_bias, under_apex)
+    return optim_factory.create_optimizer(model, config_from(args, OptimizerConfig), under_apex)
 
 
 def configure_speed(args, model, device):

@@ -172,8 +172,9 @@ def trajectory_run(recorded, epochs=None, amp=None, prepare=None):
     model = modeling_finetune.VisionTransformer(norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), **config)
     model.load_state_dict({name[len('start.'):]: torch.from_numpy(recorded[name]) for name in recorded.files
                            if name.startswith('start.')})
-    optimizer = optim_factory.create_optimizer(model, 'adamw', training['lr'], training['weight_decay'],
-                                               training['layer_decay'], training['opt_eps'])
+    optimizer = optim_factory.create_optimizer(
+        model, lr=training['lr'], weight_decay=training['weight_decay'], layer_decay=training['layer_decay'],
+        opt_eps=training['opt_eps'])
     scaler = None
     if amp is not None:
         model, scaler = loss_scaler.initialize_amp(model, optimizer, CPU, **amp)

@@ -201,7 +201,7 @@ def test_a_frozen_backbone_trains_as_a_linear_classifier_on_features():
         torch.nn.functional.cross_entropy(head(each), targets).backward()
         theirs.step()
     model.freeze_backbone()
-    ours = optim_factory.create_optimizer(model, 'adamw', lr=1e-2, weight_decay=0.05)
+    ours = optim_factory.create_optimizer(model, opt='adamw', lr=1e-2, weight_decay=0.05)
     engine.train_one_epoch(model, torch.nn.CrossEntropyLoss(), Batches(batches), ours, torch.device('cpu'), 0)
     assert torch.allclose(model.head.weight, head.weight, atol=1e-6)
     assert torch.allclose(model.head.bias, head.bias, atol=1e-6)

@@ -48,7 +48,7 @@ def test_shared_table_and_positions_have_the_right_layers():
 
 def test_zero_weight_decay_keeps_layer_decay():
     model = modeling_finetune.beit_nano_patch8_32(num_classes=3)
-    optimizer = optim_factory.create_optimizer(model, 'adamw', lr=1., weight_decay=0., layer_decay=0.5)
+    optimizer = optim_factory.create_optimizer(model, opt='adamw', lr=1., weight_decay=0., layer_decay=0.5)
     scales = sorted({group['lr_scale'] for group in optimizer.param_groups})
     assert scales == pytest.approx([0.5 ** power for power in (5, 4, 3, 2, 1, 0)])
     engine.set_schedules(optimizer, 0, [0.1], [0.2])
@@ -87,7 +87,7 @@ def test_every_optimizer_makes_a_step(name):
         return
     torch.manual_seed(0)
     model = modeling_finetune.beit_nano_patch8_32(num_classes=3)
-    optimizer = optim_factory.create_optimizer(model, name, lr=1e-2, weight_decay=0.05, layer_decay=0.9)
+    optimizer = optim_factory.create_optimizer(model, opt=name, lr=1e-2, weight_decay=0.05, layer_decay=0.9)
     before = model.head.weight.detach().clone()
     loader = Batches([(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 1]))] * 2)
     engine.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, optimizer, CPU, 0)
@@ -96,11 +96,12 @@ def test_every_optimizer_makes_a_step(name):
 
 def test_all_settings_reach_the_optimizer():
     model = modeling_finetune.beit_nano_patch8_32(num_classes=3)
-    optimizer = optim_factory.create_optimizer(model, 'adamw', 3e-4, 0.07, 0.9, 1e-6, [0.8, 0.95])
+    optimizer = optim_factory.create_optimizer(model, lr=3e-4, weight_decay=0.07, layer_decay=0.9, opt_eps=1e-6,
+                                               opt_betas=[0.8, 0.95])
     assert {(group['eps'], group['betas']) for group in optimizer.param_groups} == {(1e-6, (0.8, 0.95))}
     assert {group['weight_decay'] for group in optimizer.param_groups} == {0., 0.07}
     with pytest.raises(UserError, match='--opt_betas 0.9'):
-        optim_factory.create_optimizer(model, 'sgd', opt_betas=[0.9])
+        optim_factory.create_optimizer(model, opt='sgd', opt_betas=[0.9])
 
 
 # ---- the loop
