@@ -87,7 +87,7 @@ class Learner:
     ema: Optional[utils.ModelEma]
     device: torch.device
     dtype: Optional[torch.dtype]  # of half precision; None is float32
-    fused_attention: str  # for people
+    attention: str  # for people
 
 
 def main(args, signals):
