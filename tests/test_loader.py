@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import gc
 import inspect
 import itertools
@@ -24,7 +23,6 @@ from torchvision import transforms
 import datasets
 from beit import errors
 from beit.data import decode, device_loader, device_randaugment, fast_decode
-from beit.data import transforms as transforms_
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
 from beit.data.loader import Sample, collate
 from beit.data.transforms import InterpolationMode, build_transform, check_backend
@@ -184,8 +182,8 @@ def test_an_image_hangs_on_seed_epoch_and_index_alone(loaders, monkeypatch):
     for more in (('--batch_size=3',), ('--batch_size=6', '--num_workers=2')):
         found = samples_of(loaders(*flags + more)[0], epoch=2)
         assert sorted(found) == list(range(12)) and all(torch.equal(found[index], expected[index]) for index in found)
-    monkeypatch.setattr(datasets.distributed, 'world_size', lambda: 2)
-    monkeypatch.setattr(datasets.distributed, 'rank', lambda: 1)
+    monkeypatch.setattr(datasets.process_group, 'world_size', lambda: 2)
+    monkeypatch.setattr(datasets.process_group, 'rank', lambda: 1)
     found = samples_of(loaders('--batch_size=2', *flags)[0], epoch=2)
     assert len(found) == 6 and all(torch.equal(found[index], expected[index]) for index in found)
 
@@ -312,9 +310,8 @@ def test_fast_augments_by_the_same_policy(loaders, drawn, monkeypatch):
     on_device = False
     exact, theirs = policy('exact')
     if drawn:  # as for an accelerator, though it is the CPU that carries it out
-        monkeypatch.setattr(transforms_, 'build_transform', functools.partial(
-            build_transform, device=torch.device('cuda')))
-        monkeypatch.setattr(datasets, 'build_transform', lambda *args: build_transform(*args[:2]))
+        monkeypatch.setattr(datasets, 'build_transform', lambda is_train, config, device: build_transform(
+            is_train, config, torch.device('cuda')))
         on_device = True
     fast, ours = policy('fast')
     assert ours == theirs

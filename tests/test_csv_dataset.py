@@ -411,6 +411,6 @@ def test_counts_of_three_processes_are_added_up(monkeypatch):
             places = torch.arange(31)[first::1 if each is alone else 3]
             score.update((None, targets[places], places), outputs[places])
     for kind, score in enumerate(alone):
-        monkeypatch.setattr(metrics.distributed, 'gather', lambda value, device: [
+        monkeypatch.setattr(metrics.collectives, 'all_gather_json', lambda value, device: [
             each[kind].counts.tolist() for each in parts])  # noqa: B023
         assert parts[0][kind].compute(True, CPU) == score.compute(False, CPU)

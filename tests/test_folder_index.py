@@ -60,7 +60,7 @@ def scans(monkeypatch):
     def scan(root, keep_alive=lambda: None, scan=class_folders.scan_classes):
         roots.append(root)
         return scan(root, keep_alive)
-    monkeypatch.setattr(class_folders, 'scan_classes', scan)
+    monkeypatch.setattr(folder_index, 'scan_classes', scan)
     return roots
 
 
@@ -298,7 +298,8 @@ def test_a_run_uses_an_index_of_training_and_of_validation(image_folder, tmp_pat
     assert len(scans) == 2
     photo(1, 32, 32).save(data + '/val/cat/new.png')
     capsys.readouterr()
-    assert unreadable.check_data(parse('--data_path=' + data, *NANO)) == 0
+    parts = datasets.build_datasets(parse('--data_path=' + data, *NANO))[:2]
+    assert unreadable.check_data(parts, 0, '') == 0
     out = capsys.readouterr().out
     assert 'since %s/val/cat changed' % data in out and 'Checked 45 images' in out and len(scans) == 3
 
@@ -319,7 +320,7 @@ scans, results = [], []
 def scan(root, keep_alive, scan=class_folders.scan_classes):
     scans.append(root)
     return scan(root, keep_alive)
-class_folders.scan_classes = scan
+folder_index.scan_classes = scan
 for root in sys.argv[1:]:
     for collectives.BLOCK in (64, 1 << 26):
         scans.clear()
