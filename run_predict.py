@@ -11,15 +11,12 @@ if __name__ == '__main__':
 
 import argparse
 import contextlib
-import csv
-import io
 import itertools
-import json
 import os
 import signal
 import sys
 import time
-import typing
+from typing import Any, Iterable, Iterator, List, Optional, Sequence, TextIO, Tuple
 
 import torch
 
@@ -28,16 +25,19 @@ import flags
 from beit import errors, log
 from beit.checkpoint.inference_model import load_for_inference
 from beit.cli import OneLineParser, exit_process, exit_with_error, run_with_error_report
+from beit.config import LoaderConfig
 from beit.data import fast_decode
 from beit.data.class_folders import is_image_name
 from beit.data.device_loader import PrefetchLoader
 from beit.data.loader import Samples, loader_kwargs
 from beit.data.prediction_inputs import PathDataset, PathSampler, check_inputs, common_folder
+from beit.data.transforms import EvalTransform
 from beit.devices import accelerator, half_precision
 from beit.distributed import collectives, preemption, process_group, watchdog
 from beit.errors import UserError, escape_text
-from beit.files import atomic_write, run_folder
+from beit.files import run_folder
 from beit.outputs import attention_maps
+from beit.outputs.prediction_writers import FORMATS, LineWriter, Prediction, open_output
 from beit.training import fused_attention, loss_scaler
 
 PROGRAM = 'run_predict.py'
@@ -57,9 +57,9 @@ class Parser(OneLineParser):
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
-        for place, arg in enumerate(args):
-            if arg == '--attention' and args[place + 1:place + 2] not in ([kind] for kind in attention_maps.KINDS):
-                args[place] = '--attention=auto'
+        for index, arg in enumerate(args):
+            if arg == '--attention' and args[index + 1:index + 2] not in ([kind] for kind in attention_maps.KINDS):
+                args[index] = '--attention=auto'
         return super().parse_args(args, namespace)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -69,7 +69,7 @@ class Parser(OneLineParser):
         return parsed, rest
 
 
-def build_parser() -> Parser:
+def build_parser() -> OneLineParser:
     parser = flags.build_parser(flags.PREDICT, '--resume PATH IMAGES [flags]', __doc__, EXAMPLES, Parser,
                                 format=dict(choices=sorted(FORMATS)))
     parser.add_argument('images', nargs='*', default=[],
@@ -85,7 +85,7 @@ def _is_standard_output(path):
         return False
 
 
-def check_args(args):
+def check_args(args: argparse.Namespace) -> argparse.Namespace:
     """Everything that can be found wrong before anything slow starts. Raises `UserError`.
 
     Returns:
@@ -135,32 +135,21 @@ def check_args(args):
 
 # ---- predicting
 
-class Answer(typing.NamedTuple):
-    """What became of one image; JSON can hold it."""
-    number: int  # its place among all inputs
-    path: str
-    classes: list  # the indices of its likeliest classes; [] where it could not be read
-    probabilities: list  # theirs
-    picture: str = ''  # of the attention
-    reason: str = ''  # why it could not be read
-    resized: bool = False  # against the custom of a model for small inputs
-
-
 class Predictor:
-    """The network with what it needs: `answers` gives those of this process.
+    """The network with what it needs to predict this process's images.
 
     Args:
-        loader (PrefetchLoader): of a `PathDataset`, in the order of `stream`.
-        painter (attention_maps.Painter or None).
-        activation (str): what makes probabilities of the network's outputs, softmax or sigmoid.
+        loader: of a `PathDataset`, in the order of `sampler`.
+        activation: 'softmax' or 'sigmoid', which makes probabilities of the network's outputs.
     """
 
-    def __init__(self, model, loader, stream, top_k, painter=None, activation='softmax'):
-        self.model, self.loader, self.stream, self.top_k, self.painter = model, loader, stream, top_k, painter
+    def __init__(self, model: torch.nn.Module, loader: PrefetchLoader, sampler: PathSampler, top_k: int,
+                 heatmaps: Optional[attention_maps.HeatmapWriter] = None, activation: str = 'softmax') -> None:
+        self.model, self.loader, self.sampler, self.top_k, self.heatmaps = model, loader, sampler, top_k, heatmaps
         self.activation = activation
 
-    def answers(self):
-        """Yield a list of `Answer`s for each batch. They are read while the device computes the next."""
+    def predictions(self) -> Iterator[List[Prediction]]:
+        """Yield those of each batch. They are read while the device computes the next."""
         before = None
         for batch in self.loader:
             computed = self.compute(batch)
@@ -171,260 +160,158 @@ class Predictor:
             yield self.read(*before)
 
     @torch.no_grad()
-    def compute(self, batch):
-        """(batch, its inputs, probabilities and classes on the device, what the attention was given)."""
-        entries = self.stream.take(len(batch.images) + len(batch.unreadable))
+    def compute(self, batch: Any) -> Tuple[Any, List[Tuple[int, str]], Any, Any]:
+        """(batch, its inputs, probabilities and classes on the device, the inputs of the hooked attention)."""
+        entries = self.sampler.take(len(batch.images) + len(batch.unreadable))
         if not len(batch.images):
             return batch, entries, None, None
         # Filled up as in an evaluation: kernels round otherwise for another number of rows.
         output = self.model(engine.fill_up(batch.images, self.loader))[:len(batch.images)].float()
-        shares = output.sigmoid() if self.activation == 'sigmoid' else output.softmax(-1)
-        top = shares.topk(min(self.top_k, output.shape[1]), dim=-1)
-        return batch, entries, top, None if self.painter is None else self.painter.recorder.take()
+        probabilities = output.sigmoid() if self.activation == 'sigmoid' else output.softmax(-1)
+        top = probabilities.topk(min(self.top_k, output.shape[1]), dim=-1)
+        return batch, entries, top, None if self.heatmaps is None else self.heatmaps.hook.take()
 
-    def read(self, batch, entries, top, attended):
-        places, unreadable = {}, iter(batch.unreadable)
+    def read(self, batch: Any, entries: Sequence[Tuple[int, str]], top: Any, attended: Any) -> List[Prediction]:
+        """The `Prediction`s of a batch that `compute` began."""
+        rows, unreadable = {}, iter(batch.unreadable)
         if top is not None:
-            places = {its_number: place for place, its_number in enumerate(batch.indices[0].tolist())}
+            rows = {number: row for row, number in enumerate(batch.indices[0].tolist())}
             probabilities, classes, resized = top.values.tolist(), top.indices.tolist(), batch.targets.tolist()
-        pictures = None if self.painter is None or not places else self.loader.as_bytes(batch.images)
-        answers = []
-        for its_number, path in entries:
-            place = places.get(its_number)
-            if place is None:
-                answers.append(Answer(its_number, path, [], [], reason=next(unreadable).reason))
+        pictures = None if self.heatmaps is None or not rows else self.loader.as_bytes(batch.images)
+        predictions = []
+        for number, path in entries:
+            if number not in rows:
+                predictions.append(Prediction(number, path, [], [], reason=next(unreadable).reason))
                 continue
-            picture = '' if pictures is None else self.painter.write(path, pictures[place], attended, place)
-            answers.append(Answer(its_number, path, classes[place], probabilities[place], picture,
-                                  resized=bool(resized[place])))
-        return answers
+            row = rows[number]
+            heatmap = ''
+            if self.heatmaps is not None and pictures is not None:
+                heatmap = self.heatmaps.write(path, pictures[row], attended, row)
+            predictions.append(Prediction(number, path, classes[row], probabilities[row], heatmap,
+                                          resized=bool(resized[row])))
+        return predictions
 
 
-def together(answers, device):
-    """Yield the lists of answers, those of all processes in one, in the order of the inputs.
+def gather_ordered(predictions: Iterable[List[Prediction]], device: torch.device) -> Iterator[List[Prediction]]:
+    """Yield the lists of all processes, joined batch by batch, in the order of the inputs.
 
     The k-th batches of all processes are neighbours: process r of w has every w-th image.
     """
     if process_group.world_size() == 1:
-        yield from answers
+        yield from predictions
         return
-    stage, mine = ' (predicting, batch %d)', iter(answers)
+    stage, own = ' (predicting, batch %d)', iter(predictions)
     watchdog.enter_stage('predicting')
     for batch in itertools.count():
         watchdog.mark_item(batch, 0, stage)
-        lists = collectives.all_gather_json(next(mine, None), device)
+        lists = collectives.all_gather_json(next(own, None), device)
         if not any(lists):
             watchdog.mark_item(watchdog.LAST, 2, stage)
             return
-        yield [Answer(*each) for each in sorted(itertools.chain(*filter(None, lists)), key=lambda each: each[0])]
+        yield [Prediction(*each) for each in sorted(itertools.chain(*filter(None, lists)), key=lambda each: each[0])]
 
 
-def check_streams(stream, device):
+def check_same_inputs(sampler: PathSampler, device: torch.device) -> None:
     """Raise a `UserError` where the processes did not pass the same images."""
-    if any(state != stream.state for state in collectives.all_gather_json(stream.state, device)):
+    if any(state != sampler.state for state in collectives.all_gather_json(sampler.state, device)):
         raise UserError('the processes did not find the same images; every machine needs the same files, and they '
                         'must stay as they are for the time')
 
 
-# ---- results
+def write_predictions(predictor: Predictor, writer: LineWriter, input_size: int, shows_progress: bool,
+                      device: torch.device) -> Tuple[int, int]:
+    """Write the results and report what was left out; gives (images read, files left out).
 
-class Lines:
-    """The results for people: a line for each image, on standard output."""
-
-    def __init__(self, file, classes, *_):
-        self.file, self.classes = file, [escape_text(name) for name in classes]
-
-    def write(self, answer):
-        if not answer.reason:
-            self.file.write(('%s: %s\n' % (escape_text(answer.path), ', '.join(
-                '%s %.1f %%' % (self.classes[index], 100 * share)
-                for index, share in zip(answer.classes, answer.probabilities)))).encode('utf-8', 'backslashreplace'))
-
-    def end(self):
-        pass
-
-
-class Csv(Lines):
-    """One row for each image: file, class_1, probability_1, class_2, …; what no UTF-8 text can hold is escaped.
-
-    attention is a column where there are such pictures, error where unreadable files are left out.
+    Args:
+        shows_progress: with a bar, on a terminal; otherwise each batch is written out at once.
     """
-
-    def __init__(self, file, classes, args):
-        super().__init__(file, classes)
-        self.extra = [name for name, there in (('attention', args.attention), ('error', args.bad_images == 'skip'))
-                      if there]
-        self.columns = 2 * min(args.top_k, len(classes))
-        self.row(['file'] + ['%s_%d' % (name, rank + 1) for rank in range(self.columns // 2)
-                             for name in ('class', 'probability')] + self.extra)
-
-    def row(self, values):
-        text = io.StringIO()
-        csv.writer(text, lineterminator='\n').writerow(values)
-        self.file.write(text.getvalue().encode('utf-8'))
-
-    def write(self, answer):
-        pairs = [value for index, share in zip(answer.classes, answer.probabilities)
-                 for value in (self.classes[index], '%.6f' % share)]
-        extra = {'attention': escape_text(answer.picture), 'error': answer.reason}
-        self.row([escape_text(answer.path)] + (pairs or [''] * self.columns) + [extra[name] for name in self.extra])
-
-
-class JsonLines:
-    """One object for each image and line: file, predictions, and where there are such attention, error.
-
-    File names are exact: bytes that are no UTF-8 are lone surrogates, as Python's os.fsencode takes them.
-    """
-    start, between, last = '', '\n', '\n'
-
-    def __init__(self, file, classes, *_):
-        self.file, self.classes, self.count = file, classes, 0
-
-    def write(self, answer):
-        content = {'file': answer.path}
-        if answer.reason:
-            content['error'] = answer.reason
-        else:
-            content['predictions'] = [
-                {'class': self.classes[index], 'index': index, 'probability': round(share, 6)}
-                for index, share in zip(answer.classes, answer.probabilities)]
-        if answer.picture:
-            content['attention'] = answer.picture
-        self.text((self.between if self.count else self.start) + json.dumps(content, ensure_ascii=False))
-        self.count += 1
-
-    def end(self):
-        if self.count:
-            self.text(self.last)
-
-    def text(self, text):
-        self.file.write(text.encode('utf-8', 'backslashreplace'))  # a lone surrogate becomes JSON's own escape
-
-
-class Json(JsonLines):
-    """A list of what JSONL has."""
-    start, between, last = '[\n', ',\n', '\n]\n'
-
-
-FORMATS = {'csv': Csv, 'json': Json, 'jsonl': JsonLines}
-
-
-@contextlib.contextmanager
-def destination(args, stdout):
-    """The file that takes the results, as bytes; one that is named appears only when it is whole."""
-    if not process_group.is_main_process():
-        yield io.BytesIO()
-        return
-    to_file = args.output not in ('', '-')
-    try:
-        if to_file:
-            os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-        with atomic_write.atomic_write(args.output, is_given=True) if to_file else \
-                contextlib.nullcontext(stdout.buffer) as file:
-            yield file
-    except OSError as error:
-        if not to_file:  # Python would try again at its end, and complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise UserError('cannot write %s (%s); is the disk full, or its folder gone?' % (
-            '--output ' + escape_text(args.output) if to_file else 'to standard output', error.strerror or error)
-                        ) from None
-
-
-def report(predictor, args, stdout, trained, device):
-    """Write the results, and say what was left out; gives (images read, files left out)."""
     from tqdm import tqdm  # slow to import, and of no use to --help
 
     tqdm.monitor_interval = 0  # its thread must not be there when processes are forked
-    to_file, size = args.output not in ('', '-'), trained.args.input_size
     read = left_out = resized = 0
-    hidden = None if to_file and process_group.is_main_process() else True  # None: shown on a terminal
-    with destination(args, stdout) as file, tqdm(desc='Predicting', unit=' images', disable=hidden) as bar:
-        sink = (FORMATS[args.format] if args.output else Lines)(file, trained.classes, args)
-        for answers in together(predictor.answers(), device):
-            if any(answer.resized for answer in answers) and not resized:
+    with tqdm(desc='Predicting', unit=' images', disable=None if shows_progress else True) as bar:
+        for predictions in gather_ordered(predictor.predictions(), device):
+            if any(each.resized for each in predictions) and not resized:
                 log.log_main('Note: images that are not %dx%d are resized and cropped to that; the model was '
-                                'trained on images of just that size' % (size, size))
-            for answer in answers if process_group.is_main_process() else ():
-                if answer.reason:
+                             'trained on images of just that size' % (input_size, input_size))
+            for each in predictions if process_group.is_main_process() else ():
+                if each.reason:
                     bar.write('Left out: %s cannot be read as an image (%s)'
-                              % (escape_text(answer.path), answer.reason), file=sys.stderr)
-                sink.write(answer)
-            left_out += sum(bool(answer.reason) for answer in answers)
-            read += sum(not answer.reason for answer in answers)
-            resized += sum(answer.resized for answer in answers)
-            bar.update(len(answers))
-            if not to_file:
-                file.flush()
-        check_streams(predictor.stream, device)
-        if not read:
-            raise UserError('none of the %d images can be read' % left_out)
-        sink.end()
-        if not to_file:
-            file.flush()
+                              % (escape_text(each.path), each.reason), file=sys.stderr)
+                writer.write(each)
+            left_out += sum(bool(each.reason) for each in predictions)
+            read += sum(not each.reason for each in predictions)
+            resized += sum(each.resized for each in predictions)
+            bar.update(len(predictions))
+            if not shows_progress:
+                writer.file.flush()
+        check_same_inputs(predictor.sampler, device)
+    if not read:
+        raise UserError('none of the %d images can be read' % left_out)
+    writer.end()
+    writer.file.flush()
     return read, left_out
 
 
 # ---- the program
 
-def start(args):
-    """The device of this process, which has met the others."""
-    device = process_group.init_distributed_mode(args)
-    watchdog.start(process_group.rendezvous_store(), args.dist_timeout)
-    return device
+def build_loader(sampler: PathSampler, preprocessing: EvalTransform, data_backend: str, config: LoaderConfig,
+                 device: torch.device) -> PrefetchLoader:
+    """Batches of the sampler's images; where there are fewer than a batch, batches are that small.
 
-
-def loader_processes(args, found):
-    """How many load images, where no flag says it. A single batch is loaded before new processes would have begun."""
-    if args.num_workers is not None:
-        return args.num_workers
-    return 0 if found < args.batch_size else max(1, min(8, (os.cpu_count() or 1) // process_group.world_size()))
-
-
-def build_loader(args, trained, stream, device):
-    found, evaluation = stream.first(args.batch_size), trained.preprocessing
-    options = loader_kwargs(loader_processes(args, found), args.pin_mem, evaluation.input_size, device)
+    Without --num_workers a single batch is loaded here, before new processes would have begun.
+    """
+    found, workers = sampler.first(config.batch_size), config.num_workers
+    if workers is None:
+        cores = (os.cpu_count() or 1) // process_group.world_size()
+        workers = 0 if found < config.batch_size else max(1, min(8, cores))
+    options = loader_kwargs(workers, config.pin_mem, preprocessing.input_size, device)
     if 'persistent_workers' in options:
         options['persistent_workers'] = False  # there is one pass
-    samples = Samples(PathDataset(evaluation, args.data_backend), args.bad_images == 'skip')
-    return PrefetchLoader(torch.utils.data.DataLoader(samples, batch_size=found, sampler=stream, **options), device,
-                          evaluation.mean, evaluation.std)
+    samples = Samples(PathDataset(preprocessing, data_backend), config.bad_images == 'skip')
+    return PrefetchLoader(torch.utils.data.DataLoader(samples, batch_size=found, sampler=sampler, **options), device,
+                          preprocessing.mean, preprocessing.std)
 
 
-def main(args, stdout):
+def main(args: argparse.Namespace, stdout: TextIO) -> None:
     """Predict; the results go to `stdout`, a text file, or to where the flags say."""
     args = check_args(args)
-    device = start(args)
+    device = process_group.init_distributed_mode(args)
+    watchdog.start(process_group.rendezvous_store(), args.dist_timeout)
     dtype = half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
-    trained = load_for_inference(args.resume, args.use_ema, model=args.model, input_size=args.input_size,
-                           crop_pct=args.crop_pct)
-    recorder = None if args.attention is None else attention_maps.AttentionHook(
-        trained.model, args.attention_block, None if args.attention == 'auto' else args.attention)
-    stream = PathSampler(args.inputs, {os.path.realpath(args.attention_dir)} if recorder else (),
-                         process_group.rank(), process_group.world_size())
-    loader = build_loader(args, trained, stream, device)
-    model, scaler = loss_scaler.initialize_amp(trained.model.to(device), None, device, dtype, args.opt_level)
-    fused_attention.choose_attention(trained.model, device, 'auto', dtype, loader.batch_size)
+    loaded = load_for_inference(args.resume, args.use_ema, model=args.model, input_size=args.input_size,
+                                crop_pct=args.crop_pct)
+    hook = None if args.attention is None else attention_maps.AttentionHook(
+        loaded.model, args.attention_block, None if args.attention == 'auto' else args.attention)
+    sampler = PathSampler(args.inputs, {os.path.realpath(args.attention_dir)} if hook else (),
+                          process_group.rank(), process_group.world_size())
+    loader = build_loader(sampler, loaded.preprocessing, args.data_backend, flags.config_from(args, LoaderConfig),
+                          device)
+    model, scaler = loss_scaler.initialize_amp(loaded.model.to(device), None, device, dtype, args.opt_level)
+    fused_attention.choose_attention(loaded.model, device, 'auto', dtype, loader.batch_size)
     log.log_main('%s: %s, %d classes, input %dx%d, %s; on %s, %s' % (
-        escape_text(trained.source), trained.args.model, len(trained.classes), trained.args.input_size,
-        trained.args.input_size, 'averaged weights' if args.use_ema else 'pooled by the %s' % (
-            'mean' if trained.model.fc_norm is not None else 'class token'), device, scaler.description))
+        escape_text(loaded.source), loaded.args.model, len(loaded.classes), loaded.args.input_size,
+        loaded.args.input_size, 'averaged weights' if args.use_ema else 'pooled by the %s' % (
+            'mean' if loaded.model.fc_norm is not None else 'class token'), device, scaler.description))
 
-    painter = recorder and attention_maps.HeatmapWriter(recorder, args.attention_dir, common_folder(args.inputs),
-                                                  args.attention_heads)
-    started = time.time()
-    predictor = Predictor(model.eval(), loader, stream, args.top_k, painter, trained.activation)
-    read, left_out = report(predictor, args, stdout, trained, device)
+    heatmaps = None if hook is None else attention_maps.HeatmapWriter(
+        hook, args.attention_dir, common_folder(args.inputs), args.attention_heads)
+    started, to_file = time.time(), args.output not in ('', '-')
+    predictor = Predictor(model.eval(), loader, sampler, args.top_k, heatmaps, loaded.activation)
+    with open_output(args.output, stdout) as file:
+        extra = ['attention'] * (hook is not None) + ['error'] * (args.bad_images == 'skip')
+        writer = (FORMATS[args.format] if args.output else LineWriter)(file, loaded.classes, args.top_k, extra)
+        read, left_out = write_predictions(predictor, writer, loaded.args.input_size,
+                                           to_file and process_group.is_main_process(), device)
     seconds = time.time() - started
     log.log_main('%d image%s in %.1f s (%.0f images/s)%s%s%s' % (
         read, '' if read == 1 else 's', seconds, read / seconds, ', %d left out' % left_out if left_out else '',
-        '; results in %s' % escape_text(args.output) if args.output not in ('', '-') else '',
-        '; pictures in %s' % escape_text(args.attention_dir) if painter else ''))
+        '; results in %s' % escape_text(args.output) if to_file else '',
+        '; pictures in %s' % escape_text(args.attention_dir) if hook else ''))
 
 
-def run(argv=None):
-    """Parse, run, and turn what the user can mend into one line and exit status 2; a signal gives 128 + its number."""
+def run(argv: Optional[Sequence[str]] = None) -> int:
+    """Parse and run; user errors are one line and exit status 2, a signal gives 128 + its number."""
     stdout = sys.stdout
 
     def work():

@@ -27,7 +27,7 @@ from beit.checkpoint.inference_model import build_model
 from beit.data import prediction_inputs
 from beit.errors import UserError
 from beit.files import weights_file
-from beit.outputs import attention_maps
+from beit.outputs import attention_maps, prediction_writers
 from helpers import NANO, ROOT, free_port, photo
 
 try:
@@ -311,8 +311,8 @@ def test_ctrl_c_leaves_no_half_file(large, photos, tmp_path, capfd, monkeypatch)
         os.kill(os.getpid(), signal.SIGINT)
         yield from ()
 
-    whole = run_predict.Predictor.answers
-    monkeypatch.setattr(run_predict.Predictor, 'answers', interrupted)
+    whole = run_predict.Predictor.predictions
+    monkeypatch.setattr(run_predict.Predictor, 'predictions', interrupted)
     assert predict('--resume', large[0], photos, '--batch_size=1', '--output', tmp_path / 'out.csv') == 130
     assert 'run_predict.py: error: interrupted by SIGINT' in capfd.readouterr().err
     assert sorted(os.listdir(str(tmp_path))) == ['large.pth', 'photos']
@@ -560,20 +560,20 @@ def test_results_of_a_long_stream_are_not_kept(large, tmp_path, monkeypatch):
     """With 30 times the images the number of answers alive at once is the same."""
     alive, most = collections.Counter(), [0]
 
-    class Counted(run_predict.Csv):
-        def write(self, answer):
-            most[0] = max(most[0], answer.number - alive['read'])
-            super().write(answer)
+    class Counted(prediction_writers.CsvWriter):
+        def write(self, prediction):
+            most[0] = max(most[0], prediction.number - alive['read'])
+            super().write(prediction)
 
     def compute(self, batch):
         result = whole(self, batch)
         alive['read'] = max(0, result[1][0][0] - 2 * len(result[1]))
-        assert len(self.stream.requested) <= 3 * len(result[1])
+        assert len(self.sampler.requested) <= 3 * len(result[1])
         return result
 
     whole = run_predict.Predictor.compute
     monkeypatch.setattr(run_predict.Predictor, 'compute', compute)
-    monkeypatch.setitem(run_predict.FORMATS, 'csv', Counted)
+    monkeypatch.setitem(prediction_writers.FORMATS, 'csv', Counted)
     for index in range(60):
         photo(index, 48, 48).save(str(tmp_path / ('%02d.png' % index)))
     assert predict('--resume', large[0], tmp_path, '--output', tmp_path / 'out.csv', '--batch_size=2') == 0

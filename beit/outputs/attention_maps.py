@@ -2,6 +2,7 @@
 
 import io
 import os
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -32,40 +33,40 @@ class AttentionHook:
         UserError: the model has no such block.
     """
 
-    def __init__(self, model, block=None, kind=None):
+    def __init__(self, model: Any, block: Optional[int] = None, kind: Optional[str] = None) -> None:
         depth = len(model.blocks)
         if block is not None and not 1 <= block <= depth:
             raise UserError('--attention_block %d: the model has blocks 1 to %d' % (block, depth))
         self.kind = kind or ('cls' if model.fc_norm is None else 'mean')
         self.grid = model.patch_embed.patch_shape
         self.attention = model.blocks[(block or depth) - 1].attn
-        self.inputs = None
+        self.inputs: Optional[tuple] = None
         self.attention.register_forward_pre_hook(self.keep)
 
-    def keep(self, _, inputs):
+    def keep(self, _: torch.nn.Module, inputs: tuple) -> None:
         self.inputs = inputs
 
-    def take(self):
+    def take(self) -> Optional[tuple]:
         """What the last batch gave, for `maps`."""
         inputs, self.inputs = self.inputs, None
         return inputs
 
     @torch.no_grad()
-    def maps(self, inputs, place):
+    def maps(self, inputs: tuple, row: int) -> torch.Tensor:
         """float32 (heads, H, W) on the CPU: the share of its attention that each patch of an image gets.
 
         One image at a time, since the weights of a batch of large ones would not fit into memory. The sum is below 1
         by what the class token gets.
 
         Args:
-            place (int): of the image in its batch.
+            row: of the image in its batch.
         """
-        weights = self.attention.weights(inputs[0][place:place + 1], *inputs[1:])[0].float()  # (heads, N, N)
+        weights = self.attention.weights(inputs[0][row:row + 1], *inputs[1:])[0].float()  # (heads, N, N)
         queries = weights[:, :1] if self.kind == 'cls' else weights[:, 1:]
         return queries.mean(1)[:, 1:].reshape(-1, *self.grid).cpu()
 
 
-def paint(picture, heat):
+def paint(picture: Any, heat: Any) -> Image.Image:
     """The heat map over the picture, as a Pillow image; colours go from the map's least to its most.
 
     Args:
@@ -74,15 +75,15 @@ def paint(picture, heat):
     """
     picture, heat = Image.fromarray(np.asarray(picture)), np.asarray(heat, dtype=np.float32)
     factor = -(-SHORTEST // min(picture.size))
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
-    smooth = np.asarray(Image.fromarray(heat).resize(picture.size, Image.BICUBIC))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)  # type: ignore[attr-defined]
+    smooth = np.asarray(Image.fromarray(heat).resize(picture.size, Image.BICUBIC))  # type: ignore[attr-defined]
     smooth = (smooth - smooth.min()) / max(float(smooth.max() - smooth.min()), 1e-12)
     colours = ImageOps.colorize(to_grey(smooth), COOL, HOT, WARM)
     dimmed = picture.convert('L').point(lambda value: value * GREY).convert('RGB')
     return Image.composite(colours, dimmed, to_grey(OPACITY * smooth ** 0.7))  # 0.7: half of it is seen well
 
 
-def to_grey(values):
+def to_grey(values: np.ndarray) -> Image.Image:
     """Numbers from 0 to 1, (H, W), as a Pillow image."""
     return Image.fromarray(np.uint8(values * 255 + 0.5))
 
@@ -96,16 +97,16 @@ class HeatmapWriter:
         heads (bool): one picture more for each head.
     """
 
-    def __init__(self, recorder, folder, origin, heads=False):
-        self.recorder, self.folder, self.origin, self.heads = recorder, folder, origin, heads
+    def __init__(self, hook: AttentionHook, folder: str, origin: str, heads: bool = False) -> None:
+        self.hook, self.folder, self.origin, self.heads = hook, folder, origin, heads
 
-    def write(self, path, picture, inputs, place):
+    def write(self, path: str, picture: torch.Tensor, inputs: tuple, row: int) -> str:
         """Write <path>.attention.png, and <path>.head<N>.png for each head; gives the first one's path.
 
         Raises:
             UserError: they can't be written.
         """
-        maps = self.recorder.maps(inputs, place)
+        maps = self.hook.maps(inputs, row)
         parts = os.path.relpath(os.path.abspath(path), self.origin).split(os.sep)
         target = os.path.join(self.folder, *[part for part in parts if part != os.pardir])
         try:
@@ -119,7 +120,7 @@ class HeatmapWriter:
         return target + '.attention.png'
 
 
-def save(path, image):
+def save(path: str, image: Image.Image) -> None:
     content = io.BytesIO()
     image.save(content, 'PNG')
     atomic_write.write_bytes(path, content.getvalue())

@@ -1,0 +1,130 @@
+"""The formats of run_predict.py's results, and the file that takes them."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+from typing import BinaryIO, Dict, Iterator, List, NamedTuple, Sequence, TextIO, Type
+
+from beit.distributed import process_group
+from beit.errors import UserError, escape_text
+from beit.files import atomic_write
+
+
+class Prediction(NamedTuple):
+    """The result for one image; JSON can hold it."""
+    number: int  # its position among all inputs
+    path: str
+    classes: List[int]  # indices of the most likely classes; [] if the image could not be read
+    probabilities: List[float]  # theirs
+    heatmap: str = ''  # path of the attention's picture
+    reason: str = ''  # why the image could not be read
+    resized: bool = False  # although the model was trained on images of exactly its input size
+
+
+class LineWriter:
+    """The results for people: a line for each image that could be read.
+
+    Args:
+        file: open for bytes.
+        classes: the names of all classes.
+        top_k: how many classes a prediction has.
+        extra: the optional fields that the results have: 'attention', 'error'.
+    """
+
+    def __init__(self, file: BinaryIO, classes: Sequence[str], top_k: int = 1, extra: Sequence[str] = ()) -> None:
+        self.file, self.classes, self.top_k, self.extra = file, classes, min(top_k, len(classes)), extra
+
+    def write(self, prediction: Prediction) -> None:
+        if not prediction.reason:
+            self.write_text('%s: %s\n' % (escape_text(prediction.path), ', '.join(
+                '%s %.1f %%' % (escape_text(self.classes[index]), 100 * probability)
+                for index, probability in zip(prediction.classes, prediction.probabilities))))
+
+    def end(self) -> None:
+        pass
+
+    def write_text(self, text: str) -> None:
+        self.file.write(text.encode('utf-8', 'backslashreplace'))  # a lone surrogate becomes JSON's own escape
+
+
+class CsvWriter(LineWriter):
+    """One row for each image: file, class_1, probability_1, class_2, …, then `extra`; what UTF-8 can't hold is escaped.
+    """
+
+    def __init__(self, file: BinaryIO, classes: Sequence[str], top_k: int = 1, extra: Sequence[str] = ()) -> None:
+        super().__init__(file, classes, top_k, extra)
+        self.write_row(['file'] + ['%s_%d' % (name, rank + 1) for rank in range(self.top_k)
+                                   for name in ('class', 'probability')] + list(extra))
+
+    def write_row(self, values: Sequence[str]) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator='\n').writerow(values)
+        self.write_text(text.getvalue())
+
+    def write(self, prediction: Prediction) -> None:
+        pairs = [value for index, probability in zip(prediction.classes, prediction.probabilities)
+                 for value in (escape_text(self.classes[index]), '%.6f' % probability)]
+        fields = {'attention': escape_text(prediction.heatmap), 'error': prediction.reason}
+        self.write_row([escape_text(prediction.path)] + (pairs or ['', ''] * self.top_k)
+                       + [fields[name] for name in self.extra])
+
+
+class JsonLinesWriter(LineWriter):
+    """One object for each image and line: file, predictions, and attention or error where the image has one.
+
+    File names are exact: bytes that are not UTF-8 are lone surrogates, as Python's os.fsencode takes them.
+    """
+    start, between, last = '', '\n', '\n'
+    count = 0
+
+    def write(self, prediction: Prediction) -> None:
+        content: Dict[str, object] = {'file': prediction.path}
+        if prediction.reason:
+            content['error'] = prediction.reason
+        else:
+            content['predictions'] = [
+                {'class': self.classes[index], 'index': index, 'probability': round(probability, 6)}
+                for index, probability in zip(prediction.classes, prediction.probabilities)]
+        if prediction.heatmap:
+            content['attention'] = prediction.heatmap
+        self.write_text((self.between if self.count else self.start) + json.dumps(content, ensure_ascii=False))
+        self.count += 1
+
+    def end(self) -> None:
+        if self.count:
+            self.write_text(self.last)
+
+
+class JsonWriter(JsonLinesWriter):
+    """A list of the objects of JSONL."""
+    start, between, last = '[\n', ',\n', '\n]\n'
+
+
+FORMATS: Dict[str, Type[LineWriter]] = {'csv': CsvWriter, 'json': JsonWriter, 'jsonl': JsonLinesWriter}
+
+
+@contextlib.contextmanager
+def open_output(path: str, stdout: TextIO) -> Iterator[BinaryIO]:
+    """The file that takes the results, as bytes: `stdout` where `path` is '' or '-'. Other ranks write nowhere.
+
+    A named file appears only when it is complete.
+    """
+    if not process_group.is_main_process():
+        yield io.BytesIO()
+        return
+    to_file = path not in ('', '-')
+    try:
+        if to_file:
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with atomic_write.atomic_write(path, is_given=True) if to_file else \
+                contextlib.nullcontext(stdout.buffer) as file:
+            yield file
+    except OSError as error:
+        if not to_file:  # Python would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError('cannot write %s (%s); is the disk full, or its folder gone?' % (
+            '--output ' + escape_text(path) if to_file else 'to standard output', error.strerror or error)) from None
