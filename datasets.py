@@ -35,7 +35,7 @@ def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.de
     """(data set, class names): samples are (image uint8 (size, size, 3), class index).
 
     Args:
-        classes, multi_label: for a CSV file, see `manifests.read`.
+        classes, multi_label: for a CSV file, see `csv_dataset.read`.
     """
     reading = _reading(is_train, config, device)
     if config.data_set == 'CIFAR':
@@ -59,7 +59,7 @@ def read_manifest(is_train: bool, config: DataConfig, device: Optional[torch.dev
                   classes: Optional[List[str]] = None, multi_label: Optional[bool] = None,
                   must_exist: bool = True) -> Tuple[csv_dataset.Manifest, List[str]]:
     """Read the CSV file that the flags name. A missing image counts as unreadable where such images are allowed."""
-    flag, path = locations.manifest_of(is_train, config)
+    flag, path = locations.manifest_of(is_train, config) or ('', '')
     return csv_dataset.read(flag, path, locations.resolve_data_path(config.data_path), config.loss, classes,
                             multi_label, device, must_exist and config.bad_images == 'error' and not config.check_data)
 
@@ -94,7 +94,7 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
             raise UserError('--train_csv %s: its classes are not those of the validation folders (%s); give --val_csv, '
                             'the images to evaluate with these' % (escape_text(config.train_csv), differ))
         raise UserError('--data_path: train and val must name the same classes; %s' % differ)
-    classes = train_classes or val_classes
+    classes = train_classes or val_classes or []
     if train is not None and config.max_train_samples:
         train = limit_samples(train, config)
     if config.nb_classes and config.nb_classes != len(classes):
@@ -128,7 +128,7 @@ def limit_samples(train: Any, config: DataConfig) -> Any:
     indices = subsets.subsample(label_source(train), config.max_train_samples, config.seed)
     if hasattr(train, 'subset'):
         return train.subset(indices)
-    subset = torch.utils.data.Subset(train, indices.tolist())
+    subset: Any = torch.utils.data.Subset(train, indices.tolist())
     subset.targets = np.asarray(train.targets)[indices]
     return subset
 

@@ -11,16 +11,18 @@ import subprocess
 import sys
 import time
 
-import benchmark
 import pytest
 import torch
 import torchvision
 
-import contenders
 import modeling_finetune
 from beit.data import fast_decode
 from beit.errors import UserError
-from helpers import TEST_DIR, all_end, cannot_run, has_proc, marked
+from helpers import ROOT, all_end, cannot_run, has_proc, marked
+
+sys.path.append(os.path.join(ROOT, 'benchmarks'))
+import benchmark
+import contenders
 
 pytestmark = pytest.mark.current_only
 
@@ -303,7 +305,7 @@ def test_script(bench):
     report, out = bench('script', '--pairs=1', '--steps=7', '--workers=1', '--input_size=48', *NANO)
     row, = report['rows']
     assert row['ratio']['median'] == pytest.approx(row['script']['median'] / row['step']['median'])
-    log = os.path.join(TEST_DIR, 'output', '0', 'train_0_perf.log')
+    log = os.path.join(ROOT, 'test', 'output', '0', 'train_0_perf.log')
     with open(log, encoding='utf-8') as file:
         assert 'images_per_second %.2f ' % row['script']['median'] in file.read()
     assert re.match(r'the (loader|device) is the limit; ', row['limits'][0]) and ' is the limit' in out
@@ -327,7 +329,7 @@ def test_a_process_that_fails_ends_the_others():
 
 
 def test_what_was_made_goes_away_with_a_signal(tmp_path):
-    with subprocess.Popen([sys.executable, os.path.join(TEST_DIR, 'benchmark.py'), 'data', '--device=cpu',
+    with subprocess.Popen([sys.executable, os.path.join(ROOT, 'benchmarks', 'benchmark.py'), 'data', '--device=cpu',
                            '--distinct=5000'], stderr=subprocess.PIPE, universal_newlines=True,
                           env=dict(os.environ, TMPDIR=str(tmp_path))) as run:
         assert 'making' in next(line for line in run.stderr if 'making' in line)
@@ -352,7 +354,7 @@ def test_what_was_started_goes_away_with_a_signal(tmp_path, argv, working):
             resident = int(pathlib.Path('/proc/%d/statm' % pid).read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
             return working in command and resident > 2 ** 27
 
-    with subprocess.Popen([sys.executable, os.path.join(TEST_DIR, 'benchmark.py'), *argv],
+    with subprocess.Popen([sys.executable, os.path.join(ROOT, 'benchmarks', 'benchmark.py'), *argv],
                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                           env=dict(os.environ, TMPDIR=str(tmp_path), MARK=str(tmp_path))) as run:
         deadline = time.monotonic() + 120
@@ -390,7 +392,7 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, capfd):
 
 
 def test_the_exit_status_is_that_of_the_program():
-    done = subprocess.run([sys.executable, os.path.join(TEST_DIR, 'benchmark.py'), 'step', '--workers=3'],
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'benchmarks', 'benchmark.py'), 'step', '--workers=3'],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.splitlines() == [

@@ -47,7 +47,7 @@ class ImageList(collections.abc.Sequence):
     def __eq__(self, other: Any) -> bool:
         return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other))
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def targets(self) -> np.ndarray:
@@ -79,9 +79,10 @@ def scan_classes(root: str, keep_alive: Callable[[], None] = lambda: None) -> Fo
     """
     real_paths = {'': os.path.realpath(root)}
     _, classes, links, root_fingerprint = _list_folder(root, '')
-    listed = [('', 0, [], root_fingerprint)]
+    listed: List[Tuple[str, int, List[str], Fingerprint]] = [('', 0, [], root_fingerprint)]
     for label, name in enumerate(sorted(classes)):
-        found, pending = [], [(name, (real_paths[''],))]
+        found: List[Tuple[str, int, List[str], Fingerprint]] = []
+        pending: List[Tuple[str, Tuple[str, ...]]] = [(name, (real_paths[''],))]
         while pending:
             folder, ancestors = pending.pop()
             ancestors = resolve_link(os.path.join(root, folder), ancestors)

@@ -4,14 +4,14 @@ import collections.abc
 import csv
 import io
 import os
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
-from beit.data.decode import open_file
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text, nearest
+from beit.files.regular_file import open_file
 
 PATHS = {'path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_path'}
 LABELS = {'label', 'labels', 'class', 'classes', 'category'}
@@ -90,7 +90,8 @@ def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]
         multi_label = several
     if multi_label and loss == 'ce':
         raise UserError('--loss ce: %s gives images several classes; use --loss bce' % file.name)
-    names, labels, lines = [], [], {}
+    names, labels = [], []
+    lines: Dict[str, int] = {}  # the first line of each path
     for line, name, cell in rows:
         if not name:
             raise file.error(line, 'there is no path before the comma')

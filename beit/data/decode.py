@@ -2,20 +2,18 @@
 
 import os
 import re
-import stat
-import typing
 import warnings
 
 import numpy as np
 from PIL import Image
 
 from beit.errors import UserError, escape_text
+from beit.files.regular_file import open_file
 
-# Pillow refuses images of more than twice MAX_IMAGE_PIXELS (179 million). Between once and twice they are read, without
-# its warning, which each worker would print and which doesn't name the file.
+# Pillow refuses images of more than 179 million pixels. From half as many on it warns, in each worker and without the
+# file's name.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 
-KINDS = ((stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a pipe'), (stat.S_ISCHR, 'a device'), (stat.S_ISBLK, 'a device'))
 
 
 class UnreadableImage(UserError):
@@ -35,7 +33,7 @@ def load_image(path: str) -> Image.Image:
     """
     try:
         with open_file(path) as file:
-            image = Image.open(file)
+            image: Image.Image = Image.open(file)
             if 0 in image.size:
                 raise ValueError('it has no pixels')
             if image.mode.startswith('I'):  # 16 bits: Pillow would cut at 255 instead of scaling
@@ -50,18 +48,3 @@ def load_image(path: str) -> Image.Image:
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
             reason = 'it is a link to %s, which is not there' % escape_text(os.readlink(path))
         raise UnreadableImage(path, reason) from None
-
-
-def open_file(path: str) -> typing.BinaryIO:
-    """Open a regular file that isn't empty for reading. A pipe doesn't make it wait, nor a device fill the memory."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0))
-    try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError('it is %s' % next((name for is_kind, name in KINDS if is_kind(status.st_mode)), 'no file'))
-        if status.st_size == 0:
-            raise ValueError('it is empty')
-        return os.fdopen(handle, 'rb')
-    except BaseException:
-        os.close(handle)
-        raise

@@ -4,7 +4,7 @@ import contextlib
 import random
 import signal
 import time
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Iterator, Sequence
 
 import torch
 from timm.data.random_erasing import RandomErasing
@@ -24,7 +24,7 @@ class RandomErasingBoxes(RandomErasing):
     def __init__(self, probability: float, most: int = 1) -> None:
         super().__init__(probability, mode='const', max_count=most, device='cpu')  # const draws no numbers for pixels
 
-    def __call__(self, height: int, width: int) -> tuple:
+    def __call__(self, height: int, width: int) -> tuple:  # type: ignore[override]
         """(seed of the noise, [(top, left, height, width)]), or () for an image that is left alone."""
         boxes = _Boxes()
         self._erase(boxes, 3, height, width, torch.float32)
@@ -52,7 +52,7 @@ class PrefetchLoader:
         remode (str): what erasing writes: 'const' 0, 'rand' one normal colour a box, 'pixel' normal noise.
     """
 
-    def __init__(self, loader: Optional[torch.utils.data.DataLoader], device: torch.device, mean: Sequence[float],
+    def __init__(self, loader: Any, device: torch.device, mean: Sequence[float],
                  std: Sequence[float], remode: str = 'pixel') -> None:
         self.loader, self.device, self.remode = loader, device, remode
         self.generator = accelerator.noise_generator(device)

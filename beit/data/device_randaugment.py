@@ -6,7 +6,7 @@ but where it rounds otherwise, and turns, shears and shifts are bilinear.
 """
 
 import math
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ def collate_ops(deferred: Sequence[Optional[DeferredImage]]) -> List[Tuple]:
     packed = [('mirror', torch.tensor(mirrored), torch.zeros(0))] if mirrored else []
     operations = [each.operations if each else [] for each in deferred]
     for turn in range(max(map(len, operations), default=0)):
-        groups = {}
+        groups: Dict[str, list] = {}
         for index, its_operations in enumerate(operations):
             if turn < len(its_operations):
                 kind, arguments = its_operations[turn]

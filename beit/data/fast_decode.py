@@ -12,8 +12,9 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
-from beit.data.decode import load_image, open_file
+from beit.data.decode import load_image
 from beit.errors import UserError
+from beit.files.regular_file import open_file
 
 try:
     from torchvision.io import decode_jpeg

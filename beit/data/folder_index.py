@@ -50,7 +50,7 @@ def index_path(root: str) -> str:
     return os.path.join(cache, 'beit-pytorch', 'folder_index', hashlib.sha256(key.encode()).hexdigest()[:32] + '.npz')
 
 
-def _find(root, keep_alive: Callable[[], None], scans: List[FolderScan]) -> bytes:
+def _find(root: str, keep_alive: Callable[[], None], scans: List[FolderScan]) -> bytes:
     """The packed `FolderScan`, which itself is appended to `scans`."""
     path, changed = index_path(root), None
     with contextlib.suppress(Exception):  # most often there is none; NumPy and zipfile raise anything on damaged data

@@ -22,7 +22,7 @@ class ImageDataset(torch.utils.data.Dataset):
         samples (sequence): (path, class index), or with several classes (path, float32 (classes,)), of each.
         classes (list of str): their names.
         fits (function): of an image's (width, height), where images aren't resized; see
-            `augmentation.small_input_rule`.
+            `transforms.small_input_rule`.
         read (function): of a path; gives what the transform takes.
 
     Raises:
@@ -33,7 +33,7 @@ class ImageDataset(torch.utils.data.Dataset):
                  fits: Optional[Callable[[int, int], bool]] = None, read: Callable = load_image) -> None:
         self.samples, self.classes, self.transform, self.fits, self.read = samples, classes, transform, fits, read
 
-    def subset(self, indices: Sequence[int], **changes: Any) -> 'ImageDataset':
+    def subset(self, indices: Any, **changes: Any) -> 'ImageDataset':
         """A copy with those samples only; `changes` replace its transform, fits or read."""
         subset = copy.copy(self)
         subset.samples = Subset(self.samples, indices)
@@ -77,7 +77,7 @@ class ImageFolder(ImageDataset):
         if not self.classes:
             raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
                             % (flag, shown))
-        filled = np.bincount(self.samples.labels, self.samples.counts, len(self.classes)).tolist()
+        filled = np.bincount(found.samples.labels, found.samples.counts, len(self.classes)).tolist()
         empty = [name for name, images in zip(self.classes, filled) if not images]
         if empty:
             raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder'
@@ -100,11 +100,11 @@ class Subset(collections.abc.Sequence):
     """Some of a data set's samples, in order.
 
     Args:
-        samples: `class_folders.ImageList` or `manifests.Manifest`.
+        samples: `class_folders.ImageList` or `csv_dataset.Manifest`.
         indices (array of int): into `samples`.
     """
 
-    def __init__(self, samples: Any, indices: Sequence[int]) -> None:
+    def __init__(self, samples: Any, indices: Any) -> None:
         self.samples, self.indices = samples, np.asarray(indices, dtype=np.int64)
 
     def __len__(self) -> int:

@@ -84,7 +84,7 @@ class Sample(NamedTuple):
     """What a worker makes of an image, for `collate`."""
     image: torch.Tensor  # uint8 (H, W, 3)
     target: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     erasing: tuple = ()  # what to erase of it
     deferred: Optional[device_randaugment.DeferredImage] = None  # what else is to be done to it
 

@@ -36,7 +36,8 @@ def write_digits(root: str) -> None:
                 folder = os.path.join(temporary, split, str(digits.target[index]))
                 os.makedirs(folder, exist_ok=True)
                 scan = Image.fromarray(np.uint8(np.round(digits.images[index] * (255. / 16.))))
-                scan.resize((32, 32), Image.BICUBIC).save(os.path.join(folder, '%04d.png' % index))
+                scan = scan.resize((32, 32), Image.BICUBIC)  # type: ignore[attr-defined]
+                scan.save(os.path.join(folder, '%04d.png' % index))
         os.chmod(temporary, 0o755)
         os.rename(temporary, root)
     except OSError:

@@ -8,7 +8,7 @@ import glob
 import itertools
 import os
 import zlib
-from typing import Collection, Iterable, Iterator, List, Sequence, Tuple
+from typing import Collection, Deque, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 
@@ -31,13 +31,13 @@ def walk_images(root: str, without: Collection[str] = ()) -> Iterator[str]:
     Raises:
         UserError: a folder can't be listed, a link leads nowhere or to a folder that it lies in.
     """
-    pending = [(root, (os.path.realpath(root),))]
+    pending: List[Tuple[str, Tuple[str, ...]]] = [(root, (os.path.realpath(root),))]
     while pending:
         folder, ancestors = pending.pop()
         ancestors = resolve_link(folder, ancestors) if folder != root else ancestors
         if ancestors[-1] in without:
             continue
-        folders = []
+        folders: List[str] = []
         try:
             with os.scandir(folder) as entries:
                 for name in in_order(_images(entries, folders)):
@@ -125,7 +125,8 @@ class PathSampler(torch.utils.data.Sampler):
 
     def __init__(self, inputs: Sequence[str], without: Collection[str] = (), rank: int = 0, processes: int = 1) -> None:
         self.inputs, self.without, self.rank, self.processes = inputs, without, rank, processes
-        self.requested, self.state = collections.deque(), [0, 0]
+        self.requested: Deque[Tuple[int, str]] = collections.deque()
+        self.state = [0, 0]
 
     def __iter__(self):
         for number, path in enumerate(find_images(self.inputs, self.without)):

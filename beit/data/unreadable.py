@@ -5,7 +5,7 @@ import concurrent.futures
 import os
 import signal
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Iterable, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Optional, Sequence, Set, Tuple
 
 from beit import log
 from beit.data.decode import UnreadableImage
@@ -33,7 +33,7 @@ class BadImages:
     def __init__(self, output_dir: Optional[str], limit: float) -> None:
         self.path, self.limit = output_dir and os.path.join(output_dir, LIST), limit
         self.listed = _read_list(self.path)
-        self.met = collections.defaultdict(set)
+        self.met: Dict[str, Set[str]] = collections.defaultdict(set)
 
     def report(self, unreadable: Iterable[Tuple[str, str]], total: int, what: str) -> None:
         """Report and count newly met files. Every process calls this with the same list.
@@ -93,7 +93,8 @@ def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> int:
 
     tqdm.monitor_interval = 0  # its thread must not be there when processes are forked
     parts = [part for part in parts if part is not None]
-    total, bad = sum(map(len, parts)), {}
+    total = sum(map(len, parts))
+    bad: Dict[str, str] = {}
     with tqdm(total=total, desc='Checking', unit=' images', disable=None) as bar:  # None: only on a terminal
         for dataset in parts:
             found = {}

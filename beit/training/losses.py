@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-from beit.data.decode import open_file
 from beit.errors import UserError, escape_text, nearest
+from beit.files.regular_file import open_file
 
 LOSSES = ('auto', 'ce', 'bce')
 

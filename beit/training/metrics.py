@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from beit.data import subsets
-from beit.data.decode import open_file
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text
 from beit.files import atomic_write
+from beit.files.regular_file import open_file
 
 LOSS_UNIT = 2. ** -32  # losses are added up as whole multiples of this: the sum does not depend on the order
 
