@@ -36,7 +36,7 @@ from beit.config import MixupConfig, ModelConfig, OptimizerConfig, OutputConfig,
 from beit.data import subsets, transforms
 from beit.data import unreadable as unreadable_
 from beit.data.image_dataset import ImageDataset, label_source
-from beit.data.unreadable import LIST, BadImages
+from beit.data.unreadable import LIST, UnreadableFiles
 from beit.devices import accelerator, half_precision, kernels
 from beit.distributed import collectives, preemption, process_group, watchdog
 from beit.errors import UserError, escape_text
@@ -366,7 +366,7 @@ def build_monitor(args, output, signals, run_state, data, learner):
     """What acts between two updates: signals, checkpoints, unreadable images, losses that are not finite."""
     parts = dict(model=accelerator.unwrap(learner.model), optimizer=learner.optimizer, scaler=learner.scaler,
                  ema=learner.ema, classes=data.classes, activation=losses.activation(args, data.multi_label))
-    unreadable = BadImages(args.output_dir, args.max_bad_images)
+    unreadable = UnreadableFiles(args.output_dir, args.max_bad_images)
     return CheckpointMonitor(output, signals, run_state, unreadable, data.train_set, parts, args.on_nonfinite)
 
 
@@ -383,7 +383,7 @@ def evaluate_only(args, output, data, learner, report):
         if learner.ema is not None and not content.get('model_ema'):
             log.log_main('%s holds no averaged weights (it was trained without --model_ema)' % escape_text(source))
             learner.ema = None
-    unreadable = BadImages(args.output_dir, args.max_bad_images)
+    unreadable = UnreadableFiles(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
     stats, ema_stats = evaluate_all(args, data, learner, unreadable, throughput, predictions=report.predictions())
     if args.results_file and process_group.is_main_process():
@@ -406,7 +406,7 @@ def evaluate_all(args, data, learner, unreadable, throughput=None, stop_signal=N
     """(statistics of the model, of its average or None), each printed; (None, None) where a signal broke it off.
 
     Args:
-        unreadable (bad_images.BadImages): takes the files that can't be read.
+        unreadable (unreadable.UnreadableFiles): takes the files that can't be read.
         stop_signal (function): gives the number of a signal that asks to stop; None outside of training.
         predictions (predictions.Predictions): filled by the model itself.
     """

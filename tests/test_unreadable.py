@@ -29,7 +29,7 @@ from beit.data import class_folders, decode, locations
 from beit.data import unreadable as unreadable_
 from beit.data.image_dataset import ImageFolder, image_name
 from beit.data.loader import Batch, Sample, Unreadable, collate
-from beit.data.unreadable import BadImages
+from beit.data.unreadable import UnreadableFiles
 from beit.distributed import process_group
 from beit.errors import UserError, one_line
 from beit.files import weights_file
@@ -372,7 +372,7 @@ def test_odd_names_are_told_in_one_line(tmp_path, parse, capsys, workers):
     _, unreadable = by_index(datasets.build_loaders(args, None, val)[1])
     assert [path for path, _ in unreadable] == [image_name(val, index) for index in range(len(val))]
     assert len({path for path, _ in unreadable}) == 2 * len(ODD_NAMES)
-    record = BadImages(str(tmp_path / 'out'), 1.)
+    record = UnreadableFiles(str(tmp_path / 'out'), 1.)
     record.report(unreadable, len(val), 'validation')
     with open(str(tmp_path / 'out' / 'bad_images.txt'), 'rb') as file:
         lines = file.read().decode('ascii', 'backslashreplace').splitlines()
@@ -478,7 +478,7 @@ def lines_of(folder):
 
 
 def test_each_path_is_told_and_listed_once(tmp_path, capsys):
-    record = BadImages(str(tmp_path), 0.5)
+    record = UnreadableFiles(str(tmp_path), 0.5)
     record.report([], 10, 'training')
     assert os.listdir(str(tmp_path)) == []
     record.report([['b.png', 'it is empty'], ('a.png', 'cut')], 10, 'training')
@@ -493,7 +493,7 @@ def test_each_path_is_told_and_listed_once(tmp_path, capsys):
 @pytest.mark.parametrize('share, total, allowed', [(0.001, 1000, 1), (0.001, 999, 0), (0.001, 3000, 3), (0.29, 100, 29),
                                                    (0., 50, 0), (0.07, 100, 7), (1., 4, 4)])
 def test_the_limit_is_a_share_of_the_set(tmp_path, share, total, allowed):
-    record = BadImages(str(tmp_path), share)
+    record = UnreadableFiles(str(tmp_path), share)
     bad = [('%d.png' % index, 'it is empty') for index in range(allowed + 1)]
     for _ in range(3):
         record.report(bad[:allowed], total, 'training')
@@ -509,9 +509,9 @@ def test_the_limit_is_a_share_of_the_set(tmp_path, share, total, allowed):
 
 
 def test_a_resumed_run_does_not_tell_again_but_counts(tmp_path, capsys):
-    BadImages(str(tmp_path), 0.1).report([('a.png', 'it is empty'), ('b\\n.png', 'x')], 20, 'training')
+    UnreadableFiles(str(tmp_path), 0.1).report([('a.png', 'it is empty'), ('b\\n.png', 'x')], 20, 'training')
     capsys.readouterr()
-    resumed = BadImages(str(tmp_path), 0.1)
+    resumed = UnreadableFiles(str(tmp_path), 0.1)
     resumed.report([('a.png', 'it is empty')], 20, 'training')
     assert capsys.readouterr().out == ''
     resumed.report([('c.png', 'y')], 20, 'training')  # the second that this run meets; b may have been mended
@@ -524,14 +524,14 @@ def test_a_resumed_run_does_not_tell_again_but_counts(tmp_path, capsys):
 def test_only_the_first_process_writes_but_all_stop(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(process_group, 'rank', lambda: 1)
     with pytest.raises(UserError, match='1 of the 10 validation images'):
-        BadImages(str(tmp_path), 0.01).report([('a.png', 'x')], 10, 'validation')
+        UnreadableFiles(str(tmp_path), 0.01).report([('a.png', 'x')], 10, 'validation')
     assert os.listdir(str(tmp_path)) == [] and capsys.readouterr().out == ''
 
 
 def test_without_a_folder_there_is_no_list(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match='cannot be read; mend'):
-        BadImages('', 0.01).report([('a.png', 'x')], 10, 'training')
+        UnreadableFiles('', 0.01).report([('a.png', 'x')], 10, 'training')
     assert os.listdir(str(tmp_path)) == [] and 'a.png' in capsys.readouterr().out
 
 

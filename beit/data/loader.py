@@ -77,7 +77,7 @@ class Batch(NamedTuple):
     indices: torch.Tensor  # int64 (B,), of the data set; see `image_dataset.image_name`
     unreadable: list  # of Unreadable
     erasing: Sequence = ()  # what is still to be erased: (position in the batch, seed, boxes), see `RandomErasingBoxes`
-    augmenting: Sequence = ()  # what is still to be done to the bytes, see `rand_augment.collate_ops`
+    augmenting: Sequence = ()  # what is still to be done to the bytes, see `device_randaugment.collate_ops`
 
 
 class Sample(NamedTuple):

@@ -1,6 +1,6 @@
 """What is done to an image before the model sees it, and to a batch of them: the transforms, mixup and cutmix.
 
-`datasets` decides where this runs; `loader` seeds the random numbers.
+`loader` seeds the random numbers.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ class EvalTransform:
         return data_backend == 'fast' and self.resizes
 
     def resize_and_crop(self, fast: bool = False) -> Callable:
-        """Of a Pillow image; `fast` takes what `fast_images.load_bytes` gives too. Gives a Pillow image."""
+        """Of a Pillow image; `fast` takes what `fast_decode.load_bytes` gives too. Gives a Pillow image."""
         if fast:
             return fast_decode.CentreCrop(self.shorter_side, self.input_size, self.interpolation)
         mode = getattr(InterpolationMode, self.interpolation.upper())
@@ -115,7 +115,7 @@ def build_transform(is_train: bool, config: TransformConfig, device: Optional[to
 
     Training is timm's `create_transform`; inputs of 32 pixels and less use random crops with 4 pixels of padding.
     Evaluation is `EvalTransform`. What follows, normalising and random erasing, is `PrefetchLoader`'s. Where `is_fast`,
-    it takes what `fast_images.load_bytes` gives too, and leaves flips and RandAugment to a `device` that is not the
+    it takes what `fast_decode.load_bytes` gives too, and leaves flips and RandAugment to a `device` that is not the
     CPU, where the loop has better to do.
     """
     evaluation, fast = EvalTransform.from_config(config), is_fast(is_train, config)

@@ -19,7 +19,7 @@ run_folder.register_output(r'bad_images\.txt')
 FILES_AT_ONCE = 16  # that one process of check_data takes
 
 
-class BadImages:
+class UnreadableFiles:
     """The files that a run left out: each reported once and listed in output_dir/bad_images.txt; too many stop it.
 
     What is in the list already, from before a resume or from --check_data, is not reported again. It counts against

@@ -146,7 +146,7 @@ class CheckpointMonitor(StepMonitor):
         output (OutputConfig): where to save, how often, and the flags that a checkpoint holds.
         signals (preemption.Signals): where the request to stop comes from.
         run_state (checkpoint.RunState): where the run begins; kept up to date.
-        bad_images (bad_images.BadImages): takes the files that can't be read.
+        bad_images (unreadable.UnreadableFiles): takes the files that can't be read.
         train_set: the training set.
         parts (dict): model, optimizer, scaler and ema, as `checkpoint.build_checkpoint` takes them.
         on_nonfinite (str): 'stop', or 'skip' such an update.
