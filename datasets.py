@@ -70,13 +70,13 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
 
     Args:
         device (torch.device): of this process, where all of a job call this; then the first one looks for the files.
-        classes (list of str): those that --val_csv may name, where no training images tell.
+        classes (list of str): the classes that --val_csv may name, if there is no training set.
     """
     train = train_classes = val = val_classes = multi_label = None
     if not config.eval:
         train, train_classes = build_dataset(True, config, device)
         multi_label = subsets.is_multi_label(label_source(train))
-    elif config.train_csv and config.val_csv:  # it says which classes there are
+    elif config.train_csv and config.val_csv:  # it names the classes
         listed, classes = read_manifest(True, config, device, must_exist=False)
         multi_label = listed.multi_label
     if config.val_split:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tell what is in images, with a checkpoint that run_class_finetuning.py wrote.
+"""Classify images with a checkpoint that run_class_finetuning.py wrote.
 
 Classes, input size, mean and deviation, pooling: all comes from the checkpoint. Results are printed, or written with
 --output; --attention writes pictures of where the model looks.
@@ -149,7 +149,7 @@ class Predictor:
         self.activation = activation
 
     def predictions(self) -> Iterator[List[Prediction]]:
-        """Yield those of each batch. They are read while the device computes the next."""
+        """Yield a list for each batch, read while the device computes the next one."""
         before = None
         for batch in self.loader:
             computed = self.compute(batch)
@@ -220,7 +220,7 @@ def check_same_inputs(sampler: PathSampler, device: torch.device) -> None:
 
 def write_predictions(predictor: Predictor, writer: LineWriter, input_size: int, shows_progress: bool,
                       device: torch.device) -> Tuple[int, int]:
-    """Write the results and report what was left out; gives (images read, files left out).
+    """Write the results and report files that were left out; gives (images read, files left out).
 
     Args:
         shows_progress: with a bar, on a terminal; otherwise each batch is written out at once.

@@ -4,8 +4,8 @@ A second start asks for the state of each folder (`class_folders.fingerprint`) a
 A folder that changed shortly before it was listed may change again within one tick of the file system's clock, without
 a trace: no index of such a tree is written.
 
-Each tree has a file in the user's cache folder, where nobody else writes: an .npz archive, and its CRC-32 behind it. If
-it is damaged or not this user's own, it is ignored; if it can't be written, there is none.
+Each tree has a file in the user's cache folder, writable by that user only: an .npz archive followed by its CRC-32. A file
+that is damaged or another user's is ignored; one that can't be written is left out.
 """
 
 import contextlib

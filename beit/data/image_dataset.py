@@ -86,13 +86,13 @@ class ImageFolder(ImageDataset):
 
 
 def image_name(dataset: Any, index: int) -> str:
-    """The name of a sample in messages: its path, printable, or its number where it has no file of its own."""
+    """The name of a sample in messages: its printable path, or its number if it has no separate file."""
     samples = getattr(dataset, 'samples', None)
     return 'image %d' % index if samples is None else escape_text(samples[index][0])
 
 
 def label_source(dataset: Any) -> Any:
-    """What has the classes of a data set's images: its samples, or CIFAR itself."""
+    """The object with a data set's labels: its samples, or CIFAR itself."""
     return getattr(dataset, 'samples', dataset)
 
 

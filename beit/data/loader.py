@@ -41,7 +41,7 @@ class EpochSampler(torch.utils.data.Sampler):
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        """What is left of the epoch."""
+        """The samples that the epoch still has."""
         return max(self.length // self.world_size - self.start, 0)
 
     def __iter__(self) -> Iterator[Tuple[int, int]]:
@@ -76,17 +76,17 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # int64 (B,), class indices
     indices: torch.Tensor  # int64 (B,), of the data set; see `image_dataset.image_name`
     unreadable: list  # of Unreadable
-    erasing: Sequence = ()  # what is still to be erased: (position in the batch, seed, boxes), see `RandomErasingBoxes`
-    augmenting: Sequence = ()  # what is still to be done to the bytes, see `device_randaugment.collate_ops`
+    erasing: Sequence = ()  # still to be erased: (position in the batch, seed, boxes), see `RandomErasingBoxes`
+    augmenting: Sequence = ()  # still to be applied to the bytes, see `device_randaugment.collate_ops`
 
 
 class Sample(NamedTuple):
-    """What a worker makes of an image, for `collate`."""
+    """The worker's result for an image, for `collate`."""
     image: torch.Tensor  # uint8 (H, W, 3)
     target: int
     index: int  # type: ignore[assignment]  # hides tuple.index
-    erasing: tuple = ()  # what to erase of it
-    deferred: Optional[device_randaugment.DeferredImage] = None  # what else is to be done to it
+    erasing: tuple = ()  # boxes to erase
+    deferred: Optional[device_randaugment.DeferredImage] = None  # operations left to the device
 
 
 class Samples(torch.utils.data.Dataset):
@@ -140,7 +140,7 @@ class SeededSamples(Samples):
 
 
 def collate(items: Sequence, size: int) -> Batch:
-    """What `Samples` gave, as a `Batch` of bytes, images of size x size."""
+    """A `Batch` of bytes from `Samples`' results, images of size x size."""
     unreadable = [item for item in items if isinstance(item, Unreadable)]
     read = [item for item in items if not isinstance(item, Unreadable)]
     if not read:

@@ -129,7 +129,7 @@ def check_manifests(config: DataConfig) -> None:
 
 
 def needed_subsets(config: DataConfig) -> List[bool]:
-    """[True, False] for the training and the validation set, without those that the run doesn't need."""
+    """[True, False] for the training and the validation set, without a set that the run doesn't need."""
     return ([] if config.eval else [True]) + ([False] if needs_validation(config) else [])
 
 

@@ -20,10 +20,10 @@ AT_ONCE = 1 << 16  # names that are put in order together; they bound the memory
 
 
 def walk_images(root: str, without: Collection[str] = ()) -> Iterator[str]:
-    """Yield the path of every image in a folder, at any depth: a folder's files, then what is in its folders.
+    """Yield the path of every image in a folder, at any depth: a folder's files, then its folders.
 
-    Names come sorted; those of a folder with more than `AT_ONCE` so many at a time, as the system gives them. Hidden
-    names are passed over, links are followed.
+    Names come sorted; a folder with more than `AT_ONCE` is sorted in parts of that size. Hidden names are skipped, links
+    are followed.
 
     Args:
         without (collection of str): real paths of folders to pass over.
@@ -49,7 +49,7 @@ def walk_images(root: str, without: Collection[str] = ()) -> Iterator[str]:
 
 
 def _images(entries, folders):
-    """The names of images among a folder's entries; those of folders are added to `folders`."""
+    """Yield the names of images among a folder's entries; add names of folders to `folders`."""
     for entry in entries:
         if is_hidden(entry.name):
             continue
@@ -82,8 +82,8 @@ def check_inputs(inputs: Sequence[str]) -> None:
 def find_images(inputs: Sequence[str], without: Collection[str] = ()) -> Iterator[str]:
     """Yield the path of each image that files, folders and patterns name, in their order.
 
-    A file that is named counts as an image whatever its ending. A pattern's files count by their endings, and its
-    folders with all that is in them, unless it goes into folders by itself (**).
+    A named file counts as an image whatever its ending. A pattern's files count by their endings, and its folders with
+    all images in them, unless the pattern itself is recursive (**).
     """
     for name in inputs:
         if os.path.isdir(name):
@@ -118,7 +118,7 @@ class PathSampler(torch.utils.data.Sampler):
     """This process's share of the images, every `processes`-th, as (number, path); without a length.
 
     Attributes:
-        requested (deque): those that the loader asked for and `take` did not return yet, in their order.
+        requested (deque): images that the loader asked for and `take` did not return yet, in order.
         state (list): how many images of all processes were passed, and a checksum of their paths. Processes that
             passed the same ones have the same.
     """

@@ -10,7 +10,7 @@ import numpy as np
 
 from beit.errors import UserError
 
-VALIDATION, SUBSAMPLE = 1, 2  # numbers of their own beside the seed: the two draws have nothing in common
+VALIDATION, SUBSAMPLE = 1, 2  # beside the seed, so that the two draws are independent
 
 
 def is_multi_label(samples: Any) -> bool:

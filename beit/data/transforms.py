@@ -1,4 +1,4 @@
-"""What is done to an image before the model sees it, and to a batch of them: the transforms, mixup and cutmix.
+"""Transforms of an image before the model sees it; mixup and cutmix of a batch.
 
 `loader` seeds the random numbers.
 """
@@ -60,7 +60,7 @@ class EvalTransform:
 
     @classmethod
     def from_timm(cls, words: Dict[str, Any]) -> 'EvalTransform':
-        """From what `to_timm` gives. Raises ValueError, TypeError or LookupError where it is nothing of the kind."""
+        """From `to_timm`'s result. Raises ValueError, TypeError or LookupError for anything else."""
         _, height, width = words['input_size']
         if height != width or type(height) is not int or not 1 <= height <= MAX_INPUT_SIZE or \
                 not 0 < float(words['crop_pct']) <= 1:
@@ -222,7 +222,7 @@ class DeviceMixup(Mixup):
 
 
 def _mix_dense(targets, share, smoothing):
-    """Ones and zeros (B, classes) mixed with those of the batch turned round, each moved towards 0.5 by `smoothing`."""
+    """Targets (B, classes) of ones and zeros, moved towards 0.5 by `smoothing`, mixed with the reversed batch."""
     targets = targets * (1. - smoothing) + 0.5 * smoothing
     return targets * share + targets.flip(0) * (1. - share)
 

@@ -22,8 +22,8 @@ FILES_AT_ONCE = 16  # that one process of check_data takes
 class UnreadableFiles:
     """The files that a run left out: each reported once and listed in output_dir/bad_images.txt; too many stop it.
 
-    What is in the list already, from before a resume or from --check_data, is not reported again. It counts against
-    the limit only when this process meets it: the file may have been mended.
+    A file that is already listed, from before a resume or from --check_data, is not reported again. It counts against
+    the limit only when this process meets it: the file may have been repaired.
 
     Args:
         output_dir (str): '' or None keeps no list.
@@ -41,7 +41,7 @@ class UnreadableFiles:
         Args:
             unreadable (list of (str, str)): printable path and reason, of all processes together.
             total (int): the files of that set.
-            what (str): 'training' or 'validation'; each is counted by itself.
+            what (str): 'training' or 'validation'; each is counted separately.
 
         Raises:
             UserError: too many files of the set are bad, or the list can't be written.
@@ -81,7 +81,7 @@ def _write_list(path, reasons):
 def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> int:
     """Decode every image of the data sets, print a line for each that can't be used, and list those.
 
-    output_dir/bad_images.txt becomes the list of what is bad now; it is empty where all is well.
+    output_dir/bad_images.txt is replaced; it is empty if every file is good.
 
     Args:
         parts: data sets; None among them is skipped.
@@ -98,7 +98,7 @@ def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> int:
     with tqdm(total=total, desc='Checking', unit=' images', disable=None) as bar:  # None: only on a terminal
         for dataset in parts:
             found = {}
-            # CIFAR's images lie in one file, whose checksum was looked at when it was read.
+            # CIFAR's images are in one file, whose checksum was compared when it was read.
             for indices, reasons in _check_files(dataset, num_workers) if hasattr(dataset, 'load') else ():
                 for index in reasons:
                     bar.write('%s\t%s' % (image_name(dataset, index), reasons[index]))

@@ -71,7 +71,7 @@ def paint(picture: Any, heat: Any) -> Image.Image:
 
     Args:
         picture (uint8 (size, size, 3)): a tensor or array.
-        heat (float (H, W)): likewise.
+        heat (float (H, W)): a tensor or array.
     """
     picture, heat = Image.fromarray(np.asarray(picture)), np.asarray(heat, dtype=np.float32)
     factor = -(-SHORTEST // min(picture.size))
@@ -89,7 +89,7 @@ def to_grey(values: np.ndarray) -> Image.Image:
 
 
 class HeatmapWriter:
-    """Writes the pictures of a model's attention into a folder, where they lie as their images lie in theirs.
+    """Writes the pictures of a model's attention into a folder, in the same subfolders as the images.
 
     Args:
         folder (str): made when it is needed.
