@@ -139,9 +139,13 @@ def _list_folder(root, folder):
                     links.append(os.path.join(folder, entry.name))
                     check_link(entry.path)
     except OSError as error:
-        raise UserError('%s: cannot look for images there (%s); mend or remove it, or let this user read it'
-                        % (escape_text(error.filename or path), error.strerror)) from None
+        raise listing_error(error, path) from None
     return files, folders, links, before
+
+
+def listing_error(error: OSError, path: str) -> UserError:
+    return UserError('%s: cannot look for images there (%s); mend or remove it, or let this user read it'
+                     % (escape_text(error.filename or path), error.strerror))
 
 
 # ---- links

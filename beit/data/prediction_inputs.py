@@ -12,7 +12,7 @@ from typing import Collection, Deque, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 
-from beit.data.class_folders import EXTENSIONS, check_link, is_hidden, is_image_name, resolve_link
+from beit.data.class_folders import EXTENSIONS, check_link, is_hidden, is_image_name, listing_error, resolve_link
 from beit.data.transforms import EvalTransform, image_reader
 from beit.errors import UserError, escape_text
 
@@ -43,8 +43,7 @@ def walk_images(root: str, without: Collection[str] = ()) -> Iterator[str]:
                 for name in in_order(_images(entries, folders)):
                     yield os.path.join(folder, name)
         except OSError as error:
-            raise UserError('%s: cannot look for images there (%s); mend or remove it, or let this user read it'
-                            % (escape_text(error.filename or folder), error.strerror)) from None
+            raise listing_error(error, folder) from None
         pending += [(os.path.join(folder, name), ancestors) for name in sorted(folders, reverse=True)]
 
 

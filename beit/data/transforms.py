@@ -59,17 +59,17 @@ class EvalTransform:
                    std=tuple(std))
 
     @classmethod
-    def from_timm(cls, words: Dict[str, Any]) -> 'EvalTransform':
+    def from_timm(cls, settings: Dict[str, Any]) -> 'EvalTransform':
         """From `to_timm`'s result. Raises ValueError, TypeError or LookupError for anything else."""
-        _, height, width = words['input_size']
+        _, height, width = settings['input_size']
         if height != width or type(height) is not int or not 1 <= height <= MAX_INPUT_SIZE or \
-                not 0 < float(words['crop_pct']) <= 1:
+                not 0 < float(settings['crop_pct']) <= 1:
             raise ValueError('not the preprocessing of a square input')
-        return cls(height, float(words['crop_pct']), words['interpolation'],
-                   *(tuple(map(float, words[name])) for name in ('mean', 'std')))
+        return cls(height, float(settings['crop_pct']), settings['interpolation'],
+                   *(tuple(map(float, settings[name])) for name in ('mean', 'std')))
 
     def to_timm(self) -> Dict[str, Any]:
-        """In timm's words: input_size (3, H, W), interpolation, mean, std and crop_pct."""
+        """As timm names them: input_size (3, H, W), interpolation, mean, std and crop_pct."""
         return {'input_size': (3, self.input_size, self.input_size), 'interpolation': self.interpolation,
                 'mean': self.mean, 'std': self.std, 'crop_pct': self.crop_pct}
 
