@@ -11,7 +11,7 @@ import modeling_finetune
 import optim_factory
 from beit.checkpoint import discovery, pretrained
 from beit.cli import OneLineParser, add_bool_flag, bounded_number
-from beit.config import MAX_INPUT_SIZE, InputConfig
+from beit.config import MAX_INPUT_SIZE, InputConfig, MixupConfig, TransformConfig
 from beit.data import locations, transforms
 from beit.devices import accelerator, half_precision, kernels, profiler
 from beit.distributed import process_group
@@ -403,10 +403,10 @@ def check_model(args: argparse.Namespace) -> None:
 
 def check_augmentation(args: argparse.Namespace) -> None:
     transforms.check_policy(args.aa)
-    transforms.check_backend(args)
+    transforms.check_backend(config_from(args, TransformConfig))
     if args.resplit:
         raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
-    if transforms.uses_mixup(args) and args.batch_size % 2 and not args.eval:
+    if transforms.uses_mixup(config_from(args, MixupConfig)) and args.batch_size % 2 and not args.eval:
         raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
     for flag in ('mixup', 'cutmix'):
         if 0 < getattr(args, flag) < 1e-6:  # NumPy's beta distribution gives no number there

@@ -267,7 +267,7 @@ class TensorboardLogger:
 
     def check(self) -> None:
         if self.failure is not None:
-            file_writer = getattr(getattr(self, 'writer', None), 'file_writer', None)
+            file_writer: Any = getattr(getattr(self, 'writer', None), 'file_writer', None)
             if hasattr(file_writer, 'event_writer'):
                 file_writer.event_writer.close = lambda: None  # it would be tried again, and fail, at Python's exit
             raise UserError('--log_dir %s: cannot write there (%s); make room, or choose another'
@@ -319,7 +319,7 @@ class ModelEma:
         """Move towards `state`, a name-to-float32-tensor dict of the model's weights and buffers, unless `skip`.
 
         Args:
-            skip (bool or 0-dim bool tensor): whether the update was skipped, as `precision.StepScaler` tells.
+            skip (bool or 0-dim bool tensor): whether the update was skipped, as `LossScaler.last_skipped` says.
         """
         averages = self.ema.state_dict()
         floats = [name for name, average in averages.items() if average.is_floating_point()]

@@ -47,7 +47,10 @@ class Report:
         self.make_samples, self.prefix = samples, prefix
         self.has_log, self.page = not prefix, prefix + 'report.html'
         self.curves = curves.Curves(output.output_dir if output.curves and not prefix else '')
-        self.evaluated, self.newest, self.kept, self.samples, self.has_args = '', None, None, [], False
+        self.newest: Optional[Predictions] = None  # of the evaluation in progress
+        self.kept: Optional[Predictions] = None  # of the best epoch
+        self.samples: List[Tuple[np.ndarray, str]] = []
+        self.evaluated, self.has_args = '', False
 
     def begin(self, writer: Any) -> None:
         """Before the first step: the augmented images, where somebody will look at them."""
@@ -76,7 +79,7 @@ class Report:
         self.curves.draw()
 
     def draw_confusions(self, writer: Any, epoch: int) -> None:
-        image = self.newest.image()
+        image = None if self.newest is None else self.newest.image()
         if image is not None:
             writer.image('images/confusion', epoch, image)
 
