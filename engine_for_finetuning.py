@@ -258,7 +258,7 @@ def evaluate(data_loader: Any, model: torch.nn.Module, device: torch.device, sha
 
 
 class WithMirrorImage(torch.nn.Module):
-    """A network whose logits are the mean of those of an image and of its mirror image (--test_flip)."""
+    """A network that averages the logits of an image and of its mirror image (--test_flip)."""
 
     def __init__(self, network):
         super().__init__()

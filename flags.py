@@ -1,4 +1,4 @@
-"""Every flag of the programs, declared once, and what can be found wrong with those of a training run at its start."""
+"""Every flag of the programs, declared once, and the checks of a training run's flags at its start."""
 
 import argparse
 import dataclasses
@@ -53,8 +53,8 @@ class Flag:
         help: what it does. --help adds the default in brackets, or what `shown` says of it.
         type, choices, nargs, metavar, action: as argparse has them.
         synonyms: what other projects call it, separated by blanks; for hints at an unknown flag.
-        affects_results: whether the numbers of a training run depend on it: a resumed run names those that changed.
-        also: {another program that has it: its group there, and what is different there}.
+        affects_results: whether the numbers of a training run depend on it; a resumed run names such changes.
+        also: {another program that has it: its group and its differences there}.
     """
     name: str
     default: Any
@@ -376,10 +376,10 @@ def config_from(args: argparse.Namespace, kind: Callable[..., Config], **given: 
                        **given))
 
 
-# ---- what can be found wrong before anything slow starts
+# ---- checks before anything slow starts
 
 def check_args(args: argparse.Namespace) -> None:
-    """Everything that can be found wrong before anything slow starts. Raises `UserError`."""
+    """Check everything that can be checked before anything slow starts. Raises `UserError`."""
     check_model(args)
     check_augmentation(args)
     check_schedule(args)

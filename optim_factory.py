@@ -1,6 +1,6 @@
 """Layer-decay parameter groups, the table of optimizers, and the cosine schedules.
 
-Layer-wise learning rates and the rules for weight decay are those of the reference's optim_factory.py
+Layer-wise learning rates and the rules for weight decay follow the reference's optim_factory.py
 (BEiT, https://arxiv.org/abs/2106.08254, appendix; the idea is ELECTRA's, https://arxiv.org/abs/2003.10555).
 """
 

@@ -221,7 +221,7 @@ def build_optimizer(args, model, under_apex):
 
 
 def configure_speed(args, model, device):
-    """What the flags say about how the model computes, where what it computes stays the same."""
+    """Set up how the model computes; its results stay the same."""
     model.set_grad_checkpointing(args.grad_checkpointing)
     for block in model.blocks:
         block.skips_dropped = args.skip_dropped == 'on' or (
@@ -589,7 +589,7 @@ def run(argv=None):
                                          lambda: main(build_parser(description=__doc__).parse_args(argv), signals),
                                          'lower --batch_size and raise --update_freq by as much, or lower --input_size',
                                          '; the same command with --auto_resume goes on from the last checkpoint')
-    except preemption.Stopped as stop:  # also while an error is told: another process may have caused that one
+    except preemption.Stopped as stop:  # also while an error is reported: another process may have caused that one
         watchdog.stop()
         if str(stop):
             log.log_main('%s: %s' % (PROGRAM, stop))

@@ -1,4 +1,4 @@
-"""What a run shows of itself, while it trains and at its end: curves, images to TensorBoard, summary, report.html."""
+"""A run's report during training and at its end: curves, images to TensorBoard, summary, report.html."""
 
 import io
 import os
@@ -31,7 +31,7 @@ MARKER = '#010203'  # what matplotlib writes for the text's colour, which is the
 
 
 class Report:
-    """Takes note of a run and writes what people look at. The first process writes; every one collects.
+    """Collects a run's results and writes its report. Every process collects; the first one writes.
 
     Args:
         output (OutputConfig): what to write, where; and all flags, to show.
@@ -60,7 +60,7 @@ class Report:
             writer.image('images/training', 0, image_grid([pixels for pixels, _ in self.samples]))
 
     def predictions(self) -> Optional[Predictions]:
-        """What the next evaluation is to fill, or None where nobody wants to know."""
+        """What the next evaluation fills; None where no output needs it."""
         self.newest = Predictions(len(self.classes)) if self.output.report or self.output.log_dir else None
         return self.newest
 

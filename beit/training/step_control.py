@@ -197,13 +197,17 @@ class CheckpointMonitor(StepMonitor):
             return
         watchdog.enter_stage('saving a checkpoint')
         self.run_state.meters = collectives.all_gather_json(state, device)
-        if process_group.is_main_process():
-            content = training_state.build_checkpoint(self.output.flags, self.run_state, **self.parts)
-            weights_file.save(os.path.join(self.output.output_dir, self.run_state.file_name()), content)
-            training_state.remove_old_checkpoints(self.output.output_dir, self.output.keep_checkpoints)
-        watchdog.mark_waiting()
+        self._write([self.run_state.file_name()])
         process_group.barrier()  # wait until the file is complete before any rank exits
         self.timer.restart()
+
+    def _write(self, names):
+        if process_group.is_main_process():
+            content = training_state.build_checkpoint(self.output.flags, self.run_state, **self.parts)
+            for name in names:
+                weights_file.save(os.path.join(self.output.output_dir, name), content)
+            training_state.remove_old_checkpoints(self.output.output_dir, self.output.keep_checkpoints)
+        watchdog.mark_waiting()
 
     def save_epoch(self, improved: List[str], numbered: bool) -> None:
         """After an epoch and its evaluation: the files of new bests, and the numbered one where it is due."""
@@ -211,12 +215,7 @@ class CheckpointMonitor(StepMonitor):
         if not self.saves or not self.run_state.files:
             return
         watchdog.enter_stage('saving a checkpoint')
-        if process_group.is_main_process():
-            content = training_state.build_checkpoint(self.output.flags, self.run_state, **self.parts)
-            for name in self.run_state.files:
-                weights_file.save(os.path.join(self.output.output_dir, name), content)
-            training_state.remove_old_checkpoints(self.output.output_dir, self.output.keep_checkpoints)
-        watchdog.mark_waiting()
+        self._write(self.run_state.files)
         self.timer.restart()
 
     def stop_after(self, epoch: int, steps: int, device: torch.device) -> None:
