@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 
@@ -42,7 +42,7 @@ class EpochSettings:
     monitor: Optional[StepMonitor] = None  # handles signals, saves in mid-epoch, unreadable images, non-finite losses
 
 
-def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: Iterable,
+def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: Any,
                     optimizer: torch.optim.Optimizer, device: torch.device, epoch: int,
                     loss_scaler: Optional[LossScaler] = None, *settings: Any,
                     **named_settings: Any) -> Dict[str, float]:
@@ -84,7 +84,7 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: It
     batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,
                                'Epoch: [%d]' % epoch, timer, first_micro_step)
     optimizer.zero_grad()
-    scaler.forget_overflow(device)
+    scaler.clear_overflow(device)
     for micro_step, batch in enumerate(batches, first_micro_step):
         update_step = start_steps + micro_step // update_freq
         is_update = (micro_step + 1) % update_freq == 0
@@ -113,9 +113,9 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: It
         if not is_update:
             continue
         optimizer.zero_grad()
-        update.skipped = scaler.newest_skipped
+        update.skipped = scaler.last_skipped
         if use.model_ema is not None:
-            use.model_ema.update(scaler.full_precision_state(model), update.skipped)
+            use.model_ema.update(scaler.fp32_state_dict(model), update.skipped)
         unread.append(update)
         must_read = monitor.finish_sync(update, device) or line_is_due
         if must_read or accelerator.is_synchronous(device) or update.skipped is True or len(unread) >= UNREAD_UPDATES:
@@ -198,15 +198,15 @@ def report_skip(scaler: LossScaler, update_step: int) -> None:
 def log_update(log_writer: Any, update: StepState) -> None:
     """The scalars of an update's last micro-step to TensorBoard, those that are finite."""
     names = [name for name, value in update.values.items() if value is not None]
-    values = zip(names, utils.to_floats([update.values[name] for name in names]))
-    values = {name: value for name, value in values if math.isfinite(value)}
+    floats = utils.to_floats([update.values[name] for name in names])
+    values = {name: value for name, value in zip(names, floats) if math.isfinite(value)}
     for head, scalars in (('loss', ('loss', 'class_acc')),
                           ('opt', ('loss_scale', 'lr', 'min_lr', 'weight_decay', 'grad_norm'))):
         log_writer.update(head, update.step, **{name: values.get(name) for name in scalars})
 
 
 @torch.no_grad()
-def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device, sharded: bool = False,
+def evaluate(data_loader: Any, model: torch.nn.Module, device: torch.device, sharded: bool = False,
              throughput: Optional[utils.Throughput] = None, stop_signal: Optional[Callable[[], int]] = None,
              metrics: Optional[List[Metric]] = None) -> Optional[Dict[str, Any]]:
     """Top-1, top-5 and loss over a validation set, or other `metrics`; every image is counted once.
@@ -217,7 +217,7 @@ def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device
     Args:
         sharded (bool): each process's loader holds another part of the set; the counts are added up.
         stop_signal (function): gives the number of a signal that asks to stop, or 0.
-        metrics (list of scores.Metric): by default top-1 and top-5, and the loss.
+        metrics (list of metrics.Metric): by default top-1 and top-5, and the loss.
 
     Returns:
         dict of what the metrics compute, by default acc1, acc5 (percent), loss (per image), images (the count), and
@@ -230,7 +230,7 @@ def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device
     meters = utils.MetricLogger()
     meters.add_meter('loss', utils.SmoothedValue())  # first in the line, as in training
     timer = utils.StepTimer(device, process_group.world_size() if sharded else 1, throughput)
-    seen, unreadable, stop = 0, [], 0
+    seen, unreadable, stop = 0, [], 0  # type: int, List[Any], int
     for batch in meters.log_every(data_loader, len(data_loader), 10, 'Test:', timer):
         stop = stop_signal() if stop_signal else 0
         if stop:
@@ -247,7 +247,7 @@ def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device
     watchdog.mark_item(watchdog.LAST, 2, '')
     if stop_signal and collectives.any_process(stop, device):
         return None
-    parts = collectives.all_gather_json([seen, unreadable], device) if sharded else [[seen, unreadable]]
+    parts: List[Any] = collectives.all_gather_json([seen, unreadable], device) if sharded else [[seen, unreadable]]
     if not any(images for images, _ in parts):
         raise UserError('none of the validation images can be read; look at them with --check_data')
     stats = {}
@@ -258,7 +258,7 @@ def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device
 
 
 class WithMirrorImage(torch.nn.Module):
-    """A network whose logits are the mean of those of an image and of its mirror image (--test_flip)."""
+    """A network that averages the logits of an image and of its mirror image (--test_flip)."""
 
     def __init__(self, network):
         super().__init__()

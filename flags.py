@@ -1,4 +1,4 @@
-"""Every flag of the programs, declared once, and what can be found wrong with those of a training run at its start."""
+"""Every flag of the programs, declared once, and the checks of a training run's flags at its start."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,7 @@ import modeling_finetune
 import optim_factory
 from beit.checkpoint import discovery, pretrained
 from beit.cli import OneLineParser, add_bool_flag, bounded_number
-from beit.config import MAX_INPUT_SIZE, InputConfig
+from beit.config import MAX_INPUT_SIZE, InputConfig, MixupConfig, TransformConfig
 from beit.data import locations, transforms
 from beit.devices import accelerator, half_precision, kernels, profiler
 from beit.distributed import process_group
@@ -53,8 +53,8 @@ class Flag:
         help: what it does. --help adds the default in brackets, or what `shown` says of it.
         type, choices, nargs, metavar, action: as argparse has them.
         synonyms: what other projects call it, separated by blanks; for hints at an unknown flag.
-        affects_results: whether the numbers of a training run depend on it: a resumed run names those that changed.
-        also: {another program that has it: its group there, and what is different there}.
+        affects_results: whether the numbers of a training run depend on it; a resumed run names such changes.
+        also: {another program that has it: its group and its differences there}.
     """
     name: str
     default: Any
@@ -376,10 +376,10 @@ def config_from(args: argparse.Namespace, kind: Callable[..., Config], **given: 
                        **given))
 
 
-# ---- what can be found wrong before anything slow starts
+# ---- checks before anything slow starts
 
 def check_args(args: argparse.Namespace) -> None:
-    """Everything that can be found wrong before anything slow starts. Raises `UserError`."""
+    """Check everything that can be checked before anything slow starts. Raises `UserError`."""
     check_model(args)
     check_augmentation(args)
     check_schedule(args)
@@ -403,10 +403,10 @@ def check_model(args: argparse.Namespace) -> None:
 
 def check_augmentation(args: argparse.Namespace) -> None:
     transforms.check_policy(args.aa)
-    transforms.check_backend(args)
+    transforms.check_backend(config_from(args, TransformConfig))
     if args.resplit:
         raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
-    if transforms.uses_mixup(args) and args.batch_size % 2 and not args.eval:
+    if transforms.uses_mixup(config_from(args, MixupConfig)) and args.batch_size % 2 and not args.eval:
         raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
     for flag in ('mixup', 'cutmix'):
         if 0 < getattr(args, flag) < 1e-6:  # NumPy's beta distribution gives no number there

@@ -1,12 +1,12 @@
 """Layer-decay parameter groups, the table of optimizers, and the cosine schedules.
 
-Layer-wise learning rates and the rules for weight decay are those of the reference's optim_factory.py
+Layer-wise learning rates and the rules for weight decay follow the reference's optim_factory.py
 (BEiT, https://arxiv.org/abs/2106.08254, appendix; the idea is ELECTRA's, https://arxiv.org/abs/2003.10555).
 """
 
 import inspect
 import math
-from typing import Any, Optional
+from typing import Any, Collection, Dict, List, Optional, Set, Tuple
 
 import numpy as np
 import timm.optim
@@ -19,7 +19,7 @@ from beit.errors import UserError, unknown_value_error
 
 # ---- parameter groups
 
-def layer_id(name, num_layers):
+def layer_id(name: str, num_layers: int) -> int:
     """0 for the embeddings, i+1 for block i, num_layers+1 for the rest: norms, head, a shared bias table."""
     if name in ('cls_token', 'pos_embed', 'mask_token') or name.startswith('patch_embed'):
         return 0
@@ -28,7 +28,8 @@ def layer_id(name, num_layers):
     return num_layers + 1
 
 
-def get_parameter_groups(model, weight_decay=1e-5, layer_decay=1.0, skip_list=()):
+def get_parameter_groups(model: Any, weight_decay: float = 1e-5, layer_decay: float = 1.0,
+                         skip_list: Collection[str] = ()) -> List[Dict[str, Any]]:
     """Parameters grouped by layer and by whether weight decay acts on them.
 
     Vectors, names that end in .bias and names in `skip_list` are not decayed. Layer i of n blocks learns at
@@ -38,7 +39,7 @@ def get_parameter_groups(model, weight_decay=1e-5, layer_decay=1.0, skip_list=()
         list of dicts with params, lr_scale (float), weight_decay (float), decays (bool) and name, in the model's order.
     """
     num_layers = model.get_num_layers()
-    groups = {}
+    groups: Dict[str, Dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -52,7 +53,7 @@ def get_parameter_groups(model, weight_decay=1e-5, layer_decay=1.0, skip_list=()
     return list(groups.values())
 
 
-def weight_decay_skip_list(model, disable_weight_decay_on_rel_pos_bias=False):
+def weight_decay_skip_list(model: Any, disable_weight_decay_on_rel_pos_bias: bool = False) -> Set[str]:
     """Names that weight decay leaves alone, besides vectors and biases."""
     skip = set(model.no_weight_decay())
     if disable_weight_decay_on_rel_pos_bias:
@@ -103,11 +104,11 @@ OPTIMIZERS = {
 }
 
 
-def optimizer_class(name, under_apex=None):
+def optimizer_class(name: str, under_apex: Optional[bool] = None) -> Tuple[Any, Dict[str, Any], bool]:
     """(class, fixed arguments, whether Lookahead goes around it) of a value of --opt.
 
     Args:
-        under_apex (bool): see `backend.fused_optimizer`.
+        under_apex (bool): see `kernels.fused_optimizer`.
 
     Raises:
         UserError: the name is unknown, or its library isn't here.
@@ -121,7 +122,7 @@ def optimizer_class(name, under_apex=None):
     return cls, fixed, name.lower().startswith('lookahead_')
 
 
-def check_optimizer(name, momentum):
+def check_optimizer(name: str, momentum: float) -> None:
     """Raise a `UserError` for a value of --opt that can't be had, or that the momentum doesn't suit."""
     if optimizer_class(name)[1].get('nesterov') and momentum == 0:
         raise UserError('--momentum 0: --opt %s needs momentum; use --opt momentum for plain descent' % name)
@@ -150,7 +151,8 @@ def create_optimizer(model: nn.Module, config: Optional[OptimizerConfig] = None,
     accepted = inspect.signature(cls.__init__).parameters
     if betas is not None and 'betas' not in accepted:
         raise UserError('--opt_betas %s: --opt %s has no betas; leave the flag out' % (' '.join(map(str, betas)), opt))
-    chosen = {'lr': config.lr, 'weight_decay': config.weight_decay, 'eps': config.opt_eps, 'momentum': config.momentum}
+    chosen: Dict[str, Any] = {
+        'lr': config.lr, 'weight_decay': config.weight_decay, 'eps': config.opt_eps, 'momentum': config.momentum}
     if betas is not None:
         chosen['betas'] = tuple(betas)
     if cls.__name__ == 'Adafactor':
@@ -161,7 +163,7 @@ def create_optimizer(model: nn.Module, config: Optional[OptimizerConfig] = None,
     return timm.optim.Lookahead(optimizer) if lookahead else optimizer
 
 
-def complete_momenta(optimizer):
+def complete_momenta(optimizer: torch.optim.Optimizer) -> None:
     """Give the parameters of SGD that had no gradient yet, beside some that had, a momentum of 0: as they begin anyway.
 
     PyTorch's fused kernel takes groups of which all or none have begun.
@@ -176,8 +178,8 @@ def complete_momenta(optimizer):
 
 # ---- schedules
 
-def cosine_scheduler(base_value, final_value, epochs, niter_per_ep, warmup_epochs=0, start_warmup_value=0,
-                     warmup_steps=-1):
+def cosine_scheduler(base_value: float, final_value: float, epochs: int, niter_per_ep: int, warmup_epochs: int = 0,
+                     start_warmup_value: float = 0, warmup_steps: int = -1) -> np.ndarray:
     """A value for each update step: linear warm-up, then half a cosine.
 
     final + (base - final) / 2 * (1 + cos(pi * i / n)) for step i of the n after warm-up

@@ -33,8 +33,7 @@ from beit.checkpoint import discovery, pretrained, training_state
 from beit.checkpoint.inference_model import build_model
 from beit.cli import exit_process, exit_with_error, run_with_error_report
 from beit.config import MixupConfig, ModelConfig, OptimizerConfig, OutputConfig, TransformConfig
-from beit.data import subsets, transforms
-from beit.data import unreadable as unreadable_
+from beit.data import subsets, transforms, unreadable
 from beit.data.image_dataset import ImageDataset, label_source
 from beit.data.unreadable import LIST, UnreadableFiles
 from beit.devices import accelerator, half_precision, kernels
@@ -145,7 +144,7 @@ def check_data(args):
     if process_group.launch_environment(args)[0] != 0:  # the others would decode the same
         return
     train_set, val_set, _ = datasets.build_datasets(args)
-    damaged = unreadable_.check_data((train_set, val_set), args.num_workers, args.output_dir)
+    damaged = unreadable.check_data((train_set, val_set), args.num_workers, args.output_dir)
     if damaged:
         place = ', listed in %s' % os.path.join(args.output_dir, LIST) if args.output_dir else ''
         raise UserError('--check_data: %d image%s cannot be read%s; mend or remove what is listed, or leave it out '
@@ -222,7 +221,7 @@ def build_optimizer(args, model, under_apex):
 
 
 def configure_speed(args, model, device):
-    """What the flags say about how the model computes, where what it computes stays the same."""
+    """Set up how the model computes; its results stay the same."""
     model.set_grad_checkpointing(args.grad_checkpointing)
     for block in model.blocks:
         block.skips_dropped = args.skip_dropped == 'on' or (
@@ -284,7 +283,7 @@ def count_parameters(model):
 
 
 def resume(args, output, data, learner):
-    """(checkpoint that was resumed or '', checkpoint.RunState), alike on every process."""
+    """(checkpoint that was resumed or '', training_state.RunState), alike on every process."""
     total_batch = args.batch_size * args.update_freq * process_group.world_size()
     run = dict(processes=process_group.world_size(), images=len(data.train_set), device=learner.device.type,
                random_numbers=RNG_VERSION, total_batch=total_batch)
@@ -329,7 +328,7 @@ def build_training(args, data, learner):
     """The arguments of `engine.train_one_epoch` that are the same in every epoch."""
     mixup = transforms.build_mixup(config_from(args, MixupConfig), len(data.classes))
     weights = None if data.class_weights is None else data.class_weights.to(learner.device)
-    criterion = build_criterion(args, mixup, weights, data.multi_label)
+    criterion = build_criterion(args.loss, args.smoothing, mixup, weights, data.multi_label)
     lr_values, wd_values = build_schedules(args, data.steps_per_epoch)
     return dict(criterion=criterion, data_loader=data.train_loader, optimizer=learner.optimizer,
                 loss_scaler=learner.scaler, max_norm=args.clip_grad, model_ema=learner.ema, mixup_fn=mixup,
@@ -365,9 +364,9 @@ def unfreeze_when_due(args, learner, epoch):
 def build_monitor(args, output, signals, run_state, data, learner):
     """What acts between two updates: signals, checkpoints, unreadable images, losses that are not finite."""
     parts = dict(model=accelerator.unwrap(learner.model), optimizer=learner.optimizer, scaler=learner.scaler,
-                 ema=learner.ema, classes=data.classes, activation=losses.activation(args, data.multi_label))
-    unreadable = UnreadableFiles(args.output_dir, args.max_bad_images)
-    return CheckpointMonitor(output, signals, run_state, unreadable, data.train_set, parts, args.on_nonfinite)
+                 ema=learner.ema, classes=data.classes, activation=losses.activation(args.loss, data.multi_label))
+    bad_images = UnreadableFiles(args.output_dir, args.max_bad_images)
+    return CheckpointMonitor(output, signals, run_state, bad_images, data.train_set, parts, args.on_nonfinite)
 
 
 # ---- evaluation
@@ -383,9 +382,9 @@ def evaluate_only(args, output, data, learner, report):
         if learner.ema is not None and not content.get('model_ema'):
             log.log_main('%s holds no averaged weights (it was trained without --model_ema)' % escape_text(source))
             learner.ema = None
-    unreadable = UnreadableFiles(args.output_dir, args.max_bad_images)
+    bad_images = UnreadableFiles(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
-    stats, ema_stats = evaluate_all(args, data, learner, unreadable, throughput, predictions=report.predictions())
+    stats, ema_stats = evaluate_all(args, data, learner, bad_images, throughput, predictions=report.predictions())
     if args.results_file and process_group.is_main_process():
         write_results(args.results_file, [
             results_row(args, source, weights, learner.model, each)
@@ -398,17 +397,17 @@ def evaluate_only(args, output, data, learner, report):
         report.draw_confusions(writer, epoch)
         writer.close()
     report.of_weights(source)
-    report.finish(dict(figures, ema_accuracy=ema_stats and ema_stats.get('acc1'), bad_images=len(unreadable.listed),
+    report.finish(dict(figures, ema_accuracy=ema_stats and ema_stats.get('acc1'), bad_images=len(bad_images.listed),
                        **speed_figures(throughput, time.time() - started)))
 
 
-def evaluate_all(args, data, learner, unreadable, throughput=None, stop_signal=None, predictions=None):
+def evaluate_all(args, data, learner, bad_images, throughput=None, stop_signal=None, predictions=None):
     """(statistics of the model, of its average or None), each printed; (None, None) where a signal broke it off.
 
     Args:
-        unreadable (unreadable.UnreadableFiles): takes the files that can't be read.
+        bad_images (UnreadableFiles): takes the files that can't be read.
         stop_signal (function): gives the number of a signal that asks to stop; None outside of training.
-        predictions (predictions.Predictions): filled by the model itself.
+        predictions (confusion.Predictions): filled by the model itself.
     """
     sharded = args.dist_eval and process_group.world_size() > 1
 
@@ -420,7 +419,7 @@ def evaluate_all(args, data, learner, unreadable, throughput=None, stop_signal=N
         if stats is not None:
             left_out = stats.pop('unreadable')
             if left_out:
-                unreadable.report(left_out, len(data.val_set), 'validation')
+                bad_images.report(left_out, len(data.val_set), 'validation')
             figure = primary_metric(stats)
             log.log_main('%s of the %s on the %d test images: %.3f%s%s' % (
                 figure.title, name, stats['images'], stats[figure.name], figure.unit,
@@ -442,11 +441,11 @@ def evaluate_all(args, data, learner, unreadable, throughput=None, stop_signal=N
 
 def results_row(args, source, weights, model, stats):
     """What --results_file says about one evaluation: the figures, and all that they depend on."""
-    prepared = transforms.EvalTransform.from_config(config_from(args, TransformConfig))
+    evaluation = transforms.EvalTransform.from_config(config_from(args, TransformConfig))
     row = {'model': args.model, 'checkpoint': escape_text(source), 'weights': weights}
     row.update((name, value) for name, value in stats.items() if name != 'classes')
-    row.update(param_count=count_parameters(model), img_size=args.input_size, crop_pct=prepared.crop_pct,
-               interpolation=prepared.interpolation, test_flip=args.test_flip)
+    row.update(param_count=count_parameters(model), img_size=args.input_size, crop_pct=evaluation.crop_pct,
+               interpolation=evaluation.interpolation, test_flip=args.test_flip)
     return dict(row, classes=stats['classes']) if 'classes' in stats else row
 
 
@@ -590,7 +589,7 @@ def run(argv=None):
                                          lambda: main(build_parser(description=__doc__).parse_args(argv), signals),
                                          'lower --batch_size and raise --update_freq by as much, or lower --input_size',
                                          '; the same command with --auto_resume goes on from the last checkpoint')
-    except preemption.Stopped as stop:  # also while an error is told: another process may have caused that one
+    except preemption.Stopped as stop:  # also while an error is reported: another process may have caused that one
         watchdog.stop()
         if str(stop):
             log.log_main('%s: %s' % (PROGRAM, stop))

@@ -33,7 +33,7 @@ class SmoothedValue:
         self.total += value * n
 
     def synchronize_between_processes(self, device: torch.device) -> None:
-        """Make total and count those of all processes; in float32, which every backend can reduce."""
+        """Add up total and count over all processes, in float32, which every backend can reduce."""
         count, total = collectives.all_reduce_sum((self.count,), self.total, device)
         self.count, self.total = count, total
 
@@ -56,7 +56,7 @@ class SmoothedValue:
 
 
 def to_floats(values: Iterable) -> List[float]:
-    """Floats of numbers and 0-dim tensors, all that lie on a device in one copy."""
+    """Floats of numbers and 0-dim tensors; one copy from the device."""
     tensors = [value.detach().float() for value in values if torch.is_tensor(value)]
     read = iter(torch.stack(tensors).tolist() if tensors else ())
     return [next(read) if torch.is_tensor(value) else float(value) for value in values]
@@ -65,7 +65,7 @@ def to_floats(values: Iterable) -> List[float]:
 class MetricLogger:
     """Named meters, and an iterator that prints them each few steps.
 
-    What it is given may lie on a device: it is read when the meters are looked at, not before.
+    Values may be on a device; they are read only when the meters are read.
 
     Args:
         hidden (tuple of str): meters that stay out of the line.
@@ -80,7 +80,7 @@ class MetricLogger:
         self.meters[name] = meter
 
     def update(self, n: int = 1, **values: Any) -> None:
-        """Take note of numbers or 0-dim tensors, means of `n`; None is none, and what is not finite is left out."""
+        """Record numbers or 0-dim tensors, means of `n`; None and non-finite values are left out."""
         self.unread += [(name, value, n) for name, value in values.items() if value is not None]
 
     def read(self) -> None:
@@ -199,7 +199,7 @@ class Throughput:
 
     def __init__(self, warmup_steps=5):
         self.warmup_steps = warmup_steps
-        self.steps = []  # (images, seconds, those of them that the loader was waited for)
+        self.steps = []  # (images, seconds, seconds of waiting for the loader)
 
     def update(self, images: int, seconds: float, data_seconds: float = 0.) -> None:
         self.steps.append((images, seconds, data_seconds))
@@ -208,7 +208,7 @@ class Throughput:
         """(images, seconds, seconds of waiting for data, steps), in all."""
         counted, every = self.steps[min(self.warmup_steps, len(self.steps) // 2):], sum(step[0] for step in self.steps)
         if 2 * sum(step[0] for step in counted) < every:
-            counted = self.steps  # what is left over of few batches says little
+            counted = self.steps  # too few batches would be left
         return tuple(sum(column) for column in zip(*counted)) + (len(counted),) if counted else (0, 0., 0., 0)
 
     @property
@@ -267,7 +267,7 @@ class TensorboardLogger:
 
     def check(self) -> None:
         if self.failure is not None:
-            file_writer = getattr(getattr(self, 'writer', None), 'file_writer', None)
+            file_writer: Any = getattr(getattr(self, 'writer', None), 'file_writer', None)
             if hasattr(file_writer, 'event_writer'):
                 file_writer.event_writer.close = lambda: None  # it would be tried again, and fail, at Python's exit
             raise UserError('--log_dir %s: cannot write there (%s); make room, or choose another'
@@ -285,7 +285,7 @@ class TensorboardLogger:
         self.writer.add_image(tag, pixels, step, dataformats='HWC')
 
     def close(self) -> None:
-        """Write what is still queued."""
+        """Write the queued events."""
         closing = threading.Thread(target=self.writer.close, daemon=True)
         closing.start()
         while closing.is_alive():
@@ -319,7 +319,7 @@ class ModelEma:
         """Move towards `state`, a name-to-float32-tensor dict of the model's weights and buffers, unless `skip`.
 
         Args:
-            skip (bool or 0-dim bool tensor): whether the update was skipped, as `precision.StepScaler` tells.
+            skip (bool or 0-dim bool tensor): whether the update was skipped, as `LossScaler.last_skipped` says.
         """
         averages = self.ema.state_dict()
         floats = [name for name, average in averages.items() if average.is_floating_point()]
@@ -340,7 +340,7 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_step(seed: int, update_step: int) -> None:
-    """Seed every generator for one update of this process, so that a run can go on after any of them.
+    """Seed every generator for one update of this process, so that a run can resume after any of them.
 
     What an evaluation or a loader drew in between makes no difference then, and there is no state to save.
     """

@@ -90,37 +90,15 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ComputeConfig:
-    """On what, and how, the network computes; none of it changes what is computed but for rounding."""
-    device: str = 'auto'
-    amp: bool = False
-    opt_level: str = 'O2'
-    amp_dtype: Optional[str] = None
-    loss_scale: Optional[object] = None  # float, or 'dynamic'
-    attention: str = 'auto'
-    compile: bool = False
-    grad_checkpointing: bool = False
-    skip_dropped: str = 'auto'
-    deterministic: bool = False
-    jit_compile: str = 'auto'
-    model_ema_force_cpu: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer and its schedules."""
+    """The optimizer and its parameter groups."""
     opt: str = 'adamw'
     opt_eps: float = 1e-8
     opt_betas: Optional[Sequence[float]] = None
     momentum: float = 0.9
     weight_decay: float = 0.05
-    weight_decay_end: Optional[float] = None
     lr: float = 5e-4
     layer_decay: float = 0.9
-    warmup_lr: float = 0.
-    min_lr: float = 1e-6
-    warmup_epochs: int = 5
-    warmup_steps: int = -1
     disable_weight_decay_on_rel_pos_bias: bool = False
 
 
@@ -130,13 +108,10 @@ class OutputConfig:
     output_dir: str = ''
     log_dir: Optional[str] = None
     save_ckpt: bool = True
-    save_ckpt_freq: int = 5  # epochs
     save_ckpt_steps: int = 0  # updates; 0: none in mid-epoch
     save_ckpt_minutes: float = 0.
     keep_checkpoints: int = 0  # 0: all
-    max_bad_images: float = 0.001
     curves: bool = True
     report: bool = False
-    results_file: str = ''
     auto_resume: bool = False
     flags: Dict[str, object] = dataclasses.field(default_factory=dict)  # all of the run, for args.yaml and checkpoints

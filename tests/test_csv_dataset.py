@@ -211,7 +211,7 @@ def test_weights_reach_the_loss(image_folder, tmp_path, monkeypatch, capsys, ref
     os.remove(os.path.join(root, 'train', 'cat', '000.png'))
     base = RUN + ['--data_path', root, '--epochs=1']
     seen = []
-    monkeypatch.setattr(run_class_finetuning, 'build_criterion', lambda *how: seen.append(how[2]) or
+    monkeypatch.setattr(run_class_finetuning, 'build_criterion', lambda *how: seen.append(how[3]) or
                         build_criterion(*how))
     assert run_class_finetuning.run(base + ['--class_weights=balanced']) == 0
     assert 'Class weights: dog 0.9688, cat 1.033' in capsys.readouterr().out

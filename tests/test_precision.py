@@ -38,7 +38,7 @@ def test_o2_masters_are_float32_and_the_model_follows():
     model, scaler = loss_scaler.initialize_amp(model, optimizer, CPU, torch.bfloat16, 'O2')
     for epoch in range(3):
         engine.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, optimizer, CPU, epoch, scaler)
-    masters = scaler.full_precision_state(model)
+    masters = scaler.fp32_state_dict(model)
     assert {value.dtype for value in masters.values() if value.is_floating_point()} == {torch.float32}
     moved = (masters['head.weight'] - start['head.weight']).abs()
     assert 0 < moved.max() < 1e-4  # steps too small for bfloat16 add up in the masters
@@ -54,16 +54,16 @@ def test_overflow_is_skipped_and_counted(dynamic):
     model, scaler = loss_scaler.initialize_amp(model, optimizer, CPU, torch.bfloat16, 'O2',
                                            'dynamic' if dynamic else 128.)
     scale = scaler.scale
-    before = {name: value.clone() for name, value in scaler.full_precision_state(model).items()}
+    before = {name: value.clone() for name, value in scaler.fp32_state_dict(model).items()}
     handle = accelerator.unwrap(model).head.bias.register_hook(lambda gradient: gradient * float('inf'))
     stats = engine.train_one_epoch(model, torch.nn.CrossEntropyLoss(), Batches(loader[:3]), optimizer, CPU, 0, scaler)
     handle.remove()
     assert stats['skipped_steps'] == 3
     assert scaler.scale == (scale / 8 if dynamic else scale)
-    assert all(torch.equal(value, before[name]) for name, value in scaler.full_precision_state(model).items())
+    assert all(torch.equal(value, before[name]) for name, value in scaler.fp32_state_dict(model).items())
     stats = engine.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, optimizer, CPU, 1, scaler)
     assert stats['skipped_steps'] == 0 and scaler.skipped == 3
-    assert not torch.equal(scaler.full_precision_state(model)['head.bias'], before['head.bias'])
+    assert not torch.equal(scaler.fp32_state_dict(model)['head.bias'], before['head.bias'])
 
 
 def test_scale_changes_neither_gradient_norm_nor_step():

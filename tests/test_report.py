@@ -32,7 +32,7 @@ from beit.outputs import args_yaml, report, report_html
 from beit.outputs import curves as curves_
 from beit.outputs import summary as summary_
 from beit.outputs.curves import COLOURS, PANELS, Curves, curves_of
-from beit.outputs.summary import project_version, time, write_summary
+from beit.outputs.summary import project_version, write_summary
 from beit.training.confusion import KEPT, Prediction, Predictions
 from beit.training.metrics import Loss, TopAccuracy
 from flags import config_from
@@ -212,7 +212,7 @@ def test_the_version_is_that_of_the_changelog(tmp_path, monkeypatch):
     with open(os.path.join(ROOT, 'CHANGELOG.md'), encoding='utf-8') as file:
         newest = re.search(r'^## \[(\d.+?)\]', file.read(), re.M).group(1)
     assert project_version() == newest
-    monkeypatch.setattr(summary_, 'HERE', str(tmp_path))
+    monkeypatch.setattr(summary_, 'project_root', lambda: str(tmp_path))
     assert project_version() is None
 
 
@@ -277,7 +277,7 @@ def test_curves_are_drawn(run, tmp_path):
 def test_curves_are_drawn_seldom_and_at_the_end(tmp_path, monkeypatch):
     (tmp_path / 'log.txt').write_text('{"epoch": 0, "train_loss": 1}\n')
     times, drawn = iter([100., 100., 105., 119., 121., 121., 122., 123.]), []
-    monkeypatch.setattr(time, 'monotonic', lambda: next(times))
+    monkeypatch.setattr(curves_.time, 'monotonic', lambda: next(times))
     monkeypatch.setattr(curves_, 'draw_curves', lambda path, log: drawn.append(path))
     curves, counts = Curves(str(tmp_path)), []
     for is_last in (False, False, False, False, True):

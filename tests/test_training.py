@@ -257,7 +257,7 @@ def test_the_references_call_trains():
 
 
 class Confidence(metrics.Metric):
-    """The mean of the highest logit: any metric that is declared in `scores` alone."""
+    """The mean of the highest logit: any metric that is declared in beit.training.metrics alone."""
 
     figures = (metrics.Figure('confidence', line='confidence %.3f'),)
 
@@ -273,7 +273,7 @@ class Confidence(metrics.Metric):
 
 def test_a_new_metric_is_logged_and_printed(data, tmp_path, monkeypatch, capsys):
     build = metrics.build_metrics
-    monkeypatch.setattr(metrics, 'build_metrics', lambda *args: build(*args) + [Confidence()])
+    monkeypatch.setattr(run_class_finetuning, 'build_metrics', lambda *args: build(*args) + [Confidence()])
     monkeypatch.setattr(metrics, 'FIGURES', metrics.FIGURES + Confidence.figures)
     output, results = str(tmp_path / 'out'), str(tmp_path / 'results.json')
     base = RUN + ['--data_path', data, '--output_dir', output]
@@ -360,7 +360,8 @@ def test_a_run_with_every_training_feature(image_folder, tmp_path, capsys):
     ('0.1', '0.5', 'SoftTargetCrossEntropy')))
 def test_choice_of_the_loss(parse, smoothing, mixup, expected):
     args = parse('--smoothing', smoothing, '--mixup', mixup)
-    assert type(run_class_finetuning.build_criterion(args, transforms.build_mixup(args, 3))).__name__ == expected
+    criterion = run_class_finetuning.build_criterion(args.loss, args.smoothing, transforms.build_mixup(args, 3))
+    assert type(criterion).__name__ == expected
 
 
 def test_profile_writes_a_chrome_trace(image_folder, tmp_path):

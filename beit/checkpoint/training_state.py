@@ -44,7 +44,7 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
         activation (str): what makes probabilities of them, softmax or sigmoid.
     """
     content = {
-        'model': _to_cpu(scaler.full_precision_state(model)),
+        'model': _to_cpu(scaler.fp32_state_dict(model)),
         'optimizer': _portable(optimizer),
         'epoch': run_state.epoch - 1,
         'scaler': scaler.state_dict(),
@@ -157,7 +157,7 @@ def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any,
         raise UserError('--resume %s: holds no weights' % escape_text(source))
     _, state = unwrap_state_dict(content, 'model|module|state_dict')
     state = strip_prefixes(state)
-    live = scaler.full_precision_state(model)
+    live = scaler.fp32_state_dict(model)
     problems = mismatches(state, live)
     if problems:
         raise UserError('--resume %s: these are not the weights of this model: %s%s'
@@ -165,11 +165,11 @@ def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any,
     for name, tensor in live.items():
         if name in state and not name.endswith('relative_position_index'):
             tensor.copy_(state[name])
-    scaler.weights_changed()
+    scaler.sync_model_weights()
     if ema is not None:
         # Without an average in the file, the average starts again from the weights just read.
         average = content.get('model_ema')
-        average = strip_prefixes(average) if average else scaler.full_precision_state(model)
+        average = strip_prefixes(average) if average else scaler.fp32_state_dict(model)
         problems = mismatches(average, ema.ema.state_dict())
         if problems:
             raise UserError('--resume %s: its model_ema is not of this model: %s' % (escape_text(source), problems))

@@ -28,7 +28,7 @@ COLOURS = {label: colour for panel in PANELS for label, _, colour, _ in panel[3]
 
 def curves_of(log: List[Dict[str, Any]], panel: Tuple) -> List[Tuple]:
     """[(label, epochs, values)] of a panel's curves, those that have a value."""
-    found = []
+    found: List[Tuple] = []
     for label, name, _, factor in panel[3]:
         points = [(stats['epoch'] + 1, factor * stats[name]) for stats in log
                   if isinstance(stats.get(name), (int, float)) and math.isfinite(stats[name])]

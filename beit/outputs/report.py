@@ -1,4 +1,4 @@
-"""What a run shows of itself, while it trains and at its end: curves, images to TensorBoard, summary, report.html."""
+"""A run's report during training and at its end: curves, images to TensorBoard, summary, report.html."""
 
 import io
 import os
@@ -31,7 +31,7 @@ MARKER = '#010203'  # what matplotlib writes for the text's colour, which is the
 
 
 class Report:
-    """Takes note of a run and writes what people look at. The first process writes; every one collects.
+    """Collects a run's results and writes its report. Every process collects; the first one writes.
 
     Args:
         output (OutputConfig): what to write, where; and all flags, to show.
@@ -47,7 +47,10 @@ class Report:
         self.make_samples, self.prefix = samples, prefix
         self.has_log, self.page = not prefix, prefix + 'report.html'
         self.curves = curves.Curves(output.output_dir if output.curves and not prefix else '')
-        self.evaluated, self.newest, self.kept, self.samples, self.has_args = '', None, None, [], False
+        self.newest: Optional[Predictions] = None  # of the evaluation in progress
+        self.kept: Optional[Predictions] = None  # of the best epoch
+        self.samples: List[Tuple[np.ndarray, str]] = []
+        self.evaluated, self.has_args = '', False
 
     def begin(self, writer: Any) -> None:
         """Before the first step: the augmented images, where somebody will look at them."""
@@ -57,7 +60,7 @@ class Report:
             writer.image('images/training', 0, image_grid([pixels for pixels, _ in self.samples]))
 
     def predictions(self) -> Optional[Predictions]:
-        """What the next evaluation is to fill, or None where nobody wants to know."""
+        """What the next evaluation fills; None where no output needs it."""
         self.newest = Predictions(len(self.classes)) if self.output.report or self.output.log_dir else None
         return self.newest
 
@@ -76,7 +79,7 @@ class Report:
         self.curves.draw()
 
     def draw_confusions(self, writer: Any, epoch: int) -> None:
-        image = self.newest.image()
+        image = None if self.newest is None else self.newest.image()
         if image is not None:
             writer.image('images/confusion', epoch, image)
 

@@ -253,9 +253,9 @@ def _images(title, note, images):
 
 def data_uri(pixels: Any, side: int = 160) -> str:
     """A JPEG of at most `side` pixels a side, inside the page."""
-    from PIL import Image
+    from PIL import Image  # slow to import
     picture, file = Image.fromarray(pixels), io.BytesIO()
-    picture.thumbnail((side, side), Image.LANCZOS)
+    picture.thumbnail((side, side), Image.LANCZOS)  # type: ignore[attr-defined]
     picture.save(file, 'JPEG', quality=88)
     return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode()
 

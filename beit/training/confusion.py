@@ -1,4 +1,4 @@
-"""What an evaluation took each image for: counts of every confusion, the surest images and the most mistaken."""
+"""Confusion matrix, hardest and most confident images of an evaluation."""
 
 import collections
 import math
@@ -17,7 +17,7 @@ LARGEST_IMAGE = 2048  # classes; a picture of more confusions nobody can look at
 
 class Prediction(NamedTuple):
     """One image of the data set."""
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     true: int  # its class
     predicted: int
     probability: float  # of the predicted class
@@ -55,14 +55,14 @@ class Predictions(Metric):
         """
         columns = [torch.cat([each.cpu() for each in column]).numpy() for column in zip(*self._batches)]
         self._batches = []
-        found = _sort(*columns, nb_classes=self.nb_classes) if columns else ([], [], [])
+        found = _sort(self.nb_classes, *columns) if columns else ([], [], [])
         parts = collectives.all_gather_json(found, device) if sharded else [found]
         for pairs, _, _ in parts:
             for code, count in pairs:
                 self.counts[divmod(code, self.nb_classes)] += count
         self.hardest, self.most_confident = ([Prediction(*each) for each in kept] for kept in (
-            sorted((each for part in parts for each in part[1]), key=_mistaken)[:KEPT],
-            sorted((each for part in parts for each in part[2]), key=_unsure)[:KEPT]))
+            sorted((each for part in parts for each in part[1]), key=_by_loss)[:KEPT],
+            sorted((each for part in parts for each in part[2]), key=_by_probability)[:KEPT]))
         return {}
 
     def per_class(self) -> Tuple[np.ndarray, np.ndarray]:
@@ -96,15 +96,15 @@ class Predictions(Metric):
         return np.rint(shade).astype(np.uint8).repeat(side, axis=0).repeat(side, axis=1)
 
 
-def _mistaken(each):
+def _by_loss(each):
     return -(each[4] if math.isfinite(each[4]) else math.inf), each[0]
 
 
-def _unsure(each):
+def _by_probability(each):
     return -each[3], each[0]
 
 
-def _sort(indices, targets, predicted, probability, losses, nb_classes):
+def _sort(nb_classes, indices, targets, predicted, probability, losses):
     """([code of (true, predicted), images], hardest, most_confident) of one process's images, as JSON can hold them."""
     codes, counts = np.unique(targets.astype(np.int64) * nb_classes + predicted, return_counts=True)
 

@@ -1,10 +1,11 @@
 """Which attention a model computes: a fused kernel where it has been proven on this device, else the plain one.
 
 A kernel is proven by computing this model's own attention both ways, in the run's dtype: the output, with and without
-gradients, and the gradients of query, key, value and bias table. On NPUs an additive bias has got lost without a word
-(github.com/huggingface/transformers/pull/48843), and kernels differ in what they add it to; a model trained so would be
-another model.
+gradients, and the gradients of query, key, value and bias table. An NPU kernel has silently dropped the additive bias
+(github.com/huggingface/transformers/pull/48843), and kernels differ in where they add it.
 """
+
+from typing import Any, Callable, Optional
 
 import torch
 
@@ -19,7 +20,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 LARGEST = 2 ** 26  # scores that plain attention may hold for the comparison: 256 MiB in float32, and a few times that
 
 
-def choose_attention(model, device, mode='auto', dtype=None, batch_size=2):
+def choose_attention(model: Any, device: torch.device, mode: str = 'auto', dtype: Optional[torch.dtype] = None,
+                     batch_size: int = 2) -> str:
     """Put a fused attention into the model's blocks, or leave the plain one there.
 
     Args:
@@ -48,13 +50,13 @@ def choose_attention(model, device, mode='auto', dtype=None, batch_size=2):
             return 'fused, %s (agrees with plain attention here, gradients too)%s' % (
                 name, '; plain in training, for --attn_drop_rate' if drop > 0 else '')
         reasons.append('%s: %s' % (name, problem or 'it failed on another process'))
-    about = '; '.join(reasons) or 'this PyTorch has no fused attention'
+    reason = '; '.join(reasons) or 'this PyTorch has no fused attention'
     if mode == 'fused':
-        raise UserError('--attention fused: %s; use --attention auto or plain' % about)
-    return 'plain; fused attention is not used (%s)' % about
+        raise UserError('--attention fused: %s; use --attention auto or plain' % reason)
+    return 'plain; fused attention is not used (%s)' % reason
 
 
-def compare(kernel, model, device, dtype, batch_size):
+def compare(kernel: Callable, model: Any, device: torch.device, dtype: torch.dtype, batch_size: int) -> Optional[str]:
     """None where a kernel computes the attention of this model's blocks, else what differs.
 
     The inputs are random, from a generator of their own, so that a run's random numbers stay as they are.

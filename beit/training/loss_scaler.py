@@ -1,10 +1,11 @@
 """What float32, O1 and O2 do to a model and to its training step: one scaler to call, whichever it is.
 
-Which device, PyTorch or apex does the work is `backend`'s knowledge; here it is put to use.
+beit.devices.half_precision finds out what the device, PyTorch and apex offer.
 """
 
 import inspect
 import math
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from beit.devices import accelerator, half_precision, kernels
 from beit.distributed import collectives
 
 
-def total_norm(gradients):
+def total_norm(gradients: List[torch.Tensor]) -> torch.Tensor:
     """The norm of all gradients together. Clipping to infinity gives it too, and raises an NPU's overflow flag."""
     if hasattr(nn.utils, 'get_total_norm'):
         return nn.utils.get_total_norm(gradients)
@@ -29,18 +30,18 @@ class LossScaler:
     updates (the scheme of "Mixed Precision Training", https://arxiv.org/abs/1710.03740, section 3.2). A loss that is
     not finite makes all gradients so, and through their average those of every process.
 
-    Where the optimizer can be told on the device to skip (PyTorch's fused ones), the host does not wait for the
-    gradients' norm: it stays there, and so does whether the update was skipped. A dynamic scale has to know at once.
+    Where the optimizer can skip on the device (PyTorch's fused ones), the host does not wait for the gradients' norm:
+    the norm and the decision to skip stay on the device. A dynamic scale needs the decision at once.
 
-    On a device where overflow saturates (`backend.saturates`) finite gradients prove nothing: its overflow flag is read
-    too, and the processes agree on it.
+    On a device where overflow saturates (`half_precision.saturates`) finite gradients prove nothing: its overflow flag
+    is read too, and the processes agree on it.
 
     Attributes:
         scale (float), dynamic (bool); skipped (int): updates skipped since the start; skipped_in_a_row (int): those up
             to the newest, 0 where that was good.
         description (str): precision and the library that does it, for people.
         overflows (bool): whether gradients that are not finite are to be expected, as in float16.
-        newest_skipped (bool or 0-dim tensor): whether the newest update was skipped.
+        last_skipped (bool or 0-dim tensor): whether the newest update was skipped.
     """
 
     GROWTH_INTERVAL = 2000
@@ -49,9 +50,11 @@ class LossScaler:
     def __init__(self, scale=1., dynamic=False, description='float32', overflows=None):
         self.scale, self.dynamic, self.description = float(scale), dynamic, description
         self.overflows = self.scale != 1. or dynamic if overflows is None else overflows
-        self.skipped, self.skipped_in_a_row, self.good_updates, self.newest_skipped = 0, 0, 0, False
+        self.skipped, self.skipped_in_a_row, self.good_updates, self.last_skipped = 0, 0, 0, False
 
-    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+    def __call__(self, loss: torch.Tensor, optimizer: Any, parameters: Iterable[torch.Tensor],
+                 clip_grad: Optional[float] = None, is_update: bool = True,
+                 create_graph: bool = False) -> Union[float, torch.Tensor, None]:
         """One micro-step: `loss` is a scalar tensor, already divided by the number of micro-steps.
 
         Returns:
@@ -67,7 +70,7 @@ class LossScaler:
         loss = loss * (loss.detach() * 0. + 1.)  # times 1, or not a number where the loss is not finite
         (loss if self.scale == 1. else loss * self.scale).backward(create_graph=create_graph)
 
-    def forget_overflow(self, device):
+    def clear_overflow(self, device: torch.device) -> None:
         """Call before training: what overflowed until now, as in an evaluation, is no reason to skip a step."""
         if half_precision.saturates(device):
             half_precision.read_overflow(device)
@@ -81,7 +84,7 @@ class LossScaler:
         grad_norm = self._clip(optimizer, parameters, clip_grad)
         if not self._note(self._overflowed(grad_norm, device)):
             optimizer.step()
-        self._adapt_scale(self.newest_skipped)
+        self._adapt_scale(self.last_skipped)
         return grad_norm
 
     def _finish_on_device(self, optimizer, parameters, clip_grad, device):
@@ -96,7 +99,7 @@ class LossScaler:
             divisor = self.scale / factor
         skip = ~torch.isfinite(grad_norm)
         if not accelerator.is_synchronous(device):
-            self.newest_skipped = skip
+            self.last_skipped = skip
             kernels.step_scaled(optimizer, divisor, skip)
         elif not self._note(bool(skip)):
             kernels.step_scaled(optimizer, divisor)
@@ -125,30 +128,30 @@ class LossScaler:
                 self.scale = min(self.scale * 2, self.LARGEST)
 
     def _note(self, skip):
-        self.newest_skipped = skip
+        self.last_skipped = skip
         self.count(skip)
         return skip
 
-    def count(self, skipped):
+    def count(self, skipped: bool) -> None:
         """Take note of whether an update was skipped: for the caller to do where that was left on the device."""
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
-    def full_precision_state(self, model):
+    def fp32_state_dict(self, model: nn.Module) -> Dict[str, torch.Tensor]:
         """Name to float32 tensor for every parameter and buffer, live: what is copied in is what trains on."""
         model = accelerator.unwrap(model)
-        live = dict(model.named_parameters())
+        live: Dict[str, torch.Tensor] = dict(model.named_parameters())
         live.update(model.named_buffers())
         return {name: live[name].data for name in model.state_dict()}
 
-    def weights_changed(self):
-        """Call after copying into `full_precision_state`, so that half-precision copies follow."""
+    def sync_model_weights(self) -> None:
+        """Call after copying into `fp32_state_dict`, so that half-precision copies follow."""
 
-    def state_dict(self):
+    def state_dict(self) -> Dict[str, Any]:
         return {'scale': self.scale, 'good_updates': self.good_updates, 'skipped': self.skipped,
                 'skipped_in_a_row': self.skipped_in_a_row}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Take over the counters, and the scale where it's dynamic. Other programs' scaler states are left alone."""
         self.skipped, self.skipped_in_a_row = int(state.get('skipped', 0)), int(state.get('skipped_in_a_row', 0))
         if 'good_updates' in state:
@@ -167,7 +170,9 @@ class MasterWeightScaler(LossScaler):
         super().__init__(**settings)
         self.pairs = pairs
 
-    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+    def __call__(self, loss: torch.Tensor, optimizer: Any, parameters: Iterable[torch.Tensor],
+                 clip_grad: Optional[float] = None, is_update: bool = True,
+                 create_graph: bool = False) -> Union[float, torch.Tensor, None]:
         self._backward(loss, create_graph)
         # Accumulate in float32, in buffers that stay where they are: NpuFusedAdamW never looks for new ones.
         pairs = [pair for pair in self.pairs if pair[0].grad is not None]
@@ -183,17 +188,17 @@ class MasterWeightScaler(LossScaler):
             return None
         masters = [master for _, master in self.pairs if master.grad is not None]
         grad_norm = self._finish(optimizer, masters, clip_grad, loss.device)
-        self.weights_changed()
+        self.sync_model_weights()
         return grad_norm
 
-    def full_precision_state(self, model):
-        state = super().full_precision_state(model)
+    def fp32_state_dict(self, model: nn.Module) -> Dict[str, torch.Tensor]:
+        state = super().fp32_state_dict(model)
         masters = {id(parameter): master for parameter, master in self.pairs}
         for name, parameter in accelerator.unwrap(model).named_parameters():
             state[name] = masters[id(parameter)].data if id(parameter) in masters else parameter.data
         return state
 
-    def weights_changed(self):
+    def sync_model_weights(self) -> None:
         kernels.foreach_copy([parameter.data for parameter, _ in self.pairs], [master.data for _, master in self.pairs])
 
 
@@ -204,7 +209,9 @@ class ApexScaler(MasterWeightScaler):
         super().__init__(pairs, **settings)
         self.amp = amp
 
-    def __call__(self, loss, optimizer, parameters, clip_grad=None, is_update=True, create_graph=False):
+    def __call__(self, loss: torch.Tensor, optimizer: Any, parameters: Iterable[torch.Tensor],
+                 clip_grad: Optional[float] = None, is_update: bool = True,
+                 create_graph: bool = False) -> Union[float, torch.Tensor, None]:
         loss = loss * (loss.detach() * 0. + 1.)
         with self.amp.scale_loss(loss, optimizer, delay_unscale=not is_update) as scaled:
             scaled.backward(create_graph=create_graph)
@@ -229,10 +236,10 @@ class ApexScaler(MasterWeightScaler):
     def _apex_scale(self):
         return float(next(iter(self.amp.state_dict().values()))['loss_scale'])
 
-    def state_dict(self):
+    def state_dict(self) -> Dict[str, Any]:
         return dict(super().state_dict(), apex=self.amp.state_dict())
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
         super().load_state_dict(state)
         if 'apex' in state:
             self.amp.load_state_dict(state['apex'])
@@ -245,7 +252,7 @@ class Autocast(nn.Module):
         super().__init__()
         self.module, self.device_type, self.dtype = module, device_type, dtype
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         with half_precision.autocast(self.device_type, self.dtype):
             return self.module(images).float()
 
@@ -257,28 +264,30 @@ class HalfPrecision(nn.Module):
         super().__init__()
         self.module, self.dtype = module.to(dtype), dtype
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.module(images.to(self.dtype)).float()
 
 
-def initialize_amp(model, optimizer, device, dtype=None, opt_level='O2', loss_scale=None):
+def initialize_amp(model: nn.Module, optimizer: Optional[torch.optim.Optimizer], device: torch.device,
+                   dtype: Optional[torch.dtype] = None, opt_level: str = 'O2',
+                   loss_scale: Union[float, str, None] = None) -> Tuple[nn.Module, LossScaler]:
     """Put the model in the precision asked for. Call it before DistributedDataParallel.
 
     Args:
         optimizer: built on the model's float32 parameters; under O2 it holds their masters afterwards. None where
             the model is only evaluated.
-        dtype: what `backend.check_precision` gave; None is float32.
+        dtype: what `half_precision.check_precision` returned; None is float32.
         loss_scale (float, 'dynamic' or None): None is 128 (the adaptation's static scale) for float16, else 1.
 
     Returns:
-        (model, scaler): a module to call in the model's place, and the `StepScaler` to train with.
+        (model, scaler): a module to call in the model's place, and the `LossScaler` to train with.
     """
     if dtype is None:
         return model, LossScaler()
     if loss_scale is None:
         loss_scale = 128. if dtype == torch.float16 else 1.
     dynamic = loss_scale == 'dynamic'
-    scaling = dict(scale=2. ** 16 if dynamic else loss_scale, dynamic=dynamic)
+    scaling: Dict[str, Any] = dict(scale=2. ** 16 if dynamic else loss_scale, dynamic=dynamic)
     if dtype == torch.float16:
         scaling['overflows'] = True
     name = str(dtype).replace('torch.', '')
@@ -300,7 +309,7 @@ def initialize_amp(model, optimizer, device, dtype=None, opt_level='O2', loss_sc
         return model, LossScaler()  # apex alone could, and does so in training only
     if opt_level == 'O1':
         return Autocast(model, device.type, dtype), LossScaler(**scaling)
-    pairs = []
+    pairs: List[Any] = []
     for group in optimizer.param_groups if optimizer is not None else []:
         masters = [nn.Parameter(parameter.detach().clone()) for parameter in group['params']]
         pairs += zip(group['params'], masters)
@@ -308,7 +317,8 @@ def initialize_amp(model, optimizer, device, dtype=None, opt_level='O2', loss_sc
     return HalfPrecision(model, dtype), MasterWeightScaler(pairs, **scaling)
 
 
-def autocast_for_evaluation(model, device, dtype, opt_level):
+def autocast_for_evaluation(model: nn.Module, device: torch.device, dtype: Optional[torch.dtype],
+                            opt_level: str) -> nn.Module:
     """A float32 model, such as the average of the weights, wrapped for evaluation in the run's precision."""
     if dtype is None or opt_level != 'O1' or not half_precision.has_autocast(device.type, dtype):
         return model

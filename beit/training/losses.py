@@ -6,6 +6,7 @@ import json
 import math
 import os
 import zlib
+from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
 import torch
@@ -18,12 +19,13 @@ from beit.files.regular_file import open_file
 LOSSES = ('auto', 'ce', 'bce')
 
 
-def activation(args, multi_label=False):
+def activation(loss: str, multi_label: bool = False) -> str:
     """What makes probabilities of the logits of a network that `build_criterion`'s loss trains."""
-    return 'sigmoid' if args.loss == 'bce' or multi_label else 'softmax'
+    return 'sigmoid' if loss == 'bce' or multi_label else 'softmax'
 
 
-def build_criterion(args, mixup, weights=None, multi_label=False):
+def build_criterion(loss: str, smoothing: float, mixup: Any, weights: Optional[torch.Tensor] = None,
+                    multi_label: bool = False) -> torch.nn.Module:
     """The loss of (logits (B, classes), what `mixup` gives, or class indices, or ones and zeros (B, classes)).
 
     Args:
@@ -31,16 +33,16 @@ def build_criterion(args, mixup, weights=None, multi_label=False):
         weights (float32 (classes,)): see `class_weights`; None leaves the classes alike.
         multi_label (bool): whether an image may be of several classes.
     """
-    if args.loss == 'bce' or multi_label:
-        return BinaryCrossEntropy(args.smoothing, weights, smooths_dense=mixup is None)
+    if loss == 'bce' or multi_label:
+        return BinaryCrossEntropy(smoothing, weights, smooths_dense=mixup is None)
     if weights is not None:
-        return WeightedCrossEntropy(args.smoothing, weights)
+        return WeightedCrossEntropy(smoothing, weights)
     if mixup is not None:
         return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else torch.nn.CrossEntropyLoss()
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else torch.nn.CrossEntropyLoss()
 
 
-def one_hot(targets, logits, smoothing):
+def one_hot(targets: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Tensor:
     """Class indices (B,) as float (B, classes): 1 - smoothing for the class, and smoothing / classes for each."""
     share = smoothing / logits.shape[-1]
     return torch.full_like(logits, share).scatter_(1, targets[:, None], 1. - smoothing + share)
@@ -54,12 +56,14 @@ class BinaryCrossEntropy(torch.nn.Module):
         smooths_dense (bool): whether targets (B, classes) are moved towards 0.5; mixup has done so.
     """
 
+    pos_weight: Optional[torch.Tensor]
+
     def __init__(self, smoothing=0., pos_weight=None, smooths_dense=True):
         super().__init__()
         self.smoothing, self.smooths_dense = smoothing, smooths_dense
         self.register_buffer('pos_weight', pos_weight)
 
-    def forward(self, logits, targets):
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if targets.dim() == 1:
             targets = one_hot(targets, logits, self.smoothing)
         elif self.smooths_dense:
@@ -74,19 +78,21 @@ class WeightedCrossEntropy(torch.nn.Module):
     images are shared out among micro-steps and processes.
     """
 
+    weight: torch.Tensor
+
     def __init__(self, smoothing, weight):
         super().__init__()
         self.smoothing = smoothing
         self.register_buffer('weight', weight)
 
-    def forward(self, logits, targets):
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         soft = one_hot(targets, logits, self.smoothing) if targets.dim() == 1 else targets
         return -(self.weight * soft * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
 
 
 # ---- what classes weigh
 
-def class_weights(source, classes, counts):
+def class_weights(source: str, classes: Sequence[str], counts: Sequence[int]) -> Optional[torch.Tensor]:
     """float32 (classes,): the weights that --class_weights asks for, or None.
 
     'balanced' is scikit-learn's: all labels / (classes * labels of this class), so that they average 1 over the labels.
@@ -125,13 +131,13 @@ def class_weights(source, classes, counts):
     return weights
 
 
-def check_weights(source):
+def check_weights(source: str) -> None:
     """Raise a `UserError` where --class_weights is no file that can be read. Cheap, so that it can come first."""
     if source and source != 'balanced':
         _read_weights(source)
 
 
-def _read_weights(path):
+def _read_weights(path: str) -> Dict[str, float]:
     """{class: weight} of a file, each at least 0."""
     flag = '--class_weights %s' % escape_text(path)
     if not os.path.isfile(path):
@@ -143,7 +149,7 @@ def _read_weights(path):
             csv.reader(io.StringIO(text, newline=''), strict=True))
     except (OSError, ValueError, csv.Error, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError('%s: is neither CSV nor JSON (%s)' % (flag, ' '.join(str(error).split())[:100])) from None
-    given = {}
+    given: Dict[str, float] = {}
     for line, row in enumerate(rows.items() if isinstance(rows, dict) else rows, 1):
         if not row or (line == 1 and [str(cell).strip().lower() for cell in row] == ['class', 'weight']):
             continue
@@ -162,12 +168,12 @@ def _read_weights(path):
     return given
 
 
-def fingerprint(weights):
+def fingerprint(weights: torch.Tensor) -> int:
     """A number for a checkpoint to know the weights by, whatever file they came from."""
     return zlib.crc32(weights.numpy().tobytes())
 
 
-def describe_weights(weights, classes):
+def describe_weights(weights: torch.Tensor, classes: Sequence[str]) -> str:
     """One line for people: every class's weight, or of many the lightest and heaviest."""
     pairs = sorted(zip(weights.tolist(), classes))
     shown = ['%s %.4g' % (escape_text(name), weight) for weight, name in pairs]

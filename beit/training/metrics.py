@@ -44,7 +44,7 @@ class Figure(NamedTuple):
     summary: str = ''  # its name in summary.json and, of a primary figure, among a checkpoint's bests
     title: str = ''  # for people, of a primary figure
     is_primary: bool = False  # the best checkpoint is that with the highest
-    is_logged: bool = True  # stands in log.txt
+    is_logged: bool = True  # is in log.txt
     curve: Optional[Curve] = None
 
 
@@ -101,13 +101,13 @@ class TopAccuracy(Metric):
     def __init__(self):
         self.counts = None  # int64 (3,) on the device: top-1, top-5, images
 
-    def update(self, batch, output):
+    def update(self, batch: Sequence[Any], output: torch.Tensor) -> Optional[Dict[str, torch.Tensor]]:
         hits = output.topk(min(5, output.shape[1]), dim=1).indices == batch[1][:, None]
         counts = torch.stack((hits[:, 0].sum(), hits.sum(), hits.new_ones(len(hits), dtype=torch.int64).sum()))
         self.counts = counts if self.counts is None else self.counts + counts
         return {'acc1': 100 * hits[:, 0].float().mean()}
 
-    def compute(self, sharded, device):
+    def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         counts = [0, 0, 0] if self.counts is None else self.counts.tolist()
         top1, top5, images = sum_counts(counts, sharded, device)
         return {'acc1': percent(top1, images), 'acc5': percent(top5, images)}
@@ -126,14 +126,14 @@ class Loss(Metric):
     def __init__(self):
         self.losses = []
 
-    def update(self, batch, output):
+    def update(self, batch: Sequence[Any], output: torch.Tensor) -> Optional[Dict[str, torch.Tensor]]:
         targets = batch[1]
         self.losses.append(
             F.cross_entropy(output, targets, reduction='none') if targets.dim() == 1 else
             F.binary_cross_entropy_with_logits(output, targets, reduction='none').mean(dim=1))
         return {'loss': self.losses[-1].mean()}
 
-    def compute(self, sharded, device):
+    def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         """{'loss': not a number where that of an image isn't finite, 'images': how many were evaluated}"""
         losses = torch.cat(self.losses).cpu().double() if self.losses else torch.zeros(0, dtype=torch.float64)
         finite = torch.isfinite(losses) & (losses < 2. ** 24)
@@ -166,21 +166,22 @@ class MeanAveragePrecision(Metric):
         self.classes = classes
         self.outputs, self.targets, self.indices = [], [], []
 
-    def update(self, batch, output):
+    def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
         self.outputs.append(output.cpu())
         self.targets.append(batch[1].cpu())
         self.indices.append(batch[2].cpu())
 
-    def compute(self, sharded, device):
+    def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         """{'mAP': percent}; not a number where an output isn't one, or no image is of any class."""
-        columns = [torch.cat(parts) if parts else None for parts in (self.outputs, self.targets, self.indices)]
+        columns: List[Any] = [
+            torch.cat(parts) if parts else None for parts in (self.outputs, self.targets, self.indices)]
         if sharded:
             columns = collectives.all_gather_rows(columns, device)
         outputs, targets, indices = columns
         order = indices.argsort()
         targets, outputs = targets[order].numpy(), outputs[order].numpy()
         each = average_precisions(targets, outputs)
-        stats = {'mAP': 100. * float(np.mean(list(each.values()))) if each else float('nan')}
+        stats: Dict[str, Any] = {'mAP': 100. * float(np.mean(list(each.values()))) if each else float('nan')}
         if len(self.classes):
             stats['classes'] = [{'class': escape_text(name), 'images': int(targets[:, label].sum()),
                                  'average_precision': 100. * each[label] if label in each else None}
@@ -208,12 +209,12 @@ class PerClass(Metric):
     def __init__(self, classes):
         self.classes, self.counts = classes, np.zeros((len(classes), 2), dtype=np.int64)
 
-    def update(self, batch, output):
+    def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
         targets, right = batch[1].cpu().numpy(), (output.argmax(-1) == batch[1]).cpu().numpy()
         self.counts += np.stack([np.bincount(each, minlength=len(self.classes)) for each in (targets, targets[right])],
                                 axis=1)
 
-    def compute(self, sharded, device):
+    def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         """{'classes': [{class, images, acc1 in percent, or None without images}]}"""
         counts = np.sum(collectives.all_gather_json(self.counts.tolist(), device), axis=0) if sharded else self.counts
         return {'classes': [{'class': escape_text(name), 'images': int(images),
@@ -241,20 +242,20 @@ class RealLabels(Metric):
         self.right = [labels[place_of(samples[index][0], len(labels), source)] for index in range(len(samples))]
         self.counts = np.zeros(3, dtype=np.int64)
 
-    def update(self, batch, output):
+    def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
         top = output.topk(min(5, output.shape[1]), dim=1).indices.tolist()
         for index, best in zip(batch[2].tolist(), top):
             right = self.right[index]
             if right:
                 self.counts += (1, best[0] in right, not right.isdisjoint(best))
 
-    def compute(self, sharded, device):
+    def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         """{'real_acc1', 'real_acc5': percent, 'real_images': how many were counted}"""
         images, top1, top5 = sum_counts(self.counts.tolist(), sharded, device)
         return {'real_acc1': percent(top1, images), 'real_acc5': percent(top5, images), 'real_images': images}
 
     @staticmethod
-    def message(stats):
+    def message(stats: Dict[str, Any]) -> str:
         return 'By real labels: top-1 %.3f%%, top-5 %.3f%% of %d images' % (
             stats['real_acc1'], stats['real_acc5'], stats['real_images'])
 
@@ -359,9 +360,9 @@ def best_figures(best: Dict[str, float]) -> Dict[str, Optional[float]]:
 
 def curves(panel: str) -> List[Tuple[str, str, str]]:
     """(label, name in log.txt, colour) of a panel's curves, the averaged network's behind the others."""
-    found = [figure for figure in FIGURES if figure.curve is not None and figure.curve.panel == panel]
-    return [(figure.curve.label, 'test_' + figure.name, figure.curve.colour) for figure in found] + [
-        (figure.curve.label + ', EMA', 'test_ema_' + figure.name, figure.curve.ema_colour) for figure in found]
+    found = [(figure.name, figure.curve) for figure in FIGURES if figure.curve and figure.curve.panel == panel]
+    return [(curve.label, 'test_' + name, curve.colour) for name, curve in found] + [
+        (curve.label + ', EMA', 'test_ema_' + name, curve.ema_colour) for name, curve in found]
 
 
 # ---- --results_file

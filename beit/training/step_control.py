@@ -22,7 +22,7 @@ NORMS_KEPT = 10  # gradient norms that a report of what is not finite shows
 
 
 class StepState:
-    """An update under way, and what is known of it. What the device knows stays there until somebody has to read it.
+    """An update in progress. Values on the device stay there until they must be read.
 
     Attributes:
         step (int): its number, from 0 over the whole run.
@@ -42,8 +42,8 @@ class StepState:
         self.losses.append(loss.detach())
         if len(batch) > 2:
             self.outputs.append(output.detach())
-            self.indices.append(batch.indices)
-            self.unreadable += batch.unreadable
+            self.indices.append(batch[2])
+            self.unreadable += batch[3]
 
     @property
     def loss(self) -> float:
@@ -76,19 +76,18 @@ class StepMonitor:
         return 0, False
 
     def begin_sync(self, update: StepState, device: torch.device) -> None:
-        """Before the step: tell the other processes what this one wishes; the answers come while the step runs."""
+        """Before the step: send this process's requests to the others; the answers arrive while the step runs."""
         watchdog.mark_waiting()
         stop, save = self.local_requests(update.step)
         self.answers = collectives.all_gather_async([stop, save, len(update.unreadable)], device)
 
     def finish_sync(self, update: StepState, device: torch.device) -> bool:
-        """After the step: what all processes wish, into `update`; gives whether this update is the last before a save.
-        """
+        """After the step: put the requests of all processes into `update`; return whether it saves or stops."""
         votes = self.answers()
         update.stop, update.save = int(max(vote[0] for vote in votes)), any(vote[1] for vote in votes)
         if any(vote[2] for vote in votes):
-            told = collectives.all_gather_json(update.unreadable, device)
-            self.unreadable([tuple(pair) for each in told for pair in each])
+            pairs_of_each = collectives.all_gather_json(update.unreadable, device)
+            self.unreadable([(path, reason) for pairs in pairs_of_each for path, reason in pairs])
         return bool(update.stop or update.save)
 
     def unreadable(self, pairs: List[Tuple[str, str]]) -> None:
@@ -101,54 +100,54 @@ class StepMonitor:
     def skipped(self, update: StepState, scaler: Any, device: torch.device) -> None:
         """An update was skipped, on every process. Where no overflow is to be expected, something is wrong."""
         losses = [loss for loss, in collectives.all_gather_numbers([update.loss], device)]
-        guilty = [not math.isfinite(loss) for loss in losses]
-        if not any(guilty) and scaler.overflows:
+        nonfinite = [not math.isfinite(loss) for loss in losses]
+        if not any(nonfinite) and scaler.overflows:
             return
         names = collectives.all_gather_json(self.name_images(update.nonfinite_indices())
-                                   if not any(guilty) or not math.isfinite(update.loss) else [], device)
-        what = 'the loss is %s' % losses[guilty.index(True)] if any(guilty) else (
+                                           if not any(nonfinite) or not math.isfinite(update.loss) else [], device)
+        what = 'the loss is %s' % losses[nonfinite.index(True)] if any(nonfinite) else (
             'the gradients are not finite (their norm is %s, the loss %.4f)' % (update.grad_norm, update.loss))
-        self.report_nonfinite('%s at update step %d' % (what, update.step), guilty, names, update.step, scaler.scale)
+        self.report_nonfinite('%s at update step %d' % (what, update.step), nonfinite, names, update.step, scaler.scale)
 
-    def report_nonfinite(self, what: str, guilty: List[bool], names: List[List[str]], update_step: int,
+    def report_nonfinite(self, what: str, nonfinite: List[bool], names: List[List[str]], update_step: int,
                          scale: float) -> None:
         """Report, and stop unless such updates are to be skipped."""
         images = [name for each in names for name in each]
         shown = ', '.join(images[:3]) + (' and %d more' % (len(images) - 3) if len(images) > 3 else '')
         norms = ' '.join('%.4g' % norm for norm in self.norms) or 'none yet'
-        place = self.write_report(dict(update_step=update_step, what=what, loss_scale=scale, images=images,
-                               norms=[repr(norm) for norm in self.norms]))
+        where = self.write_report(dict(update_step=update_step, what=what, loss_scale=scale, images=images,
+                                       norms=[repr(norm) for norm in self.norms]))
         text = '%s; loss scale %g; norms of the gradients before: %s%s' % (
-            what, scale, norms, '; images: %s%s' % (shown, place) if images else '')
+            what, scale, norms, '; images: %s%s' % (shown, where) if images else '')
         if self.on_nonfinite == 'skip':
             log.log_main(text)
             return
         raise UserError(text + '; lower --lr, set --clip_grad, look at the images, or --on_nonfinite skip',
-                        rank=guilty.index(True) if any(guilty) and process_group.world_size() > 1 else None)
+                        rank=nonfinite.index(True) if any(nonfinite) and process_group.world_size() > 1 else None)
 
     def write_report(self, record: Dict[str, Any]) -> str:
-        """Write a report down; gives ' (all in …)', or ''."""
+        """Write a record to a file; returns ' (all in …)', or ''."""
         return ''
 
     def after_step(self, update: StepState, epoch: int, steps: int, state: Callable[[], Dict[str, Any]],
                    device: torch.device) -> None:
-        """After the step: save or stop, where `update` says so. `steps` of the epoch are done; `state()` gives what a
-        resumed epoch needs."""
+        """After the step: save or stop, where `update` says so. `steps` of the epoch are done; `state()` returns what
+        a resumed epoch needs."""
 
     def on_epoch_end(self, state: Dict[str, Any]) -> None:
         """All updates of the epoch are done."""
 
 
 class CheckpointMonitor(StepMonitor):
-    """The pilot of a whole run: saves in mid-epoch, and before it stops for a signal; writes reports to output_dir.
+    """The monitor of a whole run: saves in mid-epoch, and before it stops for a signal; writes reports to output_dir.
 
     Args:
         output (OutputConfig): where to save, how often, and the flags that a checkpoint holds.
         signals (preemption.Signals): where the request to stop comes from.
-        run_state (checkpoint.RunState): where the run begins; kept up to date.
+        run_state (training_state.RunState): where the run begins; kept up to date.
         bad_images (unreadable.UnreadableFiles): takes the files that can't be read.
         train_set: the training set.
-        parts (dict): model, optimizer, scaler and ema, as `checkpoint.build_checkpoint` takes them.
+        parts (dict): model, optimizer, scaler and ema, as `training_state.build_checkpoint` takes them.
         on_nonfinite (str): 'stop', or 'skip' such an update.
     """
 
@@ -198,13 +197,17 @@ class CheckpointMonitor(StepMonitor):
             return
         watchdog.enter_stage('saving a checkpoint')
         self.run_state.meters = collectives.all_gather_json(state, device)
+        self._write([self.run_state.file_name()])
+        process_group.barrier()  # wait until the file is complete before any rank exits
+        self.timer.restart()
+
+    def _write(self, names):
         if process_group.is_main_process():
             content = training_state.build_checkpoint(self.output.flags, self.run_state, **self.parts)
-            weights_file.save(os.path.join(self.output.output_dir, self.run_state.file_name()), content)
+            for name in names:
+                weights_file.save(os.path.join(self.output.output_dir, name), content)
             training_state.remove_old_checkpoints(self.output.output_dir, self.output.keep_checkpoints)
         watchdog.mark_waiting()
-        process_group.barrier()  # nobody leaves, and is seen to leave, before the file is whole
-        self.timer.restart()
 
     def save_epoch(self, improved: List[str], numbered: bool) -> None:
         """After an epoch and its evaluation: the files of new bests, and the numbered one where it is due."""
@@ -212,17 +215,12 @@ class CheckpointMonitor(StepMonitor):
         if not self.saves or not self.run_state.files:
             return
         watchdog.enter_stage('saving a checkpoint')
-        if process_group.is_main_process():
-            content = training_state.build_checkpoint(self.output.flags, self.run_state, **self.parts)
-            for name in self.run_state.files:
-                weights_file.save(os.path.join(self.output.output_dir, name), content)
-            training_state.remove_old_checkpoints(self.output.output_dir, self.output.keep_checkpoints)
-        watchdog.mark_waiting()
+        self._write(self.run_state.files)
         self.timer.restart()
 
     def stop_after(self, epoch: int, steps: int, device: torch.device) -> None:
-        """Stop where the updates of an epoch are done, and a signal broke its evaluation off."""
-        number = int(max(word for word, in collectives.all_gather_numbers([self.signals.wish], device)))
+        """Stop after the updates of an epoch, where a signal interrupted its evaluation."""
+        number = int(max(stop for stop, in collectives.all_gather_numbers([self.signals.wish], device)))
         self.save(epoch, steps, self.epoch_state, device)
         self.stop(number, epoch, steps)
 
