@@ -442,11 +442,11 @@ def evaluate_all(args, data, learner, unreadable, throughput=None, stop_signal=N
 
 def results_row(args, source, weights, model, stats):
     """What --results_file says about one evaluation: the figures, and all that they depend on."""
-    prepared = transforms.preprocessing(config_from(args, TransformConfig))
+    prepared = transforms.EvalTransform.from_config(config_from(args, TransformConfig))
     row = {'model': args.model, 'checkpoint': escape_text(source), 'weights': weights}
     row.update((name, value) for name, value in stats.items() if name != 'classes')
-    row.update(param_count=count_parameters(model), img_size=args.input_size, crop_pct=prepared['crop_pct'],
-               interpolation=prepared['interpolation'], test_flip=args.test_flip)
+    row.update(param_count=count_parameters(model), img_size=args.input_size, crop_pct=prepared.crop_pct,
+               interpolation=prepared.interpolation, test_flip=args.test_flip)
     return dict(row, classes=stats['classes']) if 'classes' in stats else row
 
 
