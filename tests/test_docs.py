@@ -14,7 +14,7 @@ import average_checkpoints
 import run_class_finetuning
 import run_export
 import run_predict
-from beit import paths
+from beit.data import locations
 from helpers import ROOT, needs_extra
 
 pytestmark = pytest.mark.current_only
@@ -56,7 +56,7 @@ def example(tmp_path_factory):
     folder, outputs = tmp_path_factory.mktemp('example'), []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(str(folder))
-        patch.setattr(paths, 'project_root', lambda: str(folder))
+        patch.setattr(locations, 'project_root', lambda: str(folder))
         yield folder, outputs
 
 

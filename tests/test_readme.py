@@ -18,13 +18,14 @@ import run_predict
 from beit import config
 from beit.errors import UserError
 from helpers import ROOT, cannot_run
+from structure import product_files
 
 pytestmark = pytest.mark.current_only
 
 PROGRAMS = {'run_class_finetuning.py': run_class_finetuning, 'run_predict.py': run_predict,
             'run_export.py': run_export, 'average_checkpoints.py': average_checkpoints}
 READMES = ('README.md', 'README.zh-CN.md')
-PAGES = READMES + ('checkpoints/README.md',) + tuple(
+PAGES = READMES + ('CONTRIBUTING.md', 'checkpoints/README.md') + tuple(
     os.path.relpath(path, ROOT) for path in sorted(glob.glob(os.path.join(ROOT, 'docs', '*.md'))))
 
 # In the two READMEs: the section that holds a program's flags.
@@ -65,7 +66,7 @@ IN_WORDS_ELSEWHERE = {  # told for a program alone; only that the cell says some
 }
 SCRIPT_OPTIONS = {'--nproc_per_node', '--nnodes', '--node_rank', '--master_addr', '--master_port', '--max_restarts',
                   '--help'}
-TEST_OPTIONS = {'--stack', '--lint', '--soak', '--help', '--durations', '--ignore', '--deselect'}
+TEST_OPTIONS = {'--stack', '--lint', '--soak', '--fast', '--ci', '--help', '--durations', '--ignore', '--deselect'}
 
 
 def read(name):
@@ -237,7 +238,7 @@ def anchor(title):
     return re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')
 
 
-@pytest.mark.parametrize('name', PAGES)
+@pytest.mark.parametrize('name', PAGES + ('CHANGELOG.md',))
 def test_links_lead_somewhere(name):
     for target in re.findall(r'\]\(([^)\s]+)\)', without_code(read(name))):
         if re.match(r'[a-z]+:', target):
@@ -260,21 +261,55 @@ def tracked():
     return [name for name in listed if name and os.path.exists(os.path.join(ROOT, name))]
 
 
-def listed(name):
-    cells = [row[0] for row in rows(section(name, HEADINGS[-2][READMES.index(name)]))]
-    return [file for cell in cells if not cell.startswith('*') for file in re.findall(r'`([^`]+)`', cell)]
+FOLDERS = {'beit/', 'test/', 'tests/', 'benchmarks/', 'docs/'}
 
 
 @pytest.mark.parametrize('name', READMES)
-def test_the_file_map_is_of_these_files(name):
-    files = listed(name)
-    assert len(files) == len(set(files))
-    exist = tracked()
-    for file in files:
-        assert any(path == file or file.endswith('/') and path.startswith(file) for path in exist), file
-    folders = tuple(file for file in files if file.endswith('/'))
-    missing = [path for path in exist if path not in files + [name, '.gitignore'] and not path.startswith(folders)]
-    assert not missing
+def test_the_readmes_say_where_to_look(name):
+    text = section(name, HEADINGS[-2][READMES.index(name)])
+    assert {found for row in rows(text) for found in re.findall(r'^`(\w+/)`$', row[0])} == FOLDERS
+    assert {name.split('/')[0] + '/' for name in tracked() if re.match(r'\w+/', name)} - FOLDERS == {'checkpoints/'}
+    assert '(docs/architecture.md)' in text and '(CONTRIBUTING.md)' in text
+    for file in re.findall(r'`(\w+\.(?:py|sh))`', text):
+        assert os.path.isfile(os.path.join(ROOT, file)) or os.path.isfile(os.path.join(ROOT, 'test', file)), file
+
+
+def test_the_map_has_every_module_once_and_no_other():
+    cells = [row[0].strip('`') for row in rows(read('docs/architecture.md')) if row[0].endswith('.py`')]
+    assert len(cells) == len(set(cells))
+    assert set(cells) == {path for path in product_files() if not path.endswith('__init__.py')}
+    for path in re.findall(r'`([\w/]+\.py)`', read('docs/architecture.md')):
+        assert os.path.isfile(os.path.join(ROOT, path)), path
+
+
+def names_in(path):
+    """Functions, classes, methods and constants that a file defines."""
+    return set(re.findall(r'(?m)^\s*(?:def|class) (\w+)|^(\w+)\b[^=\n(]* = ', read(path)))
+
+
+def test_where_something_is_changed_exists():
+    """Each file of CONTRIBUTING.md's table is there, at most two a row, and defines what is named after it."""
+    table = [row for row in rows(section('CONTRIBUTING.md', 'Where is X changed?')) if '`' in row[1]]
+    assert len(table) == 11
+    for row in table:
+        assert 1 <= len(re.findall(r'`[\w/]+\.py`', row[1])) <= 2, row
+        assert re.search(r'`test_\w+`', row[2]), row
+        for cell in row[1:]:
+            for path, rest in re.findall(r'`([\w/]+\.py)`: ((?:(?!`[\w/]+\.py`).)*)', cell):
+                defined = {name for pair in names_in(path) for name in pair}
+                named = re.findall(r'`([a-zA-Z_]+)`', rest)
+                assert named and set(named) & defined, (path, rest)
+                assert set(named) - defined <= {'values', 'Figure', 'Metric'} & set(re.findall(r'\w+', read(path))), (
+                    path, set(named) - defined)
+
+
+def test_the_changelogs_versions_have_links():
+    text = read('CHANGELOG.md')
+    links = dict(re.findall(r'(?m)^\[(.+?)\]: (\S+)$', text))
+    assert set(re.findall(r'(?m)^## \[(.+?)\]', text)) == set(links)
+    for target in links.values():
+        path, _, part = target.partition('#')
+        assert not part or part in [anchor(title) for _, title in headings(path)], target
 
 
 @pytest.mark.parametrize('name', READMES)
@@ -282,11 +317,11 @@ def test_scripts_and_tests_that_are_named_exist(name):
     text = read(name)
     scripts = set(re.findall(r'test/\w+\.sh', text))
     assert scripts == {'test/' + os.path.basename(path) for path in glob.glob(os.path.join(ROOT, 'test', '*.sh'))}
-    sources = glob.glob(os.path.join(ROOT, 'test', '**', '*.py'), recursive=True)
+    sources = glob.glob(os.path.join(ROOT, 'tests', '**', '*.py'), recursive=True)
     files = {os.path.basename(path) for path in sources}
     tests = {found for path in sources for found in re.findall(r'(?m)^\s*def (test_\w+)', read(path))}
-    named = re.findall(r'`(?:test/)?(test_\w+)(\.py|…)?`', text)
-    assert len(named) > 50
+    named = re.findall(r'`(?:tests/)?(test_\w+)(\.py|…)?`', text)
+    assert len(named) > 30
     for test, ending in named:
         if ending == '.py':
             assert test + ending in files, test
@@ -313,6 +348,8 @@ def known_flags(script, words):
         return set(PROGRAMS[script].build_parser()._option_string_actions)
     if script == 'test/run_tests.sh':
         return TEST_OPTIONS
+    if script.startswith('tests/'):
+        return set()
     if script == 'benchmarks/benchmark.py':
         subs = benchmark.build_parser()._subparsers._group_actions[0].choices
         return set(subs[words[0]]._option_string_actions) | (training if '--' in words else set())
@@ -324,7 +361,7 @@ def test_commands_name_files_and_flags_that_exist(name):
     seen = 0
     for command in commands(name):
         command = command.split('  #')[0]
-        found = re.search(r'(?:^|\s)((?:\./)?(?:test/)?\w+\.(?:py|sh))(?=\s|$)', command)
+        found = re.search(r'(?:^|\s)((?:\./)?(?:tests?/|benchmarks/)?\w+\.(?:py|sh))(?=\s|$)', command)
         if not found or not re.match(r'(?:[A-Z_]+=\S+ )*(?:python|bash|torchrun|source)\b', command):
             continue
         seen += 1
@@ -333,7 +370,7 @@ def test_commands_name_files_and_flags_that_exist(name):
         given = {re.sub(r'(?<=\w)-', '_', word.partition('=')[0]) for word in words
                  if re.match(r'--\w', word)}
         assert given <= known_flags(script, words), (command, given - known_flags(script, words))
-    assert seen or name.endswith('comparison.md')
+    assert seen or name.endswith(('comparison.md', 'architecture.md'))
 
 
 def test_flags_that_the_text_names_exist():
