@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import os
 import time
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional
 
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ def npu_problem() -> Optional[str]:
                 return 'torch_npu is installed but CANN is not set up (%s); run: source test/env_npu.sh' % reason
             return 'torch_npu cannot be imported (%s); install the one that belongs to this PyTorch' % reason
     try:
-        available = torch.npu.is_available()
+        available = torch.npu.is_available()  # type: ignore[attr-defined]
     except RuntimeError as error:
         return CANN_MISMATCH % first_line(error)
     return None if available else 'torch_npu is installed but sees no NPU; look at npu-smi info'
@@ -114,10 +114,9 @@ def select_device(name: str = 'auto', local_rank: int = 0, processes: int = 1) -
     return device
 
 
-def device_module(device: Union[str, torch.device]) -> Any:
+def device_module(device: Any) -> Any:
     """torch.npu or torch.cuda, or None for the CPU."""
-    kind: Any = getattr(device, 'type', device)
-    return getattr(torch, kind, None) if kind != 'cpu' else None
+    return getattr(torch, getattr(device, 'type', device), None) if getattr(device, 'type', device) != 'cpu' else None
 
 
 def npu_unused_reason(name: str, device: torch.device) -> str:
