@@ -64,7 +64,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", lambda found: 'unknown value %s; it must '
                                'be one of %s' % (found.group(1), found.group(2).replace("'", '')), message))
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = normalize_argv(sys.argv[1:] if args is None else list(args))
         parsed, rest = self.parse_known_args(args, namespace)
         if getattr(parsed, 'config', None):  # once more, behind those of the file

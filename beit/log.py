@@ -12,11 +12,11 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 from beit.distributed import process_group
 
-_display = None  # where a person watches the first process, see `progress`
+_display = None  # where a person watches the first process, see `start_display`
 
 
 def set_display(display):
-    """Show lines on a `progress.ProgressDisplay`; None prints them."""
+    """Show lines on a `ProgressDisplay`; None prints them."""
     global _display
     _display = display
 
@@ -127,7 +127,8 @@ class ProgressDisplay:
         name = re.sub(r'Epoch: \[(\d+)\]', lambda found: 'Epoch %d' % (int(found.group(1)) + 1), header)
         name = 'Validation' if name == 'Test:' else name
         with contextlib.suppress(OSError, ValueError):
-            shape, size = dict(dynamic_ncols=True), os.get_terminal_size(self.stream.fileno())
+            shape: Dict[str, Any] = dict(dynamic_ncols=True)
+            size = os.get_terminal_size(self.stream.fileno())
             if 0 in size:  # some terminals don't tell; tqdm would draw nothing
                 shape = dict(ncols=80, nrows=24)
             self.narrow = 0 < size.columns < NARROW
@@ -163,7 +164,7 @@ def format_metrics(meters: Dict[str, Any], images_per_second: float) -> str:
 
 
 def log_epoch(number: int, epochs: int, train_stats: Dict[str, float], validation: Optional[Tuple[float, float]],
-          images_per_second: float, seconds: float) -> None:
+              images_per_second: float, seconds: float) -> None:
     """Say on a terminal, if there is one, what came of an epoch.
 
     Args:

@@ -18,15 +18,17 @@ import zipfile
 
 import pytest
 
+import structure
 import wheels
 from helpers import ROOT, TEST_DIR, cannot_run
 from wheels import FUNCTIONS, Library, dotted
 
 pytestmark = pytest.mark.current_only
 
-SHIPPED = sorted(glob.glob(os.path.join(ROOT, '*.py')))
+SHIPPED = [os.path.join(ROOT, path) for path in structure.product_files()]
 EMULATOR = os.path.join(TEST_DIR, 'npu_emulator')
 TRACKED = re.compile(r'(torch_npu|torch\.npu|apex)(\.|$)')
+FOLLOWED = {'torch', 'torch_npu', 'apex', 'importlib'}
 GUARDS = {'AttributeError', 'ImportError', 'ModuleNotFoundError', 'Exception', 'BaseException', None}
 
 # There is no wheel of Ascend's apex. Its interface as https://gitee.com/ascend/apex gives it (README, patch/npu.patch,
@@ -95,7 +97,7 @@ class Text(str):
 
 
 class Ours(str):
-    """'backend', 'backend.find_apex' or 'precision.ApexScaler': a module, function or class of the project."""
+    """A module, function or class of the project: 'beit/devices/kernels', 'beit/devices/kernels.fused_optimizer'."""
 
 
 Bag = collections.namedtuple('Bag', 'values')  # of a dictionary
@@ -119,7 +121,7 @@ class Usage:
 
     def __init__(self, sources):
         self.trees = {path: ast.parse(text, path) for path, text in sources.items()}
-        self.modules = {os.path.basename(path)[:-3]: path for path in sources}
+        self.modules = {(os.path.relpath(path, ROOT) if os.path.isabs(path) else path)[:-3]: path for path in sources}
         self.tops = {module: Scope(name=module) for module in self.modules}
         self.parameters, self.returns, self.defined = {}, {}, {}
         for _ in range(self.PASSES):
@@ -190,8 +192,14 @@ class Usage:
             self.use(node, [name])
             if isinstance(node, ast.Import) and not alias.asname:
                 name = name.partition('.')[0]
-            ours = name.partition('.')[0] in self.modules
-            scope.add(alias.asname or name.rpartition('.')[2] or name, frozenset([Ours(name) if ours else name]))
+            module, _, last = name.replace('.', '/').rpartition('/')
+            if name.replace('.', '/') in self.modules:
+                values = frozenset([Ours(name.replace('.', '/'))])
+            elif module in self.modules:
+                values = frozenset([Ours(module + '.' + last)])
+            else:  # what other packages give is not followed
+                values = frozenset([name] if name.partition('.')[0] in FOLLOWED else [])
+            scope.add(alias.asname or name.rpartition('.')[2] or name, values)
 
     def bind(self, target, values, scope):
         if isinstance(target, ast.Name):
@@ -508,10 +516,12 @@ def named_devices(tree):
             yield node.lineno
 
 
-def test_only_backend_names_npu_cuda_and_apex(usage):
-    elsewhere = ['%s:%d' % (os.path.relpath(path, ROOT), line) for path, tree in usage.trees.items()
-                 if os.path.basename(path) != 'backend.py' for line in named_devices(tree)]
-    assert not elsewhere, 'only backend.py may name torch.npu, torch.cuda, torch_npu and apex: ' + ', '.join(elsewhere)
+def test_only_devices_names_npu_cuda_and_apex(usage):
+    lines = {os.path.relpath(path, ROOT): list(named_devices(tree)) for path, tree in usage.trees.items()}
+    assert sum(path.startswith('beit/devices/') and bool(found) for path, found in lines.items()) > 2
+    elsewhere = ['%s:%d' % (path, line) for path, found in lines.items() if not path.startswith('beit/devices/')
+                 for line in found]
+    assert not elsewhere, 'only beit/devices may name them: ' + ', '.join(elsewhere)
 
 
 # ---- the doubles
@@ -698,7 +708,7 @@ def test_generous_doubles_are_reported(tmp_path):
     assert len(problems) == 2 + 2 and any('takes fast' in problem for problem in problems), problems
 
 
-def test_devices_outside_backend_are_seen():
+def test_devices_named_elsewhere_are_seen():
     lines = ('import torch\nimport torch_npu\nfrom apex import amp\ntorch.npu.synchronize()\nx = torch.cuda\n'
              'importlib.import_module("torch_npu.optim")\nhasattr(torch, "npu")\n')
     assert sorted(set(named_devices(ast.parse(lines)))) == [2, 3, 4, 5, 6, 7]

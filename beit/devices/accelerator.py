@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import time
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ PROCESS_GROUP_BACKEND = {'npu': 'hccl', 'cuda': 'nccl', 'cpu': 'gloo'}
 # ---- devices
 
 @functools.lru_cache(maxsize=None)
-def npu_problem():
+def npu_problem() -> Optional[str]:
     """None where NPUs can be used, else the reason, with its cure."""
     if not hasattr(torch, 'npu'):  # Ascend's PyTorch 1.5 has it built in
         if importlib.util.find_spec('torch_npu') is None:
@@ -41,7 +42,7 @@ def npu_problem():
                 return 'torch_npu is installed but CANN is not set up (%s); run: source test/env_npu.sh' % reason
             return 'torch_npu cannot be imported (%s); install the one that belongs to this PyTorch' % reason
     try:
-        available = torch.npu.is_available()
+        available = torch.npu.is_available()  # type: ignore[attr-defined]
     except RuntimeError as error:
         return CANN_MISMATCH % first_line(error)
     return None if available else 'torch_npu is installed but sees no NPU; look at npu-smi info'
@@ -51,7 +52,7 @@ CANN_MISMATCH = ('the NPU cannot be started (%s); are these the CANN and the dri
                'README.md, Ascend, names them; look at npu-smi info too')
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -63,10 +64,10 @@ def _cuda_problem():
     return 'this PyTorch was built without CUDA; install a CUDA build, or use --device cpu'
 
 
-_PROBLEM = {'npu': npu_problem, 'cuda': _cuda_problem, 'cpu': lambda: None}
+_PROBLEM: Dict[str, Callable[[], Optional[str]]] = {'npu': npu_problem, 'cuda': _cuda_problem, 'cpu': lambda: None}
 
 
-def find_device(name='auto', local_rank=0, processes=1):
+def find_device(name: str = 'auto', local_rank: int = 0, processes: int = 1) -> torch.device:
     """The `torch.device` that a process is to use. It isn't touched, so this also serves before processes start.
 
     Args:
@@ -89,14 +90,14 @@ def find_device(name='auto', local_rank=0, processes=1):
         return torch.device('cpu')
     if index and processes > 1:
         raise UserError('--device %s: %d processes need a device each; leave the index out' % (name, processes))
-    count, index = device_module(kind).device_count(), int(index or local_rank)
-    if index >= count:
+    count, number = device_module(kind).device_count(), int(index or local_rank)
+    if number >= count:
         raise UserError('--device %s: process %d needs %s:%d, but there are %d; lower --nproc_per_node or the index'
-                        % (name, local_rank, kind, index, count))
-    return torch.device(kind, index)
+                        % (name, local_rank, kind, number, count))
+    return torch.device(kind, number)
 
 
-def select_device(name='auto', local_rank=0, processes=1):
+def select_device(name: str = 'auto', local_rank: int = 0, processes: int = 1) -> torch.device:
     """`find_device`; for npu and cuda the device becomes the current one, and has to add 1 and 1.
 
     Raises:
@@ -113,31 +114,31 @@ def select_device(name='auto', local_rank=0, processes=1):
     return device
 
 
-def device_module(device):
+def device_module(device: Any) -> Any:
     """torch.npu or torch.cuda, or None for the CPU."""
     return getattr(torch, getattr(device, 'type', device), None) if getattr(device, 'type', device) != 'cpu' else None
 
 
-def npu_unused_reason(name, device):
+def npu_unused_reason(name: str, device: torch.device) -> str:
     """One line, where --device auto leaves torch_npu unused, or ''. Nobody should train on a CPU without noticing."""
     if name != 'auto' or device.type == 'npu' or importlib.util.find_spec('torch_npu') is None:
         return ''
     return 'Not using an NPU: %s\n' % npu_problem()
 
 
-def device_name(device):
+def device_name(device: torch.device) -> str:
     module = device_module(device)
     return module.get_device_name(device.index or 0) if module else 'CPU, %d threads' % torch.get_num_threads()
 
 
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that it was given. Nothing to wait for on a CPU."""
     if device_module(device):
         device_module(device).synchronize()
 
 
-def record_event(device):
-    """A moment in a device's work, for `seconds_between` once the device has been waited for; on a CPU, now."""
+def record_event(device: torch.device) -> Any:
+    """A moment in a device's work, for `elapsed_seconds` once the device has been waited for; on a CPU, now."""
     if hasattr(device_module(device), 'Event'):
         event = device_module(device).Event(enable_timing=True)
         event.record()
@@ -145,34 +146,35 @@ def record_event(device):
     return time.perf_counter()
 
 
-def elapsed_seconds(mark, later):
-    return later - mark if isinstance(mark, float) else mark.elapsed_time(later) / 1000.
+def elapsed_seconds(start: Any, end: Any) -> float:
+    """Seconds between two of `record_event`."""
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000.
 
 
-def max_memory_mb(device):
+def max_memory_mb(device: torch.device) -> float:
     """Peak memory that tensors took on the device, in MiB; 0 on a CPU, where nobody counts it."""
     return device_module(device).max_memory_allocated() / 2 ** 20 if device_module(device) else 0.
 
 
-def reset_max_memory(device):
+def reset_max_memory(device: torch.device) -> None:
     """Let `max_memory_mb` begin anew, at what is held now."""
     if device_module(device):
         device_module(device).reset_peak_memory_stats()
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device, or the machine, has no more memory."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in (
         'out of memory', 'not enough memory', 'can\'t allocate memory'))
 
 
-def seed_device(seed):
+def seed_device(seed: int) -> None:
     """Seed every device's generator. torch.manual_seed has seeded those of the CPU and of CUDA already."""
     if hasattr(torch, 'npu') and npu_problem() is None:
         torch.npu.manual_seed_all(seed)
 
 
-def make_deterministic(device):
+def make_deterministic(device: torch.device) -> None:
     """The same bits from the same command twice: only deterministic kernels, and an error where there is none.
 
     Raises:
@@ -189,13 +191,13 @@ def make_deterministic(device):
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
-def prepare_determinism():
+def prepare_determinism() -> None:
     """What has to be set before the device starts."""
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     os.environ.setdefault('HCCL_DETERMINISTIC', 'true')
 
 
-def set_compile_mode(device, mode):
+def set_compile_mode(device: torch.device, mode: str) -> None:
     """Whether an NPU compiles operators for the shapes it meets: 'on', 'off', or 'auto', what it does by itself.
 
     Raises:
@@ -210,12 +212,12 @@ def set_compile_mode(device, mode):
     device_module(device).set_compile_mode(jit_compile=mode == 'on')
 
 
-def can_pin_memory(device):
+def can_pin_memory(device: torch.device) -> bool:
     """Whether batches can be put in page-locked memory for this device."""
     return device.type != 'cpu'
 
 
-def noise_generator(device):
+def noise_generator(device: torch.device) -> torch.Generator:
     """A random generator whose numbers are drawn on the device, or on the CPU where this PyTorch has none for it."""
     try:
         generator = torch.Generator(device=device)
@@ -225,7 +227,7 @@ def noise_generator(device):
         return torch.Generator()
 
 
-def prefetch(items, move, device):
+def prefetch(items: Iterable, move: Callable[[Any], Any], device: torch.device) -> Iterator:
     """Yield move(item) of each. On npu and cuda the next is under way by then, on a stream of its own.
 
     So copies and what else `move` does overlap with what is computed meanwhile.
@@ -250,14 +252,14 @@ def prefetch(items, move, device):
         yield ready
 
 
-def is_synchronous(device):
+def is_synchronous(device: torch.device) -> bool:
     """Whether a number can be read from the device without waiting for work that it has yet to do."""
     return device.type == 'cpu'
 
 
 # ---- distribution
 
-def wrap_ddp(model, device):
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """The model in DistributedDataParallel.
 
     Every parameter gets a gradient, so unused ones needn't be looked for. The buffers are constant; sending them at
@@ -267,8 +269,8 @@ def wrap_ddp(model, device):
     return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
-def unwrap(model):
-    """The model itself, out of DistributedDataParallel and the casting wrappers of this file."""
+def unwrap(model: Any) -> nn.Module:
+    """The model itself, out of DistributedDataParallel and the casting wrappers of `beit.training.loss_scaler`."""
     while hasattr(model, 'module'):
         model = model.module
     return model

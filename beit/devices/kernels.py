@@ -103,7 +103,7 @@ def supports_grad_scale(optimizer):
 
 
 def step_scaled(optimizer, divisor=None, skip=None):
-    """A step of an optimizer that `takes_scale`: gradients divided by a 0-dim tensor, and none where `skip` is true."""
+    """A step where `supports_grad_scale`: gradients divided by a 0-dim tensor, and none where `skip` is true."""
     optimizer.grad_scale = divisor
     optimizer.found_inf = None if skip is None else skip.float()
     optimizer.step()
@@ -187,7 +187,7 @@ def fused_attentions(device):
     """Fused kernels to try on a device, best first: {name: function of (q, k, v, bias, scale)}.
 
     q, k, v are (B, heads, N, head_dim), bias (1, heads, N, N) or None; softmax(scale * q @ k.T + bias) @ v comes out.
-    Kernels differ in what they do with the bias, some lose it: `attention` proves one before it is used.
+    Kernels differ in what they do with the bias, some lose it: `fused_attention` proves one before it is used.
     """
     found = {}
     if hasattr(F, 'scaled_dot_product_attention'):

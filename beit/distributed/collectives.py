@@ -139,7 +139,7 @@ def broadcast_from_main(make: typing.Callable[[typing.Callable[[], None]], bytes
     broadcast(torch.tensor([0, error is not None, len(data)], dtype=torch.int64, device=device))
     for start in range(0, len(data), BLOCK):
         block = np.frombuffer(data[start:start + BLOCK].ljust(min(BLOCK, len(data) - start) + 3 & ~3, b'\0'), np.int32)
-        broadcast(torch.from_numpy(block.copy()).clone().to(device))  # see `gather`
+        broadcast(torch.from_numpy(block.copy()).clone().to(device))  # see `all_gather_json`
     if error is not None:
         raise error
     return data

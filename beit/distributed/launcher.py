@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import List
 
 QUIET = __name__ == '__main__' and 'TORCH_CPP_LOG_LEVEL' not in os.environ
 if QUIET:  # before PyTorch is imported, which would tell of connections in many lines
@@ -31,7 +32,8 @@ class Rank(subprocess.Popen):
 
     ignored = ()  # signals, as nohup wishes
     stopping = False  # whether one was passed on
-    started, failed = [], []
+    started: List['Rank'] = []
+    failed: List['Rank'] = []
 
     def __init__(self, *args, **kwargs):
         self.rank = (kwargs.get('env') or {}).get('RANK')

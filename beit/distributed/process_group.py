@@ -9,7 +9,9 @@ import re
 import signal
 import sys
 import time
+from typing import Any, Callable, List, Tuple
 
+import torch
 import torch.distributed as dist
 
 from beit.devices import accelerator
@@ -20,38 +22,38 @@ def _initialized():
     return dist.is_available() and dist.is_initialized()
 
 
-def world_size():
+def world_size() -> int:
     return dist.get_world_size() if _initialized() else 1
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if _initialized() else 0
 
 
-def is_main_process():
+def is_main_process() -> bool:
     return rank() == 0
 
 
-_wait_hook = contextlib.nullcontext
+_wait_hook: Callable[[], Any] = contextlib.nullcontext
 
 
-def set_wait_hook(hook):
+def set_wait_hook(hook: Callable[[], Any]) -> None:
     """Enter `hook()`, a context manager, around each collective; `watchdog` notes by it who waits."""
     global _wait_hook
     _wait_hook = hook
 
 
-def waiting():
+def waiting() -> Any:
     return _wait_hook()
 
 
-def barrier():
+def barrier() -> None:
     if world_size() > 1:
         with waiting():
             dist.barrier()
 
 
-def launch_environment(args):
+def launch_environment(args: Any) -> Tuple[int, int, int]:
     """(rank, world_size, local_rank) as torchrun, Open MPI (--dist_on_itp) or SLURM set them; (0, 1, 0) without."""
     environ = os.environ
     numbers = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID',
@@ -65,7 +67,8 @@ def launch_environment(args):
         if any(name not in environ for name in names):
             raise UserError('--dist_on_itp: %s is not set; start the program with mpirun, or leave the flag out'
                             % next(name for name in names if name not in environ))
-        return tuple(int(environ[name]) for name in names)
+        rank, world_size, local_rank = (int(environ[name]) for name in names)
+        return rank, world_size, local_rank
     if 'RANK' in environ and 'WORLD_SIZE' in environ:
         local = environ.get('LOCAL_RANK', args.local_rank if args.local_rank >= 0 else 0)
         return int(environ['RANK']), int(environ['WORLD_SIZE']), int(local)
@@ -74,7 +77,7 @@ def launch_environment(args):
     return 0, 1, 0
 
 
-def wait_seconds(default):
+def wait_seconds(default: int) -> int:
     """How long to wait for the other processes or machines at the start: DIST_WAIT_SECONDS, or the default."""
     text = os.environ.get('DIST_WAIT_SECONDS') or str(default)
     if not text.isdigit() or not 0 < int(text) <= 10 ** 6:
@@ -82,16 +85,16 @@ def wait_seconds(default):
     return int(text)
 
 
-rendezvous_stores = []  # the store in which the processes met
-host_groups = []  # a group for `ask`, whose collectives never touch a device
+rendezvous_stores: List[Any] = []  # the store in which the processes met
+host_groups: List[Any] = []  # a group for `all_gather_async`, whose collectives never touch a device
 
 
-def rendezvous_store():
+def rendezvous_store() -> Any:
     """The store in which the processes met, or None where there's one process."""
     return rendezvous_stores[-1] if rendezvous_stores else None
 
 
-def init_distributed_mode(args):
+def init_distributed_mode(args: Any) -> torch.device:
     """Choose the device and join the other processes, where there are any.
 
     The meeting has a limit of its own, DIST_WAIT_SECONDS (300); collectives have --dist_timeout and a little more, so
@@ -158,12 +161,12 @@ def shutdown() -> None:
         os._exit(0)
 
 
-def is_error_reporter():
+def is_error_reporter() -> bool:
     """Whether an error that every process may meet is this one's to tell; before they have met, one of each machine."""
     return is_main_process() if _initialized() else os.environ.get('LOCAL_RANK', '0') == '0'
 
 
-def defer_error_report(first=False):
+def defer_error_report(first: bool = False) -> None:
     """Before an error's line: several processes often meet the same error, or one meets the end of another.
 
     The process that the line comes from best (`first`) speaks at once; a launcher then ends the others, who wait.
@@ -172,7 +175,7 @@ def defer_error_report(first=False):
         time.sleep(5 if _initialized() else 20)  # while they start, one may be far behind another
 
 
-def is_peer_failure(error):
+def is_peer_failure(error: BaseException) -> bool:
     """Whether an error is a collective's, that another process has left."""
     kinds = tuple(getattr(dist, name) for name in ('DistBackendError', 'DistNetworkError', 'DistStoreError')
                   if hasattr(dist, name))
@@ -183,7 +186,7 @@ def is_peer_failure(error):
 PRCTL = ctypes.CDLL(None).prctl if sys.platform.startswith('linux') else None
 
 
-def end_with_parent():
+def end_with_parent() -> None:
     """From here on this process is killed when its parent ends, however that ends. Linux only."""
     if PRCTL:
         PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,7 +1,7 @@
 """Ends the job when a process hangs, and names that process: what it was doing, and for how long.
 
-A collective only knows that somebody has not come. So each process notes where it is (`enter`, `mark`, and each wait in
-`distributed`), a thread of its own tells the others once a second through the store in which they met, and another
+A collective only knows that somebody has not come. So each process notes where it is (`enter_stage`, `mark_item`, each
+wait for others), a thread of its own tells the others once a second through the store in which they met, and another
 thread watches the clock. Where a process has got no further for --dist_timeout seconds, it compares: who is furthest
 behind, or has fallen silent? The first to know tells all, and all end.
 """
