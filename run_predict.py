@@ -337,7 +337,7 @@ def report(predictor, args, stdout, trained, device):
     from tqdm import tqdm  # slow to import, and of no use to --help
 
     tqdm.monitor_interval = 0  # its thread must not be there when processes are forked
-    to_file, size = args.output not in ('', '-'), trained.args.input_size
+    to_file, size = args.output not in ('', '-'), trained.config.input_size
     read = left_out = resized = 0
     hidden = None if to_file and process_group.is_main_process() else True  # None: shown on a terminal
     with destination(args, stdout) as file, tqdm(desc='Predicting', unit=' images', disable=hidden) as bar:
@@ -407,8 +407,8 @@ def main(args, stdout):
     model, scaler = loss_scaler.initialize_amp(trained.model.to(device), None, device, dtype, args.opt_level)
     fused_attention.choose_attention(trained.model, device, 'auto', dtype, loader.batch_size)
     log.log_main('%s: %s, %d classes, input %dx%d, %s; on %s, %s' % (
-        escape_text(trained.source), trained.args.model, len(trained.classes), trained.args.input_size,
-        trained.args.input_size, 'averaged weights' if args.use_ema else 'pooled by the %s' % (
+        escape_text(trained.source), trained.config.model, len(trained.classes), trained.config.input_size,
+        trained.config.input_size, 'averaged weights' if args.use_ema else 'pooled by the %s' % (
             'mean' if trained.model.fc_norm is not None else 'class token'), device, scaler.description))
 
     painter = recorder and attention_maps.HeatmapWriter(recorder, args.attention_dir, common_folder(args.inputs),
