@@ -98,7 +98,8 @@ def load_for_inference(source: str, use_ema: bool = False, **given: Any) -> Load
                            if not name.endswith('relative_position_index')}, strict=False)
     preprocessing = EvalTransform.from_config(_config_from(settings, TransformConfig))
     return LoadedModel(
-        model.eval(), _classes(metadata, nb_classes), preprocessing, config, path, 'sigmoid' if metadata.get('activation') == 'sigmoid' else 'softmax')
+        model.eval(), _classes(metadata, nb_classes), preprocessing, config, path,
+        'sigmoid' if metadata.get('activation') == 'sigmoid' else 'softmax')
 
 
 def _config_from(settings, kind):
