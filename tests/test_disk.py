@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 import run_class_finetuning
-from beit.checkpoint import discovery, training_state
+from beit.checkpoint import discovery
 from beit.files import weights_file
 from helpers import LAUNCH, PROGRAM, ROOT, RUN, cannot_run, lines_of, run_program
 
@@ -147,7 +147,7 @@ def test_an_output_folder_that_changes_under_the_run(image_folder, tmp_path, sma
     if happening == 'removed':
         return
     assert [os.path.basename(path) for _, path in discovery.list_checkpoints(kept)] == ['checkpoint-0.pth']
-    assert training_state.read(os.path.join(kept, 'checkpoint-0.pth'))['epoch'] == 0
+    assert weights_file.load_weights_file(os.path.join(kept, 'checkpoint-0.pth'))['epoch'] == 0
     if happening == 'read-only':
         subprocess.run(['mount', '-o', 'remount,rw', output], check=True)
         goes_on(base, output)

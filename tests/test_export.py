@@ -16,6 +16,7 @@ import run_export
 from beit.checkpoint import hf_names, inference_model, pretrained
 from beit.data import transforms
 from beit.files import weights_file
+from beit.outputs import export_formats
 from helpers import needs_extra, photo
 
 pytestmark = pytest.mark.current_only
@@ -113,7 +114,7 @@ def test_onnx(name, trained, export, tmp_path, monkeypatch):
     said = export('--resume', path, '--format', 'onnx', '--output', tmp_path / 'x.onnx')
     assert 'Checked: logits differ by at most' in said and 'with onnxruntime' in said
     file = onnx.load(str(tmp_path / 'x.onnx'))
-    assert [each.version for each in file.opset_import if not each.domain] == [run_export.OPSETS[0]]
+    assert [each.version for each in file.opset_import if not each.domain] == [export_formats.OPSETS[0]]
     assert is_told({each.key: each.value for each in file.metadata_props})
     session = onnxruntime.InferenceSession(str(tmp_path / 'x.onnx'))
     assert isinstance(session.get_inputs()[0].shape[0], str)  # any batch
@@ -138,7 +139,7 @@ def test_onnx_of_an_older_opset(trained, export, tmp_path):
 def test_torchscript(trained, export, tmp_path):
     path, model = trained()
     assert 'Checked' in export('--resume', path, '--format', 'torchscript')
-    about = run_export._extra_files(dict.fromkeys(('classes', 'preprocessing', 'model'), ''))
+    about = export_formats._extra_files(dict.fromkeys(('classes', 'preprocessing', 'model'), ''))
     loaded = torch.jit.load(str(tmp_path / 'weights.torchscript.pt'), _extra_files=about)
     assert is_told({name: value if isinstance(value, str) else value.decode() for name, value in about.items()})
     assert close(logits_of(loaded, images_of(32)), logits_of(model, images_of(32)))
@@ -189,7 +190,7 @@ def test_hugging_face_loads_it_offline(flags, trained, export, tmp_path):
     path, model = trained(*flags)
     said = export('--resume', path, '--format', 'huggingface', '--output', tmp_path / 'folder')
     assert 'Checked' in said and ', with transformers ' in said
-    assert sorted(os.listdir(str(tmp_path / 'folder'))) == sorted(run_export.FOLDER)
+    assert sorted(os.listdir(str(tmp_path / 'folder'))) == sorted(export_formats.FOLDER)
     loaded, about = BeitForImageClassification.from_pretrained(str(tmp_path / 'folder'), local_files_only=True,
                                                                output_loading_info=True)
     assert not about['missing_keys'] and not about['unexpected_keys']
@@ -208,8 +209,9 @@ def test_hugging_face_sees_the_same_pixels(flags, parse, tmp_path):
     from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     args = parse('--input_size', '48', *flags)
-    about = inference_model.LoadedModel(None, [], transforms.EvalTransform.from_config(args), args, '')
-    (tmp_path / 'preprocessor_config.json').write_bytes(run_export._json(run_export.huggingface_preprocessor(about)))
+    about = inference_model.LoadedModel(None, [], transforms.EvalTransform.from_config(args), None, '')
+    (tmp_path / 'preprocessor_config.json').write_bytes(
+        export_formats._json(export_formats.huggingface_preprocessor(about)))
     half = [0.5] * 3
     mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if 'imagenet' in str(flags) else (half, half)
     for name, most in (('pil', 1e-4), ('torchvision', 1.01)):  # of 255 steps
@@ -236,15 +238,15 @@ def test_the_averaged_weights(trained, export, tmp_path, parse):
 def test_another_network_is_not_written(kind, trained, export, tmp_path, monkeypatch):
     """A bias table gets lost on the way: the comparison says so."""
     path, _ = trained()
-    make = run_export.FORMATS[kind].make
+    make = export_formats.FORMATS[kind].make
 
-    def lose(found, args):
-        other = inference_model.build_model(found.args, 3).eval()
+    def lose(found, opset):
+        other = inference_model.build_model(found.config, 3).eval()
         other.load_state_dict(found.model.state_dict())
         other.blocks[2].attn.relative_position_bias_table.zero_()
-        return make(found._replace(model=other), args)
+        return make(found._replace(model=other), opset)
 
-    monkeypatch.setitem(run_export.FORMATS, kind, run_export.FORMATS[kind]._replace(make=lose))
+    monkeypatch.setitem(export_formats.FORMATS, kind, export_formats.FORMATS[kind]._replace(make=lose))
     before = sorted(os.listdir(str(tmp_path)))
     assert 'not the checkpoint\'s network' in export('--resume', path, '--format', kind, fails=True)
     assert sorted(os.listdir(str(tmp_path))) == before
@@ -464,7 +466,7 @@ def test_what_was_exported_is_used_without_flags(kind, trained, export, tmp_path
     before = inference_model.load_for_inference(path)
     after = inference_model.load_for_inference(str(tmp_path / 'out.safetensors'))
     assert after.classes == before.classes == CLASSES and after.activation == before.activation
-    assert after.preprocessing == before.preprocessing and after.args.model == before.args.model
+    assert after.preprocessing == before.preprocessing and after.config == before.config
     assert close(logits_of(after.model, images_of(32)), logits_of(model, images_of(32)))
 
 

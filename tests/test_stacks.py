@@ -28,7 +28,7 @@ EMA = ['--model_ema', '--model_ema_decay=0.9']
 # Runs the program once for each of its arguments, a JSON list of flags, in one process: most of the time goes into
 # imports. With two plain paths, it takes the weights out of a checkpoint as anyone would, with torch.save.
 RUNS = """import json, sys
-import run_class_finetuning, torch; from beit.checkpoint import training_state
+import run_class_finetuning, torch; from beit.files import weights_file
 for flags in map(json.loads, sys.argv[1:]):
     print('==== next', flush=True)
     if len(flags) == 2:

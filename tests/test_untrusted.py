@@ -31,6 +31,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import flags
 import modeling_finetune
 from beit.checkpoint import discovery, pretrained, training_state
 from beit.distributed import process_group
@@ -625,7 +626,7 @@ def test_bombs_take_no_memory(tmp_path):
     """In a process that may have 400 MiB more than it started with; what it asked for beyond would be an error."""
     if not os.path.isfile('/proc/self/status'):
         cannot_run('linux', 'no /proc to learn the size of a process from')
-    done = subprocess.run([sys.executable, '-c', textwrap.dedent(BOMBS % (ROOT, os.path.join(ROOT, 'test'))),
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(BOMBS % (ROOT, os.path.join(ROOT, 'tests'))),
                            str(tmp_path / 'w.pth')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=300,
                           universal_newlines=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr
@@ -983,7 +984,7 @@ def take_up(tmp_path, parse):
         progress = training_state.resume_training(found, content, model, optimizer, loss_scaler.LossScaler())
         assert isinstance(progress.epoch, int) and isinstance(progress.steps, int)
         training_state.resume_differences(content, vars(args), {
-            'processes': 1, 'total_batch': 8, 'images': 16, 'device': 'cpu'})
+            'processes': 1, 'total_batch': 8, 'images': 16, 'device': 'cpu'}, flags.without_effect())
         progress.meters_of(0, 1)
         optimizer.step()
     return check

@@ -1,44 +1,45 @@
-"""Builds the network that flags describe, or that a checkpoint tells of, with its classes and how images are prepared.
+"""Builds the network that flags or a checkpoint describe, with its classes and evaluation transform.
 
-What a checkpoint of this project holds is enough to use it: `run_predict.py` and `run_export.py` need no other flag.
+A checkpoint of this project is enough to use it: `run_predict.py` and `run_export.py` need no other flag.
 """
 
-import argparse
+import dataclasses
 import json
 import os
-import typing
+from typing import Any, List, NamedTuple
 
 import torch
 from timm.models import create_model
 
 import modeling_finetune
-from beit import config, log
+from beit import log
 from beit.checkpoint import discovery, hf_names, training_state
 from beit.checkpoint.pretrained import adapt_state_dict, mismatches, refuse_exports, strip_prefixes, unwrap_state_dict
+from beit.config import ModelConfig, TransformConfig
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text, unknown_value_error
 from beit.files import weights_file
 
 
-def build_model(args, nb_classes):
+def build_model(config: ModelConfig, nb_classes: int) -> torch.nn.Module:
     return create_model(
-        args.model, pretrained=False, num_classes=nb_classes, img_size=args.input_size, drop_rate=args.drop,
-        drop_path_rate=args.drop_path, attn_drop_rate=args.attn_drop_rate, use_mean_pooling=args.use_mean_pooling,
-        init_scale=args.init_scale, use_rel_pos_bias=args.rel_pos_bias, use_abs_pos_emb=args.abs_pos_emb,
-        init_values=args.layer_scale_init_value)
+        config.model, pretrained=False, num_classes=nb_classes, img_size=config.input_size, drop_rate=config.drop,
+        drop_path_rate=config.drop_path, attn_drop_rate=config.attn_drop_rate, init_scale=config.init_scale,
+        use_mean_pooling=config.use_mean_pooling, use_rel_pos_bias=config.rel_pos_bias,
+        use_abs_pos_emb=config.abs_pos_emb, init_values=config.layer_scale_init_value)
 
 
-class LoadedModel(typing.NamedTuple):
+class LoadedModel(NamedTuple):
     """A trained network and what is needed to use it."""
-    model: torch.nn.Module  # in evaluation mode, float32, on the CPU
-    classes: list  # of str, one per output; numbers where the checkpoint does not name them
+    model: Any  # a modeling_finetune.VisionTransformer, in evaluation mode, float32, on the CPU
+    classes: List[str]  # one per output; numbers where the checkpoint does not name them
     preprocessing: EvalTransform
-    args: argparse.Namespace  # ModelConfig's and TransformConfig's fields, with the checkpoint's values
+    config: ModelConfig
     source: str  # the file
     activation: str = 'softmax'  # what makes probabilities of its outputs; or sigmoid, each class for itself
 
 
-def load_for_inference(source, use_ema=False, **given):
+def load_for_inference(source: str, use_ema: bool = False, **given: Any) -> LoadedModel:
     """Build the network that a checkpoint holds; all it needs to know comes from the file.
 
     Args:
@@ -56,12 +57,12 @@ def load_for_inference(source, use_ema=False, **given):
     path, content = discovery.load_best_or_latest(source, prefer_best=True)
     if not isinstance(content, dict):
         raise UserError('--resume %s: holds no weights' % escape_text(path))
-    told, about = training_state.saved_args(content), content
-    foreign = 'model' not in told
+    settings, metadata = training_state.saved_args(content), content
+    foreign = 'model' not in settings
     if foreign:
-        about = _described(path)
-        told = about.get('args', {})
-    if 'model' not in told and not given.get('model'):
+        metadata = _metadata_beside(path)
+        settings = metadata.get('args', {})
+    if 'model' not in settings and not given.get('model'):
         raise UserError('--resume %s: it does not say which model it is of; give --model, and --input_size where it is '
                         'not 224' % escape_text(path))
     if use_ema and not content.get('model_ema'):
@@ -69,18 +70,17 @@ def load_for_inference(source, use_ema=False, **given):
                         % escape_text(path))
     state = content['model_ema'] if use_ema else unwrap_state_dict(content, 'model|module|state_dict')[1]
     state = hf_names.to_native(strip_prefixes(state))[0]
-    args = _default_settings()
     if foreign:
-        told = dict(told, **_flags_of_weights(state))
-    vars(args).update({name: value for name, value in told.items() if hasattr(args, name)})
-    vars(args).update({name: value for name, value in given.items() if value is not None})
-    if args.model not in modeling_finetune.MODELS:
-        raise unknown_value_error('--model', args.model, modeling_finetune.MODELS)
+        settings = dict(settings, **_flags_of_weights(state))
+    settings = dict(settings, **{name: value for name, value in given.items() if value is not None})
+    config = _config_from(settings, ModelConfig)
+    if config.model not in modeling_finetune.MODELS:
+        raise unknown_value_error('--model', config.model, modeling_finetune.MODELS)
     if 'head.weight' not in state:
         raise UserError('--resume %s: it has no head, so it names no class; fine-tune it first' % escape_text(path))
     nb_classes = len(state['head.weight'])
     try:
-        model = build_model(args, nb_classes)
+        model = build_model(config, nb_classes)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError('--resume %s: no model can be built of what it says (%s)'
                         % (escape_text(path), error)) from None
@@ -93,29 +93,31 @@ def load_for_inference(source, use_ema=False, **given):
     problems = mismatches(state, model.state_dict())
     if problems:
         raise UserError('--resume %s: these are not the weights of --model %s: %s'
-                        % (escape_text(path), args.model, problems))
+                        % (escape_text(path), config.model, problems))
     model.load_state_dict({name: value for name, value in state.items()
                            if not name.endswith('relative_position_index')}, strict=False)
-    return LoadedModel(model.eval(), _classes(about, nb_classes), EvalTransform.from_config(args), args, path,
-                   'sigmoid' if about.get('activation') == 'sigmoid' else 'softmax')
+    preprocessing = EvalTransform.from_config(_config_from(settings, TransformConfig))
+    return LoadedModel(
+        model.eval(), _classes(metadata, nb_classes), preprocessing, config, path,
+        'sigmoid' if metadata.get('activation') == 'sigmoid' else 'softmax')
 
 
-def _default_settings():
-    """The settings that a checkpoint's flags are laid over, as a Namespace."""
-    return argparse.Namespace(**dict(vars(config.ModelConfig()), **vars(config.TransformConfig())))
+def _config_from(settings, kind):
+    """The fields of a dataclass among a checkpoint's flags; the others have their defaults."""
+    return kind(**{field.name: settings[field.name] for field in dataclasses.fields(kind) if field.name in settings})
 
 
-def _described(path):
+def _metadata_beside(path):
     """{args, classes, activation}, as a checkpoint has them, of what stands beside bare weights; {} where nothing does.
 
     Of `run_export.py` that is the metadata of a safetensors file, of others the labels in Hugging Face's config.json.
     """
-    about = weights_file.read_metadata(path)
+    metadata = weights_file.read_metadata(path)
     try:
-        images = EvalTransform.from_timm(json.loads(about['preprocessing']))
-        args = dict(model=str(about['model']), input_size=images.input_size, crop_pct=images.crop_pct,
+        images = EvalTransform.from_timm(json.loads(metadata['preprocessing']))
+        args = dict(model=str(metadata['model']), input_size=images.input_size, crop_pct=images.crop_pct,
                     imagenet_default_mean_and_std=images.is_imagenet_normalized)
-        return dict(args=args, classes=json.loads(about['classes']), activation=about['activation'])
+        return dict(args=args, classes=json.loads(metadata['classes']), activation=metadata['activation'])
     except (LookupError, ValueError, TypeError, RecursionError):
         names = hf_names.hf_labels(path)
         return dict(classes=names) if names else {}
@@ -125,7 +127,7 @@ def _flags_of_weights(state):
     """The flags that the names of a state dict tell: which positions, layer scale and pooling the network has."""
     return dict(rel_pos_bias=any(name.endswith('relative_position_bias_table') for name in state),
                 abs_pos_emb='pos_embed' in state, use_mean_pooling='fc_norm.weight' in state,
-                layer_scale_init_value=0.1 if 'blocks.0.gamma_1' in state else 0.,)  # a start, which is loaded over
+                layer_scale_init_value=0.1 if 'blocks.0.gamma_1' in state else 0.)  # its start
 
 
 def _classes(content, nb_classes):

@@ -80,7 +80,7 @@ class RunState:
         """The state of the averages for a process; with another number of processes the first takes all of them."""
         if not self.meters or len(self.meters) == processes:
             return self.meters[rank] if self.meters else None
-        merged = {}
+        merged: Dict[str, Any] = {}
         for state in self.meters if rank == 0 else ():
             for name, (count, total) in state['meters'].items():
                 counted, so_far = merged.get(name, (0, 0.))

@@ -18,7 +18,8 @@ from beit.files.atomic_write import write_bytes
 
 LOG = 'log.txt'
 
-_outputs = []  # (compiled pattern, whether such a file proves a run or a function that says so, whether it is moved)
+# (compiled pattern, whether such a file proves a run or a function that says so, whether it is moved)
+_outputs: List[Any] = []
 
 
 def register_output(pattern: str, proves_run: bool = False, is_ours: Optional[Callable[[str], bool]] = None,

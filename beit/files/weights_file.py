@@ -155,7 +155,7 @@ def save(path: str, content: typing.Dict[str, typing.Any]) -> None:
     try:
         with atomic_write(path) as file:
             latch = ErrorLatch(file)
-            torch.save(content, latch)
+            torch.save(content, typing.cast(typing.BinaryIO, latch))
             if latch.error is not None:
                 raise latch.error
     except (OSError, RuntimeError) as error:

@@ -1,0 +1,320 @@
+"""The formats that a trained network is exported in: for each a function that makes it and one that runs what was made.
+
+The network comes with plain attention, which every exporter takes, whatever it was trained with.
+"""
+
+import contextlib
+import inspect
+import io
+import json
+import logging
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple, Union
+
+import torch
+from PIL import Image
+
+import modeling_finetune
+from beit.checkpoint import hf_names
+from beit.checkpoint.inference_model import LoadedModel
+from beit.errors import UserError, one_line
+
+EXAMPLE = 3  # images in the batch that an exporter sees
+OPSETS = (23, 20, 18, 17, 13, 11)  # the newest that PyTorch's exporter writes and onnxruntime reads is taken
+PROTOBUF_LIMIT = 2 ** 31  # bytes of an ONNX file that holds its own weights
+EXTRA = 'run: pip install -r requirements-extra.txt'
+
+Logits = List[torch.Tensor]
+Batches = Sequence[torch.Tensor]
+
+
+class NotChecked(Exception):
+    """What reads the format back isn't installed."""
+
+
+def example_images(trained: LoadedModel, count: int) -> torch.Tensor:
+    """Random images (count, 3, H, W), the same each time."""
+    size = trained.preprocessing.input_size
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+
+
+def _check_metadata(found, trained):
+    if found != metadata(trained):
+        raise UserError('the export lost its metadata; nothing was written')
+
+
+def package_version(module: str) -> str:
+    return getattr(import_optional(module), '__version__', '')
+
+
+def import_optional(name: str) -> Any:
+    """A module, or None where it isn't installed."""
+    try:
+        return __import__(name, fromlist=['_'])
+    except ImportError:
+        return None
+
+
+def _require_package(name, what):
+    module = import_optional(name)
+    if module is None:
+        raise UserError('%s needs %s; %s' % (what, name, EXTRA))
+    return module
+
+
+def metadata(trained: LoadedModel) -> Dict[str, str]:
+    """What a user of the weights must know, as strings by name; lists and dicts are JSON, in ASCII."""
+    return {
+        'model': trained.config.model,
+        'classes': json.dumps(trained.classes),
+        'preprocessing': json.dumps(trained.preprocessing.to_timm()),
+        'pooling': 'mean of the patches' if trained.config.use_mean_pooling else 'class token',
+        'input': 'float32 (batch, 3, height, width): RGB from 0 to 1, less mean, divided by std',
+        'output': 'logits (batch, %d), in the order of classes' % len(trained.classes),
+        'activation': trained.activation,
+    }
+
+
+def make_onnx(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
+    """An ONNX file with its weights inside, a batch of any size, and the metadata; (bytes, words)."""
+    onnx = _require_package('onnx', '--format onnx')
+    if 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters:
+        _require_package('onnxscript', '--format onnx')
+    size = sum(value.numel() * value.element_size() for value in trained.model.state_dict().values())
+    if size >= PROTOBUF_LIMIT:
+        raise UserError('--format onnx: the weights take %.1f GB, and a file holds 2 at most; use --format torch_export'
+                        % (size / 1e9))
+    known = onnx.defs.onnx_opset_version()
+    if opset and opset > known:
+        raise UserError('--opset %d: onnx %s knows those up to %d' % (opset, onnx.__version__, known))
+    reasons = []
+    for version in [opset] if opset else OPSETS:
+        try:
+            proto = _export_onnx(onnx, trained, version)
+            written = next(each.version for each in proto.opset_import if not each.domain)
+            if written != version:
+                raise ValueError('PyTorch %s wrote opset %d instead' % (torch.__version__, written))
+            onnx.helper.set_model_props(proto, metadata(trained))
+            data = proto.SerializeToString()
+            runtime = import_optional('onnxruntime')
+            if runtime is not None:
+                _session(runtime, data)
+            return data, 'opset %d' % version
+        except Exception as error:  # the exporter's and onnxruntime's are of many kinds
+            reasons.append((one_line(error) or type(error).__name__)[:200])
+    raise UserError('--format onnx --opset %s: %s; leave --opset out, or give another'
+                    % (opset or '/'.join(map(str, OPSETS)), reasons[0]))
+
+
+def _export_onnx(onnx, trained, opset):
+    images, names = example_images(trained, EXAMPLE), dict(input_names=['image'], output_names=['logits'])
+    if 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters:
+        with contextlib.redirect_stdout(io.StringIO()), _no_log():  # it tells of its progress, and logs tracebacks
+            program = torch.onnx.export(trained.model, (images,), dynamo=True, verbose=False, opset_version=opset,
+                                        dynamic_shapes=({0: torch.export.Dim('batch')},), **names)
+        return program.model_proto
+    file = io.BytesIO()
+    torch.onnx.export(trained.model, images, file, opset_version=opset,
+                      dynamic_axes={'image': {0: 'batch'}, 'logits': {0: 'batch'}}, **names)
+    return onnx.load_model_from_string(file.getvalue())
+
+
+@contextlib.contextmanager
+def _no_log():
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _session(runtime, data):
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    return runtime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+
+
+def run_onnx(data: bytes, trained: LoadedModel, batches: Batches) -> Logits:
+    session = _session(_require_package('onnxruntime', ''), data)
+    return [torch.from_numpy(session.run(['logits'], {'image': images.numpy()})[0]) for images in batches]
+
+
+def make_torchscript(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
+    file = io.BytesIO()
+    traced = torch.jit.trace(trained.model, example_images(trained, EXAMPLE), check_trace=False)
+    torch.jit.save(traced, file, _extra_files=_extra_files(metadata(trained)))
+    return file.getvalue(), 'torch.jit.load(FILE, _extra_files={\'classes\': \'\'}) reads it'
+
+
+def run_torchscript(data: bytes, trained: LoadedModel, batches: Batches) -> Logits:
+    found = _extra_files(dict.fromkeys(metadata(trained), ''))
+    loaded = torch.jit.load(io.BytesIO(data), map_location='cpu', _extra_files=found)
+    _check_metadata({name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()},
+                   trained)
+    return [loaded(images) for images in batches]
+
+
+def _extra_files(about):
+    """A dict as PyTorch 1.5 wants it, which has a type of its own for that."""
+    files = getattr(torch._C, 'ExtraFilesMap', dict)()
+    for name, value in about.items():
+        files[name] = value
+    return files
+
+
+def make_torch_export(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
+    if not hasattr(getattr(torch, 'export', None), 'Dim'):
+        raise UserError('--format torch_export: PyTorch %s has no torch.export; use --format torchscript'
+                        % torch.__version__)
+    program = torch.export.export(trained.model, (example_images(trained, EXAMPLE),),
+                                  dynamic_shapes=({0: torch.export.Dim('batch')},))
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files=metadata(trained))
+    return file.getvalue(), 'torch.export.load(FILE).module() reads it'
+
+
+def run_torch_export(data: bytes, trained: LoadedModel, batches: Batches) -> Logits:
+    found = dict.fromkeys(metadata(trained), '')
+    loaded = torch.export.load(io.BytesIO(data), extra_files=found).module()
+    _check_metadata(found, trained)
+    return [loaded(images) for images in batches]
+
+
+def make_safetensors(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
+    """timm's names and shapes, which are this project's, without what timm computes itself."""
+    tensors = {name: value for name, value in trained.model.state_dict().items()
+               if not name.endswith('relative_position_index')}
+    return _safetensors(tensors, metadata(trained)), 'for timm'
+
+
+def run_safetensors(data: bytes, trained: LoadedModel, batches: Batches) -> Logits:
+    from safetensors.numpy import load
+    beit = import_optional('timm.models.beit')
+    if not hasattr(beit, 'Beit'):
+        raise NotChecked('this timm (%s) has no BEiT' % package_version('timm'))
+    model = beit.Beit(**timm_arguments(trained))
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in load(data).items()})
+    model.eval()
+    return [model(images) for images in batches]
+
+
+def timm_arguments(trained: LoadedModel) -> Dict[str, Any]:
+    """What timm's `Beit` takes to be this network."""
+    model, block = trained.model, trained.model.blocks[0]
+    return dict(
+        img_size=trained.config.input_size, patch_size=model.patch_embed.patch_size[0], embed_dim=model.embed_dim,
+        depth=len(model.blocks), num_heads=block.attn.num_heads, num_classes=len(trained.classes),
+        global_pool='avg' if model.fc_norm is not None else 'token', use_abs_pos_emb=model.pos_embed is not None,
+        use_rel_pos_bias=block.attn.has_relative_position, init_values=_layer_scale(trained))
+
+
+def timm_line(trained: LoadedModel, path: str) -> str:
+    """The Python that opens the file with timm: the registered name, and what differs from its defaults."""
+    arguments, name = timm_arguments(trained), trained.config.model
+    if not hasattr(import_optional('timm.models.beit'), name):  # as beit_nano_patch8_32
+        return 'model = timm.models.beit.Beit(%s); timm.models.load_checkpoint(model, %r)' % (
+            format_arguments(arguments), path)
+    usual = dict(img_size=modeling_finetune.MODELS[name]['img_size'], global_pool='avg', use_abs_pos_emb=False,
+                 use_rel_pos_bias=True)
+    chosen = {key: arguments[key] for key in usual if arguments[key] != usual[key]}
+    if not arguments['init_values']:
+        chosen['init_values'] = 0.  # create_model leaves out what is None
+    return 'model = timm.create_model(%r, checkpoint_path=%r, %s)' % (
+        name, path, format_arguments(dict(num_classes=len(trained.classes), **chosen)))
+
+
+def format_arguments(arguments: Dict[str, Any]) -> str:
+    return ', '.join('%s=%r' % item for item in arguments.items())
+
+
+def make_huggingface(trained: LoadedModel, opset: int = 0) -> Tuple[Dict[str, bytes], str]:
+    """The three files of a folder for transformers, as {name: bytes}."""
+    try:
+        tensors = hf_names.to_hugging_face(trained.model.state_dict())
+    except KeyError as error:
+        raise UserError('--format huggingface: BeitForImageClassification has no place for %s; use another --format'
+                        % error) from None
+    return {'config.json': _json(huggingface_config(trained)),
+            'preprocessor_config.json': _json(huggingface_preprocessor(trained)),
+            'model.safetensors': _safetensors(tensors, dict(metadata(trained), format='pt'))}, 'for transformers'
+
+
+def huggingface_config(trained: LoadedModel) -> Dict[str, Any]:
+    model, config = trained.model, trained.config
+    block = model.blocks[0]
+    return dict(
+        architectures=['BeitForImageClassification'], model_type='beit', hidden_size=model.embed_dim,
+        num_hidden_layers=len(model.blocks), num_attention_heads=block.attn.num_heads, hidden_act='gelu',
+        intermediate_size=block.mlp.fc1.out_features, layer_norm_eps=block.norm1.eps, image_size=config.input_size,
+        patch_size=model.patch_embed.patch_size[0], num_channels=model.patch_embed.proj.in_channels,
+        hidden_dropout_prob=float(config.drop), attention_probs_dropout_prob=float(config.attn_drop_rate),
+        drop_path_rate=float(config.drop_path), layer_scale_init_value=_layer_scale(trained), use_mask_token=False,
+        use_absolute_position_embeddings=model.pos_embed is not None,
+        use_relative_position_bias=block.attn.has_relative_position,
+        use_shared_relative_position_bias=model.rel_pos_bias is not None,
+        use_mean_pooling=model.fc_norm is not None, torch_dtype='float32',
+        problem_type='%s_label_classification' % ('multi' if trained.activation == 'sigmoid' else 'single'),
+        id2label={str(label): name for label, name in enumerate(trained.classes)},
+        label2id={name: label for label, name in enumerate(trained.classes)})
+
+
+def huggingface_preprocessor(trained: LoadedModel) -> Dict[str, Any]:
+    """Evaluation's transform: the shorter side resized, the centre cropped. CLIP's is the processor that all know.
+
+    BEiT's own takes no shorter side before transformers 5, and would distort the image.
+    """
+    images = trained.preprocessing
+    return dict(
+        image_processor_type='CLIPImageProcessor', do_convert_rgb=True,
+        do_resize=True, size={'shortest_edge': images.shorter_side},
+        resample=int(getattr(Image, images.interpolation.upper())), do_center_crop=True,
+        crop_size={'height': images.input_size, 'width': images.input_size}, do_rescale=True, rescale_factor=1 / 255,
+        do_normalize=True, image_mean=list(images.mean), image_std=list(images.std))
+
+
+def run_huggingface(folder: str, trained: LoadedModel, batches: Batches) -> Logits:
+    transformers = import_optional('transformers')
+    if transformers is None:
+        raise NotChecked('that needs transformers; %s' % EXTRA)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = transformers.BeitForImageClassification.from_pretrained(folder, local_files_only=True).eval()
+    return [model(pixel_values=images).logits for images in batches]
+
+
+def _layer_scale(trained):
+    """The value that layer scale began at, 0.0 where there is none."""
+    if trained.model.blocks[0].gamma_1 is None:
+        return 0.
+    return float(trained.config.layer_scale_init_value)
+
+
+def _json(content):
+    return (json.dumps(content, indent=2) + '\n').encode('ascii')
+
+
+def _safetensors(tensors, about):
+    try:
+        from safetensors.numpy import save  # the one for tensors needs a newer PyTorch than 1.8
+    except ImportError:
+        raise UserError('--format safetensors and huggingface need safetensors; run: pip install safetensors') from None
+    return save({name: value.detach().contiguous().numpy() for name, value in tensors.items()}, about)
+
+
+class Format(NamedTuple):
+    """How a network is written in one format, and read back."""
+    ending: str  # of the default output's name
+    make: Callable[[LoadedModel, int], Tuple[Union[bytes, Dict[str, bytes]], str]]  # a dict: the files of a folder
+    run: Callable[[Any, LoadedModel, Batches], Logits]  # of the bytes, or of the folder's path
+    reader: str  # the package that reads it back
+
+
+FORMATS = {
+    'onnx': Format('.onnx', make_onnx, run_onnx, 'onnxruntime'),
+    'torchscript': Format('.torchscript.pt', make_torchscript, run_torchscript, 'torch'),
+    'torch_export': Format('.pt2', make_torch_export, run_torch_export, 'torch'),
+    'safetensors': Format('.safetensors', make_safetensors, run_safetensors, 'timm'),
+    'huggingface': Format('-huggingface', make_huggingface, run_huggingface, 'transformers'),
+}
+FOLDER = {'config.json', 'preprocessor_config.json', 'model.safetensors'}  # what --overwrite may replace a folder of
