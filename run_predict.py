@@ -228,10 +228,6 @@ def write_predictions(predictor: Predictor, writer: LineWriter, input_size: int,
     from tqdm import tqdm  # slow to import, and of no use to --help
 
     tqdm.monitor_interval = 0  # its thread must not be there when processes are forked
-<<<<<<< HEAD
-=======
-    to_file, size = args.output not in ('', '-'), trained.config.input_size
->>>>>>> r2-files
     read = left_out = resized = 0
     with tqdm(desc='Predicting', unit=' images', disable=None if shows_progress else True) as bar:
         for predictions in gather_ordered(predictor.predictions(), device):
@@ -294,15 +290,9 @@ def main(args: argparse.Namespace, stdout: TextIO) -> None:
     model, scaler = loss_scaler.initialize_amp(loaded.model.to(device), None, device, dtype, args.opt_level)
     fused_attention.choose_attention(loaded.model, device, 'auto', dtype, loader.batch_size)
     log.log_main('%s: %s, %d classes, input %dx%d, %s; on %s, %s' % (
-<<<<<<< HEAD
         escape_text(loaded.source), loaded.config.model, len(loaded.classes), loaded.config.input_size,
         loaded.config.input_size, 'averaged weights' if args.use_ema else 'pooled by the %s' % (
             'mean' if loaded.model.fc_norm is not None else 'class token'), device, scaler.description))
-=======
-        escape_text(trained.source), trained.config.model, len(trained.classes), trained.config.input_size,
-        trained.config.input_size, 'averaged weights' if args.use_ema else 'pooled by the %s' % (
-            'mean' if trained.model.fc_norm is not None else 'class token'), device, scaler.description))
->>>>>>> r2-files
 
     heatmaps = None if hook is None else attention_maps.HeatmapWriter(
         hook, args.attention_dir, common_folder(args.inputs), args.attention_heads)
