@@ -11,7 +11,7 @@
 #                                         Python nor PyTorch makes a difference; and without BEiT base's run
 #   bash test/run_tests.sh --stack=1.8 --ci   on 1.8, the files that are marked computes: the rest goes the same ways as
 #                                         on 1.5, with the same Python 3.8, or as on the current one
-#   bash test/run_tests.sh --lint         the linter, and mypy where it passes (LINT_TYPES=1; see pyproject.toml)
+#   bash test/run_tests.sh --lint         the linter, and mypy, with the settings of pyproject.toml
 #   bash test/run_tests.sh -k model -x    any of pytest's own options; or files, tests/test_model.py, in place of all
 #
 # PYTHON=/path/to/python chooses the Python; PYTHON38= the one for --stack, where it isn't found by itself.
@@ -58,8 +58,7 @@ if ! "$PYTHON" -c "import $tool" 2>/dev/null; then
 fi
 if [ $tool = ruff ]; then
     "$PYTHON" -m ruff check . || exit
-    if [ -n "${LINT_TYPES:-}" ]; then "$PYTHON" -m mypy || exit; fi
-    exit 0
+    exec "$PYTHON" -m mypy
 fi
 if [ ${#extras[@]} != 0 ] && [ "$PYTHON" = "$VENV/bin/python" ]; then
     install "$ROOT/requirements-extra.txt" \

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from beit.checkpoint import training_state
+from beit.files import weights_file
 from helpers import NANO, check_summary, copy_checkout, lines_of, photo, result, run_script
 
 PHOTO_SIZES = ((500, 375), (375, 500), (400, 400), (1600, 1200))  # ImageNet's usual ones, and a large one
@@ -101,7 +101,7 @@ def test_two_processes_train_as_one_of_twice_the_batch(tmp_path, image_folder):
     logs, weights = [], []
     for name in ('one', 'two'):
         logs.append(lines_of(os.path.join(checkout, name)))
-        weights.append(training_state.read(os.path.join(checkout, name, 'checkpoint-1.pth'))['model'])
+        weights.append(weights_file.load_weights_file(os.path.join(checkout, name, 'checkpoint-1.pth'))['model'])
     assert [line['epoch'] for line in logs[0]] == [line['epoch'] for line in logs[1]] == [0, 1]
     for first, second in zip(*logs):
         assert first['train_loss'] == pytest.approx(second['train_loss'], abs=1e-5)
