@@ -51,7 +51,7 @@ case $ci$stack in yes1.5) marks="not current_only" ;; yes1.8) marks=computes ;; 
 extras=()
 [ $tool != pytest ] || [ "$VENV" != "$ROOT/.venv" ] || extras=(matplotlib tensorboard onnx onnxscript onnxruntime transformers)
 choose_python $tool ${extras[@]+"${extras[@]}"}
-if ! "$PYTHON" -c "import $tool" 2>/dev/null; then
+if ! "$PYTHON" -c "import ${tool/ruff/ruff, mypy}" 2>/dev/null; then
     [ "$PYTHON" = "$VENV/bin/python" ] \
         || die "PYTHON=$PYTHON has no $tool; run: $PYTHON -m pip install -r tests/requirements.txt"
     install "$ROOT/tests/requirements.txt" || die "pip could not install tests/requirements.txt; see $VENV/install.log"
