@@ -244,9 +244,13 @@ def test_a_port_in_use(tmp_path, image_folder):
 
 
 def test_more_processes_than_npus(emulator, tmp_path):
-    """Found on each machine for itself."""
-    checkout = copy_checkout(str(tmp_path / 'beit'))
-    for flags in ([], ['--nnodes=2', '--node_rank=1', '--master_addr=127.0.0.1', '--master_port=29500']):
-        run = run_script(checkout, 'train_full_8p', '--data_path=demo', '--device=npu', '--nproc_per_node=3', *flags,
-                         **emulator(FAKE_NPU_COUNT='2'))
+    """Found on each machine for itself, once they have met."""
+    machines = [copy_checkout(str(tmp_path / name)) for name in ('machine0', 'machine1')]
+    flags = ['--data_path=demo', '--device=npu', '--nproc_per_node=3']
+    port, two = free_port(), emulator(FAKE_NPU_COUNT='2')
+    runs = [run_script(machines[0], 'train_full_8p', *flags, **two)]
+    runs += ends([start_script(machine, 'train_full_8p', *flags, '--nnodes=2', '--node_rank=%d' % node,
+                               '--master_addr=127.0.0.1', '--master_port=%d' % port, **two)
+                  for node, machine in enumerate(machines)], 200)
+    for run in runs:
         fails(run, '--device npu: process 2 needs npu:2, but there are 2; lower --nproc_per_node')
