@@ -223,4 +223,4 @@ def test_the_lowest_versions_install_and_train(tmp_path):
     trained, evaluated = in_stack(python, DIGITS + ['--epochs=3', '--output_dir=' + folder],
                                   DIGITS + ['--eval', '--resume=' + folder])
     accuracy = [re.search(r'Result: .* accuracy ([\d.]+)', text).group(1) for text in (trained, evaluated)]
-    assert accuracy[0] == accuracy[1] and float(accuracy[0]) > 30  # by chance it would be 10
+    assert accuracy[0] == accuracy[1] and float(accuracy[0]) > 20  # by chance it would be 10
