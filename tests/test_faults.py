@@ -630,7 +630,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(life, unbroken, moment):
         kill_workers(running)
 
     assert {'loading': lambda: run.attempt(strike=strike),
-            'an image': lambda: run.attempt(dies('beit.data.decode.load_image', r'train/.*/\d+\.png', nth=30)),
+            'an image': lambda: run.attempt(dies('beit.data.transforms.load_image', r'train/.*/\d+\.png', nth=30)),
             'a save': lambda: run.attempt(dict(dies('os.fsync', r'checkpoint-0-step5'), do='worker')),
             'a log line': lambda: run.attempt(dict(dies(STEPS + 'CheckpointMonitor.after_step', nth=8), do='worker')),
             }[moment]()
@@ -674,7 +674,7 @@ class Chance:
             ('datasets.load_image', 'before')])
         path = r'out/[^/]*$' if call in ('os.fsync', 'os.replace', 'os.remove') else ''
         path = path.replace('*', '+') if when == 'half' else path
-        nth = self.rng.randint(1, 150 if call == 'beit.data.decode.load_image' else 5)
+        nth = self.rng.randint(1, 150 if call == 'beit.data.transforms.load_image' else 5)
         number = self.rng.choice([KILL, KILL, KILL, TERM])
         if when == 'half':
             number = KILL  # a run that lives on would take the half for a whole file: no kill does that

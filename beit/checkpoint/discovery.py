@@ -12,7 +12,8 @@ from beit.config import OutputConfig
 from beit.distributed import collectives, process_group
 from beit.errors import UserError, escape_text
 from beit.files.download import resolve_url
-from beit.files.weights_file import load_weights_file, save
+from beit.files import weights_file
+from beit.files.weights_file import load_weights_file
 
 BEST, BEST_EMA = 'checkpoint-best.pth', 'checkpoint-best-ema.pth'
 
@@ -157,7 +158,7 @@ def finish_save(path: str, content: Any) -> None:
     if name in (BEST, BEST_EMA) and isinstance(files, list) and name in files:
         for later in files[files.index(name) + 1:]:
             if re.match(r'checkpoint-(best|best-ema|\d+)\.pth$', str(later)):
-                save(os.path.join(os.path.dirname(path), later), content)
+                weights_file.save(os.path.join(os.path.dirname(path), later), content)
 
 
 def _name_and_position(path, content):
