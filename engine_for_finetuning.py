@@ -8,11 +8,11 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import torch
 
 import utils
-from beit import log
 from beit.devices import accelerator, profiler
 from beit.distributed import collectives, process_group, watchdog
 from beit.errors import UserError
 from beit.files import run_folder
+from beit.log import log_main
 from beit.training.loss_scaler import LossScaler
 from beit.training.metrics import Loss, Metric, TopAccuracy, log_line
 from beit.training.step_control import StepMonitor, StepState
@@ -145,7 +145,7 @@ def class_accuracy(output: torch.Tensor, targets: torch.Tensor) -> Optional[torc
 def average_over_processes(meters: utils.MetricLogger, device: torch.device) -> Dict[str, float]:
     meters.synchronize_between_processes(device)
     stats = meters.averages()
-    log.log_main('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()), detail=True)
+    log_main('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()), detail=True)
     return stats
 
 
@@ -186,7 +186,7 @@ def rates(optimizer: torch.optim.Optimizer) -> Dict[str, float]:
 
 def report_skip(scaler: LossScaler, update_step: int) -> None:
     what = 'gradients overflowed' if scaler.overflows else 'loss or gradients are not finite'
-    log.log_main('Update step %d skipped: its %s (loss scale now %g, %d skipped so far)'
+    log_main('Update step %d skipped: its %s (loss scale now %g, %d skipped so far)'
                     % (update_step, what, scaler.scale, scaler.skipped))
     if scaler.skipped_in_a_row >= SKIPS_IN_A_ROW:
         raise UserError('%d updates in a row had %s; lower --lr, %s' % (
@@ -253,7 +253,7 @@ def evaluate(data_loader: Any, model: torch.nn.Module, device: torch.device, sha
     stats = {}
     for metric in metrics:
         stats.update(metric.compute(sharded, device))
-    log.log_main('* ' + log_line(stats), detail=True)
+    log_main('* ' + log_line(stats), detail=True)
     return dict(stats, unreadable=[tuple(pair) for _, pairs in parts for pair in pairs])
 
 
@@ -289,6 +289,6 @@ def profile(folder: str, device: torch.device, model: torch.nn.Module, data_load
     train(warmup_updates)
     with profiler.profiler(device, folder, process_group.rank(), cann):
         train(updates)
-    log.log_main('Profile of %d updates: %s (%s)' % (
+    log_main('Profile of %d updates: %s (%s)' % (
         updates, folder, 'open it with MindStudio Insight' if cann else 'open trace_rank*.json at chrome://tracing '
                                                                         'or ui.perfetto.dev'))

@@ -13,10 +13,10 @@ from typing import Any, Dict, Iterable, Iterator, List
 import numpy as np
 import torch
 
-from beit import log
 from beit.devices import accelerator, kernels
 from beit.distributed import collectives, process_group, watchdog
 from beit.errors import UserError, escape_text
+from beit.log import current_display, format_metrics, log_main
 
 # ---- meters and log lines
 
@@ -116,14 +116,14 @@ class MetricLogger:
             iterable: gives (images, targets, …).
             timer (StepTimer): gives the times and images per second of the line.
         """
-        display = log.current_display()
+        display = current_display()
         display.begin(header, steps, start)
         for step, item in enumerate(watchdog.track(timer.time_data(iterable), header, start), start):
             yield item
             is_line = should_log(step, steps, print_freq)
             is_timed = timer.end_step(is_line)
             if is_line:
-                log.log_main(self.line(header, step, steps, timer), detail=True)
+                log_main(self.line(header, step, steps, timer), detail=True)
             display.step(functools.partial(self.bar_text, timer) if is_timed else None)
         display.end()
 
@@ -140,7 +140,7 @@ class MetricLogger:
 
     def bar_text(self, timer: 'StepTimer') -> str:
         self.read()
-        return log.format_metrics(self.meters, timer.images_per_second)
+        return format_metrics(self.meters, timer.images_per_second)
 
 
 class StepTimer:

@@ -6,10 +6,10 @@ import re
 import sys
 from typing import Any, Callable, Dict, Iterable, List, Optional
 
-from beit import log
 from beit.devices import accelerator
 from beit.distributed import preemption, process_group, watchdog
 from beit.errors import UserError, escape_text, nearest, one_line, worker_death_message
+from beit.log import current_display
 from beit.outputs import args_yaml
 
 COLUMN = 24  # where a flag's help begins
@@ -215,7 +215,7 @@ def run_interruptible(program: str, work: Callable[[], Any], memory_remedy: str)
 def exit_with_error(program: str, message: str, status: int, rank: Optional[int] = None) -> int:
     """Print the one line. `rank` is whom it is about, where that isn't this process."""
     about = rank if rank is not None else process_group.rank() or None
-    log.current_display().end()
+    current_display().end()
     print('%s: error: %s%s' % (program, '' if about is None else 'process %d: ' % about, message), file=sys.stderr,
           flush=True)
     return exit_process(status)

@@ -29,8 +29,8 @@ from beit.distributed import collectives
 from beit.errors import UserError
 from beit.files import run_folder
 from beit.outputs import args_yaml, report, report_html
-from beit.outputs import curves as curves_
-from beit.outputs import summary as summary_
+from beit.outputs import curves as curves_module
+from beit.outputs import summary as summary_module
 from beit.outputs.curves import COLOURS, PANELS, Curves, curves_of
 from beit.outputs.summary import project_version, write_summary
 from beit.training.confusion import KEPT, Prediction, Predictions
@@ -212,7 +212,7 @@ def test_the_version_is_that_of_the_changelog(tmp_path, monkeypatch):
     with open(os.path.join(ROOT, 'CHANGELOG.md'), encoding='utf-8') as file:
         newest = re.search(r'^## \[(\d.+?)\]', file.read(), re.M).group(1)
     assert project_version() == newest
-    monkeypatch.setattr(summary_, 'project_root', lambda: str(tmp_path))
+    monkeypatch.setattr(summary_module, 'project_root', lambda: str(tmp_path))
     assert project_version() is None
 
 
@@ -277,8 +277,8 @@ def test_curves_are_drawn(run, tmp_path):
 def test_curves_are_drawn_seldom_and_at_the_end(tmp_path, monkeypatch):
     (tmp_path / 'log.txt').write_text('{"epoch": 0, "train_loss": 1}\n')
     times, drawn = iter([100., 100., 105., 119., 121., 121., 122., 123.]), []
-    monkeypatch.setattr(curves_.time, 'monotonic', lambda: next(times))
-    monkeypatch.setattr(curves_, 'draw_curves', lambda path, log: drawn.append(path))
+    monkeypatch.setattr(curves_module.time, 'monotonic', lambda: next(times))
+    monkeypatch.setattr(curves_module, 'draw_curves', lambda path, log: drawn.append(path))
     curves, counts = Curves(str(tmp_path)), []
     for is_last in (False, False, False, False, True):
         curves.draw(is_last)
@@ -291,8 +291,8 @@ def test_curves_are_drawn_seldom_and_at_the_end(tmp_path, monkeypatch):
 def test_a_plot_that_fails_is_one_line_and_no_more(image_folder, tmp_path, monkeypatch, capsys, failure, says):
     def fail(*_):
         raise failure
-    monkeypatch.setattr(curves_, 'draw_curves', fail)
-    monkeypatch.setattr(curves_, 'SECONDS_BETWEEN', 0)
+    monkeypatch.setattr(curves_module, 'draw_curves', fail)
+    monkeypatch.setattr(curves_module, 'SECONDS_BETWEEN', 0)
     assert run_class_finetuning.run(RUN + ['--data_path=' + image_folder(), '--output_dir=%s' % (tmp_path / 'out'),
                                            '--epochs=3', '--curves']) == 0
     assert capsys.readouterr().out.count(says) == 1

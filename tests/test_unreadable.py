@@ -26,7 +26,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 import datasets
 from beit.data import class_folders, decode, locations
-from beit.data import unreadable as unreadable_
+from beit.data import unreadable as unreadable_module
 from beit.data.image_dataset import ImageFolder, image_name
 from beit.data.loader import Batch, Sample, Unreadable, collate
 from beit.data.unreadable import UnreadableFiles
@@ -469,7 +469,7 @@ def test_a_very_deep_folder(tmp_path):
 # ---- the list and the limit
 
 def check_data(args):
-    return unreadable_.check_data(datasets.build_datasets(args)[:2], args.num_workers, args.output_dir)
+    return unreadable_module.check_data(datasets.build_datasets(args)[:2], args.num_workers, args.output_dir)
 
 
 def lines_of(folder):
@@ -549,7 +549,7 @@ def spoil_some(sets):
 
 @pytest.mark.parametrize('flags', [(), ('--eval',), ('--disable_eval_during_finetuning',)], ids=str)
 def test_check_data_finds_every_bad_file(image_folder, parse, tmp_path, capsys, monkeypatch, flags):
-    monkeypatch.setattr(unreadable_, 'FILES_AT_ONCE', 3)
+    monkeypatch.setattr(unreadable_module, 'FILES_AT_ONCE', 3)
     root = image_folder(train=15, val=8)
     args = parse('--data_path', root, *SMALL)
     expected = spoil_some(lambda: (args,) + datasets.build_datasets(args)[:2])
@@ -592,7 +592,7 @@ def test_check_data_knows_the_rule_of_small_inputs(sets, parse, tmp_path, capsys
 @pytest.mark.parametrize('workers', [1, 2])
 def test_a_worker_that_dies_is_no_end(sets, tmp_path, capsys, monkeypatch, workers):
     """As where a decoder crashes, or the system kills a process that takes too much memory."""
-    monkeypatch.setattr(unreadable_, 'FILES_AT_ONCE', 4)
+    monkeypatch.setattr(unreadable_module, 'FILES_AT_ONCE', 4)
     args, train, val = sets('--num_workers=%d' % workers, '--output_dir', str(tmp_path / 'out'))
     deadly = [train.samples[1][0], train.samples[2][0], val.samples[11][0]]
     spoil(val.samples[0][0], 'text')
@@ -611,7 +611,7 @@ def test_a_worker_that_dies_is_no_end(sets, tmp_path, capsys, monkeypatch, worke
 
 
 def test_a_worker_that_is_killed_takes_no_file_along(sets, tmp_path, monkeypatch):
-    monkeypatch.setattr(unreadable_, 'FILES_AT_ONCE', 2)
+    monkeypatch.setattr(unreadable_module, 'FILES_AT_ONCE', 2)
     args, train, _ = sets('--num_workers=2')
     flag = str(tmp_path / 'killed once')
 

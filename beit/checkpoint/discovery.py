@@ -7,13 +7,13 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
-from beit import log
 from beit.config import OutputConfig
 from beit.distributed import collectives, process_group
 from beit.errors import UserError, escape_text
 from beit.files.download import resolve_url
 from beit.files import weights_file
 from beit.files.weights_file import load_weights_file
+from beit.log import log_main
 
 BEST, BEST_EMA = 'checkpoint-best.pth', 'checkpoint-best-ema.pth'
 
@@ -112,7 +112,7 @@ def _first_whole(paths):
             if 'refused, because' in str(error):
                 raise  # not damaged, but a stranger's
             reasons.append(str(error).rpartition('; ')[0])  # without advice for a file that came from elsewhere
-        log.log_main('%s; passed over' % reasons[-1])
+        log_main('%s; passed over' % reasons[-1])
     return None, reasons
 
 

@@ -12,13 +12,13 @@ import torch
 from timm.models import create_model
 
 import modeling_finetune
-from beit import log
 from beit.checkpoint import discovery, hf_names, training_state
 from beit.checkpoint.pretrained import adapt_state_dict, mismatches, refuse_exports, strip_prefixes, unwrap_state_dict
 from beit.config import ModelConfig, TransformConfig
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text, unknown_value_error
 from beit.files import weights_file
+from beit.log import log_main
 
 
 def build_model(config: ModelConfig, nb_classes: int) -> torch.nn.Module:
@@ -88,7 +88,7 @@ def load_for_inference(source: str, use_ema: bool = False, **given: Any) -> Load
         adapt_state_dict(state, model)  # one table for all blocks; another --input_size
         unused = sorted(set(state) - set(model.state_dict()))  # such as the mask token of pretraining
         if unused:
-            log.log_main('Unused names in %s: %s' % (escape_text(path), ', '.join(unused[:8])))
+            log_main('Unused names in %s: %s' % (escape_text(path), ', '.join(unused[:8])))
         state = {name: value for name, value in state.items() if name not in unused}
     problems = mismatches(state, model.state_dict())
     if problems:

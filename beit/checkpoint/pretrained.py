@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from beit import log
 from beit.checkpoint import hf_names
 from beit.errors import UserError, escape_text
 from beit.files.download import resolve_url
 from beit.files.weights_file import load_weights_file
+from beit.log import log_main
 
 
 def refuse_exports(flag, source):
@@ -65,12 +65,12 @@ def load_pretrained(model, source, model_key='model|module', model_prefix=''):
     key = ', '.join(filter(None, [key, library and 'names of %s' % library]))
     weights, missing = ([name for name in names if not name.endswith('relative_position_index')]
                         for names in (target, result.missing_keys))
-    log.log_main('Loaded %d of %d weights from %s%s' % (len(weights) - len(missing), len(weights), source,
+    log_main('Loaded %d of %d weights from %s%s' % (len(weights) - len(missing), len(weights), source,
                                                            ' (%s)' % key if key else ''))
     for what, names in (('Not in the file, left at their start', missing), ('Left out of the file', dropped),
                         ('Unused names in the file', sorted(result.unexpected_keys))):
         if names:
-            log.log_main('%s: %s' % (what, _shorten(names)))
+            log_main('%s: %s' % (what, _shorten(names)))
 
 
 def unwrap_state_dict(loaded, model_key):
@@ -122,7 +122,7 @@ def _resize_table(name, table, grid):
     side = math.isqrt(table.shape[0] - 3) if hasattr(math, 'isqrt') else int((table.shape[0] - 3) ** 0.5)
     if side * side != table.shape[0] - 3:
         raise UserError('%s: %d rows are not those of a square grid' % (name, table.shape[0]))
-    log.log_main('%s: resized from %dx%d to %dx%d offsets' % (name, side, side, 2 * grid[0] - 1, 2 * grid[0] - 1))
+    log_main('%s: resized from %dx%d to %dx%d offsets' % (name, side, side, 2 * grid[0] - 1, 2 * grid[0] - 1))
     return resize_rel_pos_bias(table, 2 * grid[0] - 1)
 
 

@@ -13,13 +13,13 @@ from typing import Any, Container, Dict, List, Optional, Sequence
 
 import torch
 
-from beit import log
 from beit.checkpoint import discovery
 from beit.checkpoint.pretrained import mismatches, strip_prefixes, unwrap_state_dict
 from beit.devices import kernels
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
 from beit.files import run_folder
+from beit.log import log_main
 
 run_folder.register_output(r'checkpoint-.*\.pth', proves_run=True)
 UNTOLD = ('nb_classes', 0)  # as the data has them
@@ -261,7 +261,7 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
     """
     load_weights(source, content, model, scaler, ema)
     if not isinstance(content.get('optimizer'), dict) or 'epoch' not in content:
-        log.log_main('Resumed the weights of %s; it holds no optimizer state, so the schedule starts anew'
+        log_main('Resumed the weights of %s; it holds no optimizer state, so the schedule starts anew'
                         % escape_text(source))
         return RunState()
     load_optimizer(source, optimizer, content['optimizer'])
@@ -284,7 +284,7 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise UserError('--resume %s: its scaler, accuracy or progress is not what a checkpoint holds (%s); give its '
                         'weights to --finetune instead' % (escape_text(source), shorten(error))) from None
-    log.log_main('Resumed %s: %s%s' % (escape_text(source), 'epoch %d is done' % epoch if not run_state.steps else
+    log_main('Resumed %s: %s%s' % (escape_text(source), 'epoch %d is done' % epoch if not run_state.steps else
                                           '%d updates of epoch %d are done' % (run_state.steps, epoch + 1),
                                           ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
     return run_state

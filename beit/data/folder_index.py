@@ -21,11 +21,11 @@ from typing import Callable, List, Optional
 import numpy as np
 import torch
 
-from beit import log
 from beit.data.class_folders import EXTENSIONS, FolderScan, ImageList, check_link, fingerprint, scan_classes
 from beit.distributed import collectives, process_group
 from beit.errors import UserError, escape_text
 from beit.files import atomic_write
+from beit.log import log_main
 
 VERSION = 2  # increase it whenever the format changes, or what `scan_classes` finds
 RACY_NS = 2 * 10 ** 9  # the ticks of a file system's clock are this long, at most
@@ -63,7 +63,7 @@ def _find(root: str, keep_alive: Callable[[], None], scans: List[FolderScan]) ->
                 scans.append(scan)
                 return packed
     if changed is not None:
-        log.log_main('%s: looking for its images again, since %s changed'
+        log_main('%s: looking for its images again, since %s changed'
                         % (escape_text(root), escape_text(os.path.join(root, changed) if changed else root)))
     started = time.time_ns()
     scans.append(scan_classes(root, keep_alive))

@@ -8,10 +8,10 @@ from typing import List, Optional, Tuple
 import numpy as np
 from PIL import Image
 
-from beit import log
 from beit.config import DataConfig, InputConfig
 from beit.data.transforms import SMALL_INPUT
 from beit.errors import UserError, escape_text, unknown_value_error
+from beit.log import log_main
 from beit.paths import project_root
 
 DATA_SETS = ('CIFAR', 'IMNET', 'image_folder')
@@ -60,7 +60,7 @@ def resolve_data_path(data_path: str) -> str:
         except OSError as error:
             raise UserError('--data_path demo: cannot write the digits to %s (%s)'
                             % (escape_text(root), error.strerror or error)) from None
-        log.log_main('Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s' % root)
+        log_main('Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s' % root)
     return root
 
 

@@ -7,12 +7,12 @@ import signal
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Dict, Iterable, Optional, Sequence, Set, Tuple
 
-from beit import log
 from beit.data.decode import UnreadableImage
 from beit.data.image_dataset import image_name
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
 from beit.files import atomic_write, run_folder
+from beit.log import log_main
 
 LIST = 'bad_images.txt'
 run_folder.register_output(r'bad_images\.txt')
@@ -52,7 +52,7 @@ class UnreadableFiles:
             if path not in self.listed:
                 self.listed[path] = new[path] = reason
         for path, reason in new.items():
-            log.log_main('Left out: %s cannot be read as an image (%s)' % (path, reason))
+            log_main('Left out: %s cannot be read as an image (%s)' % (path, reason))
         if new and self.path and process_group.is_main_process():
             _write_list(self.path, self.listed)
         count = len(self.met[what])
@@ -107,7 +107,7 @@ def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> int:
             bad.update((image_name(dataset, index), found[index]) for index in sorted(found))
     if output_dir:
         _write_list(os.path.join(output_dir, LIST), bad)
-    log.log_main('Checked %d images: %d cannot be read' % (total, len(bad)))
+    log_main('Checked %d images: %d cannot be read' % (total, len(bad)))
     return len(bad)
 
 

@@ -6,10 +6,10 @@ import os
 import re
 import urllib.request
 
-from beit import log
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
 from beit.files.atomic_write import atomic_write
+from beit.log import log_main
 
 MAX_DOWNLOAD = 16 << 30  # bytes
 SILENCE = 60  # seconds that a server may take for its next bytes
@@ -46,7 +46,7 @@ def resolve_url(source: str, flag: str = '') -> str:
     folder = 'beit-' + hashlib.sha256(address.encode('utf-8', 'surrogateescape')).hexdigest()[:12]
     path = os.path.join(home, 'hub', 'checkpoints', folder, name)  # two addresses may end in the same name
     if process_group.is_main_process() and not os.path.isfile(path):
-        log.log_main('Downloading %s to %s' % (escape_text(address), path))
+        log_main('Downloading %s to %s' % (escape_text(address), path))
         in_name = re.search(r'-([0-9a-f]{8,})\.', name)
         _download(address, path, wanted or (in_name.group(1) if in_name else ''), shown)
     process_group.barrier()

@@ -11,10 +11,10 @@ import tempfile
 import time
 from typing import Any, Callable, Dict, List, Optional
 
-from beit import log
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
 from beit.files.atomic_write import write_bytes
+from beit.log import log_main
 
 LOG = 'log.txt'
 
@@ -82,7 +82,7 @@ def prepare_folder(folder: str, keep: bool = False) -> None:
                 os.mkdir(aside)
                 for path in files:
                     os.rename(path, os.path.join(aside, os.path.basename(path)))
-                log.log_main('Moved the earlier run in %s aside, to %s (--auto_resume would have gone on with it)'
+                log_main('Moved the earlier run in %s aside, to %s (--auto_resume would have gone on with it)'
                                 % (escape_text(folder), escape_text(aside)))
             os.makedirs(folder, exist_ok=True)
         except OSError as error:

@@ -8,9 +8,9 @@ import os
 import re
 from typing import Any, Dict, List, Union
 
-from beit import log
 from beit.errors import UserError, escape_text
 from beit.files.atomic_write import write_bytes
+from beit.log import log_main
 
 HEAD = '# The flags of this run, all of them. To start another with them: run_class_finetuning.py --config THIS_FILE\n'
 LARGEST = 1 << 20  # bytes; nobody writes so many flags
@@ -29,7 +29,7 @@ def write(path: str, flags: Dict[str, Any]) -> None:
     if os.path.isfile(path):
         with open(path, 'rb') as file:
             if file.read(len(HEAD)) != HEAD.encode():  # somebody's own, which --config may have read
-                log.log_main('%s is not of a run, and stays as it is' % escape_text(path))
+                log_main('%s is not of a run, and stays as it is' % escape_text(path))
                 return
     lines = ['%s: %s' % (name, json.dumps(flags[name], ensure_ascii=False)) for name in sorted(flags)]
     lines = [re.sub(ESCAPED, lambda found: '\\u%04x' % ord(found.group()), line) + '\n' for line in lines]

@@ -11,12 +11,12 @@ from typing import Any, Dict, Iterator, Optional
 
 import torch
 
-from beit import log
 from beit.config import OutputConfig
 from beit.distributed import process_group
 from beit.errors import UserError, one_line
 from beit.files import run_folder
 from beit.files.atomic_write import write_bytes
+from beit.log import log_main
 from beit.outputs import args_yaml
 from beit.paths import project_root
 
@@ -47,7 +47,7 @@ def best_effort() -> Iterator[None]:
     try:
         yield
     except (OSError, UserError) as error:
-        log.log_main('Not written: ' + one_line(error))
+        log_main('Not written: ' + one_line(error))
 
 
 def nonfinite_to_none(value: Any) -> Any:

@@ -8,13 +8,13 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
-from beit import log
 from beit.checkpoint import training_state
 from beit.data.image_dataset import image_name
 from beit.distributed import collectives, preemption, process_group, watchdog
 from beit.errors import UserError
 from beit.files import run_folder, weights_file
 from beit.files.atomic_write import write_bytes
+from beit.log import log_main
 
 run_folder.register_output(r'nonfinite\.txt')
 
@@ -120,7 +120,7 @@ class StepMonitor:
         text = '%s; loss scale %g; norms of the gradients before: %s%s' % (
             what, scale, norms, '; images: %s%s' % (shown, where) if images else '')
         if self.on_nonfinite == 'skip':
-            log.log_main(text)
+            log_main(text)
             return
         raise UserError(text + '; lower --lr, set --clip_grad, look at the images, or --on_nonfinite skip',
                         rank=nonfinite.index(True) if any(nonfinite) and process_group.world_size() > 1 else None)
