@@ -7,6 +7,7 @@ feature, never by its version.
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import time
 from typing import Any, Callable, Dict, Iterable, Iterator, Optional
@@ -266,7 +267,9 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     each call would hang an evaluation in which one process has a batch more than another.
     """
     devices = None if device.type == 'cpu' else [device.index]
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+    name = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # before PyTorch 2.14
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, **{name: False})
 
 
 def unwrap(model: Any) -> nn.Module:
