@@ -269,7 +269,8 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     devices = None if device.type == 'cpu' else [device.index]
     known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
     name = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # before PyTorch 2.14
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices, **{name: False})
+    options: Dict[str, Any] = {'device_ids': devices, name: False}
+    return nn.parallel.DistributedDataParallel(model, **options)
 
 
 def unwrap(model: Any) -> nn.Module:
