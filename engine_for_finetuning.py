@@ -106,7 +106,8 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
         update.grad_norm = scaler(loss / update_freq, optimizer, model.parameters(), use.max_norm, is_update,
                                   create_graph)
 
-        update.values = dict(rates(optimizer), loss=loss.detach(), grad_norm=update.grad_norm, loss_scale=scaler.scale,
+        update.values = dict(current_rates(optimizer), loss=loss.detach(), grad_norm=update.grad_norm,
+                             loss_scale=scaler.scale,
                              class_acc=None if use.mixup_fn else class_accuracy(output, targets))
         meters.update(**update.values)
         line_is_due = line_is_due or utils.should_log(micro_step, micro_steps)
@@ -119,7 +120,7 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
         unread.append(update)
         must_read = monitor.finish_sync(update, device) or line_is_due
         if must_read or accelerator.is_synchronous(device) or update.skipped is True or len(unread) >= UNREAD_UPDATES:
-            settle(unread, scaler, monitor, use.log_writer, device)
+            read_updates(unread, scaler, monitor, use.log_writer, device)
             unread, line_is_due = [], False
         monitor.after_step(update, epoch, micro_step // update_freq + 1, state, device)
 
@@ -149,7 +150,7 @@ def average_over_processes(meters: utils.MetricLogger, device: torch.device) -> 
     return stats
 
 
-def settle(updates: List[StepState], scaler: LossScaler, monitor: StepMonitor, log_writer: Any,
+def read_updates(updates: List[StepState], scaler: LossScaler, monitor: StepMonitor, log_writer: Any,
            device: torch.device) -> None:
     """Read from the device what became of these updates, in one copy, and report those that were skipped."""
     numbers = iter(utils.to_floats([number for update in updates for number in (update.grad_norm, update.skipped)]))
@@ -177,7 +178,7 @@ def set_schedules(optimizer: torch.optim.Optimizer, update_step: int, lr_values:
             group['weight_decay'] = float(wd_values[update_step])
 
 
-def rates(optimizer: torch.optim.Optimizer) -> Dict[str, float]:
+def current_rates(optimizer: torch.optim.Optimizer) -> Dict[str, float]:
     """The highest and lowest learning rate of the groups, and their weight decay."""
     lrs = [group['lr'] for group in optimizer.param_groups]
     decays = [group['weight_decay'] for group in optimizer.param_groups if group['weight_decay'] > 0]
@@ -200,9 +201,8 @@ def log_update(log_writer: Any, update: StepState) -> None:
     names = [name for name, value in update.values.items() if value is not None]
     floats = utils.to_floats([update.values[name] for name in names])
     values = {name: value for name, value in zip(names, floats) if math.isfinite(value)}
-    for head, scalars in (('loss', ('loss', 'class_acc')),
-                          ('opt', ('loss_scale', 'lr', 'min_lr', 'weight_decay', 'grad_norm'))):
-        log_writer.update(head, update.step, **{name: values.get(name) for name in scalars})
+    for name, value in values.items():
+        log_writer.update('loss' if name in ('loss', 'class_acc') else 'opt', update.step, **{name: value})
 
 
 @torch.no_grad()
@@ -240,7 +240,7 @@ def evaluate(data_loader: Any, model: torch.nn.Module, device: torch.device, sha
             continue
         images = batch[0].to(device, non_blocking=True)
         targets = batch[1].to(device, non_blocking=True)
-        output = model(fill_up(images, data_loader))[:len(images)].float()
+        output = model(pad_batch(images, data_loader))[:len(images)].float()
         for metric in metrics:
             meters.update(len(images), **metric.update((images, targets) + tuple(batch[2:]), output) or {})
         seen += len(images)
@@ -268,7 +268,7 @@ class WithMirrorImage(torch.nn.Module):
         return (self.network(images).float() + self.network(images.flip(3)).float()) / 2
 
 
-def fill_up(images: torch.Tensor, data_loader: Any) -> torch.Tensor:
+def pad_batch(images: torch.Tensor, data_loader: Any) -> torch.Tensor:
     """A batch that is shorter than the loader's others, with blank images behind."""
     missing = (getattr(data_loader, 'batch_size', None) or 0) - len(images)
     return images if missing <= 0 else torch.cat((images, images.new_zeros((missing,) + images.shape[1:])))

@@ -359,7 +359,8 @@ class VisionTransformer(nn.Module):
 def _beit(kwargs, **architecture):
     """Build a registered model: the architecture, then whatever the caller sets over it."""
     if kwargs.pop('pretrained', False):
-        raise ValueError('pretrained=True: give the weights file to --finetune (checkpoint.load_pretrained) instead')
+        raise ValueError('pretrained=True: give the weights file to --finetune, or call '
+                         'beit.checkpoint.pretrained.load_pretrained')
     kwargs = {name: value for name, value in kwargs.items()
               if not name.startswith('pretrained_cfg') and name != 'cache_dir'}  # what timm's create_model adds
     config = dict(qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6), mlp_ratio=4.)

@@ -120,7 +120,7 @@ def main(args, signals):
                        **training)
         return
     monitor = build_monitor(args, output, signals, run_state, data, learner)
-    with signals.finishing():
+    with signals.deferred():
         train(args, training, data, learner, monitor, report)
 
 
@@ -496,7 +496,7 @@ def train(args, training, data, learner, monitor, report):
         test_stats = ema_stats = None
         if data.val_loader is not None and (is_due or is_last):
             test_stats, ema_stats = evaluate_all(args, data, learner, monitor.bad_images, None,
-                                                 lambda: monitor.signals.wish, report.predictions())
+                                                 lambda: monitor.signals.stop_signal, report.predictions())
             if test_stats is None:
                 monitor.stop_after(epoch, steps, learner.device)
         improved = update_best(state.best, test_stats, ema_stats)

@@ -166,7 +166,7 @@ class Predictor:
         if not len(batch.images):
             return batch, entries, None, None
         # Filled up as in an evaluation: kernels round otherwise for another number of rows.
-        output = self.model(engine.fill_up(batch.images, self.loader))[:len(batch.images)].float()
+        output = self.model(engine.pad_batch(batch.images, self.loader))[:len(batch.images)].float()
         probabilities = output.sigmoid() if self.activation == 'sigmoid' else output.softmax(-1)
         top = probabilities.topk(min(self.top_k, output.shape[1]), dim=-1)
         return batch, entries, top, None if self.heatmaps is None else self.heatmaps.hook.take()

@@ -3,7 +3,7 @@
 
     python tests/structure.py
 
-test_structure.py holds the code to HOUSE's rules with the same functions.
+test_structure.py holds the code to the rules of docs/architecture.md with the same functions.
 """
 
 import ast

@@ -882,7 +882,7 @@ def run_under_torchrun(rank, fault, *flags):
 
 def test_a_loader_process_killed_when_all_is_saved_is_not_told_of():
     with preemption.Signals() as signals:
-        with signals.finishing():
+        with signals.deferred():
             batches = iter(torch.utils.data.DataLoader(list(range(64)), num_workers=2, batch_size=2))
             next(batches)
             before = signal.getsignal(signal.SIGCHLD)

@@ -21,7 +21,7 @@ ROOT_MODULES = {'run_class_finetuning', 'run_predict', 'run_export', 'average_ch
 REFERENCES_OWN = {('modeling_finetune.py', '__init__'), ('modeling_finetune.py', '_beit')}
 
 
-def test_the_root_holds_the_programs_and_the_cards_modules():
+def test_the_root_holds_the_programs_and_the_references_modules():
     found = {module_name(path) for path in product_files() if os.sep not in path}
     assert found == ROOT_MODULES and len(found) <= 12
 

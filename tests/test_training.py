@@ -259,7 +259,7 @@ def test_the_references_call_trains():
 class Confidence(metrics.Metric):
     """The mean of the highest logit: any metric that is declared in beit.training.metrics alone."""
 
-    figures = (metrics.Figure('confidence', line='confidence %.3f'),)
+    figures = (metrics.MetricSpec('confidence', line='confidence %.3f'),)
 
     def __init__(self):
         self.highest = []

@@ -1,4 +1,4 @@
-"""A signal becomes the wish to stop: the step under way is finished and saved first; a second one ends at once."""
+"""A signal becomes a request to stop: the step under way is finished and saved first; a second one ends at once."""
 
 import contextlib
 import os
@@ -37,29 +37,29 @@ def name(number):
 class Signals:
     """SIGTERM, SIGINT, SIGHUP and SIGUSR1 while the program runs; a context manager around all of it.
 
-    Outside `finishing` a signal raises `Stopped` at once. Inside, the first becomes `wish`, which the loop looks at;
-    the second ends the process, even one that waits inside a collective: a thread hears it.
+    Outside `deferred` a signal raises `Stopped` at once. Inside, the first becomes `stop_signal`, which the loop looks
+    at; the second ends the process, even one that waits inside a collective: a thread hears it.
 
     Attributes:
-        wish (int): the number of the signal that asked to stop, or 0.
+        stop_signal (int): the number of the signal that asked to stop, or 0.
     """
 
     def __init__(self):
-        self.wish, self.first, self.patient, self.entered, self.over = 0, None, False, False, False
+        self.stop_signal, self.first, self.defers, self.entered, self.over = 0, None, False, False, False
 
     def __enter__(self):
         global _owner
         if threading.current_thread() is not threading.main_thread():
             return self  # only there can signals be handled
         _owner, self.entered = os.getpid(), True
-        self.ear, mouth = os.pipe()
-        os.set_blocking(mouth, False)
-        self.mouth, self.before = mouth, {}
-        self.wakeup = signal.set_wakeup_fd(mouth)
+        self.read_fd, write_fd = os.pipe()
+        os.set_blocking(write_fd, False)
+        self.write_fd, self.before = write_fd, {}
+        self.wakeup = signal.set_wakeup_fd(write_fd)
         for number in NUMBERS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
-                self.before[number] = signal.signal(number, self.heard)
-        threading.Thread(target=self.listen, args=(self.ear,), daemon=True, name='signals').start()
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self.before[number] = signal.signal(number, self.on_signal)
+        threading.Thread(target=self.read_wakeup_fd, args=(self.read_fd,), daemon=True, name='signals').start()
         return self
 
     def __exit__(self, *_):
@@ -70,39 +70,39 @@ class Signals:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.wakeup)
         _owner = None
-        os.close(self.mouth)  # the thread reads the end of the file, and ends
+        os.close(self.write_fd)  # the thread reads the end of the file, and ends
 
     @contextlib.contextmanager
-    def finishing(self):
+    def deferred(self):
         """Inside, a signal waits for the end of the step. Behind it all is saved and told, and none is heard.
 
         Nor does it matter then that a loader process is killed, of which PyTorch's handler would tell in a traceback.
         """
-        self.patient = True
+        self.defers = True
         try:
             yield
             self.over = True
             if self.entered and hasattr(signal, 'SIGCHLD'):
                 self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
         finally:
-            self.patient = self.over
+            self.defers = self.over
 
-    def heard(self, number, _):
+    def on_signal(self, number, _):
         """In the main thread, between two of Python's instructions."""
-        if os.getpid() != _owner or self.wish or self.over:
+        if os.getpid() != _owner or self.stop_signal or self.over:
             return
-        self.wish = number
-        if not self.patient:
+        self.stop_signal = number
+        if not self.defers:
             raise Stopped(number)
         if process_group.is_main_process():
             say_now('%s: finishing this step, then saving; once more ends at once' % name(number))
 
-    def listen(self, ear):
+    def read_wakeup_fd(self, read_fd):
         """In a thread of its own, which runs while the main one waits in a library."""
         while True:
-            news = os.read(ear, 64)
+            news = os.read(read_fd, 64)
             if not news:
-                os.close(ear)
+                os.close(read_fd)
                 return
             for number in news:
                 if number not in NUMBERS:
@@ -110,14 +110,14 @@ class Signals:
                 now = time.monotonic()
                 if self.first is None:
                     self.first = now
-                    if not self.patient:
-                        threading.Thread(target=self.insist, args=(number,), daemon=True).start()
+                    if not self.defers:
+                        threading.Thread(target=self.force_exit_later, args=(number,), daemon=True).start()
                 elif now - self.first > SAME_EVENT_SECONDS:
                     end_at_once(number)
 
-    def insist(self, number):
+    def force_exit_later(self, number):
         time.sleep(UNHEARD_SECONDS)
-        if not self.wish:  # the main thread is stuck in a library, and the handler has not come to its turn
+        if not self.stop_signal:  # the main thread is stuck in a library, and the handler has not come to its turn
             end_at_once(number)
 
 

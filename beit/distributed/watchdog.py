@@ -34,45 +34,46 @@ class _Watchdog:
         # Before the first stage only who waits for others is timed: there, nobody knows how long the rest takes.
         self.place, self.what, self.since = (0, 0, 0), 'starting', None
         self.doing = self.what  # again, after a wait
-        self.beats, self.heard = 0, {}  # of each process: when its newest beat came, and what that said
+        self.beats, self.last_beats = 0, {}  # of each process: when its newest beat came, and what that said
         self.reached = time.monotonic()  # when the store last answered
-        self.curious, self.biting, self.parting, self.cut_off = False, False, False, False
-        self.sentence, self.told = '', ''  # this process's verdict, and that which another one told
+        self.probing, self.terminating, self.closing, self.cut_off = False, False, False, False
+        self.message, self.received = '', ''  # this process's verdict, and that which another one told
         self.stopped = threading.Event()
         self.main_thread = threading.main_thread().ident
         if rank == 0:
             store.set(VERDICT, '')
-        store.set(self.key(rank), self.word())
-        self.threads = [threading.Thread(target=task, daemon=True, name='watchdog') for task in (self.tell, self.watch)]
+        store.set(self.key(rank), self.heartbeat())
+        self.threads = [threading.Thread(target=task, daemon=True, name='watchdog')
+                        for task in (self.send_heartbeats, self.watch)]
 
     def key(self, rank):
         return 'beit/beat/%d' % rank
 
-    def word(self):
+    def heartbeat(self):
         self.beats += 1
         return json.dumps([self.beats, list(self.place), self.what, self.line()])
 
     # ---- a thread that may hang on a dead connection
 
-    def tell(self):
+    def send_heartbeats(self):
         try:
-            while not (self.stopped.is_set() or self.told):
-                self.store.set(self.key(self.rank), self.word())
-                if self.sentence:
-                    self.store.set(VERDICT, self.sentence)
-                self.told = self.store.get(VERDICT).decode()
-                if self.curious:
-                    self.listen()
+            while not (self.stopped.is_set() or self.received):
+                self.store.set(self.key(self.rank), self.heartbeat())
+                if self.message:
+                    self.store.set(VERDICT, self.message)
+                self.received = self.store.get(VERDICT).decode()
+                if self.probing:
+                    self.read_heartbeats()
                 self.reached = time.monotonic()
                 self.stopped.wait(self.beat_seconds)
         except Exception:  # whatever a store raises when process 0, which holds it, is gone
             self.cut_off = True
 
-    def listen(self):
+    def read_heartbeats(self):
         for rank in range(self.processes):
             said = json.loads(self.store.get(self.key(rank)).decode())
-            if rank not in self.heard or self.heard[rank][1] != said:
-                self.heard[rank] = time.monotonic(), said
+            if rank not in self.last_beats or self.last_beats[rank][1] != said:
+                self.last_beats[rank] = time.monotonic(), said
 
     # ---- a thread that only looks at the clock
 
@@ -83,53 +84,53 @@ class _Watchdog:
             if now - looked > self.seconds / 2:
                 awake = now  # this process, or all its machine, was stopped: the others had no chance
             looked, since = now, self.since
-            if self.told:
-                self.end(self.told, SPEAKER_SECONDS)
-            elif self.parting:
+            if self.received:
+                self.end(self.received, SPEAKER_SECONDS)
+            elif self.closing:
                 continue
             elif self.cut_off and now - max(self.reached, awake) > self.seconds:
                 self.end(self.silence([0], now - self.reached), 0)
             elif since is not None:
                 age = now - max(since, awake)
-                self.curious = self.curious or age > self.seconds / 3
+                self.probing = self.probing or age > self.seconds / 3
                 if age > self.seconds and since == self.since:
-                    self.bite(age)
+                    self.terminate(age)
 
-    def bite(self, age):
-        guilty, can_speak, sentence = self.verdict(age)
+    def terminate(self, age):
+        guilty, can_speak, message = self.diagnose(age)
         others = [rank for rank in range(self.processes) if rank not in guilty]
         speaker = guilty[0] if can_speak else (others or guilty)[0]
-        since, self.biting = self.since, True
+        since, self.terminating = self.since, True
         if self.rank != speaker:
             until = time.monotonic() + SPEAKER_SECONDS
-            while time.monotonic() < until and not self.told:
+            while time.monotonic() < until and not self.received:
                 time.sleep(self.beat_seconds / 2)
-            if self.since != since and not self.told:
-                self.biting = False
+            if self.since != since and not self.received:
+                self.terminating = False
                 return  # it goes on
-        self.end(sentence, SPEAKER_SECONDS if self.told else 0)
+        self.end(message, SPEAKER_SECONDS if self.received else 0)
 
-    def end(self, sentence, seconds):
+    def end(self, message, seconds):
         """Tell the others, who may be in no state to find out, print the one line, and end the process."""
-        self.biting, self.sentence = True, self.told or sentence
+        self.terminating, self.message = True, self.received or message
         time.sleep(seconds)
         if self.stopped.is_set():
             return
-        line = 'run_class_finetuning.py: error: %s (--dist_timeout %g)\n' % (self.sentence, self.seconds)
+        line = 'run_class_finetuning.py: error: %s (--dist_timeout %g)\n' % (self.message, self.seconds)
         os.write(2, line.encode())  # past Python's buffer, which a stuck thread may hold
         until = time.monotonic() + 4 * self.beat_seconds
-        while not self.told and time.monotonic() < until:  # by this process's other thread
+        while not self.received and time.monotonic() < until:  # by this process's other thread
             time.sleep(self.beat_seconds / 4)
         if self.rank == 0:
             time.sleep(2 * self.beat_seconds)  # the others hear it of the store, which ends with this process
         os._exit(1)
 
-    def verdict(self, age):
-        """(the processes that hold up the others, whether they can say so themselves, one sentence)."""
+    def diagnose(self, age):
+        """(the processes that hold up the others, whether they can say so themselves, one message)."""
         silent = self.silent()
         if silent:
             return silent, False, self.silence(silent, age)
-        words = {rank: said[1:] for rank, (_, said) in self.heard.items()}
+        words = {rank: said[1:] for rank, (_, said) in self.last_beats.items()}
         words[self.rank] = [list(self.place), self.what, self.line()]
         behind = [rank for rank in sorted(words) if words[rank][0] == min(word[0] for word in words.values())]
         what = '%s for %d s (%s)' % (words[behind[0]][1], age, ', '.join(
@@ -145,7 +146,7 @@ class _Watchdog:
         if self.rank == 0 and now - self.reached > self.patience:
             return list(range(1, self.processes))  # the store is here: it hangs on one that broke off in mid-word
         newest = now if self.rank == 0 else self.reached
-        silent = [rank for rank, (came, _) in sorted(self.heard.items())
+        silent = [rank for rank, (came, _) in sorted(self.last_beats.items())
                   if newest - came > self.patience and rank != self.rank]
         return silent or ([0] if now - newest > self.patience else [])  # process 0 holds the store
 
@@ -240,8 +241,8 @@ def silent_ranks() -> List[int]:
     """The numbers of the processes that have fallen silent, for the message after a broken connection."""
     if _watchdog is None:
         return []
-    _watchdog.curious = _watchdog.parting = True
+    _watchdog.probing = _watchdog.closing = True
     time.sleep(_watchdog.patience + 2 * _watchdog.beat_seconds)
-    if _watchdog.biting:
+    if _watchdog.terminating:
         _watchdog.threads[1].join()  # it knows more, and ends this process
     return _watchdog.silent()

@@ -36,7 +36,7 @@ class Curve(NamedTuple):
     ema_colour: str  # of the averaged network's
 
 
-class Figure(NamedTuple):
+class MetricSpec(NamedTuple):
     """A number that a metric gives, under this name in an evaluation's statistics and in --results_file."""
     name: str
     unit: str = ''
@@ -48,7 +48,7 @@ class Figure(NamedTuple):
     curve: Optional[Curve] = None
 
 
-class Tile(NamedTuple):
+class ReportEntry(NamedTuple):
     """A figure of summary.json at the top of the report."""
     summary: str
     of_training: str  # its title there
@@ -60,11 +60,11 @@ class Metric:
     """What an evaluation reports; `update` and `compute` are called on every process.
 
     Attributes:
-        figures (tuple of Figure), tiles (tuple of Tile): what it declares.
+        figures (tuple of MetricSpec), tiles (tuple of ReportEntry): what it declares.
     """
 
-    figures = ()  # type: Tuple[Figure, ...]
-    tiles = ()  # type: Tuple[Tile, ...]
+    figures = ()  # type: Tuple[MetricSpec, ...]
+    tiles = ()  # type: Tuple[ReportEntry, ...]
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> Optional[Dict[str, torch.Tensor]]:
         """Take a batch.
@@ -91,12 +91,12 @@ class Metric:
 class TopAccuracy(Metric):
     """Top-1 and top-5 in percent, of images with one class each; counted on the device."""
 
-    figures = (Figure('acc1', '%', 'Acc@1 %.3f', 'accuracy', 'Accuracy', is_primary=True,
+    figures = (MetricSpec('acc1', '%', 'Acc@1 %.3f', 'accuracy', 'Accuracy', is_primary=True,
                       curve=Curve('Accuracy', 'top-1', '#2f7ed8', '#e07b00')),
-               Figure('acc5', '%', 'Acc@5 %.3f', 'top5', curve=Curve('Accuracy', 'top-5', '#1fa187', '#c0569b')))
-    tiles = (Tile('accuracy', 'Best accuracy, top-1', 'Accuracy, top-1', '%.2f %%'),
-             Tile('top5', 'Top-5', 'Top-5', '%.2f %%'),
-             Tile('ema_accuracy', 'Accuracy of the EMA', 'Accuracy of the EMA', '%.2f %%'))
+               MetricSpec('acc5', '%', 'Acc@5 %.3f', 'top5', curve=Curve('Accuracy', 'top-5', '#1fa187', '#c0569b')))
+    tiles = (ReportEntry('accuracy', 'Best accuracy, top-1', 'Accuracy, top-1', '%.2f %%'),
+             ReportEntry('top5', 'Top-5', 'Top-5', '%.2f %%'),
+             ReportEntry('ema_accuracy', 'Accuracy of the EMA', 'Accuracy of the EMA', '%.2f %%'))
 
     def __init__(self):
         self.counts = None  # int64 (3,) on the device: top-1, top-5, images
@@ -119,9 +119,9 @@ class Loss(Metric):
     The sum is the same bits on any number of processes: losses are added up as whole numbers.
     """
 
-    figures = (Figure('loss', '', 'loss %.3f', 'loss', curve=Curve('Loss', 'validation', '#2f7ed8', '#e07b00')),
-               Figure('images', summary='images', is_logged=False))
-    tiles = (Tile('loss', 'Last training loss', 'Loss', '%.4f'),)
+    figures = (MetricSpec('loss', '', 'loss %.3f', 'loss', curve=Curve('Loss', 'validation', '#2f7ed8', '#e07b00')),
+               MetricSpec('images', summary='images', is_logged=False))
+    tiles = (ReportEntry('loss', 'Last training loss', 'Loss', '%.4f'),)
 
     def __init__(self):
         self.losses = []
@@ -160,7 +160,7 @@ class MeanAveragePrecision(Metric):
         classes (sequence of str): whose own figures are wanted, too; or ().
     """
 
-    figures = (Figure('mAP', '%', 'mAP %.3f', 'mAP', 'mAP', is_primary=True),)
+    figures = (MetricSpec('mAP', '%', 'mAP %.3f', 'mAP', 'mAP', is_primary=True),)
 
     def __init__(self, classes=()):
         self.classes = classes
@@ -236,7 +236,7 @@ class RealLabels(Metric):
         UserError: a file is not named so.
     """
 
-    figures = (Figure('real_acc1', '%'), Figure('real_acc5', '%'), Figure('real_images'))
+    figures = (MetricSpec('real_acc1', '%'), MetricSpec('real_acc5', '%'), MetricSpec('real_images'))
 
     def __init__(self, labels, samples, source='labels'):
         self.right = [labels[place_of(samples[index][0], len(labels), source)] for index in range(len(samples))]
@@ -320,7 +320,7 @@ def check_metrics(dataset: Any, results_file: str = '', real_labels: str = '', d
     build_metrics(dataset, results_file, real_labels, data_set)
 
 
-def primary_metric(stats: Dict[str, Any]) -> Figure:
+def primary_metric(stats: Dict[str, Any]) -> MetricSpec:
     """The figure by which the best checkpoint is chosen: top-1, or mAP."""
     return next(figure for figure in FIGURES if figure.is_primary and figure.name in stats)
 

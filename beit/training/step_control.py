@@ -160,7 +160,7 @@ class CheckpointMonitor(StepMonitor):
         self.epoch_state = None  # the averages of the epoch whose updates are done
 
     def local_requests(self, update_step: int) -> Tuple[int, bool]:
-        return self.signals.wish, self.saves and self.timer.due(update_step)
+        return self.signals.stop_signal, self.saves and self.timer.due(update_step)
 
     def unreadable(self, pairs: List[Tuple[str, str]]) -> None:
         self.bad_images.report(pairs, len(self.train_set), 'training')
@@ -220,7 +220,7 @@ class CheckpointMonitor(StepMonitor):
 
     def stop_after(self, epoch: int, steps: int, device: torch.device) -> None:
         """Stop after the updates of an epoch, where a signal interrupted its evaluation."""
-        number = int(max(stop for stop, in collectives.all_gather_numbers([self.signals.wish], device)))
+        number = int(max(stop for stop, in collectives.all_gather_numbers([self.signals.stop_signal], device)))
         self.save(epoch, steps, self.epoch_state, device)
         self.stop(number, epoch, steps)
 
