@@ -671,7 +671,7 @@ class Chance:
             ('engine_for_finetuning.evaluate', 'before'), ('engine_for_finetuning.evaluate', 'after'),
             ('beit.training.loss_scaler.LossScaler._finish', 'after'),
             (STEPS + 'CheckpointMonitor.begin_sync', 'before'), (STEPS + 'CheckpointMonitor.begin_sync', 'after'),
-            ('datasets.load_image', 'before')])
+            ('beit.data.transforms.load_image', 'before')])
         path = r'out/[^/]*$' if call in ('os.fsync', 'os.replace', 'os.remove') else ''
         path = path.replace('*', '+') if when == 'half' else path
         nth = self.rng.randint(1, 150 if call == 'beit.data.transforms.load_image' else 5)
