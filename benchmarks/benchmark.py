@@ -49,7 +49,7 @@ import torch
 import torchvision
 from PIL import Image
 
-import contenders  # first of the project's: it sets how torch is loaded
+import contenders
 import datasets
 import modeling_finetune
 import run_class_finetuning as program
@@ -104,7 +104,7 @@ _heard = []  # signals
 
 def stop(number, _):
     """An orderly end removes what was made. One that comes in mid-fork gets lost there: `take_turns` looks again."""
-    _heard.append(bounded_number)
+    _heard.append(number)
     sys.exit(128 + bounded_number)
 
 

@@ -601,7 +601,7 @@ def test_output_that_cannot_be_written(refused, tmp_path, flag):
 
 
 def test_images_that_a_small_input_does_not_fit_are_found_before_training(refused, image_folder, monkeypatch):
-    monkeypatch.setattr(run_class_finetuning, 'fit', lambda *_: pytest.fail('training began'))
+    monkeypatch.setattr(run_class_finetuning, 'train', lambda *_: pytest.fail('training began'))
     refused('--data_path', image_folder(size=(40, 50)), says=['is 40x50', '--input_size of 32', 'are not resized'])
 
 
