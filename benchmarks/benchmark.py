@@ -105,7 +105,7 @@ _heard = []  # signals
 def stop(number, _):
     """An orderly end removes what was made. One that comes in mid-fork gets lost there: `take_turns` looks again."""
     _heard.append(number)
-    sys.exit(128 + bounded_number)
+    sys.exit(128 + number)
 
 
 def progress(text):
