@@ -151,7 +151,7 @@ def average_over_processes(meters: utils.MetricLogger, device: torch.device) -> 
 
 
 def read_updates(updates: List[StepState], scaler: LossScaler, monitor: StepMonitor, log_writer: Any,
-           device: torch.device) -> None:
+                 device: torch.device) -> None:
     """Read from the device what became of these updates, in one copy, and report those that were skipped."""
     numbers = iter(utils.to_floats([number for update in updates for number in (update.grad_norm, update.skipped)]))
     for update in updates:
@@ -188,7 +188,7 @@ def current_rates(optimizer: torch.optim.Optimizer) -> Dict[str, float]:
 def report_skip(scaler: LossScaler, update_step: int) -> None:
     what = 'gradients overflowed' if scaler.overflows else 'loss or gradients are not finite'
     log_main('Update step %d skipped: its %s (loss scale now %g, %d skipped so far)'
-                    % (update_step, what, scaler.scale, scaler.skipped))
+             % (update_step, what, scaler.scale, scaler.skipped))
     if scaler.skipped_in_a_row >= SKIPS_IN_A_ROW:
         raise UserError('%d updates in a row had %s; lower --lr, %s' % (
             scaler.skipped_in_a_row, 'gradients that overflowed' if scaler.overflows else

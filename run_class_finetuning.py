@@ -245,7 +245,7 @@ def build_report(args, output, data, learner):
 def describe(args, data, learner, source=''):
     """Say at the start what this run is."""
     log.log_main('Flags: %s' % escape_text(' '.join('--%s=%s' % item for item in sorted(vars(args).items())
-                                                       if item[1] is not None)), detail=True)
+                                                    if item[1] is not None)), detail=True)
     processes, unused_npu = process_group.world_size(), accelerator.npu_unused_reason(args.device, learner.device)
     rows = [('Device', '%s, %s, %d process%s' % (learner.device, accelerator.device_name(learner.device), processes,
                                                  'es' if processes > 1 else ''))]
@@ -267,7 +267,7 @@ def describe(args, data, learner, source=''):
             data.steps_per_epoch, steps,
             '; --maxstep ends after %d' % args.maxstep if 0 < args.maxstep < steps else '')))
         rows.append(('Checkpoints', 'each %d epochs and the best into %s' % (args.save_ckpt_freq,
-                                                                           escape_text(args.output_dir))
+                                                                             escape_text(args.output_dir))
                      if args.output_dir and args.save_ckpt else 'none'))
         rows.append(('Resumed', escape_text(source) if source else 'nothing, training starts'))
     log.log_table(rows)
@@ -294,7 +294,7 @@ def resume(args, output, data, learner):
         return source, training_state.RunState(args.start_epoch, run=run)
     training_state.check_same_split(source, content, args.val_split, args.seed)
     run_state = training_state.resume_training(source, content, learner.model, learner.optimizer, learner.scaler,
-                                           learner.ema)
+                                               learner.ema)
     changes = training_state.resume_differences(content, vars(args), run, without_effect())
     if run_state.steps and run_state.run.get('total_batch') != total_batch:
         raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; make '
@@ -302,7 +302,7 @@ def resume(args, output, data, learner):
                         % (source, run_state.run.get('total_batch'), total_batch))
     same_order = not any(change.startswith(('--seed ', 'images: ', 'total_batch: ')) for change in changes)
     log.log_main('Goes on exactly as if it had not been stopped' if not changes else
-                    'Goes on in %s order of the data, %s not with the same numbers as without a stop: %s' % (
+                 'Goes on in %s order of the data, %s not with the same numbers as without a stop: %s' % (
                         'the same' if same_order else 'another', 'but' if same_order else 'and', '; '.join(changes)))
     run_state.run = run
     return source, run_state
@@ -505,7 +505,7 @@ def train(args, training, data, learner, monitor, report):
         state.stale = 0 if improved else state.stale
         record(args, writer, epoch, learner.model, train_stats, test_stats, ema_stats)
         log.log_epoch(epoch, args.epochs, train_stats, primary_percent(test_stats, state.best),
-                       throughput.images_per_second, time.time() - begun)
+                      throughput.images_per_second, time.time() - begun)
         report.after_epoch(writer, epoch, discovery.BEST in improved)
         if not is_whole:  # --maxstep, in mid-epoch
             monitor.save(epoch, steps, monitor.epoch_state, learner.device)
@@ -527,7 +527,7 @@ def finish(args, learner, monitor, report, throughput, train_stats, first, epoch
     log.log_main('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
     if should_stop_early(args, state, learner.device):
         log.log_main('Stopped early: no new best in %d evaluation%s (--early_stop %d)'
-                        % (state.stale, 's' if state.stale > 1 else '', args.early_stop))
+                     % (state.stale, 's' if state.stale > 1 else '', args.early_stop))
     figures = dict(best_figures(state.best), loss=train_stats.get('loss'))
     if first >= args.epochs:
         log.log_main('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)

@@ -135,7 +135,7 @@ def normalize_argv(args: List[str]) -> List[str]:
 def was_restarted() -> bool:
     """Whether torchrun (--max_restarts) or SLURM (--requeue) starts this program anew, which then has to go on."""
     return any(os.environ.get(name, '0') not in ('', '0') for name in ('TORCHELASTIC_RESTART_COUNT',
-                                                                        'SLURM_RESTART_COUNT'))
+                                                                       'SLURM_RESTART_COUNT'))
 
 
 # ---- kinds of flags

@@ -134,7 +134,7 @@ def main():
     print('lines of tests and more %d' % lines_of(tests))
     print('import edges            %d' % sum(map(len, graph.values())))
     print('import circles          %d%s' % (len(circles(graph)), ''.join('\n  ' + ' '.join(each)
-                                                                       for each in circles(graph))))
+                                                                         for each in circles(graph))))
     print('longest functions       %s' % ', '.join('%s:%s %d' % (path, name, lines)
                                                    for lines, path, name, _ in sorted(every, reverse=True)[:5]))
     print('most parameters         %s' % ', '.join('%s:%s %d' % (path, name, count) for _, path, name, count in sorted(

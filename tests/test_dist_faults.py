@@ -368,7 +368,7 @@ def test_a_fork_after_a_collective_does_not_hang(job, data):
 def test_real_processes(data, tmp_path):
     """Nothing forked here: the launcher's own processes, one of which is stopped with its loader."""
     job = start_launcher('--data_path=' + data, *LONG, '--num_workers=1', '--dist_timeout=%d' % SECONDS, nnodes=1,
-                   processes=2, MARK=str(tmp_path))
+                         processes=2, MARK=str(tmp_path))
     try:
         assert any('Epoch: [1]' in line for line in job.stdout)
         for pid in [pid for pid, env in marked(str(tmp_path)).items() if env.get('RANK') == '1']:

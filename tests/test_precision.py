@@ -52,7 +52,7 @@ def test_overflow_is_skipped_and_counted(dynamic):
     model, loader = toy()
     optimizer = optim_factory.create_optimizer(model, lr=1e-3)
     model, scaler = loss_scaler.initialize_amp(model, optimizer, CPU, torch.bfloat16, 'O2',
-                                           'dynamic' if dynamic else 128.)
+                                               'dynamic' if dynamic else 128.)
     scale = scaler.scale
     before = {name: value.clone() for name, value in scaler.fp32_state_dict(model).items()}
     handle = accelerator.unwrap(model).head.bias.register_hook(lambda gradient: gradient * float('inf'))

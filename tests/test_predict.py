@@ -498,7 +498,7 @@ def test_order_and_which_files_count(tmp_path):
                      'linked/2.jpg', 'linked/d/x.webp']
     pattern = str(tmp_path / '*' / '*.jpg')
     assert names_of(prediction_inputs.find_images([pattern]), tmp_path) == ['c/10.jpg', 'c/2.jpg', 'linked/10.jpg',
-                                                                       'linked/2.jpg']
+                                                                            'linked/2.jpg']
     assert names_of(prediction_inputs.find_images([str(tmp_path / '[a-z]*')]), tmp_path) == found
     everything = names_of(prediction_inputs.find_images([str(tmp_path / '**' / '[!_]*')]), tmp_path)
     assert {name for name in everything if not name.startswith(('linked', '__MACOSX'))} == set(images)

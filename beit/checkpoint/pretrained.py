@@ -66,7 +66,7 @@ def load_pretrained(model, source, model_key='model|module', model_prefix=''):
     weights, missing = ([name for name in names if not name.endswith('relative_position_index')]
                         for names in (target, result.missing_keys))
     log_main('Loaded %d of %d weights from %s%s' % (len(weights) - len(missing), len(weights), source,
-                                                           ' (%s)' % key if key else ''))
+                                                    ' (%s)' % key if key else ''))
     for what, names in (('Not in the file, left at their start', missing), ('Left out of the file', dropped),
                         ('Unused names in the file', sorted(result.unexpected_keys))):
         if names:

@@ -262,7 +262,7 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
     load_weights(source, content, model, scaler, ema)
     if not isinstance(content.get('optimizer'), dict) or 'epoch' not in content:
         log_main('Resumed the weights of %s; it holds no optimizer state, so the schedule starts anew'
-                        % escape_text(source))
+                 % escape_text(source))
         return RunState()
     load_optimizer(source, optimizer, content['optimizer'])
     epoch = content['epoch']
@@ -285,8 +285,8 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
         raise UserError('--resume %s: its scaler, accuracy or progress is not what a checkpoint holds (%s); give its '
                         'weights to --finetune instead' % (escape_text(source), shorten(error))) from None
     log_main('Resumed %s: %s%s' % (escape_text(source), 'epoch %d is done' % epoch if not run_state.steps else
-                                          '%d updates of epoch %d are done' % (run_state.steps, epoch + 1),
-                                          ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
+                                   '%d updates of epoch %d are done' % (run_state.steps, epoch + 1),
+                                   ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
     return run_state
 
 

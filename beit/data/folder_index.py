@@ -4,8 +4,8 @@ A second start asks for the state of each folder (`class_folders.fingerprint`) a
 A folder that changed shortly before it was listed may change again within one tick of the file system's clock, without
 a trace: no index of such a tree is written.
 
-Each tree has a file in the user's cache folder, writable by that user only: an .npz archive followed by its CRC-32. A file
-that is damaged or another user's is ignored; one that can't be written is left out.
+Each tree has a file in the user's cache folder, writable by that user only: an .npz archive followed by its CRC-32. A
+file that is damaged or another user's is ignored; one that can't be written is left out.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def _find(root: str, keep_alive: Callable[[], None], scans: List[FolderScan]) ->
                 return packed
     if changed is not None:
         log_main('%s: looking for its images again, since %s changed'
-                        % (escape_text(root), escape_text(os.path.join(root, changed) if changed else root)))
+                 % (escape_text(root), escape_text(os.path.join(root, changed) if changed else root)))
     started = time.time_ns()
     scans.append(scan_classes(root, keep_alive))
     packed = _pack(scans[0])

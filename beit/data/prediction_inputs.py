@@ -22,8 +22,8 @@ AT_ONCE = 1 << 16  # names that are put in order together; they bound the memory
 def walk_images(root: str, without: Collection[str] = ()) -> Iterator[str]:
     """Yield the path of every image in a folder, at any depth: a folder's files, then its folders.
 
-    Names come sorted; a folder with more than `AT_ONCE` is sorted in parts of that size. Hidden names are skipped, links
-    are followed.
+    Names come sorted; a folder with more than `AT_ONCE` is sorted in parts of that size. Hidden names are skipped,
+    links are followed.
 
     Args:
         without (collection of str): real paths of folders to pass over.

@@ -128,7 +128,8 @@ def build_transform(is_train: bool, config: TransformConfig, device: Optional[to
         auto_augment=policy_or_none(config.aa), interpolation=interpolation, hflip=getattr(config, 'hflip', 0.5),
         re_prob=0., mean=evaluation.mean, std=evaluation.std, use_prefetcher=True)
     if fast:
-        deferred = device is not None and device.type != 'cpu' and device_randaugment.can_defer(transform.transforms[1:-1])
+        deferred = device is not None and device.type != 'cpu' \
+            and device_randaugment.can_defer(transform.transforms[1:-1])
         transform.transforms[0] = fast_decode.RandomCrop(config.input_size, interpolation=config.train_interpolation,
                                                          as_tensor=deferred)
         if deferred:  # the rest is the device's

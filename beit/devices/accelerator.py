@@ -50,7 +50,7 @@ def npu_problem() -> Optional[str]:
 
 
 CANN_MISMATCH = ('the NPU cannot be started (%s); are these the CANN and the driver that belong to this torch_npu? '
-               'README.md, Ascend, names them; look at npu-smi info too')
+                 'README.md, Ascend, names them; look at npu-smi info too')
 
 
 def first_line(error: BaseException) -> str:

@@ -83,7 +83,7 @@ def prepare_folder(folder: str, keep: bool = False) -> None:
                 for path in files:
                     os.rename(path, os.path.join(aside, os.path.basename(path)))
                 log_main('Moved the earlier run in %s aside, to %s (--auto_resume would have gone on with it)'
-                                % (escape_text(folder), escape_text(aside)))
+                         % (escape_text(folder), escape_text(aside)))
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise UserError('--output_dir %s holds an earlier run and it cannot be moved aside (%s); choose another, '

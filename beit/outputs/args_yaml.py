@@ -75,7 +75,7 @@ def _pairs(yaml, text, shown):
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, 'problem_mark', None)
         raise UserError('%s: not YAML%s (%s)' % (shown, '' if mark is None else ', line %d' % (mark.line + 1),
-                                                escape_text(getattr(error, 'problem', None) or type(error).__name__))
+                                                 escape_text(getattr(error, 'problem', None) or type(error).__name__))
                         ) from None
     if root is None:
         return []

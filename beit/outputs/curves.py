@@ -95,7 +95,7 @@ class Curves:
             self.drawn = time.monotonic()
         except Exception as error:  # whatever matplotlib meets: the training is worth more
             log_main(hint_without_matplotlib('curves.png') if isinstance(error, ImportError) else
-                            'curves.png was not drawn (%s: %s)' % (type(error).__name__, one_line(error)))
+                     'curves.png was not drawn (%s: %s)' % (type(error).__name__, one_line(error)))
             self.output_dir = ''  # once
 
 

@@ -151,7 +151,7 @@ def run_torchscript(data: bytes, trained: LoadedModel, batches: Batches) -> Logi
     found = _extra_files(dict.fromkeys(metadata(trained), ''))
     loaded = torch.jit.load(io.BytesIO(data), map_location='cpu', _extra_files=found)
     _check_metadata({name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()},
-                   trained)
+                    trained)
     return [loaded(images) for images in batches]
 
 

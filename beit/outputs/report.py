@@ -159,12 +159,12 @@ def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any]) -> List[
     named = [(tile.of_training if of_run else tile.of_evaluation, figures.get(tile.summary), tile.form)
              for metric in metrics.METRICS for tile in metric.tiles]
     named += (('Images/s', figures.get('images_per_second'), '%.1f'),
-             ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
-             ('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
-             ('Epochs', figures.get('epochs'), '%d'), ('Parameters', environment['parameters'] / 1e6, '%.2f M'),
-             ('Classes', environment['classes'], '%d'), ('Training images', environment['training_images'], '%d'),
-             ('Validation images', environment['validation_images'], '%d'),
-             ('In bad_images.txt', figures.get('bad_images') or None, '%d'))
+              ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
+              ('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
+              ('Epochs', figures.get('epochs'), '%d'), ('Parameters', environment['parameters'] / 1e6, '%.2f M'),
+              ('Classes', environment['classes'], '%d'), ('Training images', environment['training_images'], '%d'),
+              ('Validation images', environment['validation_images'], '%d'),
+              ('In bad_images.txt', figures.get('bad_images') or None, '%d'))
     return [(name, form % value) for name, value, form in named if value is not None]
 
 

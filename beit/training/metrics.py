@@ -92,7 +92,7 @@ class TopAccuracy(Metric):
     """Top-1 and top-5 in percent, of images with one class each; counted on the device."""
 
     figures = (MetricSpec('acc1', '%', 'Acc@1 %.3f', 'accuracy', 'Accuracy', is_primary=True,
-                      curve=Curve('Accuracy', 'top-1', '#2f7ed8', '#e07b00')),
+                          curve=Curve('Accuracy', 'top-1', '#2f7ed8', '#e07b00')),
                MetricSpec('acc5', '%', 'Acc@5 %.3f', 'top5', curve=Curve('Accuracy', 'top-5', '#1fa187', '#c0569b')))
     tiles = (ReportEntry('accuracy', 'Best accuracy, top-1', 'Accuracy, top-1', '%.2f %%'),
              ReportEntry('top5', 'Top-5', 'Top-5', '%.2f %%'),

@@ -104,7 +104,7 @@ class StepMonitor:
         if not any(nonfinite) and scaler.overflows:
             return
         names = collectives.all_gather_json(self.name_images(update.nonfinite_indices())
-                                           if not any(nonfinite) or not math.isfinite(update.loss) else [], device)
+                                            if not any(nonfinite) or not math.isfinite(update.loss) else [], device)
         what = 'the loss is %s' % losses[nonfinite.index(True)] if any(nonfinite) else (
             'the gradients are not finite (their norm is %s, the loss %.4f)' % (update.grad_norm, update.loss))
         self.report_nonfinite('%s at update step %d' % (what, update.step), nonfinite, names, update.step, scaler.scale)
