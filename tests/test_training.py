@@ -271,6 +271,12 @@ class Confidence(metrics.Metric):
         return {'confidence': sum(self.highest) / len(self.highest)}
 
 
+def test_every_metric_of_the_module_is_registered():
+    """One that `build_metrics` gives and `METRICS` lacks would miss in the line, TensorBoard and report, silently."""
+    classes = {each for each in vars(metrics).values() if isinstance(each, type) and issubclass(each, metrics.Metric)}
+    assert classes - {metrics.Metric} == set(metrics.METRICS)
+
+
 def test_a_new_metric_is_logged_and_printed(data, tmp_path, monkeypatch, capsys):
     build = metrics.build_metrics
     monkeypatch.setattr(run_class_finetuning, 'build_metrics', lambda *args: build(*args) + [Confidence()])
