@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Average the weights of several checkpoints of one model into one file, in float64.
 
-The file holds model, args and classes, as a checkpoint does, without optimizer: it can be evaluated and given to
+The file holds model, model_spec and args, as a checkpoint does, without optimizer: it can be evaluated and given to
 --finetune.
 """
 
@@ -10,6 +10,7 @@ if __name__ == '__main__':
     errors.quiet_interrupt()
 
 import collections
+import dataclasses
 import math
 import os
 import sys
@@ -17,16 +18,14 @@ import sys
 import torch
 
 import flags
-from beit import errors
-from beit.checkpoint import discovery, training_state
-from beit.checkpoint.pretrained import mismatches, strip_prefixes, unwrap_state_dict
+from beit import errors, model_spec
+from beit.checkpoint import discovery
+from beit.checkpoint.pretrained import find_state_dict, mismatches
 from beit.cli import OneLineParser, run_interruptible
 from beit.errors import UserError, escape_text
 from beit.files import run_folder, weights_file
 from beit.files.weights_file import load_weights_file
 from beit.log import log_main
-
-SAME = ('model', 'input_size', 'use_mean_pooling', 'imagenet_default_mean_and_std', 'crop_pct')  # what one file says
 
 PROGRAM = 'average_checkpoints.py'
 EXAMPLES = """examples:
@@ -93,7 +92,7 @@ def take_best(paths, most, use_ema=False):
 # ---- the average
 
 def average(paths, use_ema=False):
-    """What the averaged checkpoint holds: model (float32; each file counts alike), args, classes, averaged (names).
+    """What the averaged checkpoint holds: model (float32; each file counts alike), model_spec, args, averaged (names).
 
     One file is in memory at a time. Numbers that are no weights, such as the relative position index, are the same in
     all.
@@ -105,36 +104,29 @@ def average(paths, use_ema=False):
     for path in paths:
         content = load_weights_file(path, '--inputs')
         state = weights_of(path, content, use_ema)
-        about = about_model(content)
+        spec = model_spec.spec_in(content, path, len(state['head.weight'])) if 'head.weight' in state else None
         if total is None:
             total = collections.OrderedDict((name, value.double() if value.is_floating_point() else value)
                                             for name, value in state.items())
-            first = dict(args=training_state.saved_args(content), classes=content.get('classes'), about=about)
+            first = dict(content=content, spec=spec)
             continue
-        check_alike(path, state, about, paths[0], total, first['about'])
+        check_alike(path, state, spec, paths[0], total, first['spec'])
         for name, value in state.items():
             if value.is_floating_point():
                 total[name] += value.double()
     for name, value in total.items():
         if value.is_floating_point():
             total[name] = (value / len(paths)).float()
-    content = {'model': total, 'args': first['args'],
-               'averaged': [escape_text(os.path.basename(path)) for path in paths]}
-    if isinstance(first['classes'], (list, tuple)):
-        content['classes'] = list(first['classes'])
-    if 'activation' in first['about']:
-        content['activation'] = first['about']['activation']
+    names = [escape_text(os.path.basename(path)) for path in paths]
+    content = {'model': total, 'args': model_spec.saved_args(first['content']), 'averaged': names}
+    if first['spec'] is not None:
+        spec = dataclasses.replace(first['spec'], origin=dict(first['spec'].origin, averaged=', '.join(names)))
+        content.update({model_spec.KEY: spec.to_dict()}, classes=list(spec.classes), activation=spec.activation)
     return content
 
 
 def weights_of(path, content, use_ema):
-    if use_ema and not (isinstance(content, dict) and content.get('model_ema')):
-        raise UserError('--use_ema: %s holds no averaged weights (it was trained without --model_ema)'
-                        % escape_text(path))
-    state = strip_prefixes(content['model_ema'] if use_ema else
-                           unwrap_state_dict(content, 'model|module|state_dict')[1])
-    if not state:
-        raise UserError('--inputs %s: holds no weights' % escape_text(path))
+    _, state = find_state_dict(content, '--use_ema:' if use_ema else '--inputs', path, use_ema=use_ema)
     broken = [name for name, value in state.items()
               if value.is_floating_point() and not torch.isfinite(value.double().sum())]
     if broken:
@@ -142,20 +134,8 @@ def weights_of(path, content, use_ema):
     return state
 
 
-def about_model(content):
-    """{what has to be the same in all files: what this one says}"""
-    args = training_state.saved_args(content)
-    about = {'--' + name: args.get(name) for name in SAME if name in args}
-    if isinstance(content.get('classes'), (list, tuple)):
-        about['classes'] = list(content['classes'])
-    if content.get('activation') in ('softmax', 'sigmoid'):
-        about['activation'] = content['activation']
-    return about
-
-
-def check_alike(path, state, about, first_path, first_state, first_about):
-    differences = ['%s is %.60s (%.60s in the first)' % (name, about[name], first_about[name])
-                   for name in about if name in first_about and about[name] != first_about[name]]
+def check_alike(path, state, spec, first_path, first_state, first_spec):
+    differences = spec.differences(first_spec) if spec is not None and first_spec is not None else []
     weights = mismatches(state, first_state)
     if weights:
         differences.append(weights.replace('in the model', 'in the first'))

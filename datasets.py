@@ -5,7 +5,7 @@ A `config` may be any object with these attributes, such as the parsed flags.
 
 import contextlib
 import functools
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -64,19 +64,20 @@ def read_manifest(is_train: bool, config: DataConfig, device: Optional[torch.dev
                             multi_label, device, must_exist and config.bad_images == 'error' and not config.check_data)
 
 
-def build_datasets(config: InputConfig, device: Optional[torch.device] = None, classes: Optional[List[str]] = None
-                   ) -> Tuple[Any, Any, List[str]]:
+def build_datasets(config: InputConfig, device: Optional[torch.device] = None, classes: Optional[List[str]] = None,
+                   multi_label: Optional[bool] = None) -> Tuple[Any, Any, List[str]]:
     """(training set or None, validation set or None, class names), checked against one another and --nb_classes.
 
     Args:
         device (torch.device): of this process, where all of a job call this; then the first one looks for the files.
-        classes (list of str): the classes that --val_csv may name, if there is no training set.
+        classes, multi_label: without a training set, the classes that --val_csv may name, and whether an image may be
+            of several; None finds out.
     """
-    train = train_classes = val = val_classes = multi_label = None
+    train = train_classes = val = val_classes = None
     if not config.eval:
         train, train_classes = build_dataset(True, config, device)
         multi_label = subsets.is_multi_label(label_source(train))
-    elif config.train_csv and config.val_csv:  # it names the classes
+    elif config.train_csv and config.val_csv and classes is None:  # it names the classes
         listed, classes = read_manifest(True, config, device, must_exist=False)
         multi_label = listed.multi_label
     if config.val_split:
@@ -131,6 +132,14 @@ def limit_samples(train: Any, config: DataConfig) -> Any:
     subset: Any = torch.utils.data.Subset(train, indices.tolist())
     subset.targets = np.asarray(train.targets)[indices]
     return subset
+
+
+def relabel(dataset: Any, places: Sequence[int], classes: List[str]) -> Any:
+    """A data set whose class k is class `places[k]` of `classes`."""
+    if hasattr(dataset, 'relabel'):
+        return dataset.relabel(places, classes)
+    dataset.targets, dataset.classes = [places[label] for label in dataset.targets], classes
+    return dataset
 
 
 # ---- loaders

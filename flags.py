@@ -5,17 +5,18 @@ import dataclasses
 import importlib.util
 import os
 import textwrap
-from typing import Any, Callable, Dict, FrozenSet, Iterator, Mapping, Optional, Sequence, Tuple, Type, TypeVar
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, TypeVar
 
 import modeling_finetune
 import optim_factory
-from beit.checkpoint import discovery, pretrained
+from beit import model_spec
+from beit.checkpoint import discovery, hf_names, pretrained
 from beit.cli import OneLineParser, add_bool_flag, bounded_number
 from beit.config import MAX_INPUT_SIZE, InputConfig, MixupConfig, TransformConfig
 from beit.data import locations, transforms
 from beit.devices import accelerator, half_precision, kernels, profiler
 from beit.distributed import process_group
-from beit.errors import UserError, unknown_value_error
+from beit.errors import UserError, escape_text, unknown_value_error
 from beit.files import run_folder
 from beit.outputs import attention_maps
 from beit.training import losses, metrics
@@ -54,6 +55,8 @@ class Flag:
         type, choices, nargs, metavar, action: as argparse has them.
         synonyms: what other projects call it, separated by blanks; for hints at an unknown flag.
         affects_results: whether the numbers of a training run depend on it; a resumed run names such changes.
+        follows_checkpoint: whether --eval takes it from the checkpoint, where it is not given; besides those that
+            `model_spec.ModelSpec` holds.
         also: {another program that has it: its group and its differences there}.
     """
     name: str
@@ -69,6 +72,7 @@ class Flag:
     off: Optional[str] = None
     synonyms: str = ''
     affects_results: bool = True
+    follows_checkpoint: bool = False
     also: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def add_to(self, group: Any) -> None:
@@ -79,6 +83,17 @@ class Flag:
                    if getattr(self, option) is not None}
         group.add_argument(*['--' + name for name in (self.name,) + self.aliases], default=self.default,
                            help='%s (%s)' % (self.help, self.shown_default()), **options)
+
+    def check(self, value: Any) -> Any:
+        """The value, where the flag can have it. Raises ValueError, TypeError or ArgumentTypeError."""
+        if value is None or isinstance(self.default, bool):
+            if value is not self.default and type(value) is not bool:
+                raise ValueError(value)
+            return value
+        value = self.type(str(value)) if self.type is not None else str(value)
+        if self.choices and value not in self.choices:
+            raise ValueError(value)
+        return value
 
     def shown_default(self) -> str:
         if self.shown is not None:
@@ -124,7 +139,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              affects_results=False),
         Flag('on_nonfinite', 'stop', 'loss or gradient infinite or no number: stop, or skip that update',
              choices=('stop', 'skip')),
-        Flag('seed', 0, 'seed of every random number', type=bounded_number(int, 0, 2 ** 62)),
+        Flag('seed', 0, 'seed of every random number', type=bounded_number(int, 0, 2 ** 62), follows_checkpoint=True),
         Flag('num_workers', 10, 'loader processes per device; 0 loads in the main one',
              type=bounded_number(int, 0, 1024), affects_results=False,
              also={PREDICT: dict(group='run', default=None, help='loader processes per device',
@@ -160,8 +175,13 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('save_ckpt', True, 'write checkpoints', affects_results=False),
         Flag('eval', False, 'evaluate --resume, and nothing else', synonyms='evaluate eval_only test_only',
              affects_results=False),
-        Flag('test_flip', False, 'evaluate on the mean of the logits of an image and of its mirror image'),
+        Flag('test_flip', False, 'evaluate on the mean of the logits of an image and of its mirror image',
+             follows_checkpoint=True),
         Flag('results_file', '', 'with --eval: a file for the figures, .csv or .json', affects_results=False),
+        Flag('class_names', '', 'with --eval: the classes of weights that do not name them, one a line or JSON',
+             affects_results=False, also={
+                 PREDICT: dict(group=UNLABELLED, help='file with the names of the classes, one a line or JSON'),
+                 EXPORT: dict(group='what to export', help='file with the names of the classes, one a line or JSON')}),
         Flag('real_labels', '', 'with --eval: JSON list of ImageNet\'s reassessed labels', affects_results=False),
         Flag('dist_eval', False, 'share the evaluation among the processes, every image exactly once',
              affects_results=False),
@@ -222,7 +242,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              synonyms='gradient_checkpointing'),
         Flag('compile', False, 'compile the model with torch.compile; the first steps take minutes',
              synonyms='torchcompile'),
-        Flag('model_ema', False, 'keep and evaluate a moving average of the weights'),
+        Flag('model_ema', False, 'keep and evaluate a moving average of the weights', follows_checkpoint=True),
         Flag('model_ema_decay', 0.9999, 'its decay per update', type=share),
         Flag('model_ema_force_cpu', False, 'keep it in host memory', affects_results=False),
         Flag('disable_eval_during_finetuning', False, 'do not evaluate after each epoch'),
@@ -249,7 +269,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('aa', 'rand-m9-mstd0.5-inc1', 'AutoAugment policy or none'),
         Flag('hflip', 0.5, 'share of images that are mirrored', type=share),
         Flag('loss', 'auto', 'ce, bce (a binary one for each class); auto: bce for many labels',
-             choices=losses.LOSSES),
+             choices=losses.LOSSES, follows_checkpoint=True),
         Flag('class_weights', '', 'balanced: rare ones weigh more; or a CSV or JSON file', shown='all the same'),
         Flag('smoothing', 0.1, 'label smoothing', type=below_one, synonyms='label_smoothing'),
         Flag('train_interpolation', 'bicubic', 'of random crops: random, bilinear, bicubic, lanczos',
@@ -282,14 +302,14 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
     ),
     (TRAINING, 'precision'): (
         Flag('amp', False, 'mixed precision, by apex where it is installed, else by PyTorch',
-             synonyms='fp16 bf16 mixed_precision',
+             synonyms='fp16 bf16 mixed_precision', follows_checkpoint=True,
              also={PREDICT: dict(group='run', help='mixed precision, as in evaluation')}),
         Flag('opt_level', 'O2', 'O0 float32; O1 autocast; O2 half weights, float32 masters',
-             choices=half_precision.OPT_LEVELS, metavar='O0|O1|O2',
+             choices=half_precision.OPT_LEVELS, metavar='O0|O1|O2', follows_checkpoint=True,
              also={PREDICT: dict(group='run', help='O0 float32, O1 autocast, O2 half-precision weights',
                                  aliases=('opt-level',))}),
         Flag('amp_dtype', None, 'float16, bfloat16', shown='float16; on a CPU bfloat16',
-             choices=half_precision.AMP_DTYPES, also={PREDICT: dict(group='run')}),
+             choices=half_precision.AMP_DTYPES, follows_checkpoint=True, also={PREDICT: dict(group='run')}),
         Flag('loss_scale', None, 'a number, or dynamic', shown='128 for float16, else 1', type=loss_scale),
     ),
     (TRAINING, 'data'): (
@@ -299,15 +319,17 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('train_csv', '', 'list of training images: path,label or path,label;label', affects_results=False),
         Flag('val_csv', '', 'likewise of the validation images', affects_results=False),
         Flag('val_split', 0., 'share of each class to evaluate on, where there is no val',
-             type=bounded_number(float, 0, 0.9)),
+             type=bounded_number(float, 0, 0.9), follows_checkpoint=True),
         Flag('nb_classes', 0, 'checked against the folders; 0 takes their number', type=whole, affects_results=False),
         Flag('imagenet_default_mean_and_std', False, 'ImageNet\'s mean and deviation instead of 0.5'),
-        Flag('data_set', 'IMNET', 'IMNET (train/, val/), image_folder (class folders), CIFAR (100)'),
+        Flag('data_set', 'IMNET', 'IMNET (train/, val/), image_folder (class folders), CIFAR (100)',
+             follows_checkpoint=True),
         Flag('data_backend', 'exact', 'exact, the reference\'s pixels; fast, by torchvision, nearly so',
              choices=transforms.BACKENDS,
              also={PREDICT: dict(group='run',
                                  help='exact, or fast: JPEG files by torchvision, pixels differ a little')}),
-        Flag('eval_data_backend', 'exact', 'the same of evaluation: exact, fast', choices=transforms.BACKENDS),
+        Flag('eval_data_backend', 'exact', 'the same of evaluation: exact, fast', choices=transforms.BACKENDS,
+             follows_checkpoint=True),
         Flag('bad_images', 'error', 'a file that cannot be read: error, or skip: leave out and list it',
              choices=('error', 'skip'),
              also={PREDICT: dict(group='what',
@@ -383,7 +405,8 @@ def check_args(args: argparse.Namespace) -> None:
     check_model(args)
     check_augmentation(args)
     check_schedule(args)
-    locations.check_paths(config_from(args, InputConfig))
+    if not evaluates_checkpoint(args):  # else it may say how the images lie there
+        locations.check_paths(config_from(args, InputConfig))
     check_compute(args)
     check_optimizer(args)
     check_evaluation(args)
@@ -391,14 +414,44 @@ def check_args(args: argparse.Namespace) -> None:
     check_outputs(args)
 
 
+def evaluates_checkpoint(args: argparse.Namespace) -> bool:
+    """Whether a checkpoint says what is evaluated, and not the flags' defaults."""
+    return bool(args.eval and args.resume)
+
+
+def follow_checkpoint(args: argparse.Namespace, saved: Mapping[str, Any], source: str) -> List[str]:
+    """Set the flags that were not given to what a checkpoint was trained with; gives those given that differ, in words.
+
+    Args:
+        saved: the flags of the checkpoint, as a stranger may have written them.
+
+    Raises:
+        UserError: a flag that is needed has no value that it can have.
+    """
+    differ = []
+    for _, flag in flags_of(TRAINING):
+        if not flag.follows_checkpoint or flag.name not in saved:
+            continue
+        try:
+            value = flag.check(saved[flag.name])
+        except (ValueError, TypeError, argparse.ArgumentTypeError):
+            raise UserError('--resume %s: it was trained with --%s %.40r, which is no value of it; give the flag'
+                            % (escape_text(source), flag.name, saved[flag.name])) from None
+        if flag.name not in args.given:
+            setattr(args, flag.name, value)
+        elif getattr(args, flag.name) != value:
+            differ.append('--%s %s (the checkpoint: %s)' % (flag.name, getattr(args, flag.name), value))
+    return differ
+
+
 def check_model(args: argparse.Namespace) -> None:
-    if args.model not in modeling_finetune.MODELS:
+    if not evaluates_checkpoint(args):
+        model_spec.check_architecture(args.model, args.input_size)
+    elif args.model not in modeling_finetune.MODELS:
         raise unknown_value_error('--model', args.model, modeling_finetune.MODELS)
-    patch = modeling_finetune.MODELS[args.model]['patch_size']
-    if args.input_size % patch:
-        below = args.input_size // patch * patch
-        raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s; use %s%d' % (
-            args.input_size, patch, args.model, '%d or ' % below if below else '', below + patch))
+    if args.class_names and not (args.eval and (args.resume or args.finetune)):
+        raise UserError('--class_names %s: it belongs to --eval --resume; a training takes the names of its data'
+                        % escape_text(args.class_names))
 
 
 def check_augmentation(args: argparse.Namespace) -> None:
@@ -439,7 +492,7 @@ def check_compute(args: argparse.Namespace) -> None:
     highest = os.environ.get('LOCAL_WORLD_SIZE', '1')
     device = accelerator.find_device(
         args.device, max(local_rank, int(highest) - 1) if highest.isdigit() else local_rank, processes)
-    if device.type == 'cpu':
+    if device.type == 'cpu' and not evaluates_checkpoint(args):
         half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     if args.cann_prof:
         profiler.check_cann_profiler()
@@ -489,7 +542,7 @@ def check_weights(args: argparse.Namespace) -> None:
     """The files that a run starts from."""
     if not args.eval:
         pretrained.check_finetune(args.finetune)
-    if args.resume:
+    if args.resume and not (args.eval and os.path.isfile(os.path.join(args.resume, hf_names.CONFIG))):
         discovery.candidates(args.resume)
 
 

@@ -28,19 +28,21 @@ import datasets
 import engine_for_finetuning as engine
 import optim_factory
 import utils
-from beit import errors, log
-from beit.checkpoint import discovery, pretrained, training_state
-from beit.checkpoint.inference_model import build_model
+from beit import errors, log, model_spec
+from beit.checkpoint import discovery, hf_names, inference_model, pretrained, training_state
 from beit.cli import exit_process, exit_with_error, run_with_error_report
-from beit.config import MixupConfig, ModelConfig, OptimizerConfig, OutputConfig, TransformConfig
-from beit.data import subsets, transforms, unreadable
+from beit.config import InputConfig, MixupConfig, ModelConfig, OptimizerConfig, OutputConfig, TransformConfig
+from beit.data import locations, subsets, transforms, unreadable
 from beit.data.image_dataset import ImageDataset, label_source
+from beit.data.transforms import EvalTransform
 from beit.data.unreadable import LIST, UnreadableFiles
 from beit.devices import accelerator, half_precision, kernels
 from beit.distributed import collectives, preemption, process_group, watchdog
 from beit.errors import UserError, escape_text
 from beit.files import run_folder
+from beit.model_spec import ModelSpec
 from beit.outputs.report import Report, augmented_samples
+from beit.outputs.summary import project_version
 from beit.training import fused_attention, loss_scaler, losses
 from beit.training.losses import build_criterion
 from beit.training.metrics import (
@@ -55,7 +57,7 @@ from beit.training.metrics import (
     write_results,
 )
 from beit.training.step_control import CheckpointMonitor
-from flags import build_parser, check_args, config_from, without_effect
+from flags import build_parser, check_args, config_from, evaluates_checkpoint, follow_checkpoint, without_effect
 
 PROGRAM = 'run_class_finetuning.py'
 RNG_VERSION = 2  # another number whenever the same seed gives a run other random numbers than before
@@ -63,18 +65,18 @@ RNG_VERSION = 2  # another number whenever the same seed gives a run other rando
 
 @dataclasses.dataclass
 class Data:
-    """What a run reads."""
+    """What a run reads, and what it makes of it."""
     train_set: Optional[ImageDataset]
     val_set: Optional[ImageDataset]
-    classes: List[str]
+    spec: ModelSpec
     class_weights: Optional[torch.Tensor]  # in the loss, float32 (classes,)
     steps_per_epoch: Optional[int]  # updates; None where nothing is trained
     train_loader: Any = None
     val_loader: Any = None
 
     @property
-    def multi_label(self) -> bool:
-        return subsets.is_multi_label(label_source(self.train_set))
+    def classes(self) -> List[str]:
+        return list(self.spec.classes)
 
 
 @dataclasses.dataclass
@@ -95,19 +97,21 @@ def main(args, signals):
         check_data(args)
         return
     device = start(args)
-    dtype = half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
+    checkpoint = load_checkpoint(args, device)
+    dtype = choose_precision(args, device)
     utils.seed_everything(args.seed)
     output = config_from(args, OutputConfig, flags=dict(vars(args)))
 
-    data = prepare_data(args, output, device)
-    learner = build_learner(args, len(data.classes), device, dtype)
+    data = prepare_data(args, device, checkpoint)
+    learner = build_learner(args, data.spec, checkpoint, device, dtype)
     report = build_report(args, output, data, learner)
     if args.eval:
         describe(args, data, learner)
-        evaluate_only(args, output, data, learner, report)
+        evaluate_only(args, output, data, learner, report, checkpoint)
         return
 
-    source, run_state = resume(args, output, data, learner)
+    run_state = resume(args, data, learner, checkpoint)
+    source = checkpoint.source if checkpoint else ''
     describe(args, data, learner, source)
     goes_on = source and discovery.is_inside(source, args.output_dir)
     run_folder.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
@@ -152,25 +156,101 @@ def check_data(args):
                         % (damaged, 's' if damaged > 1 else '', place))
 
 
-def prepare_data(args, output, device):
-    """The data sets, their loaders and the weights of their classes."""
-    train_set, val_set, classes = datasets.build_datasets(args, device, known_classes(args, output, device))
+def load_checkpoint(args, device):
+    """What --resume or --auto_resume name, alike on every process; None where nothing is.
+
+    To evaluate, the flags that were not given become the checkpoint's.
+    """
+    source = args.resume
+    if args.eval and source and os.path.isfile(os.path.join(source, hf_names.CONFIG)):
+        source = hf_names.hf_weights_path(source, '--resume')
+    path, content = discovery.load_agreed(source, config_from(args, OutputConfig), device, for_evaluation=args.eval)
+    if content is None:
+        return None
+    keys = dict(model_key=args.model_key, model_prefix=args.model_prefix)
+    if not args.eval:
+        return inference_model.read_weights(path, content, defaults=vars(args), **keys)
+    saved = model_spec.saved_args(content)
+    if args.eval_data_path or args.val_csv or os.path.isdir(os.path.join(args.data_path, 'val')):
+        saved = {name: value for name, value in saved.items() if name != 'val_split'}
+    given = args.given & {field.name for kind in (ModelConfig, TransformConfig) for field in dataclasses.fields(kind)}
+    differ = follow_checkpoint(args, saved, path)
+    if differ:
+        log.log_main('Given on the command line, and not as %s was trained: %s'
+                     % (escape_text(path), ', '.join(differ)))
+    checkpoint = inference_model.read_weights(path, content, class_names=args.class_names, defaults=vars(args), **keys,
+                                              **{name: getattr(args, name) for name in given})
+    vars(args).update(dataclasses.asdict(checkpoint.spec.architecture))
+    if args.model_ema and not content.get('model_ema'):
+        log.log_main('%s holds no averaged weights (it was trained without --model_ema)' % escape_text(path))
+        args.model_ema = False
+    locations.check_paths(config_from(args, InputConfig))
+    return checkpoint
+
+
+def choose_precision(args, device):
+    """The half-precision dtype, or None. A checkpoint's that this device lacks becomes float32, which a line says."""
+    try:
+        return half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
+    except UserError as error:
+        if not evaluates_checkpoint(args) or args.given & {'amp', 'opt_level', 'amp_dtype'}:
+            raise
+        log.log_main('The checkpoint was trained in half precision; here it is evaluated in float32: %s' % error)
+        args.amp = False
+        return None
+
+
+def prepare_data(args, device, checkpoint):
+    """The data sets, their loaders, the weights of their classes, and what the model is that learns or knows them."""
+    known = checkpoint.spec if checkpoint and args.eval else None
+    inputs = config_from(args, InputConfig, evaluation=known and known.preprocessing,
+                         **(dict(nb_classes=0) if known else {}))
+    train_set, val_set, classes = datasets.build_datasets(
+        inputs, device, list(known.classes) if known and known.has_class_names else None, known and known.multi_label)
+    spec = known or build_spec(args, inputs, train_set, classes)
+    if checkpoint:
+        train_set, val_set, spec = use_classes_of(args, checkpoint, spec, train_set, val_set, classes)
     if val_set is not None:
         datasets.check_fits(val_set)
         check_metrics(val_set, args.results_file, args.real_labels, args.data_set)
-    weights = choose_class_weights(args, train_set, classes)
+    weights = choose_class_weights(args, train_set, list(spec.classes))
     steps_per_epoch = None if args.eval else count_steps(args, len(train_set))
-    return Data(train_set, val_set, classes, weights, steps_per_epoch,
-                *datasets.build_loaders(args, train_set, val_set, device))
+    return Data(train_set, val_set, spec, weights, steps_per_epoch,
+                *datasets.build_loaders(inputs, train_set, val_set, device))
 
 
-def known_classes(args, output, device):
-    """The class names in the checkpoint to evaluate, where no folder and no --train_csv tells them; or None."""
-    if not (args.eval and args.val_csv and args.resume) or args.train_csv:
-        return None
-    content = discovery.load_agreed(args.resume, output, device, for_evaluation=True)[1]
-    names = content.get('classes') if isinstance(content, dict) else None
-    return names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None
+def build_spec(args, inputs, train_set, classes):
+    """What the model is that this run trains, or, without a checkpoint, evaluates."""
+    multi_label = subsets.is_multi_label(label_source(train_set))
+    return ModelSpec(config_from(args, ModelConfig), EvalTransform.from_config(inputs), tuple(classes),
+                     loss='bce' if losses.activation(args.loss, multi_label) == 'sigmoid' else 'ce',
+                     multi_label=multi_label, origin={'program': 'BEiT for PyTorch %s' % project_version(),
+                                                      'finetune': escape_text(args.finetune)})
+
+
+def use_classes_of(args, checkpoint, spec, train_set, val_set, classes):
+    """(training set, validation set, spec) with the checkpoint's classes, in its order, matched by their names."""
+    known = checkpoint.spec
+    if args.eval and args.nb_classes not in (0, len(known.classes)):
+        raise UserError('--nb_classes %d: %s has %d classes; leave the flag out'
+                        % (args.nb_classes, escape_text(checkpoint.source), len(known.classes)))
+    if checkpoint.is_bare and not args.eval and len(known.classes) != len(classes):
+        return train_set, val_set, spec  # the shapes differ, and the error lists them
+    places, message = model_spec.match_classes(known, checkpoint.source, classes, trains=not args.eval)
+    if message:
+        log.log_main(message)
+    names = list(known.classes) if known.has_class_names else [classes[places.index(k)] for k in range(len(places))]
+    if list(classes) != names:
+        train_set, val_set = (each and datasets.relabel(each, places, names) for each in (train_set, val_set))
+        if known.has_class_names and len(classes) == len(names):
+            log.log_main('Classes are in the checkpoint\'s order: %s' % model_spec.shorten_names(names))
+    if val_set is not None and args.eval:
+        counts = subsets.class_counts(label_source(val_set), len(names))
+        absent = [name for name, count in zip(names, counts) if not count]
+        if absent:
+            log.log_main('Evaluated on %d of the checkpoint\'s %d classes; there is no image of %s' % (
+                len(names) - len(absent), len(names), model_spec.shorten_names(absent)))
+    return train_set, val_set, dataclasses.replace(spec, classes=tuple(names))
 
 
 def choose_class_weights(args, train_set, classes):
@@ -197,15 +277,19 @@ def count_steps(args, images):
     return steps
 
 
-def build_learner(args, nb_classes, device, dtype):
+def build_learner(args, spec, checkpoint, device, dtype):
     """The model with its weights, the optimizer and the moving average, in the precision asked for."""
-    model = build_model(config_from(args, ModelConfig), nb_classes)
-    if args.finetune:
-        pretrained.load_pretrained(model, args.finetune, args.model_key, args.model_prefix)
+    model = inference_model.build_model(spec.architecture, len(spec.classes))
+    if args.eval and checkpoint:
+        inference_model.load_state(model, checkpoint)
+    elif args.finetune:
+        pretrained.load_pretrained(model, args.finetune, args.model_key, args.model_prefix, spec.classes)
     model.to(device)
     optimizer = None if args.eval else build_optimizer(args, model, half_precision.apex_amp(device, dtype) is not None)
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
         if args.model_ema else None
+    if ema is not None and args.eval and checkpoint:
+        inference_model.load_state(ema.ema, checkpoint.averaged())
     model, scaler = loss_scaler.initialize_amp(model, optimizer, device, dtype, args.opt_level, args.loss_scale)
     attention = 'plain' if args.deterministic and args.attention == 'auto' else args.attention
     chosen = fused_attention.choose_attention(accelerator.unwrap(model), device, attention, dtype, args.batch_size)
@@ -256,7 +340,7 @@ def describe(args, data, learner, source=''):
         ('Attention', learner.attention),
         ('Model', '%s, %.2f M parameters, %d classes, input %dx%d' % (
             args.model, count_parameters(learner.model) / 1e6, len(data.classes), args.input_size, args.input_size)),
-        ('Classes', shorten_names(data.classes) + (
+        ('Classes', model_spec.shorten_names(data.classes) + (
             ' (one only: there is nothing to tell apart)' * (len(data.classes) == 1))),
         ('Data', '%s training and %s validation images' % tuple('no' if part is None else len(part)
                                                                 for part in (data.train_set, data.val_set)))]
@@ -273,28 +357,23 @@ def describe(args, data, learner, source=''):
     log.log_table(rows)
 
 
-def shorten_names(names, most=6):
-    shown = [escape_text(name) for name in names[:most]]
-    return ', '.join(shown) + (', … and %d more' % (len(names) - most) if len(names) > most else '')
-
-
 def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def resume(args, output, data, learner):
-    """(checkpoint that was resumed or '', training_state.RunState), alike on every process."""
+def resume(args, data, learner, checkpoint):
+    """The training_state.RunState that this run begins with."""
     total_batch = args.batch_size * args.update_freq * process_group.world_size()
     run = dict(processes=process_group.world_size(), images=len(data.train_set), device=learner.device.type,
                random_numbers=RNG_VERSION, total_batch=total_batch)
     if data.class_weights is not None:
         run['class_weights'] = losses.fingerprint(data.class_weights)
-    source, content = discovery.load_agreed(args.resume, output, learner.device)
-    if content is None:
-        return source, training_state.RunState(args.start_epoch, run=run)
+    if checkpoint is None:
+        return training_state.RunState(args.start_epoch, run=run)
+    source, content = checkpoint.source, checkpoint.content
     training_state.check_same_split(source, content, args.val_split, args.seed)
     run_state = training_state.resume_training(source, content, learner.model, learner.optimizer, learner.scaler,
-                                               learner.ema)
+                                               learner.ema, model_key=args.model_key, model_prefix=args.model_prefix)
     changes = training_state.resume_differences(content, vars(args), run, without_effect())
     if run_state.steps and run_state.run.get('total_batch') != total_batch:
         raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; make '
@@ -305,7 +384,7 @@ def resume(args, output, data, learner):
                  'Goes on in %s order of the data, %s not with the same numbers as without a stop: %s' % (
                         'the same' if same_order else 'another', 'but' if same_order else 'and', '; '.join(changes)))
     run_state.run = run
-    return source, run_state
+    return run_state
 
 
 def update_freezing(args, model, epoch):
@@ -328,7 +407,7 @@ def build_training(args, data, learner):
     """The arguments of `engine.train_one_epoch` that are the same in every epoch."""
     mixup = transforms.build_mixup(config_from(args, MixupConfig), len(data.classes))
     weights = None if data.class_weights is None else data.class_weights.to(learner.device)
-    criterion = build_criterion(args.loss, args.smoothing, mixup, weights, data.multi_label)
+    criterion = build_criterion(args.loss, args.smoothing, mixup, weights, data.spec.multi_label)
     lr_values, wd_values = build_schedules(args, data.steps_per_epoch)
     return dict(criterion=criterion, data_loader=data.train_loader, optimizer=learner.optimizer,
                 loss_scaler=learner.scaler, max_norm=args.clip_grad, model_ema=learner.ema, mixup_fn=mixup,
@@ -364,30 +443,25 @@ def unfreeze_when_due(args, learner, epoch):
 def build_monitor(args, output, signals, run_state, data, learner):
     """What acts between two updates: signals, checkpoints, unreadable images, losses that are not finite."""
     parts = dict(model=accelerator.unwrap(learner.model), optimizer=learner.optimizer, scaler=learner.scaler,
-                 ema=learner.ema, classes=data.classes, activation=losses.activation(args.loss, data.multi_label))
+                 ema=learner.ema, spec=data.spec)
     bad_images = UnreadableFiles(args.output_dir, args.max_bad_images)
     return CheckpointMonitor(output, signals, run_state, bad_images, data.train_set, parts, args.on_nonfinite)
 
 
 # ---- evaluation
 
-def evaluate_only(args, output, data, learner, report):
-    started, source, epoch, device = time.time(), args.finetune, 0, learner.device
-    if args.resume:
-        source, content = discovery.load_agreed(args.resume, output, device, for_evaluation=True)
+def evaluate_only(args, output, data, learner, report, checkpoint):
+    started, source, epoch = time.time(), args.finetune, 0
+    if checkpoint:
+        source, epoch = checkpoint.source, discovery.last_epoch(checkpoint.content)
         log.log_main('Evaluating %s' % escape_text(source))
-        training_state.check_same_split(source, content, args.val_split, args.seed)
-        training_state.load_weights(source, content, learner.model, learner.scaler, learner.ema)
-        epoch = discovery.last_epoch(content)
-        if learner.ema is not None and not content.get('model_ema'):
-            log.log_main('%s holds no averaged weights (it was trained without --model_ema)' % escape_text(source))
-            learner.ema = None
+        training_state.check_same_split(source, checkpoint.content, args.val_split, args.seed)
     bad_images = UnreadableFiles(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
     stats, ema_stats = evaluate_all(args, data, learner, bad_images, throughput, predictions=report.predictions())
     if args.results_file and process_group.is_main_process():
         write_results(args.results_file, [
-            results_row(args, source, weights, learner.model, each)
+            results_row(args, source, weights, data.spec, learner.model, each)
             for weights, each in (('model', stats), ('model_ema', ema_stats)) if each is not None])
     figures = summary_figures(stats)
     print_result(throughput, figures)
@@ -439,13 +513,13 @@ def evaluate_all(args, data, learner, bad_images, throughput=None, stop_signal=N
     return stats, ema_stats
 
 
-def results_row(args, source, weights, model, stats):
+def results_row(args, source, weights, spec, model, stats):
     """What --results_file says about one evaluation: the figures, and all that they depend on."""
-    evaluation = transforms.EvalTransform.from_config(config_from(args, TransformConfig))
-    row = {'model': args.model, 'checkpoint': escape_text(source), 'weights': weights}
+    images = spec.preprocessing
+    row = {'model': spec.architecture.model, 'checkpoint': escape_text(source), 'weights': weights}
     row.update((name, value) for name, value in stats.items() if name != 'classes')
-    row.update(param_count=count_parameters(model), img_size=args.input_size, crop_pct=evaluation.crop_pct,
-               interpolation=evaluation.interpolation, test_flip=args.test_flip)
+    row.update(param_count=count_parameters(model), img_size=images.input_size, crop_pct=images.crop_pct,
+               interpolation=images.interpolation, test_flip=args.test_flip)
     return dict(row, classes=stats['classes']) if 'classes' in stats else row
 
 

@@ -117,7 +117,8 @@ def check_output(args, path):
 
 def main(args):
     check_args(args)
-    trained = load_for_inference(args.resume, use_ema=args.use_ema, model=args.model, input_size=args.input_size)
+    trained = load_for_inference(args.resume, args.use_ema, args.class_names, model=args.model,
+                                 input_size=args.input_size)
     chosen = FORMATS[args.format]
     path = args.output or default_output(trained.source, ('-ema' if args.use_ema else '') + chosen.ending)
     check_output(args, path)

@@ -279,8 +279,8 @@ def main(args: argparse.Namespace, stdout: TextIO) -> None:
     device = process_group.init_distributed_mode(args)
     watchdog.start(process_group.rendezvous_store(), args.dist_timeout)
     dtype = half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
-    loaded = load_for_inference(args.resume, args.use_ema, model=args.model, input_size=args.input_size,
-                                crop_pct=args.crop_pct)
+    loaded = load_for_inference(args.resume, args.use_ema, args.class_names, model=args.model,
+                                input_size=args.input_size, crop_pct=args.crop_pct)
     hook = None if args.attention is None else attention_maps.AttentionHook(
         loaded.model, args.attention_block, None if args.attention == 'auto' else args.attention)
     sampler = PathSampler(args.inputs, {os.path.realpath(args.attention_dir)} if hook else (),

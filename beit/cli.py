@@ -44,6 +44,11 @@ class OneLineHelp(argparse.RawDescriptionHelpFormatter):
         return super()._format_action(action).replace('\n' + ' ' * COLUMN, '  ', 1)
 
 
+class ParsedFlags(argparse.Namespace):
+    """The flags by name; `given` has the names of those that the command line or a file sets, not by their default."""
+    __slots__ = ('given',)  # so that `vars` has flags only
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose help and errors are one line each, and which knows what an unknown flag may have meant.
 
@@ -66,15 +71,21 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = normalize_argv(sys.argv[1:] if args is None else list(args))
-        parsed, rest = self.parse_known_args(args, namespace)
+        parsed, rest = self.parse_known_args(args, ParsedFlags() if namespace is None else namespace)
+        given = {self._option_string_actions[name].dest for name in (arg.partition('=')[0] for arg in args)
+                 if name in self._option_string_actions}
         if getattr(parsed, 'config', None):  # once more, behind those of the file
-            parsed, rest = self.parse_known_args(args, self.read_config(parsed.config))
+            in_file = self.read_config(parsed.config)
+            given.update(name for name, value in vars(in_file).items() if value != self.get_default(name))
+            parsed, rest = self.parse_known_args(args, in_file)
         if 'config' in parsed:
             del parsed.config  # what it says is in the other flags now
         if 'auto_resume' in parsed:  # not every program goes on
             parsed.auto_resume = parsed.auto_resume or was_restarted()
         if rest:
             raise self.unknown_flag(rest[0].partition('=')[0])
+        if isinstance(parsed, ParsedFlags):
+            parsed.given = frozenset(given)
         return parsed
 
     def unknown_flag(self, flag: str) -> UserError:
@@ -89,7 +100,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def read_config(self, path: str) -> argparse.Namespace:
         """A namespace of the flags that a --config file holds. `UserError`s name the file and the key."""
-        parsed, known = argparse.Namespace(), self._option_string_actions
+        parsed, known = ParsedFlags(), self._option_string_actions
         for key, value in args_yaml.read(path).items():
             shown, flag = '--config %s: %s' % (escape_text(path), escape_text(key)), '--' + key.replace('-', '_')
             if flag in ('--help', '--config'):

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from typing import Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 MAX_INPUT_SIZE = 8192  # pixels a side
 
@@ -35,6 +35,7 @@ class TransformConfig:
     input_size: int = 224  # pixels a side
     imagenet_default_mean_and_std: bool = False
     crop_pct: Optional[float] = None  # None: the reference's for this input size
+    evaluation: Any = None  # the EvalTransform of a checkpoint, which wins over these flags
     color_jitter: float = 0.4
     aa: str = 'rand-m9-mstd0.5-inc1'
     hflip: float = 0.5

@@ -7,12 +7,15 @@ and keeps query, key and value apart.
 import json
 import os
 import re
+from typing import Dict, Iterable, List, Optional, Tuple
 
 import torch
 
+from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text
 
-CONFIG, WEIGHTS = 'config.json', ('model.safetensors', 'pytorch_model.bin')  # what a Hugging Face folder holds
+CONFIG, PREPROCESSOR = 'config.json', 'preprocessor_config.json'  # what a Hugging Face folder holds
+WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
 
 _BLOCK, _LAYER = 'blocks.{n}.', 'beit.encoder.layer.{n}.'
 _QUERY, _KEY, _VALUE = (_LAYER + 'attention.attention.' + part for part in ('query.', 'key.', 'value.'))
@@ -73,7 +76,7 @@ _PARTS = [(ours, theirs) for ours, theirs in HUGGING_FACE if isinstance(theirs, 
 _PAIRS = [(ours, theirs) for ours, theirs in HUGGING_FACE if not isinstance(theirs, tuple)]
 
 
-def to_hugging_face(state):
+def to_hugging_face(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """A state dict of this project under Hugging Face's names; the tensors are views, but for those cut in parts.
 
     Raises:
@@ -96,17 +99,17 @@ def to_hugging_face(state):
     return renamed
 
 
-def of_hugging_face(names):
+def has_hf_names(names: Iterable[str]) -> bool:
     """Whether these are the names of a BEiT of transformers, with or without a head."""
     return any(re.match(r'(beit\.)?embeddings\.(cls_token|patch_embeddings\.)', name) for name in names)
 
 
-def to_native(state):
+def to_native(state: Dict[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], str]:
     """A state dict under this project's names, whichever library it comes from, and that library's name or ''.
 
     What has no name here stays as it is, so that it can be reported.
     """
-    if not of_hugging_face(state):
+    if not has_hf_names(state):
         return state, ''
     if not any(name.startswith('beit.') for name in state):  # of BeitModel, which the others have inside
         state = {name if name.startswith(('classifier.', 'lm_head.')) else 'beit.' + name: value
@@ -133,7 +136,7 @@ def to_native(state):
     return renamed, 'Hugging Face'
 
 
-def hf_weights_path(folder, flag):
+def hf_weights_path(folder: str, flag: str) -> str:
     """The weights file of a Hugging Face folder.
 
     Raises:
@@ -155,13 +158,75 @@ def hf_weights_path(folder, flag):
     return found[0]
 
 
-def hf_labels(path):
-    """The class names, in order, of the config.json beside a Hugging Face folder's weights; [] where it has none."""
+def hf_labels(path: str) -> List[str]:
+    """The class names, in order, of the config.json beside a Hugging Face folder's weights; [] where it has none.
+
+    LABEL_0, LABEL_1 … are what transformers writes where nobody named them.
+    """
     try:
-        if os.path.basename(path) not in WEIGHTS:
-            return []
-        with open(os.path.join(os.path.dirname(path), CONFIG), encoding='utf-8') as file:
-            names = json.loads(file.read(1 << 24))['id2label']
-        return [names[str(label)] for label in range(len(names))]
+        names = _read_beside(path, CONFIG)['id2label']
+        names = [names[str(label)] for label in range(len(names))]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return []
+    return [] if names == ['LABEL_%d' % label for label in range(len(names))] else names
+
+
+def hf_is_multi_label(path: str) -> bool:
+    """Whether the config.json beside the weights says that an image may be of several classes."""
+    try:
+        return _read_beside(path, CONFIG).get('problem_type') == 'multi_label_classification'
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def hf_preprocessing(path: str) -> Optional[EvalTransform]:
+    """What the preprocessor_config.json beside a Hugging Face folder's weights says; None where there is none.
+
+    Raises:
+        UserError: it says what this program does not compute.
+    """
+    where = os.path.join(os.path.dirname(path), PREPROCESSOR)
+    if os.path.basename(path) not in WEIGHTS or not os.path.isfile(where):
+        return None
+    try:
+        found = _read_beside(path, PREPROCESSOR)
+        crops = found.get('do_center_crop', False)
+        side, crop = (_side(found.get(name), name) for name in ('size', 'crop_size'))
+        if not found.get('do_resize', True) or not found.get('do_normalize', True) or (
+                abs(found.get('rescale_factor', 1 / 255) * 255 - 1) > 1e-6):
+            raise ValueError('images are not resized, or not scaled and normalised as usual')
+        squashes = not isinstance(found['size'], dict) or 'shortest_edge' not in found['size']
+        if squashes and crops and crop != side:  # resized to a square, of which the centre is cut
+            raise ValueError('a square of %d is cropped to %d' % (side, crop))
+        if not squashes and not crops:
+            raise ValueError('images are not cropped to a square')
+        share = 1.0 if squashes else crop / side
+        if not squashes and int(crop / share) != side:  # rounding
+            share = crop / (side + 0.5)
+        made = EvalTransform(
+            side if squashes else crop, share,
+            {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}.get(found.get('resample', 3), ''),
+            *(tuple(map(float, found[name])) for name in ('image_mean', 'image_std')),
+            crop_mode='squash' if squashes else 'center')
+        made.check()
+        return made
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError, RecursionError) as error:
+        raise UserError('%s: it cannot be followed (%s); take the file away and give --input_size, --crop_pct'
+                        % (escape_text(where), escape_text(str(error))[:200])) from None
+
+
+def _side(size, name):
+    """Pixels a side, of a number or of a dict of height and width or shortest_edge."""
+    if size is None:
+        return 0
+    sides = set(size.values()) if isinstance(size, dict) else {size}
+    if len(sides) != 1 or type(next(iter(sides))) is not int:
+        raise ValueError('%s is %.80r' % (name, size))
+    return sides.pop()
+
+
+def _read_beside(path, name):
+    if os.path.basename(path) not in WEIGHTS:
+        return {}
+    with open(os.path.join(os.path.dirname(path), name), encoding='utf-8') as file:
+        return json.loads(file.read(1 << 24))

@@ -1,24 +1,25 @@
-"""Builds the network that flags or a checkpoint describe, with its classes and evaluation transform.
+"""Builds the network that a checkpoint describes, with its weights.
 
-A checkpoint of this project is enough to use it: `run_predict.py` and `run_export.py` need no other flag.
+A checkpoint of this project is enough to use it: evaluation, `run_predict.py` and `run_export.py` need no other flag.
 """
 
 import dataclasses
 import json
 import os
-from typing import Any, List, NamedTuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 import torch
 from timm.models import create_model
 
-import modeling_finetune
-from beit.checkpoint import discovery, hf_names, training_state
-from beit.checkpoint.pretrained import adapt_state_dict, mismatches, refuse_exports, strip_prefixes, unwrap_state_dict
-from beit.config import ModelConfig, TransformConfig
+from beit import model_spec
+from beit.checkpoint import discovery, hf_names
+from beit.checkpoint.pretrained import DEFAULT_KEYS, adapt_state_dict, find_state_dict, mismatches, refuse_exports
+from beit.config import ModelConfig
 from beit.data.transforms import EvalTransform
-from beit.errors import UserError, escape_text, unknown_value_error
+from beit.errors import UserError, escape_text
 from beit.files import weights_file
 from beit.log import log_main
+from beit.model_spec import ModelSpec
 
 
 def build_model(config: ModelConfig, nb_classes: int) -> torch.nn.Module:
@@ -32,21 +33,50 @@ def build_model(config: ModelConfig, nb_classes: int) -> torch.nn.Module:
 class LoadedModel(NamedTuple):
     """A trained network and what is needed to use it."""
     model: Any  # a modeling_finetune.VisionTransformer, in evaluation mode, float32, on the CPU
-    classes: List[str]  # one per output; numbers where the checkpoint does not name them
-    preprocessing: EvalTransform
-    config: ModelConfig
+    spec: ModelSpec
     source: str  # the file
-    activation: str = 'softmax'  # what makes probabilities of its outputs; or sigmoid, each class for itself
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.spec.architecture
+
+    @property
+    def preprocessing(self) -> EvalTransform:
+        return self.spec.preprocessing
+
+    @property
+    def classes(self) -> List[str]:
+        return list(self.spec.classes)
+
+    @property
+    def activation(self) -> str:
+        return self.spec.activation
 
 
-def load_for_inference(source: str, use_ema: bool = False, **given: Any) -> LoadedModel:
+class CheckpointWeights(NamedTuple):
+    """A checkpoint that was read: its weights, and what it says of its model."""
+    source: str
+    content: Dict[str, Any]
+    state: Dict[str, torch.Tensor]  # under this project's names
+    spec: ModelSpec
+    is_bare: bool  # weights that do not say what they are of
+    is_resized: bool  # to another input size than they were trained at
+
+    def averaged(self) -> 'CheckpointWeights':
+        """The averaged weights (EMA) of the same checkpoint."""
+        state = find_state_dict(self.content, '--resume', self.source, use_ema=True)[1]
+        return self._replace(state=hf_names.to_native(state)[0])
+
+
+def load_for_inference(source: str, use_ema: bool = False, class_names: str = '', **given: Any) -> LoadedModel:
     """Build the network that a checkpoint holds; all it needs to know comes from the file.
 
     Args:
         source (str): a file, an https URL or a folder, of which the best checkpoint is taken; what `run_export.py`
             wrote as safetensors or for Hugging Face; or other weights of timm and Hugging Face, where `model` is given.
         use_ema (bool): take the averaged weights.
-        given: flags that the file does not tell, such as `model` for a file of weights only; they win over the file.
+        class_names (str): a file of names, see `model_spec.read_class_names`.
+        given: flags such as `model`, `input_size` and `crop_pct`; they win over the file.
 
     Raises:
         UserError: the file can't be read, does not say what it is of, or holds other weights than it says.
@@ -55,84 +85,113 @@ def load_for_inference(source: str, use_ema: bool = False, **given: Any) -> Load
     if os.path.isfile(os.path.join(source, hf_names.CONFIG)):
         source = hf_names.hf_weights_path(source, '--resume')
     path, content = discovery.load_best_or_latest(source, prefer_best=True)
-    if not isinstance(content, dict):
-        raise UserError('--resume %s: holds no weights' % escape_text(path))
-    settings, metadata = training_state.saved_args(content), content
-    foreign = 'model' not in settings
-    if foreign:
-        metadata = _metadata_beside(path)
-        settings = metadata.get('args', {})
-    if 'model' not in settings and not given.get('model'):
-        raise UserError('--resume %s: it does not say which model it is of; give --model, and --input_size where it is '
-                        'not 224' % escape_text(path))
-    if use_ema and not content.get('model_ema'):
-        raise UserError('--resume %s holds no averaged weights (it was trained without --model_ema)'
-                        % escape_text(path))
-    state = content['model_ema'] if use_ema else unwrap_state_dict(content, 'model|module|state_dict')[1]
-    state = hf_names.to_native(strip_prefixes(state))[0]
-    if foreign:
-        settings = dict(settings, **_flags_of_weights(state))
-    settings = dict(settings, **{name: value for name, value in given.items() if value is not None})
-    config = _config_from(settings, ModelConfig)
-    if config.model not in modeling_finetune.MODELS:
-        raise unknown_value_error('--model', config.model, modeling_finetune.MODELS)
+    found = read_weights(path, content, use_ema, class_names, **given)
+    model = build_model_or_refuse(found)
+    load_state(model, found)
+    return LoadedModel(model.eval(), found.spec, path)
+
+
+def read_weights(path: str, content: Any, use_ema: bool = False, class_names: str = '',
+                 model_key: str = DEFAULT_KEYS, model_prefix: str = '', defaults: Optional[Mapping[str, Any]] = None,
+                 **given: Any) -> CheckpointWeights:
+    """What a checkpoint holds, for `load_state`. Other arguments and errors as `load_for_inference` has them.
+
+    Args:
+        model_key, model_prefix: see `find_state_dict`.
+        defaults: flags of weights that do not say what they are of; `given` and the weights' own names win over them.
+    """
+    _, state = find_state_dict(content, '--resume', path, model_key, model_prefix, use_ema)
+    state = hf_names.to_native(state)[0]
     if 'head.weight' not in state:
         raise UserError('--resume %s: it has no head, so it names no class; fine-tune it first' % escape_text(path))
-    nb_classes = len(state['head.weight'])
+    outputs = len(state['head.weight'])
+    spec = model_spec.spec_in(content, path, outputs)
+    is_bare = spec is None
+    spec = spec or _spec_beside(path, outputs, state, dict(defaults or {}, **{
+        name: value for name, value in given.items() if value is not None}))
+    if spec is None:
+        raise UserError('--resume %s: it does not say which model it is of; give --model, and --input_size where it is '
+                        'not 224' % escape_text(path))
+    trained_size = spec.architecture.input_size
+    spec = tell_changes(spec, given, path)
+    if class_names:
+        spec = spec.with_class_names(model_spec.read_class_names(class_names), '--class_names %s'
+                                     % escape_text(class_names))
+    model_spec.check_architecture(spec.architecture.model, spec.architecture.input_size)
+    return CheckpointWeights(path, content, state, spec, is_bare, spec.architecture.input_size != trained_size)
+
+
+def tell_changes(spec: ModelSpec, given: Dict[str, Any], path: str) -> ModelSpec:
+    """The spec in which flags that were given win; a line names those that differ from what the checkpoint says."""
+    changed = spec.replace(**given)
+    before = dict(dataclasses.asdict(spec.architecture), crop_pct=spec.preprocessing.crop_pct)
+    differ = ['--%s %s (the checkpoint: %s)' % (name, value, before[name]) for name, value in given.items()
+              if value is not None and name in before and value != before[name]]
+    if 'imagenet_default_mean_and_std' in given and changed.preprocessing.mean != spec.preprocessing.mean:
+        differ.append('mean %s (the checkpoint: %s)' % (changed.preprocessing.mean, spec.preprocessing.mean))
+    if differ:
+        log_main('Given on the command line, and not as %s was trained: %s' % (escape_text(path), ', '.join(differ)))
+    return changed
+
+
+def build_model_or_refuse(found: CheckpointWeights) -> torch.nn.Module:
     try:
-        model = build_model(config, nb_classes)
+        return build_model(found.spec.architecture, len(found.spec.classes))
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError('--resume %s: no model can be built of what it says (%s)'
-                        % (escape_text(path), error)) from None
-    if foreign:
-        adapt_state_dict(state, model)  # one table for all blocks; another --input_size
-        unused = sorted(set(state) - set(model.state_dict()))  # such as the mask token of pretraining
-        if unused:
-            log_main('Unused names in %s: %s' % (escape_text(path), ', '.join(unused[:8])))
-        state = {name: value for name, value in state.items() if name not in unused}
+                        % (escape_text(found.source), error)) from None
+
+
+def load_state(model: torch.nn.Module, found: CheckpointWeights) -> None:
+    """Load a checkpoint's weights; tables are resized to the model's input size, as --finetune does.
+
+    Raises:
+        UserError: they are another model's.
+    """
+    state, shown = dict(found.state), escape_text(found.source)
+    if found.is_bare or found.is_resized:
+        adapt_state_dict(state, model)
+    unused = sorted(set(state) - set(model.state_dict())) if found.is_bare else []  # such as pretraining's mask token
+    if unused:
+        log_main('Unused names in %s: %s' % (shown, ', '.join(unused[:8])))
+    state = {name: value for name, value in state.items() if name not in unused}
     problems = mismatches(state, model.state_dict())
     if problems:
         raise UserError('--resume %s: these are not the weights of --model %s: %s'
-                        % (escape_text(path), config.model, problems))
+                        % (shown, found.spec.architecture.model, problems))
     model.load_state_dict({name: value for name, value in state.items()
                            if not name.endswith('relative_position_index')}, strict=False)
-    preprocessing = EvalTransform.from_config(_config_from(settings, TransformConfig))
-    return LoadedModel(
-        model.eval(), _classes(metadata, nb_classes), preprocessing, config, path,
-        'sigmoid' if metadata.get('activation') == 'sigmoid' else 'softmax')
 
 
-def _config_from(settings, kind):
-    """The fields of a dataclass among a checkpoint's flags; the others have their defaults."""
-    return kind(**{field.name: settings[field.name] for field in dataclasses.fields(kind) if field.name in settings})
-
-
-def _metadata_beside(path):
-    """{args, classes, activation}, as a checkpoint has them, of what stands beside bare weights; {} where nothing does.
-
-    Of `run_export.py` that is the metadata of a safetensors file, of others the labels in Hugging Face's config.json.
-    """
-    metadata = weights_file.read_metadata(path)
+def _spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], flags: Dict[str, Any]) -> Optional[ModelSpec]:
+    """The spec of weights that hold none: of an export's metadata, of Hugging Face's files beside, of `flags`."""
+    metadata, names = weights_file.read_metadata(path), hf_names.hf_labels(path)
+    try:
+        if model_spec.KEY in metadata:
+            return model_spec.spec_in({model_spec.KEY: json.loads(metadata[model_spec.KEY])}, path, outputs)
+    except (ValueError, TypeError, RecursionError):
+        raise UserError('--resume %s: its metadata is damaged' % escape_text(path)) from None
+    flags, known = dict(flags, **_flags_of_weights(state)), {}
     try:
         images = EvalTransform.from_timm(json.loads(metadata['preprocessing']))
-        args = dict(model=str(metadata['model']), input_size=images.input_size, crop_pct=images.crop_pct,
-                    imagenet_default_mean_and_std=images.is_imagenet_normalized)
-        return dict(args=args, classes=json.loads(metadata['classes']), activation=metadata['activation'])
+        flags.update(model=str(metadata['model']), input_size=images.input_size)
+        names = json.loads(metadata['classes'])
     except (LookupError, ValueError, TypeError, RecursionError):
-        names = hf_names.hf_labels(path)
-        return dict(classes=names) if names else {}
+        images = hf_names.hf_preprocessing(path)
+        if images is not None:
+            flags.setdefault('input_size', images.input_size)
+    if not flags.get('model'):
+        return None
+    if images is not None:
+        size = flags['input_size']
+        known['preprocessing'] = images.at_size(size) if size != images.input_size else images
+    sigmoid = metadata.get('activation') == 'sigmoid' or hf_names.hf_is_multi_label(path) or flags.get('loss') == 'bce'
+    return ModelSpec.from_flags(flags, names if names and len(names) == outputs else None, outputs,
+                                loss='bce' if sigmoid else 'ce', multi_label=sigmoid, **known)
 
 
 def _flags_of_weights(state):
     """The flags that the names of a state dict tell: which positions, layer scale and pooling the network has."""
-    return dict(rel_pos_bias=any(name.endswith('relative_position_bias_table') for name in state),
+    return dict(rel_pos_bias=any('relative_position_bias_table' in name for name in state),
                 abs_pos_emb='pos_embed' in state, use_mean_pooling='fc_norm.weight' in state,
                 layer_scale_init_value=0.1 if 'blocks.0.gamma_1' in state else 0.)  # its start
-
-
-def _classes(content, nb_classes):
-    """The names inside a checkpoint, or numbers."""
-    names = content.get('classes')
-    if isinstance(names, (list, tuple)) and len(names) == nb_classes and all(isinstance(name, str) for name in names):
-        return list(names)
-    return [str(number) for number in range(nb_classes)]

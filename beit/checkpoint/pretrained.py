@@ -4,19 +4,25 @@ import collections
 import math
 import os
 import re
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from beit import model_spec
 from beit.checkpoint import hf_names
 from beit.errors import UserError, escape_text
 from beit.files.download import resolve_url
 from beit.files.weights_file import load_weights_file
 from beit.log import log_main
 
+DEFAULT_KEYS = 'model|module'
+OTHER_KEYS, AVERAGED_KEYS = ('state_dict', 'model_state_dict'), ('model_ema', 'state_dict_ema')
+_WRAPPERS = re.compile(r'(?:(?:module|model|_orig_mod)\.)*')  # put in front of all names
 
-def refuse_exports(flag, source):
+
+def refuse_exports(flag: str, source: str) -> None:
     """Raise a `UserError` for a file of run_export.py that other programs run, by its ending."""
     exported = next((ending for ending in ('.onnx', '.pt2', '.torchscript.pt') if source.endswith(ending)), '')
     if exported:
@@ -24,7 +30,7 @@ def refuse_exports(flag, source):
                         'made of, a .safetensors file or a Hugging Face folder' % (flag, escape_text(source), exported))
 
 
-def check_finetune(source):
+def check_finetune(source: str) -> None:
     """Raise a `UserError` where --finetune names a file that isn't there. Cheap, so that it can come first."""
     refuse_exports('--finetune', source)
     if source and os.path.isdir(source):
@@ -34,16 +40,18 @@ def check_finetune(source):
                         'where to get them), or train from scratch with --finetune=' % source)
 
 
-def load_pretrained(model, source, model_key='model|module', model_prefix=''):
+def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAULT_KEYS, model_prefix: str = '',
+                    classes: Optional[Sequence[str]] = None) -> None:
     """Load pretrained weights into a model of any input size and class count.
 
     The head is dropped where its shape differs, a shared bias table is given to every block, bias tables and absolute
-    positions are resized to the model's grid (the reference's rules).
+    positions are resized to the model's grid (the reference's rules). Where the file names its classes, a row of the
+    head is kept for each class of the same name.
 
     Args:
         source (str): a file, an https URL or a Hugging Face folder; of the reference, timm or Hugging Face.
-        model_key (str): names divided by |; the first that the file holds is taken, else the file itself.
-        model_prefix (str): what the file's names have in front, such as 'encoder.'; names without it are left out.
+        model_key, model_prefix: see `find_state_dict`.
+        classes: the names of the model's classes.
 
     Raises:
         UserError: the file can't be read, or its weights are another model's; then it lists names and shapes.
@@ -51,11 +59,11 @@ def load_pretrained(model, source, model_key='model|module', model_prefix=''):
     check_finetune(source)
     path = hf_names.hf_weights_path(source, '--finetune') if os.path.isdir(source) \
         else resolve_url(source, '--finetune')
-    key, loaded = unwrap_state_dict(load_weights_file(path, '--finetune'), model_key)
-    state, library = hf_names.to_native(strip_prefixes(loaded, model_prefix))
-    if not state:
-        raise UserError('--finetune %s: holds no weights%s' % (
-            source, ' with the prefix %r (--model_prefix)' % model_prefix if model_prefix else ''))
+    content = load_weights_file(path, '--finetune')
+    key, loaded = find_state_dict(content, '--finetune', source, model_key, model_prefix)
+    state, library = hf_names.to_native(loaded)
+    if classes is not None:
+        keep_head_rows(state, model, known_class_names(content, path), classes)
     dropped = adapt_state_dict(state, model)
     target = model.state_dict()
     problems = mismatches(state, target, essential_only=True)
@@ -73,25 +81,84 @@ def load_pretrained(model, source, model_key='model|module', model_prefix=''):
             log_main('%s: %s' % (what, _shorten(names)))
 
 
-def unwrap_state_dict(loaded, model_key):
-    for key in model_key.split('|'):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            return key, loaded[key]
-    return '', loaded
+def find_state_dict(content: Any, flag: str, source: str, model_key: str = DEFAULT_KEYS, model_prefix: str = '',
+                    use_ema: bool = False) -> Tuple[str, Dict[str, torch.Tensor]]:
+    """(the key of the weights in a file, or ''; the weights by name, without what wrappers put in front).
+
+    Args:
+        flag, source: for messages.
+        model_key (str): names divided by |; the first that the file holds is taken, then those that other programs
+            use, then the file itself.
+        model_prefix (str): what the names have in front, such as 'encoder.'; names without it are left out. Without it
+            what DistributedDataParallel, Lightning and torch.compile put there is removed, in any order.
+        use_ema (bool): take the averaged weights.
+
+    Raises:
+        UserError: it holds no such weights; the message names what it does hold.
+    """
+    shown = '%s %s' % (flag, escape_text(source))
+    keys = AVERAGED_KEYS if use_ema else tuple(model_key.split('|')) + OTHER_KEYS + AVERAGED_KEYS
+    found = [(key, content[key]) for key in keys if isinstance(content, dict) and isinstance(content.get(key), dict)]
+    if use_ema and not any(_tensors(state) for _, state in found):
+        raise UserError('%s holds no averaged weights (it was trained without --model_ema)' % shown)
+    for key, state in found + [('', content)]:
+        tensors = _tensors(state)
+        if not tensors:
+            continue
+        common = os.path.commonprefix([_WRAPPERS.match(name).group() for name in tensors])
+        prefix = model_prefix or _WRAPPERS.match(common).group()
+        stripped = collections.OrderedDict((name[len(prefix):].replace('_orig_mod.', ''), value)
+                                           for name, value in tensors.items() if name.startswith(prefix))
+        if stripped:
+            return key, stripped
+        raise UserError('%s: no weight has the prefix %r (--model_prefix); their names are %s'
+                        % (shown, model_prefix, escape_text(_shorten(tensors))))
+    names = _shorten([str(name) for name in content]) if isinstance(content, dict) else type(content).__name__
+    raise UserError('%s: no weights were found under %s; it holds %s; name their key with --model_key'
+                    % (shown, ', '.join(keys), escape_text(names) or 'nothing'))
 
 
-def strip_prefixes(loaded, model_prefix=''):
-    """The tensors of a state dict, without `model_prefix` or DistributedDataParallel's 'module.'."""
-    if not isinstance(loaded, dict):
-        return {}
-    prefix = model_prefix
-    if not prefix and loaded and all(str(name).startswith('module.') for name in loaded):
-        prefix = 'module.'
-    return collections.OrderedDict((name[len(prefix):], value) for name, value in loaded.items()
-                                   if isinstance(name, str) and name.startswith(prefix) and torch.is_tensor(value))
+
+def _tensors(state):
+    return {name: value for name, value in state.items() if isinstance(name, str) and torch.is_tensor(value)} \
+        if isinstance(state, dict) else {}
 
 
-def adapt_state_dict(state, model):
+def known_class_names(content: Any, path: str) -> List[str]:
+    """The class names that a file holds, or that stand beside it; [] where nothing names them."""
+    spec = content.get(model_spec.KEY) if isinstance(content, dict) else None
+    names = content.get('classes') if isinstance(content, dict) else None
+    if isinstance(spec, dict) and spec.get('has_class_names') is False:
+        return []
+    names = names or hf_names.hf_labels(path)
+    return list(names) if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) else []
+
+
+def keep_head_rows(state: Dict[str, torch.Tensor], model: torch.nn.Module, theirs: Sequence[str],
+                   classes: Sequence[str]) -> None:
+    """Give the model's head the file's rows of the classes that both name; the other rows stay at their start.
+
+    Without names in the file nothing is changed: then the head's shape decides.
+    """
+    weights = [state.get('head.' + part) for part in ('weight', 'bias')]
+    classes = [escape_text(name) for name in classes]
+    if not theirs or list(theirs) == classes or any(
+            value is None or len(value) != len(theirs) for value in weights):
+        return
+    target = model.state_dict()
+    rows = [(place, theirs.index(name)) for place, name in enumerate(classes) if name in theirs]
+    for part, value in zip(('weight', 'bias'), weights):
+        head = target['head.' + part].clone()
+        if head.shape[1:] != value.shape[1:]:
+            return
+        for place, row in rows:
+            head[place] = value[row]
+        state['head.' + part] = head
+    log_main('Head: %s' % ('the rows of %d of %d classes come from the file, by name' % (len(rows), len(classes)) if rows
+                           else 'left at its start; the file is of other classes (%s)' % escape_text(_shorten(theirs, 4))))
+
+
+def adapt_state_dict(state: Dict[str, torch.Tensor], model: Any) -> List[str]:
     """Change a state dict in place so that it fits the model's classes, depth and grid; gives the names it dropped."""
     target = model.state_dict()
     dropped = []
@@ -126,7 +193,7 @@ def _resize_table(name, table, grid):
     return resize_rel_pos_bias(table, 2 * grid[0] - 1)
 
 
-def resize_rel_pos_bias(table, dst_size):
+def resize_rel_pos_bias(table: torch.Tensor, dst_size: int) -> torch.Tensor:
     """Resize a relative position bias table, by the reference's spline on a geometric series of positions.
 
     Args:
@@ -166,7 +233,7 @@ def _geometric_positions(src_size, dst_size):
     return np.concatenate((-steps[::-1], [0.], steps))
 
 
-def resize_pos_embed(pos_embed, grid):
+def resize_pos_embed(pos_embed: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     """Resize absolute positions (1, 1+S*S, D) to (1, 1+H*W, D): bicubic, the class token's kept."""
     extra, patches = pos_embed[:, :1], pos_embed[:, 1:]
     side = int(patches.shape[1] ** 0.5)
@@ -178,17 +245,21 @@ def resize_pos_embed(pos_embed, grid):
 
 
 # Weights that a model cannot do without; norms, gammas, position tables and the head may be left at their start.
-_ESSENTIAL = re.compile(r'patch_embed\.proj\.|blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc\d)\.|cls_token')
+_ESSENTIAL = re.compile(r'patch_embed\.proj\.|blocks\.\d+\.(attn\.(qkv\.|proj\.|[qv]_bias)|mlp\.fc\d\.)|cls_token')
 
 
-def mismatches(state, target, essential_only=False):
+def mismatches(state: Dict[str, torch.Tensor], target: Dict[str, torch.Tensor], essential_only: bool = False) -> str:
     """How a state dict differs from the model's, in words; '' where it fits."""
     problems = ['%s is %s in the file and %s in the model' % (name, _shape(state[name]), _shape(target[name]))
                 for name in target if name in state and state[name].shape != target[name].shape]
     problems += ['%s %s is missing in the file' % (name, _shape(target[name])) for name in target
                  if name not in state and not name.endswith('relative_position_index')
                  and (not essential_only or _ESSENTIAL.match(name))]
-    if not essential_only:
+    if essential_only:  # of another kind of network, such as a plain ViT's bias of the keys
+        problems += ['%s %s is not in the model' % (name, _shape(state[name])) for name in state
+                     if name not in target and re.match(r'blocks\.\d+\.(attn|mlp)\..*(weight|bias)$', name)
+                     and not name.endswith('k_bias')]
+    else:
         problems += ['%s %s is not in the model' % (name, _shape(state[name])) for name in state
                      if name not in target and not name.endswith('relative_position_index')]
     return _shorten(problems, 6, '; ')

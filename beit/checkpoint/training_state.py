@@ -4,22 +4,23 @@ Files of the reference, of timm and of this project load alike, on any device an
 always float32 on the CPU.
 """
 
-import argparse
 import collections
 import contextlib
 import os
 import time
-from typing import Any, Container, Dict, List, Optional, Sequence
+from typing import Any, Container, Dict, List, Optional
 
 import torch
 
+from beit import model_spec
 from beit.checkpoint import discovery
-from beit.checkpoint.pretrained import mismatches, strip_prefixes, unwrap_state_dict
+from beit.checkpoint.pretrained import DEFAULT_KEYS, find_state_dict, mismatches
 from beit.devices import kernels
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
 from beit.files import run_folder
 from beit.log import log_main
+from beit.model_spec import ModelSpec, saved_args
 
 run_folder.register_output(r'checkpoint-.*\.pth', proves_run=True)
 UNTOLD = ('nb_classes', 0)  # as the data has them
@@ -30,9 +31,11 @@ MODEL_FLAGS = ('model', 'input_size', 'nb_classes', 'rel_pos_bias', 'abs_pos_emb
 # ---- saving
 
 def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.nn.Module,
-                     optimizer: torch.optim.Optimizer, scaler: Any, ema: Any = None, classes: Sequence[str] = (),
-                     activation: str = 'softmax') -> Dict[str, Any]:
-    """The dict that a checkpoint holds: model, optimizer, epoch, scaler, args, classes, and with an average model_ema.
+                     optimizer: torch.optim.Optimizer, scaler: Any, ema: Any = None,
+                     spec: Optional[ModelSpec] = None) -> Dict[str, Any]:
+    """The dict that a checkpoint holds: model, optimizer, epoch, scaler, args, model_spec, with an average model_ema.
+
+    `classes` and `activation` in it say again what model_spec does, for other programs.
 
     There is no state of random numbers in it: those of a step follow from seed, step and process (`utils.seed_step`).
 
@@ -40,8 +43,6 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
         flags (dict): all of the run, by name.
         run_state (RunState): how far the run has come. `epoch` in the file is the last finished one, as in the
             reference's; where an epoch is under way, `progress` in the file says how much of it is done.
-        classes (sequence of str): the names of the model's outputs.
-        activation (str): what makes probabilities of them, softmax or sigmoid.
     """
     content = {
         'model': _to_cpu(scaler.fp32_state_dict(model)),
@@ -49,12 +50,13 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
         'epoch': run_state.epoch - 1,
         'scaler': scaler.state_dict(),
         'args': dict(flags),
-        'classes': [escape_text(name) for name in classes],  # text: another machine may refuse a name's raw bytes
-        'activation': activation,
         'accuracy': dict(run_state.best),
         'progress': {'steps': run_state.steps, 'meters': run_state.meters, 'run': dict(run_state.run),
                      'files': run_state.files, 'stale': run_state.stale},
     }
+    if spec is not None:
+        content[model_spec.KEY] = spec.to_dict()
+        content.update(classes=content[model_spec.KEY]['classes'], activation=spec.activation)
     if ema is not None:
         content['model_ema'] = _to_cpu(ema.ema.state_dict())
     return content
@@ -151,12 +153,10 @@ def _portable(optimizer):
 
 # ---- taking it up
 
-def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any, ema: Any = None) -> None:
+def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any, ema: Any = None,
+                 model_key: str = DEFAULT_KEYS, model_prefix: str = '') -> None:
     """Load a checkpoint's weights into the model and, where both have one, the average."""
-    if not isinstance(content, dict):
-        raise UserError('--resume %s: holds no weights' % escape_text(source))
-    _, state = unwrap_state_dict(content, 'model|module|state_dict')
-    state = strip_prefixes(state)
+    _, state = find_state_dict(content, '--resume', source, model_key, model_prefix)
     live = scaler.fp32_state_dict(model)
     problems = mismatches(state, live)
     if problems:
@@ -168,19 +168,12 @@ def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any,
     scaler.sync_model_weights()
     if ema is not None:
         # Without an average in the file, the average starts again from the weights just read.
-        average = content.get('model_ema')
-        average = strip_prefixes(average) if average else scaler.fp32_state_dict(model)
+        average = find_state_dict(content, '--resume', source, use_ema=True)[1] if content.get('model_ema') \
+            else scaler.fp32_state_dict(model)
         problems = mismatches(average, ema.ema.state_dict())
         if problems:
             raise UserError('--resume %s: its model_ema is not of this model: %s' % (escape_text(source), problems))
         ema.ema.load_state_dict({**ema.ema.state_dict(), **average})
-
-
-def saved_args(content: Any) -> Dict[str, Any]:
-    """The flags that a checkpoint was trained with, by name; {} where it says none."""
-    args = content.get('args')
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return args if isinstance(args, dict) else {}
 
 
 def check_same_split(source: str, content: Any, val_split: float, seed: int) -> None:
@@ -253,13 +246,13 @@ def shorten(error):
 
 
 def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: Any,
-                    ema: Any = None) -> RunState:
-    """Take up a run where a checkpoint left it.
+                    ema: Any = None, **keys: str) -> RunState:
+    """Take up a run where a checkpoint left it. `keys`: model_key and model_prefix, see `pretrained.find_state_dict`.
 
     Returns:
         RunState. A file with weights only gives that of a start: training starts from them.
     """
-    load_weights(source, content, model, scaler, ema)
+    load_weights(source, content, model, scaler, ema, **keys)
     if not isinstance(content.get('optimizer'), dict) or 'epoch' not in content:
         log_main('Resumed the weights of %s; it holds no optimizer state, so the schedule starts anew'
                  % escape_text(source))

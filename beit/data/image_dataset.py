@@ -40,6 +40,12 @@ class ImageDataset(torch.utils.data.Dataset):
         vars(subset).update(changes)
         return subset
 
+    def relabel(self, places: Sequence[int], classes: List[str]) -> 'ImageDataset':
+        """A copy whose class k is class `places[k]` of `classes`."""
+        changed = copy.copy(self)
+        changed.samples, changed.classes = Relabelled(self.samples, places, len(classes)), classes
+        return changed
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -121,6 +127,37 @@ class Subset(collections.abc.Sequence):
 
     def labels_of(self, index: int) -> np.ndarray:
         return self.samples.labels_of(int(self.indices[index]))
+
+    @property
+    def multi_label(self) -> bool:
+        return subsets.is_multi_label(self.samples)
+
+
+class Relabelled(collections.abc.Sequence):
+    """A data set's samples, in which class k is `places[k]` of `classes` others."""
+
+    def __init__(self, samples: Any, places: Sequence[int], classes: int) -> None:
+        self.samples, self.places, self.classes = samples, np.asarray(places, dtype=np.int64), classes
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        path, label = self.samples[index]
+        if not self.multi_label:
+            return path, int(self.places[label])
+        target = torch.zeros(self.classes)
+        target[self.places] = label
+        return path, target
+
+    @property
+    def targets(self) -> np.ndarray:
+        return self.places[np.asarray(self.samples.targets)]
+
+    def labels_of(self, index: int) -> np.ndarray:
+        return self.places[self.samples.labels_of(index)]
 
     @property
     def multi_label(self) -> bool:

@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import numpy as np
@@ -48,34 +49,49 @@ class EvalTransform:
     interpolation: str = 'bicubic'
     mean: Tuple[float, ...] = INPUT_MEAN  # of pixels between 0 and 1
     std: Tuple[float, ...] = INPUT_STD
+    crop_mode: str = 'center'  # as timm names it; squash resizes to the square itself, whatever the image's shape
 
     @classmethod
     def from_config(cls, config: TransformConfig) -> 'EvalTransform':
         """As the flags have it; without --crop_pct as the reference takes it for this input size."""
+        if config.evaluation is not None:
+            return config.evaluation
         mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if config.imagenet_default_mean_and_std else (
             INPUT_MEAN, INPUT_STD)
-        crop_pct = config.crop_pct or (224 / 256 if config.input_size < 384 else 1.0)
-        return cls(config.input_size, crop_pct if config.input_size > SMALL_INPUT else 1.0, mean=tuple(mean),
-                   std=tuple(std))
+        return cls(mean=tuple(mean), std=tuple(std)).at_size(config.input_size, config.crop_pct)
+
+    def at_size(self, input_size: int, crop_pct: Optional[float] = None) -> 'EvalTransform':
+        """A copy for another input size; without `crop_pct` it takes the reference's for that size."""
+        crop_pct = crop_pct or (224 / 256 if input_size < 384 else 1.0)
+        squashes = self.crop_mode == 'squash' or input_size <= SMALL_INPUT
+        return dataclasses.replace(self, input_size=input_size, crop_pct=1.0 if squashes else crop_pct)
 
     @classmethod
     def from_timm(cls, settings: Dict[str, Any]) -> 'EvalTransform':
         """From `to_timm`'s result. Raises ValueError, TypeError or LookupError for anything else."""
         _, height, width = settings['input_size']
-        if height != width or type(height) is not int or not 1 <= height <= MAX_INPUT_SIZE or \
-                not 0 < float(settings['crop_pct']) <= 1:
+        if height != width:
             raise ValueError('not the preprocessing of a square input')
-        return cls(height, float(settings['crop_pct']), settings['interpolation'],
-                   *(tuple(map(float, settings[name])) for name in ('mean', 'std')))
+        made = cls(height, float(settings['crop_pct']), settings['interpolation'],
+                   *(tuple(map(float, settings[name])) for name in ('mean', 'std')),
+                   crop_mode=settings.get('crop_mode', 'center'))
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Raise a ValueError where the values are none that this program computes with."""
+        if type(self.input_size) is not int or not 1 <= self.input_size <= MAX_INPUT_SIZE or not 0 < self.crop_pct <= 1:
+            raise ValueError('input size %.20r, crop share %.20r' % (self.input_size, self.crop_pct))
+        if self.interpolation not in INTERPOLATIONS[1:] or self.crop_mode not in ('center', 'squash'):
+            raise ValueError('interpolation %.20r, crop mode %.20r' % (self.interpolation, self.crop_mode))
+        if not len(self.mean) == len(self.std) == 3 or not all(map(math.isfinite, self.mean + self.std)) \
+                or min(self.std) <= 0:
+            raise ValueError('mean %.60r, std %.60r' % (self.mean, self.std))
 
     def to_timm(self) -> Dict[str, Any]:
-        """As timm names them: input_size (3, H, W), interpolation, mean, std and crop_pct."""
+        """As timm names them: input_size (3, H, W), interpolation, mean, std, crop_pct and crop_mode."""
         return {'input_size': (3, self.input_size, self.input_size), 'interpolation': self.interpolation,
-                'mean': self.mean, 'std': self.std, 'crop_pct': self.crop_pct}
-
-    @property
-    def is_imagenet_normalized(self) -> bool:
-        return self.mean == IMAGENET_DEFAULT_MEAN
+                'mean': self.mean, 'std': self.std, 'crop_pct': self.crop_pct, 'crop_mode': self.crop_mode}
 
     @property
     def resizes(self) -> bool:
@@ -92,13 +108,15 @@ class EvalTransform:
 
     def is_fast(self, data_backend: str) -> bool:
         """Whether `data_backend` gives other pixels; images that are not resized stay exact."""
-        return data_backend == 'fast' and self.resizes
+        return data_backend == 'fast' and self.resizes and self.crop_mode == 'center'
 
     def resize_and_crop(self, fast: bool = False) -> Callable:
         """Of a Pillow image; `fast` takes what `fast_decode.load_bytes` gives too. Gives a Pillow image."""
         if fast:
             return fast_decode.CentreCrop(self.shorter_side, self.input_size, self.interpolation)
         mode = getattr(InterpolationMode, self.interpolation.upper())
+        if self.crop_mode == 'squash':
+            return transforms.Resize((self.input_size, self.input_size), interpolation=mode)
         return transforms.Compose([transforms.Resize(self.shorter_side, interpolation=mode),
                                    transforms.CenterCrop(self.input_size)])
 

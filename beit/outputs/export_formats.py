@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import modeling_finetune
+from beit import model_spec
 from beit.checkpoint import hf_names
 from beit.checkpoint.inference_model import LoadedModel
 from beit.errors import UserError, one_line
@@ -71,6 +72,7 @@ def metadata(trained: LoadedModel) -> Dict[str, str]:
         'input': 'float32 (batch, 3, height, width): RGB from 0 to 1, less mean, divided by std',
         'output': 'logits (batch, %d), in the order of classes' % len(trained.classes),
         'activation': trained.activation,
+        model_spec.KEY: json.dumps(trained.spec.to_dict()),
     }
 
 
@@ -265,11 +267,12 @@ def huggingface_preprocessor(trained: LoadedModel) -> Dict[str, Any]:
     BEiT's own takes no shorter side before transformers 5, and would distort the image.
     """
     images = trained.preprocessing
+    square = {'height': images.input_size, 'width': images.input_size}
     return dict(
-        image_processor_type='CLIPImageProcessor', do_convert_rgb=True,
-        do_resize=True, size={'shortest_edge': images.shorter_side},
+        image_processor_type='CLIPImageProcessor', do_convert_rgb=True, do_resize=True,
+        size=square if images.crop_mode == 'squash' else {'shortest_edge': images.shorter_side},
         resample=int(getattr(Image, images.interpolation.upper())), do_center_crop=True,
-        crop_size={'height': images.input_size, 'width': images.input_size}, do_rescale=True, rescale_factor=1 / 255,
+        crop_size=square, do_rescale=True, rescale_factor=1 / 255,
         do_normalize=True, image_mean=list(images.mean), image_std=list(images.std))
 
 

@@ -1,0 +1,295 @@
+"""What a model is: its architecture, how its images are prepared, what its outputs mean, and where it came from.
+
+A training run builds one `ModelSpec` from its flags and data. Every checkpoint, average and export holds it, and
+evaluation, prediction, averaging and the exports take from it what they know of a model.
+"""
+
+import argparse
+import dataclasses
+import json
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, TypeVar
+
+import modeling_finetune
+from beit.config import ModelConfig, TransformConfig
+from beit.data.transforms import EvalTransform
+from beit.errors import UserError, escape_text, unknown_value_error
+from beit.files import regular_file
+
+KEY = 'model_spec'  # in a checkpoint, and in the metadata of an export
+VERSION = 1
+READING = {'exif': 'ignored', 'transparency': 'dropped'}  # what `decode.load_image` does with them
+LARGEST_NAMES_FILE = 1 << 26  # bytes
+Kind = TypeVar('Kind')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What must be known of a network's weights to use them.
+
+    Attributes:
+        architecture: the registered name and every argument that shapes the network.
+        classes: the names of the outputs, in order; their numbers where `has_class_names` is false.
+        loss: 'ce', whose outputs are classes that exclude one another (softmax), or 'bce', each for itself (sigmoid).
+        multi_label: whether an image may be of several classes, or none.
+        origin: what the weights were made of, for people: the program's version, --finetune, averaged files.
+    """
+    architecture: ModelConfig
+    preprocessing: EvalTransform
+    classes: Tuple[str, ...]
+    has_class_names: bool = True
+    loss: str = 'ce'
+    multi_label: bool = False
+    origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def activation(self) -> str:
+        """What makes probabilities of the outputs."""
+        return 'sigmoid' if self.loss == 'bce' else 'softmax'
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Numbers, strings, lists and dicts only, as checkpoints and JSON hold them. Names are printable text."""
+        preprocessing = dict(dataclasses.asdict(self.preprocessing), **READING)
+        preprocessing.update(mean=list(self.preprocessing.mean), std=list(self.preprocessing.std))
+        return {'version': VERSION, 'architecture': dataclasses.asdict(self.architecture),
+                'preprocessing': preprocessing, 'classes': [escape_text(name) for name in self.classes],
+                'has_class_names': self.has_class_names, 'loss': self.loss, 'multi_label': self.multi_label,
+                'origin': dict(self.origin)}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> 'ModelSpec':
+        """From `to_dict`'s result. Raises ValueError, saying what is wrong, for anything else."""
+        content = _expect(content, dict, KEY)
+        if content.get('version') != VERSION:
+            raise ValueError('it is of version %.20r, and this program reads version %d' % (content.get('version'),
+                                                                                           VERSION))
+        content = {name: value for name, value in content.items() if name != 'version'}
+        preprocessing = dict(_expect(content.get('preprocessing'), dict, 'preprocessing'))
+        for name, value in READING.items():
+            if preprocessing.pop(name, value) != value:
+                raise ValueError('its images are read with %s other than %s' % (name, value))
+        content.update(architecture=_dataclass_from(ModelConfig, content.get('architecture')),
+                       preprocessing=_dataclass_from(EvalTransform, preprocessing),
+                       classes=tuple(_names(content.get('classes'))))
+        spec = _dataclass_from(cls, content)
+        if spec.loss not in ('ce', 'bce') or not all(isinstance(each, str) for each in spec.origin.values()):
+            raise ValueError('its loss or origin is not what a program writes')
+        spec.preprocessing.check()
+        return spec
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any], classes: Optional[Sequence[str]], outputs: int,
+                   **known: Any) -> 'ModelSpec':
+        """From the flags of a training run, as older checkpoints and the reference's hold them.
+
+        Args:
+            classes: the names; None takes numbers.
+            outputs: how many classes the network has.
+            known: fields that something else tells.
+
+        Raises:
+            ValueError: a flag's value is of another type.
+        """
+        transform = _dataclass_from(TransformConfig, _of_kind(TransformConfig, flags))
+        names = [str(number) for number in range(outputs)] if classes is None else list(classes)
+        loss = 'bce' if flags.get('loss') == 'bce' else 'ce'
+        return cls(**dict(dict(architecture=_dataclass_from(ModelConfig, _of_kind(ModelConfig, flags)),
+                               preprocessing=EvalTransform.from_config(transform), classes=tuple(names),
+                               has_class_names=classes is not None, loss=loss), **known))
+
+    def replace(self, **changes: Any) -> 'ModelSpec':
+        """A copy in which the flags `changes` (by name, without None) win; another input size takes its own crop."""
+        changes = {name: value for name, value in changes.items() if value is not None}
+        shape, images = self.architecture, self.preprocessing
+        shape = dataclasses.replace(shape, **_of_kind(ModelConfig, changes))
+        if shape.input_size != images.input_size:
+            images = images.at_size(shape.input_size)
+        if changes.get('crop_pct') and images.resizes:
+            images = dataclasses.replace(images, crop_pct=changes['crop_pct'])
+        if 'imagenet_default_mean_and_std' in changes:
+            other = EvalTransform.from_config(TransformConfig(
+                imagenet_default_mean_and_std=changes['imagenet_default_mean_and_std']))
+            images = dataclasses.replace(images, mean=other.mean, std=other.std)
+        return dataclasses.replace(self, architecture=shape, preprocessing=images)
+
+    def with_class_names(self, names: Sequence[str], where: str) -> 'ModelSpec':
+        """A copy with these names. Raises `UserError`, naming `where` they are from, for another number of them."""
+        if len(names) != len(self.classes):
+            raise UserError('%s: it names %d classes, and the model has %d outputs; give a name for each, in order'
+                            % (where, len(names), len(self.classes)))
+        return dataclasses.replace(self, classes=tuple(names), has_class_names=True)
+
+    def differences(self, other: 'ModelSpec') -> List[str]:
+        """What differs from another model's in a way that makes weights or figures not comparable, in words."""
+        rows = [('--' + field.name, getattr(self.architecture, field.name), getattr(other.architecture, field.name))
+                for field in dataclasses.fields(ModelConfig) if field.name in SHAPING]
+        rows += [('preprocessing: ' + field.name, getattr(self.preprocessing, field.name),
+                  getattr(other.preprocessing, field.name)) for field in dataclasses.fields(EvalTransform)
+                 if field.name != 'input_size']
+        rows += [('loss', self.loss, other.loss)]
+        found = ['%s is %.60s (%.60s in the first)' % row for row in rows if row[1] != row[2]]
+        if self.has_class_names and other.has_class_names and self.classes != other.classes:
+            found.append('classes is %.60s (%.60s in the first)' % (list(self.classes), list(other.classes)))
+        return found
+
+
+SHAPING = ('model', 'input_size', 'use_mean_pooling', 'rel_pos_bias', 'abs_pos_emb')  # of ModelConfig
+
+
+def check_architecture(model: str, input_size: int) -> None:
+    """Raise a `UserError` for an unknown name, or an input of no whole number of patches."""
+    if model not in modeling_finetune.MODELS:
+        raise unknown_value_error('--model', model, modeling_finetune.MODELS)
+    patch = modeling_finetune.MODELS[model]['patch_size']
+    if input_size % patch:
+        below = input_size // patch * patch
+        raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s; use %s%d' % (
+            input_size, patch, model, '%d or ' % below if below else '', below + patch))
+
+
+# ---- classes, matched by name
+
+def match_classes(spec: ModelSpec, source: str, found: Sequence[str], trains: bool = False) -> Tuple[List[int], str]:
+    """(which output each class of the data is, what to tell people or '').
+
+    Args:
+        source: the checkpoint, for messages.
+        found: the classes of the data, in its order.
+        trains: all classes of the model must be there.
+
+    Raises:
+        UserError: the data has a class that the model does not know, or without names another number of them.
+    """
+    shown = '--resume %s' % escape_text(source)
+    found = [escape_text(name) for name in found]
+    if spec.has_class_names:
+        places = {name: place for place, name in enumerate(spec.classes)}
+        unknown = [name for name in found if name not in places]
+        if unknown:
+            raise UserError('%s: the data has classes that the checkpoint does not know: %s; it knows %s; rename the '
+                            'folders, or train on these classes with --finetune %s' % (
+                                shown, shorten_names(unknown), shorten_names(spec.classes), escape_text(source)))
+        missing = [name for name in spec.classes if name not in set(found)] if trains else []
+        if missing:
+            raise UserError('%s: the data lacks classes of the checkpoint: %s; add them, or train on these classes '
+                            'with --finetune %s' % (shown, shorten_names(missing), escape_text(source)))
+        return [places[name] for name in found], ''
+    if len(found) != len(spec.classes):
+        raise UserError('%s: it has %d outputs and does not name them, and the data has %d classes; name all of its '
+                        'classes, in order, with --class_names FILE' % (shown, len(spec.classes), len(found)))
+    order, numeric = list(range(len(found))), sorted(found) == sorted(map(str, range(len(found))))
+    return [int(name) for name in found] if numeric else order, \
+        '%s does not name its classes: its outputs are taken to be the data\'s classes %s, by position; ' \
+        '--class_names FILE makes sure' % (escape_text(source), 'in the order of their numbers' if numeric
+                                           else 'in sorted order')
+
+
+def read_class_names(path: str) -> List[str]:
+    """The names in a --class_names file, in order: one a line; or JSON, a list or an object with keys from "0".
+
+    Where JSON gives several words for a class, as ImageNet's index does, the first is its name.
+
+    Raises:
+        UserError: the file can't be read, or is not such a list.
+    """
+    shown = '--class_names %s' % escape_text(path)
+    try:
+        with regular_file.open_file(path) as file:
+            text = file.read(LARGEST_NAMES_FILE).decode('utf-8-sig')
+        if text.lstrip()[:1] in ('[', '{'):
+            content = json.loads(text)
+            if isinstance(content, dict):
+                content = [content[str(number)] for number in range(len(content))]
+            names = _names([each[0] if isinstance(each, list) else each for each in content])
+        else:
+            names = [line.strip() for line in text.splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError('%s: %s' % (shown, error.strerror or error)) from None
+    except (ValueError, LookupError, RecursionError):
+        raise UserError('%s: neither a name on each line nor JSON (a list, or an object with keys "0", "1", …)'
+                        % shown) from None
+    twice = sorted(name for name in set(names) if names.count(name) > 1) if len(set(names)) < len(names) else []
+    if twice or not names:
+        raise UserError('%s: %s' % (shown, 'it holds %s twice' % escape_text(twice[0]) if twice else 'it is empty'))
+    return [escape_text(name) for name in names]
+
+
+def shorten_names(names: Sequence[str], most: int = 6) -> str:
+    """The first names, printable, and how many more there are."""
+    shown = [escape_text(name) for name in names[:most]]
+    return ', '.join(shown) + (', … and %d more' % (len(names) - most) if len(names) > most else '')
+
+
+# ---- what a checkpoint holds
+
+def saved_args(content: Any) -> Dict[str, Any]:
+    """The flags that a checkpoint was trained with, by name; {} where it says none."""
+    args = content.get('args') if isinstance(content, dict) else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return args if isinstance(args, dict) else {}
+
+
+def spec_in(content: Any, source: str, outputs: int) -> Optional[ModelSpec]:
+    """The spec that a checkpoint holds, or that its flags amount to; None where it says nothing.
+
+    Args:
+        outputs: how many classes its head has.
+
+    Raises:
+        UserError: what it says is damaged, or does not fit its head.
+    """
+    flags = saved_args(content)
+    try:
+        if content.get(KEY) is not None:
+            spec = ModelSpec.from_dict(content[KEY])
+            if len(spec.classes) != outputs:
+                raise ValueError('it names %d classes, and the head has %d outputs' % (len(spec.classes), outputs))
+            return spec
+        if 'model' not in flags:
+            return None
+        names = content.get('classes')
+        names = names if isinstance(names, (list, tuple)) and len(names) == outputs \
+            and all(isinstance(name, str) for name in names) else None
+        sigmoid = content.get('activation') == 'sigmoid' or flags.get('loss') == 'bce'
+        return ModelSpec.from_flags(flags, names, outputs, loss='bce' if sigmoid else 'ce',
+                                    multi_label=sigmoid and 'mAP' in (content.get('accuracy') or ()))
+    except ValueError as error:
+        raise UserError('--resume %s: what it says of its model cannot be used (%s); give its weights to --finetune'
+                        % (escape_text(source), error)) from None
+
+
+# ---- reading what a stranger may have written
+
+def _of_kind(kind: Any, values: Mapping[str, Any]) -> Dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _expect(value: Any, kind: type, name: str) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError('%s is %.40r' % (name, value))
+    return value
+
+
+def _names(value: Any) -> List[str]:
+    return [_expect(name, str, 'a class name') for name in _expect(value, list, 'classes')]
+
+
+def _dataclass_from(kind: Any, values: Any) -> Any:
+    """A dataclass of these values, each of its default's type. Raises ValueError."""
+    values, fields = _expect(values, dict, 'a part'), {field.name: field for field in dataclasses.fields(kind)}
+    made = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError('%.40r is no part of it; a newer version wrote it' % (name,))
+        default = fields[name].default
+        if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+            value = tuple(float(_expect(each, (int, float), name)) for each in value)  # type: ignore[arg-type]
+        elif type(default) is float and type(value) is int:
+            value = float(value)
+        elif default is not None and default is not dataclasses.MISSING and type(value) is not type(default):
+            raise ValueError('%s is %.40r' % (name, value))
+        made[name] = value
+    try:
+        return kind(**made)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
