@@ -154,8 +154,8 @@ def keep_head_rows(state: Dict[str, torch.Tensor], model: torch.nn.Module, their
         for place, row in rows:
             head[place] = value[row]
         state['head.' + part] = head
-    log_main('Head: %s' % ('the rows of %d of %d classes come from the file, by name' % (len(rows), len(classes)) if rows
-                           else 'left at its start; the file is of other classes (%s)' % escape_text(_shorten(theirs, 4))))
+    log_main('Head: the rows of %d of %d classes come from the file, by name' % (len(rows), len(classes)) if rows else
+             'Head: left at its start; the file is of other classes (%s)' % escape_text(_shorten(theirs, 4)))
 
 
 def adapt_state_dict(state: Dict[str, torch.Tensor], model: Any) -> List[str]:
