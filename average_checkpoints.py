@@ -18,7 +18,7 @@ import torch
 
 import flags
 from beit import errors
-from beit.checkpoint import discovery, training_state
+from beit.checkpoint import comparison, discovery, training_state
 from beit.checkpoint.pretrained import mismatches, strip_prefixes, unwrap_state_dict
 from beit.cli import OneLineParser, run_interruptible
 from beit.errors import UserError, escape_text
@@ -109,9 +109,11 @@ def average(paths, use_ema=False):
         if total is None:
             total = collections.OrderedDict((name, value.double() if value.is_floating_point() else value)
                                             for name, value in state.items())
-            first = dict(args=training_state.saved_args(content), classes=content.get('classes'), about=about)
+            first = dict(args=training_state.saved_args(content), classes=content.get('classes'), about=about,
+                         data=comparison.saved_data(content))
             continue
         check_alike(path, state, about, paths[0], total, first['about'])
+        comparison.check_same_data(paths[0], first, path, content)
         for name, value in state.items():
             if value.is_floating_point():
                 total[name] += value.double()
@@ -122,6 +124,8 @@ def average(paths, use_ema=False):
                'averaged': [escape_text(os.path.basename(path)) for path in paths]}
     if isinstance(first['classes'], (list, tuple)):
         content['classes'] = list(first['classes'])
+    if first['data']:
+        content['data'] = first['data']
     if 'activation' in first['about']:
         content['activation'] = first['about']['activation']
     return content

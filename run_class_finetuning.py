@@ -29,11 +29,11 @@ import engine_for_finetuning as engine
 import optim_factory
 import utils
 from beit import errors, log
-from beit.checkpoint import discovery, pretrained, training_state
+from beit.checkpoint import comparison, discovery, pretrained, training_state
 from beit.checkpoint.inference_model import build_model
 from beit.cli import exit_process, exit_with_error, run_with_error_report
 from beit.config import MixupConfig, ModelConfig, OptimizerConfig, OutputConfig, TransformConfig
-from beit.data import subsets, transforms, unreadable
+from beit.data import fingerprint, subsets, transforms, unreadable
 from beit.data.image_dataset import ImageDataset, label_source
 from beit.data.unreadable import LIST, UnreadableFiles
 from beit.devices import accelerator, half_precision, kernels
@@ -58,7 +58,6 @@ from beit.training.step_control import CheckpointMonitor
 from flags import build_parser, check_args, config_from, without_effect
 
 PROGRAM = 'run_class_finetuning.py'
-RNG_VERSION = 2  # another number whenever the same seed gives a run other random numbers than before
 
 
 @dataclasses.dataclass
@@ -154,7 +153,10 @@ def check_data(args):
 
 def prepare_data(args, output, device):
     """The data sets, their loaders and the weights of their classes."""
-    train_set, val_set, classes = datasets.build_datasets(args, device, known_classes(args, output, device))
+    train_set, val_set, classes = datasets.build_datasets(args, device, known_classes(args, output, device),
+                                                          known_split(args, output, device))
+    if process_group.is_main_process():
+        fingerprint.report_shared_files(train_set, val_set)
     if val_set is not None:
         datasets.check_fits(val_set)
         check_metrics(val_set, args.results_file, args.real_labels, args.data_set)
@@ -171,6 +173,12 @@ def known_classes(args, output, device):
     content = discovery.load_agreed(args.resume, output, device, for_evaluation=True)[1]
     names = content.get('classes') if isinstance(content, dict) else None
     return names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None
+
+
+def known_split(args, output, device):
+    """The validation images that --val_split chose in the run of the checkpoint to go on from, or None."""
+    source, content = discovery.load_agreed(args.resume, output, device, args.eval) if args.val_split else ('', None)
+    return comparison.held_out_before(source, content, args.val_split, args.seed)
 
 
 def choose_class_weights(args, train_set, classes):
@@ -285,26 +293,23 @@ def count_parameters(model):
 def resume(args, output, data, learner):
     """(checkpoint that was resumed or '', training_state.RunState), alike on every process."""
     total_batch = args.batch_size * args.update_freq * process_group.world_size()
-    run = dict(processes=process_group.world_size(), images=len(data.train_set), device=learner.device.type,
-               random_numbers=RNG_VERSION, total_batch=total_batch)
-    if data.class_weights is not None:
-        run['class_weights'] = losses.fingerprint(data.class_weights)
+    run = comparison.Run(vars(args), learner.device,
+                         fingerprint.of_data(data.train_set, data.val_set, data.classes, learner.device),
+                         None if data.class_weights is None else losses.fingerprint(data.class_weights))
     source, content = discovery.load_agreed(args.resume, output, learner.device)
-    if content is None:
-        return source, training_state.RunState(args.start_epoch, run=run)
-    training_state.check_same_split(source, content, args.val_split, args.seed)
-    run_state = training_state.resume_training(source, content, learner.model, learner.optimizer, learner.scaler,
-                                               learner.ema)
-    changes = training_state.resume_differences(content, vars(args), run, without_effect())
+    run_state = training_state.RunState(args.start_epoch)
+    if content is not None:
+        comparison.check_unseen(source, content, data.val_set, args.val_split)
+        run_state = training_state.resume_training(source, content, learner.model, learner.optimizer, learner.scaler,
+                                                   learner.ema)
     if run_state.steps and run_state.run.get('total_batch') != total_batch:
         raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; make '
                         '--batch_size x --update_freq x processes the same, or resume the checkpoint of a whole epoch'
                         % (source, run_state.run.get('total_batch'), total_batch))
-    same_order = not any(change.startswith(('--seed ', 'images: ', 'total_batch: ')) for change in changes)
-    log.log_main('Goes on exactly as if it had not been stopped' if not changes else
-                 'Goes on in %s order of the data, %s not with the same numbers as without a stop: %s' % (
-                        'the same' if same_order else 'another', 'but' if same_order else 'and', '; '.join(changes)))
-    run_state.run = run
+    if content is not None:
+        log.log_main(comparison.resume_message(comparison.resume_differences(content, run, without_effect())))
+    run_state.run = comparison.facts_of(run)
+    run_state.data = comparison.data_to_save(run.data, getattr(data.train_set, 'held_out', None))
     return source, run_state
 
 
@@ -376,7 +381,7 @@ def evaluate_only(args, output, data, learner, report):
     if args.resume:
         source, content = discovery.load_agreed(args.resume, output, device, for_evaluation=True)
         log.log_main('Evaluating %s' % escape_text(source))
-        training_state.check_same_split(source, content, args.val_split, args.seed)
+        comparison.check_evaluation(source, content, data.val_set, data.classes, args.val_split, device)
         training_state.load_weights(source, content, learner.model, learner.scaler, learner.ema)
         epoch = discovery.last_epoch(content)
         if learner.ema is not None and not content.get('model_ema'):

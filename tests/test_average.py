@@ -44,7 +44,7 @@ def test_the_average_is_numpys(trained, tmp_path, capsys, data, key, flags):
     assert '3 checkpoints' in capsys.readouterr().out
     states = [weights_file.load_weights_file(name)[key] for name in names]
     result = weights_file.load_weights_file(output)
-    assert sorted(result) == ['activation', 'args', 'averaged', 'classes', 'model']
+    assert sorted(result) == ['activation', 'args', 'averaged', 'classes', 'data', 'model']
     assert result['classes'] == ['cat', 'dog'] and result['activation'] == 'softmax'
     for name, value in result['model'].items():
         assert value.dtype == states[0][name].dtype
