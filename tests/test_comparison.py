@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -388,6 +389,11 @@ def test_what_computes_is_named(differences, monkeypatch, where, value, expected
 
 def test_every_fact_is_compared(differences):
     """Whatever `FACTS` lists: a checkpoint with another value is not resumed "exactly"."""
+    assert [fact.name for fact in comparison.FACTS] == [
+        'batch_size', 'update_freq', 'processes', 'total_batch', 'device', 'device_name', 'random_numbers',
+        'class_weights', 'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'train.images', 'train.names', 'train.labels',
+        'train.sizes', 'train.sample', 'train.order', 'val.images', 'val.names', 'val.labels', 'val.sizes',
+        'val.sample']
     run = comparison.Run({'batch_size': 8, 'update_freq': 1}, CPU, {
         part: dict.fromkeys(('images', 'names', 'order', 'labels', 'sizes', 'sample'), 1) for part in ('train', 'val')})
     for fact in comparison.FACTS:
@@ -409,6 +415,20 @@ def test_a_checkpoint_of_an_earlier_version_is_not_called_exact():
     assert texts(found) == 'the checkpoint does not say on which images it was trained'
     assert 'in perhaps another order of the data' in comparison.resume_message(found)
     assert 'does not say with which flags' in texts(comparison.resume_differences({'model': {}}, run, ()))
+
+
+def test_the_tests_that_the_page_names_exist():
+    with open(os.path.join(ROOT, 'docs', 'reliability.md'), encoding='utf-8') as file:
+        page = file.read()
+    for fact in comparison.FACTS[:-5]:  # the page has one row for the validation images
+        assert (fact.says or fact.title).replace('PIL', 'Pillow').replace('numpy', 'NumPy').split(' of ')[-1] in page
+    defined = set()
+    for name in os.listdir(os.path.join(ROOT, 'tests')):
+        if name.endswith('.py'):
+            with open(os.path.join(ROOT, 'tests', name), encoding='utf-8') as file:
+                defined |= set(re.findall(r'(?m)^def (test_\w+)', file.read()))
+    named = set(re.findall(r'`(test_\w+)`', page))
+    assert len(named) > 15 and named <= defined, named - defined
 
 
 # ---- whole runs
@@ -442,7 +462,7 @@ def test_a_file_more_moves_none_into_the_validation_of_a_resumed_run(split_run, 
     assert np.array_equal(comparison.held_out_keys(content), before)
     assert run_class_finetuning.run(flags + ['--eval', '--resume', last]) == 0
     out = capsys.readouterr().out
-    assert 'on the 7 test images: %.3f%%' % lines_of(output)[-1]['test_acc1'] in out and 'Not ' not in out
+    assert 'on the 7 test images: %.3f%%' % lines_of(output)[-1]['test_acc1'] in out and 'Not what' not in out and 'Trained on' not in out
     # Without --val_split every image would be evaluated, most of them trained on.
     everything = [flag for flag in flags if 'val_split' not in flag] + ['--eval', '--resume', last]
     refused(everything + ['--eval_data_path', data], 'trained with --val_split 0.25', '--val_split 0.25 --seed 3')
@@ -490,11 +510,12 @@ def test_an_evaluation_on_the_training_images_says_so(folder, tmp_path, capsys, 
     assert run_class_finetuning.run(flags + ['--epochs=1', '--output_dir', output]) == 0
     assert 'too good' not in capsys.readouterr().out
     assert run_class_finetuning.run(flags + ['--eval', '--resume', output]) == 0
-    assert 'Not ' not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'Not ' not in out and 'Trained on' not in out
     assert run_class_finetuning.run(flags + ['--eval', '--resume', output, '--eval_data_path',
                                              os.path.join(folder, 'train')]) == 0
     out = capsys.readouterr().out
-    assert 'Not unseen: 24 of 24 training images' in out
+    assert 'Trained on: 24 of 24 training images' in out and 'too good for new images' in out
     assert 'Not what the training evaluated: validation images: 24 (was 12)' in out
     # A split of them now would evaluate some that it was trained on.
     shutil.rmtree(os.path.join(folder, 'val'))

@@ -240,7 +240,7 @@ def check_unseen(source: str, content: Any, val_set: Any, val_split: float) -> N
     known = fingerprint.count_known(val_set, sample) if val_set is not None and sample else 0
     if not known:
         return
-    share = '%d of %d training images that %s names' % (known, len(sample), escape_text(source))
+    share = '%d of %d training images of %s (a sample)' % (known, len(sample), escape_text(source))
     theirs = _split_flags(content)
     if theirs is not None and not val_split:
         raise UserError('--resume %s: it was trained with --val_split %s, and the images to evaluate are not those '
@@ -250,7 +250,7 @@ def check_unseen(source: str, content: Any, val_set: Any, val_split: float) -> N
         raise UserError('--val_split %g: %s are among the images that would be evaluated; leave it out and name images '
                         'to evaluate (--eval_data_path or --val_csv), or start anew with --finetune'
                         % (val_split, share))
-    log_main('Not unseen: %s are among the %d to evaluate; the figures are too good for new images'
+    log_main('Trained on: %s are among the %d to evaluate; the figures are too good for new images'
              % (share, len(val_set)))
 
 

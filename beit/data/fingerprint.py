@@ -166,14 +166,14 @@ def count_shared_files(train: Any, val: Any) -> int:
     """
     if not (hasattr(train, 'samples') and hasattr(val, 'samples')):
         return 0
-    folders: Dict[bytes, Tuple[bytes, bool]] = {}
-    parts = [{folder for folder, _ in _paths(part.samples, folders)} for part in (train, val)]
-    real = [{folders[folder][0] for folder in part} for part in parts]
-    linked = any(folders[folder][1] for part in parts for folder in part)
-    if not linked and not real[0] & real[1]:
+    folders = [_folders(part.samples) for part in (train, val)]
+    real = [{path for path, _ in part.values()} for part in folders]
+    linked = any(has_links for part in folders for _, has_links in part.values())
+    if not linked and (not real[0] & real[1] or _is_one_list(train.samples, val.samples, *folders)):
         return 0
-    evaluated = collections.Counter(_real_paths(val.samples, folders, None if linked else real[0]))
-    trained = {path for path in _real_paths(train.samples, folders, None if linked else real[1]) if path in evaluated}
+    evaluated = collections.Counter(_real_paths(val.samples, folders[1], None if linked else real[0]))
+    trained = {path for path in _real_paths(train.samples, folders[0], None if linked else real[1])
+               if path in evaluated}
     return sum(evaluated[path] for path in trained)
 
 
@@ -185,25 +185,36 @@ def report_shared_files(train: Any, val: Any) -> None:
                  'for new images' % (shared, len(val)))
 
 
-def _paths(samples, folders):
-    """(folder as it was given, name in it) of every image, bytes.
-
-    Args:
-        folders (dict): is given the real path of each folder, and whether its first image is a link.
-    """
-    root = os.fsencode(samples.root)
+def _names(samples):
+    """(folder, name in it) of every image, bytes; the folder is as it was given, relative or not."""
     for start in range(0, len(samples), subsets.NAMES_AT_ONCE):
         for path in samples.relative_names(start, min(start + subsets.NAMES_AT_ONCE, len(samples))):
-            folder, _, name = os.path.join(root, path).rpartition(b'/')
-            if folder not in folders:
-                folders[folder] = os.path.realpath(folder), os.path.islink(os.path.join(folder, name))
+            folder, _, name = path.rpartition(b'/')
             yield folder, name
 
 
+def _folders(samples):
+    """{folder: (its real path, whether its first image is a link)} of all images."""
+    root, found = os.fsencode(samples.root), {}
+    for folder, name in _names(samples):
+        if folder not in found:
+            path = os.path.join(root, folder)
+            found[folder] = os.path.realpath(path), os.path.islink(os.path.join(path, name))
+    return found
+
+
+def _is_one_list(train, val, *folders):
+    """Whether both are parts of one list in which no folder stands twice: then no file does."""
+    if getattr(train, 'samples', train) is not getattr(val, 'samples', val):
+        return False
+    real = {folder: path for part in folders for folder, (path, _) in part.items()}
+    return len(set(real.values())) == len(real)
+
+
 def _real_paths(samples, folders, wanted):
-    """The real path of every image whose folder's real path is `wanted` (None: of all)."""
-    for folder, name in _paths(samples, folders):
+    """The real path of every image whose folder's real path is in `wanted` (None: of all)."""
+    for folder, name in _names(samples):
         real, linked = folders[folder]
         if wanted is None or real in wanted:
-            path = os.path.join(real, name)
+            path = real + b'/' + name
             yield os.path.realpath(path) if linked else path

@@ -45,14 +45,16 @@ def portable_names(samples: Any, start: int, stop: int) -> List[bytes]:
     if not hasattr(samples, 'relative_names'):
         numbers = getattr(samples, 'indices', range(len(samples)))
         return [b'%d' % index for index in numbers[start:stop]]
-    return [_portable(name, samples.root) for name in samples.relative_names(start, stop)]
+    root = os.path.abspath(os.fsencode(samples.root))
+    return [_portable(name, root) for name in samples.relative_names(start, stop)]
 
 
 def _portable(name, root):
     if name[:1] == b'/' or b'./' in name or b'//' in name:  # only CSV files have such names
-        path = os.path.normpath(os.path.join(os.path.abspath(root), os.fsdecode(name)))
-        relative = os.path.relpath(path, os.path.abspath(root))
-        name = os.fsencode(path if relative.startswith(os.pardir + os.sep) and name[:1] == b'/' else relative)
+        path = os.path.normpath(os.path.join(root, name))
+        inside = path.startswith(os.path.join(root, b''))
+        name = path[len(os.path.join(root, b'')):] if inside else path if name[:1] == b'/' else os.path.relpath(
+            path, root)
     if os.sep != '/':
         name = name.replace(os.fsencode(os.sep), b'/')
     return name if name.isascii() else portable_text(name.decode('utf-8', 'surrogateescape'))
@@ -64,7 +66,7 @@ def portable_text(text: str) -> bytes:
 
 
 def name_keys(samples: Any) -> np.ndarray:
-    """uint64 (images,): a hash of each image's portable name, 8 bytes of BLAKE2b. It takes 2 s for 1.3 M images."""
+    """uint64 (images,): a hash of each image's portable name, 8 bytes of BLAKE2b. It takes 1.3 s for 1.3 M images."""
     keys = np.empty(len(samples), dtype=np.uint64)
     for start in range(0, len(samples), NAMES_AT_ONCE):
         names = portable_names(samples, start, min(start + NAMES_AT_ONCE, len(samples)))
