@@ -19,7 +19,7 @@ import torch
 
 import flags
 from beit import errors, model_spec
-from beit.checkpoint import discovery
+from beit.checkpoint import comparison, discovery
 from beit.checkpoint.pretrained import find_state_dict, mismatches
 from beit.cli import OneLineParser, run_interruptible
 from beit.errors import UserError, escape_text
@@ -108,9 +108,10 @@ def average(paths, use_ema=False):
         if total is None:
             total = collections.OrderedDict((name, value.double() if value.is_floating_point() else value)
                                             for name, value in state.items())
-            first = dict(content=content, spec=spec)
+            first = dict(args=model_spec.saved_args(content), data=comparison.saved_data(content), spec=spec)
             continue
         check_alike(path, state, spec, paths[0], total, first['spec'])
+        comparison.check_same_data(paths[0], first, path, content)
         for name, value in state.items():
             if value.is_floating_point():
                 total[name] += value.double()
@@ -118,7 +119,9 @@ def average(paths, use_ema=False):
         if value.is_floating_point():
             total[name] = (value / len(paths)).float()
     names = [escape_text(os.path.basename(path)) for path in paths]
-    content = {'model': total, 'args': model_spec.saved_args(first['content']), 'averaged': names}
+    content = {'model': total, 'args': first['args'], 'averaged': names}
+    if first['data']:
+        content['data'] = first['data']
     if first['spec'] is not None:
         spec = dataclasses.replace(first['spec'], origin=dict(first['spec'].origin, averaged=', '.join(names)))
         content.update({model_spec.KEY: spec.to_dict()}, classes=list(spec.classes), activation=spec.activation)

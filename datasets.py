@@ -65,13 +65,15 @@ def read_manifest(is_train: bool, config: DataConfig, device: Optional[torch.dev
 
 
 def build_datasets(config: InputConfig, device: Optional[torch.device] = None, classes: Optional[List[str]] = None,
-                   multi_label: Optional[bool] = None) -> Tuple[Any, Any, List[str]]:
+                   multi_label: Optional[bool] = None, held_out: Optional[np.ndarray] = None
+                   ) -> Tuple[Any, Any, List[str]]:
     """(training set or None, validation set or None, class names), checked against one another and --nb_classes.
 
     Args:
         device (torch.device): of this process, where all of a job call this; then the first one looks for the files.
         classes, multi_label: without a training set, the classes that --val_csv may name, and whether an image may be
             of several; None finds out.
+        held_out (uint64 array): the images for --val_split to take, by their `subsets.name_keys`; None: to choose them.
     """
     train = train_classes = val = val_classes = None
     if not config.eval:
@@ -81,7 +83,7 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
         listed, classes = read_manifest(True, config, device, must_exist=False)
         multi_label = listed.multi_label
     if config.val_split:
-        train, val, val_classes = split_validation(train, config, device)
+        train, val, val_classes = split_validation(train, config, device, held_out)
     elif locations.needs_validation(config):
         val, val_classes = build_dataset(False, config, device, train_classes or classes, multi_label)
     if train is not None and val is not None and subsets.is_multi_label(label_source(val)) != multi_label:
@@ -111,7 +113,8 @@ def check_fits(val_set: Any) -> None:
             val_set.load(val_set.samples[0][0])
 
 
-def split_validation(train: Optional[ImageFolder], config: InputConfig, device: Optional[torch.device] = None
+def split_validation(train: Optional[ImageFolder], config: InputConfig, device: Optional[torch.device] = None,
+                     held_out: Optional[np.ndarray] = None
                      ) -> Tuple[Optional[ImageDataset], Optional[ImageDataset], List[str]]:
     """(the training set without what --val_split takes, or None; that part or None, classes). The files are found once.
 
@@ -119,9 +122,14 @@ def split_validation(train: Optional[ImageFolder], config: InputConfig, device: 
         train (ImageFolder): all images; None where only the validation part is wanted.
     """
     whole = train if train is not None else build_dataset(False, config, device)[0]
-    train_indices, val_indices = subsets.split(whole.samples, config.val_split, config.seed)
+    keys = subsets.name_keys(whole.samples)
+    if held_out is None:
+        train_indices, val_indices = subsets.split(whole.samples, config.val_split, config.seed, keys)
+        held_out = keys[val_indices]
+    else:
+        train_indices, val_indices = subsets.split_as_recorded(keys, held_out, config.val_split)
     val = whole.subset(val_indices, **_reading(False, config)) if locations.needs_validation(config) else None
-    return None if train is None else train.subset(train_indices), val, whole.classes
+    return None if train is None else train.subset(train_indices, held_out=held_out), val, whole.classes
 
 
 def limit_samples(train: Any, config: DataConfig) -> Any:

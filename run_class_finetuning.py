@@ -29,10 +29,10 @@ import engine_for_finetuning as engine
 import optim_factory
 import utils
 from beit import errors, log, model_spec
-from beit.checkpoint import discovery, hf_names, inference_model, pretrained, training_state
+from beit.checkpoint import comparison, discovery, hf_names, inference_model, pretrained, training_state
 from beit.cli import exit_process, exit_with_error, run_with_error_report
 from beit.config import InputConfig, MixupConfig, ModelConfig, OptimizerConfig, OutputConfig, TransformConfig
-from beit.data import locations, subsets, transforms, unreadable
+from beit.data import fingerprint, locations, subsets, transforms, unreadable
 from beit.data.image_dataset import ImageDataset, label_source
 from beit.data.transforms import EvalTransform
 from beit.data.unreadable import LIST, UnreadableFiles
@@ -60,7 +60,6 @@ from beit.training.step_control import CheckpointMonitor
 from flags import build_parser, check_args, config_from, evaluates_checkpoint, follow_checkpoint, without_effect
 
 PROGRAM = 'run_class_finetuning.py'
-RNG_VERSION = 2  # another number whenever the same seed gives a run other random numbers than before
 
 
 @dataclasses.dataclass
@@ -205,8 +204,13 @@ def prepare_data(args, device, checkpoint):
     known = checkpoint.spec if checkpoint and args.eval else None
     inputs = config_from(args, InputConfig, evaluation=known and known.preprocessing,
                          **(dict(nb_classes=0) if known else {}))
+    held_out = comparison.held_out_before(checkpoint.source, checkpoint.content, args.val_split, args.seed) \
+        if checkpoint else None
     train_set, val_set, classes = datasets.build_datasets(
-        inputs, device, list(known.classes) if known and known.has_class_names else None, known and known.multi_label)
+        inputs, device, list(known.classes) if known and known.has_class_names else None, known and known.multi_label,
+        held_out)
+    if process_group.is_main_process():
+        fingerprint.report_shared_files(train_set, val_set)
     spec = known or build_spec(args, inputs, train_set, classes)
     if checkpoint:
         train_set, val_set, spec = use_classes_of(args, checkpoint, spec, train_set, val_set, classes)
@@ -364,26 +368,24 @@ def count_parameters(model):
 def resume(args, data, learner, checkpoint):
     """The training_state.RunState that this run begins with."""
     total_batch = args.batch_size * args.update_freq * process_group.world_size()
-    run = dict(processes=process_group.world_size(), images=len(data.train_set), device=learner.device.type,
-               random_numbers=RNG_VERSION, total_batch=total_batch)
-    if data.class_weights is not None:
-        run['class_weights'] = losses.fingerprint(data.class_weights)
-    if checkpoint is None:
-        return training_state.RunState(args.start_epoch, run=run)
-    source, content = checkpoint.source, checkpoint.content
-    training_state.check_same_split(source, content, args.val_split, args.seed)
-    run_state = training_state.resume_training(source, content, learner.model, learner.optimizer, learner.scaler,
-                                               learner.ema, model_key=args.model_key, model_prefix=args.model_prefix)
-    changes = training_state.resume_differences(content, vars(args), run, without_effect())
+    run = comparison.Run(vars(args), learner.device,
+                         fingerprint.of_data(data.train_set, data.val_set, data.classes, learner.device),
+                         None if data.class_weights is None else losses.fingerprint(data.class_weights))
+    run_state = training_state.RunState(args.start_epoch)
+    if checkpoint is not None:
+        source, content = checkpoint.source, checkpoint.content
+        comparison.check_unseen(source, content, data.val_set, args.val_split)
+        run_state = training_state.resume_training(source, content, learner.model, learner.optimizer, learner.scaler,
+                                                   learner.ema, model_key=args.model_key,
+                                                   model_prefix=args.model_prefix)
     if run_state.steps and run_state.run.get('total_batch') != total_batch:
         raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; make '
                         '--batch_size x --update_freq x processes the same, or resume the checkpoint of a whole epoch'
                         % (source, run_state.run.get('total_batch'), total_batch))
-    same_order = not any(change.startswith(('--seed ', 'images: ', 'total_batch: ')) for change in changes)
-    log.log_main('Goes on exactly as if it had not been stopped' if not changes else
-                 'Goes on in %s order of the data, %s not with the same numbers as without a stop: %s' % (
-                        'the same' if same_order else 'another', 'but' if same_order else 'and', '; '.join(changes)))
-    run_state.run = run
+    if checkpoint is not None:
+        log.log_main(comparison.resume_message(comparison.resume_differences(content, run, without_effect())))
+    run_state.run = comparison.facts_of(run)
+    run_state.data = comparison.data_to_save(run.data, getattr(data.train_set, 'held_out', None))
     return run_state
 
 
@@ -455,7 +457,8 @@ def evaluate_only(args, output, data, learner, report, checkpoint):
     if checkpoint:
         source, epoch = checkpoint.source, discovery.last_epoch(checkpoint.content)
         log.log_main('Evaluating %s' % escape_text(source))
-        training_state.check_same_split(source, checkpoint.content, args.val_split, args.seed)
+        comparison.check_evaluation(source, checkpoint.content, data.val_set, data.classes, args.val_split,
+                                    learner.device)
     bad_images = UnreadableFiles(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
     stats, ema_stats = evaluate_all(args, data, learner, bad_images, throughput, predictions=report.predictions())

@@ -243,6 +243,9 @@ def spec_in(content: Any, source: str, outputs: int) -> Optional[ModelSpec]:
             spec = ModelSpec.from_dict(content[KEY])
             if len(spec.classes) != outputs:
                 raise ValueError('it names %d classes, and the head has %d outputs' % (len(spec.classes), outputs))
+            if content.get('classes', list(spec.classes)) != list(spec.classes) or \
+                    content.get('activation', spec.activation) != spec.activation:
+                raise ValueError('its classes or activation are not those of its %s' % KEY)
             return spec
         if 'model' not in flags:
             return None

@@ -44,7 +44,7 @@ def test_the_average_is_numpys(trained, tmp_path, capsys, data, key, flags):
     assert '3 checkpoints' in capsys.readouterr().out
     states = [weights_file.load_weights_file(name)[key] for name in names]
     result = weights_file.load_weights_file(output)
-    assert sorted(result) == ['activation', 'args', 'averaged', 'classes', 'model', 'model_spec']
+    assert sorted(result) == ['activation', 'args', 'averaged', 'classes', 'data', 'model', 'model_spec']
     assert result['classes'] == ['cat', 'dog'] and result['activation'] == 'softmax'
     for name, value in result['model'].items():
         assert value.dtype == states[0][name].dtype
@@ -92,8 +92,13 @@ def test_what_does_not_go_together_is_refused(trained, tmp_path, capsys):
         torch.save(dict(content, **changes), path)
         return path
 
-    refused(capsys, base + [other(classes=['dog', 'cat'])], 'classes is')
-    refused(capsys, base + [other(args=dict(content['args'], input_size=64))], '--input_size is 64 (32 in the first)')
+    refused(capsys, base + [other(classes=['dog', 'cat'])], 'classes')  # not those of its model_spec
+    spec = content['model_spec']
+    refused(capsys, base + [other(classes=['dog', 'cat'], model_spec=dict(spec, classes=['dog', 'cat']))], 'classes is')
+    images = dict(spec['preprocessing'], mean=[0.4, 0.5, 0.5])
+    refused(capsys, base + [other(model_spec=dict(spec, preprocessing=images))], 'preprocessing: mean')
+    earlier = dict(model_spec=None, args=dict(content['args'], input_size=64))  # a version that had no model_spec
+    refused(capsys, base + [other(**earlier)], '--input_size is 64 (32 in the first)')
     refused(capsys, base + [other(model=dict(content['model'], extra=torch.zeros(2)))], 'extra')
     refused(capsys, base + [other(model={name: value for name, value in content['model'].items()
                                          if name != 'head.bias'})], 'head.bias')

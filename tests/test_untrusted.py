@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 
 import flags
 import modeling_finetune
-from beit.checkpoint import discovery, pretrained, training_state
+from beit.checkpoint import comparison, discovery, pretrained, training_state
 from beit.distributed import process_group
 from beit.errors import UserError, one_line
 from beit.files import download, pickle_scanner, weights_file
@@ -812,9 +812,17 @@ def state_of(model):
     optimizer = adamw(model)
     optimizer.step()
     flags = dict(model='beit_nano_patch8_32', input_size=32, lr=1e-3, opt='adamw')
-    return training_state.build_checkpoint(flags, training_state.RunState(
-        epoch=4, best={'accuracy': 81.5}, run={'processes': 1, 'total_batch': 8, 'images': 16, 'device': 'cpu'}),
-        model, optimizer, loss_scaler.LossScaler())
+    run_state = training_state.RunState(epoch=4, best={'accuracy': 81.5},
+                                        run={'processes': 1, 'total_batch': 8, 'device': 'cpu'})
+    run_state.data = comparison.data_to_save(data_of_a_run(), np.arange(4, dtype=np.uint64))
+    return training_state.build_checkpoint(flags, run_state, model, optimizer, loss_scaler.LossScaler())
+
+
+def data_of_a_run():
+    """As `fingerprint.of_data` gives it."""
+    each = {'images': 16, 'names': 'a' * 32, 'order': 'b' * 32, 'labels': 'c' * 32, 'sizes': 'd' * 32,
+            'sample': [['e' * 16, 'f' * 16, 500, '0' * 16]]}
+    return {'train': dict(each), 'val': dict(each, images=4)}
 
 
 @pytest.fixture(scope='module')
@@ -983,19 +991,36 @@ def take_up(tmp_path, parse):
         optimizer = adamw(model)
         progress = training_state.resume_training(found, content, model, optimizer, loss_scaler.LossScaler())
         assert isinstance(progress.epoch, int) and isinstance(progress.steps, int)
-        training_state.resume_differences(content, vars(args), {
-            'processes': 1, 'total_batch': 8, 'images': 16, 'device': 'cpu'}, flags.without_effect())
+        run = comparison.Run(vars(args), torch.device('cpu'), data_of_a_run())
+        comparison.resume_message(comparison.resume_differences(content, run, flags.without_effect()))
+        comparison.held_out_before(found, content, 0.25, 0)
+        comparison.check_unseen(found, content, [], 0.)
+        comparison.check_same_data(found, content, found, content)
         progress.meters_of(0, 1)
         optimizer.step()
     return check
 
 
 @pytest.mark.parametrize('key', ['model', 'optimizer', 'epoch', 'scaler', 'args', 'accuracy', 'progress', 'model_ema',
-                                 'checksum', 'random_state'])
+                                 'checksum', 'random_state', 'data'])
 def test_wrong_types_are_one_line(good, take_up, key):
     for value in WRONG:
         take_up(dict(good, **{key: value}), tuning=key == 'model')
     take_up({other: value for other, value in good.items() if other != key})
+
+
+@pytest.mark.parametrize('key', ['train', 'val', 'held_out', 'images', 'names', 'sample', 'row', 'val_split', 'seed'])
+def test_wrong_types_in_the_fingerprints_are_one_line(good, take_up, key):
+    args = dict(good['args'], val_split=0.25, seed=0)
+    for value in WRONG:
+        data, train = good['data'], good['data']['train']
+        if key in data:
+            data = dict(data, **{key: value})
+        elif key == 'row':
+            data = dict(data, train=dict(train, sample=[value] + [[value] * 4]))
+        elif key in train:
+            data = dict(data, train=dict(train, **{key: value}))
+        take_up(dict(good, data=data, args=dict(args, **({key: value} if key in args else {}))), tuning=False)
 
 
 def test_wrong_types_in_place_of_everything(good, take_up):

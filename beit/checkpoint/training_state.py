@@ -8,7 +8,7 @@ import collections
 import contextlib
 import os
 import time
-from typing import Any, Container, Dict, List, Optional
+from typing import Any, Dict, Optional
 
 import torch
 
@@ -53,6 +53,7 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
         'accuracy': dict(run_state.best),
         'progress': {'steps': run_state.steps, 'meters': run_state.meters, 'run': dict(run_state.run),
                      'files': run_state.files, 'stale': run_state.stale},
+        'data': dict(run_state.data),
     }
     if spec is not None:
         content[model_spec.KEY] = spec.to_dict()
@@ -69,14 +70,15 @@ class RunState:
         epoch (int): the epoch under way, from 0; steps (int): its finished updates.
         meters (list): of each process, the state of that epoch's averages; [] at its start.
         best (dict): the best accuracies so far, in percent.
-        run (dict): what the order of the data hangs on: processes, total_batch, images, and the device.
+        run (dict): see `comparison.facts_of`.
+        data (dict): the fingerprints of the data, see `comparison.data_to_save`.
         stale (int): evaluations in a row that gave no new best.
         files (list of str): the checkpoints that are written after an epoch, in this order; [] in mid-epoch.
     """
 
     def __init__(self, epoch=0, steps=0, meters=(), best=None, run=None):
         self.epoch, self.steps, self.meters, self.files = epoch, steps, list(meters), []
-        self.best, self.run, self.stale = dict(best or {}), dict(run or {}), 0
+        self.best, self.run, self.stale, self.data = dict(best or {}), dict(run or {}), 0, {}
 
     def meters_of(self, rank: int, processes: int) -> Optional[Dict[str, Any]]:
         """The state of the averages for a process; with another number of processes the first takes all of them."""
@@ -176,16 +178,6 @@ def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any,
         ema.ema.load_state_dict({**ema.ema.state_dict(), **average})
 
 
-def check_same_split(source: str, content: Any, val_split: float, seed: int) -> None:
-    """Raise a `UserError` where --val_split takes images for evaluation that the checkpoint was trained on."""
-    theirs = saved_args(content) if isinstance(content, dict) else {}
-    if not val_split or not theirs.get('val_split'):
-        return
-    for name, value in (('val_split', val_split), ('seed', seed)):
-        if theirs.get(name) != value:
-            raise UserError('--%s %s: %s was trained with --%s %s, so it knows some of the images that would be '
-                            'evaluated; give its --seed and --val_split' % (
-                                name, value, escape_text(source), name, escape_text(str(theirs.get(name)))))
 
 
 def _trained_with(content, source):
@@ -281,22 +273,3 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
                                    '%d updates of epoch %d are done' % (run_state.steps, epoch + 1),
                                    ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
     return run_state
-
-
-def resume_differences(content: Dict[str, Any], flags: Dict[str, Any], run: Dict[str, Any],
-                       ignored: Container[str]) -> List[str]:
-    """What makes a resumed run compute other numbers than an unbroken one would, in words; [] where nothing does.
-
-    Args:
-        run: what else the numbers of this run depend on, compared with that of the checkpoint.
-        ignored: the flags on which no number depends.
-    """
-    theirs = saved_args(content)
-    progress = content.get('progress')
-    before = progress.get('run') if isinstance(progress, dict) else None
-    if not theirs or not isinstance(before, dict):
-        return ['the checkpoint does not say with which flags it was made']
-    found = ['--%s is %s (was %.60s)' % (name, value, theirs[name]) for name, value in sorted(flags.items())
-             if name in theirs and name not in ignored and repr(theirs[name]) != repr(value)]
-    return found + ['%s: %s (was %.60s)' % (name, run[name], before.get(name, 'of another version'))
-                    for name in sorted(run) if repr(before.get(name)) != repr(run[name])]

@@ -54,6 +54,14 @@ class ImageList(collections.abc.Sequence):
         """int64 (images,): the class index of each."""
         return np.repeat(self.labels, self.counts)
 
+    def relative_names(self, start: int, stop: int) -> List[bytes]:
+        """The paths, relative to root, of the images from start up to stop."""
+        begin, end = (int(self.ends[index - 1]) + 1 if index else 0 for index in (start, stop))
+        numbers = (np.searchsorted(self.starts, np.arange(start, stop), side='right') - 1).tolist()
+        folders = {number: os.fsencode(os.path.join(self.folders[number], '')) for number in set(numbers)}
+        names = self.names[begin:end].tobytes().split(b'\0')
+        return [folders[number] + name for number, name in zip(numbers, names)]
+
 
 class FolderScan(NamedTuple):
     """What `scan_classes` found, and all that this depends on: while that stays, another scan finds the same."""

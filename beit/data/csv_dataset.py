@@ -54,6 +54,11 @@ class Manifest(collections.abc.Sequence):
         target[torch.from_numpy(labels)] = 1.
         return os.path.join(self.root, name), target
 
+    def relative_names(self, start: int, stop: int) -> List[bytes]:
+        """The paths as the file gives them, relative to root or absolute, of the images from start up to stop."""
+        ends = self.ends[start:stop + 1].tolist()
+        return [self.names[begin:end] for begin, end in zip(ends, ends[1:])]
+
     def labels_of(self, index: int) -> np.ndarray:
         """int64 array: the class indices of an image."""
         return self.flat[self.label_ends[index]:self.label_ends[index + 1]]

@@ -32,6 +32,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def __init__(self, samples: Sequence, classes: List[str], transform: Optional[Callable] = None,
                  fits: Optional[Callable[[int, int], bool]] = None, read: Callable = load_image) -> None:
         self.samples, self.classes, self.transform, self.fits, self.read = samples, classes, transform, fits, read
+        self.held_out: Optional[np.ndarray] = None  # what --val_split took: `subsets.name_keys`
 
     def subset(self, indices: Any, **changes: Any) -> 'ImageDataset':
         """A copy with those samples only; `changes` replace its transform, fits or read."""
@@ -125,8 +126,20 @@ class Subset(collections.abc.Sequence):
     def targets(self) -> np.ndarray:
         return self.samples.targets[self.indices]
 
+    def relative_names(self, start: int, stop: int) -> List[bytes]:
+        indices = self.indices[start:stop]
+        if not len(indices):
+            return []
+        first = int(indices.min())
+        names = self.samples.relative_names(first, int(indices.max()) + 1)
+        return [names[index] for index in (indices - first).tolist()]
+
     def labels_of(self, index: int) -> np.ndarray:
         return self.samples.labels_of(int(self.indices[index]))
+
+    @property
+    def root(self) -> str:
+        return self.samples.root
 
     @property
     def multi_label(self) -> bool:

@@ -1,0 +1,307 @@
+"""What a checkpoint says of its run, compared with the run or the evaluation that goes on from it.
+
+`FACTS` lists everything besides the flags that the numbers of a training run depend on; docs/reliability.md has the
+table for people.
+"""
+
+import dataclasses
+import functools
+import importlib
+from typing import Any, Callable, Container, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+
+from beit.data import fingerprint
+from beit.devices import accelerator
+from beit.distributed import process_group
+from beit.errors import UserError, escape_text
+from beit.log import log_main
+from beit.model_spec import saved_args
+
+RNG_VERSION = 2  # another number whenever the same seed gives a run other random numbers than before
+
+
+class Run(NamedTuple):
+    """What the facts of a training run are taken from."""
+    flags: Dict[str, Any]
+    device: torch.device
+    data: Dict[str, Any]  # see `fingerprint.of_data`
+    class_weights: Optional[int] = None  # see `losses.fingerprint`
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """Something that the numbers of a training run depend on, and that a resumed run compares.
+
+    Attributes:
+        name: a checkpoint keeps it in `progress['run']` under this name, or, as 'train.images', in `data`.
+        now: gives its value, a plain one, of a `Run`; None for what is in the data's fingerprints.
+        title: what people call it; the line is '<title>: <value> (was <value>)'.
+        says: a line of its own instead, where the value is a hash.
+        changes_order: whether the order of the data changes with it.
+        unless: facts whose difference explains that of this one, which is then not named.
+    """
+    name: str
+    now: Optional[Callable[[Run], Any]] = None
+    title: str = ''
+    says: str = ''
+    changes_order: bool = False
+    unless: Tuple[str, ...] = ()
+
+
+def _total_batch(run):
+    return run.flags['batch_size'] * run.flags['update_freq'] * process_group.world_size()
+
+
+def _version(package, run):
+    return str(getattr(importlib.import_module(package), '__version__', None))
+
+
+def _facts_of_a_set(name, title):
+    """Of the training set the order counts as well; the figures of an evaluation do not depend on it."""
+    trained, names = name == 'train', '%s.names' % name
+    images = Fact(name + '.images', None, title, changes_order=trained)
+    other = (images.name, names)
+    found = (images,
+             Fact(names, None, says='%s: other files, by their names' % title, changes_order=trained,
+                  unless=(images.name,)),
+             Fact(name + '.labels', None, says='%s: other labels' % title, unless=other),
+             Fact(name + '.sizes', None, says='%s: other files of the same names, by their sizes' % title,
+                  unless=other),
+             Fact(name + '.sample', None, says='%s: other files of the same names, by their content' % title,
+                  unless=other + (name + '.sizes',)))
+    return found + ((Fact('train.order', None, says='%s: the same files in another order' % title, changes_order=True,
+                          unless=other),) if trained else ())
+
+
+FACTS: Tuple[Fact, ...] = (
+    Fact('batch_size', lambda run: run.flags['batch_size'], '--batch_size'),
+    Fact('update_freq', lambda run: run.flags['update_freq'], '--update_freq'),
+    Fact('processes', lambda run: process_group.world_size(), 'processes'),
+    Fact('total_batch', _total_batch, 'images an update', changes_order=True),
+    Fact('device', lambda run: run.device.type, 'device'),
+    Fact('device_name', lambda run: accelerator.device_name(run.device), 'device', unless=('device',)),
+    Fact('random_numbers', lambda run: RNG_VERSION, 'version of the random numbers'),
+    Fact('class_weights', lambda run: run.class_weights, 'class weights, a checksum'),
+) + tuple(Fact(package, functools.partial(_version, package), 'version of ' + package)
+          for package in ('torch', 'torchvision', 'timm', 'numpy', 'PIL')
+          ) + _facts_of_a_set('train', 'training images') + _facts_of_a_set('val', 'validation images')
+
+
+# ---- what a checkpoint says
+
+def _args(content):
+    return saved_args(content) if isinstance(content, dict) else {}
+
+
+def saved_data(content: Any) -> Dict[str, Any]:
+    """The fingerprints of the images that a checkpoint was trained on; {} where it says none."""
+    data = content.get('data') if isinstance(content, dict) else None
+    return data if isinstance(data, dict) and isinstance(data.get('train'), dict) else {}
+
+
+def _saved_run(content):
+    progress = content.get('progress') if isinstance(content, dict) else None
+    return progress.get('run') if isinstance(progress, dict) else None
+
+
+def _split_flags(content):
+    """(--val_split, --seed) that a checkpoint was trained with; None without --val_split."""
+    share, seed = (_args(content).get(name) for name in ('val_split', 'seed'))
+    return (share, seed) if isinstance(share, float) and share > 0 and isinstance(seed, int) else None
+
+
+def held_out_keys(content: Any) -> Optional[np.ndarray]:
+    """uint64: `subsets.name_keys` of the images that --val_split set apart in a checkpoint's run, or None."""
+    keys = saved_data(content).get('held_out')
+    return keys.numpy().view(np.uint64) if torch.is_tensor(keys) and keys.dtype == torch.int64 and keys.dim() == 1 \
+        else None
+
+
+def data_to_save(data: Dict[str, Any], held_out: Optional[np.ndarray]) -> Dict[str, Any]:
+    """What a checkpoint holds as `data`: fingerprints, and the images that --val_split set apart.
+
+    Args:
+        held_out: uint64, their `subsets.name_keys`; None without --val_split.
+    """
+    if held_out is None:
+        return dict(data)
+    return dict(data, held_out=torch.from_numpy(np.sort(held_out).astype(np.uint64).view(np.int64)))
+
+
+# ---- resuming a training
+
+def facts_of(run: Run) -> Dict[str, Any]:
+    """What a checkpoint holds as `progress['run']`."""
+    return {fact.name: fact.now(run) for fact in FACTS if fact.now is not None}
+
+
+class Difference(NamedTuple):
+    """What makes a resumed run compute other numbers than an unbroken one would."""
+    text: str
+    changes_order: Optional[bool] = False  # None: that isn't known
+
+
+def resume_differences(content: Dict[str, Any], run: Run, ignored: Container[str]) -> List[Difference]:
+    """All differences between a run and the one that a checkpoint is of; [] where every number will be the same.
+
+    Args:
+        ignored: the flags on which no number depends.
+    """
+    theirs, before, data = _args(content), _saved_run(content), saved_data(content)
+    if not theirs or not isinstance(before, dict):
+        return [Difference('the checkpoint does not say with which flags it was made', None)]
+    found = [Difference(_change('--%s is %s (was %s)', name, value, theirs[name]), name == 'seed')
+             for name, value in sorted(run.flags.items())
+             if name in theirs and name not in ignored and repr(theirs[name]) != repr(value)]
+    found += _differing([fact for fact in FACTS if fact.now is not None], facts_of(run).get,
+                        lambda name: before.get(name, 'of another version'))
+    if not data:
+        return found + [Difference('the checkpoint does not say on which images it was trained', None)]
+    return found + _data_differences(run.data, data)
+
+
+def _differing(facts, now, before):
+    """The `Difference` of each fact whose values, which two functions give by its name, differ; not if explained."""
+    different, found = set(), []
+    for fact in facts:
+        if repr(now(fact.name)) != repr(before(fact.name)):
+            different.add(fact.name)
+            if not different & set(fact.unless):
+                found.append(Difference(
+                    fact.says or _change('%s: %s (was %s)', fact.title, now(fact.name), before(fact.name)),
+                    fact.changes_order))
+    return found
+
+
+def _data_differences(data, before, part=''):
+    """The `Difference`s of two data's fingerprints; `part` 'val' is the validation set alone."""
+    return _differing([fact for fact in FACTS if fact.now is None and fact.name.startswith(part)],
+                      functools.partial(_look_up, data), functools.partial(_look_up, before))
+
+
+def _change(text, name, now, before):
+    return text % (name, now, escape_text('%.60s' % (before,)))
+
+
+def _look_up(data, name):
+    """The value of 'train.images' there; 'none' where there is no such set."""
+    part, _, key = name.partition('.')
+    part = data.get(part)
+    return part.get(key) if isinstance(part, dict) else 'none'
+
+
+def resume_message(differences: List[Difference]) -> str:
+    """The line that says how a resumed run goes on."""
+    if not differences:
+        return 'Goes on exactly as if it had not been stopped'
+    orders = {difference.changes_order for difference in differences}
+    order, joint = ('another', 'and') if True in orders else ('perhaps another', 'and') if None in orders \
+        else ('the same', 'but')
+    return 'Goes on in %s order of the data, %s not with the same numbers as without a stop: %s' % (
+        order, joint, '; '.join(difference.text for difference in differences))
+
+
+# ---- images that were trained on are not evaluated
+
+def held_out_before(source: str, content: Any, val_split: float, seed: int) -> Optional[np.ndarray]:
+    """uint64: the images that the checkpoint's run set apart, for this --val_split to take again; None: to take any.
+
+    Raises:
+        UserError: the checkpoint was trained with another --val_split or --seed, or by a version that split otherwise.
+    """
+    theirs = _split_flags(content)
+    if not val_split or theirs is None:
+        return None
+    for name, value, other in zip(('val_split', 'seed'), (val_split, seed), theirs):
+        if value != other:
+            raise UserError('--%s %s: %s was trained with --%s %s, so it knows some of the images that would be '
+                            'evaluated; give its --seed and --val_split'
+                            % (name, value, escape_text(source), name, other))
+    keys = held_out_keys(content)
+    if keys is None:
+        raise UserError('--val_split %g: %s was made by an earlier version, which set other images apart, so it knows '
+                        'some of those that would be evaluated; evaluate it on images of their own (--eval_data_path '
+                        'or --val_csv)' % (val_split, escape_text(source)))
+    return keys
+
+
+def check_unseen(source: str, content: Any, val_set: Any, val_split: float) -> None:
+    """Compare the images to evaluate with those that a checkpoint was trained on, of which it knows some by content.
+
+    Where there are such among them, a line says so.
+
+    Raises:
+        UserError: that is so, and --val_split is given, or was in the training.
+    """
+    train = saved_data(content).get('train', {})
+    sample = [row for row in train.get('sample', ()) if _is_row(row)] if isinstance(train.get('sample'), list) else []
+    known = fingerprint.count_known(val_set, sample) if val_set is not None and sample else 0
+    if not known:
+        return
+    share = '%d of %d training images of %s (a sample)' % (known, len(sample), escape_text(source))
+    theirs = _split_flags(content)
+    if theirs is not None and not val_split:
+        raise UserError('--resume %s: it was trained with --val_split %s, and the images to evaluate are not those '
+                        'that it set apart: %s are among them; give --val_split %s --seed %s, or other images'
+                        % (escape_text(source), theirs[0], share, theirs[0], theirs[1]))
+    if val_split:
+        raise UserError('--val_split %g: %s are among the images that would be evaluated; leave it out and name images '
+                        'to evaluate (--eval_data_path or --val_csv), or start anew with --finetune'
+                        % (val_split, share))
+    log_main('Trained on: %s are among the %d to evaluate; the figures are too good for new images'
+             % (share, len(val_set)))
+
+
+def _is_row(row):
+    return isinstance(row, (list, tuple)) and [type(each) for each in row] == [str, str, int, str] \
+        and all(len(each) == 16 and set(each) <= set('0123456789abcdef') for each in row[:2])
+
+
+def check_evaluation(source: str, content: Any, val_set: Any, classes: Sequence[str], val_split: float,
+                     device: Optional[torch.device] = None) -> None:
+    """`check_unseen`, and say where the images to evaluate are not those that the checkpoint's training evaluated.
+
+    Args:
+        classes: the names of the classes.
+        device: of this process, where all of a job call this.
+    """
+    check_unseen(source, content, val_set, val_split)
+    theirs = saved_data(content)
+    if isinstance(theirs.get('val'), dict):
+        found = _data_differences(fingerprint.of_data(None, val_set, classes, device), theirs, 'val.')
+        if found:
+            log_main('Not what the training evaluated: %s' % '; '.join(each.text for each in found))
+
+
+# ---- averaging
+
+def check_same_data(first_source: str, first: Dict[str, Any], source: str, content: Any) -> None:
+    """Compare the data of two checkpoints to average. Where they were trained on other images, a line says so.
+
+    Args:
+        first: a dict with what the first checkpoint holds as `args` and as `data`.
+
+    Raises:
+        UserError: their --val_split set other images apart. Each was then trained on images that the other one's
+            figures are of, and no split is left to evaluate the average on.
+    """
+    keys, others = held_out_keys(first), held_out_keys(content)
+    mine, theirs = _split_flags(first), _split_flags(content)
+    if mine != theirs or (keys is None) != (others is None) or (
+            keys is not None and others is not None and not np.array_equal(keys, others)):
+        raise UserError('--inputs %s: its run set other images apart for validation (%s) than that of %s (%s), so the '
+                        'average would know images that it is evaluated on; average checkpoints of one split' % (
+                            escape_text(source), _describe_split(theirs, others), escape_text(first_source),
+                            _describe_split(mine, keys)))
+    data, before = saved_data(content), saved_data(first)
+    found = _data_differences(data, before, 'train.') if data and before else []
+    if found:
+        log_main('%s: not the data of %s: %s' % (escape_text(source), escape_text(first_source),
+                                                 '; '.join(each.text for each in found)))
+
+
+def _describe_split(flags, keys):
+    return 'none' if flags is None else '--val_split %.20s --seed %.20s, %s images' % (
+        flags + ('unknown' if keys is None else len(keys),))
