@@ -1,12 +1,12 @@
 """Whatever a model was trained with, evaluation, prediction, averages and exports need no flag and agree with it.
 
-Each draw is a configuration by chance: architecture, preprocessing, class names, split, loss. It trains two updates; its
-figures are then computed by plain PyTorch, Pillow and NumPy, of what the checkpoint says alone, and compared with the
+Each draw is a configuration by chance: architecture, preprocessing, class names, split, loss. It trains two updates.
+Plain PyTorch, Pillow and NumPy then compute its figures of what the checkpoint says alone; they are compared with the
 training run's, and with what every program gives for the checkpoint, its average and its export. One thing is changed
 afterwards, and must be named.
 """
 
-import csv
+import hashlib
 import json
 import os
 import random
@@ -25,7 +25,8 @@ import run_predict
 from helpers import lines_of, needs_extra, photo
 
 DRAWS, CHUNKS = (5000 if os.environ.get('BEIT_SOAK') else 200), 20
-NAMES = ['cat', 'dog', 'Cat', 'n01440764', '0', '1', '2', '10', 'rosé', 'two words', 'semi;colon', 'comma,name', '名前', 'x' * 60]
+NAMES = ['cat', 'dog', 'Cat', 'n01440764', '0', '1', '2', '10', 'ros\u00e9', 'two words', 'semi;colon', 'comma,name',
+         '\u540d\u524d', 'x' * 60]
 NANO = ['--no_curves', '--model=beit_nano_patch8_32', '--num_workers=0', '--device=cpu', '--warmup_epochs=0',
         '--batch_size=4', '--aa=none', '--lr=1e-3', '--init_scale=1', '--epochs=2']
 
@@ -100,14 +101,10 @@ class Reference:
         content = torch.load(path, map_location='cpu', weights_only=True)
         spec, shape = content['model_spec'], content['model_spec']['architecture']
         self.spec, self.images = spec, spec['preprocessing']
-        sizes = {name: modeling_finetune.MODELS[shape['model']][name]
-                 for name in ('patch_size', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio')
-                 if name in modeling_finetune.MODELS[shape['model']]}
         self.model = getattr(modeling_finetune, shape['model'])(
             img_size=shape['input_size'], num_classes=len(spec['classes']), use_mean_pooling=shape['use_mean_pooling'],
             use_rel_pos_bias=shape['rel_pos_bias'], use_abs_pos_emb=shape['abs_pos_emb'],
             init_values=shape['layer_scale_init_value'])
-        assert sizes
         self.model.load_state_dict(content[key], strict=False)
         self.model.eval()
         self.test_flip = content['args']['test_flip']
@@ -131,49 +128,163 @@ class Reference:
                 losses.append(-logits.log_softmax(-1)[label].item())
         return 100. * right / len(files), float(np.mean(losses))
 
-    def probabilities(self, path):
-        logits = self.logits(path)
+    @torch.no_grad()
+    def predicted(self, path):
+        """Probabilities, float64 (classes,), as prediction gives them: without the mirror image."""
+        logits = self.model(prepare(path, self.images))[0]
         return (logits.sigmoid() if self.spec['loss'] == 'bce' else logits.softmax(-1)).numpy()
 
 
 def evaluated_files(draw, checkpoint):
-    """{path: class} of the images that the run evaluated."""
-    found = {}
-    for part in ('val', 'train'):
-        for name in draw.classes:
-            folder = os.path.join(draw.data, part, name)
-            for each in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-                found[os.path.join(folder, each)] = name
-        if found:
-            return found
+    """{path: class} of the images that the run evaluated: of val/, or those whose hashed names the checkpoint lists."""
+    part = 'train' if draw.split else 'val'
+    found = {os.path.join(draw.data, part, name, each): name for name in draw.classes
+             for each in sorted(os.listdir(os.path.join(draw.data, part, name)))}
+    if draw.split:
+        kept = set(torch.load(checkpoint, weights_only=True)['data']['held_out'].tolist())
+        hashed = {path: hashlib.blake2b('/'.join(path.split(os.sep)[-2:]).encode(), digest_size=8).digest()
+                  for path in found}
+        found = {path: name for path, name in found.items()
+                 if int.from_bytes(hashed[path], 'little', signed=True) in kept}
+        assert len(found) == len(kept)
+    return found
 
 
 def evaluate(draw, capsys, source, *flags):
-    """The row of --results_file for a checkpoint, with no flag but where the data is; or (status, output)."""
-    where = os.path.join(draw.folder, 'row.json')
+    """(top-1, loss) in --results_file of each evaluated network, with no flag but where the data is."""
+    where = os.path.join(draw.folder, 'rows.json')
     status, text = run(capsys, run_class_finetuning, '--eval', '--resume', source, '--data_path', draw.data,
                        '--num_workers=0', '--results_file', where, *flags)
-    if status:
-        return status, text
+    assert status == 0, text
     with open(where, encoding='utf-8') as file:
-        return json.load(file)['model'] if 'model' in json.load(open(where, encoding='utf-8')) else json.load(file)
+        return [(row['acc1'], row['loss']) for row in json.load(file)], text
 
 
 # ---- a draw
+
+def check_figures(draw, best, capsys):
+    """The training's figures, those of --eval, and those of independent code."""
+    files, logged = evaluated_files(draw, best), lines_of(draw.output)[-1]
+    rows, text = evaluate(draw, capsys, best)
+    assert 'Given on the command line' not in text and 'by position' not in text
+    assert rows == [(logged[name + 'acc1'], logged[name + 'loss'])  # to the last digit
+                    for name in ('test_', 'test_ema_')[:1 + ('--model_ema' in draw.flags)]]
+    for key, row in zip(('model', 'model_ema'), rows):
+        accuracy, loss = Reference(best, key).figures(files)
+        assert row[0] == pytest.approx(accuracy, abs=1e-9) and row[1] == pytest.approx(loss, rel=2e-5)
+    return files, rows
+
+
+def check_prediction(draw, source, files, reference, capsys):
+    where = os.path.join(draw.folder, 'predicted.json')
+    status, text = run(capsys, run_predict, '--resume', source, '--output', where, '--top_k=2', '--num_workers=0',
+                       *sorted(files))
+    assert status == 0, text
+    with open(where, encoding='utf-8') as file:
+        rows = json.load(file)
+    assert len(rows) == len(files)
+    for row in rows:
+        expected = reference.predicted(row['file'])
+        for found in row['predictions']:
+            place = reference.spec['classes'].index(found['class'])
+            assert found['probability'] == pytest.approx(float(expected[place]), abs=2e-5)
+        assert row['predictions'][0]['probability'] == pytest.approx(float(expected.max()), abs=2e-5)
+
+
+def check_average_and_export(draw, best, rows, capsys):
+    """An average of two copies and an export have the figures of the checkpoint, without any flag."""
+    copy, average = os.path.join(draw.folder, 'copy.pth'), os.path.join(draw.folder, 'average.pth')
+    shutil.copy(best, copy)
+    status, text = run(capsys, average_checkpoints, '--inputs', best, copy, '--output', average)
+    assert status == 0, text
+    exported = os.path.join(draw.folder, 'out.safetensors')
+    status, text = run(capsys, run_export, '--resume', best, '--format=safetensors', '--output', exported, '--no_check')
+    assert status == 0, text
+    flags = [flag for flag in draw.flags if flag.startswith(('--val_split', '--seed')) or flag == '--test_flip']
+    for source, given in ((average, []), (exported, flags)):  # an export says what the model is, not how it was trained
+        assert evaluate(draw, capsys, source, *given)[0][0] == rows[0], source
+    return exported
+
+
+def check_resuming(draw, capsys):
+    status, text = run(capsys, run_class_finetuning, *draw.flags, '--maxstep=2', '--resume', draw.output)
+    assert status == 0 and 'Goes on exactly as if it had not been stopped' in text, text
+
+
+# ---- one thing changed
+
+def changed_class_name(draw, best, capsys):
+    part = os.path.join(draw.data, 'train' if draw.split else 'val')
+    os.rename(os.path.join(part, draw.classes[0]), os.path.join(part, 'unheard of'))
+    status, text = run(capsys, run_class_finetuning, '--eval', '--resume', best, '--data_path', draw.data)
+    assert status == 2 and 'unheard of' in text and '--finetune' in text, text
+
+
+def changed_preprocessing(draw, best, capsys):
+    flag = '--crop_pct=0.5' if draw.size > 32 else '--imagenet_default_mean_and_std'
+    if flag in draw.flags:
+        flag = '--no_imagenet_default_mean_and_std'
+    _, text = evaluate(draw, capsys, best, flag)
+    assert 'Given on the command line' in text and ('crop_pct 0.5' in text or 'mean' in text), text
+
+
+def changed_images(draw, best, capsys):
+    path = os.path.join(draw.data, 'train', draw.classes[0], '0.png')
+    photo(77, *((32, 32) if draw.size == 32 else (80, 90))).save(path)
+    status, text = run(capsys, run_class_finetuning, *draw.flags, '--maxstep=2', '--resume', draw.output)
+    assert 'exactly' not in text and 'of the same names' in text, text
+
+
+def changed_labels(draw, best, capsys):
+    first, second = (os.path.join(draw.data, 'train', name) for name in draw.classes[:2])
+    os.rename(os.path.join(first, '0.png'), os.path.join(second, 'moved.png'))
+    status, text = run(capsys, run_class_finetuning, *draw.flags, '--maxstep=2', '--resume', draw.output)
+    assert 'exactly' not in text and 'training images: other files, by their names' in text, text
+
+
+def changed_batch(draw, best, capsys):
+    status, text = run(capsys, run_class_finetuning, *draw.flags, '--maxstep=2', '--batch_size=2', '--update_freq=2',
+                       '--resume', draw.output)
+    assert 'exactly' not in text and '--batch_size: 2 (was 4)' in text, text
+
+
+def changed_average(draw, best, capsys):
+    content = torch.load(best, weights_only=True)
+    content.pop('checksum')
+    content['model_spec']['classes'] = content['classes'] = content['classes'][::-1]
+    other = os.path.join(draw.folder, 'other.pth')
+    torch.save(content, other)
+    status, text = run(capsys, average_checkpoints, '--inputs', best, other, '--output',
+                       os.path.join(draw.folder, 'x.pth'))
+    assert status == 2 and 'classes is' in text, text
+
+
+CHANGES = (changed_class_name, changed_preprocessing, changed_images, changed_labels, changed_batch, changed_average)
+
 
 def check(number, folder, capsys):
     draw = Draw(number, folder)
     status, text = run(capsys, run_class_finetuning, *draw.flags, '--maxstep=2')
     assert status == 0, text
     best = os.path.join(draw.output, 'checkpoint-best.pth')
-    return draw, best
+    files, rows = check_figures(draw, best, capsys)
+    exported = check_average_and_export(draw, best, rows, capsys)
+    check_prediction(draw, exported if number % 2 else best, files, Reference(best), capsys)
+    check_resuming(draw, capsys)
+    CHANGES[number % len(CHANGES)](draw, best, capsys)
 
 
 @pytest.mark.parametrize('chunk', range(CHUNKS))
 @needs_extra('safetensors')
 def test_one_truth(chunk, tmp_path, capsys):
-    for number in range(chunk, DRAWS, CHUNKS):
+    numbers = range(chunk, DRAWS, CHUNKS)
+    for number in numbers:
         folder = tmp_path / str(number)
         folder.mkdir()
-        check(number, folder, capsys)
+        try:
+            check(number, folder, capsys)
+        except Exception as error:
+            raise AssertionError('draw %d: %s' % (number, error)) from error
         shutil.rmtree(str(folder))
+    with capsys.disabled():
+        print('\n%d draws agree (%d of %d)' % (len(numbers), chunk + 1, CHUNKS), end='')

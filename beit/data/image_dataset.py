@@ -159,7 +159,7 @@ class Relabelled(collections.abc.Sequence):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         path, label = self.samples[index]
-        if not self.multi_label:
+        if not subsets.is_multi_label(self.samples):
             return path, int(self.places[label])
         target = torch.zeros(self.classes)
         target[self.places] = label
@@ -172,6 +172,7 @@ class Relabelled(collections.abc.Sequence):
     def labels_of(self, index: int) -> np.ndarray:
         return self.places[self.samples.labels_of(index)]
 
-    @property
-    def multi_label(self) -> bool:
-        return subsets.is_multi_label(self.samples)
+    def __getattr__(self, name: str) -> Any:  # names, folders: those of the samples
+        if name == 'samples':  # not unpickled yet
+            raise AttributeError(name)
+        return getattr(self.samples, name)
