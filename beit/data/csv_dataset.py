@@ -1,14 +1,13 @@
 """CSV files that list images with their classes (--train_csv, --val_csv), one class an image or several."""
 
-import collections.abc
 import csv
 import io
 import os
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Tuple
 
-import numpy as np
 import torch
 
+from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text, nearest
 from beit.files.regular_file import open_file
@@ -18,55 +17,9 @@ LABELS = {'label', 'labels', 'class', 'classes', 'category'}
 BETWEEN = ';'  # between the classes of an image
 
 
-class Manifest(collections.abc.Sequence):
-    """(path, class index) of every image; with several classes (path, float32 (classes,) of ones and zeros).
-
-    As `class_folders.ImageList` it is a few arrays, which loader processes share.
-
-    Args:
-        root (str): what paths that aren't absolute begin with.
-        names (list of str): the images' paths as the file gives them.
-        labels (list of list of int): the class indices of each image.
-        classes (int): how many there are.
-        multi_label (bool): whether an image may be of several classes, or none.
-    """
-
-    def __init__(self, root: str, names: Sequence[str], labels: Sequence[Sequence[int]], classes: int,
-                 multi_label: bool) -> None:
-        self.root, self.classes, self.multi_label = root, classes, multi_label
-        encoded = [os.fsencode(name) for name in names]
-        self.names, self.ends = b''.join(encoded), np.cumsum([0] + list(map(len, encoded)))
-        self.flat = np.array([label for each in labels for label in each], dtype=np.int64)
-        self.label_ends = np.cumsum([0] + list(map(len, labels)))
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        name = os.fsdecode(self.names[int(self.ends[index]):int(self.ends[index + 1])])
-        labels = self.labels_of(index)
-        if not self.multi_label:
-            return os.path.join(self.root, name), int(labels[0])
-        target = torch.zeros(self.classes)
-        target[torch.from_numpy(labels)] = 1.
-        return os.path.join(self.root, name), target
-
-    def labels_of(self, index: int) -> np.ndarray:
-        """int64 array: the class indices of an image."""
-        return self.flat[self.label_ends[index]:self.label_ends[index + 1]]
-
-    @property
-    def targets(self) -> np.ndarray:
-        """int64 (images,): the class of each, where every image has one."""
-        return self.flat
-
-
 def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]] = None,
          multi_label: Optional[bool] = None, device: Optional[torch.device] = None, must_exist: bool = True
-         ) -> Tuple[Manifest, List[str]]:
+         ) -> Tuple[SampleList, List[str]]:
     """Read a CSV file of `path,label` or `path,label;label` rows, UTF-8, with or without a header.
 
     Args:
@@ -78,7 +31,7 @@ def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]
         must_exist (bool): whether an image that isn't there is an error.
 
     Returns:
-        (Manifest, class names).
+        (images, class names).
 
     Raises:
         UserError: the file, its form, a label or an image is not what it must be; it names the line.
@@ -115,12 +68,15 @@ def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]
     root = root or os.path.dirname(path)
     if must_exist:
         collectives.broadcast_from_main(lambda keep_alive: _check_images(file, root, lines, keep_alive), device)
-    return Manifest(root, names, [[numbers[label] for label in each] for _, each in labels], len(known),
-                    multi_label), list(known)
+    indices = [[numbers[label] for label in each] for _, each in labels]
+    encoded = [os.fsencode(name) for name in names]
+    if multi_label:
+        return SampleList(root, encoded, indices, len(known)), list(known)
+    return SampleList(root, encoded, [index for index, in indices]), list(known)
 
 
 class _File:
-    """The text of a manifest, and how its errors are worded."""
+    """The text of a CSV file, and how its errors are worded."""
 
     def __init__(self, flag, path):
         self.name = '%s %s' % (flag, escape_text(path))

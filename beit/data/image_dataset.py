@@ -1,14 +1,12 @@
 """Data sets of image files with their classes, and parts of them."""
 
-import collections.abc
 import copy
 import os
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import numpy as np
 import torch
 
-from beit.data import subsets
 from beit.data.class_folders import EXTENSIONS, scan_classes
 from beit.data.decode import load_image
 from beit.data.transforms import SMALL_INPUT
@@ -19,7 +17,7 @@ class ImageDataset(torch.utils.data.Dataset):
     """Image files with their classes.
 
     Args:
-        samples (sequence): (path, class index), or with several classes (path, float32 (classes,)), of each.
+        samples (SampleList): the paths and labels.
         classes (list of str): their names.
         fits (function): of an image's (width, height), where images aren't resized; see
             `transforms.small_input_rule`.
@@ -29,14 +27,14 @@ class ImageDataset(torch.utils.data.Dataset):
         UserError: on reading, an image that can't be read (`UnreadableImage`) or doesn't fit.
     """
 
-    def __init__(self, samples: Sequence, classes: List[str], transform: Optional[Callable] = None,
+    def __init__(self, samples: Any, classes: List[str], transform: Optional[Callable] = None,
                  fits: Optional[Callable[[int, int], bool]] = None, read: Callable = load_image) -> None:
         self.samples, self.classes, self.transform, self.fits, self.read = samples, classes, transform, fits, read
 
     def subset(self, indices: Any, **changes: Any) -> 'ImageDataset':
         """A copy with those samples only; `changes` replace its transform, fits or read."""
         subset = copy.copy(self)
-        subset.samples = Subset(self.samples, indices)
+        subset.samples = self.samples.select(indices)
         vars(subset).update(changes)
         return subset
 
@@ -60,29 +58,27 @@ class ImageFolder(ImageDataset):
     """Class folders of images; the classes are the folders' names in sorted order.
 
     Args:
-        scan (function): gives the `class_folders.FolderScan` of root.
+        device, reading: see `class_folders.scan_classes` and `ImageDataset`.
 
     Raises:
         UserError: the folder is missing, has no class folders, or one of them has no image.
     """
 
-    def __init__(self, root: str, transform: Optional[Callable] = None, flag: str = '--data_path',
-                 fits: Optional[Callable[[int, int], bool]] = None, read: Callable = load_image,
-                 scan: Callable = scan_classes) -> None:
+    def __init__(self, root: str, flag: str = '--data_path', device: Optional[torch.device] = None,
+                 **reading: Any) -> None:
         shown = escape_text(root)
         if not os.path.isdir(root):
             raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
-        found = scan(root)
-        super().__init__(found.samples, found.classes, transform, fits, read)
-        if not self.classes:
+        classes, samples = scan_classes(root, device)
+        super().__init__(samples, classes, **reading)
+        if not classes:
             raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
                             % (flag, shown))
-        filled = np.bincount(found.samples.labels, found.samples.counts, len(self.classes)).tolist()
-        empty = [name for name, images in zip(self.classes, filled) if not images]
+        counts = np.bincount(samples.targets, minlength=len(classes)).tolist()
+        empty = [escape_text(os.path.join(root, name)) for name, count in zip(classes, counts) if not count]
         if empty:
-            raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder'
-                            % (flag, ' '.join(EXTENSIONS), 's' if len(empty) > 1 else '',
-                               ', '.join(escape_text(os.path.join(root, name)) for name in empty[:3])))
+            raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder' % (
+                flag, ' '.join(EXTENSIONS), 's' if len(empty) > 1 else '', ', '.join(empty[:3])))
 
 
 def image_name(dataset: Any, index: int) -> str:
@@ -94,34 +90,3 @@ def image_name(dataset: Any, index: int) -> str:
 def label_source(dataset: Any) -> Any:
     """The object with a data set's labels: its samples, or CIFAR itself."""
     return getattr(dataset, 'samples', dataset)
-
-
-class Subset(collections.abc.Sequence):
-    """Some of a data set's samples, in order.
-
-    Args:
-        samples: `class_folders.ImageList` or `csv_dataset.Manifest`.
-        indices (array of int): into `samples`.
-    """
-
-    def __init__(self, samples: Any, indices: Any) -> None:
-        self.samples, self.indices = samples, np.asarray(indices, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self.samples[int(each)] for each in self.indices[index]]
-        return self.samples[int(self.indices[index])]
-
-    @property
-    def targets(self) -> np.ndarray:
-        return self.samples.targets[self.indices]
-
-    def labels_of(self, index: int) -> np.ndarray:
-        return self.samples.labels_of(int(self.indices[index]))
-
-    @property
-    def multi_label(self) -> bool:
-        return subsets.is_multi_label(self.samples)

@@ -89,7 +89,7 @@ class Sample(NamedTuple):
     deferred: Optional[device_randaugment.DeferredImage] = None  # operations left to the device
 
 
-class Samples(torch.utils.data.Dataset):
+class SampleDataset(torch.utils.data.Dataset):
     """A `Sample` by index; where `skips`, an `Unreadable` for a bad file.
 
     Args:
@@ -114,7 +114,7 @@ class Samples(torch.utils.data.Dataset):
             raise UserError(str(error)) from None  # the name by which `one_line` knows it, coming from a worker
 
 
-class SeededSamples(Samples):
+class SeededDataset(SampleDataset):
     """Samples by (epoch, index), the augmentation's random numbers drawn from (seed, epoch, index)."""
 
     def __init__(self, dataset: Any, seed: int = 0, skips: bool = False,
@@ -140,7 +140,7 @@ class SeededSamples(Samples):
 
 
 def collate(items: Sequence, size: int) -> Batch:
-    """A `Batch` of bytes from `Samples`' results, images of size x size."""
+    """A `Batch` of bytes from a `SampleDataset`'s results, images of size x size."""
     unreadable = [item for item in items if isinstance(item, Unreadable)]
     read = [item for item in items if not isinstance(item, Unreadable)]
     if not read:

@@ -12,7 +12,7 @@ from typing import Collection, Deque, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 
-from beit.data.class_folders import EXTENSIONS, check_link, is_hidden, is_image_name, listing_error, resolve_link
+from beit.data.class_folders import EXTENSIONS, is_image_name, walk_folders
 from beit.data.transforms import EvalTransform, image_reader
 from beit.errors import UserError, escape_text
 
@@ -22,42 +22,12 @@ AT_ONCE = 1 << 16  # names that are put in order together; they bound the memory
 def walk_images(root: str, without: Collection[str] = ()) -> Iterator[str]:
     """Yield the path of every image in a folder, at any depth: a folder's files, then its folders.
 
-    Names come sorted; a folder with more than `AT_ONCE` is sorted in parts of that size. Hidden names are skipped,
-    links are followed.
-
-    Args:
-        without (collection of str): real paths of folders to pass over.
-
-    Raises:
-        UserError: a folder can't be listed, a link leads nowhere or to a folder that it lies in.
+    Names come sorted; a folder with more than `AT_ONCE` is sorted in parts of that size. See `walk_folders`, which
+    raises a `UserError` for folders that can't be listed.
     """
-    pending: List[Tuple[str, Tuple[str, ...]]] = [(root, (os.path.realpath(root),))]
-    while pending:
-        folder, ancestors = pending.pop()
-        ancestors = resolve_link(folder, ancestors) if folder != root else ancestors
-        if ancestors[-1] in without:
-            continue
-        folders: List[str] = []
-        try:
-            with os.scandir(folder) as entries:
-                for name in in_order(_images(entries, folders)):
-                    yield os.path.join(folder, name)
-        except OSError as error:
-            raise listing_error(error, folder) from None
-        pending += [(os.path.join(folder, name), ancestors) for name in sorted(folders, reverse=True)]
-
-
-def _images(entries, folders):
-    """Yield the names of images among a folder's entries; add names of folders to `folders`."""
-    for entry in entries:
-        if is_hidden(entry.name):
-            continue
-        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-            folders.append(entry.name)
-        elif is_image_name(entry.name):
-            yield entry.name
-        elif entry.is_symlink():
-            check_link(entry.path)
+    for folder, names in walk_folders(root, without):
+        for name in in_order(names):
+            yield os.path.join(root, folder, name)
 
 
 def in_order(names: Iterable[str]) -> Iterator[str]:
