@@ -65,11 +65,12 @@ BUILDERS = {'IMNET': build_class_folders, 'image_folder': build_class_folders, '
 
 def read_csv(is_train: bool, config: DataConfig, device: Optional[torch.device],
                   classes: Optional[List[str]] = None, multi_label: Optional[bool] = None,
-                  must_exist: bool = True) -> Tuple[SampleList, List[str]]:
-    """Read the CSV file that the flags name. A missing image counts as unreadable where such images are allowed."""
+                  missing: str = '') -> Tuple[SampleList, List[str]]:
+    """Read the CSV file that the flags name; see `csv_dataset.read`."""
+    missing = missing or ('error' if config.bad_images == 'error' and not config.check_data else 'unreadable')
     flag, path = locations.csv_of(is_train, config) or ('', '')
     return csv_dataset.read(flag, path, locations.resolve_data_path(config.data_path), config.loss, classes,
-                            multi_label, device, must_exist and config.bad_images == 'error' and not config.check_data)
+                            multi_label, device, missing)
 
 
 def build_datasets(config: InputConfig, device: Optional[torch.device] = None, classes: Optional[List[str]] = None
@@ -85,7 +86,7 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
         train, train_classes = build_dataset(True, config, device)
         multi_label = subsets.is_multi_label(label_source(train))
     elif config.train_csv and config.val_csv:  # it names the classes
-        listed, classes = read_csv(True, config, device, must_exist=False)
+        listed, classes = read_csv(True, config, device, missing='ignored')
         multi_label = listed.multi_label
     if config.val_split:
         train, val, val_classes = split_validation(train, config, device)

@@ -27,7 +27,7 @@ from beit.data import class_folders, decode, locations, transforms
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
 from beit.data.image_dataset import ImageDataset
 from beit.data.loader import Batch, EpochSampler, OrderedDistributedSampler, SampleDataset, SeededDataset, collate
-from beit.data.sample_list import SampleList
+from beit.data.sample_list import SampleList, join_names
 from beit.distributed import collectives
 from beit.errors import UserError
 from flags import config_from
@@ -439,11 +439,11 @@ def test_a_list_of_images_is_a_sequence(image_folder):
     for index in (len(pairs), -len(pairs) - 1):
         with pytest.raises(IndexError):
             samples[index]
-    assert len(SampleList('x', [], [])) == 0 and list(SampleList('x', [], [], 3)) == []
+    assert len(SampleList('x', b'', [0], [])) == 0 and list(SampleList('x', b'', [0], [], [0], 3)) == []
     chosen = samples.select(np.array([5, 31, 0]))
     assert list(chosen) == [pairs[5], pairs[31], pairs[0]] and chosen.targets.tolist() == [0, 1, 0]
     assert list(chosen.select(np.array([2, 1]))) == [pairs[0], pairs[31]]
-    several = SampleList('x', [b'a', b'bc', b'/d'], [[2, 0], [], [1]], 3)
+    several = SampleList('x', b'abc/d', [0, 1, 3, 5], [2, 0, 1], [0, 2, 2, 3], 3)
     assert [(path, target.tolist()) for path, target in several.select(np.array([2, 0]))] == [
         ('/d', [0., 1., 0.]), ('x/a', [1., 0., 1.])]
     assert several.select(np.array([1, 0])).labels_of(1).tolist() == [2, 0]
@@ -451,7 +451,7 @@ def test_a_list_of_images_is_a_sequence(image_folder):
 
 def test_names_take_the_memory_of_their_text():
     names = [b'class/%07d.png' % number for number in range(10000)]
-    samples = SampleList('root', names, [0] * 10000)
+    samples = SampleList('root', *join_names(names), [0] * 10000)
     assert len(pickle.dumps(samples)) < sum(map(len, names)) + 10000 * 3 * 8 + 1000
     assert list(pickle.loads(pickle.dumps(samples))) == list(samples)
 
@@ -464,7 +464,7 @@ class ZipDataset(ImageDataset):
         with zipfile.ZipFile(self.archive) as file:
             names = sorted(file.namelist())
         classes = sorted({name.split('/')[0] for name in names})
-        samples = SampleList('', list(map(os.fsencode, names)), [classes.index(name.split('/')[0]) for name in names])
+        samples = SampleList('', *join_names(list(map(os.fsencode, names))), [classes.index(name.split('/')[0]) for name in names])
         super().__init__(samples, classes, transforms.build_transform(is_train, config, device), read=self.read_member)
 
     def read_member(self, name):

@@ -6,7 +6,7 @@ from typing import Callable, Collection, Iterable, Iterator, List, Optional, Tup
 
 import torch
 
-from beit.data.sample_list import SampleList
+from beit.data.sample_list import SampleList, join_names
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text
 
@@ -34,7 +34,7 @@ def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List
         prefix = os.fsencode(folder + os.sep)
         names += [prefix + os.fsencode(name) for name in files]
         labels += [label] * len(files)
-    return classes, SampleList(root, names, labels)
+    return classes, SampleList(root, *join_names(names), labels)
 
 
 def _scan(root: str, keep_alive: Callable[[], None]) -> bytes:

@@ -3,7 +3,7 @@
 import collections.abc
 import copy
 import os
-from typing import Any, Iterable, Optional, Sequence
+from typing import Any, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -14,16 +14,18 @@ class SampleList(collections.abc.Sequence):
 
     Args:
         root: what names begin at, unless they are absolute.
-        names: of the images, in the file system's encoding.
-        labels: the class index of each image; with several labels the class indices of each.
-        classes: how many there are; None where each image has one label.
+        names: of all images, one after another, in the file system's encoding.
+        ends: int64 (images + 1,), 0 and the offset of each name's end.
+        labels: int64 array, the class index of each image; with several labels those of one image after another.
+        label_ends: likewise of `labels`; None where each image has one.
+        classes: how many there are; needed with several labels.
     """
 
-    def __init__(self, root: str, names: Sequence[bytes], labels: Sequence, classes: Optional[int] = None) -> None:
-        self.root, self.classes, self.names, self.spans = root, classes, b''.join(names), _spans(map(len, names))
-        self.label_spans = None if classes is None else _spans(map(len, labels))
-        flat = labels if classes is None else [label for each in labels for label in each]
-        self.labels = np.asarray(flat, dtype=np.int64)
+    def __init__(self, root: str, names: bytes, ends: Sequence[int], labels: Sequence[int],
+                 label_ends: Optional[Sequence[int]] = None, classes: int = 0) -> None:
+        self.root, self.names, self.classes, self.spans = root, names, classes, _spans(ends)
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.label_spans = None if label_ends is None else _spans(label_ends)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -32,13 +34,19 @@ class SampleList(collections.abc.Sequence):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # negative ones count from the end, and there is an IndexError
-        start, end = self.spans[index].tolist()
-        path = os.path.join(self.root, os.fsdecode(self.names[start:end]))
-        if self.classes is None:
-            return path, int(self.labels[index])
+        if self.label_spans is None:
+            return self.path(index), int(self.labels[index])
         target = torch.zeros(self.classes)
         target[torch.from_numpy(self.labels_of(index))] = 1.
-        return path, target
+        return self.path(index), target
+
+    def name(self, index: int) -> bytes:
+        """The path as it was listed."""
+        start, end = self.spans[index].tolist()
+        return self.names[start:end]
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.name(index)))
 
     def select(self, indices: Any) -> 'SampleList':
         """Those images only, in the order of `indices` (int array)."""
@@ -66,7 +74,11 @@ class SampleList(collections.abc.Sequence):
         return self.labels[start:end]
 
 
-def _spans(lengths: Iterable[int]) -> np.ndarray:
+def join_names(names: Sequence[bytes]) -> Tuple[bytes, np.ndarray]:
+    """(names, ends) for a `SampleList`."""
+    return b''.join(names), np.cumsum([0] + list(map(len, names)))
+
+
+def _spans(ends: Sequence[int]) -> np.ndarray:
     """int64 (items, 2): start and end of each."""
-    ends = np.cumsum(np.fromiter(lengths, dtype=np.int64))
-    return np.stack([np.concatenate([[0], ends[:-1]]) if len(ends) else ends, ends], axis=1)
+    return np.stack([ends[:-1], ends[1:]], axis=1).astype(np.int64)
