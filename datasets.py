@@ -4,7 +4,7 @@ A `config` may be any object with these attributes, such as the parsed flags.
 """
 
 import contextlib
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from beit.errors import UserError, escape_text
 
 # ---- data sets
 
-def _reading(is_train, config, device=None):
+def _reading(is_train: bool, config: InputConfig, device: Optional[torch.device] = None) -> Dict[str, Any]:
     """How an `ImageDataset` reads its images."""
     return dict(transform=build_transform(is_train, config, device), fits=small_input_rule(is_train, config),
                 read=image_reader(is_fast(is_train, config)))
@@ -126,10 +126,10 @@ def split_validation(train: Optional[ImageFolder], config: InputConfig, device: 
     Args:
         train (ImageFolder): all images; None where only the validation part is wanted.
     """
-    whole = train if train is not None else build_dataset(False, config, device)[0]
-    train_indices, val_indices = subsets.split(whole.samples, config.val_split, config.seed)
-    val = whole.subset(val_indices, **_reading(False, config)) if locations.needs_validation(config) else None
-    return None if train is None else train.subset(train_indices), val, whole.classes
+    dataset = train if train is not None else build_dataset(False, config, device)[0]
+    train_indices, val_indices = subsets.split(dataset.samples, config.val_split, config.seed)
+    val = dataset.subset(val_indices, **_reading(False, config)) if locations.needs_validation(config) else None
+    return None if train is None else train.subset(train_indices), val, dataset.classes
 
 
 def limit_samples(train: Any, config: DataConfig) -> Any:
@@ -151,23 +151,23 @@ def build_loaders(config: InputConfig, train: Any, val: Any, device: Optional[to
     Without a device it is the CPU. The validation batch is 1.5 times the training batch. Without --dist_eval each
     process evaluates the whole set.
     """
-    skips = config.bad_images == 'skip'
+    skip_unreadable = config.bad_images == 'skip'
     erasing = RandomErasingBoxes(config.reprob, config.recount) if config.reprob > 0 else None
     evaluation, device = EvalTransform.from_config(config), device or torch.device('cpu')
     train_loader = val_loader = None
 
-    def load(samples, **options):
+    def load(samples: SampleDataset, **options: Any) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(samples, **options, **loader_kwargs(
             config.num_workers, config.pin_mem, config.input_size, device))
 
     if train is not None:
         sampler = EpochSampler(len(train), process_group.rank(), process_group.world_size(), config.seed)
         train_loader = PrefetchLoader(
-            load(SeededDataset(train, config.seed, skips, erasing), batch_size=config.batch_size, drop_last=True,
-                 sampler=sampler), device, evaluation.mean, evaluation.std, remode=config.remode)
+            load(SeededDataset(train, config.seed, skip_unreadable, erasing), batch_size=config.batch_size,
+                 drop_last=True, sampler=sampler), device, evaluation.mean, evaluation.std, remode=config.remode)
     if val is not None:
         shard = (process_group.rank(), process_group.world_size()) if config.dist_eval else (0, 1)
         val_loader = PrefetchLoader(
-            load(SampleDataset(val, skips), batch_size=int(1.5 * config.batch_size),
+            load(SampleDataset(val, skip_unreadable), batch_size=int(1.5 * config.batch_size),
                  sampler=OrderedDistributedSampler(len(val), *shard)), device, evaluation.mean, evaluation.std)
     return train_loader, val_loader

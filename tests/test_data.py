@@ -27,7 +27,7 @@ from beit.data import class_folders, decode, locations, transforms
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
 from beit.data.image_dataset import ImageDataset
 from beit.data.loader import Batch, EpochSampler, OrderedDistributedSampler, SampleDataset, SeededDataset, collate
-from beit.data.sample_list import SampleList, join_names
+from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError
 from flags import config_from
@@ -451,7 +451,7 @@ def test_a_list_of_images_is_a_sequence(image_folder):
 
 def test_names_take_the_memory_of_their_text():
     names = [b'class/%07d.png' % number for number in range(10000)]
-    samples = SampleList('root', *join_names(names), [0] * 10000)
+    samples = SampleList.from_names('root', names, [0] * 10000)
     assert len(pickle.dumps(samples)) < sum(map(len, names)) + 10000 * 3 * 8 + 1000
     assert list(pickle.loads(pickle.dumps(samples))) == list(samples)
 
@@ -464,7 +464,8 @@ class ZipDataset(ImageDataset):
         with zipfile.ZipFile(self.archive) as file:
             names = sorted(file.namelist())
         classes = sorted({name.split('/')[0] for name in names})
-        samples = SampleList('', *join_names(list(map(os.fsencode, names))), [classes.index(name.split('/')[0]) for name in names])
+        labels = [classes.index(name.split('/')[0]) for name in names]
+        samples = SampleList.from_names('', list(map(os.fsencode, names)), labels)
         super().__init__(samples, classes, transforms.build_transform(is_train, config, device), read=self.read_member)
 
     def read_member(self, name):

@@ -533,7 +533,7 @@ def test_a_large_folder_begins_at_once_and_is_never_held(tmp_path, monkeypatch):
                 seen.append(entry)
                 yield entry
 
-    monkeypatch.setattr(prediction_inputs, 'AT_ONCE', 10)
+    monkeypatch.setattr(prediction_inputs, 'SORTED_AT_ONCE', 10)
     monkeypatch.setattr(os, 'scandir', lambda path: Watched(scandir(path)))
     walk = prediction_inputs.walk_images(str(tmp_path))
     first = [next(walk) for _ in range(10)]

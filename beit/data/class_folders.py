@@ -6,7 +6,7 @@ from typing import Callable, Collection, Iterable, Iterator, List, Optional, Tup
 
 import torch
 
-from beit.data.sample_list import SampleList, join_names
+from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text
 
@@ -34,7 +34,7 @@ def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List
         prefix = os.fsencode(folder + os.sep)
         names += [prefix + os.fsencode(name) for name in files]
         labels += [label] * len(files)
-    return classes, SampleList(root, *join_names(names), labels)
+    return classes, SampleList.from_names(root, names, labels)
 
 
 def _scan(root: str, keep_alive: Callable[[], None]) -> bytes:
@@ -46,14 +46,14 @@ def _scan(root: str, keep_alive: Callable[[], None]) -> bytes:
     return json.dumps(found[1:]).encode()
 
 
-def walk_folders(root: str, without: Collection[str] = ()) -> Iterator[Tuple[str, Iterator[str]]]:
+def walk_folders(root: str, exclude: Collection[str] = ()) -> Iterator[Tuple[str, Iterator[str]]]:
     """Yield (path relative to `root`, names of the images in it) of `root`, as '', and of every folder below it.
 
-    Folders come depth first, sorted; a folder's names come in no order, while it is listed, and all must be taken. Hidden
+    Folders come depth first, sorted; a folder's names come unsorted, while it is listed, and all must be taken. Hidden
     files and folders are skipped, links are followed.
 
     Args:
-        without: real paths of folders to pass over.
+        exclude: real paths of folders to pass over.
 
     Raises:
         UserError: see `scan_classes`.
@@ -63,7 +63,7 @@ def walk_folders(root: str, without: Collection[str] = ()) -> Iterator[Tuple[str
         folder, ancestors = pending.pop()
         path = os.path.join(root, folder) if folder else root
         ancestors = _resolve_link(path, ancestors) if folder else ancestors
-        if ancestors[-1] in without:
+        if ancestors[-1] in exclude:
             continue
         folders: List[str] = []
         try:

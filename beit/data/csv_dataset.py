@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from beit.data.class_folders import is_image_name
-from beit.data.sample_list import SampleList, join_names
+from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text, nearest
 from beit.files.regular_file import open_file
@@ -75,7 +75,7 @@ def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]
         if renamed:
             stored = [os.fsencode(renamed[str(index)]) if str(index) in renamed else samples.name(index)
                       for index in range(len(samples))]
-            samples = SampleList(root, *join_names(stored), flat, label_ends, len(known))
+            samples = SampleList.from_names(root, stored, flat, label_ends, len(known))
     return samples, known
 
 
@@ -158,8 +158,8 @@ class CsvFile:
         if not is_path[0] and is_path[1]:
             raise self.error(line, '%s: the label stands before the path; write a first line label,path' % quoted)
         if not is_path[0]:
-            raise self.error(line, '%s: it is neither an image nor a header with a column path (or %s) and a column label '
-                             '(or %s); %s' % (quoted, ', '.join(PATHS[1:]), ', '.join(LABELS[1:]), FORM))
+            raise self.error(line, '%s: it is neither an image nor a header with a column path (or %s) and a column '
+                             'label (or %s); %s' % (quoted, ', '.join(PATHS[1:]), ', '.join(LABELS[1:]), FORM))
 
     def rows(self) -> Iterator[Tuple[int, str, str]]:
         """Yield (line, path, label cell). A column `split` says which rows are for this flag."""
@@ -185,7 +185,7 @@ class CsvFile:
             counts[SPLITS[split]] += 1
         wanted = 'train' if self.flag == '--train_csv' else 'val' if counts['val'] else 'test'
         if not counts[wanted]:
-            raise UserError('%s: its column split has no row of %s' % (self.name, 'train' if wanted == 'train' else 'val'))
+            raise UserError('%s: its column split has no row of %s' % (self.name, wanted.replace('test', 'val')))
         log_main('%s: takes the %d of its %d images whose split is %s'
                  % (self.name, counts[wanted], sum(counts.values()), wanted))
         return wanted
@@ -225,8 +225,8 @@ class _Labels:
         if not all(names):
             raise self.file.error(line, 'there is an empty label; write path,label, or path,label;label')
         if len(names) > 1 and self.multi_label is False:
-            raise self.file.error(line, '%s are several labels, and the training images have one each (a semicolon in a '
-                                  'name is written \\;)' % escape_text(cell))
+            raise self.file.error(line, '%s are several labels, and the training images have one each (a semicolon in '
+                                  'a name is written \\;)' % escape_text(cell))
         for name in names:
             if not name.isprintable():
                 raise self.file.error(line, 'the label %s holds characters that cannot be printed' % escape_text(name))
@@ -306,9 +306,9 @@ def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_e
             elif spelling != name:
                 renamed[index] = spelling
     if lost and must_exist:
-        raise file.error(lines[lost[0]], 'there is no file %s%s; paths begin at %s (--data_path names another folder)' % (
-            escape_text(samples.path(lost[0])), '' if len(lost) == 1 else ', and %d more are missing' % (len(lost) - 1),
-            escape_text(samples.root) or '.'))
+        raise file.error(lines[lost[0]], 'there is no file %s%s; paths begin at %s (--data_path names another folder)' %
+                         (escape_text(samples.path(lost[0])), ', and %d more are missing' % (len(lost) - 1)
+                          if len(lost) > 1 else '', escape_text(samples.root) or '.'))
     if renamed:
         log_main('%s: spells %d paths otherwise than the file system (\\ for /, or accents); their files were found'
                  % (file.name, len(renamed)))

@@ -3,10 +3,12 @@
 import collections.abc
 import copy
 import os
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence, Union
 
 import numpy as np
 import torch
+
+Integers = Union[Sequence[int], np.ndarray]
 
 
 class SampleList(collections.abc.Sequence):
@@ -21,11 +23,16 @@ class SampleList(collections.abc.Sequence):
         classes: how many there are; needed with several labels.
     """
 
-    def __init__(self, root: str, names: bytes, ends: Sequence[int], labels: Sequence[int],
-                 label_ends: Optional[Sequence[int]] = None, classes: int = 0) -> None:
+    def __init__(self, root: str, names: bytes, ends: Integers, labels: Integers,
+                 label_ends: Optional[Integers] = None, classes: int = 0) -> None:
         self.root, self.names, self.classes, self.spans = root, names, classes, _spans(ends)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.label_spans = None if label_ends is None else _spans(label_ends)
+
+    @classmethod
+    def from_names(cls, root: str, names: Sequence[bytes], *more: Any) -> 'SampleList':
+        """With a list of names."""
+        return cls(root, b''.join(names), np.cumsum([0] + list(map(len, names))), *more)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -74,11 +81,6 @@ class SampleList(collections.abc.Sequence):
         return self.labels[start:end]
 
 
-def join_names(names: Sequence[bytes]) -> Tuple[bytes, np.ndarray]:
-    """(names, ends) for a `SampleList`."""
-    return b''.join(names), np.cumsum([0] + list(map(len, names)))
-
-
-def _spans(ends: Sequence[int]) -> np.ndarray:
+def _spans(ends: Integers) -> np.ndarray:
     """int64 (items, 2): start and end of each."""
     return np.stack([ends[:-1], ends[1:]], axis=1).astype(np.int64)
