@@ -4,27 +4,26 @@ A `config` may be any object with these attributes, such as the parsed flags.
 """
 
 import contextlib
-import functools
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from torchvision import datasets as torchvision_datasets
 
 from beit.config import DataConfig, InputConfig
-from beit.data import csv_dataset, folder_index, locations, subsets
-from beit.data.class_folders import scan_classes
+from beit.data import csv_dataset, locations, subsets
 from beit.data.decode import UnreadableImage
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
 from beit.data.image_dataset import ImageDataset, ImageFolder, label_source
-from beit.data.loader import EpochSampler, OrderedDistributedSampler, Samples, SeededSamples, loader_kwargs
+from beit.data.loader import EpochSampler, OrderedDistributedSampler, SampleDataset, SeededDataset, loader_kwargs
+from beit.data.sample_list import SampleList
 from beit.data.transforms import EvalTransform, build_transform, image_reader, is_fast, small_input_rule
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
 
 # ---- data sets
 
-def _reading(is_train, config, device=None):
+def _reading(is_train: bool, config: InputConfig, device: Optional[torch.device] = None) -> Dict[str, Any]:
     """How an `ImageDataset` reads its images."""
     return dict(transform=build_transform(is_train, config, device), fits=small_input_rule(is_train, config),
                 read=image_reader(is_fast(is_train, config)))
@@ -37,31 +36,41 @@ def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.de
     Args:
         classes, multi_label: for a CSV file, see `csv_dataset.read`.
     """
-    reading = _reading(is_train, config, device)
-    if config.data_set == 'CIFAR':
-        try:
-            dataset = torchvision_datasets.CIFAR100(locations.cifar_root(config.data_path), train=is_train,
-                                                    transform=reading['transform'])
-        except RuntimeError:
-            raise UserError('--data_path %s: cifar-100-python is damaged (its checksums differ); unpack it again'
-                            % escape_text(config.data_path)) from None
-        return dataset, list(getattr(dataset, 'classes', None) or map(str, range(100)))
-    if locations.manifest_of(is_train, config):
-        dataset = ImageDataset(*read_manifest(is_train, config, device, classes, multi_label), **reading)
-        return dataset, dataset.classes
+    if locations.csv_of(is_train, config):
+        samples, classes = read_csv(is_train, config, device, classes, multi_label)
+        return ImageDataset(samples, classes, **_reading(is_train, config, device)), classes
+    dataset = BUILDERS[config.data_set](is_train, config, device)
+    return dataset, list(dataset.classes)
+
+
+def build_class_folders(is_train: bool, config: InputConfig, device: Optional[torch.device]) -> ImageFolder:
     flag, root = locations.split_root(is_train, config)
-    scan = functools.partial(folder_index.load_or_scan, device=device) if config.index_cache else scan_classes
-    dataset = ImageFolder(root, flag=flag, scan=scan, **reading)
-    return dataset, dataset.classes
+    return ImageFolder(root, flag, device, **_reading(is_train, config, device))
 
 
-def read_manifest(is_train: bool, config: DataConfig, device: Optional[torch.device],
+def build_cifar(is_train: bool, config: InputConfig, device: Optional[torch.device]) -> torchvision_datasets.CIFAR100:
+    try:
+        dataset = torchvision_datasets.CIFAR100(locations.cifar_root(config.data_path), train=is_train,
+                                                transform=build_transform(is_train, config, device))
+    except RuntimeError:
+        raise UserError('--data_path %s: cifar-100-python is damaged (its checksums differ); unpack it again'
+                        % escape_text(config.data_path)) from None
+    dataset.classes = getattr(dataset, 'classes', None) or list(map(str, range(100)))
+    return dataset
+
+
+# Of each --data_set, what builds one of its two sets: an `ImageDataset`, or another with `classes` and `targets`.
+BUILDERS = {'IMNET': build_class_folders, 'image_folder': build_class_folders, 'CIFAR': build_cifar}
+
+
+def read_csv(is_train: bool, config: DataConfig, device: Optional[torch.device],
                   classes: Optional[List[str]] = None, multi_label: Optional[bool] = None,
-                  must_exist: bool = True) -> Tuple[csv_dataset.Manifest, List[str]]:
-    """Read the CSV file that the flags name. A missing image counts as unreadable where such images are allowed."""
-    flag, path = locations.manifest_of(is_train, config) or ('', '')
+                  missing: str = '') -> Tuple[SampleList, List[str]]:
+    """Read the CSV file that the flags name; see `csv_dataset.read`."""
+    missing = missing or ('error' if config.bad_images == 'error' and not config.check_data else 'unreadable')
+    flag, path = locations.csv_of(is_train, config) or ('', '')
     return csv_dataset.read(flag, path, locations.resolve_data_path(config.data_path), config.loss, classes,
-                            multi_label, device, must_exist and config.bad_images == 'error' and not config.check_data)
+                            multi_label, device, missing)
 
 
 def build_datasets(config: InputConfig, device: Optional[torch.device] = None, classes: Optional[List[str]] = None,
@@ -80,7 +89,7 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
         train, train_classes = build_dataset(True, config, device)
         multi_label = subsets.is_multi_label(label_source(train))
     elif config.train_csv and config.val_csv and classes is None:  # it names the classes
-        listed, classes = read_manifest(True, config, device, must_exist=False)
+        listed, classes = read_csv(True, config, device, missing='ignored')
         multi_label = listed.multi_label
     if config.val_split:
         train, val, val_classes = split_validation(train, config, device, held_out)
@@ -121,15 +130,15 @@ def split_validation(train: Optional[ImageFolder], config: InputConfig, device: 
     Args:
         train (ImageFolder): all images; None where only the validation part is wanted.
     """
-    whole = train if train is not None else build_dataset(False, config, device)[0]
-    keys = subsets.name_keys(whole.samples)
+    dataset = train if train is not None else build_dataset(False, config, device)[0]
+    keys = subsets.name_keys(dataset.samples)
     if held_out is None:
-        train_indices, val_indices = subsets.split(whole.samples, config.val_split, config.seed, keys)
+        train_indices, val_indices = subsets.split(dataset.samples, config.val_split, config.seed, keys)
         held_out = keys[val_indices]
     else:
         train_indices, val_indices = subsets.split_as_recorded(keys, held_out, config.val_split)
-    val = whole.subset(val_indices, **_reading(False, config)) if locations.needs_validation(config) else None
-    return None if train is None else train.subset(train_indices, held_out=held_out), val, whole.classes
+    val = dataset.subset(val_indices, **_reading(False, config)) if locations.needs_validation(config) else None
+    return None if train is None else train.subset(train_indices, held_out=held_out), val, dataset.classes
 
 
 def limit_samples(train: Any, config: DataConfig) -> Any:
@@ -159,23 +168,23 @@ def build_loaders(config: InputConfig, train: Any, val: Any, device: Optional[to
     Without a device it is the CPU. The validation batch is 1.5 times the training batch. Without --dist_eval each
     process evaluates the whole set.
     """
-    skips = config.bad_images == 'skip'
+    skip_unreadable = config.bad_images == 'skip'
     erasing = RandomErasingBoxes(config.reprob, config.recount) if config.reprob > 0 else None
     evaluation, device = EvalTransform.from_config(config), device or torch.device('cpu')
     train_loader = val_loader = None
 
-    def load(samples, **options):
+    def load(samples: SampleDataset, **options: Any) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(samples, **options, **loader_kwargs(
             config.num_workers, config.pin_mem, config.input_size, device))
 
     if train is not None:
         sampler = EpochSampler(len(train), process_group.rank(), process_group.world_size(), config.seed)
         train_loader = PrefetchLoader(
-            load(SeededSamples(train, config.seed, skips, erasing), batch_size=config.batch_size, drop_last=True,
-                 sampler=sampler), device, evaluation.mean, evaluation.std, remode=config.remode)
+            load(SeededDataset(train, config.seed, skip_unreadable, erasing), batch_size=config.batch_size,
+                 drop_last=True, sampler=sampler), device, evaluation.mean, evaluation.std, remode=config.remode)
     if val is not None:
         shard = (process_group.rank(), process_group.world_size()) if config.dist_eval else (0, 1)
         val_loader = PrefetchLoader(
-            load(Samples(val, skips), batch_size=int(1.5 * config.batch_size),
+            load(SampleDataset(val, skip_unreadable), batch_size=int(1.5 * config.batch_size),
                  sampler=OrderedDistributedSampler(len(val), *shard)), device, evaluation.mean, evaluation.std)
     return train_loader, val_loader

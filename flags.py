@@ -336,7 +336,6 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
                                  help='a file that cannot be read: error, or skip: say so and leave it out')}),
         Flag('max_bad_images', 0.001, 'with skip, the share of bad files to stop at', type=share,
              affects_results=False),
-        Flag('index_cache', True, 'keep the list of files for the next start', affects_results=False),
         Flag('check_data', False, 'decode every image, report those that cannot be read, and stop',
              affects_results=False),
     ),

@@ -29,7 +29,7 @@ from beit.config import LoaderConfig
 from beit.data import fast_decode
 from beit.data.class_folders import is_image_name
 from beit.data.device_loader import PrefetchLoader
-from beit.data.loader import Samples, loader_kwargs
+from beit.data.loader import SampleDataset, loader_kwargs
 from beit.data.prediction_inputs import PathDataset, PathSampler, check_inputs, common_folder
 from beit.data.transforms import EvalTransform
 from beit.devices import accelerator, half_precision
@@ -268,7 +268,7 @@ def build_loader(sampler: PathSampler, preprocessing: EvalTransform, data_backen
     options = loader_kwargs(workers, config.pin_mem, preprocessing.input_size, device)
     if 'persistent_workers' in options:
         options['persistent_workers'] = False  # there is one pass
-    samples = Samples(PathDataset(preprocessing, data_backend), config.bad_images == 'skip')
+    samples = SampleDataset(PathDataset(preprocessing, data_backend), config.bad_images == 'skip')
     return PrefetchLoader(torch.utils.data.DataLoader(samples, batch_size=found, sampler=sampler, **options), device,
                           preprocessing.mean, preprocessing.std)
 

@@ -23,7 +23,6 @@ class DataConfig:
     seed: int = 0
     loss: str = 'auto'  # 'bce' or several labels an image: see csv_dataset
     bad_images: str = 'error'  # or 'skip'
-    index_cache: bool = True
     eval: bool = False  # no training set is needed
     disable_eval_during_finetuning: bool = False
     check_data: bool = False

@@ -55,7 +55,7 @@ import modeling_finetune
 import run_class_finetuning as program
 from beit import errors
 from beit.cli import bounded_number
-from beit.data import folder_index, locations, transforms
+from beit.data import locations, transforms
 from beit.devices import accelerator
 from beit.distributed import process_group, watchdog
 from beit.errors import UserError, escape_text, nearest, one_line, unknown_value_error
@@ -633,25 +633,14 @@ def make_tree(root, files):
         link(source, os.path.join(folder, '%06d.jpg' % index))
 
 
-    for folder, _, _ in os.walk(root):
-        os.utime(folder, (1e9, 1e9))  # an index of folders that changed a moment ago would not be believed
-
-
 def folder_flags(root):
     """The flags that train on a folder of classes."""
     return ['--data_set=image_folder', '--data_path=' + root, '--disable_eval_during_finetuning',
             '--model=beit_nano_patch8_32', '--input_size=32', '--batch_size=16']
 
 
-def forget_index(root):
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(folder_index.index_path(root))
-
-
-def open_folder(root, options, first=False):
-    """Seconds in which this repository's data set of a folder is there; `first`: without an index of it."""
-    if first:
-        forget_index(root)
+def open_folder(root, options):
+    """Seconds in which this repository's data set of a folder is there."""
     args = program.build_parser().parse_args(folder_flags(root) + options.extra)
     start = time.perf_counter()
     datasets.build_dataset(True, args)
@@ -665,10 +654,8 @@ def open_image_folder(root):
     return time.perf_counter() - start
 
 
-def first_step(root, options, first=False):
-    """Seconds from the start of the program to the line of its first step; `first`: without an index of the folder."""
-    if first:
-        forget_index(root)
+def first_step(root, options):
+    """Seconds from the start of the program to the line of its first step."""
     command = [sys.executable, '-u', os.path.join(ROOT, 'run_class_finetuning.py')] + folder_flags(root) + [
         '--num_workers=1', '--maxstep=1', '--epochs=1', '--warmup_epochs=0', '--device=' + options.device,
         '--no_save_ckpt'] + options.extra
@@ -692,27 +679,19 @@ def startup_main(options, device):
             progress('%d files' % files)
             make_tree(root, files)
             open_image_folder(root)  # the names are in memory from here on
-            theirs, one, two = take_turns([
-                functools.partial(open_image_folder, root),
-                functools.partial(open_folder, root, options, first=True),
-                functools.partial(open_folder, root, options)], options.pairs)
-            for start, times in (('first', one), ('second', two)):
-                add_row(options, report, dict(files=files, what='data set', start=start, seconds=summary(times),
-                                              other='ImageFolder', other_seconds=summary(theirs),
-                                              ratio=ratios(theirs, times)))
-            one, two = take_turns([functools.partial(first_step, root, options, first=True),
-                                   functools.partial(first_step, root, options)], options.pairs)
-            add_row(options, report, dict(files=files, what='to first step', start='first', seconds=summary(one)))
-            add_row(options, report, dict(files=files, what='to first step', start='second', seconds=summary(two),
-                                          other='first start', other_seconds=summary(one), ratio=ratios(one, two)))
+            theirs, ours = take_turns([functools.partial(open_image_folder, root),
+                                       functools.partial(open_folder, root, options)], options.pairs)
+            add_row(options, report, dict(files=files, what='data set', seconds=summary(ours),
+                                          image_folder_seconds=summary(theirs), ratio=ratios(theirs, ours)))
+            steps, = take_turns([functools.partial(first_step, root, options)], options.pairs)
+            add_row(options, report, dict(files=files, what='to first step', seconds=summary(steps)))
 
     def cells(row):
-        other = row.get('other_seconds')
-        return [row['files'], row['what'], row['start'], '%.3f' % row['seconds']['median'], row.get('other', ''),
-                shown(other['median'], '%.3f') if other else ''] \
-            + (about_ratio(row['ratio']) if other else ['', '', ''])
+        theirs = row.get('image_folder_seconds')
+        return [row['files'], row['what'], '%.3f' % row['seconds']['median']] + (
+            ['%.3f' % theirs['median']] + about_ratio(row['ratio']) if theirs else [''] * 4)
 
-    print_report(options, report, ['files', 'what', 'start', 'seconds', 'against', 'its seconds'] + RATIO, cells)
+    print_report(options, report, ['files', 'what', 'seconds', 'ImageFolder\'s'] + RATIO, cells)
 
 
 # ---- the script, from JPEG files to its last lines

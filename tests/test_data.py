@@ -6,7 +6,12 @@ import inspect
 import json
 import math
 import os
+import pickle
 import random
+import re
+import subprocess
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -16,13 +21,17 @@ import torchvision
 from PIL import Image, features
 
 import datasets
+import run_class_finetuning
 from beit.config import TransformConfig
 from beit.data import class_folders, decode, locations, transforms
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
-from beit.data.loader import Batch, EpochSampler, OrderedDistributedSampler, Samples, SeededSamples, collate
+from beit.data.image_dataset import ImageDataset
+from beit.data.loader import Batch, EpochSampler, OrderedDistributedSampler, SampleDataset, SeededDataset, collate
+from beit.data.sample_list import SampleList
+from beit.distributed import collectives
 from beit.errors import UserError
 from flags import config_from
-from helpers import NANO, cannot_run, photo, write_cifar
+from helpers import NANO, ROOT, RUN, cannot_run, free_port, photo, write_cifar
 
 pytestmark = [pytest.mark.fast, pytest.mark.computes]
 
@@ -53,7 +62,7 @@ def transform_of(is_train, args):
     worker = transforms.build_transform(is_train, args)
 
     def transform(image):
-        item = Samples([(worker(image), 0)], erasing=erasing)[0]
+        item = SampleDataset([(worker(image), 0)], erasing=erasing)[0]
         return finish.prepare(collate([item], args.input_size)).images[0]
     return transform
 
@@ -405,8 +414,8 @@ def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):
         (root / '10' / 'sister').symlink_to('../9')
     os.mkfifo(str(root / '9' / 'pipe.png'))
     theirs = torchvision.datasets.DatasetFolder(str(root), None, class_folders.EXTENSIONS)
-    classes, samples = class_folders.scan_classes(str(root))[:2]
-    assert samples == theirs.samples and classes == theirs.classes
+    classes, samples = class_folders.scan_classes(str(root))
+    assert list(samples) == theirs.samples and classes == theirs.classes
     assert len(samples) >= 16 and len(classes) == 6
     listed = os.scandir
 
@@ -415,22 +424,134 @@ def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):
         with listed(folder) as entries:
             yield sorted(entries, key=lambda entry: entry.name, reverse=True)
     monkeypatch.setattr(os, 'scandir', backwards)  # a file system gives its entries in any order
-    assert class_folders.scan_classes(str(root))[:2] == (classes, samples)
+    assert list(class_folders.scan_classes(str(root))[1]) == theirs.samples
     monkeypatch.undo()
-    assert class_folders.scan_classes(str(root) + '/')[1] == torchvision.datasets.DatasetFolder(
+    assert list(class_folders.scan_classes(str(root) + '/')[1]) == torchvision.datasets.DatasetFolder(
         str(root) + '/', None, class_folders.EXTENSIONS).samples
 
 
 def test_a_list_of_images_is_a_sequence(image_folder):
     samples = datasets.ImageFolder(os.path.join(image_folder(), 'train')).samples
     pairs = list(samples)
-    assert samples == pairs and samples != pairs[:-1] and samples != pairs[::-1]
+    assert len(samples) == len(pairs) == 32 and samples.targets.tolist() == [label for _, label in pairs]
     assert samples[3:-2] == pairs[3:-2] and samples[::-1] == pairs[::-1] and samples[-1] == pairs[-1]
     assert samples[np.int64(4)] == pairs[4] and pairs[5] in samples and samples.index(pairs[6]) == 6
     for index in (len(pairs), -len(pairs) - 1):
         with pytest.raises(IndexError):
             samples[index]
-    assert len(class_folders.ImageList('x', [''], [0], [0], b'')) == 0
+    assert len(SampleList('x', b'', [0], [])) == 0 and list(SampleList('x', b'', [0], [], [0], 3)) == []
+    chosen = samples.select(np.array([5, 31, 0]))
+    assert list(chosen) == [pairs[5], pairs[31], pairs[0]] and chosen.targets.tolist() == [0, 1, 0]
+    assert list(chosen.select(np.array([2, 1]))) == [pairs[0], pairs[31]]
+    several = SampleList('x', b'abc/d', [0, 1, 3, 5], [2, 0, 1], [0, 2, 2, 3], 3)
+    assert [(path, target.tolist()) for path, target in several.select(np.array([2, 0]))] == [
+        ('/d', [0., 1., 0.]), ('x/a', [1., 0., 1.])]
+    assert several.select(np.array([1, 0])).labels_of(1).tolist() == [2, 0]
+
+
+def test_names_take_the_memory_of_their_text():
+    names = [b'class/%07d.png' % number for number in range(10000)]
+    samples = SampleList.from_names('root', names, [0] * 10000)
+    assert len(pickle.dumps(samples)) < sum(map(len, names)) + 10000 * 3 * 8 + 1000
+    assert list(pickle.loads(pickle.dumps(samples))) == list(samples)
+
+
+class ZipDataset(ImageDataset):
+    """train.zip and val.zip with an image file for each class in their class folders."""
+
+    def __init__(self, is_train, config, device):
+        self.archive = os.path.join(config.data_path, 'train.zip' if is_train else 'val.zip')
+        with zipfile.ZipFile(self.archive) as file:
+            names = sorted(file.namelist())
+        classes = sorted({name.split('/')[0] for name in names})
+        labels = [classes.index(name.split('/')[0]) for name in names]
+        samples = SampleList.from_names('', list(map(os.fsencode, names)), labels)
+        super().__init__(samples, classes, transforms.build_transform(is_train, config, device), read=self.read_member)
+
+    def read_member(self, name):
+        with zipfile.ZipFile(self.archive) as file, file.open(name) as member:
+            return Image.open(member).convert('RGB')
+
+
+def check_zips(config):
+    if not os.path.isfile(os.path.join(config.data_path, 'train.zip')):
+        raise UserError('--data_path: no train.zip')
+
+
+def test_a_new_kind_of_data_set_takes_two_entries(image_folder, tmp_path, monkeypatch, capsys, refused):
+    monkeypatch.setitem(locations.DATA_SETS, 'zip', check_zips)
+    monkeypatch.setitem(datasets.BUILDERS, 'zip', ZipDataset)
+    root, figures = image_folder(train=4, val=3), []
+    for split in ('train', 'val'):
+        with zipfile.ZipFile(str(tmp_path / (split + '.zip')), 'w') as archive:
+            for name, path in files_in(os.path.join(root, split)).items():
+                archive.write(path, name)
+    for data in (['--data_set=zip', '--data_path', str(tmp_path)], ['--data_path', root]):
+        for more in (['--max_train_samples=6'], ['--check_data']):
+            assert run_class_finetuning.run(RUN + data + ['--epochs=1', '--batch_size=2'] + more) == 0
+        out = capsys.readouterr().out
+        figures.append(re.findall(r'^(?:Classes|Data|Max|Checked|\* Acc).*', out, re.M))
+    assert figures[0] == figures[1] and len(figures[0]) >= 2
+    refused(RUN + ['--data_set=zip', '--data_path', root], 'no train.zip')
+
+
+SEVERAL = '''
+import argparse, json, sys
+sys.path.insert(0, %r)
+from beit.data import class_folders
+from beit.distributed import collectives, process_group
+from beit.errors import UserError
+args = argparse.Namespace(device='cpu', dist_on_itp=False, local_rank=-1, dist_url='env://', dist_timeout=60.)
+device = process_group.init_distributed_mode(args)
+collectives.ALIVE_SECONDS = 0  # a sign of life after every folder
+scans, results = [], []
+def scan(root, keep_alive, scan=class_folders._scan):
+    scans.append(root)
+    return scan(root, keep_alive)
+class_folders._scan = scan
+for root in sys.argv[1:]:
+    for collectives.BLOCK in (64, 1 << 26):
+        scans.clear()
+        try:
+            classes, samples = class_folders.scan_classes(root, device)
+            result = [classes, list(samples)]
+        except UserError as error:
+            result = str(error)
+        results.append([len(scans), result])
+print('RESULTS ' + json.dumps(results))
+process_group.shutdown()
+'''
+
+
+@pytest.mark.slow
+def test_one_process_scans_and_broadcasts(tmp_path):
+    """What it finds, and an error."""
+    tree, lost = os.path.join(str(tmp_path), os.fsdecode(b'ro\not \xff')), str(tmp_path / 'lost')
+    for name in (b'b/2.png', b'b/a/x.tiff', 'a b/\u00fc\U0001f600.jpeg'.encode(), b'a b/new\nline.png',
+                 b'a b/\xff\xfe\r.png', b'a b/\xee\x80\x80.png', b'cl\nass \xfe/1.tif', b'../lost/cat/1.png'):
+        path = os.path.join(tree, os.fsdecode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'wb'):
+            pass
+    os.symlink('nowhere', lost + '/cat/link')
+    port = free_port()
+    started = [subprocess.Popen(
+        [sys.executable, '-c', SEVERAL % ROOT, tree, lost], stdout=subprocess.PIPE, universal_newlines=True,
+        env=dict(os.environ, RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), OMP_NUM_THREADS='1',
+                 MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))) for rank in range(2)]
+    outputs = [process.communicate(timeout=240)[0] for process in started]
+    assert not any(process.returncode for process in started)
+    main, other = (json.loads(re.search('RESULTS (.*)', out).group(1)) for out in outputs)
+    classes, samples = class_folders.scan_classes(tree)
+    assert len(samples) == 7
+    error = main[2][1]
+    assert error.startswith('%s/cat/link: cannot look for images there' % lost)
+    assert main == [[1, [classes, [list(pair) for pair in samples]]]] * 2 + [[1, error]] * 2
+    assert other == [[0, result] for _, result in main]
+
+
+def test_without_other_processes_nothing_is_broadcast():
+    assert collectives.broadcast_from_main(lambda keep_alive: keep_alive() or b'x', None) == b'x'
 
 
 def test_train_and_val_must_name_the_same_classes(image_folder, parse):
@@ -640,7 +761,7 @@ def test_loaders_have_the_reference_batches(image_folder, parse, workers):
 
 def loader_of(dataset, batch_size, rank=0, world=1, workers=0):
     return torch.utils.data.DataLoader(
-        SeededSamples(dataset, seed=4), batch_size=batch_size, drop_last=True, num_workers=workers,
+        SeededDataset(dataset, seed=4), batch_size=batch_size, drop_last=True, num_workers=workers,
         sampler=EpochSampler(len(dataset), rank, world, seed=4),
         collate_fn=functools.partial(collate, size=32))
 
@@ -724,16 +845,16 @@ def test_samples_do_not_depend_on_the_workers(image_folder, parse, size):
 def test_an_image_is_augmented_afresh_in_every_epoch(image_folder, parse):
     args = parse('--data_path', image_folder(), *NANO)
     train = datasets.build_datasets(args)[0]
-    samples = SeededSamples(train, seed=0)
+    samples = SeededDataset(train, seed=0)
     versions = [samples[epoch, 5][0] for epoch in range(8)]
     assert len({image.numpy().tobytes() for image in versions}) == 8
     assert torch.equal(samples[3, 5][0], versions[3])
-    assert not torch.equal(SeededSamples(train, seed=1)[3, 5][0], versions[3])
+    assert not torch.equal(SeededDataset(train, seed=1)[3, 5][0], versions[3])
 
 
 def test_the_main_process_keeps_its_random_numbers(image_folder, parse):
     args = parse('--data_path', image_folder(), *NANO)
-    samples = SeededSamples(datasets.build_datasets(args)[0])
+    samples = SeededDataset(datasets.build_datasets(args)[0])
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)

@@ -227,9 +227,9 @@ def build_datasets(*args, then=datasets.build_datasets):
     return then(*args)
 datasets.build_datasets = build_datasets""",
     'loading': """from beit.data import loader
-def get(self, key, get=loader.SeededSamples.__getitem__):
+def get(self, key, get=loader.SeededDataset.__getitem__):
     return act() if key[0] == 1 else get(self, key)
-loader.SeededSamples.__getitem__ = get""",
+loader.SeededDataset.__getitem__ = get""",
     'training': """import engine_for_finetuning as engine
 def set_schedules(optimizer, update_step, *values, then=engine.set_schedules):
     return act() if update_step == 2 else then(optimizer, update_step, *values)
@@ -390,7 +390,7 @@ def errors(ended):
 NOT_A_NUMBER = """from beit.data import device_loader; from beit.data import loader
 def prepare(self, batch, then=device_loader.PrefetchLoader.prepare, batches=[]):
     batch = then(self, batch)
-    if isinstance(self.dataset, loader.SeededSamples):  # training
+    if isinstance(self.dataset, loader.SeededDataset):  # training
         batches.append(batch)
     if len(batches) == 4:  # of the fourth update
         batches.append(None)

@@ -246,7 +246,6 @@ class Life:
         os.makedirs(folder, exist_ok=True)
         self.server, self.folder, self.config, self.out = server, folder, config, os.path.join(folder, 'out')
         self.flags = EVERYTHING + CONFIGS[config] + ['--data_path=' + data, '--output_dir=' + self.out] + list(more)
-        self.flags += ['--no_index_cache']  # or a fault planted for a checkpoint would meet the index first
         self.processes = processes or PROCESSES.get(config, 1)
         self.only_killed, self.running = True, []
 

@@ -73,7 +73,7 @@ def test_the_split_hangs_on_the_seed_alone(no_val, parse):
         return [None if part is None else paths(part) for part in datasets.build_datasets(args)[:2]]
 
     train, val = part()
-    assert part('--epochs=3', '--num_workers=2', '--bad_images=skip', '--no_index_cache') == [train, val]
+    assert part('--epochs=3', '--num_workers=2', '--bad_images=skip') == [train, val]
     assert part('--eval') == [None, val]
     assert part('--data_set=image_folder', '--data_path', os.path.join(no_val, 'train')) == [train, val]
     assert part('--disable_eval_during_finetuning') == [train, None]

@@ -144,8 +144,8 @@ def test_each_class_has_a_probability_of_its_own_where_it_was_trained_so(photos,
 
 def test_the_digits_accuracy_and_loss_are_those_of_the_evaluation(tmp_path, capfd):
     make_checkpoint(tmp_path / 'digits.pth', '--input_size=32', classes=list('0123456789'))
-    assert run_class_finetuning.run(NANO + ['--data_path=demo', '--eval', '--resume=%s' % (tmp_path / 'digits.pth'),
-                                            '--no_index_cache']) == 0
+    assert run_class_finetuning.run(
+        NANO + ['--data_path=demo', '--eval', '--resume=%s' % (tmp_path / 'digits.pth')]) == 0
     out = capfd.readouterr().out
     assert predict('--resume', tmp_path / 'digits.pth', os.path.join(ROOT, 'data', 'digits', 'val'), '--batch_size=50',
                    '--top_k=10', '--output', tmp_path / 'digits.jsonl') == 0
@@ -534,7 +534,7 @@ def test_a_large_folder_begins_at_once_and_is_never_held(tmp_path, monkeypatch):
                 seen.append(entry)
                 yield entry
 
-    monkeypatch.setattr(prediction_inputs, 'AT_ONCE', 10)
+    monkeypatch.setattr(prediction_inputs, 'SORTED_AT_ONCE', 10)
     monkeypatch.setattr(os, 'scandir', lambda path: Watched(scandir(path)))
     walk = prediction_inputs.walk_images(str(tmp_path))
     first = [next(walk) for _ in range(10)]

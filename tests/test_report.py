@@ -56,7 +56,7 @@ def loaded(*path):
 
 # ---- args.yaml and --config
 
-FLAGS = ['--lr=1e-3', '--opt_betas', '0.9', '0.95', '--cutmix_minmax', '0.1', '0.3', '--no_index_cache', '--use_cls',
+FLAGS = ['--lr=1e-3', '--opt_betas', '0.9', '0.95', '--cutmix_minmax', '0.1', '0.3', '--no_curves', '--use_cls',
          '--jit_compile=on', '--loss_scale=dynamic',
          '--finetune=a "b\n\udcff\u2028\x85\x7f\U0001f600: #x', '--model_key=']
 
@@ -68,8 +68,8 @@ def test_flags_come_back_from_their_file(tmp_path, parse):
         read = yaml.safe_load(file)  # what others will make of it
     assert read['opt_betas'] == [0.9, 0.95] and read['finetune'] == args.finetune and read['clip_grad'] is None
     assert parse('--config', path) == args
-    both = parse('--lr=2', '--config=' + path, '--index_cache', '--opt_betas', '0.5', '0.6')
-    assert both.lr == 2 and both.index_cache and both.opt_betas == [0.5, 0.6] and both.loss_scale == 'dynamic'
+    both = parse('--lr=2', '--config=' + path, '--curves', '--opt_betas', '0.5', '0.6')
+    assert both.lr == 2 and both.curves and both.opt_betas == [0.5, 0.6] and both.loss_scale == 'dynamic'
 
 
 BY_HAND = '''# mine

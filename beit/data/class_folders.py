@@ -1,120 +1,93 @@
-"""Finding the image files of class folders, and keeping their list in little memory."""
+"""Finding the image files of class folders."""
 
-import collections.abc
+import json
 import os
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple, Union
+from typing import Callable, Collection, Iterable, Iterator, List, Optional, Tuple
 
-import numpy as np
+import torch
 
+from beit.data.sample_list import SampleList
+from beit.distributed import collectives
 from beit.errors import UserError, escape_text
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.ppm', '.pgm', '.tif', '.tiff')
-_64_BITS = 2 ** 64 - 1
-
-Fingerprint = Tuple[int, int, int]
 
 
-class ImageList(collections.abc.Sequence):
-    """(path, class index) of every image; each pair is made when it is asked for.
-
-    In memory these are a few arrays, which loader processes share with the main one, and no string for each image.
-
-    Args:
-        root: what every path begins with, as the user gave it.
-        folders: relative to root.
-        labels, counts (int): of each folder, its class index and how many images it has.
-        names (bytes or uint8 array): the images' names, folder after folder, a NUL behind each.
-    """
-
-    def __init__(self, root: str, folders: List[str], labels: Sequence[int], counts: Sequence[int],
-                 names: Union[bytes, np.ndarray]) -> None:
-        self.root, self.folders, self.names = root, folders, np.frombuffer(names, dtype=np.uint8)
-        self.labels, self.counts = np.asarray(labels, dtype=np.int64), np.asarray(counts, dtype=np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(self.counts)])  # the index of each folder's first image
-        self.ends = np.flatnonzero(self.names == 0)  # the offset of each name's NUL
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        index = range(len(self))[index]  # negative ones count from the end, and there is an IndexError
-        folder = int(np.searchsorted(self.starts, index, side='right')) - 1
-        name = self.names[int(self.ends[index - 1]) + 1 if index else 0:int(self.ends[index])].tobytes()
-        return os.path.join(self.root, self.folders[folder], os.fsdecode(name)), int(self.labels[folder])
-
-    def __eq__(self, other: Any) -> bool:
-        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other))
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def targets(self) -> np.ndarray:
-        """int64 (images,): the class index of each."""
-        return np.repeat(self.labels, self.counts)
-
-    def relative_names(self, start: int, stop: int) -> List[bytes]:
-        """The paths, relative to root, of the images from start up to stop."""
-        begin, end = (int(self.ends[index - 1]) + 1 if index else 0 for index in (start, stop))
-        numbers = (np.searchsorted(self.starts, np.arange(start, stop), side='right') - 1).tolist()
-        folders = {number: os.fsencode(os.path.join(self.folders[number], '')) for number in set(numbers)}
-        names = self.names[begin:end].tobytes().split(b'\0')
-        return [folders[number] + name for number, name in zip(numbers, names)]
-
-
-class FolderScan(NamedTuple):
-    """What `scan_classes` found, and all that this depends on: while that stays, another scan finds the same."""
-    classes: List[str]
-    samples: ImageList  # whose `folders` are all that were listed, first root itself, as ''
-    fingerprints: List[Fingerprint]  # of each folder, before it was listed
-    real_paths: Dict[str, str]  # of the folders that are links, and of root, as ''
-    links: List[str]  # those that lead to no folder, relative to root
-
-
-def scan_classes(root: str, keep_alive: Callable[[], None] = lambda: None) -> FolderScan:
-    """Find the images in `root` as torchvision's `DatasetFolder` does, in its order, but without hidden names.
+def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List[str], SampleList]:
+    """(class names, images) of `root`, as torchvision's `DatasetFolder` finds and orders them, without hidden names.
 
     Every folder in `root` is a class, with the image files in it at any depth; links are followed. A file counts by its
     name's ending alone. Names are as the operating system gives them, with surrogates for bytes that aren't text.
 
     Args:
-        keep_alive: called after every folder.
+        device: of this process, if all of a job call this: the main process broadcasts what it found. None: each looks.
 
     Raises:
         UserError: a folder can't be listed, a link leads nowhere or to a folder that it lies in. Each would silently
             lose images or add some twice. (A link named like an image is a file that can't be read.)
     """
-    real_paths = {'': os.path.realpath(root)}
-    _, classes, links, root_fingerprint = _list_folder(root, '')
-    listed: List[Tuple[str, int, List[str], Fingerprint]] = [('', 0, [], root_fingerprint)]
-    for label, name in enumerate(sorted(classes)):
-        found: List[Tuple[str, int, List[str], Fingerprint]] = []
-        pending: List[Tuple[str, Tuple[str, ...]]] = [(name, (real_paths[''],))]
-        while pending:
-            folder, ancestors = pending.pop()
-            ancestors = resolve_link(os.path.join(root, folder), ancestors)
-            if os.path.islink(os.path.join(root, folder)):
-                real_paths[folder] = ancestors[-1]
-            files, folders, more_links, folder_fingerprint = _list_folder(root, folder)
-            found.append((folder, label, sorted(filter(is_image_name, files)), folder_fingerprint))
-            pending += [(os.path.join(folder, each), ancestors) for each in folders]
-            links += more_links
-            keep_alive()
-        listed += sorted(found)
-    folders, labels, files, fingerprints = zip(*listed)
-    names = os.fsencode(''.join(name + '\0' for names in files for name in names))
-    samples = ImageList(root, list(folders), labels, [len(names) for names in files], names)
-    return FolderScan(sorted(classes), samples, list(fingerprints), real_paths, links)
+    found = json.loads(collectives.broadcast_from_main(lambda keep_alive: _scan(root, keep_alive), device).decode())
+    classes = sorted(folder for folder, _ in found if os.sep not in folder)
+    index_of = {name: index for index, name in enumerate(classes)}
+    names, labels = [], []
+    for label, folder, files in sorted((index_of[folder.split(os.sep)[0]], folder, files) for folder, files in found):
+        prefix = os.fsencode(folder + os.sep)
+        names += [prefix + os.fsencode(name) for name in files]
+        labels += [label] * len(files)
+    return classes, SampleList.from_names(root, names, labels)
 
 
-def fingerprint(status: os.stat_result) -> Fingerprint:
-    """(inode, modification time, change time) of a folder: they change whenever its names do.
+def _scan(root: str, keep_alive: Callable[[], None]) -> bytes:
+    """JSON of [(folder relative to root, sorted names of its images)], without root itself."""
+    found = []
+    for folder, names in walk_folders(root):
+        found.append((folder, sorted(names)))
+        keep_alive()
+    return json.dumps(found[1:]).encode()
 
-    The change time shows where a modification time was put back (tar, rsync) and where permissions changed. The device
-    is left out: those of network disks and containers have another number after each mount. Each is below 2^64.
+
+def walk_folders(root: str, exclude: Collection[str] = ()) -> Iterator[Tuple[str, Iterator[str]]]:
+    """Yield (path relative to `root`, names of the images in it) of `root`, as '', and of every folder below it.
+
+    Folders come depth first, sorted; a folder's names come unsorted, while it is listed, and all must be taken. Hidden
+    files and folders are skipped, links are followed.
+
+    Args:
+        exclude: real paths of folders to pass over.
+
+    Raises:
+        UserError: see `scan_classes`.
     """
-    return status.st_ino & _64_BITS, status.st_mtime_ns & _64_BITS, status.st_ctime_ns & _64_BITS
+    pending: List[Tuple[str, Tuple[str, ...]]] = [('', (os.path.realpath(root),))]
+    while pending:
+        folder, ancestors = pending.pop()
+        path = os.path.join(root, folder) if folder else root
+        ancestors = _resolve_link(path, ancestors) if folder else ancestors
+        if ancestors[-1] in exclude:
+            continue
+        folders: List[str] = []
+        try:
+            with os.scandir(path) as entries:
+                yield folder, _image_names(entries, path, folders)
+        except OSError as error:
+            raise _listing_error(error, path) from None
+        pending += [(os.path.join(folder, name), ancestors) for name in sorted(folders, reverse=True)]
+
+
+def _image_names(entries: Iterable[os.DirEntry], path: str, folders: List[str]) -> Iterator[str]:
+    """Yield the names of images among a folder's entries; add names of folders, and of links to such, to `folders`."""
+    try:
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                folders.append(entry.name)
+            elif is_image_name(entry.name):
+                yield entry.name
+            elif entry.is_symlink():
+                os.stat(entry.path)  # a link that leads nowhere may be to a folder of images
+    except OSError as error:
+        raise _listing_error(error, path) from None
 
 
 def is_image_name(name: str) -> bool:
@@ -126,45 +99,12 @@ def is_hidden(name: str) -> bool:
     return name.startswith('.') or name == '__MACOSX'
 
 
-def _list_folder(root, folder):
-    """(names of files, names of folders, paths of links, fingerprint) of a folder, without what is hidden.
-
-    Links to folders are among the folders; other links are among the files, and listed again, relative to root.
-    """
-    files, folders, links = [], [], []
-    path = os.path.join(root, folder) if folder else root
-    try:
-        before = fingerprint(os.stat(path))
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if is_hidden(entry.name):
-                    continue
-                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                    folders.append(entry.name)
-                    continue
-                files.append(entry.name)
-                if entry.is_symlink():
-                    links.append(os.path.join(folder, entry.name))
-                    check_link(entry.path)
-    except OSError as error:
-        raise listing_error(error, path) from None
-    return files, folders, links, before
-
-
-def listing_error(error: OSError, path: str) -> UserError:
+def _listing_error(error: OSError, path: str) -> UserError:
     return UserError('%s: cannot look for images there (%s); mend or remove it, or let this user read it'
                      % (escape_text(error.filename or path), error.strerror))
 
 
-# ---- links
-
-def check_link(path: str) -> None:
-    """Raise an `OSError` for a link that may be to a folder of images which can't be reached."""
-    if not is_image_name(path):
-        os.stat(path)
-
-
-def resolve_link(folder: str, ancestors: Tuple[str, ...]) -> Tuple[str, ...]:
+def _resolve_link(folder: str, ancestors: Tuple[str, ...]) -> Tuple[str, ...]:
     """The real folders on the way to `folder` and it: the last before each link, and where it is now.
 
     Raises:

@@ -1,215 +1,323 @@
-"""CSV files that list images with their classes (--train_csv, --val_csv), one class an image or several."""
+"""CSV files that list images with their labels (--train_csv, --val_csv), one label an image or several.
 
-import collections.abc
+A million rows are read one at a time into a few arrays; only one process looks for the files.
+"""
+
+import array
+import collections
+import contextlib
 import csv
 import io
+import itertools
+import json
 import os
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+import re
+import unicodedata
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
+from beit.data.class_folders import is_image_name
+from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text, nearest
 from beit.files.regular_file import open_file
+from beit.log import log_main
 
-PATHS = {'path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_path'}
-LABELS = {'label', 'labels', 'class', 'classes', 'category'}
-BETWEEN = ';'  # between the classes of an image
-
-
-class Manifest(collections.abc.Sequence):
-    """(path, class index) of every image; with several classes (path, float32 (classes,) of ones and zeros).
-
-    As `class_folders.ImageList` it is a few arrays, which loader processes share.
-
-    Args:
-        root (str): what paths that aren't absolute begin with.
-        names (list of str): the images' paths as the file gives them.
-        labels (list of list of int): the class indices of each image.
-        classes (int): how many there are.
-        multi_label (bool): whether an image may be of several classes, or none.
-    """
-
-    def __init__(self, root: str, names: Sequence[str], labels: Sequence[Sequence[int]], classes: int,
-                 multi_label: bool) -> None:
-        self.root, self.classes, self.multi_label = root, classes, multi_label
-        encoded = [os.fsencode(name) for name in names]
-        self.names, self.ends = b''.join(encoded), np.cumsum([0] + list(map(len, encoded)))
-        self.flat = np.array([label for each in labels for label in each], dtype=np.int64)
-        self.label_ends = np.cumsum([0] + list(map(len, labels)))
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        name = os.fsdecode(self.names[int(self.ends[index]):int(self.ends[index + 1])])
-        labels = self.labels_of(index)
-        if not self.multi_label:
-            return os.path.join(self.root, name), int(labels[0])
-        target = torch.zeros(self.classes)
-        target[torch.from_numpy(labels)] = 1.
-        return os.path.join(self.root, name), target
-
-    def relative_names(self, start: int, stop: int) -> List[bytes]:
-        """The paths as the file gives them, relative to root or absolute, of the images from start up to stop."""
-        ends = self.ends[start:stop + 1].tolist()
-        return [self.names[begin:end] for begin, end in zip(ends, ends[1:])]
-
-    def labels_of(self, index: int) -> np.ndarray:
-        """int64 array: the class indices of an image."""
-        return self.flat[self.label_ends[index]:self.label_ends[index + 1]]
-
-    @property
-    def targets(self) -> np.ndarray:
-        """int64 (images,): the class of each, where every image has one."""
-        return self.flat
+PATHS = ('path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_path')
+LABELS = ('label', 'labels', 'class', 'classes', 'category')
+SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val',
+          'test': 'test', 'testing': 'test'}
+MISSING = ('nan', '<na>', '#n/a')  # what pandas and spreadsheets write for a value that is not there
+SEVERAL = re.compile(r'(?<!\\);')  # between the labels of an image; \; is a semicolon in a name
+FORM = 'it must be path,label (with several labels: path,label;label), and what holds a comma stands in double quotes'
 
 
 def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]] = None,
-         multi_label: Optional[bool] = None, device: Optional[torch.device] = None, must_exist: bool = True
-         ) -> Tuple[Manifest, List[str]]:
+         multi_label: Optional[bool] = None, device: Optional[torch.device] = None, missing: str = 'error'
+         ) -> Tuple[SampleList, List[str]]:
     """Read a CSV file of `path,label` or `path,label;label` rows, UTF-8, with or without a header.
 
     Args:
-        flag (str): the flag that named it. loss (str): --loss.
-        root (str): the folder that relative paths begin at; '' is the file's own.
-        classes (list of str): the class names that labels may be; None takes those of the file, sorted.
-        multi_label (bool): whether images have several classes; None finds out.
-        device (torch.device): where all processes of a job call this, so that one looks for the images; or None.
-        must_exist (bool): whether an image that isn't there is an error.
+        flag: the flag that named the file; loss: --loss.
+        root: the folder that relative paths begin at; '' is the file's own.
+        classes: the names that labels may be; None takes those of the file, sorted.
+        multi_label: whether images have several labels; None: if one of them has.
+        device: where all processes of a job call this, so that one looks for the images; or None.
+        missing: what an image that isn't there is: 'error', 'unreadable' (kept), or 'ignored' (not looked for).
 
     Returns:
-        (Manifest, class names).
+        (images, class names).
 
     Raises:
         UserError: the file, its form, a label or an image is not what it must be; it names the line.
     """
-    file = _File(flag, path)
-    rows = _rows(file)
-    several = any(BETWEEN in label for _, _, label in rows)
-    if multi_label is None:
-        multi_label = several
-    if multi_label and loss == 'ce':
-        raise UserError('--loss ce: %s gives images several classes; use --loss bce' % file.name)
-    names, labels = [], []
-    lines: Dict[str, int] = {}  # the first line of each path
-    for line, name, cell in rows:
+    file, root = CsvFile(flag, path), root or os.path.dirname(path)
+    file.check_first_row(root)
+    labels = _Labels(file, classes, multi_label)
+    names, ends, lines = bytearray(), array.array('q', [0]), array.array('q')
+    for line, name, cell in file.rows():
         if not name:
-            raise file.error(line, 'there is no path before the comma')
-        if name in lines:
-            raise file.error(line, '%s stands in line %d already; list each image once%s' % (
-                escape_text(name), lines[name], ', with all of its labels: label;label' if not multi_label else ''))
-        lines[name] = line
-        names.append(name)
-        labels.append((line, _split(file, line, cell, multi_label)))
-    known = sorted({label for _, each in labels for label in each}) if classes is None else classes
-    if not known:
-        raise UserError('%s: none of its images has a label' % file.name)
-    numbers = {label: number for number, label in enumerate(known)}
-    for line, each in labels:
-        for label in each:
-            if label not in numbers:
-                near = ' or '.join(map(escape_text, nearest(label, known)))
-                raise file.error(line, 'the label %r is none of the %d classes of the training images; %s' % (
-                    escape_text(label), len(known), 'did you mean %s?' % near if near else
-                    'list training images of it, or mend it'))
-    root = root or os.path.dirname(path)
-    if must_exist:
-        collectives.broadcast_from_main(lambda keep_alive: _check_images(file, root, lines, keep_alive), device)
-    return Manifest(root, names, [[numbers[label] for label in each] for _, each in labels], len(known),
-                    multi_label), list(known)
+            raise file.error(line, 'there is no path beside the label')
+        names += os.fsencode(name)
+        ends.append(len(names))
+        lines.append(line)
+        labels.add(line, cell)
+    if labels.is_multi and loss == 'ce':
+        raise UserError('--loss ce: %s gives images several labels; use --loss bce' % file.name)
+    flat, label_ends, known = labels.finish()
+    samples = SampleList(root, bytes(names), ends, flat, label_ends, len(known))
+    _check_duplicates(file, samples, lines, labels.is_multi)
+    if missing != 'ignored':
+        renamed = json.loads(collectives.broadcast_from_main(
+            lambda keep_alive: _find_files(file, samples, lines, missing == 'error', keep_alive), device).decode())
+        if renamed:
+            stored = [os.fsencode(renamed[str(index)]) if str(index) in renamed else samples.name(index)
+                      for index in range(len(samples))]
+            samples = SampleList.from_names(root, stored, flat, label_ends, len(known))
+    return samples, known
 
 
-class _File:
-    """The text of a manifest, and how its errors are worded."""
+class CsvFile:
+    """The rows of a CSV file, separated by commas, semicolons or tabs; errors name the flag, the file and the line."""
 
-    def __init__(self, flag, path):
-        self.name = '%s %s' % (flag, escape_text(path))
+    def __init__(self, flag: str, path: str) -> None:
+        self.flag, self.name = flag, '%s %s' % (flag, escape_text(path))
         try:
             with open_file(path) as file:
-                data = file.read()
+                self.data = file.read()
         except (OSError, ValueError) as error:
             reason = getattr(error, 'strerror', None) or error
             raise UserError('%s: cannot be read (%s)' % (self.name, reason)) from None
-        if b'\0' in data:
-            raise self.error(_line(data, data.index(b'\0')), 'holds a NUL character; save the file as CSV, in UTF-8')
-        try:
-            self.text = data.decode('utf-8-sig')
-        except UnicodeDecodeError as error:
-            raise self.error(_line(data, error.start), 'is not UTF-8; save the file in that encoding') from None
+        problem, position = 'holds a NUL character; save the file as CSV, in UTF-8', self.data.find(b'\0')
+        if position < 0:
+            try:
+                self.data.decode()
+            except UnicodeDecodeError as error:
+                problem, position = 'is not UTF-8; save the file in that encoding', error.start
+        if position >= 0:
+            raise self.error(self.data.count(b'\n', 0, position) + 1, problem)
+        self.path, self.label, self.split, self.columns, self.has_header = 0, 1, -1, 2, False
+        self.delimiter = self._find_delimiter()
 
-    def error(self, line, text):
+    def error(self, line: int, text: str) -> UserError:
         return UserError('%s, line %d: %s' % (self.name, line, text))
 
+    def _reader(self, delimiter: str) -> Any:
+        text = io.TextIOWrapper(io.BytesIO(self.data), encoding='utf-8-sig', newline='')
+        return csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=True)
 
-def _line(data, position):
-    return data.count(b'\n', 0, position) + 1
+    def _find_delimiter(self) -> str:
+        """That of a header; else the one that makes two columns everywhere, or at least in the first row."""
+        first_rows: Dict[str, List[List[str]]] = {}
+        for delimiter in ',\t;':
+            rows = first_rows[delimiter] = []
+            with contextlib.suppress(csv.Error):
+                for row in itertools.islice(self._reader(delimiter), 100):
+                    rows += [row] if row else []
+            if rows and self._find_columns(rows[0]):
+                return delimiter
+        splits = [delimiter for delimiter, rows in first_rows.items() if {len(row) for row in rows} == {2}]
+        splits += [delimiter for delimiter, rows in first_rows.items() if rows and len(rows[0]) > 1]
+        return splits[0] if splits else ','
+
+    def _find_columns(self, row: Sequence[str]) -> bool:
+        """Take a header's columns, if this is one."""
+        titles = [cell.strip().lower() for cell in row]
+        found = [next((column for column, title in enumerate(titles) if title in known), -1)
+                 for known in (PATHS, LABELS, ('split',))]
+        if -1 in found[:2]:
+            return False
+        self.path, self.label, self.split = found
+        self.columns, self.has_header = len(row), True
+        return True
+
+    def cells(self) -> Iterator[Tuple[int, List[str]]]:
+        """Yield (line, row), without the header."""
+        reader, is_header = self._reader(self.delimiter), self.has_header
+        try:
+            for row in reader:
+                if any(map(str.strip, row)):
+                    if not is_header:
+                        yield reader.line_num, row
+                    is_header = False
+        except csv.Error as error:
+            raise self.error(reader.line_num, 'is not CSV (%s)' % error) from None
+
+    def check_first_row(self, root: str) -> None:
+        """Raise a `UserError` where the first row is a header that isn't understood, or the columns are swapped."""
+        line, row = next(self.cells(), (0, []))
+        if not line:
+            raise UserError('%s: lists no image; give one path,label a line' % self.name)
+        if self.has_header or len(row) < 2:
+            return
+        is_path = [is_image_name(cell) or os.path.lexists(os.path.join(root, cell))
+                   for cell in (each.strip() for each in row)]
+        quoted = escape_text(self.delimiter.join(row))
+        if not is_path[0] and is_path[1]:
+            raise self.error(line, '%s: the label stands before the path; write a first line label,path' % quoted)
+        if not is_path[0]:
+            raise self.error(line, '%s: it is neither an image nor a header with a column path (or %s) and a column '
+                             'label (or %s); %s' % (quoted, ', '.join(PATHS[1:]), ', '.join(LABELS[1:]), FORM))
+
+    def rows(self) -> Iterator[Tuple[int, str, str]]:
+        """Yield (line, path, label cell). A column `split` says which rows are for this flag."""
+        split = '' if self.split < 0 else self._choose_split()
+        for line, row in self.cells():
+            self._check_columns(line, row)
+            if not split or SPLITS[row[self.split].strip().lower()] == split:
+                yield line, row[self.path].strip(), row[self.label]
+
+    def _check_columns(self, line: int, row: Sequence[str]) -> None:
+        if len(row) != self.columns:
+            raise self.error(line, 'has %d column%s, not %d; %s'
+                             % (len(row), 's' if len(row) != 1 else '', self.columns, FORM))
+
+    def _choose_split(self) -> str:
+        counts: collections.Counter = collections.Counter()
+        for line, row in self.cells():
+            self._check_columns(line, row)
+            split = row[self.split].strip().lower()
+            if split not in SPLITS:
+                raise self.error(line, '%r stands in the column split; it must be train, val or test (or give the '
+                                 'column another name)' % escape_text(split))
+            counts[SPLITS[split]] += 1
+        wanted = 'train' if self.flag == '--train_csv' else 'val' if counts['val'] else 'test'
+        if not counts[wanted]:
+            raise UserError('%s: its column split has no row of %s' % (self.name, wanted.replace('test', 'val')))
+        log_main('%s: takes the %d of its %d images whose split is %s'
+                 % (self.name, counts[wanted], sum(counts.values()), wanted))
+        return wanted
 
 
-def _rows(file):
-    """[(line, path, label)] without the header. With one, other columns may stand between."""
-    reader, rows = csv.reader(io.StringIO(file.text, newline=''), strict=True), []
-    columns, path, label, is_first = 2, 0, 1, True
-    try:
-        for row in reader:
-            if not row:
-                continue
-            titles = [cell.strip().lower() for cell in row] if is_first else ()
-            is_first = False
-            if PATHS & set(titles) and LABELS & set(titles):
-                path, label = (next(column for column, title in enumerate(titles) if title in names)
-                               for names in (PATHS, LABELS))
-                columns = len(row)
-                continue
-            if len(row) != columns:
-                raise file.error(reader.line_num, 'has %d column%s, not %d; it must be path,label (with several '
-                                 'labels: path,label;label), and what holds a comma stands in double quotes'
-                                 % (len(row), 's' if len(row) != 1 else '', columns))
-            rows.append((reader.line_num, row[path].strip(), row[label]))
-    except csv.Error as error:
-        raise file.error(reader.line_num, 'is not CSV (%s)' % error) from None
-    if not rows:
-        raise UserError('%s: lists no image; give one path,label a line' % file.name)
-    return rows
+class _Labels:
+    """Collects the labels of one row after another."""
+
+    def __init__(self, file: CsvFile, classes: Optional[List[str]], multi_label: Optional[bool]) -> None:
+        self.file, self.classes, self.multi_label = file, classes, multi_label
+        self.index_of = {name: index for index, name in enumerate(map(normalize, classes or ()))}
+        self.flat, self.ends = array.array('q'), array.array('q', [0])
+        self.of_cell: Dict[str, List[int]] = {}
+        self.empty_line = self.several_rows = 0
+
+    @property
+    def is_multi(self) -> bool:
+        return bool(self.several_rows) if self.multi_label is None else self.multi_label
+
+    def add(self, line: int, cell: str) -> None:
+        if cell not in self.of_cell:
+            self.of_cell[cell] = self._parse(line, cell)
+        indices = self.of_cell[cell]
+        self.flat.extend(indices)
+        self.ends.append(len(self.flat))
+        self.several_rows += len(indices) > 1
+        if not indices and not self.empty_line:
+            self.empty_line = line
+
+    def _parse(self, line: int, cell: str) -> List[int]:
+        """The class indices of a cell; [] if it's empty."""
+        cell = normalize(cell.strip())
+        if not cell:
+            return []
+        names = [cell] if cell in self.index_of else [
+            each.strip().replace('\\;', ';') for each in SEVERAL.split(cell)]
+        if not all(names):
+            raise self.file.error(line, 'there is an empty label; write path,label, or path,label;label')
+        if len(names) > 1 and self.multi_label is False:
+            raise self.file.error(line, '%s are several labels, and the training images have one each (a semicolon in '
+                                  'a name is written \\;)' % escape_text(cell))
+        for name in names:
+            if not name.isprintable():
+                raise self.file.error(line, 'the label %s holds characters that cannot be printed' % escape_text(name))
+            if names.count(name) > 1:
+                raise self.file.error(line, 'the label %s stands there twice' % name)
+            if name not in self.index_of:
+                self._add_class(line, name)
+        return [self.index_of[name] for name in names]
+
+    def _add_class(self, line: int, name: str) -> None:
+        if name.lower() in MISSING:
+            raise self.file.error(line, 'the label %s means that there is none; leave the line out, or give one' % name)
+        if self.classes is not None:
+            near = ' or '.join(map(escape_text, nearest(name, self.classes)))
+            raise self.file.error(line, 'the label %r is none of the %d classes of the training images; %s' % (
+                escape_text(name), len(self.classes), 'did you mean %s?' % near if near else
+                'list training images of it, or mend it'))
+        self.index_of[name] = len(self.index_of)
+
+    def finish(self) -> Tuple[np.ndarray, Optional[np.ndarray], List[str]]:
+        """(class indices of all images, where each image's end or None if each has one, class names)."""
+        if self.empty_line and not self.is_multi:
+            raise self.file.error(self.empty_line, 'there is an empty label; write path,label')
+        known = sorted(self.index_of) if self.classes is None else list(self.classes)
+        if not known:
+            raise UserError('%s: none of its images has a label' % self.file.name)
+        flat = np.array(self.flat)
+        if self.classes is None:  # names were numbered as they came
+            flat = np.argsort([self.index_of[name] for name in known])[flat]
+        if self.several_rows:
+            log_main('%s: %d images have several labels, with ; between them (a semicolon in a name is written \\;)'
+                     % (self.file.name, self.several_rows))
+        return flat, np.array(self.ends) if self.is_multi else None, known
 
 
-def _split(file, line, cell, multi_label):
-    """The labels in a cell."""
-    if multi_label and not cell.strip():
-        return []  # of none of the classes
-    labels = [label.strip() for label in cell.split(BETWEEN)] if multi_label or BETWEEN in cell else [cell.strip()]
-    if not all(labels):
-        raise file.error(line, 'there is an empty label; write path,label%s' % (
-            ', or path,label;label' if BETWEEN in cell else ''))
-    if len(labels) > 1 and not multi_label:
-        raise file.error(line, '%s are several labels, and the training images have one each' % escape_text(cell))
-    for label in labels:
-        if not label.isprintable():
-            raise file.error(line, 'the label %s holds characters that cannot be printed' % escape_text(label))
-        if labels.count(label) > 1:
-            raise file.error(line, 'the label %s stands there twice' % label)
-    return labels
+def normalize(name: str) -> str:
+    """The Unicode form that class names are compared in: macOS writes accents as characters of their own."""
+    return unicodedata.normalize('NFC', name)
 
 
-def _check_images(file, root, lines, keep_alive):
-    """Raise a `UserError` where a listed image isn't there. Folders are listed, each once: files are not looked at."""
-    there, missing = {}, []
-    for name in lines:
-        folder, base = os.path.split(os.path.join(root, name))
-        if folder not in there:
-            keep_alive()
-            try:
-                there[folder] = set(os.listdir(folder or '.'))
-            except OSError:
-                there[folder] = set()
-        if base not in there[folder] and not os.path.lexists(os.path.join(root, name)):
-            missing.append(name)
-    if missing:
-        raise file.error(lines[missing[0]], 'there is no file %s%s; paths begin at %s (--data_path names another '
-                         'folder)' % (escape_text(os.path.join(root, missing[0])), '' if len(missing) == 1 else
-                                      ', and %d more are missing' % (len(missing) - 1), escape_text(root) or '.'))
-    return b''
+def _check_duplicates(file: CsvFile, samples: SampleList, lines: Sequence[int], is_multi: bool) -> None:
+    hashes = np.fromiter((hash(samples.name(index)) for index in range(len(samples))), np.int64, len(samples))
+    order = np.argsort(hashes, kind='stable')
+    for place in np.flatnonzero(np.diff(hashes[order]) == 0).tolist():
+        first, second = order[place:place + 2].tolist()
+        if samples.name(first) == samples.name(second):
+            raise file.error(lines[second], '%s stands in line %d already; list each image once%s' % (
+                escape_text(samples.name(first)), lines[first],
+                '' if is_multi else ', with all of its labels: label;label'))
+
+
+def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_exist: bool,
+                keep_alive: Callable[[], None]) -> bytes:
+    """JSON of {index: name}: the names of those files that the CSV file spells otherwise than the file system.
+
+    Folders are listed, each once: files are not looked at.
+
+    Raises:
+        UserError: a file isn't there, and `must_exist`.
+    """
+    folders: Dict[str, array.array] = {}
+    for index in range(len(samples)):
+        folders.setdefault(os.path.dirname(samples.path(index)), array.array('q')).append(index)
+    renamed, lost = {}, []
+    for folder, indices in folders.items():
+        keep_alive()
+        there = np.zeros(0, dtype=np.int64)
+        with contextlib.suppress(OSError), os.scandir(folder or '.') as entries:
+            there = np.fromiter((hash(entry.name) for entry in entries), np.int64)
+        hashes = np.fromiter((hash(os.path.basename(samples.path(index))) for index in indices), np.int64, len(indices))
+        for index in np.array(indices)[~np.isin(hashes, there)].tolist():
+            name = os.fsdecode(samples.name(index))
+            spelling = next((each for each in _spellings(name)
+                             if os.path.lexists(os.path.join(samples.root, each))), None)
+            if spelling is None:
+                lost.append(index)
+            elif spelling != name:
+                renamed[index] = spelling
+    if lost and must_exist:
+        raise file.error(lines[lost[0]], 'there is no file %s%s; paths begin at %s (--data_path names another folder)' %
+                         (escape_text(samples.path(lost[0])), ', and %d more are missing' % (len(lost) - 1)
+                          if len(lost) > 1 else '', escape_text(samples.root) or '.'))
+    if renamed:
+        log_main('%s: spells %d paths otherwise than the file system (\\ for /, or accents); their files were found'
+                 % (file.name, len(renamed)))
+    return json.dumps(renamed).encode()
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """A path as it is, with slashes for backslashes, and in the other Unicode forms."""
+    for each in (name, name.replace('\\', '/')):
+        yield each
+        for form in ('NFC', 'NFD'):
+            yield unicodedata.normalize(form, each)

@@ -4,7 +4,7 @@ import contextlib
 import random
 import signal
 import time
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, List, Sequence
 
 import torch
 from timm.data.random_erasing import RandomErasing
@@ -18,11 +18,12 @@ class RandomErasingBoxes(RandomErasing):
 
     Args:
         probability (float): the share of images.
-        most (int): the largest number of boxes of one image.
+        max_count (int): the largest number of boxes of one image.
     """
 
-    def __init__(self, probability: float, most: int = 1) -> None:
-        super().__init__(probability, mode='const', max_count=most, device='cpu')  # const draws no numbers for pixels
+    def __init__(self, probability: float, max_count: int = 1) -> None:
+        # const draws no numbers for pixels
+        super().__init__(probability, mode='const', max_count=max_count, device='cpu')
 
     def __call__(self, height: int, width: int) -> tuple:  # type: ignore[override]
         """(seed of the noise, [(top, left, height, width)]), or () for an image that is left alone."""
@@ -34,8 +35,8 @@ class RandomErasingBoxes(RandomErasing):
 class _Boxes(list):
     """In place of an image: notes where timm writes."""
 
-    def __setitem__(self, where, _):
-        _, rows, columns = where
+    def __setitem__(self, index: Any, _: Any) -> None:
+        _, rows, columns = index
         self.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
 
 
@@ -60,7 +61,7 @@ class PrefetchLoader:
         self.white, self.mean, self.std = (torch.tensor(value, dtype=torch.float32, device=device).view(1, -1, 1, 1)
                                            for value in ([255.], mean, std))
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
 
     def __len__(self) -> int:
@@ -102,12 +103,13 @@ class PrefetchLoader:
         return noise.to(self.device)
 
 
-def _or_worker_death(batches):
+def _or_worker_death(batches: Iterator) -> Iterator:
     """The batches. A worker that is killed while it hands one over raises the error that PyTorch has for others."""
     try:
         yield from batches
     except (EOFError, ConnectionError, FileNotFoundError) as error:
-        dead, until = [], time.monotonic() + 2  # its connection may end before the worker is seen to be dead
+        dead: List[str] = []
+        until = time.monotonic() + 2  # its connection may end before the worker is seen to be dead
         while not dead and 'Caught ' not in str(error) and time.monotonic() < until:  # Caught: in a worker that lives
             dead = [str(worker.pid) for worker in getattr(batches, '_workers', ()) if not worker.is_alive()]
             time.sleep(0.05)
@@ -117,7 +119,7 @@ def _or_worker_death(batches):
 
 
 @contextlib.contextmanager
-def _signals_wait():
+def _signals_wait() -> Iterator[None]:
     """Workers that start in here cannot be ended by a signal to all processes of a job; see `loader.worker_init`."""
     if not hasattr(signal, 'pthread_sigmask'):
         yield

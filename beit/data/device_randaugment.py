@@ -1,23 +1,23 @@
 """RandAugment in two halves, for `--data_backend fast`: drawn in a loader's worker, applied on the device.
 
 For accelerators: a CPU would take longer over it than Pillow in the worker. A worker lets timm draw, from the same
-random numbers and by timm's own code, but on a stand-in that notes what would be done to an image. Pixels are Pillow's
-but where it rounds otherwise, and turns, shears and shifts are bilinear.
+random numbers and by timm's own code, but on a stand-in that records what would be done to an image. Pixels are
+Pillow's but where it rounds otherwise, and turns, shears and shifts are bilinear.
 """
 
 import math
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.data.auto_augment import RandAugment
 from torchvision.transforms import RandomHorizontalFlip
 
-ENHANCED = {'ColorIncreasing', 'ContrastIncreasing', 'BrightnessIncreasing', 'SharpnessIncreasing',
-            'Color', 'Contrast', 'Brightness', 'Sharpness'}
-NOTED = {'Invert', 'Posterize', 'PosterizeIncreasing', 'PosterizeOriginal', 'Solarize', 'SolarizeIncreasing',
-         'SolarizeAdd', 'Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY', 'TranslateXRel', 'TranslateYRel'}
-OPERATIONS = ENHANCED | NOTED | {'AutoContrast', 'Equalize'}
+# Operations that timm carries out with a table or an affine matrix, which are recorded; others go by their name.
+RECORDED = {'Invert', 'Posterize', 'PosterizeIncreasing', 'PosterizeOriginal', 'Solarize', 'SolarizeIncreasing',
+            'SolarizeAdd', 'Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY', 'TranslateXRel', 'TranslateYRel'}
+OPERATIONS = RECORDED | {'ColorIncreasing', 'ContrastIncreasing', 'BrightnessIncreasing', 'SharpnessIncreasing',
+                         'Color', 'Contrast', 'Brightness', 'Sharpness', 'AutoContrast', 'Equalize'}
 
 
 # ---- in the worker
@@ -35,12 +35,12 @@ class DeferredRandAugment:
     def __init__(self, flip: RandomHorizontalFlip, policy: RandAugment) -> None:
         self.mirrors, self.policy = flip.p, policy
         for operation in policy.ops:
-            operation.aug_fn = _Noting(operation.name, operation.aug_fn)
+            operation.aug_fn = _RecordedOp(operation.name, operation.aug_fn)
 
     def __call__(self, image: torch.Tensor) -> DeferredImage:
         mirrored = bool(torch.rand(1) < self.mirrors)
-        notes = self.policy(_Notes(image.shape[2], image.shape[1]))
-        return DeferredImage(image.permute(1, 2, 0).contiguous(), mirrored, notes.operations)
+        recorded = self.policy(_RecordingImage(image.shape[2], image.shape[1]))
+        return DeferredImage(image.permute(1, 2, 0).contiguous(), mirrored, recorded.operations)
 
 
 def can_defer(steps: Sequence) -> bool:
@@ -49,37 +49,38 @@ def can_defer(steps: Sequence) -> bool:
         and {operation.name for operation in steps[1].ops} <= OPERATIONS
 
 
-class _Noting:
-    """In place of timm's function of an operation: notes it."""
+class _RecordedOp:
+    """In place of timm's function of an operation: records it."""
 
-    def __init__(self, name, function):
+    def __init__(self, name: str, function: Callable) -> None:
         self.name, self.function = name, function
 
-    def __call__(self, notes, *arguments, **options):
-        if self.name in NOTED:
-            return self.function(notes, *arguments, **options)
-        notes.operations.append((self.name.replace('Increasing', ''), [float(each) for each in arguments]))
-        return notes
+    def __call__(self, image: '_RecordingImage', *arguments: Any, **options: Any) -> '_RecordingImage':
+        if self.name in RECORDED:
+            return self.function(image, *arguments, **options)
+        image.operations.append((self.name.replace('Increasing', ''), list(map(float, arguments))))
+        return image
 
 
-class _Notes:
-    """In place of an image: what timm and Pillow would do to it."""
+class _RecordingImage:
+    """In place of an image: records what timm and Pillow would do to it."""
 
     mode = 'RGB'
 
-    def __init__(self, width, height):
-        self.size, self.operations = (width, height), []
+    def __init__(self, width: int, height: int) -> None:
+        self.size, self.operations = (width, height), []  # type: Tuple[int, int], List[Tuple[str, List]]
 
-    def point(self, table):
-        self.operations.append(('table', [int(value) for value in table]))
+    def point(self, table: Sequence[int]) -> '_RecordingImage':
+        self.operations.append(('table', list(map(int, table))))
         return self
 
-    def transform(self, size, method, matrix, resample=None, fillcolor=None):
+    def transform(self, size: Any, method: Any, matrix: Sequence[float], resample: Any = None, fillcolor: Any = None
+                  ) -> '_RecordingImage':
         colour = fillcolor if isinstance(fillcolor, (tuple, list)) else (fillcolor or 0,) * 3
-        self.operations.append(('affine', [float(value) for value in tuple(matrix) + tuple(colour)]))
+        self.operations.append(('affine', list(map(float, (*matrix, *colour)))))
         return self
 
-    def rotate(self, degrees, resample=None, fillcolor=None):
+    def rotate(self, degrees: float, resample: Any = None, fillcolor: Any = None) -> '_RecordingImage':
         """About the centre, counter-clockwise, as Pillow turns."""
         cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         x, y = self.size[0] / 2, self.size[1] / 2

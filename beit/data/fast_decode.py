@@ -32,7 +32,7 @@ def check_available(flag: str = '--data_backend') -> None:
         raise UserError('%s fast: this %s; use a newer one, or %s exact' % (flag, missing, flag))
 
 
-def _resizes_bytes():
+def _resizes_bytes() -> bool:
     if 'antialias' not in inspect.signature(F.interpolate).parameters:
         return False
     try:

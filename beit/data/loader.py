@@ -89,15 +89,16 @@ class Sample(NamedTuple):
     deferred: Optional[device_randaugment.DeferredImage] = None  # operations left to the device
 
 
-class Samples(torch.utils.data.Dataset):
-    """A `Sample` by index; where `skips`, an `Unreadable` for a bad file.
+class SampleDataset(torch.utils.data.Dataset):
+    """A `Sample` by index; where `skip_unreadable`, an `Unreadable` for a bad file.
 
     Args:
         erasing (RandomErasingBoxes): draws its numbers behind all others of an image; None erases nothing.
     """
 
-    def __init__(self, dataset: Any, skips: bool = False, erasing: Optional[RandomErasingBoxes] = None) -> None:
-        self.dataset, self.skips, self.erasing = dataset, skips, erasing
+    def __init__(self, dataset: Any, skip_unreadable: bool = False,
+                 erasing: Optional[RandomErasingBoxes] = None) -> None:
+        self.dataset, self.skip_unreadable, self.erasing = dataset, skip_unreadable, erasing
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -109,17 +110,17 @@ class Samples(torch.utils.data.Dataset):
             image = image if deferred is None else deferred.image
             return Sample(image, target, index, self.erasing(*image.shape[:2]) if self.erasing else (), deferred)
         except UnreadableImage as error:
-            if self.skips:
+            if self.skip_unreadable:
                 return Unreadable(error.path, error.reason)
             raise UserError(str(error)) from None  # the name by which `one_line` knows it, coming from a worker
 
 
-class SeededSamples(Samples):
+class SeededDataset(SampleDataset):
     """Samples by (epoch, index), the augmentation's random numbers drawn from (seed, epoch, index)."""
 
-    def __init__(self, dataset: Any, seed: int = 0, skips: bool = False,
+    def __init__(self, dataset: Any, seed: int = 0, skip_unreadable: bool = False,
                  erasing: Optional[RandomErasingBoxes] = None) -> None:
-        super().__init__(dataset, skips, erasing)
+        super().__init__(dataset, skip_unreadable, erasing)
         self.seed = seed
 
     def __getitem__(self, key: Tuple[int, int]) -> Union[Sample, Unreadable]:
@@ -140,12 +141,12 @@ class SeededSamples(Samples):
 
 
 def collate(items: Sequence, size: int) -> Batch:
-    """A `Batch` of bytes from `Samples`' results, images of size x size."""
+    """A `Batch` of bytes from a `SampleDataset`'s results, images of size x size."""
     unreadable = [item for item in items if isinstance(item, Unreadable)]
     read = [item for item in items if not isinstance(item, Unreadable)]
     if not read:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return Batch(torch.zeros(0, 3, size, size, dtype=torch.uint8), nothing, nothing.clone(), unreadable, [])
+        empty = torch.zeros(0, dtype=torch.int64)
+        return Batch(torch.zeros(0, 3, size, size, dtype=torch.uint8), empty, empty.clone(), unreadable, [])
     images, targets, indices = default_collate([sample[:3] for sample in read])
     erasing = [(position,) + sample.erasing for position, sample in enumerate(read) if sample.erasing]
     augmenting = device_randaugment.collate_ops([sample.deferred for sample in read])
@@ -165,13 +166,13 @@ def worker_init(_: int) -> None:
         threading.Thread(target=_exit_when_parent_asks, args=(os.getppid(),), daemon=True).start()
 
 
-def _unless_connection_is_lost(kind, error, traceback):
+def _unless_connection_is_lost(kind: Any, error: BaseException, traceback: Any) -> None:
     """The hook of a worker, whose thread that hands batches over meets this where the main process is killed."""
     if not isinstance(error, (EOFError, ConnectionError)):
         sys.__excepthook__(kind, error, traceback)
 
 
-def _exit_when_parent_asks(parent):
+def _exit_when_parent_asks(parent: int) -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
     os._exit(0)

@@ -14,9 +14,6 @@ from beit.errors import UserError, escape_text, unknown_value_error
 from beit.log import log_main
 from beit.paths import project_root
 
-DATA_SETS = ('CIFAR', 'IMNET', 'image_folder')
-
-
 def write_digits(root: str) -> None:
     """Write scikit-learn's UCI handwritten digits as an image folder: 1,797 scans, 10 classes, stratified 80/20.
 
@@ -69,8 +66,13 @@ def check_paths(config: InputConfig) -> None:
     if config.data_set not in DATA_SETS:
         raise unknown_value_error('--data_set', config.data_set, DATA_SETS)
     check_split(config)
-    check_manifests(config)
-    in_folders = [is_train for is_train in needed_subsets(config) if manifest_of(is_train, config) is None]
+    check_csv_flags(config)
+    DATA_SETS[config.data_set](config)
+
+
+def check_class_folders(config: InputConfig) -> None:
+    """`check_paths` of class folders, and of the images that CSV files list."""
+    in_folders = [is_train for is_train in needed_subsets(config) if csv_of(is_train, config) is None]
     if not config.data_path and any(is_train or not config.eval_data_path for is_train in in_folders):
         raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo'
                         if not config.train_csv else '--train_csv %s: there are no validation images; give --val_csv, '
@@ -78,23 +80,26 @@ def check_paths(config: InputConfig) -> None:
     for flag, path in (('--data_path', config.data_path), ('--eval_data_path', config.eval_data_path)):
         if path and (path, flag) != ('demo', '--data_path') and not os.path.isdir(path):
             raise UserError('%s %s: no such folder' % (flag, escape_text(path)))
-    if config.data_path == 'demo':
-        return
-    if config.data_set == 'CIFAR':
-        cifar_root(config.data_path)
-        if config.input_size < SMALL_INPUT:
-            raise UserError('--input_size %d: the images of CIFAR are 32x32 and are not made smaller; use 32 or more'
-                            % config.input_size)
-    for is_train in in_folders:
-        if config.data_set != 'CIFAR':
-            flag, root = split_root(is_train, config)
-            if not os.path.isdir(root):
-                raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s' % (
-                    flag, escape_text(getattr(config, flag[2:])), escape_text(root),
-                    '' if is_train or config.eval_data_path else
-                    '; or --val_split 0.1 takes a tenth of the training images for it')
-                    + ('; or give the folder above, if that holds train/ and val/' if os.path.basename(
-                        os.path.normpath(getattr(config, flag[2:]))) in ('train', 'val') else ''))
+    for is_train in in_folders if config.data_path != 'demo' else ():
+        flag, root = split_root(is_train, config)
+        if not os.path.isdir(root):
+            given = getattr(config, flag[2:])
+            remedy = '' if is_train or config.eval_data_path else \
+                '; or --val_split 0.1 takes a tenth of the training images for it'
+            if os.path.basename(os.path.normpath(given)) in ('train', 'val'):
+                remedy += '; or give the folder above, if that holds train/ and val/'
+            raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s'
+                            % (flag, escape_text(given), escape_text(root), remedy))
+
+
+def check_cifar(config: InputConfig) -> None:
+    """`check_paths` of CIFAR-100."""
+    if not config.data_path:
+        raise UserError('--data_path is missing; give the folder that holds cifar-100-python')
+    cifar_root(config.data_path)
+    if config.input_size < SMALL_INPUT:
+        raise UserError('--input_size %d: the images of CIFAR are 32x32 and are not made smaller; use 32 or more'
+                        % config.input_size)
 
 
 def check_split(config: DataConfig) -> None:
@@ -114,7 +119,7 @@ def check_split(config: DataConfig) -> None:
                         % (escape_text(val), escape_text(os.path.join(os.path.dirname(val), 'train'))))
 
 
-def check_manifests(config: DataConfig) -> None:
+def check_csv_flags(config: DataConfig) -> None:
     """Raise a `UserError` where --train_csv or --val_csv names no file, or contradicts another flag."""
     for flag, path in (('--train_csv', config.train_csv), ('--val_csv', config.val_csv)):
         if path and not os.path.isfile(path):
@@ -133,7 +138,7 @@ def needed_subsets(config: DataConfig) -> List[bool]:
     return ([] if config.eval else [True]) + ([False] if needs_validation(config) else [])
 
 
-def manifest_of(is_train: bool, config: DataConfig) -> Optional[Tuple[str, str]]:
+def csv_of(is_train: bool, config: DataConfig) -> Optional[Tuple[str, str]]:
     """(flag, CSV file) that lists the images for training or validation, or None."""
     flag = 'train_csv' if is_train or config.val_split else 'val_csv'
     return ('--' + flag, getattr(config, flag)) if getattr(config, flag) else None
@@ -166,3 +171,7 @@ def cifar_root(data_path: str) -> str:
             return root
     raise UserError('--data_path %s: there is no cifar-100-python/train in it; unpack cifar-100-python.tar.gz there'
                     % escape_text(data_path))
+
+
+# The values of --data_set, and what checks the flags that name its files; `datasets.BUILDERS` opens them.
+DATA_SETS = {'IMNET': check_class_folders, 'image_folder': check_class_folders, 'CIFAR': check_cifar}

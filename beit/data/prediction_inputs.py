@@ -12,61 +12,31 @@ from typing import Collection, Deque, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 
-from beit.data.class_folders import EXTENSIONS, check_link, is_hidden, is_image_name, listing_error, resolve_link
+from beit.data.class_folders import EXTENSIONS, is_image_name, walk_folders
 from beit.data.transforms import EvalTransform, image_reader
 from beit.errors import UserError, escape_text
 
-AT_ONCE = 1 << 16  # names that are put in order together; they bound the memory
+SORTED_AT_ONCE = 1 << 16  # names; they bound the memory
 
 
-def walk_images(root: str, without: Collection[str] = ()) -> Iterator[str]:
+def walk_images(root: str, exclude: Collection[str] = ()) -> Iterator[str]:
     """Yield the path of every image in a folder, at any depth: a folder's files, then its folders.
 
-    Names come sorted; a folder with more than `AT_ONCE` is sorted in parts of that size. Hidden names are skipped,
-    links are followed.
-
-    Args:
-        without (collection of str): real paths of folders to pass over.
-
-    Raises:
-        UserError: a folder can't be listed, a link leads nowhere or to a folder that it lies in.
+    Names come sorted; a folder with more than `SORTED_AT_ONCE` is sorted in parts of that size. For errors see
+    `walk_folders`.
     """
-    pending: List[Tuple[str, Tuple[str, ...]]] = [(root, (os.path.realpath(root),))]
-    while pending:
-        folder, ancestors = pending.pop()
-        ancestors = resolve_link(folder, ancestors) if folder != root else ancestors
-        if ancestors[-1] in without:
-            continue
-        folders: List[str] = []
-        try:
-            with os.scandir(folder) as entries:
-                for name in in_order(_images(entries, folders)):
-                    yield os.path.join(folder, name)
-        except OSError as error:
-            raise listing_error(error, folder) from None
-        pending += [(os.path.join(folder, name), ancestors) for name in sorted(folders, reverse=True)]
-
-
-def _images(entries, folders):
-    """Yield the names of images among a folder's entries; add names of folders to `folders`."""
-    for entry in entries:
-        if is_hidden(entry.name):
-            continue
-        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-            folders.append(entry.name)
-        elif is_image_name(entry.name):
-            yield entry.name
-        elif entry.is_symlink():
-            check_link(entry.path)
+    for folder, names in walk_folders(root, exclude):
+        for name in in_order(names):
+            yield os.path.join(root, folder, name)
 
 
 def in_order(names: Iterable[str]) -> Iterator[str]:
-    """Yield them sorted, `AT_ONCE` at a time."""
+    """Yield them sorted, `SORTED_AT_ONCE` at a time."""
     names = iter(names)
     while True:
-        some = sorted(itertools.islice(names, AT_ONCE))
-        yield from some
-        if len(some) < AT_ONCE:
+        chunk = sorted(itertools.islice(names, SORTED_AT_ONCE))
+        yield from chunk
+        if len(chunk) < SORTED_AT_ONCE:
             return
 
 
@@ -78,7 +48,7 @@ def check_inputs(inputs: Sequence[str]) -> None:
                                         'no such file or folder'))
 
 
-def find_images(inputs: Sequence[str], without: Collection[str] = ()) -> Iterator[str]:
+def find_images(inputs: Sequence[str], exclude: Collection[str] = ()) -> Iterator[str]:
     """Yield the path of each image that files, folders and patterns name, in their order.
 
     A named file counts as an image whatever its ending. A pattern's files count by their endings, and its folders with
@@ -86,15 +56,15 @@ def find_images(inputs: Sequence[str], without: Collection[str] = ()) -> Iterato
     """
     for name in inputs:
         if os.path.isdir(name):
-            yield from walk_images(name, without)
+            yield from walk_images(name, exclude)
         elif os.path.lexists(name):
             yield name
         else:
             for path in in_order(glob.iglob(name, recursive=True)):
-                if any(os.path.join(os.path.realpath(path), '').startswith(os.path.join(each, '')) for each in without):
+                if any(os.path.join(os.path.realpath(path), '').startswith(os.path.join(each, '')) for each in exclude):
                     continue
                 if os.path.isdir(path):
-                    yield from () if '**' in name else walk_images(path, without)
+                    yield from () if '**' in name else walk_images(path, exclude)
                 elif is_image_name(path):
                     yield path
 
@@ -114,7 +84,7 @@ def common_folder(inputs: Sequence[str]) -> str:
 
 
 class PathSampler(torch.utils.data.Sampler):
-    """This process's share of the images, every `processes`-th, as (number, path); without a length.
+    """This process's share of the images, every `processes`-th, as (number, path); exclude a length.
 
     Attributes:
         requested (deque): images that the loader asked for and `take` did not return yet, in order.
@@ -122,13 +92,13 @@ class PathSampler(torch.utils.data.Sampler):
             passed the same ones have the same.
     """
 
-    def __init__(self, inputs: Sequence[str], without: Collection[str] = (), rank: int = 0, processes: int = 1) -> None:
-        self.inputs, self.without, self.rank, self.processes = inputs, without, rank, processes
+    def __init__(self, inputs: Sequence[str], exclude: Collection[str] = (), rank: int = 0, processes: int = 1) -> None:
+        self.inputs, self.exclude, self.rank, self.processes = inputs, exclude, rank, processes
         self.requested: Deque[Tuple[int, str]] = collections.deque()
         self.state = [0, 0]
 
-    def __iter__(self):
-        for number, path in enumerate(find_images(self.inputs, self.without)):
+    def __iter__(self) -> Iterator[Tuple[int, str]]:
+        for number, path in enumerate(find_images(self.inputs, self.exclude)):
             self.state = [number + 1, zlib.crc32(os.fsencode(path), self.state[1])]
             if number % self.processes == self.rank:
                 self.requested.append((number, path))
@@ -144,7 +114,7 @@ class PathSampler(torch.utils.data.Sampler):
         Raises:
             UserError: there's none.
         """
-        found = sum(1 for _ in itertools.islice(find_images(self.inputs, self.without), count))
+        found = sum(1 for _ in itertools.islice(find_images(self.inputs, self.exclude), count))
         if not found:
             raise UserError('%s: there is no image (%s) in it' % (
                 ', '.join(map(escape_text, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else ''),

@@ -193,7 +193,7 @@ def small_input_rule(is_train: bool, config: TransformConfig) -> Optional[Callab
     return functools.partial(_fits_padded, config.input_size) if is_train else evaluation.fits
 
 
-def _fits_padded(input_size, width, height):
+def _fits_padded(input_size: int, width: int, height: int) -> bool:
     return min(width, height) + 2 * PADDING >= input_size
 
 
@@ -240,7 +240,7 @@ class DeviceMixup(Mixup):
         return images, torch.cat(soft) if soft else images.new_zeros(0, self.num_classes)
 
 
-def _mix_dense(targets, share, smoothing):
+def _mix_dense(targets: torch.Tensor, share: float, smoothing: float) -> torch.Tensor:
     """Targets (B, classes) of ones and zeros, moved towards 0.5 by `smoothing`, mixed with the reversed batch."""
     targets = targets * (1. - smoothing) + 0.5 * smoothing
     return targets * share + targets.flip(0) * (1. - share)

@@ -5,7 +5,7 @@ import concurrent.futures
 import os
 import signal
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Dict, Iterable, Optional, Sequence, Set, Tuple
+from typing import Any, Deque, Dict, Iterable, Iterator, Optional, Sequence, Set, Tuple
 
 from beit.data.decode import UnreadableImage
 from beit.data.image_dataset import image_name
@@ -17,6 +17,7 @@ from beit.log import log_main
 LIST = 'bad_images.txt'
 run_folder.register_output(r'bad_images\.txt')
 FILES_AT_ONCE = 16  # that one process of check_data takes
+_dataset: Any = None  # of a process of check_data
 
 
 class UnreadableFiles:
@@ -33,36 +34,36 @@ class UnreadableFiles:
     def __init__(self, output_dir: Optional[str], limit: float) -> None:
         self.path, self.limit = output_dir and os.path.join(output_dir, LIST), limit
         self.listed = _read_list(self.path)
-        self.met: Dict[str, Set[str]] = collections.defaultdict(set)
+        self.encountered: Dict[str, Set[str]] = collections.defaultdict(set)
 
-    def report(self, unreadable: Iterable[Tuple[str, str]], total: int, what: str) -> None:
+    def report(self, unreadable: Iterable[Tuple[str, str]], total: int, split: str) -> None:
         """Report and count newly met files. Every process calls this with the same list.
 
         Args:
             unreadable (list of (str, str)): printable path and reason, of all processes together.
             total (int): the files of that set.
-            what (str): 'training' or 'validation'; each is counted separately.
+            split (str): 'training' or 'validation'; each is counted separately.
 
         Raises:
             UserError: too many files of the set are bad, or the list can't be written.
         """
         new = {}
         for path, reason in unreadable:
-            self.met[what].add(path)
+            self.encountered[split].add(path)
             if path not in self.listed:
                 self.listed[path] = new[path] = reason
         for path, reason in new.items():
             log_main('Left out: %s cannot be read as an image (%s)' % (path, reason))
         if new and self.path and process_group.is_main_process():
             _write_list(self.path, self.listed)
-        count = len(self.met[what])
+        count = len(self.encountered[split])
         if count and count / total > self.limit:
+            listed_in = ', see ' + escape_text(self.path) if self.path else ''
             raise UserError('--max_bad_images %g: %d of the %d %s images cannot be read%s; mend or remove them, or '
-                            'raise --max_bad_images' % (
-                                self.limit, count, total, what, ', see ' + escape_text(self.path) if self.path else ''))
+                            'raise --max_bad_images' % (self.limit, count, total, split, listed_in))
 
 
-def _read_list(path):
+def _read_list(path: Optional[str]) -> Dict[str, str]:
     """{printable path: reason} of a bad_images.txt; {} where there is none."""
     if not path or not os.path.isfile(path):
         return {}
@@ -70,7 +71,7 @@ def _read_list(path):
         return dict(line.rstrip('\n').partition('\t')[::2] for line in file if line.strip())
 
 
-def _write_list(path, reasons):
+def _write_list(path: str, reasons: Dict[str, str]) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     lines = ['%s\t%s\n' % item for item in reasons.items()]
     atomic_write.write_bytes(path, ''.join(lines).encode())
@@ -111,18 +112,18 @@ def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> int:
     return len(bad)
 
 
-def _check_files(dataset, workers):
+def _check_files(dataset: Any, workers: int) -> Iterator[Tuple[Sequence[int], Dict[int, str]]]:
     """Yield (indices, {index: reason} of the bad ones among them) until every file was looked at once.
 
     Where a worker dies, the files that were under way are looked at one at a time, to tell which one it died of.
     """
-    waiting = collections.deque(range(first, min(first + FILES_AT_ONCE, len(dataset)))
-                                for first in range(0, len(dataset), FILES_AT_ONCE))
+    waiting: Deque[Sequence[int]] = collections.deque(
+        range(len(dataset))[first:first + FILES_AT_ONCE] for first in range(0, len(dataset), FILES_AT_ONCE))
     while waiting and not workers:
         indices = waiting.popleft()
         yield indices, _check_some(dataset, indices)
     while waiting:
-        under_way = {}
+        under_way: Dict[concurrent.futures.Future, Sequence[int]] = {}
         try:
             with _pool(min(workers, len(waiting)), dataset) as pool:
                 while waiting or under_way:
@@ -138,7 +139,7 @@ def _check_files(dataset, workers):
                 yield indices, _check_one_at_a_time(dataset, indices)
 
 
-def _check_some(dataset, indices):
+def _check_some(dataset: Any, indices: Iterable[int]) -> Dict[int, str]:
     """{index: reason} of those files that can't be used."""
     reasons = {}
     for index in indices:
@@ -152,24 +153,25 @@ def _check_some(dataset, indices):
     return reasons
 
 
-def _check_one_at_a_time(dataset, indices):
-    reasons, indices = {}, collections.deque(indices)
-    while indices:
+def _check_one_at_a_time(dataset: Any, indices: Iterable[int]) -> Dict[int, str]:
+    reasons: Dict[int, str] = {}
+    waiting = collections.deque(indices)
+    while waiting:
         try:
             with _pool(1, dataset) as pool:
-                while indices:
-                    reasons.update(pool.submit(_check_in_worker, [indices[0]]).result())
-                    indices.popleft()
+                while waiting:
+                    reasons.update(pool.submit(_check_in_worker, [waiting[0]]).result())
+                    waiting.popleft()
         except BrokenProcessPool:
-            reasons[indices.popleft()] = 'the process that read it died: killed by the system, or a decoder crashed'
+            reasons[waiting.popleft()] = 'the process that read it died: killed by the system, or a decoder crashed'
     return reasons
 
 
-def _pool(workers, dataset):
+def _pool(workers: int, dataset: Any) -> concurrent.futures.ProcessPoolExecutor:
     return concurrent.futures.ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(dataset,))
 
 
-def _start_worker(dataset):
+def _start_worker(dataset: Any) -> None:
     global _dataset
     _dataset = dataset
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process reports it
@@ -177,5 +179,5 @@ def _start_worker(dataset):
     process_group.end_with_parent()
 
 
-def _check_in_worker(indices):
+def _check_in_worker(indices: Iterable[int]) -> Dict[int, str]:
     return _check_some(_dataset, indices)

@@ -14,7 +14,7 @@ from beit.config import MixupConfig, OutputConfig, TransformConfig
 from beit.data import transforms
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
 from beit.data.image_dataset import image_name
-from beit.data.loader import EpochSampler, SeededSamples, collate
+from beit.data.loader import EpochSampler, SeededDataset, collate
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text, one_line
 from beit.files import run_folder
@@ -179,7 +179,7 @@ def augmented_samples(train_set: Any, classes: Sequence[str], transform: Transfo
     evaluation = transforms.EvalTransform.from_config(transform)
     loader = PrefetchLoader(None, torch.device('cpu'), evaluation.mean, evaluation.std, remode=transform.remode)
     erasing = RandomErasingBoxes(transform.reprob, transform.recount) if transform.reprob > 0 else None
-    samples = SeededSamples(train_set, seed, True, erasing)
+    samples = SeededDataset(train_set, seed, True, erasing)
     order = iter(EpochSampler(len(train_set), seed=seed))
     try:
         items = [samples[next(order)] for _ in range(min(SAMPLES, len(train_set)))]
