@@ -466,9 +466,11 @@ def test_a_file_more_moves_none_into_the_validation_of_a_resumed_run(split_run, 
     assert 'Not what' not in out and 'Trained on' not in out
     # Without --val_split every image would be evaluated, most of them trained on.
     everything = [flag for flag in flags if 'val_split' not in flag] + ['--eval', '--resume', last]
-    refused(everything + ['--eval_data_path', data], 'trained with --val_split 0.25', '--val_split 0.25 --seed 3')
     listed = write_csv(tmp_path / 'photos.csv', [('photos/' + name, label) for name, label in rows_of(data)])
-    refused(everything + ['--data_set=IMNET', '--data_path', '', '--val_csv', listed], 'trained with --val_split 0.25')
+    for more in (['--eval_data_path', data], ['--data_set=IMNET', '--data_path', '', '--val_csv', listed]):
+        assert run_class_finetuning.run(everything + more) == 0
+        out = capsys.readouterr().out
+        assert 'Trained on: 45 of 45 training images' in out and 'with --val_split 0.25 --seed 3' in out
     # New images are nobody's: they are evaluated, and a line says that they are others.
     new = write_folders(tmp_path / 'new', {'cat': 3, 'dog': 3}, start=9000)
     assert run_class_finetuning.run(everything + ['--eval_data_path', new]) == 0

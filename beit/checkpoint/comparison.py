@@ -230,10 +230,10 @@ def held_out_before(source: str, content: Any, val_split: float, seed: int) -> O
 def check_unseen(source: str, content: Any, val_set: Any, val_split: float) -> None:
     """Compare the images to evaluate with those that a checkpoint was trained on, of which it knows some by content.
 
-    Where there are such among them, a line says so.
+    Where there are such among them, a line says so, with the flags to give where the training used --val_split.
 
     Raises:
-        UserError: that is so, and --val_split is given, or was in the training.
+        UserError: that is so, and --val_split is given.
     """
     train = saved_data(content).get('train', {})
     sample = [row for row in train.get('sample', ()) if _is_row(row)] if isinstance(train.get('sample'), list) else []
@@ -241,17 +241,14 @@ def check_unseen(source: str, content: Any, val_set: Any, val_split: float) -> N
     if not known:
         return
     share = '%d of %d training images of %s (a sample)' % (known, len(sample), escape_text(source))
-    theirs = _split_flags(content)
-    if theirs is not None and not val_split:
-        raise UserError('--resume %s: it was trained with --val_split %s, and the images to evaluate are not those '
-                        'that it set apart: %s are among them; give --val_split %s --seed %s, or other images'
-                        % (escape_text(source), theirs[0], share, theirs[0], theirs[1]))
     if val_split:
         raise UserError('--val_split %g: %s are among the images that would be evaluated; leave it out and name images '
                         'to evaluate (--eval_data_path or --val_csv), or start anew with --finetune'
                         % (val_split, share))
-    log_main('Trained on: %s are among the %d to evaluate; the figures are too good for new images'
-             % (share, len(val_set)))
+    theirs = _split_flags(content)
+    log_main('Trained on: %s are among the %d to evaluate; the figures are too good for new images%s' % (
+        share, len(val_set), '' if theirs is None else
+        ': those that were set apart are evaluated with --val_split %s --seed %s' % theirs))
 
 
 def _is_row(row):
