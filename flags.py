@@ -489,8 +489,8 @@ def check_weights(args: argparse.Namespace) -> None:
     """The files that a run starts from."""
     if not args.eval:
         pretrained.check_finetune(args.finetune)
-    if args.resume:
-        discovery.candidates(args.resume)
+    if args.resume and not (args.auto_resume and args.output_dir and discovery.list_checkpoints(args.output_dir)):
+        discovery.candidates(args.resume)  # else it may have been removed since, and isn't needed
 
 
 def check_outputs(args: argparse.Namespace) -> None:

@@ -54,7 +54,7 @@ def load_for_inference(source: str, use_ema: bool = False, **given: Any) -> Load
     refuse_exports('--resume', source)
     if os.path.isfile(os.path.join(source, hf_names.CONFIG)):
         source = hf_names.hf_weights_path(source, '--resume')
-    path, content = discovery.load_best_or_latest(source, prefer_best=True)
+    path, content = discovery.load_best_or_latest(source, prefer_best=True, use_ema=use_ema)
     if not isinstance(content, dict):
         raise UserError('--resume %s: holds no weights' % escape_text(path))
     settings, metadata = training_state.saved_args(content), content
