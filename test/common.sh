@@ -193,7 +193,7 @@ from_here() {
     case $1 in
         ''|/*|demo|*://*) printf %s "$1" ;;
         '~/'*) printf %s "$HOME/${1#??}" ;;
-        *) if [ -e "$CALLED_FROM/$1" ]; then printf %s "$CALLED_FROM/$1"; else printf %s "$1"; fi ;;
+        *) if [ -e "$ROOT/$1" ] && [ ! -e "$CALLED_FROM/$1" ]; then printf %s "$1"; else printf %s "$CALLED_FROM/$1"; fi ;;
     esac
 }
 

@@ -28,7 +28,7 @@ def list_checkpoints(folder: str) -> List[Tuple[Tuple[int, int], str]]:
     return sorted((position, path) for position, path in found if position is not None)
 
 
-def position_in_name(path):
+def position_in_name(path: str) -> Optional[Tuple[int, int]]:
     """(epochs done, updates done of the next) by a checkpoint's name, or None."""
     found = re.search(r'checkpoint-(\d+)(?:-step(\d+))?\.pth$', path)
     if not found:
@@ -36,7 +36,7 @@ def position_in_name(path):
     return (int(found.group(1)), int(found.group(2))) if found.group(2) else (int(found.group(1)) + 1, 0)
 
 
-def position_in_content(content):
+def position_in_content(content: Dict[str, Any]) -> Tuple[int, int]:
     """The same by what a file holds; a file that says nothing of it comes last."""
     epoch, progress = content.get('epoch'), content.get('progress')
     steps = progress.get('steps') if isinstance(progress, dict) else 0

@@ -47,7 +47,7 @@ def register_output(pattern: str, proves_run: bool = False, is_ours: Optional[Ca
         proves_run (bool): a folder with such a file holds a run. The other files are moved aside only beside one.
         is_ours (function): says of a path whether a run wrote it, where anybody may have a file of that name.
         is_moved (bool): moved aside with an earlier run; else only what a killed process left half written is removed.
-        at_end (bool): it tells how the run ended, so it's moved aside too when a run goes back to an earlier checkpoint.
+        at_end (bool): it tells how the run ended; it's moved aside too when a run goes back to an earlier checkpoint.
     """
     _outputs.append(Output(re.compile(pattern + r'\Z'), proves_run, is_ours, is_moved, at_end))
 
@@ -110,9 +110,10 @@ def locked(folder: str, device: Optional[torch.device] = None) -> Iterator[None]
         yield
     finally:
         for handle in handles:
+            path = os.path.join(folder, LOCK)
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(handle), os.lstat(os.path.join(folder, LOCK))):  # the folder may have moved
-                    os.remove(os.path.join(folder, LOCK))  # before it is free: later it may be the next run's
+                if os.path.samestat(os.fstat(handle), os.lstat(path)):  # else another folder has the name now
+                    os.remove(path)  # before the lock is free: afterwards the file may be the next run's
             os.close(handle)
         for path in reversed(made):
             with contextlib.suppress(OSError):  # of a run that wrote nothing
@@ -188,13 +189,13 @@ def prepare_folder(folder: str, keep: bool = False, later: Sequence[str] = ()) -
                 files = [*later, *run_outputs(folder, at_end=True)] if later else []
                 what, advice = 'what the earlier run saved later', 'this run goes on from before'
             if files:
-                aside = backup_name(folder, files)
-                os.mkdir(aside)
+                backup = backup_name(folder, files)
+                os.mkdir(backup)
                 if keep and os.path.isfile(os.path.join(folder, LOG)):
-                    shutil.copy2(os.path.join(folder, LOG), aside)
+                    shutil.copy2(os.path.join(folder, LOG), backup)
                 for path in files:
-                    os.rename(path, os.path.join(aside, os.path.basename(path)))
-                log_main('Moved %s in %s aside, to %s (%s)' % (what, escape_text(folder), escape_text(aside), advice))
+                    os.rename(path, os.path.join(backup, os.path.basename(path)))
+                log_main('Moved %s in %s aside, to %s (%s)' % (what, escape_text(folder), escape_text(backup), advice))
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise UserError('--output_dir %s holds an earlier run and it cannot be moved aside (%s); choose another, '
