@@ -541,8 +541,10 @@ def check_weights(args: argparse.Namespace) -> None:
     """The files that a run starts from."""
     if not args.eval:
         pretrained.check_finetune(args.finetune)
-    if args.resume and not (args.eval and os.path.isfile(os.path.join(args.resume, hf_names.CONFIG))):
-        discovery.candidates(args.resume)
+    if args.eval and os.path.isfile(os.path.join(args.resume, hf_names.CONFIG)):
+        return
+    if args.resume and not (args.auto_resume and args.output_dir and discovery.list_checkpoints(args.output_dir)):
+        discovery.candidates(args.resume)  # else it may have been removed since, and isn't needed
 
 
 def check_outputs(args: argparse.Namespace) -> None:

@@ -96,6 +96,12 @@ def main(args, signals):
         check_data(args)
         return
     device = start(args)
+    with run_folder.locked(args.output_dir, device):
+        train_or_evaluate(args, signals, device)
+
+
+def train_or_evaluate(args, signals, device):
+    """All that a run does once it has its folder to itself."""
     checkpoint = load_checkpoint(args, device)
     dtype = choose_precision(args, device)
     utils.seed_everything(args.seed)
@@ -112,8 +118,7 @@ def main(args, signals):
     run_state = resume(args, data, learner, checkpoint)
     source = checkpoint.source if checkpoint else ''
     describe(args, data, learner, source)
-    goes_on = source and discovery.is_inside(source, args.output_dir)
-    run_folder.prepare_folder(args.output_dir, keep=goes_on or args.prof or args.cann_prof)
+    prepare_folder(args, source, run_state)
     update_freezing(args, accelerator.unwrap(learner.model), run_state.epoch)
 
     training = build_training(args, data, learner)
@@ -147,7 +152,8 @@ def check_data(args):
     if process_group.launch_environment(args)[0] != 0:  # the others would decode the same
         return
     train_set, val_set, _ = datasets.build_datasets(args)
-    damaged = unreadable.check_data((train_set, val_set), args.num_workers, args.output_dir)
+    with run_folder.locked(args.output_dir):
+        damaged = unreadable.check_data((train_set, val_set), args.num_workers, args.output_dir)
     if damaged:
         place = ', listed in %s' % os.path.join(args.output_dir, LIST) if args.output_dir else ''
         raise UserError('--check_data: %d image%s cannot be read%s; mend or remove what is listed, or leave it out '
@@ -387,6 +393,16 @@ def resume(args, data, learner, checkpoint):
     run_state.run = comparison.facts_of(run)
     run_state.data = comparison.data_to_save(run.data, getattr(data.train_set, 'held_out', None))
     return run_state
+
+
+def prepare_folder(args, source, run_state):
+    """Keep what this run goes on with, and move aside what is of another run or of later than a --resume FILE."""
+    keep, later = args.prof or args.cann_prof, []
+    if not keep and source and discovery.is_inside(source, args.output_dir):
+        keep = True
+        if source == args.resume and process_group.is_main_process():
+            later = discovery.later_checkpoints(source, (run_state.epoch, run_state.steps))
+    run_folder.prepare_folder(args.output_dir, keep, later)
 
 
 def update_freezing(args, model, epoch):

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional
 from beit.devices import accelerator
 from beit.distributed import preemption, process_group, watchdog
 from beit.errors import UserError, escape_text, nearest, one_line, worker_death_message
-from beit.log import current_display
+from beit.log import current_display, log_main
 from beit.outputs import args_yaml
 
 COLUMN = 24  # where a flag's help begins
@@ -75,9 +75,10 @@ class OneLineParser(argparse.ArgumentParser):
         given = {self._option_string_actions[name].dest for name in (arg.partition('=')[0] for arg in args)
                  if name in self._option_string_actions}
         if getattr(parsed, 'config', None):  # once more, behind those of the file
-            in_file = self.read_config(parsed.config)
-            given.update(name for name, value in vars(in_file).items() if value != self.get_default(name))
-            parsed, rest = self.parse_known_args(args, in_file)
+            config = self.read_config(parsed.config)
+            drop_flags_of_folder(config, self.parse_known_args(args, argparse.Namespace(output_dir=None))[0].output_dir)
+            given.update(name for name, value in vars(config).items() if value != self.get_default(name))
+            parsed, rest = self.parse_known_args(args, config)
         if 'config' in parsed:
             del parsed.config  # what it says is in the other flags now
         if 'auto_resume' in parsed:  # not every program goes on
@@ -131,6 +132,29 @@ class OneLineParser(argparse.ArgumentParser):
         wanted = action.const if str(value).lower() == 'true' else not action.const
         return next(each.option_strings[0] for each in self._actions
                     if each.dest == action.dest and each.const is wanted)
+
+
+OF_FOLDER = ('log_dir', 'resume', 'auto_resume', 'start_epoch', 'results_file')  # flags that belong to one output_dir
+
+
+def drop_flags_of_folder(config: argparse.Namespace, output_dir: Optional[str]) -> None:
+    """Drop what belongs to the output_dir of a --config file, where the command line gives another; a line tells which.
+
+    Args:
+        config: the flags of the file.
+        output_dir: as on the command line; None where it is not there.
+    """
+    theirs = getattr(config, 'output_dir', '')
+    if output_dir is None or not theirs or output_dir and os.path.realpath(output_dir) == os.path.realpath(theirs):
+        return
+    evaluates = getattr(config, 'eval', False)  # then --resume is what is evaluated
+    dropped = {name: vars(config).pop(name) for name in OF_FOLDER
+               if hasattr(config, name) and not (name == 'resume' and evaluates)}
+    shown = ['--%s%s' % (name, '' if value is True else ' ' + escape_text(str(value)))
+             for name, value in dropped.items() if value]
+    if shown and process_group.is_error_reporter():
+        log_main('Not taken from --config, because they belong to its output_dir %s: %s'
+                 % (escape_text(theirs), ', '.join(shown)))
 
 
 def normalize_argv(args: List[str]) -> List[str]:

@@ -193,7 +193,7 @@ from_here() {
     case $1 in
         ''|/*|demo|*://*) printf %s "$1" ;;
         '~/'*) printf %s "$HOME/${1#??}" ;;
-        *) if [ -e "$CALLED_FROM/$1" ]; then printf %s "$CALLED_FROM/$1"; else printf %s "$1"; fi ;;
+        *) if [ -e "$ROOT/$1" ] && [ ! -e "$CALLED_FROM/$1" ]; then printf %s "$1"; else printf %s "$CALLED_FROM/$1"; fi ;;
     esac
 }
 
@@ -207,26 +207,50 @@ WEIGHTS=./checkpoints/beit_base_patch16_224_pt22k_ft22k.pth
 
 # ---- logs
 
-# move_aside FILE…: what an earlier run left there gets its date; one line says so.
+# open_logs NAME CASE: choose LOG, RESULT and SUMMARY, which are this run's alone while it and its processes live: they
+# hold a lock on LOG. Where another run holds that one, all three have -2, -3 … in their names.
+open_logs() {
+    local number=1 suffix=
+    while :; do
+        LOG=$LOG_DIR/$1$suffix.log RESULT=$LOG_DIR/.$1$suffix.json CASE=$2$suffix SUMMARY=$LOG_DIR/$2$suffix.log
+        { : >>"$LOG"; } 2>/dev/null || die "cannot write $LOG"
+        exec 9>>"$LOG"
+        "$PYTHON" -c 'import errno, fcntl, sys
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError as error:  # of another kind where the file system has no locks
+    sys.exit(error.errno == errno.EWOULDBLOCK)' && break
+        number=$((number + 1)) suffix=-$number
+    done
+    rm -f "$RESULT"
+    [ $number = 1 ] || echo "Another run is writing $LOG_DIR/$1.log; the log of this one is $LOG"
+}
+
+# move_aside FILE…: what an earlier run left there gets its date; one line says so. LOG keeps its inode, and the lock.
 move_aside() {
     local file aside moved=
     for file in "$@"; do
         [ -s "$file" ] || continue
         aside=${file%.log}-$(date -r "$file" +%Y%m%d-%H%M%S)
         while [ -e "$aside.log" ]; do aside=$aside-2; done
-        mv "$file" "$aside.log" && moved+=" $(basename "$aside.log")"
+        cp -p "$file" "$aside.log" || die "cannot keep $file as $aside.log; is the disk full?"
+        if [ "$file" = "$LOG" ]; then : >"$file"; else rm "$file"; fi
+        moved+=" $(basename "$aside.log")"
     done
     [ -z "$moved" ] || echo "Kept the earlier run's logs in $LOG_DIR as$moved"
 }
 
-# field NAME: a figure of the run's last Result line.
-field() {
-    grep -a '^Result: ' "$LOG" | tail -n 1 | awk -v name="$1" '{for (i = 2; i < NF; i++) if ($i == name) print $(i + 1)}'
+# figures: images_per_second, step_milliseconds, accuracy and loss of this run's summary.json, n/a where it has none.
+figures() {
+    "$PYTHON" -c 'import json, sys
+figures = json.load(open(sys.argv[1], encoding="utf-8"))
+print(*("n/a" if figures.get(name) is None else "%.*f" % (digits, figures[name]) for name, digits in
+        (("images_per_second", 2), ("step_milliseconds", 3), ("accuracy", 3), ("loss", 4))))' "$RESULT"
 }
 
 final_block() {
-    local fps accuracy
-    fps=$(field images_per_second); accuracy=$(field accuracy)
+    local fps milliseconds accuracy loss
+    read -r fps milliseconds accuracy loss < <(figures)
     cat <<END
 ------------------ Final result ------------------
 Final Performance images/sec : $fps
@@ -240,9 +264,9 @@ BatchSize = $batch_size
 DeviceType = $(uname -m)
 CaseName = $CASE
 ActualFPS = $fps
-TrainingTime = $(field step_milliseconds)
+TrainingTime = $milliseconds
 TrainAccuracy = $accuracy
-ActualLoss = $(field loss)
+ActualLoss = $loss
 E2ETrainingTime = $1
 END
 }
@@ -251,7 +275,7 @@ END
 
 # launch KIND DEVICES "$@": KIND is full, performance or eval; the arguments are the user's.
 launch() {
-    local kind=$1 started status how results tee_option=() preset=() suffix log
+    local kind=$1 started status how preset=() suffix log
     nproc_per_node=$2; shift 2
     parse_options "$@"
 
@@ -264,7 +288,8 @@ launch() {
     done
     cd "$ROOT" || exit 2
     [ -z "$data_path" ] || [ "$data_path" = demo ] || [ -d "$data_path" ] || die "--data_path $data_path: no such folder"
-    [ -z "$resume" ] || [ -e "$resume" ] || case $resume in *://*) ;; *) die "--resume $resume: no such file or folder" ;; esac
+    [ -z "$resume" ] || [ -e "$resume" ] || flag_given auto_resume \
+        || case $resume in *://*) ;; *) die "--resume $resume: no such file or folder" ;; esac
     [ "$kind" != eval ] || [ -n "$resume" ] \
         || die "--resume is missing; give the checkpoint to evaluate, or the folder that holds it"
     for name in batch_size epochs nproc_per_node nnodes; do whole_number $name; done
@@ -293,32 +318,31 @@ sys.stderr.write(accelerator.npu_unused_reason("auto", device))') || exit 2
 
     case $kind in full) suffix=acc log=train_0 ;; performance) suffix=perf log=train_0_perf ;; eval) suffix=eval log=train_0_eval ;; esac
     [ "$node_rank" = 0 ] || log=${log}_node$node_rank
-    LOG_DIR=$ROOT/test/output/0 CASE=${model}_bs${batch_size}_${RANK_SIZE}p_$suffix
-    LOG=$LOG_DIR/$log.log SUMMARY=$LOG_DIR/$CASE.log
+    LOG_DIR=$ROOT/test/output/0
     mkdir -p "$LOG_DIR" || die "cannot make $LOG_DIR"
-    if [ "$kind" != eval ] && { [ -n "$resume" ] || flag_given auto_resume; }; then
-        tee_option=(-a)  # the log goes on, like the run
-    elif [ "$node_rank" = 0 ]; then
+    open_logs "$log" "${model}_bs${batch_size}_${RANK_SIZE}p_$suffix"
+    [ "$node_rank" = 0 ] || SUMMARY=
+    if [ "$kind" = eval ] || { [ -z "$resume" ] && ! flag_given auto_resume; }; then  # else the log goes on, like the run
         move_aside "$LOG" "$SUMMARY"
-    else
-        move_aside "$LOG"
     fi
 
-    results=$(grep -ac '^Result: ' "$LOG" 2>/dev/null)
     started=$SECONDS
-    run_logged ${tee_option[@]+"${tee_option[@]}"}
+    BEIT_SUMMARY=$RESULT run_logged
     status=$?
     if [ "$status" -ne 0 ]; then
+        rm -f "$RESULT"
         case $status in 129|130|138|143) how=stopped ;; *) how=failed ;; esac
         echo "$(basename "$0"): $how with exit status $status; the log is $LOG" >&2
         exit "$status"
     fi
-    if [ "$node_rank" != 0 ]; then echo "Finished; the result is printed and logged on node 0"; return; fi
-    if [ "$(grep -ac '^Result: ' "$LOG")" = "${results:-0}" ]; then
+    if [ "$node_rank" != 0 ]; then
+        echo "Finished; the result is printed and logged on node 0"
+    elif [ ! -s "$RESULT" ]; then
         echo "Finished without a new result: there was nothing left to train, or it was a profiling run"
-        return
+    else
+        final_block $((SECONDS - started))
     fi
-    final_block $((SECONDS - started))
+    rm -f "$RESULT"
 }
 
 # set_preset KIND: complete the options and fill ARGUMENTS, the presets first so that the user's flags win.
@@ -362,17 +386,16 @@ set_preset() {
     ARGUMENTS+=(${FLAGS[@]+"${FLAGS[@]}"})
 }
 
-# run_logged [TEE_OPTION…]: the run and its log, in the background: so bash hears a signal meanwhile, and passes it on.
+# run_logged: the run and its log, in the background: so bash hears a signal meanwhile, and passes it on.
 run_logged() {
     local run signalled status
     set -m  # a group of its own, in which SIGINT works
     if [ -t 1 ] && { BEIT_TERMINAL=$(tty <&4); } 4>&1 && [ "${TERM:-dumb}" != dumb ] && has_module tqdm; then
         # A person watches: Python draws a bar there, says what is for people, and sends all its words to the log.
         export BEIT_TERMINAL
-        case ${1:-} in -a) ;; *) : >"$LOG" ;; esac
         run_python </dev/null 2>&1 >>"$LOG" | tee -i -a "$LOG" >&2 &
     else
-        run_python </dev/null 2>&1 | tee -i "$@" "$LOG" &
+        run_python </dev/null 2>&1 | tee -i -a "$LOG" &
     fi
     set +m
     run=$(jobs -p %%)

@@ -10,10 +10,10 @@
 #   --nnodes=N --node_rank=I --master_addr=HOST --master_port=PORT   for more than one machine; run it on each
 #   --finetune=FILE        pretrained weights (checkpoints/beit_base_patch16_224_pt22k_ft22k.pth); empty: from scratch
 #   --resume=FILE|DIR      go on from a checkpoint, or from the newest in a folder
-#   --auto_resume          go on where output_dir holds a checkpoint: for jobs that may be killed
+#   --auto_resume          go on where output_dir holds a checkpoint of this run: for jobs that may be killed
 #   --max_restarts=N       how often torchrun starts all processes again after a fault (0); with --auto_resume
 #   --save_ckpt_minutes=N  checkpoints in mid-epoch too (none); a signal always saves
-#   --output_dir=DIR       checkpoints and log.txt (./train_result); an earlier run there is moved aside
+#   --output_dir=DIR       checkpoints and log.txt (./train_result), of one run at a time; an earlier one is moved aside
 #   --model=NAME           beit_base_patch16_224; see python run_class_finetuning.py --help
 #   --batch_size=N         images per device (64)
 #   --epochs=N             30; the demo 40
@@ -21,6 +21,7 @@
 #   --device=NAME          auto (npu, cuda, cpu: the first present), npu, cuda or cpu
 # Every other flag goes to run_class_finetuning.py. PYTHON=/path/to/python chooses the Python.
 # DIST_WAIT_SECONDS=N is how long machines and processes wait for one another at the start (300).
+# Where another run writes the same log, this one's files end in -2, -3 and so on.
 # Log: test/output/0/train_0.log; figures for tools: test/output/0/<model>_bs<N>_<devices>p_acc.log
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 launch full 8 "$@"

@@ -13,6 +13,7 @@
 #   --device=NAME          auto (npu, cuda, cpu: the first present), npu, cuda or cpu
 #   --nproc_per_node=N     devices (1)
 # Every other flag goes to run_class_finetuning.py. PYTHON=/path/to/python chooses the Python.
+# Where another run writes the same log, this one's files end in -2, -3 and so on.
 # Log: test/output/0/train_0_perf.log; figures for tools: test/output/0/<model>_bs<N>_<devices>p_perf.log
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 launch performance 1 "$@"

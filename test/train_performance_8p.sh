@@ -15,6 +15,7 @@
 #   --device=NAME          auto (npu, cuda, cpu: the first present), npu, cuda or cpu
 # Every other flag goes to run_class_finetuning.py. PYTHON=/path/to/python chooses the Python.
 # DIST_WAIT_SECONDS=N is how long machines and processes wait for one another at the start (300).
+# Where another run writes the same log, this one's files end in -2, -3 and so on.
 # Log: test/output/0/train_0_perf.log; figures for tools: test/output/0/<model>_bs<N>_<devices>p_perf.log
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 launch performance 8 "$@"

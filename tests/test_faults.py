@@ -873,6 +873,41 @@ def test_torchrun_starts_again_by_itself(life, unbroken):
     run.equals(reference)
 
 
+@pytest.mark.parametrize('restarted', ['by SLURM', 'by hand'])
+@pytest.mark.parametrize('inside', [False, True])
+def test_a_job_that_resumes_a_file_comes_to_its_end(life, unbroken, inside, restarted):
+    """Stopped in each start's fifth update, of 12 that are left; the line after the signal says how to go on.
+
+    Where the file lies in output_dir, it is removed on the way, as are other old checkpoints.
+    """
+    reference, origin, run = unbroken('plain'), life('plain', '--maxstep=6'), life('plain')
+    origin.finish()
+    file = os.path.join(origin.out, 'checkpoint-0.pth')
+    if inside:
+        shutil.copytree(origin.out, run.out)
+        file = os.path.join(run.out, 'checkpoint-0.pth')
+    command = [flag for flag in run.flags if flag != '--auto_resume'] + ['--resume=' + file]
+    seen = []
+    for start in range(5):
+        env, more = ({'SLURM_RESTART_COUNT': str(start)}, []) if restarted == 'by SLURM' else (
+            {}, ['--auto_resume'] * (start > 0))
+        process = Process(run.server, os.path.join(run.folder, 'log-0'), command + more,
+                          [dies(STEPS + 'CheckpointMonitor.begin_sync', nth=5, do=TERM)], **env)
+        run.running = [process]
+        seen.append((process.wait(), resumed(process.output())))
+        if process.status == 0:
+            break
+        TALLY.kills += 1
+        says = 'the same command goes on' if env and start or more else 'the same command with --auto_resume goes on'
+        assert process.status == 128 + TERM and says in process.output(), run.story()
+    TALLY.resumes += len(seen)
+    assert seen == [(128 + TERM, (1, 0)), (128 + TERM, (1, 5)), (0, (2, 4))], run.story()
+    assert os.path.exists(file) != inside
+    for name in ('checkpoint-1.pth', 'checkpoint-2.pth'):
+        mine, theirs = (dict(content_of(os.path.join(each.out, name)), args=None) for each in (run, reference))
+        assert not difference(mine, theirs)
+
+
 def run_under_torchrun(rank, fault, *flags):
     if os.environ['RANK'] == rank and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
         plant(**json.loads(fault))

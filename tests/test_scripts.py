@@ -1,5 +1,6 @@
 """The shell scripts, run as a user runs them, in a copy of the repository whose path has a space."""
 
+import contextlib
 import glob
 import json
 import os
@@ -9,6 +10,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -98,10 +101,17 @@ def test_help_is_readable(checkout, script, where):
 # ---- what a script hands to Python, read by a stand-in for it
 
 STAND_IN = """#!/usr/bin/env bash
-if [ "$1" = -c ]; then echo cpu; exit; fi
+if [ "$1" = -c ]; then
+    case $2 in *fcntl*|*json*) exec "$REAL" "$@" ;; esac
+    echo cpu; exit
+fi
 printf '%s\\n' "$@" >"$RECORD"
 echo "The stand-in ran; CANN: ${FAKE_CANN:-none}"
-echo "Result: images_per_second 1157.00 step_milliseconds 442.524 accuracy 85.238 loss 1.2345"
+while [ ! -e "${GATE:-/}" ]; do sleep 0.05; done
+echo "Result: images_per_second 2.00 step_milliseconds 3.000 accuracy 4.000 loss 5.0000"  # which is for people
+[ -z "${ACCURACY-85.238}" ] || [ "${STATUS:-0}" != 0 ] || cat >"$BEIT_SUMMARY" <<END
+{"images_per_second": 1157, "accuracy": ${ACCURACY-85.238}, "loss": 1.23454, "step_milliseconds": 442.52391}
+END
 exit "${STATUS:-0}"
 """
 
@@ -114,8 +124,9 @@ def stand_in(tmp_path, checkout):
     program.chmod(0o755)
 
     def run(script, *flags, **options):
-        done = run_script(checkout, script, *flags, **dict({'PYTHON': str(program), 'RECORD': str(record)}, **options))
+        done = run_script(checkout, script, *flags, **dict(run.env, **options))
         return done, record.read_text().splitlines() if record.exists() else None
+    run.env = {'PYTHON': str(program), 'RECORD': str(record), 'REAL': sys.executable}
     return run
 
 
@@ -211,6 +222,83 @@ def test_a_failing_run_is_a_failing_script(stand_in, weights, checkout, data, sc
     assert 'The stand-in ran' in run.out and 'Final result' not in run.out
     assert 'failed with exit status 7; the log is ' + output(checkout) in run.err
     assert os.listdir(output(checkout)) == [LOG[script.split('_')[1]] + '.log']  # no summary of a run that failed
+
+
+@pytest.mark.parametrize('figure, shown', [('null', 'n/a'), ('7e-5', '0.000')])
+def test_a_figure_that_a_run_does_not_have(stand_in, weights, checkout, data, figure, shown):
+    run, _ = stand_in('train_full_1p', '--data_path=' + data, ACCURACY=figure)
+    assert result(run)['accuracy'] == shown == summary(checkout, 'beit_base_patch16_224_bs64_1p_acc')['TrainAccuracy']
+
+
+def test_a_run_without_a_result_of_its_own_shows_none(stand_in, weights, checkout, data):
+    result(stand_in('train_full_1p', '--data_path=' + data)[0])
+    run, _ = stand_in('train_full_1p', '--data_path=' + data, '--auto_resume', ACCURACY='')
+    assert run.status == 0 and 'Finished without a new result' in run.out and 'Final result' not in run.out
+    assert os.listdir(output(checkout)) and not [name for name in os.listdir(output(checkout)) if name[0] == '.']
+
+
+# ---- two scripts at once in one checkout
+
+@contextlib.contextmanager
+def waiting(checkout, env, gate, *flags, **more):
+    """A script whose run waits until `gate` exists."""
+    process = start_script(checkout, 'train_full_1p', *flags, **dict(env, GATE=str(gate), **more))
+    try:
+        assert any('The stand-in ran' in line for line in process.stdout)
+        yield process
+    finally:
+        gate.write_text('')
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize('flags', [[], ['--auto_resume']])
+def test_two_scripts_at_once_have_logs_and_results_of_their_own(stand_in, weights, checkout, data, tmp_path, flags):
+    logs, case, gate = output(checkout), 'beit_base_patch16_224_bs64_1p_acc', tmp_path / 'gate'
+    with waiting(checkout, stand_in.env, gate, '--data_path=' + data, ACCURACY='11.111', FAKE_CANN='one') as first:
+        second, _ = stand_in('train_full_1p', '--data_path=' + data, *flags, ACCURACY='22.222', FAKE_CANN='two')
+        assert result(second)['accuracy'] == '22.222'
+        said, = [line for line in second.out.splitlines() if line.startswith('Another run ')]
+        assert os.path.join(logs, 'train_0.log') in said and os.path.join(logs, 'train_0-2.log') in said
+        gate.write_text('')
+        out, err = first.communicate(timeout=60)
+    assert result(Run(first.returncode, out, err))['accuracy'] == '11.111'
+    assert sorted(os.listdir(logs)) == sorted(['train_0.log', 'train_0-2.log', case + '.log', case + '-2.log'])
+    for number, mine, accuracy in (('', 'one', '11.111'), ('-2', 'two', '22.222')):
+        assert re.findall('CANN: (.*)', text(os.path.join(logs, 'train_0%s.log' % number))) == [mine]
+        assert summary(checkout, case + number)['TrainAccuracy'] == accuracy
+    third, _ = stand_in('train_full_1p', '--data_path=' + data)  # now the first name is free, and its log is kept
+    assert 'Another run ' not in third.out and "Kept the earlier run's logs" in third.out
+    assert len(os.listdir(logs)) == 6 and text(os.path.join(logs, 'train_0-2.log'))
+
+
+def test_a_log_belongs_to_a_run_whose_script_was_killed(stand_in, weights, checkout, data, tmp_path):
+    with waiting(checkout, stand_in.env, tmp_path / 'gate', '--data_path=' + data) as first:
+        first.kill()
+        first.wait()  # its run goes on, and writes
+        assert 'Another run ' in stand_in('train_full_1p', '--data_path=' + data)[0].out
+    until = time.monotonic() + 20
+    while 'Result: ' not in text(output(checkout, 'train_0.log')) and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    assert 'Another run ' not in stand_in('train_full_1p', '--data_path=' + data)[0].out
+
+
+@has_proc
+def test_two_scripts_do_not_share_an_output_folder(checkout, data):
+    first = start_script(checkout, 'train_full_1p', '--data_path=' + data, *TINY, '--epochs=100000', MARK=checkout)
+    try:
+        assert any('Epoch: [1]' in line for line in first.stdout)
+        logged = text(output(checkout, 'train_0.log'))
+        run = run_script(checkout, 'train_full_1p', '--data_path=' + data, *TINY)
+        fails(run, '--output_dir ', 'train_result: process ', ' writes there')
+        assert output(checkout, 'train_0-2.log') in run.err
+        assert text(output(checkout, 'train_0.log')).startswith(logged)
+        assert not glob.glob(os.path.join(checkout, 'train_result-*'))
+    finally:
+        first.kill()
+        for pid in marked(checkout):
+            os.kill(pid, signal.SIGKILL)
 
 
 # ---- mistakes that the scripts find themselves

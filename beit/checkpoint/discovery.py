@@ -1,5 +1,6 @@
 """Which checkpoint of a folder is meant: the newest, or the best."""
 
+import contextlib
 import glob
 import os
 import re
@@ -27,7 +28,7 @@ def list_checkpoints(folder: str) -> List[Tuple[Tuple[int, int], str]]:
     return sorted((position, path) for position, path in found if position is not None)
 
 
-def position_in_name(path):
+def position_in_name(path: str) -> Optional[Tuple[int, int]]:
     """(epochs done, updates done of the next) by a checkpoint's name, or None."""
     found = re.search(r'checkpoint-(\d+)(?:-step(\d+))?\.pth$', path)
     if not found:
@@ -35,7 +36,7 @@ def position_in_name(path):
     return (int(found.group(1)), int(found.group(2))) if found.group(2) else (int(found.group(1)) + 1, 0)
 
 
-def position_in_content(content):
+def position_in_content(content: Dict[str, Any]) -> Tuple[int, int]:
     """The same by what a file holds; a file that says nothing of it comes last."""
     epoch, progress = content.get('epoch'), content.get('progress')
     steps = progress.get('steps') if isinstance(progress, dict) else 0
@@ -70,11 +71,29 @@ def candidates(source: str) -> List[str]:
     return found
 
 
-def load_best_or_latest(source: str, prefer_best: bool = False) -> Tuple[str, Any]:
+def later_checkpoints(source: str, position: Tuple[int, int]) -> List[str]:
+    """Paths of the checkpoints beside the file `source` that are of later than `position`, without that file.
+
+    Args:
+        position: (epochs done, updates done of the next).
+    """
+    folder = os.path.dirname(source)
+    later = [path for reached, path in list_checkpoints(folder or '.') if reached > position]
+    for path in (os.path.join(folder, name) for name in (BEST, BEST_EMA)):
+        with contextlib.suppress(UserError):  # missing, or damaged, and so never taken up
+            content = load_weights_file(path)
+            later += [path] if isinstance(content, dict) and position_in_content(content) > position else []
+    return [path for path in later if not os.path.samefile(path, source)]
+
+
+def load_best_or_latest(source: str, prefer_best: bool = False, use_ema: bool = False) -> Tuple[str, Any]:
     """(path, content) of the checkpoint to resume: of a folder's the one that got furthest, or to evaluate the best.
 
     Of a folder, a damaged file is passed over, and a line says so. A best checkpoint may be further than the newest
     numbered one, which come each few epochs only.
+
+    Args:
+        use_ema (bool): with `prefer_best`, the one whose averaged weights are the best.
 
     Raises:
         UserError: the file, or every file of the folder, is damaged or missing.
@@ -85,7 +104,9 @@ def load_best_or_latest(source: str, prefer_best: bool = False) -> Tuple[str, An
     ordered = [path for path in paths if position_in_name(path) is not None]
     bests = [path for path in paths if path not in ordered]
     if prefer_best:
-        chosen, reasons = _first_whole(sorted(paths, key=lambda path: os.path.basename(path) != BEST))
+        best = [BEST_EMA, BEST] if use_ema else [BEST]
+        rank = {os.path.join(source, name): number for number, name in enumerate(best)}
+        chosen, reasons = _first_whole(sorted(paths, key=lambda path: rank.get(path, len(rank))))
     else:
         chosen, reasons = _first_whole(ordered)
         for path in bests:
@@ -122,17 +143,15 @@ def is_inside(path: str, folder: str) -> bool:
 
 def load_agreed(resume: str, output: OutputConfig, device: torch.device,
                 for_evaluation: bool = False) -> Tuple[str, Optional[Dict[str, Any]]]:
-    """(path, content) of what --resume or --auto_resume name, the same on every process; ('', None) where nothing is.
+    """(path, content) of what --auto_resume or --resume name, the same on every process; ('', None) where nothing is.
 
     Where one process's copy of the newest file is damaged or missing, all take the older one that it found. To
     evaluate, the best checkpoint of a folder is taken.
     """
-    source, path, content = resume, '', None
-    if not source and output.auto_resume and output.output_dir and not for_evaluation \
-            and glob.glob(os.path.join(glob.escape(output.output_dir), 'checkpoint-*.pth')):
-        source = output.output_dir
+    own = None if for_evaluation else _load_own(resume, output)
+    source, path, content = output.output_dir if own is not None else resume, '', None
     if source:
-        path, content = load_best_or_latest(source, prefer_best=for_evaluation)
+        path, content = own or load_best_or_latest(source, prefer_best=for_evaluation)
     mine = _name_and_position(path, content)
     oldest = min(collectives.all_gather_json(mine, device), key=lambda word: word[1:])
     if mine != oldest and oldest[0] and os.path.isfile(os.path.join(source, oldest[0])):
@@ -147,6 +166,32 @@ def load_agreed(resume: str, output: OutputConfig, device: torch.device,
     if is_inside(path, output.output_dir) and output.save_ckpt and not for_evaluation \
             and process_group.is_main_process():
         finish_save(path, content)
+    return path, content
+
+
+def _load_own(resume, output):
+    """(path, content) of the checkpoint of output_dir that --auto_resume takes; None where it takes none.
+
+    With --resume it takes one only of a run that began with the same --resume, so that the same command goes on when
+    it is started again. Any other run there is not this one.
+    """
+    if not (output.auto_resume and output.output_dir
+            and glob.glob(os.path.join(glob.escape(output.output_dir), 'checkpoint-*.pth'))):
+        return None
+    if not resume:
+        return load_best_or_latest(output.output_dir)
+    if os.path.realpath(resume) == os.path.realpath(output.output_dir):  # --resume says it already
+        return None
+    try:
+        path, content = load_best_or_latest(output.output_dir)
+    except UserError:  # each of them is damaged
+        return None
+    flags = content.get('args')
+    began = flags.get('resume') if isinstance(flags, dict) else None
+    if not (isinstance(began, str) and began and os.path.realpath(began) == os.path.realpath(resume)):
+        return None
+    log_main('--auto_resume: %s goes on from --resume %s, and is taken; leave --auto_resume out to begin there again'
+             % (escape_text(path), escape_text(resume)))
     return path, content
 
 

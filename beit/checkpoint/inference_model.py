@@ -84,7 +84,7 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
     refuse_exports('--resume', source)
     if os.path.isfile(os.path.join(source, hf_names.CONFIG)):
         source = hf_names.hf_weights_path(source, '--resume')
-    path, content = discovery.load_best_or_latest(source, prefer_best=True)
+    path, content = discovery.load_best_or_latest(source, prefer_best=True, use_ema=use_ema)
     found = read_weights(path, content, use_ema, class_names, **given)
     model = build_model_or_refuse(found)
     load_state(model, found)

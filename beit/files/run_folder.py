@@ -1,29 +1,45 @@
-"""The folder that a run writes into: which files are a run's, moving an earlier run aside, and log.txt.
+"""The folder that a run writes into: its lock, which files are a run's, moving an earlier run aside, and log.txt.
 
 Whoever writes a file registers its name here (`register_output`), so that there is no list of them to keep up to date.
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
+import shutil
+import socket
+import stat
 import tempfile
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Pattern, Sequence
 
-from beit.distributed import process_group
+import torch
+
+from beit.distributed import collectives, process_group
 from beit.errors import UserError, escape_text
 from beit.files.atomic_write import write_bytes
 from beit.log import log_main
 
-LOG = 'log.txt'
+LOG, LOCK = 'log.txt', '.beit.lock'
 
-# (compiled pattern, whether such a file proves a run or a function that says so, whether it is moved)
-_outputs: List[Any] = []
+
+class Output(NamedTuple):
+    """A kind of file that a run writes into its folder; see `register_output`."""
+    pattern: Pattern[str]
+    proves_run: bool
+    is_ours: Optional[Callable[[str], bool]]
+    is_moved: bool
+    at_end: bool
+
+
+_outputs: List[Output] = []
 
 
 def register_output(pattern: str, proves_run: bool = False, is_ours: Optional[Callable[[str], bool]] = None,
-                    is_moved: bool = True) -> None:
+                    is_moved: bool = True, at_end: bool = False) -> None:
     """Register a file that a run writes into its folder.
 
     Args:
@@ -31,8 +47,9 @@ def register_output(pattern: str, proves_run: bool = False, is_ours: Optional[Ca
         proves_run (bool): a folder with such a file holds a run. The other files are moved aside only beside one.
         is_ours (function): says of a path whether a run wrote it, where anybody may have a file of that name.
         is_moved (bool): moved aside with an earlier run; else only what a killed process left half written is removed.
+        at_end (bool): it tells how the run ended; it's moved aside too when a run goes back to an earlier checkpoint.
     """
-    _outputs.append((re.compile(pattern + r'\Z'), proves_run, is_ours, is_moved))
+    _outputs.append(Output(re.compile(pattern + r'\Z'), proves_run, is_ours, is_moved, at_end))
 
 
 def _begins_as_append_log_writes(path):
@@ -60,30 +77,125 @@ def check_writable(flag: str, folder: str) -> None:
                         % (flag, folder, existing, error.strerror or error)) from None
 
 
-def prepare_folder(folder: str, keep: bool = False) -> None:
+# ---- one run at a time
+
+@contextlib.contextmanager
+def locked(folder: str, device: Optional[torch.device] = None) -> Iterator[None]:
+    """Make the output folder and hold its lock, by the first process; the others learn how that went. '' locks nothing.
+
+    The kernel frees the lock when the process ends, however that ends, and no child inherits it. On NFS it holds
+    between machines, too. Where the file system has no locks, a line says so.
+
+    Args:
+        device (torch.device or None): of the collective; None where only one process calls this.
+
+    Raises:
+        UserError: another run holds it; the line names that one.
+    """
+    made: List[str] = []
+    handles: List[int] = []
+
+    def acquire(_):
+        try:
+            made.extend(_make_folders(folder))
+            handles.append(_lock(folder))
+        except OSError as error:
+            raise UserError('--output_dir %s cannot be written to (%s: %s); choose another' % (
+                escape_text(folder), escape_text(error.filename or folder), error.strerror or error)) from None
+        return b''
+
+    if folder:
+        collectives.broadcast_from_main(acquire, device)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            path = os.path.join(folder, LOCK)
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(handle), os.lstat(path)):  # else another folder has the name now
+                    os.remove(path)  # before the lock is free: afterwards the file may be the next run's
+            os.close(handle)
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # of a run that wrote nothing
+                os.rmdir(path)
+
+
+def _make_folders(folder):
+    """Make a folder and those above it; the paths of those that were not there, the outermost first."""
+    missing, path = [], os.path.abspath(folder)
+    while not os.path.isdir(path):
+        missing.insert(0, path)
+        path = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    return missing
+
+
+def _lock(folder):
+    """The open file that holds the lock. A `UserError` names the run that has it."""
+    path = os.path.join(folder, LOCK)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            # Not flock: a loader process would inherit that, and may outlive the run that started it.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = escape_text(os.read(handle, 200)) or 'another run'
+                os.close(handle)
+                raise UserError('--output_dir %s: %s writes there; wait for its end, stop it, or choose another folder'
+                                % (escape_text(folder), holder)) from None
+            log_main('%s cannot be locked (%s); see to it that no other run writes there'
+                     % (escape_text(folder), error.strerror or error))
+            return handle
+        mine = os.fstat(handle)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(mine, os.lstat(path)):
+                break
+        os.close(handle)  # the run that had it ended just now, and has removed the file
+    if not stat.S_ISREG(mine.st_mode) or mine.st_nlink > 1:
+        os.close(handle)
+        raise UserError('--output_dir %s: %s is not a file of this program; remove it' % (escape_text(folder), LOCK))
+    with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+        os.ftruncate(handle, 0)
+        os.write(handle, ('process %d on %s, since %s,' % (
+            os.getpid(), socket.gethostname(), time.strftime('%Y-%m-%d %H:%M:%S'))).encode())
+    return handle
+
+
+# ---- what an earlier run left
+
+def prepare_folder(folder: str, keep: bool = False, later: Sequence[str] = ()) -> None:
     """Make the output folder, by the first process. What an earlier run left there is moved aside, not overwritten.
 
     Only a run's own files are moved, into <folder>-<date of the newest>; whatever else lies there stays.
 
     Args:
         keep (bool): this run goes on with what is there.
+        later (sequence of str): with `keep`, the checkpoints of later than where this run goes on. They are moved aside
+            with what tells of that run's end and a copy of its log.txt.
 
     Raises:
         UserError: they can't be moved.
     """
     if folder and process_group.is_main_process():
-        files = [] if keep else run_outputs(folder)
         for path in leftover_temp_files(folder):
             with contextlib.suppress(OSError):
                 os.remove(path)
         try:
+            if not keep:
+                files, what = run_outputs(folder), 'the earlier run'
+                advice = '--auto_resume would have gone on with it'
+            else:
+                files = [*later, *run_outputs(folder, at_end=True)] if later else []
+                what, advice = 'what the earlier run saved later', 'this run goes on from before'
             if files:
-                aside = backup_name(folder, files)
-                os.mkdir(aside)
+                backup = backup_name(folder, files)
+                os.mkdir(backup)
+                if keep and os.path.isfile(os.path.join(folder, LOG)):
+                    shutil.copy2(os.path.join(folder, LOG), backup)
                 for path in files:
-                    os.rename(path, os.path.join(aside, os.path.basename(path)))
-                log_main('Moved the earlier run in %s aside, to %s (--auto_resume would have gone on with it)'
-                         % (escape_text(folder), escape_text(aside)))
+                    os.rename(path, os.path.join(backup, os.path.basename(path)))
+                log_main('Moved %s in %s aside, to %s (%s)' % (what, escape_text(folder), escape_text(backup), advice))
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise UserError('--output_dir %s holds an earlier run and it cannot be moved aside (%s); choose another, '
@@ -96,25 +208,30 @@ def leftover_temp_files(folder: str) -> List[str]:
     found = []
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
         final, _, process = name.rpartition('.tmp-')
-        if process.isdigit() and any(pattern.match(final) for pattern, _, _, _ in _outputs):
+        if process.isdigit() and any(output.pattern.match(final) for output in _outputs):
             found.append(os.path.join(folder, name))
     return found
 
 
-def run_outputs(folder: str) -> List[str]:
-    """Paths of the checkpoints, log.txt and what else a run left in a folder; [] where none did."""
+def run_outputs(folder: str, at_end: bool = False) -> List[str]:
+    """Paths of the checkpoints, log.txt and what else a run left in a folder; [] where none did.
+
+    Args:
+        at_end (bool): only what was written when it ended.
+    """
     found, is_run = [], False
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         path = os.path.join(folder, name)
-        for pattern, proves_run, is_ours, is_moved in _outputs:
-            if is_moved and pattern.match(name) and (is_ours is None or os.path.isfile(path) and is_ours(path)):
-                found.append(path)
-                is_run = is_run or proves_run
+        for output in _outputs:
+            if output.is_moved and output.pattern.match(name) and (
+                    output.is_ours is None or os.path.isfile(path) and output.is_ours(path)):
+                is_run = is_run or output.proves_run
+                found += [path] if output.at_end or not at_end else []
                 break
     return found if is_run else []
 
 
-def backup_name(folder: str, files: List[str]) -> str:
+def backup_name(folder: str, files: Sequence[str]) -> str:
     """<folder>-<date and time of the newest file>, with a number where that name is taken; beside a link's target."""
     newest = time.localtime(max(os.lstat(path).st_mtime for path in files))
     base = '%s-%s' % (os.path.realpath(folder), time.strftime('%Y%m%d-%H%M%S', newest))

@@ -24,7 +24,7 @@ from beit.outputs import curves, report_html, summary
 from beit.training import metrics
 from beit.training.confusion import Prediction, Predictions
 
-run_folder.register_output(r'(eval-)?report\.html')
+run_folder.register_output(r'(eval-)?report\.html', at_end=True)
 
 SAMPLES = 16  # augmented training images that are shown
 MARKER = '#010203'  # what matplotlib writes for the text's colour, which is the page's own

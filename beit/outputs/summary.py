@@ -20,8 +20,8 @@ from beit.log import log_main
 from beit.outputs import args_yaml
 from beit.paths import project_root
 
-for pattern in (r'(eval-)?args\.yaml', r'(eval-)?summary\.json'):
-    run_folder.register_output(pattern)
+run_folder.register_output(r'(eval-)?args\.yaml')
+run_folder.register_output(r'(eval-)?summary\.json', at_end=True)
 
 
 def write_args(output: OutputConfig, name: str = 'args.yaml') -> None:
@@ -33,12 +33,16 @@ def write_args(output: OutputConfig, name: str = 'args.yaml') -> None:
 
 
 def write_summary(output_dir: str, figures: Dict[str, Any], name: str = 'summary.json') -> None:
-    """output_dir/summary.json, by the first process: one object, versions too; what isn't a finite number is null."""
-    if output_dir and process_group.is_main_process():
+    """output_dir/summary.json, by the first process: one object, versions too; what isn't a finite number is null.
+
+    The scripts in test/ name a further file for it in `BEIT_SUMMARY`.
+    """
+    paths = [os.environ.get('BEIT_SUMMARY'), output_dir and os.path.join(output_dir, name)]
+    for path in filter(None, paths) if process_group.is_main_process() else ():
         text = json.dumps(nonfinite_to_none(dict(figures, versions=versions())), indent=2, allow_nan=False)
         with best_effort():
-            os.makedirs(output_dir, exist_ok=True)
-            write_bytes(os.path.join(output_dir, name), (text + '\n').encode())
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_bytes(path, (text + '\n').encode())
 
 
 @contextlib.contextmanager

@@ -1,0 +1,331 @@
+"""The folder that a run writes into: one run at a time, going back to an earlier checkpoint, --config into another."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+import run_class_finetuning
+from beit.checkpoint import discovery
+from beit.checkpoint.inference_model import load_for_inference
+from beit.cli import OF_FOLDER
+from beit.errors import UserError
+from beit.files import run_folder, weights_file
+from helpers import LAUNCH, LONG, PROGRAM, RUN, environment, launch, lines_of
+
+pytestmark = pytest.mark.fast
+
+
+# ---- the lock, held by a process that is forked here
+
+@contextlib.contextmanager
+def holder(folder, with_child=False):
+    """The id of a process that holds a folder's lock until it is killed, and of a child that it has forked."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            with run_folder.locked(folder):
+                child = os.fork() if with_child else -1
+                if child:
+                    os.write(write, b'%d\n' % child)
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(write)
+    with os.fdopen(read) as file:
+        child = int(file.readline())
+    try:
+        yield pid, child
+    finally:
+        for each in (pid, child):
+            with contextlib.suppress(OSError):
+                if each > 0:
+                    os.kill(each, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            os.waitpid(pid, 0)
+
+
+def test_the_line_names_the_run_that_holds_the_folder(tmp_path):
+    folder, before = str(tmp_path / 'out'), time.strftime('%Y-%m-%d %H:%M:%S')
+    with holder(folder) as (pid, _), pytest.raises(UserError) as caught, run_folder.locked(folder):
+        pass
+    found = re.match(r'--output_dir (.+): process (\d+) on (.+), since ([\d-]+ [\d:]+), writes there; ',
+                     str(caught.value))
+    assert found.groups()[:3] == (folder, str(pid), socket.gethostname())
+    assert before <= found.group(4) <= time.strftime('%Y-%m-%d %H:%M:%S')
+
+
+def test_a_killed_process_leaves_no_lock_behind_though_its_child_lives(tmp_path):
+    folder = str(tmp_path / 'out')
+    with holder(folder, with_child=True) as (pid, child):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.kill(child, 0)  # it lives, with the file open
+        assert os.listdir(folder) == [run_folder.LOCK]
+        with run_folder.locked(folder):
+            pass
+    assert os.listdir(folder) == []  # it was there before, and stays
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(KeyError), run_folder.locked(str(tmp_path / 'new' / 'er')):
+        raise KeyError
+    assert os.listdir(str(tmp_path)) == []
+    with run_folder.locked(''):
+        assert os.listdir(str(tmp_path)) == []
+
+
+def test_two_never_hold_it_at_once(tmp_path):
+    """Each end removes the file, which another process may just have opened."""
+    folder, inside = str(tmp_path), str(tmp_path / 'inside')
+
+    def work():
+        held = 0
+        while held < 200:
+            with contextlib.suppress(UserError), run_folder.locked(folder):
+                os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # an error where another one is in here
+                os.remove(inside)
+                held += 1
+
+    pids = []
+    for _ in range(3):
+        pid = os.fork()
+        if not pid:
+            try:
+                work()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
+
+
+@pytest.mark.parametrize('kind', ['symbolic', 'hard', 'pipe'])
+def test_nothing_is_written_through_a_planted_link(tmp_path, kind):
+    folder, victim = tmp_path / 'out', tmp_path / 'victim'
+    folder.mkdir()
+    victim.write_text('whole')
+    lock = str(folder / run_folder.LOCK)
+    {'symbolic': os.symlink, 'hard': os.link, 'pipe': lambda _, path: os.mkfifo(path)}[kind](str(victim), lock)
+    with pytest.raises(UserError, match=r'--output_dir .*\.beit\.lock'), run_folder.locked(str(folder)):
+        pass
+    assert victim.read_text() == 'whole' and os.path.lexists(lock)
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(fcntl, 'lockf', lockf)
+    with run_folder.locked(str(tmp_path / 'out')):
+        pass
+    assert re.fullmatch(r'\S+/out cannot be locked \(No locks available\); .*\n', capsys.readouterr().out)
+
+
+# ---- the lock, held by a run
+
+@contextlib.contextmanager
+def running(flags, processes=1):
+    """A run in processes of its own, which trains; its main process is the one that is killed at the end."""
+    command = [sys.executable, '-u', PROGRAM] if processes == 1 else \
+        LAUNCH + ['--nproc_per_node=%d' % processes, PROGRAM]
+    process = subprocess.Popen(command + flags, cwd=os.path.dirname(PROGRAM), env=environment(OMP_NUM_THREADS='1'),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    try:
+        assert any('Epoch: [1]' in line for line in process.stdout)
+        yield process
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_second_run_in_a_folder_stops_and_changes_nothing(image_folder, tmp_path, refused, capsys):
+    data, output, weights = image_folder(), str(tmp_path / 'out'), str(tmp_path / 'weights')
+    base = RUN + ['--data_path=' + data]
+    assert run_class_finetuning.run(base + ['--epochs=1', '--output_dir=' + weights]) == 0
+    capsys.readouterr()
+    with running(base + LONG + ['--num_workers=2', '--output_dir=' + output]) as first:
+        words = ('--output_dir ' + output, 'process %d on %s, since 20' % (first.pid, socket.gethostname()))
+        names = sorted(os.listdir(output))
+        for flags in (['--epochs=1'], ['--epochs=1', '--auto_resume'], ['--eval', '--resume=' + weights],
+                      ['--check_data']):
+            refused(base + flags + ['--output_dir=' + output], *words)
+        begun = time.monotonic()
+        status, out, err = launch(2, '--data_path=' + data, '--epochs=1', '--output_dir=' + output)
+        assert status == 2 and time.monotonic() - begun < 100  # the others are told, and do not wait for it
+        assert len(err.splitlines()) == 1 and all(word in err for word in words), out + err
+        assert sorted(os.listdir(output)) == names and not [
+            name for name in os.listdir(str(tmp_path)) if name.startswith('out-')]
+    # Killed, and free at once; what it left is moved aside, its dead lock not.
+    assert run_class_finetuning.run(base + ['--epochs=1', '--output_dir=' + output]) == 0
+    aside, = [name for name in os.listdir(str(tmp_path)) if name.startswith('out-')]
+    assert 'log.txt' in os.listdir(str(tmp_path / aside))
+    for folder in (output, str(tmp_path / aside)):
+        assert run_folder.LOCK not in os.listdir(folder)
+
+
+@pytest.mark.slow
+def test_the_first_of_several_processes_holds_the_folder(image_folder, tmp_path, refused):
+    base, output = RUN + ['--data_path=' + image_folder()], str(tmp_path / 'out')
+    with running(base + LONG + ['--batch_size=4', '--output_dir=' + output], processes=2):
+        refused(base + ['--epochs=1', '--output_dir=' + output], '--output_dir ' + output, 'process ', ', since 20')
+
+
+# ---- going back
+
+def test_what_was_saved_later_is_moved_aside_when_a_run_goes_back(image_folder, tmp_path, capsys):
+    base, output = RUN + ['--data_path=' + image_folder(), '--save_ckpt_freq=1', '--epochs=4', '--model_ema',
+                          '--report'], tmp_path / 'out'
+    base += ['--output_dir=' + str(output)]
+    assert run_class_finetuning.run(base) == 0
+    for name in (discovery.BEST, discovery.BEST_EMA):  # one is later than where the run will go on from, one is not
+        shutil.copy(str(output / ('checkpoint-%d.pth' % (3 if name == discovery.BEST else 0))), str(output / name))
+    (output / 'notes.txt').write_text('mine')
+    log = (output / 'log.txt').read_text()
+    capsys.readouterr()
+
+    back = base + ['--resume=' + str(output / 'checkpoint-1.pth'), '--smoothing=0.3']
+    assert run_class_finetuning.run(back + ['--maxstep=12', '--val_interval=9']) == 0  # of 4 epochs of 4 updates 3
+    said = re.search(r'^Moved what the earlier run saved later in %s aside, to (\S+) ' % output,
+                     capsys.readouterr().out, re.M)
+    assert sorted(os.listdir(said.group(1))) == ['checkpoint-2.pth', 'checkpoint-3.pth', 'checkpoint-best.pth',
+                                                 'log.txt', 'report.html', 'summary.json']
+    with open(os.path.join(said.group(1), 'log.txt')) as file:
+        assert file.read() == log
+    assert {'checkpoint-0.pth', 'checkpoint-1.pth', 'checkpoint-2.pth', 'checkpoint-best-ema.pth', 'notes.txt'} \
+        <= set(os.listdir(str(output)))
+
+    assert run_class_finetuning.run(base + ['--auto_resume', '--smoothing=0.3']) == 0
+    out = capsys.readouterr().out
+    assert 'Resumed %s: ' % (output / 'checkpoint-2.pth') in out and 'Nothing left' not in out
+    assert [line['epoch'] for line in lines_of(str(output))] == [0, 1, 2, 3]
+    for epoch, smoothing in ((1, 0.1), (2, 0.3), (3, 0.3)):
+        content = weights_file.load_weights_file(str(output / ('checkpoint-%d.pth' % epoch)))
+        assert content['args']['smoothing'] == smoothing
+    # From its newest, or from what somebody put there, nothing is later.
+    assert run_class_finetuning.run(base + ['--resume=' + str(output / 'checkpoint-3.pth'), '--epochs=5']) == 0
+    assert ' aside, to ' not in capsys.readouterr().out
+
+
+def test_weights_alone_begin_anew_and_keep_themselves(image_folder, tmp_path):
+    output = tmp_path / 'out'
+    base = RUN + ['--data_path=' + image_folder(), '--output_dir=' + str(output)]
+    assert run_class_finetuning.run(base + ['--epochs=2', '--save_ckpt_freq=1']) == 0
+    content = weights_file.load_weights_file(str(output / 'checkpoint-1.pth'))
+    weights_file.save(str(output / 'checkpoint-9.pth'), {'model': content['model'], 'args': content['args']})
+    assert run_class_finetuning.run(base + ['--epochs=1', '--resume=' + str(output / 'checkpoint-9.pth')]) == 0
+    assert {'checkpoint-0.pth', 'checkpoint-9.pth'} <= set(os.listdir(str(output)))
+    aside, = [name for name in os.listdir(str(tmp_path)) if name.startswith('out-')]
+    assert {'checkpoint-0.pth', 'checkpoint-1.pth'} <= set(os.listdir(str(tmp_path / aside)))
+
+
+# ---- --auto_resume beside --resume
+
+def test_auto_resume_takes_no_other_run_than_that_of_the_resumed_file(image_folder, tmp_path, capsys):
+    """test_faults.py has the restarts; here the folder holds a run that began otherwise, and was further."""
+    base = RUN + ['--data_path=' + image_folder(), '--save_ckpt_freq=1']
+    first, output = str(tmp_path / 'first'), str(tmp_path / 'out')
+    assert run_class_finetuning.run(base + ['--epochs=1', '--output_dir=' + first]) == 0
+    assert run_class_finetuning.run(base + ['--epochs=3', '--output_dir=' + output]) == 0
+    capsys.readouterr()
+    file = os.path.join(first, 'checkpoint-0.pth')
+    again = base + ['--epochs=2', '--auto_resume', '--output_dir=' + output]
+    assert run_class_finetuning.run(again + ['--resume=' + file]) == 0
+    out = capsys.readouterr().out
+    assert 'Resumed %s: ' % file in out and 'Moved the earlier run in ' in out
+    assert run_class_finetuning.run(again + ['--epochs=3', '--resume=' + os.path.relpath(file)]) == 0
+    out = capsys.readouterr().out
+    newest = os.path.join(output, 'checkpoint-1.pth')
+    assert 'Resumed %s: ' % newest in out and 'aside' not in out
+    assert re.search('^--auto_resume: %s goes on from --resume ' % newest, out, re.M)
+    os.remove(file)  # of which the rest of the job has no need
+    assert run_class_finetuning.run(again + ['--epochs=4', '--resume=' + file]) == 0
+    assert [line['epoch'] for line in lines_of(output)] == [1, 2, 3]
+
+
+def test_a_resumed_file_that_is_gone_is_still_an_error(image_folder, tmp_path, refused):
+    base, output = RUN + ['--data_path=' + image_folder(), '--epochs=1'], str(tmp_path / 'out')
+    assert run_class_finetuning.run(base + ['--output_dir=' + output]) == 0
+    gone = str(tmp_path / 'gone.pth')
+    refused(base + ['--auto_resume', '--output_dir=' + output, '--resume=' + gone], '--resume ' + gone)
+    assert os.path.isfile(os.path.join(output, 'checkpoint-0.pth'))
+
+
+# ---- which checkpoint of a folder
+
+def test_averaged_weights_come_from_the_checkpoint_where_they_were_best(image_folder, tmp_path):
+    output = tmp_path / 'out'
+    assert run_class_finetuning.run(RUN + ['--data_path=' + image_folder(), '--epochs=1', '--model_ema',
+                                           '--output_dir=' + str(output)]) == 0
+    for number, name in enumerate((discovery.BEST, discovery.BEST_EMA, 'checkpoint-0.pth')):
+        content = weights_file.load_weights_file(str(output / name))
+        for part in ('model', 'model_ema'):
+            content[part]['head.bias'].fill_(number + 10 * (part == 'model_ema'))
+        weights_file.save(str(output / name), content)
+    for use_ema, value, name in ((False, 0., discovery.BEST), (True, 11., discovery.BEST_EMA)):
+        loaded = load_for_inference(str(output), use_ema=use_ema)
+        assert os.path.basename(loaded.source) == name and set(loaded.model.head.bias.tolist()) == {value}
+    (output / discovery.BEST_EMA).unlink()
+    assert os.path.basename(load_for_inference(str(output), use_ema=True).source) == discovery.BEST
+
+
+# ---- --config
+
+THEIRS = {'log_dir': 'tb', 'resume': 'a.pth', 'auto_resume': True, 'start_epoch': 2, 'results_file': 'a.csv'}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """An args.yaml of a run with `THEIRS`, in the folder out."""
+    path = tmp_path / 'args.yaml'
+    flags = dict(THEIRS, output_dir=str(tmp_path / 'out'), lr=0.25, epochs=7)
+    path.write_text(''.join('%s: %s\n' % (name, json.dumps(value)) for name, value in flags.items()))
+    return str(path)
+
+
+@pytest.mark.parametrize('other', ['another', ''])
+def test_flags_of_a_folder_do_not_go_into_another(config, parse, capsys, other):
+    args, default = parse('--config', config, '--output_dir=' + other), parse()
+    assert (args.output_dir, args.lr, args.epochs) == (other, 0.25, 7)
+    assert set(THEIRS) == set(OF_FOLDER)
+    for name in THEIRS:
+        assert getattr(args, name) == getattr(default, name), name
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 1 and '--config' in out and os.path.join(os.path.dirname(config), 'out') in out
+    for words in ('--log_dir tb', '--resume a.pth', '--auto_resume', '--start_epoch 2', '--results_file a.csv'):
+        assert words in out
+
+
+def test_flags_of_a_folder_stay_where_it_is_the_same_or_they_are_given(config, parse, capsys, tmp_path):
+    for flags in ([], ['--output_dir', str(tmp_path / 'x' / '..' / 'out') + os.sep]):
+        args = parse('--config', config, *flags)
+        assert {name: getattr(args, name) for name in THEIRS} == THEIRS
+    assert capsys.readouterr().out == ''
+    args = parse('--config', config, '--output_dir=another', '--log_dir=mine', '--auto_resume')
+    assert (args.log_dir, args.auto_resume, args.resume) == ('mine', True, '')
+
+
+def test_what_an_evaluation_evaluates_goes_with_it(config, parse, capsys):
+    with open(config, 'a') as file:
+        file.write('eval: true\n')
+    args = parse('--config', config, '--output_dir=another')
+    assert (args.eval, args.resume, args.log_dir) == (True, 'a.pth', None)
+    assert '--resume' not in capsys.readouterr().out
+
+
+def test_one_process_of_several_tells_it(config, parse, capsys, monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    assert parse('--config', config, '--output_dir=another').log_dir is None
+    assert capsys.readouterr().out == ''
