@@ -2,11 +2,8 @@
 
 import argparse
 import hashlib
-import inspect
 import json
 import os
-import pickle
-import types
 import typing
 import warnings
 
@@ -14,48 +11,9 @@ import numpy as np
 import torch
 
 from beit.errors import UserError, escape_text, worker_death_message
-from beit.files import pickle_scanner
+from beit.files import untrusted_pickle
 from beit.files.atomic_write import atomic_write
-from beit.files.pickle_scanner import ALLOWED, MAX_PICKLE, SCALARS, UnsafeFileError
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Finds the handful of harmless names that a checkpoint needs, and refuses every other."""
-
-    def find_class(self, module, name):
-        pickle_scanner.check_name('%s %s' % (module, name))
-        return ALLOWED['%s %s' % (module, name)]
-
-
-def _restricted_pickle():
-    """A module for torch.load's `pickle_module`, for the PyTorch that has no `weights_only` with an allow list."""
-    module = types.ModuleType('restricted_pickle')
-    module.Unpickler = _RestrictedUnpickler
-    module.load = lambda file, **options: _RestrictedUnpickler(file, **options).load()
-    return module
-
-
-def _numpy_scalar_types():
-    """For torch's allow list, which goes by the names that things have: NumPy's before and since its version 2."""
-    def scalar(module):
-        def scalar(dtype, data):
-            return ALLOWED[SCALARS[0]](dtype, data)
-        scalar.__module__, scalar.__qualname__ = module, 'scalar'
-        return scalar
-
-    codes = ['f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1']
-    return [scalar(name.split()[0]) for name in SCALARS] + [np.dtype] + [type(np.dtype(code)) for code in codes]
-
-
-def _load(file):
-    file.seek(0)
-    if hasattr(torch.serialization, 'safe_globals'):
-        with torch.serialization.safe_globals([argparse.Namespace] + _numpy_scalar_types()):
-            return torch.load(file, map_location='cpu', weights_only=True)
-    options = {}
-    if 'weights_only' in inspect.signature(torch.load).parameters:
-        options['weights_only'] = False  # there it has no allow list; the restricted unpickler is as strict
-    return torch.load(file, map_location='cpu', pickle_module=_restricted_pickle(), **options)
+from beit.files.untrusted_pickle import MAX_PICKLE, UnsafeFileError
 
 
 def _read_safetensors(path, header, name):
@@ -74,15 +32,14 @@ def _read_safetensors(path, header, name):
         raise UserError('%s: a safetensors file, and the package that reads it is missing; run: pip install '
                         'safetensors' % name) from None
     for key in content:
-        pickle_scanner.check_key(key)
+        untrusted_pickle.check_key(key)
     return content
 
 
 def load_untrusted(path: str, flag: str = '') -> typing.Any:
     """What a weights file holds, its tensors on the CPU: one of torch.save, in either format, or safetensors.
 
-    Nothing in the file is run. Before anything is allocated, a scan that is the same with every PyTorch compares what
-    the file claims with its bytes; torch.load then reads it with an allow list.
+    Nothing in the file is run, and nothing is allocated before it is compared with the file's bytes.
 
     Args:
         flag (str): the flag that named it, for the error's line.
@@ -106,8 +63,7 @@ def load_untrusted(path: str, flag: str = '') -> typing.Any:
             if start[8:] == b'{' and header_size < min(size, MAX_PICKLE):
                 file.seek(8)
                 return _read_safetensors(path, file.read(header_size), name)
-            pickle_scanner.scan(file, size, start)
-            return _load(file)
+            return untrusted_pickle.load(file, size)
     except UserError:
         raise
     except UnsafeFileError as error:
