@@ -32,7 +32,14 @@ from beit import errors, log
 from beit.checkpoint import discovery, pretrained, training_state
 from beit.checkpoint.inference_model import build_model
 from beit.cli import exit_process, exit_with_error, run_with_error_report
-from beit.config import MixupConfig, ModelConfig, OptimizerConfig, OutputConfig, TransformConfig
+from beit.config import (
+    DistributedConfig,
+    MixupConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OutputConfig,
+    TransformConfig,
+)
 from beit.data import subsets, transforms, unreadable
 from beit.data.image_dataset import ImageDataset, label_source
 from beit.data.unreadable import LIST, UnreadableFiles
@@ -130,7 +137,7 @@ def start(args):
     """The device of this process, which has met the others."""
     if args.deterministic:
         accelerator.prepare_determinism()
-    device = process_group.init_distributed_mode(args)
+    device = process_group.init_distributed_mode(config_from(args, DistributedConfig))
     watchdog.start(process_group.rendezvous_store(), args.dist_timeout)
     log.start_display()
     accelerator.set_compile_mode(device, args.jit_compile)
@@ -141,8 +148,8 @@ def start(args):
 
 def check_data(args):
     """Decode every image; a `UserError` says how many cannot be."""
-    if process_group.launch_environment(args)[0] != 0:  # the others would decode the same
-        return
+    if process_group.launch_environment(config_from(args, DistributedConfig))[0] != 0:
+        return  # it would decode the same
     train_set, val_set, _ = datasets.build_datasets(args)
     damaged = unreadable.check_data((train_set, val_set), args.num_workers, args.output_dir)
     if damaged:

@@ -1,9 +1,11 @@
 """The failures that a user can cause and mend: one exception type and how its one line is worded."""
 
+import contextlib
 import difflib
 import os
 import re
 import signal
+import sys
 from typing import Iterable, List, Optional, Union
 
 
@@ -25,6 +27,16 @@ def quiet_interrupt() -> None:
     """Let Ctrl-C end a program without a traceback while it imports PyTorch, which takes seconds."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def print_line(text: str) -> None:
+    """Print a line at once. Where standard output cannot be written to any more, say so once and go on without it."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try again at its end, and fail
+            print('standard output is gone (%s); the program goes on without it' % error, file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:

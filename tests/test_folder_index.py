@@ -307,14 +307,14 @@ def test_a_run_uses_an_index_of_training_and_of_validation(image_folder, tmp_pat
 # ---- several processes
 
 SEVERAL = '''
-import argparse, functools, json, sys
+import functools, json, sys
 sys.path.insert(0, %r)
 import datasets
+from beit.config import DistributedConfig
 from beit.data import class_folders, folder_index
 from beit.distributed import collectives, process_group
 from beit.errors import UserError
-args = argparse.Namespace(device='cpu', dist_on_itp=False, local_rank=-1, dist_url='env://', dist_timeout=60.)
-device = process_group.init_distributed_mode(args)
+device = process_group.init_distributed_mode(DistributedConfig(device='cpu', dist_timeout=60.))
 collectives.ALIVE_SECONDS = 0  # a sign of life after every folder
 scans, results = [], []
 def scan(root, keep_alive, scan=class_folders.scan_classes):

@@ -11,9 +11,9 @@ import io
 import pickle
 import re
 import struct
-import typing
 import zipfile
 from collections import OrderedDict
+from typing import Any, BinaryIO, Callable, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -31,12 +31,12 @@ class UnsafeFileError(Exception):
     """A file holds what no weights file needs; the text says what, after 'refused, because'."""
 
 
-def require(condition: typing.Any, reason: str, error: type = UnsafeFileError) -> None:
+def require(condition: Any, reason: str, error: type = UnsafeFileError) -> None:
     if not condition:
         raise error(reason)
 
 
-def check_key(key: typing.Any) -> None:
+def check_key(key: Any) -> None:
     """A key must be printable text, a whole number or None: none can be made to collide, or take long to hash."""
     require(type(key) is str and len(key) <= 1000 and key.isprintable()
             or key is None or type(key) in (bool, int) and abs(key) < 2 ** 63,
@@ -53,19 +53,20 @@ _STORAGES = {'torch %sStorage' % kind: _DTYPES['torch ' + dtype] for kind, dtype
     ('Bool', 'bool'), ('Byte', 'uint8'), ('Char', 'int8'), ('Short', 'int16'), ('Int', 'int32'), ('Long', 'int64'),
     ('Half', 'float16'), ('BFloat16', 'bfloat16'), ('Float', 'float32'), ('Double', 'float64'),
     ('ComplexFloat', 'complex64'), ('ComplexDouble', 'complex128'))}
-_NUMPY_DTYPES = {code: np.dtype(code) for code in 'f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1'.split()}
+_NUMPY_DTYPES = {code: np.dtype(code) for code in re.findall('..', 'f2f4f8i1i2i4i8u1u2u4u8b1')}
 
 
-def _of(kind, value):
+def _of(kind: type, value: Any) -> Any:
     require(type(value) is kind, 'it makes something of a %s' % type(value).__name__)
     return value
 
 
-def _is_whole(*numbers):
+def _is_whole(*numbers: Any) -> bool:
     return all(type(number) is int and 0 <= number < 2 ** 63 for number in numbers)
 
 
-def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None):
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, hooks: Any = None
+            ) -> torch.Tensor:
     require(type(storage) is _Storage and type(size) is type(stride) is tuple and len(size) == len(stride) <= 64
             and _is_whole(offset, *size, *stride), 'it holds a tensor whose shape is none')
     numel, last = 1, offset
@@ -79,12 +80,12 @@ def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None):
     return storage.values.as_strided(size, stride, offset).requires_grad_(requires_grad)
 
 
-def _scalar(dtype, data):
+def _scalar(dtype: Any, data: Any) -> Any:
     return np.frombuffer(_of(bytes, data), _NUMPY_DTYPES[dtype.str[1:]]).reshape(())[()]
 
 
 # Other arguments end in a KeyError or TypeError, and so in the message about damaged files.
-_CALLS: typing.Dict[str, typing.Callable[..., typing.Any]] = {
+_CALLS: Dict[str, Callable[..., Any]] = {
     '_codecs encode': lambda text, encoding: text.encode({'latin1': 'latin1', 'latin-1': 'latin1'}[encoding]),
     'argparse Namespace': lambda: argparse.Namespace(),
     'collections OrderedDict': lambda: OrderedDict(),
@@ -103,13 +104,14 @@ ALLOWED = {*_CALLS, *_STORAGES, *_DTYPES}
 # ---- the pickle
 
 # What torch.save writes, and what else a foreign pickle needs to name what it calls, so that the error can say it.
-_OPCODES = {getattr(pickle, name)[0] for name in '''PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
-    BINFLOAT BINUNICODE SHORT_BINSTRING EMPTY_LIST EMPTY_DICT EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS
-    SETITEM SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL REDUCE NEWOBJ BUILD BINPERSID
-    FRAME SHORT_BINUNICODE STRING MEMOIZE INST STACK_GLOBAL'''.split()}
+_OPCODES = {getattr(pickle, name)[0] for name in re.findall(r'\w+', '''
+    PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING EMPTY_LIST
+    EMPTY_DICT EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS BINPUT LONG_BINPUT BINGET
+    LONG_BINGET GLOBAL REDUCE NEWOBJ BUILD BINPERSID FRAME SHORT_BINUNICODE STRING MEMOIZE INST STACK_GLOBAL''')}
+_PythonUnpickler: Any = vars(pickle)['_Unpickler']  # the one in C cannot be changed
 
 
-class Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class Unpickler(_PythonUnpickler):
     """Unpickles tensors and plain values, and refuses everything else.
 
     Args:
@@ -118,25 +120,27 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
         record_sizes (dict): {key: bytes in the file}; None where the sizes stand behind the pickle.
     """
 
-    dispatch = {code: step for code, step in pickle._Unpickler.dispatch.items() if code in _OPCODES}
+    dispatch = {code: step for code, step in _PythonUnpickler.dispatch.items() if code in _OPCODES}
 
-    def __init__(self, file, size, storages, record_sizes=None):
+    def __init__(self, file: BinaryIO, size: int, storages: Dict[str, torch.Tensor],
+                 record_sizes: Optional[Dict[str, int]] = None) -> None:
         super().__init__(file)
         self.storages, self.record_sizes, self.unread = storages, record_sizes, size
-        self.max_bytes, self.called_bytes, self.hooks = _max_bytes(size), 0, []
+        self.max_bytes, self.called_bytes = _max_bytes(size), 0
+        self.hooks: List[Any] = []
 
-    def load(self) -> typing.Any:
+    def load(self) -> Any:
         content = super().load()
         require(max(self.memo, default=0) <= MAX_PICKLE, 'its pickle memo has gaps')
         require(not any(self.hooks), 'it holds a tensor with hooks')
         return content
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         name = '%s %s' % (module, name)
         require(name in ALLOWED, 'it refers to %s' % escape_text(name.replace(' ', '.'))[:100])
         return _DTYPES.get(name) or _Name(name)
 
-    def persistent_load(self, reference):
+    def persistent_load(self, reference: Any) -> _Storage:
         kind, storage, key, _, numel, *view = reference
         require(kind == 'storage' and view in ([], [None]) and type(storage) is _Name and storage.text in _STORAGES
                 and type(key) is str and re.match(r'[0-9]{1,30}\Z', key) and _is_whole(numel),
@@ -152,10 +156,10 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
         require((values.dtype, len(values)) == (dtype, numel), 'it gives storage %s two sizes' % key)
         return _Storage(values)
 
-    def load_frame(self):
+    def load_frame(self) -> None:
         require(struct.unpack('<Q', self.read(8))[0] <= MAX_PICKLE, 'it has a frame of more than its bytes')
 
-    def load_reduce(self):
+    def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         require(type(function) is _Name and function.text in _CALLS and type(arguments) is tuple,
                 'it calls what is not to be called')
@@ -164,19 +168,21 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
         require(self.called_bytes <= self.max_bytes, 'it makes the same values again and again')
         self.stack.append(_CALLS[function.text](*arguments))
 
-    def load_setitems(self):
-        items, target = self.pop_mark(), self.stack[-1]
+    def set_items(self, items: List[Any]) -> None:
+        target = self.stack[-1]
         require(type(target) in (dict, OrderedDict), 'it sets the items of what is not a dict')
         for key, value in zip(items[::2], items[1::2]):
             check_key(key)
             target[key] = value
 
-    def load_setitem(self):
-        self.metastack.append(self.stack[:-2])
-        self.stack = self.stack[-2:]
-        self.load_setitems()
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items([key, value])
 
-    def load_build(self):
+    def load_setitems(self) -> None:
+        self.set_items(self.pop_mark())
+
+    def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, np.dtype):
             require(state in [(3, order, None, None, None, -1, -1, 0) for order in '<|='], 'it changes a NumPy type')
@@ -191,8 +197,8 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
                      pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.BUILD[0]: load_build})
 
 
-def count_nodes(value: typing.Any, known: typing.Dict[int, typing.Tuple[int, int, int]], depth: int = 0
-                ) -> typing.Tuple[int, int, int]:
+def count_nodes(value: Any, known: Dict[int, Tuple[int, int, int]], depth: int = 0
+                ) -> Tuple[int, int, int]:
     """(values, bytes, height) of what a pickle holds, as a walk finds it that comes past what is shared each time anew.
 
     Args:
@@ -213,7 +219,7 @@ def count_nodes(value: typing.Any, known: typing.Dict[int, typing.Tuple[int, int
     return known[id(value)]
 
 
-def _size_and_parts(value):
+def _size_and_parts(value: Any) -> Tuple[int, Iterable[Any]]:
     kind = type(value)
     if kind in (list, tuple):
         return 0, value
@@ -231,17 +237,17 @@ def _size_and_parts(value):
     return 8, ()
 
 
-def _max_bytes(size):
+def _max_bytes(size: int) -> int:
     return 16 * size + (64 << 20)  # what a file holds is there once, or a few times: as 'model' and as 'module', say
 
 
-def _nbytes(tensor):
+def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
 # ---- the file
 
-def _open_zip(file, size):
+def _open_zip(file: BinaryIO, size: int) -> Tuple[zipfile.ZipFile, Dict[str, Any]]:
     """(zipfile.ZipFile, {name inside its folder: ZipInfo}) of an archive that is as torch.save writes it.
 
     Python's zipfile forgives text before and behind an archive, wrong counts, and records that lie over one another.
@@ -269,7 +275,7 @@ def _open_zip(file, size):
     return archive, {info.filename[len(folder):]: info for info in infos}
 
 
-def _load_zip(file, size):
+def _load_zip(file: BinaryIO, size: int) -> List[Any]:
     archive, records = _open_zip(file, size)
     require('constants.pkl' not in records and not any(name.startswith('code/') for name in records),
             'it is a TorchScript archive, a program')
@@ -277,7 +283,7 @@ def _load_zip(file, size):
     require('byteorder' not in records or archive.read(records['byteorder']) == b'little', 'its bytes are swapped')
     records['data.pkl'].CRC = records['data.pkl'].CRC or None  # 0: left out
     sizes = {name[len('data/'):]: info.file_size for name, info in records.items() if name.startswith('data/')}
-    storages: typing.Dict[str, torch.Tensor] = {}
+    storages: Dict[str, torch.Tensor] = {}
     content = Unpickler(io.BytesIO(archive.read(records['data.pkl'])), size, storages, sizes).load()
     for key, values in storages.items():
         records['data/' + key].CRC = None  # torch.load compares none either; a checkpoint has a checksum of its own
@@ -286,10 +292,11 @@ def _load_zip(file, size):
     return [content]
 
 
-def _load_legacy(file, size):
+def _load_legacy(file: BinaryIO, size: int) -> List[Any]:
     """What torch.save wrote up to PyTorch 1.5: five pickles, the last with the keys of the storages behind it."""
     file.seek(0)
-    head, storages = io.BytesIO(file.read(2 * MAX_PICKLE)), {}
+    head = io.BytesIO(file.read(2 * MAX_PICKLE))
+    storages: Dict[str, torch.Tensor] = {}
     magic, version, system, content, keys = (Unpickler(head, size, storages).load() for _ in range(5))
     require(magic == torch.serialization.MAGIC_NUMBER, 'it is a pickle, and not one of torch.save', ValueError)
     require(version == torch.serialization.PROTOCOL_VERSION, 'its version is unknown', ValueError)
@@ -302,13 +309,13 @@ def _load_legacy(file, size):
     return [content, system]
 
 
-def _read_values(file, values, key):
+def _read_values(file: Any, values: torch.Tensor, key: str) -> None:
     if len(values):
         buffer = (ctypes.c_char * _nbytes(values)).from_address(values.data_ptr())
         require(file.readinto(buffer) == _nbytes(values), 'storage %s is not whole' % key, ValueError)
 
 
-def load(file: typing.BinaryIO, size: int) -> typing.Any:
+def load(file: BinaryIO, size: int) -> Any:
     """The content of an open file of torch.save, `size` bytes long, its tensors on the CPU.
 
     Raises:

@@ -16,7 +16,7 @@ from beit.files.atomic_write import atomic_write
 from beit.files.untrusted_pickle import MAX_PICKLE, UnsafeFileError
 
 
-def _read_safetensors(path, header, name):
+def _read_safetensors(path: str, header: bytes, name: str) -> typing.Dict[str, torch.Tensor]:
     # The package checks that shapes, offsets and the file's length agree before it makes a tensor.
     try:
         if hasattr(torch, 'frombuffer'):
@@ -26,8 +26,8 @@ def _read_safetensors(path, header, name):
             raise UserError('%s: holds bfloat16 tensors, which need PyTorch 1.10 or newer in this format; store them '
                             'as float32' % name)
         else:
-            from safetensors.numpy import load_file
-            content = {name: torch.from_numpy(array) for name, array in load_file(path).items()}
+            from safetensors.numpy import load_file as load_arrays
+            content = {name: torch.from_numpy(array) for name, array in load_arrays(path).items()}
     except ImportError:
         raise UserError('%s: a safetensors file, and the package that reads it is missing; run: pip install '
                         'safetensors' % name) from None
@@ -38,8 +38,6 @@ def _read_safetensors(path, header, name):
 
 def load_untrusted(path: str, flag: str = '') -> typing.Any:
     """What a weights file holds, its tensors on the CPU: one of torch.save, in either format, or safetensors.
-
-    Nothing in the file is run, and nothing is allocated before it is compared with the file's bytes.
 
     Args:
         flag (str): the flag that named it, for the error's line.
@@ -76,11 +74,7 @@ def load_untrusted(path: str, flag: str = '') -> typing.Any:
 
 
 def load_weights_file(path: str, flag: str = '') -> typing.Any:
-    """`load_untrusted`, and compare the checksum where the file has one.
-
-    Raises:
-        UserError: as `load_untrusted`, or the content isn't what was written.
-    """
+    """`load_untrusted`, and a `UserError` too where the checksum that the file has is another."""
     content = load_untrusted(path, flag)
     if isinstance(content, dict) and 'checksum' in content and content.pop('checksum') != checksum(content):
         raise UserError('%s: damaged, its content does not match its checksum; take another copy (or, where you '
@@ -102,11 +96,7 @@ def read_metadata(path: str) -> typing.Dict[str, str]:
 
 
 def save(path: str, content: typing.Dict[str, typing.Any]) -> None:
-    """Write a checkpoint, a dict, with torch.save and a checksum of its content; whole or not at all.
-
-    Raises:
-        UserError: the disk is full or the folder can't be written; what stood there before is whole.
-    """
+    """Write a checkpoint, a dict, with torch.save and a checksum of its content; whole, or a `UserError`."""
     content = dict(content, checksum=content.get('checksum') or checksum(content))
     try:
         with atomic_write(path) as file:
@@ -124,10 +114,11 @@ def save(path: str, content: typing.Dict[str, typing.Any]) -> None:
 class ErrorLatch:
     """A file to write to that keeps its error to itself: PyTorch 1.8 aborts the process where a write fails."""
 
-    def __init__(self, file):
-        self.file, self.error = file, None
+    def __init__(self, file: typing.BinaryIO) -> None:
+        self.file = file
+        self.error: typing.Optional[OSError] = None
 
-    def write(self, data):
+    def write(self, data: bytes) -> int:
         if self.error is None:
             try:
                 return self.file.write(data)
@@ -135,7 +126,7 @@ class ErrorLatch:
                 self.error = error
         return len(data)
 
-    def flush(self):
+    def flush(self) -> None:
         pass  # `atomic_write` does it
 
 
@@ -146,7 +137,7 @@ def checksum(content: typing.Dict[str, typing.Any]) -> str:
     """
     digest = hashlib.sha256()
 
-    def add(value):
+    def add(value: typing.Any) -> None:
         if torch.is_tensor(value):
             digest.update(('%s %s;' % (value.dtype, tuple(value.shape))).encode())
             value = value.detach().cpu().contiguous().reshape(-1)
