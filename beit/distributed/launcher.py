@@ -4,6 +4,7 @@ By itself torchrun, or torch.distributed.launch where this PyTorch has none (1.5
 traceback and status 1, and kills processes that save for longer than 30 s. The options are theirs.
 """
 
+import argparse
 import contextlib
 import importlib.util
 import io
@@ -60,7 +61,13 @@ def main() -> int:
     vars(subprocess)['Popen'] = Rank  # in this process, which does nothing else
     logging.disable(logging.CRITICAL)  # of a failure the processes say more
     try:
-        sys.argv[1:] = ['--nnodes=1', '--master_addr=127.0.0.1', '--master_port=%d' % process_group.free_port()]
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument('--nnodes', default='1')
+        parser.add_argument('--master_port', default=0, type=int)
+        options = parser.parse_known_args(own)[0]
+        sys.argv[1:] = ['--nnodes=1', '--master_addr=' + process_group.LOOPBACK[0]]
+        if options.nnodes == '1':
+            sys.argv += ['--master_port=%d' % process_group.listen_on_loopback(options.master_port)]
         if importlib.util.find_spec('torch.distributed.run'):
             from torch.distributed.run import main as run
             sys.argv += ['--monitor_interval=0.2', '--rdzv_conf=timeout=%d' % process_group.wait_seconds(300)]
@@ -71,7 +78,7 @@ def main() -> int:
         with contextlib.redirect_stdout(io.StringIO()):  # what PyTorch 1.8 prints of the processes that it ends
             run()
     except BaseException as error:
-        if isinstance(error, (UserError, RuntimeError)) and not started:
+        if isinstance(error, (UserError, RuntimeError, OSError)) and not started:
             address = ' '.join(each.replace('=', ' ') for each in own if each.startswith('--master_'))
             error = process_group.rendezvous_error(address, 'machines did not meet', error)
             print('run_class_finetuning.py: error: %s' % error, file=sys.stderr)

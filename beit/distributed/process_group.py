@@ -84,6 +84,8 @@ def wait_seconds(default: int) -> int:
 
 
 rendezvous_stores: List[Any] = []  # the store in which the processes met
+LOOPBACK = ('127.0.0.1', 'localhost')
+_daemons: List[Any] = []  # stores of others that listen in this process
 host_groups: List[Any] = []  # a group for `all_gather_async`, whose collectives never touch a device
 
 
@@ -92,11 +94,25 @@ def rendezvous_store() -> Any:
     return rendezvous_stores[-1] if rendezvous_stores else None
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
+def listen_on_loopback(port: int = 0) -> int:
+    """Let the store at this port listen on 127.0.0.1 only, where all processes are; 0 takes a free port. Gives the port.
+
+    A PyTorch whose TCPStore takes no socket (before 2.1) listens on all addresses of the machine.
+    """
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((LOOPBACK[0], port))
+    port = listener.getsockname()[1]
+    try:
+        from torch.distributed import TCPStore  # not in every build of PyTorch
+        listener.listen(1024)
+        # One at the same port, made by PyTorch, is the same one.
+        _daemons.append(TCPStore(LOOPBACK[0], port, None, True, wait_for_workers=False, multi_tenant=True,
+                                 master_listen_fd=listener.fileno()))
+        listener.detach()
+    except (ImportError, TypeError):
+        listener.close()
+    return port
 
 
 def rendezvous_error(address: str, problem: str, error: Exception) -> UserError:
@@ -125,10 +141,20 @@ def init_distributed_mode(config: DistributedConfig) -> torch.device:
     if processes == 1:
         return device
     from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
-    place = os.environ.get('MASTER_ADDR', '127.0.0.1'), os.environ.get('MASTER_PORT', '29500')
-    address = 'tcp://%s:%s' % place if config.dist_on_itp and config.dist_url == 'env://' else config.dist_url
+    address = config.dist_url
+    if address == 'env://':
+        host, port = os.environ.get('MASTER_ADDR', LOOPBACK[0]), os.environ.get('MASTER_PORT', '29500')
+        address = 'tcp://%s:%s' % (host, port) if config.dist_on_itp else address
+    else:
+        host, _, port = address.partition('://')[2].rpartition(':')
     timeout = datetime.timedelta(seconds=config.dist_timeout + 10)
     try:
+        is_one_machine = host in LOOPBACK or os.environ.get('LOCAL_WORLD_SIZE') == str(processes)
+        if is_one_machine and sys.platform.startswith('linux'):
+            for name in ('GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME'):
+                os.environ.setdefault(name, 'lo')
+        if host in LOOPBACK and process == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+            listen_on_loopback(int(port))
         store, process, processes = next(rendezvous(address, process, processes,
                                                     timeout=datetime.timedelta(seconds=wait_seconds(300))))
         store = _of_this_start(store)
@@ -136,8 +162,8 @@ def init_distributed_mode(config: DistributedConfig) -> torch.device:
         dist.init_process_group(backend, store=store, rank=process, world_size=processes, timeout=timeout)
         rendezvous_stores.append(store)
         host_groups.append(dist.group.WORLD if backend == 'gloo' else dist.new_group(timeout=timeout, backend='gloo'))
-    except (RuntimeError, ValueError) as error:
-        shown = '--master_addr %s --master_port %s' % place if address == 'env://' else '--dist_url ' + address
+    except (RuntimeError, ValueError, OSError) as error:
+        shown = '--master_addr %s --master_port %s' % (host, port) if address == 'env://' else '--dist_url ' + address
         raise rendezvous_error(shown, '%d processes did not find one another' % processes, error) from None
     barrier()
     return device
