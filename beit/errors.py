@@ -64,6 +64,13 @@ def escape_text(path: Union[str, bytes, 'os.PathLike[str]']) -> str:
     return ''.join(each if each.isprintable() else each.encode('unicode_escape').decode() for each in text)
 
 
+def guard_cell(value: object) -> object:
+    """A value of a CSV file, which a spreadsheet does not take for a formula; numbers stay as they are."""
+    is_formula = isinstance(value, str) and value[:1] in ('=', '+', '-', '@') and not re.match(
+        r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\Z', value, re.IGNORECASE)
+    return "'%s" % value if is_formula else value
+
+
 def nearest(name: str, known: Iterable[str]) -> List[str]:
     """Up to three of `known` that look like `name`, the likeliest first."""
     by_lower = {each.lower(): each for each in sorted(known)}
