@@ -12,7 +12,7 @@ import optim_factory
 from beit import model_spec
 from beit.checkpoint import discovery, hf_names, pretrained
 from beit.cli import OneLineParser, add_bool_flag, bounded_number
-from beit.config import MAX_INPUT_SIZE, InputConfig, MixupConfig, TransformConfig
+from beit.config import MAX_INPUT_SIZE, DistributedConfig, InputConfig, MixupConfig, TransformConfig
 from beit.data import locations, transforms
 from beit.devices import accelerator, half_precision, kernels, profiler
 from beit.distributed import process_group
@@ -483,7 +483,7 @@ def check_schedule(args: argparse.Namespace) -> None:
 
 def check_compute(args: argparse.Namespace) -> None:
     """The device, and what it can do."""
-    _, processes, local_rank = process_group.launch_environment(args)
+    _, processes, local_rank = process_group.launch_environment(config_from(args, DistributedConfig))
     if args.world_size > 1 and processes == 1:
         raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
                         '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))

@@ -31,7 +31,15 @@ import utils
 from beit import errors, log, model_spec
 from beit.checkpoint import comparison, discovery, hf_names, inference_model, pretrained, training_state
 from beit.cli import exit_process, exit_with_error, run_with_error_report
-from beit.config import InputConfig, MixupConfig, ModelConfig, OptimizerConfig, OutputConfig, TransformConfig
+from beit.config import (
+    DistributedConfig,
+    InputConfig,
+    MixupConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OutputConfig,
+    TransformConfig,
+)
 from beit.data import fingerprint, locations, subsets, transforms, unreadable
 from beit.data.image_dataset import ImageDataset, label_source
 from beit.data.transforms import EvalTransform
@@ -138,7 +146,7 @@ def start(args):
     """The device of this process, which has met the others."""
     if args.deterministic:
         accelerator.prepare_determinism()
-    device = process_group.init_distributed_mode(args)
+    device = process_group.init_distributed_mode(config_from(args, DistributedConfig))
     watchdog.start(process_group.rendezvous_store(), args.dist_timeout)
     log.start_display()
     accelerator.set_compile_mode(device, args.jit_compile)
@@ -149,8 +157,8 @@ def start(args):
 
 def check_data(args):
     """Decode every image; a `UserError` says how many cannot be."""
-    if process_group.launch_environment(args)[0] != 0:  # the others would decode the same
-        return
+    if process_group.launch_environment(config_from(args, DistributedConfig))[0] != 0:
+        return  # it would decode the same
     train_set, val_set, _ = datasets.build_datasets(args)
     with run_folder.locked(args.output_dir):
         damaged = unreadable.check_data((train_set, val_set), args.num_workers, args.output_dir)

@@ -25,7 +25,7 @@ import flags
 from beit import errors, log
 from beit.checkpoint.inference_model import load_for_inference
 from beit.cli import OneLineParser, exit_process, exit_with_error, run_with_error_report
-from beit.config import LoaderConfig
+from beit.config import DistributedConfig, LoaderConfig
 from beit.data import fast_decode
 from beit.data.class_folders import is_image_name
 from beit.data.device_loader import PrefetchLoader
@@ -126,7 +126,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         run_folder.check_writable('--attention_dir', args.attention_dir)
     if args.data_backend == 'fast':
         fast_decode.check_available()
-    _, processes, local_rank = process_group.launch_environment(args)
+    _, processes, local_rank = process_group.launch_environment(flags.config_from(args, DistributedConfig))
     device = accelerator.find_device(args.device, local_rank, processes)
     if device.type == 'cpu':
         half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
@@ -276,7 +276,7 @@ def build_loader(sampler: PathSampler, preprocessing: EvalTransform, data_backen
 def main(args: argparse.Namespace, stdout: TextIO) -> None:
     """Predict; the results go to `stdout`, a text file, or to where the flags say."""
     args = check_args(args)
-    device = process_group.init_distributed_mode(args)
+    device = process_group.init_distributed_mode(flags.config_from(args, DistributedConfig))
     watchdog.start(process_group.rendezvous_store(), args.dist_timeout)
     dtype = half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     loaded = load_for_inference(args.resume, args.use_ema, args.class_names, model=args.model,

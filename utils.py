@@ -1,14 +1,15 @@
 """Small tools of a run: meters and log lines, TensorBoard, the average of the weights, seeding."""
 
+import contextlib
 import copy
 import datetime
 import functools
 import math
+import os
 import random
-import threading
 import time
 from collections import defaultdict, deque
-from typing import Any, Dict, Iterable, Iterator, List
+from typing import Any, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from beit.log import current_display, format_metrics, log_main
 class SmoothedValue:
     """A series of numbers: the newest `window_size` smoothed, and the average of all."""
 
-    def __init__(self, window_size=20, fmt='{median:.4f} ({global_avg:.4f})'):
-        self.window = deque(maxlen=window_size)
+    def __init__(self, window_size: int = 20, fmt: str = '{median:.4f} ({global_avg:.4f})') -> None:
+        self.window: Deque[float] = deque(maxlen=window_size)
         self.total, self.count, self.fmt = 0., 0, fmt
 
     def update(self, value: float, n: int = 1) -> None:
@@ -49,7 +50,7 @@ class SmoothedValue:
     def value(self) -> float:
         return self.window[-1]
 
-    def __str__(self):
+    def __str__(self) -> str:
         if not self.window:
             return '-'
         return self.fmt.format(median=self.median, global_avg=self.global_avg, value=self.value)
@@ -71,10 +72,10 @@ class MetricLogger:
         hidden (tuple of str): meters that stay out of the line.
     """
 
-    def __init__(self, delimiter='  ', hidden=()):
-        self.meters = defaultdict(SmoothedValue)
+    def __init__(self, delimiter: str = '  ', hidden: Sequence[str] = ()) -> None:
+        self.meters: Dict[str, SmoothedValue] = defaultdict(SmoothedValue)
         self.delimiter, self.hidden = delimiter, hidden
-        self.unread = []  # (name, number or 0-dim tensor, how many it is the mean of), in order
+        self.unread: List[Tuple[str, Any, int]] = []  # (name, number or 0-dim tensor, how many it is the mean of)
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
         self.meters[name] = meter
@@ -154,12 +155,13 @@ class StepTimer:
         throughput (Throughput): takes the times of each step.
     """
 
-    def __init__(self, device, processes=1, throughput=None):
+    def __init__(self, device: torch.device, processes: int = 1, throughput: Optional['Throughput'] = None) -> None:
         self.device, self.processes = device, processes
         self.throughput = Throughput() if throughput is None else throughput
         self.step_seconds, self.data_seconds = SmoothedValue(fmt='{value:.4f}'), SmoothedValue(fmt='{value:.4f}')
         self.images, self.since = 0, 0.
-        self.untimed = []  # (images, marks before and after waiting for data) of steps since the device was waited for
+        # (images, marks before and after waiting for data) of steps since the device was waited for
+        self.untimed: List[Tuple[int, Any, Any]] = []
 
     def time_data(self, iterable: Iterable) -> Iterator:
         """Yield from `iterable`, (images, …), and mark when each item was asked for and came."""
@@ -195,36 +197,35 @@ def should_log(step: int, steps: int, print_freq: int = 10) -> bool:
 
 
 class Throughput:
-    """Images per second over a run, without its first steps, in which kernels are compiled and caches filled."""
+    """Images per second over a run, without its first steps."""
 
-    def __init__(self, warmup_steps=5):
+    def __init__(self, warmup_steps: int = 5) -> None:
         self.warmup_steps = warmup_steps
-        self.steps = []  # (images, seconds, seconds of waiting for the loader)
+        self.steps: List[Tuple[int, float, float]] = []  # (images, seconds, seconds of waiting for the loader)
 
     def update(self, images: int, seconds: float, data_seconds: float = 0.) -> None:
         self.steps.append((images, seconds, data_seconds))
 
-    def _counted(self):
-        """(images, seconds, seconds of waiting for data, steps), in all."""
-        counted, every = self.steps[min(self.warmup_steps, len(self.steps) // 2):], sum(step[0] for step in self.steps)
-        if 2 * sum(step[0] for step in counted) < every:
-            counted = self.steps  # too few batches would be left
-        return tuple(sum(column) for column in zip(*counted)) + (len(counted),) if counted else (0, 0., 0., 0)
+    def totals(self) -> np.ndarray:
+        """Images, seconds, seconds of waiting for data, and steps, in all."""
+        steps = np.array([step + (1,) for step in self.steps], dtype=np.float64).reshape(-1, 4)
+        counted = steps[min(self.warmup_steps, len(steps) // 2):].sum(0)
+        return counted if 2 * counted[0] >= steps[:, 0].sum() else steps.sum(0)  # too few batches would be left
 
     @property
     def images_per_second(self) -> float:
-        images, seconds, _, _ = self._counted()
+        images, seconds, _, _ = self.totals().tolist()
         return images / max(seconds, 1e-9)
 
     @property
     def step_milliseconds(self) -> float:
-        _, seconds, _, steps = self._counted()
+        _, seconds, _, steps = self.totals().tolist()
         return 1000 * seconds / max(steps, 1)
 
     @property
     def data_share(self) -> float:
         """The share of the time that was spent waiting for data."""
-        _, seconds, data_seconds, _ = self._counted()
+        _, seconds, data_seconds, _ = self.totals().tolist()
         return data_seconds / max(seconds, 1e-9)
 
     def bottleneck(self) -> str:
@@ -236,62 +237,49 @@ class Throughput:
 
 
 class TensorboardLogger:
-    """Scalars to TensorBoard, through tensorboardX. The step is the caller's, in updates or epochs.
+    """Scalars and pictures for TensorBoard, through tensorboardX. The step is the caller's, in updates or epochs.
 
-    tensorboardX writes in a thread, and waits for ever where that thread has met a full disk. So it's watched.
-
-    Raises:
-        UserError: the folder can't be written.
+    Its SummaryWriter writes in a thread, and waits for ever where that thread has met a full disk. So the events are
+    written here. A `UserError` says that the folder can't be written.
     """
 
-    def __init__(self, log_dir):
+    def __init__(self, log_dir: str) -> None:
         try:
-            from tensorboardX import SummaryWriter  # needed only by those who ask for it
+            from tensorboardX import event_file_writer, summary  # needed only by those who ask for it
+            from tensorboardX.proto.event_pb2 import Event
         except ImportError as error:
             raise UserError('--log_dir %s: tensorboardX cannot be imported (%s); run: pip install tensorboardX'
                             % (escape_text(log_dir), error)) from None
-        self.log_dir, self.failure = log_dir, None
-        self.hook, threading.excepthook = threading.excepthook, self.note
+        self.log_dir, self.summary, self.event = log_dir, summary, Event
+        with self.one_line_error():
+            os.makedirs(log_dir, exist_ok=True)
+            self.writer = event_file_writer.EventsWriter(os.path.join(log_dir, 'events'))
+
+    @contextlib.contextmanager
+    def one_line_error(self) -> Iterator[None]:
         try:
-            self.writer = SummaryWriter(logdir=log_dir)
+            yield
         except OSError as error:
-            self.failure = error
-            self.check()
-
-    def note(self, failed: Any) -> None:
-        """What a thread raised."""
-        if isinstance(failed.exc_value, OSError):
-            self.failure = failed.exc_value
-        else:
-            self.hook(failed)
-
-    def check(self) -> None:
-        if self.failure is not None:
-            file_writer: Any = getattr(getattr(self, 'writer', None), 'file_writer', None)
-            if hasattr(file_writer, 'event_writer'):
-                file_writer.event_writer.close = lambda: None  # it would be tried again, and fail, at Python's exit
             raise UserError('--log_dir %s: cannot write there (%s); make room, or choose another'
-                            % (escape_text(self.log_dir), self.failure.strerror or self.failure))
+                            % (escape_text(self.log_dir), error.strerror or error)) from None
+
+    def write(self, summary: Any, step: int) -> None:
+        with self.one_line_error():
+            self.writer.write_event(self.event(summary=summary, step=step, wall_time=time.time()))
+            self.writer.flush()
 
     def update(self, head: str, step: int, **values: Any) -> None:
         for name, value in values.items():
-            self.check()
             if value is not None:
-                self.writer.add_scalar('%s/%s' % (head, name), float(value), step)
+                self.write(self.summary.scalar('%s/%s' % (head, name), float(value)), step)
 
     def image(self, tag: str, step: int, pixels: np.ndarray) -> None:
         """A picture, uint8 (H, W, 3)."""
-        self.check()
-        self.writer.add_image(tag, pixels, step, dataformats='HWC')
+        self.write(self.summary.image(tag, pixels, dataformats='HWC'), step)
 
     def close(self) -> None:
-        """Write the queued events."""
-        closing = threading.Thread(target=self.writer.close, daemon=True)
-        closing.start()
-        while closing.is_alive():
-            closing.join(0.05)
-            self.check()
-        threading.excepthook = self.hook
+        with self.one_line_error():
+            self.writer.close()
 
 
 # ---- the average of the weights
@@ -306,7 +294,7 @@ class ModelEma:
         ema (Module): the averaged model, for evaluation.
     """
 
-    def __init__(self, model, decay=0.9999, device=None):
+    def __init__(self, model: torch.nn.Module, decay: float = 0.9999, device: Optional[torch.device] = None) -> None:
         self.ema = copy.deepcopy(model).eval()
         self.decay = decay
         if device is not None:

@@ -34,13 +34,13 @@ def nearest_flags(name: str, known: Iterable[str], synonyms: Optional[Dict[str, 
 class OneLineHelp(argparse.RawDescriptionHelpFormatter):
     """Help in which a flag is one line of at most 100 columns: its names, what it does, its default in brackets."""
 
-    def __init__(self, prog):
+    def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=COLUMN, width=100)
 
-    def _format_action_invocation(self, action):
+    def _format_action_invocation(self, action: argparse.Action) -> str:
         return ', '.join(action.option_strings) or action.dest
 
-    def _format_action(self, action):  # what a long name would put on a line of its own follows it
+    def _format_action(self, action: argparse.Action) -> str:  # what a long name puts on its own line follows it
         return super()._format_action(action).replace('\n' + ' ' * COLUMN, '  ', 1)
 
 
@@ -178,7 +178,7 @@ def was_restarted() -> bool:
 def bounded_number(kind: Callable[[str], Any], low: Optional[float] = None, high: Optional[float] = None,
                    above: bool = False) -> Callable[[str], Any]:
     """An argparse type: an int or float from `low` (or above it) to `high`."""
-    def parse(text):
+    def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:

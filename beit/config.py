@@ -115,3 +115,13 @@ class OutputConfig:
     report: bool = False
     auto_resume: bool = False
     flags: Dict[str, object] = dataclasses.field(default_factory=dict)  # all of the run, for args.yaml and checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Which device to use, and how the processes meet."""
+    device: str = 'auto'
+    dist_url: str = 'env://'
+    dist_on_itp: bool = False
+    local_rank: int = -1  # -1: LOCAL_RANK of the environment
+    dist_timeout: float = 600.  # seconds

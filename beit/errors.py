@@ -1,9 +1,11 @@
 """The failures that a user can cause and mend: one exception type and how its one line is worded."""
 
+import contextlib
 import difflib
 import os
 import re
 import signal
+import sys
 from typing import Iterable, List, Optional, Union
 
 
@@ -25,6 +27,16 @@ def quiet_interrupt() -> None:
     """Let Ctrl-C end a program without a traceback while it imports PyTorch, which takes seconds."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def print_line(text: str) -> None:
+    """Print a line at once. Where standard output cannot be written to any more, say so once and go on without it."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try again at its end, and fail
+            print('standard output is gone (%s); the program goes on without it' % error, file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:
@@ -50,6 +62,13 @@ def escape_text(path: Union[str, bytes, 'os.PathLike[str]']) -> str:
     except UnicodeEncodeError:  # a text that the locale has no name for
         text = str(path)
     return ''.join(each if each.isprintable() else each.encode('unicode_escape').decode() for each in text)
+
+
+def guard_cell(value: object) -> object:
+    """A value of a CSV file, which a spreadsheet does not take for a formula; numbers stay as they are."""
+    is_formula = isinstance(value, str) and value[:1] in ('=', '+', '-', '@') and not re.match(
+        r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\Z', value, re.IGNORECASE)
+    return "'%s" % value if is_formula else value
 
 
 def nearest(name: str, known: Iterable[str]) -> List[str]:

@@ -8,121 +8,61 @@ import contextlib
 import os
 import re
 import sys
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from beit.distributed import process_group
-
-_display = None  # where a person watches the first process, see `start_display`
-
-
-def set_display(display):
-    """Show lines on a `ProgressDisplay`; None prints them."""
-    global _display
-    _display = display
-
-
-def display():
-    """What `set_display` was given."""
-    return _display
-
-
-def log_main(text, detail=False):
-    """Print a line, on the first process only and at once; a `detail` is not for a terminal with a bar."""
-    if _display is not None:
-        _display.say(text, detail)
-    elif process_group.is_main_process():
-        print(text, flush=True)
-
-
-def log_table(rows):
-    """Lines 'name: value' of (name, value); on a terminal the values stand below one another."""
-    width = max(len(name) for name, _ in rows) + 2
-    for name, value in rows:
-        if _display is None:
-            log_main('%s: %s' % (name, value) if name else value)
-        else:
-            _display.say_row(name, value, width)
-
+from beit.errors import print_line
 
 BAR = '{desc}  {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]'
 NARROW, NARROW_BAR = 72, '{desc} {percentage:3.0f}% <{remaining}{postfix}'  # columns, below which no bar has room
 SLOWEST_DRAW = 0.1  # seconds between two drawings of a bar
 
 
-def start_display() -> Optional['ProgressDisplay']:
-    """Show the first process's run on the terminal that it has, if any. Raises nothing: a bar is a courtesy."""
-    display = None
-    if process_group.is_main_process() and os.environ.get('TERM') != 'dumb':
-        display = _open()
-    set_display(display)
-    return display
-
-
-def _open():
-    try:
-        from tqdm import tqdm  # not everybody has it
-    except ImportError:
-        return None
-    tqdm.monitor_interval = 0  # its thread must not be there when processes are forked
-    path = os.environ.get('BEIT_TERMINAL')
-    if path:
-        try:
-            stream = open(path, 'w', encoding='utf-8', errors='backslashreplace')
-        except (OSError, ValueError):
-            return None
-        return ProgressDisplay(stream, tqdm, logs=True) if stream.isatty() else None
-    return ProgressDisplay(sys.stdout, tqdm, logs=False) if sys.stdout.isatty() else None
-
-
 class NoDisplay:
-    """What there is without a terminal: no bar."""
+    """What there is without a terminal: lines on standard output, and no bar."""
+
+    def log(self, text: str, detail: bool = False, shown: Optional[str] = None) -> None:
+        """A line. A terminal shows no `detail`, and `shown` instead of the text."""
+        if process_group.is_main_process():
+            print_line(text)
+
+    def show(self, text: str) -> None:
+        """A line for the person alone."""
 
     def begin(self, header: str, total: int, done: int = 0) -> None:
-        pass
+        """A bar of so many steps; `header` is what the lines of the log begin with."""
 
     def step(self, figures: Optional[Callable[[], str]] = None) -> None:
-        pass
+        """One step further; `figures()` gives words to stand behind the bar."""
 
     def end(self) -> None:
-        pass
+        """No bar any more."""
 
 
-def current_display() -> Any:
-    """The display of this process."""
-    return display() or NoDisplay()
-
-
-class ProgressDisplay:
+class ProgressDisplay(NoDisplay):
     """A terminal with at most one bar at its bottom.
 
     Args:
         logs (bool): standard output is another place, and gets every line.
     """
 
-    def __init__(self, stream, tqdm, logs):
-        self.stream, self.tqdm, self.logs, self.bar, self.narrow = stream, tqdm, logs, None, False
+    def __init__(self, stream: Any, tqdm: Any, logs: bool) -> None:
+        self.stream, self.tqdm, self.logs = stream, tqdm, logs
+        self.bar: Any = None
+        self.narrow = False
 
-    def say(self, text: str, detail: bool = False) -> None:
-        """A line; a `detail` is for logs."""
+    def log(self, text: str, detail: bool = False, shown: Optional[str] = None) -> None:
         if self.logs:
-            print(text, flush=True)
+            print_line(text)
         if not detail:
-            self.show(text)
-
-    def say_row(self, name: str, value: str, width: int) -> None:
-        """A row of a table."""
-        if self.logs:
-            print('%s: %s' % (name, value) if name else value, flush=True)
-        self.show(name.ljust(width) + value)
+            self.show(shown or text)
 
     def show(self, text: str) -> None:
-        """A line for the person alone."""
         with contextlib.suppress(OSError, ValueError):  # the terminal has been closed
             self.tqdm.write(text, file=self.stream)
             self.stream.flush()
 
     def begin(self, header: str, total: int, done: int = 0) -> None:
-        """A bar of so many steps; `header` is what the lines of the log begin with."""
         self.end()
         name = re.sub(r'Epoch: \[(\d+)\]', lambda found: 'Epoch %d' % (int(found.group(1)) + 1), header)
         name = 'Validation' if name == 'Test:' else name
@@ -136,7 +76,6 @@ class ProgressDisplay:
                                  bar_format=NARROW_BAR if self.narrow else BAR, mininterval=SLOWEST_DRAW, **shape)
 
     def step(self, figures: Optional[Callable[[], str]] = None) -> None:
-        """One step further; `figures()` gives words to stand behind the bar."""
         if self.bar is None:
             return
         with contextlib.suppress(OSError, ValueError):
@@ -150,6 +89,39 @@ class ProgressDisplay:
         if bar is not None:
             with contextlib.suppress(OSError, ValueError):
                 bar.close()
+
+
+_display = NoDisplay()
+
+
+def current_display() -> NoDisplay:
+    """The display of this process."""
+    return _display
+
+
+def start_display() -> None:
+    """Show the first process's run on the terminal that it has, if any. Raises nothing: a bar is a courtesy."""
+    global _display
+    _display = NoDisplay()
+    path = os.environ.get('BEIT_TERMINAL')
+    with contextlib.suppress(ImportError, OSError, ValueError, AttributeError):  # no tqdm, or no such terminal
+        from tqdm import tqdm
+        tqdm.monitor_interval = 0  # its thread must not be there when processes are forked
+        stream = open(path, 'w', encoding='utf-8', errors='backslashreplace') if path else sys.stdout
+        if process_group.is_main_process() and os.environ.get('TERM') != 'dumb' and stream.isatty():
+            _display = ProgressDisplay(stream, tqdm, logs=bool(path))
+
+
+def log_main(text: str, detail: bool = False) -> None:
+    """Print a line, on the first process only and at once; a `detail` is not for a terminal with a bar."""
+    _display.log(text, detail)
+
+
+def log_table(rows: List[Tuple[str, str]]) -> None:
+    """Lines 'name: value' of (name, value); on a terminal the values stand below one another."""
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        _display.log('%s: %s' % (name, value) if name else value, shown=name.ljust(width) + value)
 
 
 def format_metrics(meters: Dict[str, Any], images_per_second: float) -> str:
@@ -170,11 +142,9 @@ def log_epoch(number: int, epochs: int, train_stats: Dict[str, float], validatio
     Args:
         validation: the primary figure and the best one so far, in percent; None where nothing was evaluated.
     """
-    if display() is None:
-        return
     words = ['Epoch %d/%d: loss %.3f' % (number + 1, epochs, train_stats.get('loss', float('nan')))]
     if 'class_acc' in train_stats:
         words.append('accuracy in training %.1f %%' % (100 * train_stats['class_acc']))
     if validation is not None:
         words.append('in validation %.2f %% (best %.2f %%)' % validation)
-    display().show(', '.join(words + ['%.0f images/s' % images_per_second, '%.1f s' % seconds]))
+    _display.show(', '.join(words + ['%.0f images/s' % images_per_second, '%.1f s' % seconds]))

@@ -103,13 +103,13 @@ def test_resuming_on_another_number_of_processes(image_folder, tmp_path):
 
 # Evaluates 18 sets, of 0 to 17 images more than all processes share evenly, and prints the figures to the last bit.
 EVALUATE_LEFTOVERS = '''
-import argparse, json, os, sys
+import json, os, sys
 sys.path.insert(0, %r)
 import torch
 import datasets, engine_for_finetuning as engine, modeling_finetune; from beit.distributed import process_group
+from beit.config import DistributedConfig
 torch.set_num_threads(1)
-args = argparse.Namespace(device='cpu', dist_on_itp=False, local_rank=-1, dist_url='env://', dist_timeout=60.)
-device = process_group.init_distributed_mode(args)
+device = process_group.init_distributed_mode(DistributedConfig(device='cpu', dist_timeout=60.))
 torch.manual_seed(0)
 model = modeling_finetune.beit_nano_patch8_32(num_classes=7, use_rel_pos_bias=True, use_abs_pos_emb=False,
                                               init_values=0.1, init_scale=1.)
@@ -152,11 +152,11 @@ def test_evaluation_gives_the_same_bits_on_any_number_of_processes():
 
 # The model holds gloo's group to the end, and collectives have just ended.
 END = '''
-import argparse, os, sys
+import os, sys
 sys.path.insert(0, %r)
 import torch; from beit.distributed import collectives; from beit.distributed import process_group
-args = argparse.Namespace(device='cpu', dist_on_itp=False, local_rank=-1, dist_url='env://', dist_timeout=60.)
-device = process_group.init_distributed_mode(args)
+from beit.config import DistributedConfig
+device = process_group.init_distributed_mode(DistributedConfig(device='cpu', dist_timeout=60.))
 collectives.broadcast_from_main(lambda keep_alive: b'x', device)
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
 for _ in range(3):

@@ -9,7 +9,7 @@ import pytest
 
 import utils
 from beit.distributed import process_group
-from beit.log import display, format_metrics, start_display
+from beit.log import NoDisplay, current_display, format_metrics, start_display
 from helpers import NANO, ROOT, copy_checkout, text
 
 pytestmark = pytest.mark.current_only
@@ -103,11 +103,13 @@ def test_an_error_on_a_terminal_is_on_a_line_of_its_own(data):
 def test_no_bar_where_there_is_no_terminal_for_it(monkeypatch, env):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert start_display() is None and display() is None
+    start_display()
+    assert type(current_display()) is NoDisplay
 
 
 def test_only_the_first_process_has_a_bar(monkeypatch):
     monkeypatch.setattr(process_group, 'is_main_process', lambda: False)
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
     monkeypatch.setenv('TERM', 'xterm')
-    assert start_display() is None
+    start_display()
+    assert type(current_display()) is NoDisplay

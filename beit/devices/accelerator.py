@@ -1,8 +1,4 @@
-"""Devices (npu, cuda, cpu): which there are, and synchronizing, seeding and timing them.
-
-Only `beit.devices` names torch.npu, torch.cuda, torch_npu or apex. What a PyTorch can do is found by looking for the
-feature, never by its version.
-"""
+"""Devices (npu, cuda, cpu): which there are, and synchronizing, seeding and timing them."""
 
 import functools
 import importlib
@@ -17,15 +13,13 @@ from torch import nn
 
 from beit.errors import UserError
 
-# From 2.5 on, torch imports torch_npu by itself and dies with a traceback where CANN isn't set up; here it is imported
-# when it's wanted, and its failure explained.
-os.environ.setdefault('TORCH_DEVICE_BACKEND_AUTOLOAD', '0')
-
 DEVICE_TYPES = ('npu', 'cuda', 'cpu')  # in order of preference
 PROCESS_GROUP_BACKEND = {'npu': 'hccl', 'cuda': 'nccl', 'cpu': 'gloo'}
 
 
-# ---- devices
+CANN_MISMATCH = ('the NPU cannot be started (%s); are these the CANN and the driver that belong to this torch_npu? '
+                 'README.md, Ascend, names them; look at npu-smi info too')
+
 
 @functools.lru_cache(maxsize=None)
 def npu_problem() -> Optional[str]:
@@ -49,15 +43,11 @@ def npu_problem() -> Optional[str]:
     return None if available else 'torch_npu is installed but sees no NPU; look at npu-smi info'
 
 
-CANN_MISMATCH = ('the NPU cannot be started (%s); are these the CANN and the driver that belong to this torch_npu? '
-                 'README.md, Ascend, names them; look at npu-smi info too')
-
-
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _cuda_problem():
+def _cuda_problem() -> Optional[str]:
     if torch.cuda.is_available():
         return None
     if torch.backends.cuda.is_built() if hasattr(torch.backends, 'cuda') else torch.version.cuda:
@@ -69,12 +59,11 @@ _PROBLEM: Dict[str, Callable[[], Optional[str]]] = {'npu': npu_problem, 'cuda': 
 
 
 def find_device(name: str = 'auto', local_rank: int = 0, processes: int = 1) -> torch.device:
-    """The `torch.device` that a process is to use. It isn't touched, so this also serves before processes start.
+    """The `torch.device` that a process is to use, not yet touched.
 
     Args:
         name (str): auto (npu, cuda, cpu: the first that works), npu, cuda, cpu, or one of them with an index, cuda:1.
         local_rank (int): the device's index where `name` has none.
-        processes (int): how many there are in all.
 
     Raises:
         UserError: the device can't be used, or has fewer devices than processes.
@@ -99,11 +88,7 @@ def find_device(name: str = 'auto', local_rank: int = 0, processes: int = 1) -> 
 
 
 def select_device(name: str = 'auto', local_rank: int = 0, processes: int = 1) -> torch.device:
-    """`find_device`; for npu and cuda the device becomes the current one, and has to add 1 and 1.
-
-    Raises:
-        UserError: as `find_device`, or the device doesn't start.
-    """
+    """`find_device`, which becomes the current one, and a `UserError` where it doesn't start."""
     device = find_device(name, local_rank, processes)
     if device_module(device):
         try:
@@ -133,7 +118,7 @@ def device_name(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given. Nothing to wait for on a CPU."""
+    """Wait until the device has done all that it was given."""
     if device_module(device):
         device_module(device).synchronize()
 
@@ -158,7 +143,6 @@ def max_memory_mb(device: torch.device) -> float:
 
 
 def reset_max_memory(device: torch.device) -> None:
-    """Let `max_memory_mb` begin anew, at what is held now."""
     if device_module(device):
         device_module(device).reset_peak_memory_stats()
 
@@ -176,11 +160,7 @@ def seed_device(seed: int) -> None:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """The same bits from the same command twice: only deterministic kernels, and an error where there is none.
-
-    Raises:
-        UserError: this PyTorch can't promise it on this device.
-    """
+    """Only deterministic kernels, and an error where there is none; a `UserError` where PyTorch can't promise it."""
     if hasattr(torch, 'use_deterministic_algorithms'):
         torch.use_deterministic_algorithms(True)
     elif hasattr(torch, 'set_deterministic'):
@@ -199,17 +179,12 @@ def prepare_determinism() -> None:
 
 
 def set_compile_mode(device: torch.device, mode: str) -> None:
-    """Whether an NPU compiles operators for the shapes it meets: 'on', 'off', or 'auto', what it does by itself.
-
-    Raises:
-        UserError: the device isn't an NPU, or its torch_npu has no such setting.
-    """
+    """Whether an NPU compiles operators for the shapes it meets: 'on', 'off', or 'auto', what it does by itself."""
     if mode == 'auto':
         return
-    if device.type != 'npu' or not hasattr(device_module(device), 'set_compile_mode'):
-        raise UserError('--jit_compile %s: %s; leave the flag out' % (
-            mode, 'only NPUs have it, and this runs on %s' % device.type if device.type != 'npu'
-            else 'this torch_npu has no set_compile_mode'))
+    if not hasattr(device_module(device), 'set_compile_mode'):
+        raise UserError('--jit_compile %s: only NPUs have it, with a newer torch_npu, and this runs on %s; leave the '
+                        'flag out' % (mode, device.type))
     device_module(device).set_compile_mode(jit_compile=mode == 'on')
 
 
@@ -219,7 +194,7 @@ def can_pin_memory(device: torch.device) -> bool:
 
 
 def noise_generator(device: torch.device) -> torch.Generator:
-    """A random generator whose numbers are drawn on the device, or on the CPU where this PyTorch has none for it."""
+    """A random generator of the device, or of the CPU where this PyTorch has none for it."""
     try:
         generator = torch.Generator(device=device)
         torch.empty(1, device=device).normal_(generator=generator)
@@ -229,9 +204,7 @@ def noise_generator(device: torch.device) -> torch.Generator:
 
 
 def prefetch(items: Iterable, move: Callable[[Any], Any], device: torch.device) -> Iterator:
-    """Yield move(item) of each. On npu and cuda the next is under way by then, on a stream of its own.
-
-    So copies and what else `move` does overlap with what is computed meanwhile.
+    """Yield move(item) of each, on npu and cuda while the next is under way on a stream of its own.
 
     Args:
         move (function): takes an item to the device, without waiting.
@@ -266,11 +239,10 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     Every parameter gets a gradient, so unused ones needn't be looked for. The buffers are constant; sending them at
     each call would hang an evaluation in which one process has a batch more than another.
     """
-    devices = None if device.type == 'cpu' else [device.index]
-    known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     name = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # before PyTorch 2.14
-    options: Dict[str, Any] = {'device_ids': devices, name: False}
-    return nn.parallel.DistributedDataParallel(model, **options)
+    options: Dict[str, Any] = {name: False}
+    return nn.parallel.DistributedDataParallel(model, None if device.type == 'cpu' else [device.index], **options)
 
 
 def unwrap(model: Any) -> nn.Module:

@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import nn
@@ -16,14 +17,14 @@ OPT_LEVELS = ('O0', 'O1', 'O2')
 
 
 @functools.lru_cache(maxsize=None)
-def saturates(device):
+def saturates(device: torch.device) -> bool:
     """Whether overflow gives the largest finite value on this device instead of inf, as on an Ascend 910A."""
     if device.type != 'npu':
         return False
     return bool(torch.isfinite(torch.full((1,), 6e4, dtype=torch.float16, device=device) * 2).all())
 
 
-def read_overflow(device):
+def read_overflow(device: torch.device) -> bool:
     """Whether anything overflowed on a device that `saturates` since the last call; there the numbers don't show it."""
     module = accelerator.device_module(device)
     if not hasattr(module, 'get_npu_overflow_flag'):
@@ -33,48 +34,44 @@ def read_overflow(device):
     return overflowed
 
 
-# ---- what half precision is there
-
-def autocast(device_type, dtype):
+def autocast(device_type: str, dtype: torch.dtype) -> Any:
     if hasattr(torch, 'autocast'):
         return torch.autocast(device_type, dtype=dtype)
     return accelerator.device_module(device_type).amp.autocast()  # PyTorch 1.8, float16
 
 
-def has_autocast(device_type, dtype):
-    if hasattr(torch, 'autocast'):
-        return True
-    return dtype == torch.float16 and hasattr(getattr(accelerator.device_module(device_type), 'amp', None), 'autocast')
+def has_autocast(device_type: str, dtype: torch.dtype) -> bool:
+    return hasattr(torch, 'autocast') or dtype == torch.float16 and hasattr(
+        getattr(accelerator.device_module(device_type), 'amp', None), 'autocast')
 
 
-def find_apex():
+def find_apex() -> Tuple[Any, str]:
     """(apex.amp or None, one sentence for people). Three packages carry the name; only some have `amp`."""
-    if importlib.util.find_spec('apex') is None:
+    spec = importlib.util.find_spec('apex')
+    if spec is None:
         return None, 'apex is not installed'
     try:
         apex = importlib.import_module('apex')
         amp = importlib.import_module('apex.amp')
     except Exception as error:  # an apex built for another PyTorch can fail in any way; the native path always works
-        holds_optimizers = importlib.util.find_spec('apex').submodule_search_locations is not None and any(
-            os.path.isdir(os.path.join(place, 'optimizers'))
-            for place in importlib.util.find_spec('apex').submodule_search_locations)
-        if isinstance(error, ModuleNotFoundError) and error.name == 'apex.amp' and holds_optimizers:
+        if not isinstance(error, ModuleNotFoundError) or error.name != 'apex.amp':
+            return None, 'the installed apex cannot be imported (%s)' % ' '.join(str(error).split())
+        if any(os.path.isdir(os.path.join(folder, 'optimizers')) for folder in spec.submodule_search_locations or ()):
             return None, 'the installed apex is NVIDIA\'s without amp, which newer versions removed'
-        if isinstance(error, ModuleNotFoundError) and error.name == 'apex.amp':
-            return None, 'the installed apex is an unrelated package of that name'
-        return None, 'the installed apex cannot be imported (%s)' % ' '.join(str(error).split())
+        return None, 'the installed apex is an unrelated package of that name'
     if not hasattr(amp, 'initialize'):
         return None, 'the installed apex has no amp.initialize'
     kind = 'Ascend\'s' if hasattr(getattr(apex, 'optimizers', None), 'NpuFusedAdamW') else 'NVIDIA\'s'
     return amp, 'apex.amp (%s)' % kind
 
 
-def apex_amp(device, dtype):
+def apex_amp(device: torch.device, dtype: torch.dtype) -> Any:
     """apex.amp, where it is to do the half precision: float16 on an accelerator, with an apex that has it; or None."""
     return find_apex()[0] if device.type != 'cpu' and dtype == torch.float16 else None
 
 
-def check_precision(device, amp, opt_level, amp_dtype):
+def check_precision(device: torch.device, amp: bool, opt_level: str, amp_dtype: Optional[str]
+                    ) -> Optional[torch.dtype]:
     """The half-precision `torch.dtype` to use, or None for float32; by itself: float16, on a CPU bfloat16.
 
     Raises:
@@ -87,22 +84,21 @@ def check_precision(device, amp, opt_level, amp_dtype):
     if device.type == 'cpu' and amp_dtype == 'float16':
         raise UserError('--amp_dtype float16: half precision on a CPU is bfloat16; leave the flag out')
     dtype = getattr(torch, amp_dtype)
-    if amp_dtype == 'bfloat16' and device.type != 'cpu' and _half_precision_problem(device, dtype):
+    problem = _half_precision_problem(device, dtype) if opt_level == 'O2' or device.type != 'cpu' else None
+    if amp_dtype == 'bfloat16' and device.type != 'cpu' and problem:
         raise UserError('--amp_dtype bfloat16: this %s has none (%s), as an Ascend 910A; use --amp_dtype float16'
-                        % (device.type, _half_precision_problem(device, dtype)))
+                        % (device.type, problem))
     if opt_level == 'O1' and not has_autocast(device.type, dtype) and not apex_amp(device, dtype):
         raise UserError('--opt-level O1: this PyTorch has no autocast to %s on %s%s; leave --amp out, or use a newer '
                         'one' % (amp_dtype, device.type, '' if device.type == 'cpu' else ', and %s' % find_apex()[1]))
-    if opt_level == 'O2':
-        problem = _half_precision_problem(device, dtype)
-        if problem:
-            raise UserError('--opt-level O2: this PyTorch cannot train in %s on %s (%s); leave --amp out, or use a '
-                            'newer one' % (amp_dtype, device.type, problem))
+    if opt_level == 'O2' and problem:
+        raise UserError('--opt-level O2: this PyTorch cannot train in %s on %s (%s); leave --amp out, or use a newer '
+                        'one' % (amp_dtype, device.type, problem))
     return dtype
 
 
 @functools.lru_cache(maxsize=None)
-def _half_precision_problem(device, dtype):
+def _half_precision_problem(device: torch.device, dtype: torch.dtype) -> Optional[str]:
     """None, or why the model's kinds of layer don't run forward and backward in this dtype: they are tried out."""
     try:
         layers = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Flatten(2), nn.LayerNorm(4), nn.Linear(4, 4), nn.GELU(),

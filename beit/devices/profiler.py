@@ -4,16 +4,16 @@ import contextlib
 import importlib
 import importlib.util
 import os
+from typing import Any, Iterator
 
 import torch
 
 from beit.devices import accelerator
 from beit.errors import UserError
 
-# ---- profiling
 
 @contextlib.contextmanager
-def profiler(device, folder, rank=0, cann=False):
+def profiler(device: torch.device, folder: str, rank: int = 0, cann: bool = False) -> Iterator[None]:
     """Record what runs inside, and write it into `folder`.
 
     Args:
@@ -39,7 +39,7 @@ def profiler(device, folder, rank=0, cann=False):
     profile.export_chrome_trace(path)
 
 
-def check_cann_profiler():
+def check_cann_profiler() -> None:
     """Raise a `UserError` where torch_npu's profiler isn't to be had."""
     problem = accelerator.npu_problem()
     if problem is None and not hasattr(importlib.import_module('torch_npu'), 'profiler'):
@@ -48,7 +48,7 @@ def check_cann_profiler():
         raise UserError('--cann_prof: %s' % problem)
 
 
-def _cann_profiler(folder):
+def _cann_profiler(folder: str) -> Any:
     torch_npu = importlib.import_module('torch_npu')
     return torch_npu.profiler.profile(
         activities=[torch_npu.profiler.ProfilerActivity.CPU, torch_npu.profiler.ProfilerActivity.NPU],

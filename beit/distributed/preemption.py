@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any, Iterator, Optional
 
 from beit.distributed import process_group
 
@@ -12,8 +13,7 @@ NUMBERS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP'
 SAME_EVENT_SECONDS = 1.  # a terminal, SLURM and a launcher may each deliver the same one
 UNHEARD_SECONDS = 5.  # how long a signal that has to end the program at once may wait for the interpreter
 
-# Signals of a worker or a helper that was forked off are none of this process's.
-_owner = None
+_owner: Optional[int] = None  # the process whose signals these are, and not those of what it forks off
 if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=lambda: _owner and signal.set_wakeup_fd(-1))
 
@@ -25,12 +25,12 @@ class Stopped(BaseException):
         number (int): the signal's; the exit status is 128 + number, so 143 for SIGTERM and 130 for SIGINT.
     """
 
-    def __init__(self, number, text=''):
+    def __init__(self, number: int, text: str = '') -> None:
         super().__init__(text)
         self.number = number
 
 
-def name(number):
+def name(number: int) -> str:
     return signal.Signals(number).name
 
 
@@ -44,10 +44,11 @@ class Signals:
         stop_signal (int): the number of the signal that asked to stop, or 0.
     """
 
-    def __init__(self):
-        self.stop_signal, self.first, self.defers, self.entered, self.over = 0, None, False, False, False
+    def __init__(self) -> None:
+        self.stop_signal, self.defers, self.entered, self.over = 0, False, False, False
+        self.first: Optional[float] = None  # when the first signal came
 
-    def __enter__(self):
+    def __enter__(self) -> 'Signals':
         global _owner
         if threading.current_thread() is not threading.main_thread():
             return self  # only there can signals be handled
@@ -62,7 +63,7 @@ class Signals:
         threading.Thread(target=self.read_wakeup_fd, args=(self.read_fd,), daemon=True, name='signals').start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         global _owner
         if not self.entered or os.getpid() != _owner:
             return
@@ -73,7 +74,7 @@ class Signals:
         os.close(self.write_fd)  # the thread reads the end of the file, and ends
 
     @contextlib.contextmanager
-    def deferred(self):
+    def deferred(self) -> Iterator[None]:
         """Inside, a signal waits for the end of the step. Behind it all is saved and told, and none is heard.
 
         Nor does it matter then that a loader process is killed, of which PyTorch's handler would tell in a traceback.
@@ -87,7 +88,7 @@ class Signals:
         finally:
             self.defers = self.over
 
-    def on_signal(self, number, _):
+    def on_signal(self, number: int, _: Any) -> None:
         """In the main thread, between two of Python's instructions."""
         if os.getpid() != _owner or self.stop_signal or self.over:
             return
@@ -97,7 +98,7 @@ class Signals:
         if process_group.is_main_process():
             say_now('%s: finishing this step, then saving; once more ends at once' % name(number))
 
-    def read_wakeup_fd(self, read_fd):
+    def read_wakeup_fd(self, read_fd: int) -> None:
         """In a thread of its own, which runs while the main one waits in a library."""
         while True:
             news = os.read(read_fd, 64)
@@ -115,18 +116,19 @@ class Signals:
                 elif now - self.first > SAME_EVENT_SECONDS:
                     end_at_once(number)
 
-    def force_exit_later(self, number):
+    def force_exit_later(self, number: int) -> None:
         time.sleep(UNHEARD_SECONDS)
         if not self.stop_signal:  # the main thread is stuck in a library, and the handler has not come to its turn
             end_at_once(number)
 
 
-def end_at_once(number):
+def end_at_once(number: int) -> None:
     if process_group.is_main_process():
         say_now('%s: ended at once; the last checkpoint is whole' % name(number))
     os._exit(128 + number)
 
 
-def say_now(text):
+def say_now(text: str) -> None:
     """Past Python's buffer, which the interrupted code may be writing to."""
-    os.write(2, (text + '\n').encode())
+    with contextlib.suppress(OSError):
+        os.write(2, (text + '\n').encode())

@@ -7,18 +7,20 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import time
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 
+from beit.config import DistributedConfig
 from beit.devices import accelerator
-from beit.errors import UserError
+from beit.errors import UserError, one_line
 
 
-def _initialized():
+def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
@@ -53,27 +55,23 @@ def barrier() -> None:
             dist.barrier()
 
 
-def launch_environment(args: Any) -> Tuple[int, int, int]:
+def launch_environment(config: DistributedConfig) -> Tuple[int, int, int]:
     """(rank, world_size, local_rank) as torchrun, Open MPI (--dist_on_itp) or SLURM set them; (0, 1, 0) without."""
-    environ = os.environ
-    numbers = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID',
-               'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')
-    for name in numbers:
-        if not environ.get(name, '0').isdigit():
+    def number(name: str, default: Optional[str] = None) -> int:
+        text = os.environ.get(name, default)
+        if text is None:
+            raise UserError('--dist_on_itp: %s is not set; start the program with mpirun, or leave the flag out' % name)
+        if not text.isdigit():
             raise UserError('%s=%s in the environment is not a whole number; a launcher sets it, or unset it'
-                            % (name, environ[name]))
-    if args.dist_on_itp:
-        names = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')
-        if any(name not in environ for name in names):
-            raise UserError('--dist_on_itp: %s is not set; start the program with mpirun, or leave the flag out'
-                            % next(name for name in names if name not in environ))
-        rank, world_size, local_rank = (int(environ[name]) for name in names)
-        return rank, world_size, local_rank
-    if 'RANK' in environ and 'WORLD_SIZE' in environ:
-        local = environ.get('LOCAL_RANK', args.local_rank if args.local_rank >= 0 else 0)
-        return int(environ['RANK']), int(environ['WORLD_SIZE']), int(local)
-    if int(environ.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in environ and 'MASTER_ADDR' in environ:
-        return int(environ['SLURM_PROCID']), int(environ['SLURM_NTASKS']), int(environ.get('SLURM_LOCALID', 0))
+                            % (name, text))
+        return int(text)
+
+    if config.dist_on_itp:
+        return (number('OMPI_COMM_WORLD_RANK'), number('OMPI_COMM_WORLD_SIZE'), number('OMPI_COMM_WORLD_LOCAL_RANK'))
+    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
+        return number('RANK'), number('WORLD_SIZE'), number('LOCAL_RANK', str(max(config.local_rank, 0)))
+    if number('SLURM_NTASKS', '1') > 1 and 'SLURM_PROCID' in os.environ and 'MASTER_ADDR' in os.environ:
+        return number('SLURM_PROCID'), number('SLURM_NTASKS'), number('SLURM_LOCALID', '0')
     return 0, 1, 0
 
 
@@ -86,6 +84,8 @@ def wait_seconds(default: int) -> int:
 
 
 rendezvous_stores: List[Any] = []  # the store in which the processes met
+LOOPBACK = ('127.0.0.1', 'localhost')
+_daemons: List[Any] = []  # stores of others that listen in this process
 host_groups: List[Any] = []  # a group for `all_gather_async`, whose collectives never touch a device
 
 
@@ -94,7 +94,40 @@ def rendezvous_store() -> Any:
     return rendezvous_stores[-1] if rendezvous_stores else None
 
 
-def init_distributed_mode(args: Any) -> torch.device:
+def listen_on_loopback(port: int = 0) -> int:
+    """Let the store at this port listen on 127.0.0.1 only, where all processes are; 0 takes a free port. Gives the port.
+
+    A PyTorch whose TCPStore takes no socket (before 2.1) listens on all addresses of the machine.
+    """
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((LOOPBACK[0], port))
+    port = listener.getsockname()[1]
+    try:
+        from torch.distributed import TCPStore  # not in every build of PyTorch
+        listener.listen(1024)
+        # One at the same port, made by PyTorch, is the same one.
+        _daemons.append(TCPStore(LOOPBACK[0], port, None, True, wait_for_workers=False, multi_tenant=True,
+                                 master_listen_fd=listener.fileno()))
+        listener.detach()
+    except (ImportError, TypeError):
+        listener.close()
+    return port
+
+
+def rendezvous_error(address: str, problem: str, error: Exception) -> UserError:
+    """What to say where the processes, or the launchers of several machines, do not meet at an address."""
+    if isinstance(error, UserError):
+        return error
+    if 'in use' in str(error):
+        return UserError('%s: address already in use; choose another port, the same on every machine, or on one '
+                         'machine leave the flag out' % address)
+    return UserError('%s: the %s within %d s (%s); start the program on each machine, with the same --nnodes, its own '
+                     '--node_rank, and the address and port of node 0'
+                     % (address, problem, wait_seconds(300), one_line(error)[:200]))
+
+
+def init_distributed_mode(config: DistributedConfig) -> torch.device:
     """Choose the device and join the other processes, where there are any.
 
     The meeting has a limit of its own, DIST_WAIT_SECONDS (300); collectives have --dist_timeout and a little more, so
@@ -103,49 +136,46 @@ def init_distributed_mode(args: Any) -> torch.device:
     Returns:
         The `torch.device` of this process.
     """
-    process, processes, local_rank = launch_environment(args)
-    device = accelerator.select_device(args.device, local_rank, processes)
-    if processes > 1:
-        from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
-        address = args.dist_url
-        if args.dist_on_itp and address == 'env://':
-            address = 'tcp://%s:%s' % (os.environ.get('MASTER_ADDR', '127.0.0.1'),
-                                       os.environ.get('MASTER_PORT', '29500'))
-        seconds = wait_seconds(300)
-        try:
-            store, process, processes = next(rendezvous(address, process, processes,
-                                                        timeout=datetime.timedelta(seconds=seconds)))
-            store = _of_this_start(store)
-            dist.init_process_group(accelerator.PROCESS_GROUP_BACKEND[device.type], store=store, rank=process,
-                                    world_size=processes,
-                                    timeout=datetime.timedelta(seconds=args.dist_timeout + 10))
-            rendezvous_stores.append(store)
-            host_groups.append(_make_host_group(device, args.dist_timeout + 10))
-        except (RuntimeError, ValueError) as error:
-            text = ' '.join(str(error).split())
-            if 'in use' in text:
-                raise UserError('port %s, where the processes were to meet, is in use; choose another with '
-                                '--master_port, or start again' % os.environ.get('MASTER_PORT', '')) from None
-            raise UserError('--dist_url %s: the %d processes did not find one another within %d s (%s); start all of '
-                            'them, with the address and port of the machine of the first'
-                            % (address, processes, seconds, text[:200])) from None
-        barrier()
+    process, processes, local_rank = launch_environment(config)
+    device = accelerator.select_device(config.device, local_rank, processes)
+    if processes == 1:
+        return device
+    from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
+    address = config.dist_url
+    if address == 'env://':
+        host, port = os.environ.get('MASTER_ADDR', LOOPBACK[0]), os.environ.get('MASTER_PORT', '29500')
+        address = 'tcp://%s:%s' % (host, port) if config.dist_on_itp else address
+    else:
+        host, _, port = address.partition('://')[2].rpartition(':')
+    timeout = datetime.timedelta(seconds=config.dist_timeout + 10)
+    try:
+        is_one_machine = host in LOOPBACK or os.environ.get('LOCAL_WORLD_SIZE') == str(processes)
+        if is_one_machine and sys.platform.startswith('linux'):
+            for name in ('GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME'):
+                os.environ.setdefault(name, 'lo')
+        if host in LOOPBACK and process == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+            listen_on_loopback(int(port))
+        store, process, processes = next(rendezvous(address, process, processes,
+                                                    timeout=datetime.timedelta(seconds=wait_seconds(300))))
+        store = _of_this_start(store)
+        backend = accelerator.PROCESS_GROUP_BACKEND[device.type]
+        dist.init_process_group(backend, store=store, rank=process, world_size=processes, timeout=timeout)
+        rendezvous_stores.append(store)
+        host_groups.append(dist.group.WORLD if backend == 'gloo' else dist.new_group(timeout=timeout, backend='gloo'))
+    except (RuntimeError, ValueError, OSError) as error:
+        shown = '--master_addr %s --master_port %s' % (host, port) if address == 'env://' else '--dist_url ' + address
+        raise rendezvous_error(shown, '%d processes did not find one another' % processes, error) from None
+    barrier()
     return device
 
 
-def _of_this_start(store):
+def _of_this_start(store: Any) -> Any:
     """The store, without what processes wrote that torchrun has started anew: they would be looked for where they were.
 
     Only on one machine, where all are told the same count.
     """
     count = os.environ.get('TORCHELASTIC_RESTART_COUNT', '')
     return dist.PrefixStore('start %s' % count, store) if count and os.environ.get('GROUP_WORLD_SIZE') == '1' else store
-
-
-def _make_host_group(device, seconds):
-    if accelerator.PROCESS_GROUP_BACKEND[device.type] == 'gloo':
-        return dist.group.WORLD
-    return dist.new_group(timeout=datetime.timedelta(seconds=seconds), backend='gloo')
 
 
 def shutdown() -> None:

@@ -9,111 +9,123 @@ behind, or has fallen silent? The first to know tells all, and all end.
 import contextlib
 import json
 import os
+import secrets
 import sys
 import threading
 import time
-from typing import Any, Iterable, Iterator, List
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+
+import torch
+import torch.distributed as dist
 
 from beit.distributed import process_group
 from beit.errors import escape_text
 
-LAST = 10 ** 12  # the place of a process that has done its part of a stage and waits for the others
+LAST = 10 ** 12  # the item of a process that has done its part of a stage and waits for the others
 PHASES = ('waiting for data', 'computing', 'waiting for the other processes')
 SPEAKER_SECONDS = 4.  # that the others give to the one who speaks first; a launcher ends them in that time
-VERDICT = 'beit/verdict'
 
-_watchdog = None  # this process's, where there are several processes
+
+class _Position:
+    """Where the main thread is, which alone changes it."""
+
+    def __init__(self) -> None:
+        self.place, self.doing = (0, 0, 0), 'starting'  # (stage, item, number of the phase), and that in words
+        self.what = self.doing  # also while it waits for others
+        # Before the first stage only who waits for others is timed: there, nobody knows how long the rest takes.
+        self.since: Optional[float] = None
+
+    def set(self, place: Tuple[int, int, int], what: str) -> None:
+        self.place, self.what, self.since = place, what, time.monotonic()
+
+
+_position = _Position()
+_watchdog: Optional['_Watchdog'] = None  # where there are several processes
 
 
 class _Watchdog:
 
-    def __init__(self, store, rank, processes, seconds):
-        self.store, self.rank, self.processes, self.seconds = store, rank, processes, seconds
+    def __init__(self, store: Any, seconds: float) -> None:
+        self.rank, self.processes = process_group.rank(), process_group.world_size()
+        # Only the processes know the keys: the store answers everybody who connects to it.
+        token = torch.tensor([secrets.randbits(62)])
+        dist.broadcast(token, 0, group=process_group.host_groups[-1])
+        self.store, self.seconds = dist.PrefixStore('beit %d' % token.item(), store), seconds
         self.beat_seconds = max(0.1, min(1., seconds / 20.))
         self.patience = max(3 * self.beat_seconds, min(5., seconds / 3))  # with one that doesn't answer
-        # Before the first stage only who waits for others is timed: there, nobody knows how long the rest takes.
-        self.place, self.what, self.since = (0, 0, 0), 'starting', None
-        self.doing = self.what  # again, after a wait
-        self.beats, self.last_beats = 0, {}  # of each process: when its newest beat came, and what that said
+        self.beats = 0
+        self.last_beats: Dict[int, Tuple[float, List[Any]]] = {}  # when each one's newest came, and what it said
         self.reached = time.monotonic()  # when the store last answered
-        self.probing, self.terminating, self.closing, self.cut_off = False, False, False, False
+        self.probing, self.terminating, self.closing = False, False, False
         self.message, self.received = '', ''  # this process's verdict, and that which another one told
         self.stopped = threading.Event()
         self.main_thread = threading.main_thread().ident
-        if rank == 0:
-            store.set(VERDICT, '')
-        store.set(self.key(rank), self.heartbeat())
+        if self.rank == 0:
+            self.store.set('verdict', '')
+        self.beat()
         self.threads = [threading.Thread(target=task, daemon=True, name='watchdog')
-                        for task in (self.send_heartbeats, self.watch)]
+                        for task in (self.exchange_heartbeats, self.watch)]
 
-    def key(self, rank):
-        return 'beit/beat/%d' % rank
+    def state(self) -> List[Any]:
+        """The place, what it is doing, and at which line of the code, as the others read it."""
+        frame = sys._current_frames().get(self.main_thread or 0)
+        line = 'its end' if frame is None else '%s in %s:%d' % (
+            frame.f_code.co_name, escape_text(os.path.basename(frame.f_code.co_filename)), frame.f_lineno)
+        return [list(_position.place), _position.what, line]
 
-    def heartbeat(self):
+    def beat(self) -> None:
         self.beats += 1
-        return json.dumps([self.beats, list(self.place), self.what, self.line()])
+        self.store.set(str(self.rank), json.dumps([self.beats] + self.state()))
 
     # ---- a thread that may hang on a dead connection
 
-    def send_heartbeats(self):
-        try:
+    def exchange_heartbeats(self) -> None:
+        with contextlib.suppress(Exception):  # whatever a store raises when process 0, which holds it, is gone
             while not (self.stopped.is_set() or self.received):
-                self.store.set(self.key(self.rank), self.heartbeat())
+                self.beat()
                 if self.message:
-                    self.store.set(VERDICT, self.message)
-                self.received = self.store.get(VERDICT).decode()
-                if self.probing:
-                    self.read_heartbeats()
+                    self.store.set('verdict', self.message)
+                self.received = self.store.get('verdict').decode()
+                for rank in range(self.processes) if self.probing else ():
+                    beat = json.loads(self.store.get(str(rank)).decode())
+                    if rank not in self.last_beats or self.last_beats[rank][1] != beat:
+                        self.last_beats[rank] = time.monotonic(), beat
                 self.reached = time.monotonic()
                 self.stopped.wait(self.beat_seconds)
-        except Exception:  # whatever a store raises when process 0, which holds it, is gone
-            self.cut_off = True
-
-    def read_heartbeats(self):
-        for rank in range(self.processes):
-            said = json.loads(self.store.get(self.key(rank)).decode())
-            if rank not in self.last_beats or self.last_beats[rank][1] != said:
-                self.last_beats[rank] = time.monotonic(), said
 
     # ---- a thread that only looks at the clock
 
-    def watch(self):
+    def watch(self) -> None:
         looked = awake = time.monotonic()
         while not self.stopped.wait(self.beat_seconds / 2):
             now = time.monotonic()
             if now - looked > self.seconds / 2:
                 awake = now  # this process, or all its machine, was stopped: the others had no chance
-            looked, since = now, self.since
+            looked, since = now, _position.since
             if self.received:
-                self.end(self.received, SPEAKER_SECONDS)
-            elif self.closing:
-                continue
-            elif self.cut_off and now - max(self.reached, awake) > self.seconds:
-                self.end(self.silence([0], now - self.reached), 0)
-            elif since is not None:
+                self.terminating = True
+                time.sleep(SPEAKER_SECONDS)
+                self.end(self.received)
+            elif since is not None and not self.closing:
                 age = now - max(since, awake)
                 self.probing = self.probing or age > self.seconds / 3
-                if age > self.seconds and since == self.since:
+                if age > self.seconds and since == _position.since:
                     self.terminate(age)
 
-    def terminate(self, age):
+    def terminate(self, age: float) -> None:
         guilty, can_speak, message = self.diagnose(age)
         others = [rank for rank in range(self.processes) if rank not in guilty]
-        speaker = guilty[0] if can_speak else (others or guilty)[0]
-        since, self.terminating = self.since, True
-        if self.rank != speaker:
-            until = time.monotonic() + SPEAKER_SECONDS
-            while time.monotonic() < until and not self.received:
-                time.sleep(self.beat_seconds / 2)
-            if self.since != since and not self.received:
+        since, self.terminating = _position.since, True
+        if self.rank != (guilty[0] if can_speak else (others or guilty)[0]):
+            time.sleep(SPEAKER_SECONDS)
+            if _position.since != since and not self.received:
                 self.terminating = False
                 return  # it goes on
-        self.end(message, SPEAKER_SECONDS if self.received else 0)
+        self.end(message)
 
-    def end(self, message, seconds):
+    def end(self, message: str) -> None:
         """Tell the others, who may be in no state to find out, print the one line, and end the process."""
-        self.terminating, self.message = True, self.received or message
-        time.sleep(seconds)
+        self.message = self.received or message
         if self.stopped.is_set():
             return
         line = 'run_class_finetuning.py: error: %s (--dist_timeout %g)\n' % (self.message, self.seconds)
@@ -125,22 +137,23 @@ class _Watchdog:
             time.sleep(2 * self.beat_seconds)  # the others hear it of the store, which ends with this process
         os._exit(1)
 
-    def diagnose(self, age):
+    def diagnose(self, age: float) -> Tuple[List[int], bool, str]:
         """(the processes that hold up the others, whether they can say so themselves, one message)."""
         silent = self.silent()
         if silent:
             return silent, False, self.silence(silent, age)
-        words = {rank: said[1:] for rank, (_, said) in self.last_beats.items()}
-        words[self.rank] = [list(self.place), self.what, self.line()]
-        behind = [rank for rank in sorted(words) if words[rank][0] == min(word[0] for word in words.values())]
-        what = '%s for %d s (%s)' % (words[behind[0]][1], age, ', '.join(
-            'at ' + words[rank][2] for rank in behind[:3]))
+        states = {rank: beat[1:] for rank, (_, beat) in self.last_beats.items()}
+        states[self.rank] = self.state()
+        first = min(place for place, _, _ in states.values())
+        behind = [rank for rank in sorted(states) if states[rank][0] == first]
+        what = '%s for %d s (%s)' % (states[behind[0]][1], age, ', '.join(
+            'at ' + states[rank][2] for rank in behind[:3]))
         if len(behind) == self.processes:
             return [], False, 'all processes have been %s; is the network between them, or a device, stuck?' % what
-        timed = words[behind[0]][0][0] > 0  # before the first stage it doesn't know that it is late
-        return behind, timed, '%s behind: %s, and the others wait' % (_processes(behind, 'is', 'are'), what)
+        # Before the first stage it doesn't know that it is late.
+        return behind, first[0] > 0, '%s behind: %s, and the others wait' % (_processes(behind, 'is', 'are'), what)
 
-    def silent(self):
+    def silent(self) -> List[int]:
         """The processes that have not been heard of for a while."""
         now = time.monotonic()
         if self.rank == 0 and now - self.reached > self.patience:
@@ -150,20 +163,14 @@ class _Watchdog:
                   if newest - came > self.patience and rank != self.rank]
         return silent or ([0] if now - newest > self.patience else [])  # process 0 holds the store
 
-    def silence(self, silent, seconds):
+    def silence(self, silent: List[int], seconds: float) -> str:
         return '%s no answer for %d s, while process %d was %s; %s' % (
-            _processes(silent, 'gives', 'give'), seconds, self.rank, self.what,
+            _processes(silent, 'gives', 'give'), seconds, self.rank, _position.what,
             'it was stopped or hangs, or its machine or the network is gone' if len(silent) == 1
             else 'they were stopped or hang, or their machines or the network are gone')
 
-    def line(self):
-        """Where the main thread is."""
-        frame = sys._current_frames().get(self.main_thread)
-        return 'its end' if frame is None else '%s in %s:%d' % (
-            frame.f_code.co_name, escape_text(os.path.basename(frame.f_code.co_filename)), frame.f_lineno)
 
-
-def _processes(ranks, verb, plural):
+def _processes(ranks: List[int], verb: str, plural: str) -> str:
     return 'process %d %s' % (ranks[0], verb) if len(ranks) == 1 else 'processes %s %s' % (
         ', '.join(map(str, ranks)), plural)
 
@@ -172,11 +179,11 @@ def start(store: Any, seconds: float) -> None:
     """Watch from here on. `store` is where the processes met; a single process needs no watching."""
     global _watchdog
     if process_group.world_size() > 1:
-        dog = _Watchdog(store, process_group.rank(), process_group.world_size(), seconds)
+        watchdog = _Watchdog(store, seconds)
         process_group.barrier()  # so that each finds the others' words
-        _watchdog = dog
+        _watchdog = watchdog
         process_group.set_wait_hook(_waiting)
-        for thread in dog.threads:
+        for thread in watchdog.threads:
             thread.start()
 
 
@@ -184,28 +191,26 @@ def stop() -> None:
     """Nothing more to watch: the last steps, which wait for nobody."""
     global _watchdog
     if _watchdog is not None:
-        dog, _watchdog = _watchdog, None
-        dog.stopped.set()
-        for thread in dog.threads:  # a thread that comes back from the store into a Python that ends would abort it
-            thread.join(dog.patience)
+        watchdog, _watchdog = _watchdog, None
+        watchdog.stopped.set()
+        for thread in watchdog.threads:  # one that comes back from the store into a Python that ends would abort it
+            thread.join(watchdog.patience)
 
 
 def enter_stage(stage: str) -> None:
     """The next stage, which all processes go through in the same order: an epoch, an evaluation, a save."""
-    if _watchdog is not None:
-        _watchdog.doing = stage
-        _set((_watchdog.place[0] + 1, 0, 0), stage)
+    _position.doing = stage
+    _position.set((_position.place[0] + 1, 0, 0), stage)
 
 
 def mark_item(item: int, phase: int, stage: str) -> None:
     """Where in the stage: at item number so and so, in one of `PHASES` (its index)."""
-    if _watchdog is not None:
-        stage = stage % item if item != LAST else ''
-        _watchdog.doing = PHASES[1] + stage
-        _set((_watchdog.place[0], item, phase), PHASES[phase] + stage)
+    stage = stage % item if item != LAST else ''
+    _position.doing = PHASES[1] + stage
+    _position.set((_position.place[0], item, phase), PHASES[phase] + stage)
 
 
-def track(iterable: Iterable, stage: str, start: int = 0) -> Iterator:
+def track(iterable: Iterable[Any], stage: str, start: int = 0) -> Iterator[Any]:
     """Yield from `iterable`, and mark at which item of the stage this process is."""
     enter_stage(stage)
     form = ' (%s step %%d)' % stage.replace('%', '%%')
@@ -217,24 +222,19 @@ def track(iterable: Iterable, stage: str, start: int = 0) -> Iterator:
     mark_item(LAST, 2, form)
 
 
-def mark_waiting() -> None:
+def mark_waiting(what: str = PHASES[2]) -> None:
     """The other processes are waited for, at the item last marked."""
-    if _watchdog is not None:
-        _set(_watchdog.place[:2] + (_watchdog.place[2] + 1,), PHASES[2])
+    stage, item, phase = _position.place
+    _position.set((stage, item, phase + 1), what)
 
 
 @contextlib.contextmanager
-def _waiting():
+def _waiting() -> Iterator[None]:
     mark_waiting()
     yield
-    if _watchdog is not None:
-        _set(_watchdog.place[:2] + (_watchdog.place[2] + 1,), _watchdog.doing)
-        if _watchdog.place[0] == 0:
-            _watchdog.since = None
-
-
-def _set(place, what):
-    _watchdog.place, _watchdog.what, _watchdog.since = place, what, time.monotonic()
+    mark_waiting(_position.doing)
+    if _position.place[0] == 0:
+        _position.since = None
 
 
 def silent_ranks() -> List[int]:

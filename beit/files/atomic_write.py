@@ -14,8 +14,7 @@ from beit.errors import UserError, escape_text
 def atomic_write(path: str, is_given: bool = False) -> typing.Iterator[typing.BinaryIO]:
     """A file to write bytes to, which takes the name `path` only when it is whole and on the disk.
 
-    A new file of a temporary name in the same folder, flush, fsync, rename, fsync of the folder. Whatever goes wrong,
-    and whenever the process is killed, the name holds what it held before or all of the new; a kill can leave
+    Whenever the process is killed, the name holds what it held before or all of the new; a kill can leave
     <path>.tmp-<process>.
 
     Args:
@@ -49,8 +48,7 @@ def atomic_write(path: str, is_given: bool = False) -> typing.Iterator[typing.Bi
 def atomic_directory(path: str) -> typing.Iterator[str]:
     """A new folder to write files to, which takes the name `path` only when all of them are whole and on the disk.
 
-    What goes wrong before leaves `path` as it was. A folder that stood there is then set aside and removed: a kill
-    between the two renames leaves it whole, as <path>.old-<process>, and none under the name.
+    A folder that stood there is removed: a kill between the two renames leaves it whole, as <path>.old-<process>.
     """
     path = path.rstrip(os.sep)
     temporary, old = '%s.tmp-%d' % (path, os.getpid()), '%s.old-%d' % (path, os.getpid())
@@ -75,7 +73,7 @@ def atomic_directory(path: str) -> typing.Iterator[str]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _fsync_folder(folder):
+def _fsync_folder(folder: str) -> None:
     if hasattr(os, 'O_DIRECTORY'):
         handle = os.open(folder, os.O_DIRECTORY)
         try:
@@ -88,11 +86,7 @@ def _fsync_folder(folder):
 
 
 def write_bytes(path: str, data: bytes, is_given: bool = False) -> None:
-    """Write a small file whole or not at all; for `is_given` see `atomic_write`.
-
-    Raises:
-        UserError: the disk is full or the folder can't be written; what stood there before is whole.
-    """
+    """Write a small file whole or not at all, as `atomic_write`; a `UserError` where it can't be written."""
     try:
         with atomic_write(path, is_given) as file:
             file.write(data)

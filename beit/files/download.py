@@ -5,6 +5,7 @@ import http.client
 import os
 import re
 import urllib.request
+from typing import Any
 
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
@@ -16,7 +17,7 @@ SILENCE = 60  # seconds that a server may take for its next bytes
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, request, response, code, message, headers, address):
+    def redirect_request(self, request: Any, response: Any, code: int, message: str, headers: Any, address: str) -> Any:
         if not address.lower().startswith('https://'):
             raise ValueError('it is redirected to %s, and only https:// addresses are followed' % address)
         return super().redirect_request(request, response, code, message, headers, address)
@@ -64,7 +65,7 @@ def resolve_url(source: str, flag: str = '') -> str:
     return path
 
 
-def _download(address, path, wanted, shown):
+def _download(address: str, path: str, wanted: str, shown: str) -> None:
     """Fetch an address to `path`, which appears only when all of it is there and its sha256 begins with `wanted`."""
     too_large = UserError('%s: larger than %d GiB, and so no weights of these models' % (shown, MAX_DOWNLOAD >> 30))
     digest, received = hashlib.sha256(), 0

@@ -2,11 +2,8 @@
 
 import argparse
 import hashlib
-import inspect
 import json
 import os
-import pickle
-import types
 import typing
 import warnings
 
@@ -14,51 +11,12 @@ import numpy as np
 import torch
 
 from beit.errors import UserError, escape_text, worker_death_message
-from beit.files import pickle_scanner
+from beit.files import untrusted_pickle
 from beit.files.atomic_write import atomic_write
-from beit.files.pickle_scanner import ALLOWED, MAX_PICKLE, SCALARS, UnsafeFileError
+from beit.files.untrusted_pickle import MAX_PICKLE, UnsafeFileError
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Finds the handful of harmless names that a checkpoint needs, and refuses every other."""
-
-    def find_class(self, module, name):
-        pickle_scanner.check_name('%s %s' % (module, name))
-        return ALLOWED['%s %s' % (module, name)]
-
-
-def _restricted_pickle():
-    """A module for torch.load's `pickle_module`, for the PyTorch that has no `weights_only` with an allow list."""
-    module = types.ModuleType('restricted_pickle')
-    module.Unpickler = _RestrictedUnpickler
-    module.load = lambda file, **options: _RestrictedUnpickler(file, **options).load()
-    return module
-
-
-def _numpy_scalar_types():
-    """For torch's allow list, which goes by the names that things have: NumPy's before and since its version 2."""
-    def scalar(module):
-        def scalar(dtype, data):
-            return ALLOWED[SCALARS[0]](dtype, data)
-        scalar.__module__, scalar.__qualname__ = module, 'scalar'
-        return scalar
-
-    codes = ['f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1']
-    return [scalar(name.split()[0]) for name in SCALARS] + [np.dtype] + [type(np.dtype(code)) for code in codes]
-
-
-def _load(file):
-    file.seek(0)
-    if hasattr(torch.serialization, 'safe_globals'):
-        with torch.serialization.safe_globals([argparse.Namespace] + _numpy_scalar_types()):
-            return torch.load(file, map_location='cpu', weights_only=True)
-    options = {}
-    if 'weights_only' in inspect.signature(torch.load).parameters:
-        options['weights_only'] = False  # there it has no allow list; the restricted unpickler is as strict
-    return torch.load(file, map_location='cpu', pickle_module=_restricted_pickle(), **options)
-
-
-def _read_safetensors(path, header, name):
+def _read_safetensors(path: str, header: bytes, name: str) -> typing.Dict[str, torch.Tensor]:
     # The package checks that shapes, offsets and the file's length agree before it makes a tensor.
     try:
         if hasattr(torch, 'frombuffer'):
@@ -68,21 +26,18 @@ def _read_safetensors(path, header, name):
             raise UserError('%s: holds bfloat16 tensors, which need PyTorch 1.10 or newer in this format; store them '
                             'as float32' % name)
         else:
-            from safetensors.numpy import load_file
-            content = {name: torch.from_numpy(array) for name, array in load_file(path).items()}
+            from safetensors.numpy import load_file as load_arrays
+            content = {name: torch.from_numpy(array) for name, array in load_arrays(path).items()}
     except ImportError:
         raise UserError('%s: a safetensors file, and the package that reads it is missing; run: pip install '
                         'safetensors' % name) from None
     for key in content:
-        pickle_scanner.check_key(key)
+        untrusted_pickle.check_key(key)
     return content
 
 
 def load_untrusted(path: str, flag: str = '') -> typing.Any:
     """What a weights file holds, its tensors on the CPU: one of torch.save, in either format, or safetensors.
-
-    Nothing in the file is run. Before anything is allocated, a scan that is the same with every PyTorch compares what
-    the file claims with its bytes; torch.load then reads it with an allow list.
 
     Args:
         flag (str): the flag that named it, for the error's line.
@@ -106,8 +61,7 @@ def load_untrusted(path: str, flag: str = '') -> typing.Any:
             if start[8:] == b'{' and header_size < min(size, MAX_PICKLE):
                 file.seek(8)
                 return _read_safetensors(path, file.read(header_size), name)
-            pickle_scanner.scan(file, size, start)
-            return _load(file)
+            return untrusted_pickle.load(file, size)
     except UserError:
         raise
     except UnsafeFileError as error:
@@ -120,11 +74,7 @@ def load_untrusted(path: str, flag: str = '') -> typing.Any:
 
 
 def load_weights_file(path: str, flag: str = '') -> typing.Any:
-    """`load_untrusted`, and compare the checksum where the file has one.
-
-    Raises:
-        UserError: as `load_untrusted`, or the content isn't what was written.
-    """
+    """`load_untrusted`, and a `UserError` too where the checksum that the file has is another."""
     content = load_untrusted(path, flag)
     if isinstance(content, dict) and 'checksum' in content and content.pop('checksum') != checksum(content):
         raise UserError('%s: damaged, its content does not match its checksum; take another copy (or, where you '
@@ -146,11 +96,7 @@ def read_metadata(path: str) -> typing.Dict[str, str]:
 
 
 def save(path: str, content: typing.Dict[str, typing.Any]) -> None:
-    """Write a checkpoint, a dict, with torch.save and a checksum of its content; whole or not at all.
-
-    Raises:
-        UserError: the disk is full or the folder can't be written; what stood there before is whole.
-    """
+    """Write a checkpoint, a dict, with torch.save and a checksum of its content; whole, or a `UserError`."""
     content = dict(content, checksum=content.get('checksum') or checksum(content))
     try:
         with atomic_write(path) as file:
@@ -168,10 +114,11 @@ def save(path: str, content: typing.Dict[str, typing.Any]) -> None:
 class ErrorLatch:
     """A file to write to that keeps its error to itself: PyTorch 1.8 aborts the process where a write fails."""
 
-    def __init__(self, file):
-        self.file, self.error = file, None
+    def __init__(self, file: typing.BinaryIO) -> None:
+        self.file = file
+        self.error: typing.Optional[OSError] = None
 
-    def write(self, data):
+    def write(self, data: bytes) -> int:
         if self.error is None:
             try:
                 return self.file.write(data)
@@ -179,7 +126,7 @@ class ErrorLatch:
                 self.error = error
         return len(data)
 
-    def flush(self):
+    def flush(self) -> None:
         pass  # `atomic_write` does it
 
 
@@ -190,7 +137,7 @@ def checksum(content: typing.Dict[str, typing.Any]) -> str:
     """
     digest = hashlib.sha256()
 
-    def add(value):
+    def add(value: typing.Any) -> None:
         if torch.is_tensor(value):
             digest.update(('%s %s;' % (value.dtype, tuple(value.shape))).encode())
             value = value.detach().cpu().contiguous().reshape(-1)

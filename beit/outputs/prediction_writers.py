@@ -8,7 +8,7 @@ import os
 from typing import BinaryIO, Dict, Iterator, List, NamedTuple, Sequence, TextIO, Type
 
 from beit.distributed import process_group
-from beit.errors import UserError, escape_text
+from beit.errors import UserError, escape_text, guard_cell
 from beit.files import atomic_write
 
 
@@ -60,7 +60,7 @@ class CsvWriter(LineWriter):
 
     def write_row(self, values: Sequence[str]) -> None:
         text = io.StringIO()
-        csv.writer(text, lineterminator='\n').writerow(values)
+        csv.writer(text, lineterminator='\n').writerow(map(guard_cell, values))
         self.write_text(text.getvalue())
 
     def write(self, prediction: Prediction) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from beit.data import subsets
 from beit.distributed import collectives
-from beit.errors import UserError, escape_text
+from beit.errors import UserError, escape_text, guard_cell
 from beit.files import atomic_write
 from beit.files.regular_file import open_file
 
@@ -387,7 +387,7 @@ def write_results(path: str, rows: List[Dict[str, Any]]) -> None:
         text = io.StringIO()
         table = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
         table.writeheader()
-        table.writerows(rows)
+        table.writerows({name: guard_cell(value) for name, value in row.items()} for row in rows)
         data = text.getvalue()
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     atomic_write.write_bytes(path, data.encode('utf-8', 'backslashreplace'), is_given=True)

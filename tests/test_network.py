@@ -1,0 +1,124 @@
+"""What listens on the network while processes train, and what becomes of the bytes that a stranger sends there."""
+
+import os
+import random
+import signal
+import socket
+import struct
+
+import pytest
+
+from beit.distributed import process_group
+from helpers import LONG, ends, free_port, has_proc, marked, start_launcher
+
+pytestmark = [pytest.mark.current_only, has_proc]
+
+JUNK = [b'{"rank": 0}\n{"rank": "\x1b[2J"}\n[]\n', b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', b'\x1b[31m\x1b]0;title\x07\n',
+        bytes(4096), b'\xff' * 4096, struct.pack('<Q', 2 ** 62) * 64, b'', random.Random(0).randbytes(100000)
+        if hasattr(random.Random, 'randbytes') else os.urandom(100000)]
+
+
+def listening(pids):
+    """{(address, port)} at which processes listen."""
+    inodes, found = set(), set()
+    for pid in pids:
+        for number in os.listdir('/proc/%d/fd' % pid):
+            try:
+                inodes.add(os.readlink('/proc/%d/fd/%s' % (pid, number)))
+            except OSError:
+                continue
+    for family, name in ((socket.AF_INET, 'tcp'), (socket.AF_INET6, 'tcp6')):
+        with open('/proc/net/' + name) as file:
+            for fields in map(str.split, list(file)[1:]):
+                if fields[3] == '0A' and 'socket:[%s]' % fields[9] in inodes:
+                    address, _, port = fields[1].partition(':')
+                    words = [struct.pack('=I', int(address[start:start + 8], 16)) for start in range(0, len(address), 8)]
+                    found.add((socket.inet_ntop(family, b''.join(words)), int(port, 16)))
+    return found
+
+
+def send_junk(address, port):
+    """Connect, send, and go away or stay, as a scanner does. Gives the connections that stay."""
+    kept = []
+    for data in JUNK:
+        for stays in (False, True):
+            connection = socket.socket(socket.AF_INET6 if ':' in address else socket.AF_INET)
+            connection.settimeout(2)
+            try:
+                connection.connect((address, port))
+                connection.sendall(data)
+            except OSError:
+                continue
+            if stays:
+                kept.append(connection)
+            else:
+                connection.close()
+    return kept
+
+
+def until_epoch(number, jobs):
+    assert any('Epoch: [%d]' % number in line for line in jobs[0].stdout), [job.stderr.read() for job in jobs]
+
+
+@pytest.fixture
+def started(image_folder, tmp_path):
+    """started(nnodes=2, …): the launchers of a job that trains, and the ids of all its processes."""
+    jobs = []
+
+    def start(*flags, nnodes=1, **options):
+        data = '--data_path=' + image_folder()
+        for rank in range(nnodes):
+            jobs.append(start_launcher(data, *LONG, *flags, nnodes=nnodes, processes=2 // nnodes, node_rank=rank,
+                                       MARK=str(tmp_path), **options))
+        until_epoch(1, jobs)
+        return jobs, marked(str(tmp_path))
+    yield start
+    for job in jobs:
+        job.kill()
+
+
+def test_only_this_machine_can_reach_its_job(started):
+    """Neither does what a user of this machine sends there end the job, or show in its output."""
+    jobs, pids = started('--dist_timeout=30')
+    found = listening(pids)
+    print(found)
+    assert found
+    if takes_a_socket():
+        assert {address for address, _ in found} == {'127.0.0.1'}, found
+    kept = [connection for place in found for connection in send_junk(*place)]
+    assert kept
+    until_epoch(3, jobs)
+    jobs[0].send_signal(signal.SIGTERM)
+    run, = ends(jobs)
+    assert run.status == 143
+    assert run.err.splitlines()[1:] == [], run.err
+
+
+def takes_a_socket():
+    import torch.distributed
+    return 'master_listen_fd' in torch.distributed.TCPStore.__init__.__doc__
+
+
+def test_strangers_between_two_machines(started):
+    """There the store has to listen for the other one, and a stranger can send it what he likes."""
+    jobs, pids = started('--dist_timeout=30', nnodes=2, port=free_port(), address=socket.gethostbyname(
+        socket.gethostname()))
+    kept = [connection for place in listening(pids) for connection in send_junk(*place)]
+    assert kept
+    until_epoch(3, jobs)
+    for job in jobs:
+        job.send_signal(signal.SIGTERM)
+    runs = ends(jobs)
+    assert [run.status for run in runs] == [143, 143]
+    assert 'Traceback' not in ''.join(run.out + run.err for run in runs)
+    assert all(line.isprintable() for run in runs for line in (run.out + run.err).splitlines())
+
+
+def test_the_port_of_a_store_on_loopback():
+    port = process_group.listen_on_loopback()
+    with socket.socket() as other:
+        if takes_a_socket():
+            with pytest.raises(OSError):
+                other.bind(('127.0.0.1', port))
+        else:
+            other.bind(('127.0.0.1', port))

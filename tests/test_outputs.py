@@ -1,0 +1,41 @@
+"""Outputs that somebody else reads: a spreadsheet, a terminal that is closed, a full disk behind standard output."""
+
+import csv
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from beit.errors import guard_cell
+from beit.outputs.prediction_writers import CsvWriter, Prediction
+from beit.training import metrics
+from helpers import PROGRAM, RUN, environment, lines_of
+
+pytestmark = pytest.mark.current_only
+
+
+# ---- spreadsheets
+
+@pytest.mark.parametrize('text', ['=1+1', '+1+1', '-1+1', '@SUM(A1)', '=cmd|\' /C calc\'!A0', '-', '-photo.jpg', '+.',
+                                  '-0.5.jpg', '=', '-nan'])
+def test_a_cell_that_a_spreadsheet_would_compute_is_text(text):
+    assert guard_cell(text) == "'" + text
+
+
+@pytest.mark.parametrize('value', ['-0.5', '+3', '-1e-5', '-.5', '-2.', '', 'a=b', 'a-b', ' =1', '0.250000', -0.5,
+                                   float('-inf'), None, 3])
+def test_numbers_and_other_cells_stay(value):
+    assert guard_cell(value) is value
+
+
+def test_predictions_and_figures_hold_no_formula(tmp_path):
+    file = io.BytesIO()
+    writer = CsvWriter(file, ['=HYPERLINK("http://x")', '-0.5', 'cat'], top_k=3, extra=['error'])
+    writer.write(Prediction(0, '@photo.jpg', [0, 1, 2], [0.5, 0.3, 0.2], reason=''))
+    row = list(csv.DictReader(io.StringIO(file.getvalue().decode())))[0]
+    assert row['file'] == "'@photo.jpg" and row['class_1'] == '\'=HYPERLINK("http://x")'
+    assert row['class_2'] == '-0.5' and row['class_3'] == 'cat' and row['probability_1'] == '0.500000'
+    metrics.write_results(str(tmp_path / 'r.csv'), [{'checkpoint': '=a.pth', 'loss': -0.5}])
+    assert (tmp_path / 'r.csv').read_text() == "checkpoint,loss\n'=a.pth,-0.5\n"
