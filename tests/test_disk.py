@@ -12,7 +12,7 @@ import pytest
 import run_class_finetuning
 from beit.checkpoint import discovery
 from beit.files import weights_file
-from helpers import ROOT, RUN, cannot_run, launch, lines_of, run_program
+from helpers import ROOT, RUN, cannot_run, launch, lines_of, python, run_program
 
 pytestmark = pytest.mark.current_only
 
@@ -138,7 +138,7 @@ HAPPENINGS = {
 def test_an_output_folder_that_changes_under_the_run(image_folder, tmp_path, small_disk, happening):
     output = small_disk(8 * CHECKPOINT_BYTES) if happening == 'read-only' else str(tmp_path / 'out')
     base = RUN + ['--data_path=' + image_folder(), '--epochs=3', '--save_ckpt_freq=1', '--output_dir=' + output]
-    done = subprocess.run([sys.executable, '-c', BETWEEN % (ROOT, HAPPENINGS[happening]), output] + base,
+    done = subprocess.run([python(), '-c', BETWEEN % (ROOT, HAPPENINGS[happening]), output] + base,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=200)
     failed_in_one_line(done.returncode, done.stderr, '--output_dir', output)
     kept = output + '-kept' if happening in ('moved away', 'replaced by a file') else output
