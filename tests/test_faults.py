@@ -35,8 +35,7 @@ from beit.errors import UserError
 from beit.files import weights_file
 from helpers import LAUNCHER, NANO, PROGRAM, ROOT, cannot_run, free_port
 
-pytestmark = [pytest.mark.computes,
-              pytest.mark.needs('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')]
+pytestmark = pytest.mark.needs('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
 
 STEPS = 'beit.training.step_control.'
 
