@@ -4,13 +4,14 @@
 #   bash test/run_tests.sh                everything, on the current PyTorch
 #   bash test/run_tests.sh --stack=1.8    everything, on PyTorch 1.8 (or 1.5), in a Python 3.8 of its own; 2.1 is the
 #                                         lowest that requirements.txt allows, in a Python 3.9 to 3.11
-#   bash test/run_tests.sh --soak         everything, with 500 kills in test_faults.py instead of 50; with --stack too
+#   bash test/run_tests.sh --soak         everything, with 500 kills in test_faults.py instead of 50, and each start of
+#                                         the program by a Python of its own; with --stack too
 #   bash test/run_tests.sh --fast         the unit tests that find most mistakes, in two minutes on two cores
 #   bash test/run_tests.sh --ci           what .ci/run runs on the current PyTorch: everything
 #   bash test/run_tests.sh --stack=1.5 --ci   on 1.5, without the files that are marked current_only: there neither
 #                                         Python nor PyTorch makes a difference; and without BEiT base's run
-#   bash test/run_tests.sh --stack=1.8 --ci   on 1.8, the files that are marked computes: the rest goes the same ways as
-#                                         on 1.5, with the same Python 3.8, or as on the current one
+#   bash test/run_tests.sh --stack=1.8 --ci   on 1.8, the files that are marked computes: the rest, kills and hostile
+#                                         files among it, goes the same ways as on 1.5, with the same Python 3.8
 #   bash test/run_tests.sh --lint         the linter, and mypy, with the settings of pyproject.toml
 #   bash test/run_tests.sh -k model -x    any of pytest's own options; or files, tests/test_model.py, in place of all
 #

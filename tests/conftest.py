@@ -8,13 +8,15 @@ import subprocess
 import sys
 import tempfile
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # as in run_tests.sh: the models are so small that threads are in the way
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import run_class_finetuning
-from helpers import EMULATOR, TEST_DIR, cannot_run, photo, run_program  # first: it makes the project's modules known
+from helpers import EMULATOR, TEST_DIR, cannot_run, photo, python, run_program  # first: it adds ROOT to the path
 
 # Indexes of the tests' folders don't belong into the user's cache. What takes long to fetch or make again stays there.
 _caches = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
@@ -189,7 +191,7 @@ def emulator():
     def environment(apex=None, **more):
         path = [EMULATOR] + ([os.path.join(EMULATOR, 'apex_' + apex)] if apex else [])
         return dict({'PYTHONPATH': os.pathsep.join(path), 'ASCEND_HOME_PATH': EMULATOR, 'OMP_NUM_THREADS': '1',
-                     'CUDA_VISIBLE_DEVICES': ''}, **more)
+                     'CUDA_VISIBLE_DEVICES': '', 'PYTHON_EXEC': python()}, **more)
 
     subprocess.run([sys.executable, '-c', 'import torch_npu'], check=True, env=dict(os.environ, **environment()))
     return environment

@@ -3,6 +3,7 @@
 Tests import from here, never from each other or from conftest.py, which has the fixtures and hooks.
 """
 
+import atexit
 import collections
 import contextlib
 import glob
@@ -18,8 +19,9 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import pytest
@@ -37,14 +39,17 @@ import modeling_finetune  # noqa: E402
 import optim_factory  # noqa: E402
 from beit.data.loader import Batch
 from beit.training import loss_scaler, step_control
+import warm_python
 
 # Curves take a second of each run; test_report.py draws them.
 NANO = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu']
-LAUNCH = [sys.executable, '-m', 'beit.distributed.launcher']  # from the root; then its options, PROGRAM and flags
+LAUNCHER = ['-m', 'beit.distributed.launcher']  # after Python, from the root; then its options, PROGRAM and flags
 PROGRAM = os.path.join(ROOT, 'run_class_finetuning.py')
 RUN = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu',
        '--warmup_epochs=0', '--batch_size=8', '--aa=none', '--layer_scale_init_value=0', '--init_scale=1',
        '--abs_pos_emb', '--disable_rel_pos_bias']
+# A Python that is started as users start it, for the scripts and for torchrun's processes: see warm_python.py.
+COLD = {'PYTHON': sys.executable, 'PYTHON_EXEC': sys.executable}
 CPU = torch.device('cpu')
 TINY = NANO + ['--batch_size=4', '--epochs=1', '--warmup_epochs=0', '--finetune=', '--lr=1e-3']
 LONG = ['--epochs=100000', '--no_save_ckpt', '--disable_eval_during_finetuning']  # until something ends it
@@ -237,9 +242,29 @@ class Listener(step_control.StepMonitor):
         return ''
 
 
+@lru_cache(maxsize=None)
+def python():
+    """A Python for processes that tests start, in which the packages are imported already: see warm_python.py.
+
+    With --soak it is a Python as users start it. So it is, always, for the tests of what warm_python.py says differs.
+    """
+    if os.environ.get('BEIT_SOAK') or not sys.platform.startswith('linux'):
+        return sys.executable
+    folder = tempfile.TemporaryDirectory()
+    server, program = warm_python.start(folder.name)
+
+    def end():
+        server.stdin.close()
+        server.wait(60)
+        folder.cleanup()
+
+    atexit.register(end)
+    return program
+
+
 def run_program(*flags, timeout=300, env=None, cwd=ROOT):
     """run_class_finetuning.py in a process of its own: (exit status, standard output, standard error)."""
-    result = subprocess.run([sys.executable, os.path.join(ROOT, 'run_class_finetuning.py')] + list(flags), cwd=cwd,
+    result = subprocess.run([python(), PROGRAM] + list(flags), cwd=cwd,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout,
                             env=dict(os.environ, **(env or {})))
     return result.returncode, result.stdout, result.stderr
@@ -271,13 +296,10 @@ def marked(mark):
     """{pid: environment} of the living processes that were started with MARK=mark."""
     found = {}
     for pid in filter(str.isdigit, os.listdir('/proc')):
-        try:
-            with open('/proc/%s/environ' % pid, 'rb') as file:
-                entries = file.read().decode(errors='replace').split('\0')
-        except OSError:
-            continue
-        if 'MARK=' + mark in entries:
-            found[int(pid)] = dict(entry.partition('=')[::2] for entry in entries)
+        with contextlib.suppress(OSError):
+            env = warm_python.environment_of(pid)
+            if env.get('MARK') == mark:
+                found[int(pid)] = env
     return found
 
 
@@ -308,9 +330,10 @@ def copy_checkout(folder):
 
 
 def environment(**changes):
+    """This process's environment for another, changed; with **COLD for what warm_python.py says is not the same."""
     env = {name: value for name, value in os.environ.items()
            if name not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
-    return dict(env, **dict({'PYTHON': sys.executable}, **changes))
+    return dict(env, **dict({'PYTHON': python(), 'PYTHON_EXEC': python()}, **changes))
 
 
 def start_script(checkout, script, *flags, where='', **env):
@@ -416,9 +439,10 @@ def start_launcher(*flags, nnodes=2, node_rank=0, port=None, address='127.0.0.1'
     """Start the scripts' launcher as one of the machines."""
     options = ['--nnodes=%d' % nnodes, '--node_rank=%d' % node_rank, '--nproc_per_node=%d' % processes]
     options += ['--master_addr=' + address, '--master_port=%d' % port] if port else []
-    return subprocess.Popen(list(prefix) + LAUNCH + options + [PROGRAM] + RUN + list(flags), cwd=ROOT,
-                            env=environment(OMP_NUM_THREADS='1', **env), stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    env = environment(OMP_NUM_THREADS='1', **env)
+    return subprocess.Popen(list(prefix) + [env['PYTHON']] + LAUNCHER + options + [PROGRAM] + RUN + list(flags),
+                            cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, universal_newlines=True)
 
 
 def ends(processes, seconds=60):
@@ -432,10 +456,10 @@ def ends(processes, seconds=60):
             process.kill()
 
 
-def launch(processes, *flags, timeout=240):
+def launch(processes, *flags, timeout=240, preset=RUN):
     """The scripts' launcher with so many processes: (exit status, standard output, standard error)."""
     result = subprocess.run(
-        LAUNCH + ['--nproc_per_node=%d' % processes, PROGRAM] + RUN + list(flags), cwd=ROOT, timeout=timeout,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-        env=dict(os.environ, OMP_NUM_THREADS='1'))
+        [python()] + LAUNCHER + ['--nproc_per_node=%d' % processes, PROGRAM] + list(preset) + list(flags), cwd=ROOT,
+        timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+        env=dict(os.environ, OMP_NUM_THREADS='1', PYTHON_EXEC=python()))
     return result.returncode, result.stdout, result.stderr

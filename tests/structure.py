@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Count the structure of the product code: modules, lines, imports, circles, long functions.
 
-    python tests/structure.py
+    python tests/structure.py             # modules, lines, import edges, longest functions
+    python tests/structure.py --untyped   # public functions and methods that lack an annotation
 
 test_structure.py holds the code to the rules of docs/architecture.md with the same functions.
 """
@@ -97,6 +98,23 @@ def functions(tree):
         yield node.name, lines, len(names) - (names[:1] in (['self'], ['cls']))
 
 
+def untyped(tree):
+    """(line, name, what lacks an annotation) of each public function, and each public method of a public class."""
+    for node in ast.iter_child_nodes(tree):
+        if getattr(node, 'name', '_').startswith('_'):
+            continue
+        if isinstance(node, ast.ClassDef):
+            yield from ((line, '%s.%s' % (node.name, name), lacks) for line, name, lacks in untyped(node))
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            every = [*node.args.posonlyargs, *node.args.args, node.args.vararg, *node.args.kwonlyargs, node.args.kwarg]
+            lacks = [each.arg for each in every if each is not None and each.annotation is None]
+            if isinstance(tree, ast.ClassDef) and lacks[:1] in (['self'], ['cls']):
+                del lacks[0]
+            lacks += ['return'] if node.returns is None else []
+            if lacks:
+                yield node.lineno, node.name, lacks
+
+
 def foreign_assignments(tree, modules):
     """Line numbers where a file assigns to a global of another project module."""
     aliases = set()
@@ -124,6 +142,11 @@ def lines_of(paths, root=ROOT):
 
 def main():
     files, graph = product_files(), import_graph()
+    if sys.argv[1:] == ['--untyped']:
+        for path in files:
+            for line, name, lacks in untyped(parse(path)):
+                print('%s:%d: %s: %s' % (path, line, name, ', '.join(lacks)))
+        return 0
     every = [(lines, path, name, parameters) for path in files for name, lines, parameters in functions(parse(path))]
     tests = subprocess.run(['git', 'ls-files', '*.py'], cwd=ROOT, stdout=subprocess.PIPE, universal_newlines=True,
                            check=True).stdout.split()

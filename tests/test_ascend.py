@@ -27,6 +27,7 @@ from helpers import (
     fake_cann,
     lines_of,
     output,
+    python,
     result,
     run_program,
     run_script,
@@ -209,7 +210,7 @@ def test_an_overflow_is_skipped_counted_and_logged(emulator, tmp_path, soc, scal
     """Twice in eight updates; on a 910A the gradients stay finite, and only its flag tells."""
     out = str(tmp_path / 'out')
     done = subprocess.run(
-        [sys.executable, '-c', OVERFLOW] + DIGITS + [
+        [python(), '-c', OVERFLOW] + DIGITS + [
             '--device=npu', FUSED, '--amp', '--loss_scale=' + scale, '--epochs=1', '--maxstep=8', '--batch_size=16',
             '--output_dir=' + out], cwd=ROOT, env=dict(os.environ, **emulator(apex, FAKE_NPU_SOC=soc)),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
@@ -235,7 +236,7 @@ def test_an_overflow_on_one_of_two_processes_is_skipped_by_both(emulator, tmp_pa
     program.write_text('import os\nimport sys\nsys.path.insert(0, %r)\n' % ROOT + OVERFLOW.replace(
         'if len(calls) in (3, 6)', "if len(calls) in (3, 6) and os.environ['RANK'] == '1'"))
     done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(program)] + DIGITS + [
+        [python(), '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(program)] + DIGITS + [
             '--device=npu', FUSED, '--amp', '--loss_scale=65504', '--epochs=1', '--maxstep=8', '--batch_size=8',
             '--output_dir=' + out], cwd=ROOT, env=dict(os.environ, **emulator(FAKE_NPU_SOC='910A', FAKE_NPU_COUNT='2')),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=200)
@@ -398,7 +399,7 @@ def test_without_the_probe_such_a_fault_would_pass_unseen(train, emulator, half_
     code = ('import sys; from beit.training import fused_attention; fused_attention.compare = lambda *arguments: None; '
             'import run_class_finetuning; sys.exit(run_class_finetuning.run(sys.argv[1:]))')
     flags = ['--epochs=1', '--maxstep=8', '--finetune=' + half_learnt, NO_EVAL]
-    done = subprocess.run([sys.executable, '-c', code] + DIGITS + flags
+    done = subprocess.run([python(), '-c', code] + DIGITS + flags
                           + ['--device=npu', '--log_dir=' + str(tmp_path)], cwd=ROOT, env=dict(
                               os.environ, **emulator(FAKE_NPU_SDPA='drop_bias')),
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
@@ -413,7 +414,7 @@ def test_npu_fusion_attention_where_the_other_is_missing(emulator, tmp_path, pre
     code = ('import sys, torch.nn.functional as F; del F.scaled_dot_product_attention; '
             'import run_class_finetuning; sys.exit(run_class_finetuning.run(sys.argv[1:]))')
     flags = DIGITS + ['--device=npu', '--epochs=1', '--maxstep=8', '--batch_size=16', NO_EVAL]
-    done = subprocess.run([sys.executable, '-c', code] + flags + precision + ['--log_dir=' + str(tmp_path / 'a')],
+    done = subprocess.run([python(), '-c', code] + flags + precision + ['--log_dir=' + str(tmp_path / 'a')],
                           cwd=ROOT, env=dict(os.environ, **emulator()), stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, universal_newlines=True)
     assert 'Attention: fused, npu_fusion_attention (agrees' in done.stdout, done.stdout
@@ -440,7 +441,7 @@ def run_each(ways, patch, env):
         '\nfor flags in json.loads(sys.argv[1]):\n    try:\n        program.run(flags)\n' \
         '    except SystemExit as end:\n        sys.stderr.write("%s\\n" % end)\n'
     ways = [DIGITS + ['--device=npu'] + way for way in ways]
-    done = subprocess.run([sys.executable, '-c', code, json.dumps(ways)], cwd=ROOT, env=dict(os.environ, **env),
+    done = subprocess.run([python(), '-c', code, json.dumps(ways)], cwd=ROOT, env=dict(os.environ, **env),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     assert done.returncode == 0, done.stderr
     return [line for line in done.stderr.splitlines() if 'Warning' not in line]
@@ -456,7 +457,7 @@ def test_compile_mode_reaches_the_device(emulator, soc, modes):
 def test_the_seed_reaches_the_device(emulator):
     code = 'import utils, torch; from beit.devices import accelerator; accelerator.select_device("npu"); ' \
            'utils.seed_everything(7); print(torch.npu.initial_seed())'
-    assert subprocess.check_output([sys.executable, '-c', code], cwd=ROOT, env=dict(os.environ, **emulator())) == b'7\n'
+    assert subprocess.check_output([python(), '-c', code], cwd=ROOT, env=dict(os.environ, **emulator())) == b'7\n'
 
 
 def test_compile_mode_is_for_npus(refused):
@@ -511,7 +512,7 @@ def test_a_probe_that_fails_on_one_process_leaves_fused_attention_to_none(emulat
         "    os.environ['FAKE_NPU_SDPA'] = 'drop_bias'\n"
         "import run_class_finetuning\nsys.exit(run_class_finetuning.run(sys.argv[1:]))\n" % ROOT)
     done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(program)] + DIGITS + [
+        [python(), '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(program)] + DIGITS + [
             '--device=npu', '--epochs=1', '--maxstep=1', NO_EVAL], cwd=ROOT, timeout=200, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, universal_newlines=True, env=dict(os.environ, **emulator(FAKE_NPU_COUNT='2')))
     assert done.returncode == 0, done.stdout

@@ -6,7 +6,6 @@ Most cases call the program inside this process, which takes milliseconds; a few
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -20,7 +19,7 @@ import run_class_finetuning
 from beit.devices import accelerator, half_precision
 from beit.errors import UserError, escape_text
 from beit.files import run_folder
-from helpers import LAUNCH, NANO, PROGRAM, ROOT, assert_one_line, cannot_run, photo, write_images
+from helpers import NANO, assert_one_line, cannot_run, launch, photo, write_images
 
 pytestmark = pytest.mark.fast
 
@@ -634,11 +633,9 @@ def test_fewer_devices_than_processes(refused, monkeypatch):
 @pytest.mark.parametrize('flags, says', [
     (['--batch_size=many'], ['--batch_size', "'many'"]), (['--model=beit'], ['--model', "'beit'"])], ids=str)
 def test_an_error_of_all_processes_is_told_by_one(tmp_path, data, flags, says):
-    result = subprocess.run(
-        LAUNCH + ['--nproc_per_node=2', PROGRAM, '--data_path', data, '--output_dir', str(tmp_path / 'o')] + flags,
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120)
-    assert_one_line(result.returncode, result.stdout, result.stderr, says)
-    assert result.stdout == '' and not (tmp_path / 'o').exists()
+    status, out, err = launch(2, '--data_path', data, '--output_dir', str(tmp_path / 'o'), *flags, preset=())
+    assert_one_line(status, out, err, says)
+    assert out == '' and not (tmp_path / 'o').exists()
 
 
 def test_an_index_for_several_processes(monkeypatch):

@@ -18,7 +18,7 @@ import torchvision
 import modeling_finetune
 from beit.data import fast_decode
 from beit.errors import UserError
-from helpers import ROOT, all_end, cannot_run, has_proc, marked
+from helpers import ROOT, all_end, cannot_run, has_proc, marked, python
 
 sys.path.append(os.path.join(ROOT, 'benchmarks'))
 import benchmark
@@ -31,8 +31,11 @@ HAS_TIMM_BEIT = contenders.importlib.util.find_spec('timm.models.beit') is not N
 
 
 @pytest.fixture
-def bench(tmp_path, capfd):
+def bench(tmp_path, capfd, monkeypatch):
     """bench('step', …): run the benchmark in this process; gives (its JSON, what it printed)."""
+    monkeypatch.setattr(sys, 'executable', python())
+    monkeypatch.setenv('PYTHON', python())
+
     def run(*argv):
         path = tmp_path / 'figures.json'
         argv = list(argv)

@@ -12,7 +12,7 @@ import pytest
 import run_class_finetuning
 from beit.checkpoint import discovery
 from beit.files import weights_file
-from helpers import LAUNCH, PROGRAM, ROOT, RUN, cannot_run, lines_of, run_program
+from helpers import ROOT, RUN, cannot_run, launch, lines_of, python, run_program
 
 pytestmark = pytest.mark.current_only
 
@@ -67,9 +67,7 @@ def test_a_disk_that_fills_up_with_checkpoints(image_folder, small_disk, process
     if processes == 1:
         status, _, err = run_program(*base)
     else:
-        done = subprocess.run(LAUNCH + ['--nproc_per_node=2', PROGRAM] + base, cwd=ROOT,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=200)
-        status, err = done.returncode, done.stderr
+        status, _, err = launch(2, *base, preset=())
     failed_in_one_line(status, err, '--output_dir', 'cannot write', 'earlier checkpoints are whole')
     kept = [os.path.basename(path) for _, path in discovery.list_checkpoints(disk)]
     assert kept and kept[0] == 'checkpoint-0.pth' and 'checkpoint-3.pth' not in kept
@@ -140,7 +138,7 @@ HAPPENINGS = {
 def test_an_output_folder_that_changes_under_the_run(image_folder, tmp_path, small_disk, happening):
     output = small_disk(8 * CHECKPOINT_BYTES) if happening == 'read-only' else str(tmp_path / 'out')
     base = RUN + ['--data_path=' + image_folder(), '--epochs=3', '--save_ckpt_freq=1', '--output_dir=' + output]
-    done = subprocess.run([sys.executable, '-c', BETWEEN % (ROOT, HAPPENINGS[happening]), output] + base,
+    done = subprocess.run([python(), '-c', BETWEEN % (ROOT, HAPPENINGS[happening]), output] + base,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=200)
     failed_in_one_line(done.returncode, done.stderr, '--output_dir', output)
     kept = output + '-kept' if happening in ('moved away', 'replaced by a file') else output

@@ -24,7 +24,20 @@ import pytest
 from beit.checkpoint import discovery
 from beit.data import image_dataset, loader
 from beit.files import weights_file
-from helpers import LONG, ROOT, RUN, all_end, cannot_run, ends, free_port, has_proc, lines_of, marked, start_launcher
+from helpers import (
+    COLD,
+    LONG,
+    ROOT,
+    RUN,
+    all_end,
+    cannot_run,
+    ends,
+    free_port,
+    has_proc,
+    lines_of,
+    marked,
+    start_launcher,
+)
 
 SECONDS = 5  # --dist_timeout, where something hangs
 SLACK = 12  # how much later than that all has to be over, on a machine that has other things to do
@@ -368,7 +381,7 @@ def test_a_fork_after_a_collective_does_not_hang(job, data):
 def test_real_processes(data, tmp_path):
     """Nothing forked here: the launcher's own processes, one of which is stopped with its loader."""
     job = start_launcher('--data_path=' + data, *LONG, '--num_workers=1', '--dist_timeout=%d' % SECONDS, nnodes=1,
-                         processes=2, MARK=str(tmp_path))
+                         processes=2, MARK=str(tmp_path), **COLD)
     try:
         assert any('Epoch: [1]' in line for line in job.stdout)
         for pid in [pid for pid, env in marked(str(tmp_path)).items() if env.get('RANK') == '1']:

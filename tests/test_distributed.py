@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from beit.distributed import process_group
-from helpers import ROOT, RUN, free_port, launch, lines_of
+from helpers import ROOT, RUN, free_port, launch, lines_of, python
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_evaluation_gives_the_same_bits_on_any_number_of_processes():
     for processes in (1, 2, 3, 8):
         port = free_port()
         started = [subprocess.Popen(
-            [sys.executable, '-c', EVALUATE_LEFTOVERS % ROOT], stdout=subprocess.PIPE, universal_newlines=True,
+            [python(), '-c', EVALUATE_LEFTOVERS % ROOT], stdout=subprocess.PIPE, universal_newlines=True,
             env=dict(os.environ, RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank), OMP_NUM_THREADS='1',
                      MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))) for rank in range(processes)]
         outputs = [process.communicate(timeout=240)[0] for process in started]

@@ -33,10 +33,9 @@ from beit.data import locations
 from beit.distributed import preemption, process_group
 from beit.errors import UserError
 from beit.files import weights_file
-from helpers import LAUNCH, NANO, PROGRAM, ROOT, cannot_run, free_port
+from helpers import LAUNCHER, NANO, PROGRAM, ROOT, cannot_run, free_port
 
-pytestmark = [pytest.mark.computes,
-              pytest.mark.needs('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')]
+pytestmark = pytest.mark.needs('linux', os.path.isdir('/proc/self'), 'processes are found through /proc')
 
 STEPS = 'beit.training.step_control.'
 
@@ -828,7 +827,7 @@ class Launched:
 def test_a_launcher_whose_processes_are_struck(life, unbroken):
     """Rank 1 of 2 is killed, then in the next start asked to stop."""
     reference, run = unbroken('two'), life('two')
-    command = LAUNCH[1:] + ['--nproc_per_node=2', PROGRAM] + run.flags
+    command = LAUNCHER + ['--nproc_per_node=2', PROGRAM] + run.flags
 
     launched = Launched(run, *command)
     launched.until('checkpoint-0-step2.pth')

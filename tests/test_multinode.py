@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from beit.distributed import process_group
 from beit.errors import UserError
 from beit.files import weights_file
 from helpers import (
+    COLD,
     LONG,
     NANO,
     ROOT,
@@ -31,6 +31,7 @@ from helpers import (
     lines_of,
     marked,
     output,
+    python,
     result,
     run_script,
     start_launcher,
@@ -112,7 +113,7 @@ def test_pytorch_s_own_launcher(image_folder, tmp_path):
                     '--node_rank=%d' % node] for node in (0, 1)]
     flags = RUN + ['--data_path=' + image_folder(), '--batch_size=2', '--epochs=1',
                    '--output_dir=' + str(tmp_path / 'o')]
-    runs = ends([subprocess.Popen([sys.executable, '-m'] + own + ['--nnodes=2', '--nproc_per_node=2',
+    runs = ends([subprocess.Popen([python(), '-m'] + own + ['--nnodes=2', '--nproc_per_node=2',
                                   os.path.join(ROOT, 'run_class_finetuning.py')] + flags,
                                   env=environment(OMP_NUM_THREADS='1'), stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE, universal_newlines=True) for own in options], 200)
@@ -152,7 +153,7 @@ def test_a_waiting_time_that_is_no_number(monkeypatch, text):
 @pytest.mark.parametrize('victim', ['process', 'launcher'])
 def test_a_node_that_fails_ends_the_other(image_folder, tmp_path, victim):
     data, port, mark = '--data_path=' + image_folder(), free_port(), str(tmp_path)
-    nodes = [start_launcher(data, *LONG, port=port, node_rank=rank, MARK=mark) for rank in (0, 1)]
+    nodes = [start_launcher(data, *LONG, port=port, node_rank=rank, MARK=mark, **COLD) for rank in (0, 1)]
     try:
         assert any('Epoch: [2]' in line for line in nodes[0].stdout), nodes[0].stderr.read()
         pid = nodes[1].pid if victim == 'launcher' \
@@ -174,7 +175,7 @@ def test_a_node_that_fails_ends_the_other(image_folder, tmp_path, victim):
 def test_a_launcher_that_is_stopped_leaves_no_process(image_folder, tmp_path, number):
     """Under nohup it doesn't mind that its terminal is closed."""
     node = start_launcher('--data_path=' + image_folder(), *LONG, nnodes=1, processes=2, prefix=['nohup'],
-                          MARK=str(tmp_path))
+                          MARK=str(tmp_path), **COLD)
     try:
         assert any('Epoch: [2]' in line for line in node.stdout)
         node.send_signal(signal.SIGHUP)

@@ -16,6 +16,7 @@ import time
 import pytest
 
 from helpers import (
+    COLD,
     LOG,
     NANO,
     ROOT,
@@ -503,7 +504,7 @@ def test_one_process_that_fails_ends_the_run(checkout, image_folder, damaged):
 @has_proc
 def test_one_process_that_is_killed_ends_the_run(checkout, data, tmp_path):
     script = start_script(checkout, 'train_performance_8p', '--data_path=' + data, *TINY, '--nproc_per_node=2',
-                          '--epochs=100000', '--maxstep=400000', MARK=str(tmp_path))
+                          '--epochs=100000', '--maxstep=400000', MARK=str(tmp_path), **COLD)
     try:
         assert any('Epoch: [2]' in line for line in script.stdout)
         second, = [pid for pid, env in marked(str(tmp_path)).items() if env.get('RANK') == '1']
@@ -525,7 +526,7 @@ def test_one_process_that_is_killed_ends_the_run(checkout, data, tmp_path):
 def test_a_script_that_is_stopped_stops_its_processes(checkout, data, tmp_path, script, number, status):
     flags = TINY + (['--nproc_per_node=2'] if '8p' in script else [])
     run = start_script(checkout, script, '--data_path=' + data, *flags, '--epochs=100000', '--maxstep=400000',
-                       MARK=str(tmp_path))
+                       MARK=str(tmp_path), **COLD)
     try:
         assert any('Epoch: [2]' in line for line in run.stdout)
         run.send_signal(number)  # to the shell alone, as kill, docker stop or a scheduler do

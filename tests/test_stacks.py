@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from beit.files import weights_file
-from helpers import LAUNCH, PROGRAM, ROOT, RUN, assert_one_line, cannot_run, lines_of, write_images
+from helpers import ROOT, RUN, assert_one_line, cannot_run, launch, lines_of, write_images
 
 pytestmark = pytest.mark.computes
 
@@ -192,14 +192,12 @@ def test_half_precision_trains_or_is_refused(program, data, tmp_path, flags, lev
 
 def test_half_precision_of_several_processes(data):
     """Each finds that it cannot be, and one says so."""
-    done = subprocess.run(LAUNCH + ['--nproc_per_node=2', PROGRAM] + RUN + ['--data_path=' + data, '--epochs=1',
-                          '--maxstep=1', '--amp'], cwd=ROOT, timeout=200, env=dict(os.environ, OMP_NUM_THREADS='1'),
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    status, out, err = launch(2, '--data_path=' + data, '--epochs=1', '--maxstep=1', '--amp')
     if THIS['O2']:
-        assert done.returncode == 0, done.stderr
+        assert status == 0, err
     else:
-        assert_one_line(done.returncode, done.stdout, done.stderr, ['--opt-level O2', 'leave --amp out'])
-        assert done.stdout == ''
+        assert_one_line(status, out, err, ['--opt-level O2', 'leave --amp out'])
+        assert out == ''
 
 
 # ---- the lowest versions that requirements.txt allows

@@ -1,0 +1,284 @@
+"""A Python that starts at once, for tests that start the program: PyTorch, torchvision and timm are imported already.
+
+A start of the program spends four seconds on imports, and the tests start it many hundred times. Here a server imports
+the packages once, and forks a process for each start. The forked process has the command's arguments, environment,
+folder, standard streams and ignored signals, and imports the project's own modules anew.
+
+`start` gives a program that takes Python's command line. It passes signals on to the forked process and ends as that
+one does. It starts a Python of its own where something differs that only the start of a process reads, or that a
+forked process doesn't inherit from the command: limits, user, namespaces.
+
+What differs from a Python of its own: the process is the server's child, in a session of its own, so that what is sent
+to the command's group reaches it only once, and /proc/PID/environ is the server's (`environment_of` reads its own).
+Tests of imports, of signals and of processes that are killed use sys.executable.
+"""
+
+import array
+import atexit
+import builtins
+import contextlib
+import gc
+import importlib
+import json
+import os
+import resource
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import types
+
+# Not torch.distributed.run: the launcher changes subprocess before that is imported.
+PACKAGES = ('torch', 'torch.utils.data.distributed', 'torch._dynamo', 'torch.profiler', 'torchvision', 'torchvision.io',
+            'timm', 'timm.data', 'timm.layers', 'timm.loss', 'timm.models', 'timm.optim', 'timm.scheduler',
+            'timm.utils', 'numpy', 'scipy', 'PIL.Image', 'tensorboardX', 'tqdm', 'yaml', 'einops')
+FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+READ_AT_START = ('OMP_', 'MKL_', 'KMP_', 'OPENBLAS_', 'LD_', 'LC_', 'LANG', 'MALLOC_', 'PYTHON', 'TORCH_LOGS',
+                 'TORCH_SHOW')
+FORKED_READ = ('PYTHON', 'PYTHONPATH', 'PYTHON_EXEC', 'PYTHONUNBUFFERED', 'PYTHON38')
+ENVIRON = 'environ of warm_python'  # a file in memory, which a forked process holds open
+HEAD = 12  # bytes that say how many follow
+
+
+def surroundings():
+    """What a process has from its start, and a forked one from the server."""
+    env = {name: value for name, value in os.environ.items()
+           if name.startswith(READ_AT_START) and name not in FORKED_READ}
+    limits = {name: list(resource.getrlimit(getattr(resource, name))) for name in dir(resource)
+              if name.startswith('RLIMIT_')}
+    spaces = {name: os.readlink('/proc/self/ns/' + name) for name in ('mnt', 'net', 'pid', 'user')}
+    return {'env': env, 'limits': limits, 'spaces': spaces, 'user': [os.getuid(), os.geteuid(), os.getegid()]}
+
+
+# ---- the program that tests start: warm_python.py SOCKET ARGUMENT…
+
+def run_client(path, arguments):
+    """Have the server run Python's command line; ends as that ends."""
+    command = arguments[1:] if arguments[:1] == ['-u'] else arguments
+    folders = os.environ.get('PYTHONPATH', '').split(os.pathsep)
+    with open(path + '.env', encoding='utf-8') as file:
+        forked = json.load(file) == surroundings()
+    if not forked or not command or command[0].startswith('-') and command[0] not in ('-c', '-m') \
+            or any(os.path.exists(os.path.join(folder, 'sitecustomize.py')) for folder in folders if folder):
+        os.execv(sys.executable, [sys.executable] + arguments)
+    early, ignored = [], [number for number in FORWARDED if signal.getsignal(number) == signal.SIG_IGN]
+    passed_on = [number for number in FORWARDED if number not in ignored]
+    for number in passed_on:
+        signal.signal(number, lambda number, _: early.append(number))
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(path)
+    umask = os.umask(0)
+    os.umask(umask)
+    order = json.dumps({'command': command, 'unbuffered': command != arguments, 'folder': os.getcwd(),
+                        'env': dict(os.environ), 'ignored': ignored, 'umask': umask}).encode()
+    connection.sendmsg([b'%*d' % (HEAD, len(order))],
+                       [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [0, 1, 2]))])
+    connection.sendall(order)
+    pid = int(connection.recv(HEAD))
+    for number in passed_on:
+        signal.signal(number, lambda number, _: send_signal(pid, number))
+    for number in early:
+        send_signal(pid, number)
+    for handle in (0, 1, 2):  # or who reads from the forked process would wait for this one too
+        os.close(handle)
+    answer = connection.recv(HEAD)
+    status = int(answer) if answer else 70
+    if status < 0:
+        with contextlib.suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+def send_signal(pid, number):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+# ---- the server: warm_python.py SOCKET
+
+def serve(path):
+    """Fork a process for each order: gives the order there, and None here when whoever started this has ended."""
+    for name in PACKAGES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a forked process copies nothing
+    reader, writer = os.pipe()
+    for handle in (reader, writer):
+        os.set_blocking(handle, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(writer)
+    for number in FORWARDED:
+        signal.signal(number, signal.SIG_IGN)
+    listener, running = socket.socket(socket.AF_UNIX), {}
+    listener.bind(path)
+    listener.listen(64)
+    with open(path + '.env', 'w', encoding='utf-8') as file:
+        json.dump(surroundings(), file)
+    print('ready', flush=True)
+    while True:
+        ready = select.select([0, listener, reader] + list(running), [], [])[0]
+        for connection in set(ready) & set(running):  # its client was killed: it says nothing else
+            send_signal(running[connection], signal.SIGKILL)
+            os.waitpid(running.pop(connection), 0)
+            connection.close()
+        if reader in ready:
+            os.read(reader, 1000)
+        for connection, pid in list(running.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+                with contextlib.suppress(OSError):
+                    connection.sendall(b'%*d' % (HEAD, code))
+                connection.close()
+                del running[connection]
+        if 0 in ready:
+            for pid in running.values():
+                send_signal(pid, signal.SIGKILL)
+            return None
+        if listener in ready:
+            connection = listener.accept()[0]
+            try:
+                order, streams = receive(connection)
+            except (OSError, ValueError):  # the client was killed meanwhile
+                connection.close()
+                continue
+            pid = os.fork()
+            if not pid:
+                for each in [connection, listener] + list(running):
+                    each.close()
+                signal.set_wakeup_fd(-1)
+                os.close(reader)
+                os.close(writer)
+                become(order, streams)
+                return order
+            for handle in streams:
+                os.close(handle)
+            running[connection] = pid
+            with contextlib.suppress(OSError):
+                connection.sendall(b'%*d' % (HEAD, pid))
+
+
+def receive(connection):
+    """(order, its three standard streams)."""
+    streams = array.array('i')
+    head, ancillary = connection.recvmsg(HEAD, socket.CMSG_SPACE(3 * streams.itemsize))[:2]
+    streams.frombytes(ancillary[0][2])
+    left, parts = int(head), []
+    while left:
+        parts.append(connection.recv(left))
+        if not parts[-1]:
+            raise OSError('cut off')
+        left -= len(parts[-1])
+    return json.loads(b''.join(parts).decode()), list(streams)
+
+
+def become(order, streams):
+    """In the forked process: what a new one of that command has."""
+    os.setsid()
+    for number in FORWARDED + (signal.SIGCHLD,):
+        signal.signal(number, signal.SIG_IGN if number in order['ignored'] else
+                      signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for target, handle in enumerate(streams):
+        os.dup2(handle, target)
+        os.close(handle)
+    os.chdir(order['folder'])
+    os.umask(order['umask'])
+    os.environ.clear()
+    os.environ.update(order['env'])
+    if hasattr(os, 'memfd_create'):
+        os.write(os.memfd_create(ENVIRON, 0), '\0'.join('='.join(each) for each in order['env'].items()).encode())
+    unbuffered = order['unbuffered'] or bool(os.environ.get('PYTHONUNBUFFERED'))
+    sys.stdin = open(0, closefd=False)
+    for name, handle in (('stdout', 1), ('stderr', 2)):
+        stream = open(handle, 'w', errors='backslashreplace' if handle == 2 else 'strict', closefd=False,
+                      buffering=1 if handle == 2 or os.isatty(handle) else -1)
+        stream.reconfigure(write_through=unbuffered)
+        setattr(sys, name, stream)
+        setattr(sys, '__%s__' % name, stream)
+    if 'numpy' in sys.modules:
+        sys.modules['numpy'].random.seed()  # the random module does it by itself
+
+
+def run(order):
+    """Python's command line, in the way of runpy and Python's own main."""
+    kind, rest = order['command'][0], order['command'][1:]
+    sys.path[1:1] = [folder for folder in os.environ.get('PYTHONPATH', '').split(os.pathsep) if folder]
+    main = types.ModuleType('__main__')
+    main.__builtins__ = builtins
+    sys.modules['__main__'] = main
+    if kind == '-m':
+        sys.argv, sys.path[0] = rest, os.getcwd()
+        runpy._run_module_as_main(rest[0])
+    elif kind == '-c':
+        sys.argv, sys.path[0] = ['-c'] + rest[1:], ''
+        exec(compile(rest[0], '<string>', 'exec'), main.__dict__)
+    else:
+        sys.argv, sys.path[0], main.__file__ = [kind] + rest, os.path.dirname(os.path.realpath(kind)), kind
+        with open(kind, 'rb') as file:
+            code = compile(file.read(), kind, 'exec')
+        exec(code, main.__dict__)
+
+
+def environment_of(pid):
+    """{name: value} of the environment that a living process was started with, forked or not."""
+    path = '/proc/%s/environ' % pid
+    for handle in os.listdir('/proc/%s/fd' % pid):
+        with contextlib.suppress(OSError):
+            if ENVIRON in os.readlink('/proc/%s/fd/%s' % (pid, handle)):
+                path = '/proc/%s/fd/%s' % (pid, handle)
+    with open(path, 'rb') as file:
+        return dict(entry.partition('=')[::2] for entry in file.read().decode(errors='replace').split('\0'))
+
+
+def start(folder):
+    """Start a server: (its process, the program to start in Python's place). It ends when its standard input does."""
+    path, program = os.path.join(folder, 'socket'), os.path.join(folder, 'python')
+    with open(program, 'w', encoding='utf-8') as file:
+        file.write('#!/bin/sh\nexec "%s" -IS "%s" --client "%s" "$@"\n' % (
+            sys.executable, os.path.abspath(__file__), path))
+    os.chmod(program, 0o755)
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    server = subprocess.Popen([sys.executable, os.path.abspath(__file__), path], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, universal_newlines=True, close_fds=True,
+                              env=dict(env, OMP_NUM_THREADS='1', TORCH_DEVICE_BACKEND_AUTOLOAD='0'))
+    assert server.stdout.readline() == 'ready\n'
+    return server, program
+
+
+def end(order):
+    """Run the command and end as Python does, but for the modules, which it would take apart one by one."""
+    status = 0
+    try:
+        run(order)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if error.code is not None and not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
+    except BaseException as error:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+    with contextlib.suppress(BaseException):
+        threading._shutdown()
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # closed, or nobody reads
+            status = status or 120
+    os._exit(status & 255)
+
+
+if __name__ == '__main__':
+    if sys.argv[1] == '--client':
+        run_client(sys.argv[2], sys.argv[3:])
+    order = serve(sys.argv[1])
+    if order is not None:
+        end(order)
