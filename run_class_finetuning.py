@@ -46,7 +46,6 @@ from beit.training.losses import build_criterion
 from beit.training.metrics import (
     best_figures,
     build_metrics,
-    check_metrics,
     logged,
     plotted,
     primary_metric,
@@ -157,7 +156,7 @@ def prepare_data(args, output, device):
     train_set, val_set, classes = datasets.build_datasets(args, device, known_classes(args, output, device))
     if val_set is not None:
         datasets.check_fits(val_set)
-        check_metrics(val_set, args.results_file, args.real_labels, args.data_set)
+        build_metrics(val_set, args.results_file, args.real_labels, args.data_set)
     weights = choose_class_weights(args, train_set, classes)
     steps_per_epoch = None if args.eval else count_steps(args, len(train_set))
     return Data(train_set, val_set, classes, weights, steps_per_epoch,
@@ -425,7 +424,7 @@ def evaluate_all(args, data, learner, bad_images, throughput=None, stop_signal=N
                 figure.title, name, stats['images'], stats[figure.name], figure.unit,
                 ' (%d more could not be read and are not counted)' % len(set(left_out)) if left_out else ''),
                 detail=stop_signal is not None)  # in training, the epoch's own line has it
-            for message in filter(None, (metric.message(stats) for metric in metrics)):
+            for message in filter(None, (metric.message % stats for metric in metrics)):
                 log.log_main(message)
         return stats
 
