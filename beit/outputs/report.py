@@ -62,11 +62,15 @@ class Report:
         if writer is not None and self.samples:
             writer.image('images/training', 0, image_grid([pixels for pixels, _ in self.samples]))
 
-    def predictions(self) -> Optional[ConfusionMatrix]:
-        """What the next evaluation fills; None where no output needs it, or an image may be of several classes."""
-        is_needed = self.output.report or self.output.log_dir
-        self.newest = ConfusionMatrix(len(self.classes)) \
-            if is_needed and not is_multi_label(getattr(self.val_set, 'samples', None)) else None
+    def predictions(self, multi_label: Optional[bool] = None, activation: str = 'softmax') -> Optional[ConfusionMatrix]:
+        """What the next evaluation fills; None where no output needs it, or an image may be of several classes.
+
+        Args: as of `metrics.build_metrics`.
+        """
+        if multi_label is None:
+            multi_label = is_multi_label(getattr(self.val_set, 'samples', None))
+        is_needed = (self.output.report or self.output.log_dir) and not multi_label
+        self.newest = ConfusionMatrix(len(self.classes), activation) if is_needed else None
         return self.newest
 
     def after_epoch(self, writer: Any, epoch: int, is_best: bool) -> None:

@@ -200,7 +200,7 @@ def _hardest(data: Dict[str, Any]) -> str:
         (pixels, '%s taken for %s' % (classes[image.target], classes[image.predicted]),
          'taken for <span class="wrong">%s</span> (%s)<br>is %s (%s)<br>%s' % (
              escape(classes[image.predicted]), percent(image.probability), escape(classes[image.target]),
-             percent(math.exp(-image.loss) if math.isfinite(image.loss) else math.nan), _path(path)))
+             percent(image.target_probability), _path(path)))
         for pixels, image, path in data['hardest']])
 
 

@@ -5,10 +5,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from beit.distributed import collectives
-from beit.training.metrics import Metric
+from beit.training import losses, metrics
 
 KEPT = 24  # images of each kind
 LARGEST_IMAGE = 2048  # classes; a picture of more confusions nobody can look at
@@ -19,11 +18,12 @@ class EvaluatedImage(NamedTuple):
     target: int
     predicted: int
     probability: float  # of the predicted class
-    loss: float  # cross entropy, so that exp(-loss) is the probability of the target
+    target_probability: float
+    loss: float
 
 
-class ConfusionMatrix(Metric):
-    """A metric without a figure, of images with one class each; five numbers an image stay on the device until the end.
+class ConfusionMatrix(metrics.Metric):
+    """A metric without a figure, of images with one class each; six numbers an image stay on the device until the end.
 
     Attributes, once computed:
         counts (Counter): {(target, predicted class): images}.
@@ -31,8 +31,8 @@ class ConfusionMatrix(Metric):
             `KEPT` at most.
     """
 
-    def __init__(self, nb_classes: int) -> None:
-        self.nb_classes = nb_classes
+    def __init__(self, nb_classes: int, activation: str = 'softmax') -> None:
+        self.nb_classes, self.activation = nb_classes, activation
         self.batches: List[Tuple[torch.Tensor, ...]] = []
         self.counts: Dict[Tuple[int, int], int] = collections.Counter()
         self.hardest: List[EvaluatedImage] = []
@@ -40,22 +40,24 @@ class ConfusionMatrix(Metric):
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
         targets = batch[1].to(output.device)
-        probability, predicted = torch.softmax(output, dim=1).max(dim=1)
-        losses = F.cross_entropy(output, targets, reduction='none')
-        self.batches.append((batch[2], targets, predicted, probability, losses))
+        predicted = metrics.top_classes(output, 1)
+        shares = torch.sigmoid(output) if self.activation == 'sigmoid' else torch.softmax(output, dim=1)
+        self.batches.append((batch[2], targets, predicted[:, 0], shares.gather(1, predicted)[:, 0],
+                             shares.gather(1, targets[:, None])[:, 0],
+                             losses.image_losses(output, targets, self.activation)))
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         """Sort and count, on every process the images of all; {}, for it adds no figure."""
-        columns: List[Any] = [torch.cat([each.cpu() for each in column]) for column in zip(*self.batches)] or [None] * 5
+        columns: List[Any] = [torch.cat([each.cpu() for each in column]) for column in zip(*self.batches)] or [None] * 6
         if sharded:
             columns = collectives.all_gather_rows(columns, device)
         columns = [column.numpy() for column in columns]
-        _, targets, predicted, probability, losses = columns
+        _, targets, predicted, probability, _, values = columns
         pairs, counts = np.unique(targets * self.nb_classes + predicted, return_counts=True)
         for pair, count in zip(pairs.tolist(), counts.tolist()):
             self.counts[divmod(pair, self.nb_classes)] = count
         is_wrong = predicted != targets
-        self.hardest = _first(columns, is_wrong, -np.where(np.isfinite(losses), losses, np.inf))
+        self.hardest = _first(columns, is_wrong, -np.where(np.isfinite(values), values, np.inf))
         self.most_confident = _first(columns, ~is_wrong, -probability)
         self.batches = []
         return {}

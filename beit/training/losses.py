@@ -48,6 +48,14 @@ def one_hot(targets: torch.Tensor, logits: torch.Tensor, smoothing: float) -> to
     return torch.full_like(logits, share).scatter_(1, targets[:, None], 1. - smoothing + share)
 
 
+def image_losses(output: torch.Tensor, targets: torch.Tensor, activation: str) -> torch.Tensor:
+    """(B,): what the criterion of that activation gives for each image, without smoothing, mixing and weights."""
+    if targets.dim() == 1 and activation == 'softmax':
+        return F.cross_entropy(output, targets, reduction='none')
+    ones = one_hot(targets, output, 0.) if targets.dim() == 1 else targets
+    return F.binary_cross_entropy_with_logits(output, ones, reduction='none').mean(dim=1)
+
+
 class BinaryCrossEntropy(torch.nn.Module):
     """A binary cross entropy for each class, averaged over classes and images; smoothing is timm's of that name.
 

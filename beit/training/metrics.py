@@ -13,13 +13,13 @@ from typing import Any, Dict, FrozenSet, List, NamedTuple, Optional, Sequence, T
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from beit.data import subsets
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text
 from beit.files import atomic_write
 from beit.files.regular_file import open_file
+from beit.training import losses
 
 LOSS_UNIT = 2. ** -32  # losses are added up as whole multiples of this: the sum does not depend on the order
 
@@ -38,12 +38,13 @@ class MetricSpec(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What is evaluated, for a metric to know whether it applies. All but `dataset` are flags of these names."""
+    """What is evaluated, for a metric to know whether it applies."""
     dataset: Any
-    multi_label: bool = False  # an image may be of several classes, or of none
-    results_file: str = ''
+    results_file: str = ''  # these three are flags
     real_labels: str = ''
     data_set: str = ''
+    multi_label: bool = False  # an image may be of several classes, or of none
+    activation: str = 'softmax'  # what makes probabilities of the logits; or 'sigmoid'
 
 
 class Metric:
@@ -83,7 +84,7 @@ class TopAccuracy(Metric):
         return None if evaluation.multi_label else cls()
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> Optional[Dict[str, torch.Tensor]]:
-        hits = output.topk(min(5, output.shape[1]), dim=1).indices == batch[1][:, None]
+        hits = top_classes(output, 5) == batch[1][:, None]
         counts = torch.stack((hits[:, 0].sum(), hits.sum(), hits.new_ones(len(hits), dtype=torch.int64).sum()))
         self.counts = counts if self.counts is None else self.counts + counts
         return {'acc1': 100 * hits[:, 0].float().mean()}
@@ -95,28 +96,48 @@ class TopAccuracy(Metric):
 
 
 class Loss(Metric):
-    """Cross entropy per image; of images with several classes the binary one, averaged over the classes."""
+    """The loss per image that trains: cross entropy, or with a sigmoid the binary one, averaged over the classes."""
 
     specs = (MetricSpec('loss', 'loss %.3f', 'Loss', '', 'Loss', 'validation', 'loss'),
              MetricSpec('images', summary='images', is_logged=False))
 
-    def __init__(self) -> None:
+    def __init__(self, activation: str = 'softmax') -> None:
+        self.activation = activation
         self.losses: List[torch.Tensor] = []
 
+    @classmethod
+    def create(cls, evaluation: Evaluation) -> Optional[Metric]:
+        return cls(evaluation.activation)
+
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> Optional[Dict[str, torch.Tensor]]:
-        targets = batch[1]
-        self.losses.append(
-            F.cross_entropy(output, targets, reduction='none') if targets.dim() == 1 else
-            F.binary_cross_entropy_with_logits(output, targets, reduction='none').mean(dim=1))
+        self.losses.append(losses.image_losses(output, batch[1], self.activation))
         return {'loss': self.losses[-1].mean()}
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         """{'loss': not a number where that of an image isn't finite, 'images': how many were evaluated}"""
-        losses = torch.cat(self.losses).cpu().double() if self.losses else torch.zeros(0, dtype=torch.float64)
-        finite = torch.isfinite(losses) & (losses < 2. ** 24)
-        units = int((losses[finite] / LOSS_UNIT).round().to(torch.int64).sum())
-        units, not_finite, images = sum_counts([units, int((~finite).sum()), len(losses)], sharded, device)
+        values = torch.cat(self.losses).cpu().double() if self.losses else torch.zeros(0, dtype=torch.float64)
+        finite = torch.isfinite(values) & (values < 2. ** 24)
+        units = int((values[finite] / LOSS_UNIT).round().to(torch.int64).sum())
+        units, not_finite, images = sum_counts([units, int((~finite).sum()), len(values)], sharded, device)
         return {'loss': math.nan if not_finite or not images else units * LOSS_UNIT / images, 'images': images}
+
+
+def top_classes(output: torch.Tensor, most: int) -> torch.Tensor:
+    """int64 (B, most or all classes): by falling output, of equal ones that with the lowest index first.
+
+    `topk` breaks ties by the device and the number of classes.
+    """
+    if most > 16:
+        order = np.argsort(-output.cpu().numpy(), axis=1, kind='stable')[:, :most]
+        return torch.from_numpy(np.ascontiguousarray(order)).to(output.device)
+    every = torch.arange(output.shape[1], device=output.device).expand_as(output)
+    left, found = torch.ones_like(every, dtype=torch.bool), []
+    for _ in range(min(most, output.shape[1])):
+        highest = output.masked_fill(~left, -math.inf).max(dim=1, keepdim=True).values
+        is_highest = left & ~(output < highest)  # not >=, for what is no number
+        found.append(every.masked_fill(~is_highest, output.shape[1]).min(dim=1).values)
+        left = left & (every != found[-1][:, None])
+    return torch.stack(found, dim=1)
 
 
 def sum_counts(counts: Sequence[Any], sharded: bool, device: torch.device) -> List[Any]:
@@ -146,7 +167,8 @@ class MeanAveragePrecision(Metric):
         return cls(evaluation.dataset.classes if evaluation.results_file else ()) if evaluation.multi_label else None
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
-        for column, values in zip(self.columns, (output, batch[1], batch[2])):
+        targets = losses.one_hot(batch[1], output, 0.) if batch[1].dim() == 1 else batch[1]
+        for column, values in zip(self.columns, (output, targets, batch[2])):
             column.append(values.cpu())
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
@@ -191,7 +213,7 @@ class PerClass(Metric):
         return cls(evaluation.dataset.classes) if evaluation.results_file and not evaluation.multi_label else None
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
-        targets, right = batch[1].cpu().numpy(), (output.argmax(-1) == batch[1]).cpu().numpy()
+        targets, right = batch[1].cpu().numpy(), (top_classes(output, 1)[:, 0] == batch[1]).cpu().numpy()
         self.counts += np.stack([np.bincount(each, minlength=len(self.classes)) for each in (targets, targets[right])],
                                 axis=1)
 
@@ -231,8 +253,7 @@ class RealLabels(Metric):
         return cls(labels, evaluation.dataset.samples, evaluation.real_labels)
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
-        top = output.topk(min(5, output.shape[1]), dim=1).indices.tolist()
-        for index, best in zip(batch[2].tolist(), top):
+        for index, best in zip(batch[2].tolist(), top_classes(output, 5).tolist()):
             right = self.right[index]
             if right:
                 self.counts += (1, best[0] in right, not right.isdisjoint(best))
@@ -282,16 +303,17 @@ def metric_specs() -> List[MetricSpec]:
 
 
 def build_metrics(dataset: Any, results_file: str = '', real_labels: str = '', data_set: str = '',
-                  multi_label: Optional[bool] = None) -> List[Metric]:
+                  multi_label: Optional[bool] = None, activation: str = 'softmax') -> List[Metric]:
     """What an evaluation of this validation set reports; anew for each evaluation.
 
     Args:
-        results_file, real_labels, data_set (str): the flags of these names.
-        multi_label (bool): whether an image may be of several classes; None looks whether one is.
+        results_file, real_labels, data_set: the flags of these names.
+        multi_label: whether the model tells several classes an image; None looks whether an image is of several.
+        activation: what makes probabilities of the model's outputs, 'softmax' or 'sigmoid'.
     """
     if multi_label is None:
         multi_label = subsets.is_multi_label(getattr(dataset, 'samples', None))
-    evaluation = Evaluation(dataset, multi_label, results_file, real_labels, data_set)
+    evaluation = Evaluation(dataset, results_file, real_labels, data_set, multi_label, activation)
     return [metric for metric in (kind.create(evaluation) for kind in METRICS) if metric is not None]
 
 
