@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -65,8 +65,8 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
     model.train()
     monitor, update_freq = config.monitor or StepMonitor(), config.update_freq or 1
     scaler = loss_scaler if loss_scaler is not None else LossScaler()
-    earlier = config.state or dict(meters={}, skipped_before=scaler.skipped)
-    meters, skipped_before = training_meters(earlier['meters']), earlier['skipped_before']
+    meters = training_meters(config.state, getattr(data_loader, 'batch_size', None) or 1)
+    skipped_before = config.state['skipped_before'] if config.state else scaler.skipped
     updates = config.num_training_steps_per_epoch
     micro_steps = (len(data_loader) // update_freq if updates is None else updates) * update_freq
     first_micro_step, start_steps = config.first_step * update_freq, config.start_steps or 0
@@ -78,8 +78,10 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
     line_is_due = False
 
     def state() -> Dict[str, Any]:
-        return dict(meters=meters.state(), skipped_before=skipped_before)
+        return dict(meters=meters.state(), skipped_before=skipped_before, counts_images=True)
 
+    # Without --bad_images skip nobody has to wait for the others' counts before the optimizer's step.
+    grad_factor = monitor.grad_factor if getattr(getattr(data_loader, 'dataset', None), 'skips', True) else None
     timer = utils.StepTimer(device, process_group.world_size(), config.throughput)
     batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,
                                'Epoch: [%d]' % epoch, timer, first_micro_step)
@@ -93,21 +95,17 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
             if config.seed is not None:
                 utils.seed_step(config.seed, update_step)
         set_schedules(optimizer, update_step, *schedules)
-        images = batch[0].to(device, non_blocking=True)
-        targets = batch[1].to(device, non_blocking=True)
-        mixup = config.mixup_fn
-        mixed, labels = (images, targets) if mixup is None else mixup(images, targets)
-        output = model(mixed if len(mixed) else images.new_zeros((1,) + images.shape[1:]))
-        loss = criterion(output, labels) if len(mixed) else output.sum() * 0.  # no image could be read: stay in step
+        output, loss, accuracy = forward(model, criterion, batch, config.mixup_fn, device)
         update.add(batch, output, loss)
         if is_update:
             monitor.begin_sync(update, device)
-        update.grad_norm = scaler(loss / update_freq, optimizer, model.parameters(), config.max_norm, is_update,
-                                  create_graph)
-        update.values = dict(current_rates(optimizer), loss=loss.detach(), grad_norm=update.grad_norm,
-                             loss_scale=scaler.scale,
-                             class_acc=None if mixup else class_accuracy(output, targets))
+        update.grad_norm = scaler(loss / loss_divisor(batch, update_freq), optimizer, model.parameters(),
+                                  config.max_norm, is_update, create_graph, grad_factor)
+        means = dict(loss=loss.detach() if len(batch[0]) else None, class_acc=accuracy)
+        update.values = dict(current_rates(optimizer), grad_norm=update.grad_norm, loss_scale=scaler.scale)
         meters.update(**update.values)
+        meters.update(len(batch[0]), **means)
+        update.values.update(means)
         line_is_due = line_is_due or utils.should_log(micro_step, micro_steps)
         if not is_update:
             continue
@@ -129,19 +127,46 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
     return dict(stats, skipped_steps=scaler.skipped - skipped_before)
 
 
-def training_meters(state: Dict[str, Any]) -> utils.MetricLogger:
-    """Meters of an epoch; those that are there from the start are the same on every process."""
+def forward(model: torch.nn.Module, criterion: Callable, batch: Sequence[Any], mixup: Optional[Callable],
+            device: torch.device) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+    """(output, mean loss, share of right ones or None) of a micro-step.
+
+    Where no image of it could be read, the loss is 0 and has gradients, to stay in step with the other processes.
+    """
+    images = batch[0].to(device, non_blocking=True)
+    targets = batch[1].to(device, non_blocking=True)
+    if not len(images):
+        output = model(images.new_zeros((1,) + images.shape[1:]))
+        return output, output.sum() * 0., None
+    mixed, labels = (images, targets) if mixup is None else mixup(images, targets)
+    output = model(mixed)
+    return output, criterion(output, labels), None if mixup else class_accuracy(output, targets)
+
+
+def loss_divisor(batch: Sequence[Any], update_freq: int) -> float:
+    """What makes the mean over the images of a micro-step its part of a mean over all files of an update."""
+    unreadable = len(batch[3]) if len(batch) > 3 else 0
+    return update_freq * (len(batch[0]) + unreadable) / len(batch[0]) if unreadable and len(batch[0]) else update_freq
+
+
+def training_meters(state: Optional[Dict[str, Any]], batch_size: int) -> utils.MetricLogger:
+    """Meters of an epoch; those that are there from the start are the same on every process.
+
+    `state` is of the updates before; an earlier version counted batches where this one counts images.
+    """
     meters = utils.MetricLogger(hidden=('loss_scale',))
     for name in ('lr', 'min_lr', 'loss', 'class_acc', 'weight_decay', 'grad_norm', 'loss_scale'):
         meters.add_meter(name, utils.SmoothedValue(window_size=1, fmt='{value:.6f}') if name in ('lr', 'min_lr')
                          else utils.SmoothedValue())
-    meters.load_state(state)
+    if state:
+        meters.load_state({name: [part * batch_size for part in totals] if name in ('loss', 'class_acc') and not
+                           state.get('counts_images') else totals for name, totals in state['meters'].items()})
     return meters
 
 
 def class_accuracy(output: torch.Tensor, targets: torch.Tensor) -> Optional[torch.Tensor]:
-    """The share of right ones, a 0-dim tensor on the device; None without images or with several classes an image."""
-    return (output.argmax(-1) == targets).float().mean() if len(targets) and targets.dim() == 1 else None
+    """The share of right ones, a 0-dim tensor on the device; None with several classes an image."""
+    return (output.argmax(-1) == targets).float().mean() if targets.dim() == 1 else None
 
 
 def read_updates(updates: List[StepState], scaler: LossScaler, monitor: StepMonitor, log_writer: Any,
@@ -155,7 +180,9 @@ def read_updates(updates: List[StepState], scaler: LossScaler, monitor: StepMoni
             scaler.count(update.skipped)
         if log_writer is not None:
             log_update(log_writer, update)
-        if update.skipped:
+        if update.skipped and not update.images_of_all:
+            log_main('Update step %d skipped: none of its images could be read' % update.step)
+        elif update.skipped:
             monitor.skipped(update, scaler, device)
             report_skip(scaler, update.step)
         else:

@@ -70,10 +70,8 @@ class Data:
     steps_per_epoch: Optional[int]  # updates; None where nothing is trained
     train_loader: Any = None
     val_loader: Any = None
-
-    @property
-    def multi_label(self) -> bool:
-        return subsets.is_multi_label(label_source(self.train_set))
+    multi_label: bool = False  # the model tells several classes an image
+    activation: str = 'softmax'  # what makes probabilities of its outputs; or 'sigmoid'
 
 
 @dataclasses.dataclass
@@ -159,8 +157,10 @@ def prepare_data(args, output, device):
         build_metrics(val_set, args.results_file, args.real_labels, args.data_set)
     weights = choose_class_weights(args, train_set, classes)
     steps_per_epoch = None if args.eval else count_steps(args, len(train_set))
+    multi_label = subsets.is_multi_label(label_source(val_set if train_set is None else train_set))
     return Data(train_set, val_set, classes, weights, steps_per_epoch,
-                *datasets.build_loaders(args, train_set, val_set, device))
+                *datasets.build_loaders(args, train_set, val_set, device), multi_label=multi_label,
+                activation=losses.activation(args.loss, multi_label))
 
 
 def known_classes(args, output, device):
@@ -363,7 +363,7 @@ def unfreeze_when_due(args, learner, epoch):
 def build_monitor(args, output, signals, run_state, data, learner):
     """What acts between two updates: signals, checkpoints, unreadable images, losses that are not finite."""
     parts = dict(model=accelerator.unwrap(learner.model), optimizer=learner.optimizer, scaler=learner.scaler,
-                 ema=learner.ema, classes=data.classes, activation=losses.activation(args.loss, data.multi_label))
+                 ema=learner.ema, classes=data.classes, activation=data.activation)
     bad_images = UnreadableFiles(args.output_dir, args.max_bad_images)
     return CheckpointMonitor(output, signals, run_state, bad_images, data.train_set, parts, args.on_nonfinite)
 
@@ -378,12 +378,16 @@ def evaluate_only(args, output, data, learner, report):
         training_state.check_same_split(source, content, args.val_split, args.seed)
         training_state.load_weights(source, content, learner.model, learner.scaler, learner.ema)
         epoch = discovery.last_epoch(content)
+        data.activation = content.get('activation', data.activation)
+        data.multi_label = data.multi_label or (data.activation == 'sigmoid'
+                                                and training_state.saved_args(content).get('loss') != 'bce')
         if learner.ema is not None and not content.get('model_ema'):
             log.log_main('%s holds no averaged weights (it was trained without --model_ema)' % escape_text(source))
             learner.ema = None
     bad_images = UnreadableFiles(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
-    stats, ema_stats = evaluate_all(args, data, learner, bad_images, throughput, predictions=report.predictions())
+    stats, ema_stats = evaluate_all(args, data, learner, bad_images, throughput,
+                                    predictions=report.predictions(data.multi_label, data.activation))
     if args.results_file and process_group.is_main_process():
         write_results(args.results_file, [
             results_row(args, source, weights, learner.model, each)
@@ -411,7 +415,8 @@ def evaluate_all(args, data, learner, bad_images, throughput=None, stop_signal=N
     sharded = args.dist_eval and process_group.world_size() > 1
 
     def evaluate(name, network, throughput=None, predictions=None):
-        metrics = build_metrics(data.val_set, args.results_file, args.real_labels, args.data_set)
+        metrics = build_metrics(data.val_set, args.results_file, args.real_labels, args.data_set, data.multi_label,
+                                data.activation)
         stats = engine.evaluate(
             data.val_loader, engine.WithMirrorImage(network) if args.test_flip else network, learner.device, sharded,
             throughput, stop_signal, metrics + ([predictions] if predictions is not None else []))
@@ -459,7 +464,7 @@ def print_result(throughput, figures):
 
 def speed_figures(throughput, seconds):
     """The speed as summary.json has it; None where nothing was measured."""
-    measured = bool(throughput.steps)
+    measured = throughput.images_per_second > 0
     return dict(images_per_second=throughput.images_per_second if measured else None,
                 step_milliseconds=throughput.step_milliseconds if measured else None,
                 duration_seconds=round(seconds, 3))
@@ -472,7 +477,9 @@ def train(args, training, data, learner, monitor, report):
 
     The line in log.txt comes before the checkpoint: where a kill falls between them, the resumed run writes it again.
     """
-    started, throughput, state, train_stats = time.time(), utils.Throughput(), monitor.run_state, {}
+    state, train_stats = monitor.run_state, {}
+    started, throughput = time.time() - state.spent[0], utils.Throughput(earlier=state.spent[1:])
+    monitor.spent = lambda: [time.time() - started, *throughput.totals()]
     writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and process_group.is_main_process() else None
     step_limit = min(args.maxstep or args.epochs * data.steps_per_epoch, args.epochs * data.steps_per_epoch)
     first = epochs = state.epoch  # epochs: that something was done of
@@ -481,7 +488,7 @@ def train(args, training, data, learner, monitor, report):
         steps = min(data.steps_per_epoch, step_limit - epoch * data.steps_per_epoch)
         if steps <= 0 or should_stop_early(args, state, learner.device):
             break
-        begun, epochs = time.time(), epoch + 1
+        begun, epochs, steps_before = time.time(), epoch + 1, len(throughput.steps)
         is_due, is_whole = epochs % args.val_interval == 0, steps == data.steps_per_epoch
         is_last = epoch * data.steps_per_epoch + steps >= step_limit
         unfreeze_when_due(args, learner, epoch)
@@ -495,7 +502,8 @@ def train(args, training, data, learner, monitor, report):
         test_stats = ema_stats = None
         if data.val_loader is not None and (is_due or is_last):
             test_stats, ema_stats = evaluate_all(args, data, learner, monitor.bad_images, None,
-                                                 lambda: monitor.signals.stop_signal, report.predictions())
+                                                 lambda: monitor.signals.stop_signal,
+                                                 report.predictions(data.multi_label, data.activation))
             if test_stats is None:
                 monitor.stop_after(epoch, steps, learner.device)
         improved = update_best(state.best, test_stats, ema_stats)
@@ -504,7 +512,7 @@ def train(args, training, data, learner, monitor, report):
         state.stale = 0 if improved else state.stale
         record(args, writer, epoch, learner.model, train_stats, test_stats, ema_stats)
         log.log_epoch(epoch, args.epochs, train_stats, primary_percent(test_stats, state.best),
-                      throughput.images_per_second, time.time() - begun)
+                      throughput.since(steps_before).images_per_second, time.time() - begun)
         report.after_epoch(writer, epoch, discovery.BEST in improved)
         if not is_whole:  # --maxstep, in mid-epoch
             monitor.save(epoch, steps, monitor.epoch_state, learner.device)
@@ -521,7 +529,7 @@ def train(args, training, data, learner, monitor, report):
 def finish(args, learner, monitor, report, throughput, train_stats, first, epochs, started):
     """Say how the training ended, and write what people look at. `epochs`: something was done of so many."""
     state = monitor.run_state
-    if throughput.steps:
+    if throughput.images_per_second:
         log.log_main('Speed: %s' % throughput.bottleneck())
     log.log_main('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
     if should_stop_early(args, state, learner.device):

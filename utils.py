@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import defaultdict, deque
-from typing import Any, Dict, Iterable, Iterator, List
+from typing import Any, Dict, Iterable, Iterator, List, Tuple
 
 import numpy as np
 import torch
@@ -195,36 +195,47 @@ def should_log(step: int, steps: int, print_freq: int = 10) -> bool:
 
 
 class Throughput:
-    """Images per second over a run, without its first steps, in which kernels are compiled and caches filled."""
+    """Images per second over a run, without its first steps, in which kernels are compiled and caches filled.
 
-    def __init__(self, warmup_steps=5):
-        self.warmup_steps = warmup_steps
+    Args:
+        earlier: what `totals` gave before the run was resumed.
+    """
+
+    def __init__(self, warmup_steps=5, earlier=(0, 0., 0., 0)):
+        self.warmup_steps, self.earlier = warmup_steps, earlier
         self.steps = []  # (images, seconds, seconds of waiting for the loader)
 
     def update(self, images: int, seconds: float, data_seconds: float = 0.) -> None:
         self.steps.append((images, seconds, data_seconds))
 
-    def _counted(self):
+    def since(self, step: int) -> 'Throughput':
+        """That of the steps from this one on, such as of an epoch; the first steps of the run stay out of it."""
+        part = Throughput(max(self.warmup_steps - step, 0))
+        part.steps = self.steps[step:]
+        return part
+
+    def totals(self) -> Tuple[float, ...]:
         """(images, seconds, seconds of waiting for data, steps), in all."""
         counted, every = self.steps[min(self.warmup_steps, len(self.steps) // 2):], sum(step[0] for step in self.steps)
         if 2 * sum(step[0] for step in counted) < every:
             counted = self.steps  # too few batches would be left
-        return tuple(sum(column) for column in zip(*counted)) + (len(counted),) if counted else (0, 0., 0., 0)
+        own = [sum(column) for column in zip(*counted)] + [len(counted)] if counted else [0, 0., 0., 0]
+        return tuple(before + new for before, new in zip(self.earlier, own))
 
     @property
     def images_per_second(self) -> float:
-        images, seconds, _, _ = self._counted()
+        images, seconds, _, _ = self.totals()
         return images / max(seconds, 1e-9)
 
     @property
     def step_milliseconds(self) -> float:
-        _, seconds, _, steps = self._counted()
+        _, seconds, _, steps = self.totals()
         return 1000 * seconds / max(steps, 1)
 
     @property
     def data_share(self) -> float:
         """The share of the time that was spent waiting for data."""
-        _, seconds, data_seconds, _ = self._counted()
+        _, seconds, data_seconds, _ = self.totals()
         return data_seconds / max(seconds, 1e-9)
 
     def bottleneck(self) -> str:

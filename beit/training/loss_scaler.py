@@ -5,7 +5,7 @@ beit.devices.half_precision finds out what the device, PyTorch and apex offer.
 
 import inspect
 import math
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
 from torch import nn
@@ -53,14 +53,24 @@ class LossScaler:
         self.last_skipped: Union[bool, torch.Tensor] = False
 
     def __call__(self, loss: torch.Tensor, optimizer: Any, parameters: Iterable[torch.Tensor],
-                 clip_grad: Optional[float] = None, is_update: bool = True, create_graph: bool = False) -> Norm:
+                 clip_grad: Optional[float] = None, is_update: bool = True, create_graph: bool = False,
+                 grad_factor: Optional[Callable[[], float]] = None) -> Norm:
         """One micro-step: `loss` is a scalar tensor, already divided by the number of micro-steps.
+
+        `grad_factor()`, called after the backward pass of an update, is what its gradients are multiplied by; with 0
+        there is no update, which counts as skipped.
 
         Returns, at an update, the norm of all gradients before clipping, unscaled: a float or a 0-dim tensor.
         """
         loss = loss * (loss.detach() * 0. + 1.)  # times 1, or not a number where the loss is not finite
         self._backward(loss, optimizer, is_update, create_graph)
-        return self._finish(optimizer, self._trained(parameters), clip_grad, loss.device) if is_update else None
+        if not is_update:
+            return None
+        factor = 1. if grad_factor is None else grad_factor()
+        if factor == 0.:
+            self.last_skipped, self.skipped = True, self.skipped + 1
+            return math.nan
+        return self._finish(optimizer, self._trained(parameters), clip_grad, loss.device, factor)
 
     def _backward(self, loss: torch.Tensor, optimizer: Any, is_update: bool, create_graph: bool) -> None:
         (loss if self.scale == 1. else loss * self.scale).backward(create_graph=create_graph)
@@ -74,12 +84,14 @@ class LossScaler:
         if half_precision.saturates(device):
             half_precision.read_overflow(device)
 
-    def _finish(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float], device: torch.device) -> Norm:
-        """Unscale, clip and step, unless the gradients are not finite."""
+    def _finish(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float], device: torch.device,
+                factor: float) -> Norm:
+        """Unscale, multiply by `factor`, clip and step, unless the gradients are not finite."""
+        scale = self.scale / factor
         if kernels.supports_grad_scale(optimizer) and not (self.dynamic or half_precision.saturates(device)):
-            return self._finish_on_device(optimizer, parameters, clip_grad, device)
-        if self.scale != 1.:
-            kernels.foreach_mul([parameter.grad for parameter in parameters], 1. / self.scale)
+            return self._finish_on_device(optimizer, parameters, clip_grad, device, scale)
+        if scale != 1.:
+            kernels.foreach_mul([parameter.grad for parameter in parameters], 1. / scale)
         grad_norm = self._clip(optimizer, parameters, clip_grad)
         if not self.count(self._overflowed(grad_norm, device)):
             optimizer.step()
@@ -87,16 +99,15 @@ class LossScaler:
         return grad_norm
 
     def _finish_on_device(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float],
-                          device: torch.device) -> torch.Tensor:
+                          device: torch.device, scale: float) -> torch.Tensor:
         """The same, without waiting: the optimizer divides by scale and clipping, and skips, by itself."""
         grad_norm = total_norm([parameter.grad for parameter in parameters])
         divisor = None
-        if self.scale != 1.:
-            grad_norm = grad_norm / self.scale
-            divisor = torch.full_like(grad_norm, self.scale)
+        if scale != 1.:
+            grad_norm = grad_norm / scale
+            divisor = torch.full_like(grad_norm, scale)
         if clip_grad:
-            factor = (clip_grad / (grad_norm + 1e-6)).clamp(max=1.)  # as torch.nn.utils.clip_grad_norm_
-            divisor = self.scale / factor
+            divisor = scale / (clip_grad / (grad_norm + 1e-6)).clamp(max=1.)  # as torch.nn.utils.clip_grad_norm_
         skip = ~torch.isfinite(grad_norm)
         if not accelerator.is_synchronous(device):
             self.last_skipped = skip
@@ -176,8 +187,9 @@ class MasterWeightScaler(LossScaler):
     def _trained(self, parameters: Iterable[torch.Tensor]) -> List[Any]:
         return [master for _, master in self.pairs if master.grad is not None]
 
-    def _finish(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float], device: torch.device) -> Norm:
-        grad_norm = super()._finish(optimizer, parameters, clip_grad, device)
+    def _finish(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float], device: torch.device,
+                factor: float) -> Norm:
+        grad_norm = super()._finish(optimizer, parameters, clip_grad, device, factor)
         self.sync_model_weights()
         return grad_norm
 
@@ -203,8 +215,11 @@ class ApexScaler(MasterWeightScaler):
         with self.amp.scale_loss(loss, optimizer, delay_unscale=not is_update) as scaled:
             scaled.backward(create_graph=create_graph)
 
-    def _finish(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float], device: torch.device) -> Norm:
+    def _finish(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float], device: torch.device,
+                factor: float) -> Norm:
         masters = [master for master in self.amp.master_params(optimizer) if master.grad is not None]
+        if factor != 1.:
+            kernels.foreach_mul([master.grad for master in masters], factor)
         grad_norm = self._clip(optimizer, masters, clip_grad)
         before, self.scale = self.scale, self._apex_scale()
         if self.dynamic:  # apex has decided, and made a step that is to be skipped a no-op, which has to be called

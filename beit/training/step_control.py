@@ -28,7 +28,10 @@ class StepState:
 
     def __init__(self, step: int) -> None:
         self.step = step  # its number, from 0 over the whole run
-        self.losses: List[torch.Tensor] = []  # of its micro-steps
+        self.losses: List[torch.Tensor] = []  # of its micro-steps, means over the images that were read
+        self.images: List[int] = []  # that were read in each micro-step
+        self.files = 0  # that were to be read
+        self.images_of_all = 0  # that all processes read, from `finish_sync` on
         self.outputs: List[torch.Tensor] = []
         self.indices: List[torch.Tensor] = []  # of the images that gave those outputs, in the data set
         self.unreadable: List[Tuple[str, str]] = []  # (path, reason) of files that were left out
@@ -40,15 +43,19 @@ class StepState:
 
     def add(self, batch: Sequence[Any], output: torch.Tensor, loss: torch.Tensor) -> None:
         self.losses.append(loss.detach())
+        self.images.append(len(batch[0]))
+        self.files += len(batch[0])
         if len(batch) > 2:
             self.outputs.append(output.detach())
             self.indices.append(batch[2])
             self.unreadable += batch[3]
+            self.files += len(batch[3])
 
     @property
     def loss(self) -> float:
-        """The sum of the micro-steps' losses on this process, read from the device."""
-        return float(torch.stack(self.losses).sum())
+        """The mean over the images of this process, read from the device."""
+        losses = torch.stack(self.losses)
+        return float((losses * losses.new_tensor(self.images)).sum() / max(sum(self.images), 1))
 
     def nonfinite_indices(self) -> List[int]:
         """Positions of the images whose outputs are not finite; of all, where every output is finite."""
@@ -70,6 +77,7 @@ class StepMonitor:
     def __init__(self) -> None:
         self.norms: Any = collections.deque(maxlen=NORMS_KEPT)  # of the last updates' gradients
         self.requests: Any = None  # gives those of all processes, once they are there
+        self.votes: Optional[List[List[float]]] = None  # what it gave
 
     def local_requests(self, update_step: int) -> Tuple[int, bool]:
         """(signal that asks to stop or 0, whether to save after this update), of this process."""
@@ -79,13 +87,26 @@ class StepMonitor:
         """Before the step: send this process's requests to the others; the answers arrive while the step runs."""
         watchdog.mark_waiting()
         stop, save = self.local_requests(update.step)
-        self.requests = collectives.all_gather_async([stop, save, len(update.unreadable)], device)
+        self.requests, self.votes = collectives.all_gather_async(
+            [stop, save, sum(update.images), update.files], device), None
+
+    def wait(self) -> List[List[float]]:
+        """[stop, save, images read, files] of each process in this update."""
+        if self.votes is None:
+            self.votes = self.requests()
+        return self.votes
+
+    def grad_factor(self) -> float:
+        """What makes of gradients that are a sum over the images, divided by all files, a mean over the images that all
+        processes read; 0 without one."""
+        _, _, images, files = (sum(column) for column in zip(*self.wait()))
+        return files / images if images else 0.
 
     def finish_sync(self, update: StepState, device: torch.device) -> bool:
         """After the step: put the requests of all processes into `update`; return whether it saves or stops."""
-        votes = self.requests()
-        update.stop, update.save = int(max(vote[0] for vote in votes)), any(vote[1] for vote in votes)
-        if any(vote[2] for vote in votes):
+        stops, saves, images, files = zip(*self.wait())
+        update.stop, update.save, update.images_of_all = int(max(stops)), any(saves), int(sum(images))
+        if images != files:
             pairs_of_each = collectives.all_gather_json(update.unreadable, device)
             self.unreadable([(path, reason) for pairs in pairs_of_each for path, reason in pairs])
         return bool(update.stop or update.save)
@@ -155,6 +176,7 @@ class CheckpointMonitor(StepMonitor):
         self.bad_images, self.train_set, self.on_nonfinite = bad_images, train_set, on_nonfinite
         self.saves = bool(output.output_dir and output.save_ckpt)
         self.timer = training_state.SaveTimer(output.save_ckpt_steps, output.save_ckpt_minutes)
+        self.spent: Callable[[], List[float]] = lambda: run_state.spent  # so far, of the whole run
         self.epoch_state: Optional[Dict[str, Any]] = None  # the averages of the epoch whose updates are done
 
     def local_requests(self, update_step: int) -> Tuple[int, bool]:
@@ -198,6 +220,7 @@ class CheckpointMonitor(StepMonitor):
             process_group.barrier()  # wait until the file is complete before any rank exits
 
     def _write(self, names: List[str]) -> None:
+        self.run_state.spent = self.spent()
         if process_group.is_main_process():
             content = training_state.build_checkpoint(self.output.flags, self.run_state, **self.parts)
             for name in names:
