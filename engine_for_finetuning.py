@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -54,33 +54,35 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
         settings, named_settings: the fields of `EpochSettings`, by position or by name.
 
     Returns:
-        dict of the epoch's averages over all processes: loss, class_acc (a share; without mixup, and with one
-        class an image), lr, min_lr, weight_decay, grad_norm, loss_scale, and skipped_steps, a count.
+        The epoch's averages over all processes: loss, class_acc (a share; without mixup, and with one class an image),
+        lr, min_lr, weight_decay, grad_norm, loss_scale, and skipped_steps, a count.
 
     Raises:
         UserError: a loss or gradient is not finite, in any process, or 20 updates in a row were skipped.
         preemption.Stopped: a signal came, and what was reached is saved.
     """
-    use = EpochSettings(*settings, **named_settings)
+    config = EpochSettings(*settings, **named_settings)
     model.train()
-    monitor, update_freq = use.monitor or StepMonitor(), use.update_freq or 1
+    monitor, update_freq = config.monitor or StepMonitor(), config.update_freq or 1
     scaler = loss_scaler if loss_scaler is not None else LossScaler()
-    meters = training_meters()
-    if use.state:
-        meters.load_state(use.state['meters'])
-    skipped_before = use.state['skipped_before'] if use.state else scaler.skipped
-    updates = use.num_training_steps_per_epoch
+    meters = training_meters(config.state, getattr(data_loader, 'batch_size', None) or 1)
+    skipped_before = config.state['skipped_before'] if config.state else scaler.skipped
+    updates = config.num_training_steps_per_epoch
     micro_steps = (len(data_loader) // update_freq if updates is None else updates) * update_freq
-    first_micro_step, start_steps = use.first_step * update_freq, use.start_steps or 0
+    first_micro_step, start_steps = config.first_step * update_freq, config.start_steps or 0
     create_graph = getattr(optimizer, 'is_second_order', False)
-    if use.first_step:  # the rates of the last of them: a checkpoint may come before the next
-        set_schedules(optimizer, start_steps + use.first_step - 1, use.lr_schedule_values, use.wd_schedule_values)
-    unread, line_is_due = [], False
+    schedules = config.lr_schedule_values, config.wd_schedule_values
+    if first_micro_step:  # the rates of the last of them: a checkpoint may come before the next
+        set_schedules(optimizer, start_steps + config.first_step - 1, *schedules)
+    unread: List[StepState] = []
+    line_is_due = False
 
-    def state():
-        return dict(meters=meters.state(), skipped_before=skipped_before)
+    def state() -> Dict[str, Any]:
+        return dict(meters=meters.state(), skipped_before=skipped_before, counts_images=True)
 
-    timer = utils.StepTimer(device, process_group.world_size(), use.throughput)
+    # Without --bad_images skip nobody has to wait for the others' counts before the optimizer's step.
+    grad_factor = monitor.grad_factor if getattr(getattr(data_loader, 'dataset', None), 'skips', True) else None
+    timer = utils.StepTimer(device, process_group.world_size(), config.throughput)
     batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,
                                'Epoch: [%d]' % epoch, timer, first_micro_step)
     optimizer.zero_grad()
@@ -90,64 +92,81 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
         is_update = (micro_step + 1) % update_freq == 0
         if micro_step % update_freq == 0:
             update = StepState(update_step)
-            if use.seed is not None:
-                utils.seed_step(use.seed, update_step)
-        set_schedules(optimizer, update_step, use.lr_schedule_values, use.wd_schedule_values)
-
-        images = batch[0].to(device, non_blocking=True)
-        targets = batch[1].to(device, non_blocking=True)
-        mixed, labels = (images, targets) if use.mixup_fn is None else use.mixup_fn(images, targets)
-
-        output = model(mixed if len(mixed) else images.new_zeros((1,) + images.shape[1:]))
-        loss = criterion(output, labels) if len(mixed) else output.sum() * 0.  # no image could be read: stay in step
+            if config.seed is not None:
+                utils.seed_step(config.seed, update_step)
+        set_schedules(optimizer, update_step, *schedules)
+        output, loss, accuracy = forward(model, criterion, batch, config.mixup_fn, device)
         update.add(batch, output, loss)
         if is_update:
             monitor.begin_sync(update, device)
-        update.grad_norm = scaler(loss / update_freq, optimizer, model.parameters(), use.max_norm, is_update,
-                                  create_graph)
-
-        update.values = dict(current_rates(optimizer), loss=loss.detach(), grad_norm=update.grad_norm,
-                             loss_scale=scaler.scale,
-                             class_acc=None if use.mixup_fn else class_accuracy(output, targets))
+        update.grad_norm = scaler(loss / loss_divisor(batch, update_freq), optimizer, model.parameters(),
+                                  config.max_norm, is_update, create_graph, grad_factor)
+        means = dict(loss=loss.detach() if len(batch[0]) else None, class_acc=accuracy)
+        update.values = dict(current_rates(optimizer), grad_norm=update.grad_norm, loss_scale=scaler.scale)
         meters.update(**update.values)
+        meters.update(len(batch[0]), **means)
+        update.values.update(means)
         line_is_due = line_is_due or utils.should_log(micro_step, micro_steps)
         if not is_update:
             continue
         optimizer.zero_grad()
         update.skipped = scaler.last_skipped
-        if use.model_ema is not None:
-            use.model_ema.update(scaler.fp32_state_dict(model), update.skipped)
+        if config.model_ema is not None:
+            config.model_ema.update(scaler.fp32_state_dict(model), update.skipped)
         unread.append(update)
         must_read = monitor.finish_sync(update, device) or line_is_due
         if must_read or accelerator.is_synchronous(device) or update.skipped is True or len(unread) >= UNREAD_UPDATES:
-            read_updates(unread, scaler, monitor, use.log_writer, device)
+            read_updates(unread, scaler, monitor, config.log_writer, device)
             unread, line_is_due = [], False
         monitor.after_step(update, epoch, micro_step // update_freq + 1, state, device)
 
     monitor.on_epoch_end(state())
-    return dict(average_over_processes(meters, device), skipped_steps=scaler.skipped - skipped_before)
+    meters.synchronize_between_processes(device)
+    stats = meters.averages()
+    log_main('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()), detail=True)
+    return dict(stats, skipped_steps=scaler.skipped - skipped_before)
 
 
-def training_meters() -> utils.MetricLogger:
-    """Meters of an epoch; those that are there from the start are the same on every process."""
+def forward(model: torch.nn.Module, criterion: Callable, batch: Sequence[Any], mixup: Optional[Callable],
+            device: torch.device) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+    """(output, mean loss, share of right ones or None) of a micro-step.
+
+    Where no image of it could be read, the loss is 0 and has gradients, to stay in step with the other processes.
+    """
+    images = batch[0].to(device, non_blocking=True)
+    targets = batch[1].to(device, non_blocking=True)
+    if not len(images):
+        output = model(images.new_zeros((1,) + images.shape[1:]))
+        return output, output.sum() * 0., None
+    mixed, labels = (images, targets) if mixup is None else mixup(images, targets)
+    output = model(mixed)
+    return output, criterion(output, labels), None if mixup else class_accuracy(output, targets)
+
+
+def loss_divisor(batch: Sequence[Any], update_freq: int) -> float:
+    """What makes the mean over the images of a micro-step its part of a mean over all files of an update."""
+    unreadable = len(batch[3]) if len(batch) > 3 else 0
+    return update_freq * (len(batch[0]) + unreadable) / len(batch[0]) if unreadable and len(batch[0]) else update_freq
+
+
+def training_meters(state: Optional[Dict[str, Any]], batch_size: int) -> utils.MetricLogger:
+    """Meters of an epoch; those that are there from the start are the same on every process.
+
+    `state` is of the updates before; an earlier version counted batches where this one counts images.
+    """
     meters = utils.MetricLogger(hidden=('loss_scale',))
-    for name in ('lr', 'min_lr'):
-        meters.add_meter(name, utils.SmoothedValue(window_size=1, fmt='{value:.6f}'))
-    for name in ('loss', 'class_acc', 'weight_decay', 'grad_norm', 'loss_scale'):
-        meters.add_meter(name, utils.SmoothedValue())
+    for name in ('lr', 'min_lr', 'loss', 'class_acc', 'weight_decay', 'grad_norm', 'loss_scale'):
+        meters.add_meter(name, utils.SmoothedValue(window_size=1, fmt='{value:.6f}') if name in ('lr', 'min_lr')
+                         else utils.SmoothedValue())
+    if state:
+        meters.load_state({name: [part * batch_size for part in totals] if name in ('loss', 'class_acc') and not
+                           state.get('counts_images') else totals for name, totals in state['meters'].items()})
     return meters
 
 
 def class_accuracy(output: torch.Tensor, targets: torch.Tensor) -> Optional[torch.Tensor]:
-    """The share of right ones, a 0-dim tensor on the device; None without images or with several classes an image."""
-    return (output.argmax(-1) == targets).float().mean() if len(targets) and targets.dim() == 1 else None
-
-
-def average_over_processes(meters: utils.MetricLogger, device: torch.device) -> Dict[str, float]:
-    meters.synchronize_between_processes(device)
-    stats = meters.averages()
-    log_main('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()), detail=True)
-    return stats
+    """The share of right ones, a 0-dim tensor on the device; None with several classes an image."""
+    return (output.argmax(-1) == targets).float().mean() if targets.dim() == 1 else None
 
 
 def read_updates(updates: List[StepState], scaler: LossScaler, monitor: StepMonitor, log_writer: Any,
@@ -161,7 +180,9 @@ def read_updates(updates: List[StepState], scaler: LossScaler, monitor: StepMoni
             scaler.count(update.skipped)
         if log_writer is not None:
             log_update(log_writer, update)
-        if update.skipped:
+        if update.skipped and not update.images_of_all:
+            log_main('Update step %d skipped: none of its images could be read' % update.step)
+        elif update.skipped:
             monitor.skipped(update, scaler, device)
             report_skip(scaler, update.step)
         else:
@@ -186,23 +207,21 @@ def current_rates(optimizer: torch.optim.Optimizer) -> Dict[str, float]:
 
 
 def report_skip(scaler: LossScaler, update_step: int) -> None:
-    what = 'gradients overflowed' if scaler.overflows else 'loss or gradients are not finite'
-    log_main('Update step %d skipped: its %s (loss scale now %g, %d skipped so far)'
-             % (update_step, what, scaler.scale, scaler.skipped))
+    log_main('Update step %d skipped: its %s (loss scale now %g, %d skipped so far)' % (
+        update_step, 'gradients overflowed' if scaler.overflows else 'loss or gradients are not finite', scaler.scale,
+        scaler.skipped))
     if scaler.skipped_in_a_row >= SKIPS_IN_A_ROW:
-        raise UserError('%d updates in a row had %s; lower --lr, %s' % (
-            scaler.skipped_in_a_row, 'gradients that overflowed' if scaler.overflows else
-            'a loss or gradients that are not finite', 'or use --loss_scale dynamic' if scaler.overflows else
-            'or set --clip_grad'))
+        raise UserError('%d updates in a row had %s' % (
+            scaler.skipped_in_a_row, 'gradients that overflowed; lower --lr, or use --loss_scale dynamic'
+            if scaler.overflows else 'a loss or gradients that are not finite; lower --lr, or set --clip_grad'))
 
 
 def log_update(log_writer: Any, update: StepState) -> None:
     """The scalars of an update's last micro-step to TensorBoard, those that are finite."""
-    names = [name for name, value in update.values.items() if value is not None]
-    floats = utils.to_floats([update.values[name] for name in names])
-    values = {name: value for name, value in zip(names, floats) if math.isfinite(value)}
-    for name, value in values.items():
-        log_writer.update('loss' if name in ('loss', 'class_acc') else 'opt', update.step, **{name: value})
+    values = {name: value for name, value in update.values.items() if value is not None}
+    for name, value in zip(values, utils.to_floats(values.values())):
+        if math.isfinite(value):
+            log_writer.update('loss' if name in ('loss', 'class_acc') else 'opt', update.step, **{name: value})
 
 
 @torch.no_grad()
@@ -212,17 +231,15 @@ def evaluate(data_loader: Any, model: torch.nn.Module, device: torch.device, sha
     """Top-1, top-5 and loss over a validation set, or other `metrics`; every image is counted once.
 
     The figures are the same bits on any number of processes: a shorter batch is filled up, since kernels round
-    otherwise for another number of rows, and each metric is computed from whole numbers or from ordered images.
+    otherwise for another number of rows.
 
     Args:
-        sharded (bool): each process's loader holds another part of the set; the counts are added up.
-        stop_signal (function): gives the number of a signal that asks to stop, or 0.
-        metrics (list of metrics.Metric): by default top-1 and top-5, and the loss.
+        sharded: each process's loader holds another part of the set.
+        stop_signal: gives the number of a signal that asks to stop, or 0.
 
     Returns:
-        dict of what the metrics compute, by default acc1, acc5 (percent), loss (per image), images (the count), and
-        unreadable: (path, reason) of the files that were left out, on all processes; or None where a signal broke the
-        evaluation off, on any of them.
+        What the metrics compute, by default acc1, acc5 (percent), loss (per image), images (the count); and unreadable:
+        (path, reason) of the files that were left out, on all processes. None where a signal broke the evaluation off.
     """
     model.eval()
     metrics = [TopAccuracy(), Loss()] if metrics is None else metrics
@@ -260,7 +277,7 @@ def evaluate(data_loader: Any, model: torch.nn.Module, device: torch.device, sha
 class WithMirrorImage(torch.nn.Module):
     """A network that averages the logits of an image and of its mirror image (--test_flip)."""
 
-    def __init__(self, network):
+    def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
         self.network = network
 
@@ -278,11 +295,9 @@ def profile(folder: str, device: torch.device, model: torch.nn.Module, data_load
             cann: bool = False, warmup_updates: int = 2, updates: int = 5, **training: Any) -> None:
     """Profile a few updates, after a few that compile and fill caches, and write the trace into `folder`.
 
-    Args:
-        cann (bool): by torch_npu's profiler; else a Chrome trace.
-        training: the other arguments of `train_one_epoch`.
+    `cann`: by torch_npu's profiler; else a Chrome trace. `training`: the other arguments of `train_one_epoch`.
     """
-    def train(steps):
+    def train(steps: int) -> None:
         train_one_epoch(model=model, data_loader=data_loader, device=device, epoch=0, update_freq=update_freq,
                         num_training_steps_per_epoch=min(steps, len(data_loader) // update_freq), **training)
 

@@ -1,8 +1,7 @@
 """The BEiT vision transformer for classification, with the reference's names, arguments and state-dict keys.
 
-Paper: "BEiT: BERT Pre-Training of Image Transformers", https://arxiv.org/abs/2106.08254. The relative position
-bias is that of Swin (https://arxiv.org/abs/2103.14030, eq. 4) with three more rows for the class token; layer scale is
-CaiT's (https://arxiv.org/abs/2103.17239); stochastic depth is https://arxiv.org/abs/1603.09382.
+Paper: https://arxiv.org/abs/2106.08254. The relative position bias is that of Swin (https://arxiv.org/abs/2103.14030,
+eq. 4) with three more rows for the class token; layer scale is CaiT's (https://arxiv.org/abs/2103.17239).
 
 Shapes below: B images, C channels, a grid of H x W patches, N = H*W + 1 tokens (class token first), D = embed_dim.
 This file imports none of the project's modules: it can be copied into another project as it is.
@@ -12,6 +11,7 @@ import inspect
 import math
 import warnings
 from functools import partial
+from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +27,19 @@ except ImportError:  # timm before 0.9
     from timm.models.registry import register_model
 
 # The newer way works with autocast, hooks and inputs without gradients; old PyTorch doesn't have it.
-_CHECKPOINTING = {'use_reentrant': False} if 'use_reentrant' in inspect.signature(checkpoint).parameters else {}
+_CHECKPOINTING = {'use_reentrant': False} if 'use_reentrant' in inspect.signature(checkpoint).parameters \
+    else {}  # type: Dict[str, Any]
 
-INPUT_MEAN = (0.5, 0.5, 0.5)
-INPUT_STD = (0.5, 0.5, 0.5)
-
-
-def _pair(value):
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+INPUT_MEAN = INPUT_STD = (0.5, 0.5, 0.5)
+Tensor = torch.Tensor
+Pixels = Union[int, Sequence[int]]  # one number, or height and width
 
 
-def relative_position_index(grid):
+def _pair(value: Pixels) -> Tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def relative_position_index(grid: Tuple[int, int]) -> Tensor:
     """Row of the bias table for each pair of tokens, as an int64 tensor (N, N).
 
     The table has (2H-1)(2W-1) rows for the offsets between patches, then one each for class token to patch,
@@ -58,14 +60,14 @@ def relative_position_index(grid):
     return index
 
 
-def _add_relative_position(module, grid, num_heads):
+def _add_relative_position(module: nn.Module, grid: Tuple[int, int], num_heads: int) -> None:
     """Give a module the bias table, a parameter ((2H-1)(2W-1)+3, heads), and its index, a buffer (N, N)."""
     rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
     module.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
     module.register_buffer('relative_position_index', relative_position_index(grid))
 
 
-def gather_bias(table, index):
+def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     """The bias to add to the attention scores, (heads, N, N), from a table (rows, heads) and an index (N, N).
 
     Selected from the transposed table it comes out as it is needed; the gradient of `table[index]` is far slower.
@@ -73,40 +75,29 @@ def gather_bias(table, index):
     return table.t().contiguous().index_select(1, index.view(-1)).view(-1, *index.shape)
 
 
-def _relative_position_bias(module):
-    return gather_bias(module.relative_position_bias_table, module.relative_position_index)
-
-
 class RelativePositionBias(nn.Module):
     """One bias table that all blocks share. `forward()` gives (heads, N, N)."""
 
-    def __init__(self, window_size, num_heads):
+    relative_position_bias_table: Tensor
+    relative_position_index: Tensor
+
+    def __init__(self, window_size: Tuple[int, int], num_heads: int) -> None:
         super().__init__()
         _add_relative_position(self, window_size, num_heads)
 
-    def forward(self):
-        return _relative_position_bias(self)
+    def forward(self) -> Tensor:
+        return gather_bias(self.relative_position_bias_table, self.relative_position_index)
 
 
-def attention_weights(q, k, bias, scale):
-    """softmax(scale * q k^T + bias), (B, heads, N, N): each row is a query's, and adds up to 1.
-
-    Args:
-        q, k: (B, heads, N, head_dim). bias: broadcasts to (B, heads, N, N), or None.
-    """
+def attention_weights(q: Tensor, k: Tensor, bias: Optional[Tensor], scale: float) -> Tensor:
+    """softmax(scale * q k^T + bias), (B, heads, N, N), of q and k (B, heads, N, head_dim)."""
     scores = (q * scale) @ k.transpose(-2, -1)
-    if bias is not None:
-        scores = scores + bias
-    return scores.softmax(dim=-1)
+    return (scores if bias is None else scores + bias).softmax(dim=-1)
 
 
-def plain_attention(q, k, v, bias, scale, drop=None):
-    """softmax(scale * q k^T + bias) v, one operator at a time.
-
-    Args:
-        q, k, v: (B, heads, N, head_dim). bias: broadcasts to (B, heads, N, N), or None.
-        drop (callable): dropout on the attention weights.
-    """
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], scale: float,
+                    drop: Optional[Callable] = None) -> Tensor:
+    """drop(softmax(scale * q k^T + bias)) v, one operator at a time, of q, k and v (B, heads, N, head_dim)."""
     weights = attention_weights(q, k, bias, scale)
     return (weights if drop is None else drop(weights)) @ v
 
@@ -114,14 +105,16 @@ def plain_attention(q, k, v, bias, scale, drop=None):
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) to (B, N, D); query and value have a bias, the key's is fixed at zero.
 
-    Attributes:
-        fused (callable or None): a kernel with `plain_attention`'s first five arguments to use in its place, where
-            there is no dropout on the attention weights.
+    `fused` is a kernel with `plain_attention`'s first five arguments to use in its place, where there is no dropout on
+    the attention weights.
     """
 
-    fused = None
+    fused = None  # type: Optional[Callable]
+    relative_position_bias_table: Tensor
+    relative_position_index: Tensor
 
-    def __init__(self, dim, num_heads=8, qkv_bias=False, qk_scale=None, attn_drop=0., proj_drop=0., window_size=None):
+    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, qk_scale: Optional[float] = None,
+                 attn_drop: float = 0., proj_drop: float = 0., window_size: Optional[Tuple[int, int]] = None) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
@@ -129,35 +122,33 @@ class Attention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.has_relative_position = window_size is not None
-        if self.has_relative_position:
+        if window_size is not None:
             _add_relative_position(self, window_size, num_heads)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def bias(self, shared_bias=None):
+    def bias(self, shared_bias: Optional[Tensor] = None) -> Optional[Tensor]:
         """What is added to the scores: this block's relative bias and the shared one, (1, heads, N, N), or None."""
-        biases = [] if shared_bias is None else [shared_bias]
-        if self.has_relative_position:
-            biases.append(_relative_position_bias(self))
-        if not biases:
-            return None
-        return (biases[0] if len(biases) == 1 else biases[0] + biases[1])[None]
+        if not self.has_relative_position:
+            return None if shared_bias is None else shared_bias[None]
+        bias = gather_bias(self.relative_position_bias_table, self.relative_position_index)
+        return (bias if shared_bias is None else shared_bias + bias)[None]
 
-    def queries_keys_values(self, x):
+    def queries_keys_values(self, x: Tensor) -> Tuple[Tensor, ...]:
         """Three of (B, heads, N, head_dim), from (B, N, D)."""
         qkv_bias = None
-        if self.q_bias is not None:
+        if self.q_bias is not None and self.v_bias is not None:
             qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
         return rearrange(qkv, 'b n (three h d) -> three b h n d', three=3, h=self.num_heads).unbind(0)
 
-    def weights(self, x, shared_bias=None):
+    def weights(self, x: Tensor, shared_bias: Optional[Tensor] = None) -> Tensor:
         """What `forward` weighs the values with for the same arguments, (B, heads, N, N); for people to look at."""
         q, k, _ = self.queries_keys_values(x)
         return attention_weights(q, k, self.bias(shared_bias), self.scale)
 
-    def forward(self, x, shared_bias=None):
+    def forward(self, x: Tensor, shared_bias: Optional[Tensor] = None) -> Tensor:
         q, k, v = self.queries_keys_values(x)
         bias = self.bias(shared_bias)
         if self.fused is None or (self.training and self.attn_drop.p > 0):
@@ -170,46 +161,47 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between them; dropout once, after the second."""
 
-    def __init__(self, dim, hidden_dim, drop=0.):
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.act(self.fc1(x))))
 
 
 class Block(nn.Module):
     """A pre-norm transformer block, with layer scale where `init_values` is above 0.
 
-    Attributes:
-        skips_dropped (bool): whether stochastic depth leaves out the work on the samples that it drops, instead of
-            throwing its result away. The same distribution; the shapes inside vary from call to call.
+    With `skips_dropped` stochastic depth leaves out the work on the samples that it drops, instead of throwing its
+    result away. The same distribution; the shapes inside vary from call to call.
     """
 
     skips_dropped = False
 
-    def __init__(self, dim, num_heads, mlp_ratio=4., qkv_bias=False, qk_scale=None, drop=0., attn_drop=0.,
-                 drop_path=0., init_values=None, norm_layer=nn.LayerNorm, window_size=None):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4., qkv_bias: bool = False,
+                 qk_scale: Optional[float] = None, drop: float = 0., attn_drop: float = 0., drop_path: float = 0.,
+                 init_values: Optional[float] = None, norm_layer: Callable = nn.LayerNorm,
+                 window_size: Optional[Tuple[int, int]] = None) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop, window_size)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
-        has_layer_scale = init_values is not None and init_values > 0
-        self.gamma_1 = nn.Parameter(init_values * torch.ones(dim)) if has_layer_scale else None
-        self.gamma_2 = nn.Parameter(init_values * torch.ones(dim)) if has_layer_scale else None
+        self.gamma_1 = nn.Parameter(init_values * torch.ones(dim)) if init_values else None
+        self.gamma_2 = nn.Parameter(init_values * torch.ones(dim)) if init_values else None
 
-    def forward(self, x, shared_bias=None):
+    def forward(self, x: Tensor, shared_bias: Optional[Tensor] = None) -> Tensor:
         x = self._add(x, lambda kept: self.attn(self.norm1(kept), shared_bias), self.gamma_1)
         return self._add(x, lambda kept: self.mlp(self.norm2(kept)), self.gamma_2)
 
-    def _add(self, x, branch, gamma):
+    def _add(self, x: Tensor, branch: Callable, gamma: Optional[Tensor]) -> Tensor:
         """x + drop_path(gamma * branch(x)), in as few passes over the tokens as it takes."""
         drop = getattr(self.drop_path, 'drop_prob', 0.) if self.training else 0.
+        factor = gamma
         if drop and self.skips_dropped:
             kept = (torch.rand(len(x)) >= drop).nonzero().flatten()  # drawn on the host: no device is waited for
             factor = torch.full_like(x[0, 0], 1. / (1. - drop)) if gamma is None else gamma * (1. / (1. - drop))
@@ -219,25 +211,24 @@ class Block(nn.Module):
         elif drop:
             mask = self.drop_path(x.new_ones(len(x), 1, 1))  # 0, or 1 / (1 - drop)
             factor = mask if gamma is None else gamma * mask
-        else:
-            factor = gamma
         return x + branch(x) if factor is None else torch.addcmul(x, factor, branch(x))
 
 
 class PatchEmbed(nn.Module):
     """Images (B, C, height, width) to patch tokens (B, H*W, D)."""
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768):
+    def __init__(self, img_size: Pixels = 224, patch_size: Pixels = 16, in_chans: int = 3,
+                 embed_dim: int = 768) -> None:
         super().__init__()
         self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
         if any(side <= 0 or side % patch for side, patch in zip(self.img_size, self.patch_size)):
             raise ValueError('image size %s is not a multiple of the patch size %s'
                              % ('x'.join(map(str, self.img_size)), 'x'.join(map(str, self.patch_size))))
-        self.patch_shape = tuple(side // patch for side, patch in zip(self.img_size, self.patch_size))
+        self.patch_shape = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
         self.num_patches = self.patch_shape[0] * self.patch_shape[1]
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[-2:]) != self.img_size:
             raise ValueError('the model takes images of %dx%d, got %dx%d' % (self.img_size + tuple(x.shape[-2:])))
         return rearrange(self.proj(x), 'b d h w -> b (h w) d')
@@ -247,32 +238,31 @@ class VisionTransformer(nn.Module):
     """BEiT: images (B, in_chans, height, width) to logits (B, num_classes), or features (B, D) when that is 0.
 
     Args:
-        img_size, patch_size (int or pair): in pixels; the image must be a whole number of patches each way.
-        qk_scale (float): factor on the query, by default head_dim ** -0.5.
-        drop_rate, attn_drop_rate (float): dropout on projections and on attention weights.
-        drop_path_rate (float): stochastic depth of the last block; it grows linearly from 0 at the first.
-        init_values (float): start of layer scale; None or 0 leaves layer scale out.
-        use_abs_pos_emb, use_rel_pos_bias, use_shared_rel_pos_bias (bool): which position codes the model has.
-        use_mean_pooling (bool): pool by the mean of the patch tokens (`fc_norm`); else the class token (`norm`).
-        init_scale (float): factor on the head's initial weight and bias.
-
-    Raises:
-        ValueError: an image that is not a whole number of patches, here or in `forward`.
+        img_size, patch_size: in pixels; `ValueError` where an image is not a whole number of patches each way.
+        qk_scale: factor on the query, by default head_dim ** -0.5.
+        drop_rate, attn_drop_rate: dropout on projections and on attention weights.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        init_values: start of layer scale; None or 0 leaves layer scale out.
+        use_mean_pooling: pool by the mean of the patch tokens (`fc_norm`); else the class token (`norm`).
+        init_scale: factor on the head's initial weight and bias.
     """
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, num_classes=1000, embed_dim=768, depth=12,
-                 num_heads=12, mlp_ratio=4., qkv_bias=False, qk_scale=None, drop_rate=0., attn_drop_rate=0.,
-                 drop_path_rate=0., norm_layer=nn.LayerNorm, init_values=None, use_abs_pos_emb=True,
-                 use_rel_pos_bias=False, use_shared_rel_pos_bias=False, use_mean_pooling=True, init_scale=0.001):
+    default_cfg: Dict[str, Any]
+
+    def __init__(self, img_size: Pixels = 224, patch_size: Pixels = 16, in_chans: int = 3, num_classes: int = 1000,
+                 embed_dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.,
+                 qkv_bias: bool = False, qk_scale: Optional[float] = None, drop_rate: float = 0.,
+                 attn_drop_rate: float = 0., drop_path_rate: float = 0., norm_layer: Callable = nn.LayerNorm,
+                 init_values: Optional[float] = None, use_abs_pos_emb: bool = True, use_rel_pos_bias: bool = False,
+                 use_shared_rel_pos_bias: bool = False, use_mean_pooling: bool = True,
+                 init_scale: float = 0.001) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.num_features = self.embed_dim = embed_dim
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         grid = self.patch_embed.patch_shape
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = None
-        if use_abs_pos_emb:
-            self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
+        tokens = self.patch_embed.num_patches + 1
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim)) if use_abs_pos_emb else None
         self.pos_drop = nn.Dropout(drop_rate)
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
         self.use_rel_pos_bias = use_rel_pos_bias
@@ -283,11 +273,11 @@ class VisionTransformer(nn.Module):
             for index in range(depth)])
         self.norm = nn.Identity() if use_mean_pooling else norm_layer(embed_dim)
         self.fc_norm = norm_layer(embed_dim) if use_mean_pooling else None
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.reset_classifier(num_classes)
         self.grad_checkpointing, self.backbone_frozen = False, False
         self._init_weights(init_scale)
 
-    def _init_weights(self, init_scale):
+    def _init_weights(self, init_scale: float) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=.02)
@@ -297,46 +287,47 @@ class VisionTransformer(nn.Module):
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=.02)
         with torch.no_grad():
-            for layer, block in enumerate(self.blocks, start=1):
+            blocks = self.blocks  # type: Any
+            for layer, block in enumerate(blocks, start=1):
                 block.attn.proj.weight.div_(math.sqrt(2.0 * layer))
                 block.mlp.fc2.weight.div_(math.sqrt(2.0 * layer))
             if isinstance(self.head, nn.Linear):
                 self.head.weight.mul_(init_scale)
                 self.head.bias.mul_(init_scale)
 
-    def get_num_layers(self):
+    def get_num_layers(self) -> int:
         return len(self.blocks)
 
-    def no_weight_decay(self):
+    def no_weight_decay(self) -> Set[str]:
         """Names of the parameters that weight decay must leave alone, besides vectors and biases."""
         return {'pos_embed', 'cls_token'}
 
-    def set_grad_checkpointing(self, enable=True):
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for the backward pass, and compute the rest again there: less memory, slower."""
         self.grad_checkpointing = enable
 
-    def freeze_backbone(self, freeze=True):
+    def freeze_backbone(self, freeze: bool = True) -> None:
         """Train the head alone, on features without dropout or stochastic depth; or all again."""
         self.backbone_frozen = freeze
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not freeze or name.startswith('head.'))
         self.train(self.training)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> 'VisionTransformer':
         super().train(mode)
         for child in self.children() if self.backbone_frozen else ():
             if child is not self.head:
                 child.train(False)
         return self
 
-    def get_classifier(self):
+    def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes, global_pool=''):
+    def reset_classifier(self, num_classes: int, global_pool: str = '') -> None:
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
-    def forward_features(self, x):
+    def forward_features(self, x: Tensor) -> Tensor:
         """Images to pooled, normalised features (B, D)."""
         x = self.patch_embed(x)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, N, D)
@@ -352,21 +343,19 @@ class VisionTransformer(nn.Module):
         x = self.norm(x)
         return x[:, 0] if self.fc_norm is None else self.fc_norm(reduce(x[:, 1:], 'b n d -> b d', 'mean'))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.head(self.forward_features(x))
 
 
-def _beit(kwargs, **architecture):
+def _beit(architecture: Dict[str, int], pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """Build a registered model: the architecture, then whatever the caller sets over it."""
-    if kwargs.pop('pretrained', False):
+    if pretrained:
         raise ValueError('pretrained=True: give the weights file to --finetune, or call '
                          'beit.checkpoint.pretrained.load_pretrained')
-    kwargs = {name: value for name, value in kwargs.items()
-              if not name.startswith('pretrained_cfg') and name != 'cache_dir'}  # what timm's create_model adds
-    config = dict(qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6), mlp_ratio=4.)
-    config.update(architecture)
-    config.update(kwargs)
-    model = VisionTransformer(**config)
+    settings = dict(architecture, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))  # type: Dict[str, Any]
+    settings.update((name, value) for name, value in kwargs.items()
+                    if not name.startswith('pretrained_cfg') and name != 'cache_dir')  # what timm's create_model adds
+    model = VisionTransformer(**settings)
     model.default_cfg = dict(
         url='', num_classes=model.num_classes, input_size=(3,) + model.patch_embed.img_size, pool_size=None,
         crop_pct=.9, interpolation='bicubic', mean=INPUT_MEAN, std=INPUT_STD,
@@ -386,20 +375,17 @@ MODELS = {
 }
 
 
-def _entry_point(name):
-    def create(pretrained=False, **kwargs):
-        return _beit(dict(kwargs, pretrained=pretrained), **MODELS[name])
+def _entry_point(name: str) -> Callable:
+    def create(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+        return _beit(MODELS[name], pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = 'The registered model %s; keyword arguments are those of VisionTransformer.' % name
-    globals()[name] = create
-    __all__.append(name)
     return create
 
 
 # Registered under the reference's names. timm has models of the same names; here, ours take their place.
-__all__ = ['VisionTransformer', 'RelativePositionBias', 'relative_position_index', 'MODELS']
+__all__ = ['VisionTransformer', 'RelativePositionBias', 'relative_position_index', 'MODELS'] + list(MODELS)
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', UserWarning)  # timm warns that a name is taken over
     for _name in MODELS:
-        register_model(_entry_point(_name))
+        globals()[_name] = register_model(_entry_point(_name))

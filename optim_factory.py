@@ -1,7 +1,7 @@
 """Layer-decay parameter groups, the table of optimizers, and the cosine schedules.
 
-Layer-wise learning rates and the rules for weight decay follow the reference's optim_factory.py
-(BEiT, https://arxiv.org/abs/2106.08254, appendix; the idea is ELECTRA's, https://arxiv.org/abs/2003.10555).
+Layer-wise learning rates and weight decay follow the reference's optim_factory.py (BEiT,
+https://arxiv.org/abs/2106.08254, appendix; the idea is ELECTRA's, https://arxiv.org/abs/2003.10555).
 """
 
 import inspect
@@ -30,13 +30,10 @@ def layer_id(name: str, num_layers: int) -> int:
 
 def get_parameter_groups(model: Any, weight_decay: float = 1e-5, layer_decay: float = 1.0,
                          skip_list: Collection[str] = ()) -> List[Dict[str, Any]]:
-    """Parameters grouped by layer and by whether weight decay acts on them.
+    """Parameters grouped by layer and by whether weight decay acts on them, in the model's order.
 
     Vectors, names that end in .bias and names in `skip_list` are not decayed. Layer i of n blocks learns at
     layer_decay ** (n + 1 - i) times the rate.
-
-    Returns:
-        list of dicts with params, lr_scale (float), weight_decay (float), decays (bool) and name, in the model's order.
     """
     num_layers = model.get_num_layers()
     groups: Dict[str, Dict[str, Any]] = {}
@@ -46,10 +43,9 @@ def get_parameter_groups(model: Any, weight_decay: float = 1e-5, layer_decay: fl
         layer = layer_id(name, num_layers)
         decays = not (parameter.dim() == 1 or name.endswith('.bias') or name in skip_list)
         key = 'layer_%d_%s' % (layer, 'decay' if decays else 'no_decay')
-        if key not in groups:
-            groups[key] = {'params': [], 'name': key, 'decays': decays, 'weight_decay': weight_decay if decays else 0.,
-                           'lr_scale': layer_decay ** (num_layers + 1 - layer)}
-        groups[key]['params'].append(parameter)
+        group = groups.setdefault(key, dict(params=[], name=key, decays=decays, weight_decay=weight_decay * decays,
+                                            lr_scale=layer_decay ** (num_layers + 1 - layer)))
+        group['params'].append(parameter)
     return list(groups.values())
 
 
@@ -63,60 +59,49 @@ def weight_decay_skip_list(model: Any, disable_weight_decay_on_rel_pos_bias: boo
 
 # ---- optimizers
 
-def _torch(name, **fixed):
-    return lambda under_apex: (getattr(torch.optim, name, None) or getattr(timm.optim, name, None), fixed)
-
-
-def _timm(*names, **fixed):
-    return lambda under_apex: (
-        next((getattr(timm.optim, name) for name in names if hasattr(timm.optim, name)), None), fixed)
-
-
-def _fused(name, **fixed):
-    return lambda under_apex: (kernels.fused_optimizer(name, under_apex), fixed)
-
-
-# Name to a function of `under_apex` that gives (class, fixed arguments). 'momentum' stands for the flag of that name.
+# Class, of PyTorch or else timm or, where it is fused, of `kernels.fused_optimizer`; and its fixed arguments.
 OPTIMIZERS = {
-    'adamw': _torch('AdamW'),
-    'adam': _torch('Adam'),
-    'nadam': _torch('NAdam'),
-    'radam': _torch('RAdam'),
-    'adadelta': _torch('Adadelta'),
-    'rmsprop': _torch('RMSprop', alpha=0.9),
-    'sgd': _torch('SGD', nesterov=True),
-    'nesterov': _torch('SGD', nesterov=True),
-    'momentum': _torch('SGD', nesterov=False),
-    'adamp': _timm('AdamP', wd_ratio=0.01, nesterov=True),
-    'sgdp': _timm('SGDP', nesterov=True),
-    'adafactor': _timm('Adafactor'),
-    'adahessian': _timm('Adahessian'),
-    'rmsproptf': _timm('RMSpropTF', alpha=0.9),
-    'novograd': _timm('NovoGrad', 'NvNovoGrad'),
-    'nvnovograd': _timm('NvNovoGrad'),
-    'npufusedadamw': _fused('NpuFusedAdamW'),
-    'fusedadamw': _fused('FusedAdam', adam_w_mode=True),
-    'fusedadam': _fused('FusedAdam', adam_w_mode=False),
-    'fusedsgd': _fused('FusedSGD', nesterov=True),
-    'fusedmomentum': _fused('FusedSGD', nesterov=False),
-    'fusedlamb': _fused('FusedLAMB'),
-    'fusednovograd': _fused('FusedNovoGrad', betas=(0.95, 0.98)),
-}
+    'adamw': ('AdamW', {}),
+    'adam': ('Adam', {}),
+    'nadam': ('NAdam', {}),
+    'radam': ('RAdam', {}),
+    'adadelta': ('Adadelta', {}),
+    'rmsprop': ('RMSprop', dict(alpha=0.9)),
+    'sgd': ('SGD', dict(nesterov=True)),
+    'nesterov': ('SGD', dict(nesterov=True)),
+    'momentum': ('SGD', dict(nesterov=False)),
+    'adamp': ('AdamP', dict(wd_ratio=0.01, nesterov=True)),
+    'sgdp': ('SGDP', dict(nesterov=True)),
+    'adafactor': ('Adafactor', {}),
+    'adahessian': ('Adahessian', {}),
+    'rmsproptf': ('RMSpropTF', dict(alpha=0.9)),
+    'novograd': ('NovoGrad' if hasattr(timm.optim, 'NovoGrad') else 'NvNovoGrad', {}),
+    'nvnovograd': ('NvNovoGrad', {}),
+    'npufusedadamw': ('NpuFusedAdamW', {}),
+    'fusedadamw': ('FusedAdam', dict(adam_w_mode=True)),
+    'fusedadam': ('FusedAdam', dict(adam_w_mode=False)),
+    'fusedsgd': ('FusedSGD', dict(nesterov=True)),
+    'fusedmomentum': ('FusedSGD', dict(nesterov=False)),
+    'fusedlamb': ('FusedLAMB', {}),
+    'fusednovograd': ('FusedNovoGrad', dict(betas=(0.95, 0.98))),
+}  # type: Dict[str, Tuple[str, Dict[str, Any]]]
+TIMMS_OWN = ('Adafactor',)  # where PyTorch has another of this name
 
 
 def optimizer_class(name: str, under_apex: Optional[bool] = None) -> Tuple[Any, Dict[str, Any], bool]:
     """(class, fixed arguments, whether Lookahead goes around it) of a value of --opt.
 
-    Args:
-        under_apex (bool): see `kernels.fused_optimizer`.
-
-    Raises:
-        UserError: the name is unknown, or its library isn't here.
+    `UserError` where the name is unknown, or its library isn't here. `under_apex`: see `kernels.fused_optimizer`.
     """
     lookahead, _, base = name.lower().rpartition('lookahead_')
     if base not in OPTIMIZERS or lookahead:
         raise unknown_value_error('--opt', name, list(OPTIMIZERS) + ['lookahead_adamw'])
-    cls, fixed = OPTIMIZERS[base](under_apex)
+    class_name, fixed = OPTIMIZERS[base]
+    if 'Fused' in class_name:
+        cls = kernels.fused_optimizer(class_name, under_apex)
+    else:
+        homes = [timm.optim] if class_name in TIMMS_OWN else [torch.optim, timm.optim]
+        cls = next((getattr(home, class_name) for home in homes if hasattr(home, class_name)), None)
     if cls is None:
         raise UserError('--opt %s: neither this PyTorch nor this timm has it; use adamw' % name)
     return cls, fixed, name.lower().startswith('lookahead_')
@@ -135,9 +120,6 @@ def create_optimizer(model: nn.Module, config: Optional[OptimizerConfig] = None,
     Args:
         config: its settings; or some of its fields by name, and then without layer decay unless that is one of them.
         under_apex: whether apex.amp will prepare the optimizer.
-
-    Raises:
-        UserError: see `optimizer_class`; or `opt_betas` for an optimizer without betas.
     """
     config = config or OptimizerConfig(**dict({'layer_decay': 1.}, **settings))
     opt, betas = config.opt, config.opt_betas
@@ -164,10 +146,8 @@ def create_optimizer(model: nn.Module, config: Optional[OptimizerConfig] = None,
 
 
 def complete_momenta(optimizer: torch.optim.Optimizer) -> None:
-    """Give the parameters of SGD that had no gradient yet, beside some that had, a momentum of 0: as they begin anyway.
-
-    PyTorch's fused kernel takes groups of which all or none have begun.
-    """
+    """Give the parameters of SGD that had no gradient yet, beside some that had, a momentum of 0, as they begin anyway:
+    PyTorch's fused kernel takes groups of which all or none have begun."""
     inner = kernels.base_optimizer(optimizer)
     for group in inner.param_groups if isinstance(inner, torch.optim.SGD) else ():
         begun = [inner.state.get(parameter, {}).get('momentum_buffer') is not None for parameter in group['params']]
@@ -180,17 +160,12 @@ def complete_momenta(optimizer: torch.optim.Optimizer) -> None:
 
 def cosine_scheduler(base_value: float, final_value: float, epochs: int, niter_per_ep: int, warmup_epochs: int = 0,
                      start_warmup_value: float = 0, warmup_steps: int = -1) -> np.ndarray:
-    """A value for each update step: linear warm-up, then half a cosine.
-
-    final + (base - final) / 2 * (1 + cos(pi * i / n)) for step i of the n after warm-up
-    (SGDR, https://arxiv.org/abs/1608.03983, eq. 5, without restarts).
+    """A float64 value for each update step: linear warm-up, then half a cosine (SGDR, https://arxiv.org/abs/1608.03983,
+    eq. 5, without restarts).
 
     Args:
         niter_per_ep (int): update steps per epoch.
         warmup_steps (int): overrides `warmup_epochs` when above 0.
-
-    Returns:
-        float64 array of epochs * niter_per_ep values.
 
     Raises:
         ValueError: the warm-up is longer than the run.

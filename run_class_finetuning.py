@@ -56,7 +56,6 @@ from beit.training.losses import build_criterion
 from beit.training.metrics import (
     best_figures,
     build_metrics,
-    check_metrics,
     logged,
     plotted,
     primary_metric,
@@ -225,21 +224,21 @@ def prepare_data(args, device, checkpoint):
         held_out)
     if process_group.is_main_process():
         fingerprint.report_shared_files(train_set, val_set)
-    spec = known or build_spec(args, inputs, train_set, classes)
+    spec = known or build_spec(args, inputs, val_set if train_set is None else train_set, classes)
     if checkpoint:
         train_set, val_set, spec = use_classes_of(args, checkpoint, spec, train_set, val_set, classes)
     if val_set is not None:
         datasets.check_fits(val_set)
-        check_metrics(val_set, args.results_file, args.real_labels, args.data_set)
+        build_metrics(val_set, args.results_file, args.real_labels, args.data_set)
     weights = choose_class_weights(args, train_set, list(spec.classes))
     steps_per_epoch = None if args.eval else count_steps(args, len(train_set))
     return Data(train_set, val_set, spec, weights, steps_per_epoch,
                 *datasets.build_loaders(inputs, train_set, val_set, device))
 
 
-def build_spec(args, inputs, train_set, classes):
+def build_spec(args, inputs, dataset, classes):
     """What the model is that this run trains, or, without a checkpoint, evaluates."""
-    multi_label = subsets.is_multi_label(label_source(train_set))
+    multi_label = subsets.is_multi_label(label_source(dataset))
     return ModelSpec(config_from(args, ModelConfig), EvalTransform.from_config(inputs), tuple(classes),
                      loss='bce' if losses.activation(args.loss, multi_label) == 'sigmoid' else 'ce',
                      multi_label=multi_label, origin={'program': 'BEiT for PyTorch %s' % project_version(),
@@ -485,7 +484,8 @@ def evaluate_only(args, output, data, learner, report, checkpoint):
                                     learner.device)
     bad_images = UnreadableFiles(args.output_dir, args.max_bad_images)
     throughput = utils.Throughput(warmup_steps=1)
-    stats, ema_stats = evaluate_all(args, data, learner, bad_images, throughput, predictions=report.predictions())
+    stats, ema_stats = evaluate_all(args, data, learner, bad_images, throughput,
+                                    predictions=report.predictions(data.spec.multi_label, data.spec.activation))
     if args.results_file and process_group.is_main_process():
         write_results(args.results_file, [
             results_row(args, source, weights, data.spec, learner.model, each)
@@ -513,7 +513,8 @@ def evaluate_all(args, data, learner, bad_images, throughput=None, stop_signal=N
     sharded = args.dist_eval and process_group.world_size() > 1
 
     def evaluate(name, network, throughput=None, predictions=None):
-        metrics = build_metrics(data.val_set, args.results_file, args.real_labels, args.data_set)
+        metrics = build_metrics(data.val_set, args.results_file, args.real_labels, args.data_set, data.spec.multi_label,
+                                data.spec.activation)
         stats = engine.evaluate(
             data.val_loader, engine.WithMirrorImage(network) if args.test_flip else network, learner.device, sharded,
             throughput, stop_signal, metrics + ([predictions] if predictions is not None else []))
@@ -526,7 +527,7 @@ def evaluate_all(args, data, learner, bad_images, throughput=None, stop_signal=N
                 figure.title, name, stats['images'], stats[figure.name], figure.unit,
                 ' (%d more could not be read and are not counted)' % len(set(left_out)) if left_out else ''),
                 detail=stop_signal is not None)  # in training, the epoch's own line has it
-            for message in filter(None, (metric.message(stats) for metric in metrics)):
+            for message in filter(None, (metric.message % stats for metric in metrics)):
                 log.log_main(message)
         return stats
 
@@ -561,7 +562,7 @@ def print_result(throughput, figures):
 
 def speed_figures(throughput, seconds):
     """The speed as summary.json has it; None where nothing was measured."""
-    measured = bool(throughput.steps)
+    measured = throughput.images_per_second > 0
     return dict(images_per_second=throughput.images_per_second if measured else None,
                 step_milliseconds=throughput.step_milliseconds if measured else None,
                 duration_seconds=round(seconds, 3))
@@ -574,7 +575,9 @@ def train(args, training, data, learner, monitor, report):
 
     The line in log.txt comes before the checkpoint: where a kill falls between them, the resumed run writes it again.
     """
-    started, throughput, state, train_stats = time.time(), utils.Throughput(), monitor.run_state, {}
+    state, train_stats = monitor.run_state, {}
+    started, throughput = time.time() - state.spent[0], utils.Throughput(earlier=state.spent[1:])
+    monitor.spent = lambda: [time.time() - started, *throughput.totals()]
     writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and process_group.is_main_process() else None
     step_limit = min(args.maxstep or args.epochs * data.steps_per_epoch, args.epochs * data.steps_per_epoch)
     first = epochs = state.epoch  # epochs: that something was done of
@@ -583,7 +586,7 @@ def train(args, training, data, learner, monitor, report):
         steps = min(data.steps_per_epoch, step_limit - epoch * data.steps_per_epoch)
         if steps <= 0 or should_stop_early(args, state, learner.device):
             break
-        begun, epochs = time.time(), epoch + 1
+        begun, epochs, steps_before = time.time(), epoch + 1, len(throughput.steps)
         is_due, is_whole = epochs % args.val_interval == 0, steps == data.steps_per_epoch
         is_last = epoch * data.steps_per_epoch + steps >= step_limit
         unfreeze_when_due(args, learner, epoch)
@@ -597,7 +600,8 @@ def train(args, training, data, learner, monitor, report):
         test_stats = ema_stats = None
         if data.val_loader is not None and (is_due or is_last):
             test_stats, ema_stats = evaluate_all(args, data, learner, monitor.bad_images, None,
-                                                 lambda: monitor.signals.stop_signal, report.predictions())
+                                                 lambda: monitor.signals.stop_signal,
+                                                 report.predictions(data.spec.multi_label, data.spec.activation))
             if test_stats is None:
                 monitor.stop_after(epoch, steps, learner.device)
         improved = update_best(state.best, test_stats, ema_stats)
@@ -606,7 +610,7 @@ def train(args, training, data, learner, monitor, report):
         state.stale = 0 if improved else state.stale
         record(args, writer, epoch, learner.model, train_stats, test_stats, ema_stats)
         log.log_epoch(epoch, args.epochs, train_stats, primary_percent(test_stats, state.best),
-                      throughput.images_per_second, time.time() - begun)
+                      throughput.since(steps_before).images_per_second, time.time() - begun)
         report.after_epoch(writer, epoch, discovery.BEST in improved)
         if not is_whole:  # --maxstep, in mid-epoch
             monitor.save(epoch, steps, monitor.epoch_state, learner.device)
@@ -623,7 +627,7 @@ def train(args, training, data, learner, monitor, report):
 def finish(args, learner, monitor, report, throughput, train_stats, first, epochs, started):
     """Say how the training ended, and write what people look at. `epochs`: something was done of so many."""
     state = monitor.run_state
-    if throughput.steps:
+    if throughput.images_per_second:
         log.log_main('Speed: %s' % throughput.bottleneck())
     log.log_main('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
     if should_stop_early(args, state, learner.device):

@@ -24,8 +24,7 @@ from beit.cli import OneLineParser, run_interruptible
 from beit.errors import UserError, escape_text, unknown_value_error
 from beit.files import atomic_write, run_folder
 from beit.outputs.export_formats import (
-    EXTRA, FOLDER, FORMATS, OPSETS, Format, NotChecked, example_images, format_arguments, import_optional,
-    package_version, timm_line)
+    EXTRA, FORMATS, OPSETS, Format, NotChecked, example_images, import_optional, package_version)
 
 PROGRAM = 'run_export.py'
 EXAMPLES = """examples:
@@ -87,8 +86,9 @@ def check_args(args):
         raise unknown_value_error('--format', args.format, FORMATS)
     if args.model is not None and args.model not in modeling_finetune.MODELS:
         raise unknown_value_error('--model', args.model, modeling_finetune.MODELS)
-    if args.opset and args.format != 'onnx':
-        raise UserError('--opset %d goes with --format onnx, not %s' % (args.opset, args.format))
+    if args.opset and not FORMATS[args.format].takes_opset:
+        raise UserError('--opset %d goes with --format %s, not %s' % (args.opset, ' or '.join(
+            name for name, each in FORMATS.items() if each.takes_opset), args.format))
     if args.output:
         check_output(args, args.output)
 
@@ -101,17 +101,17 @@ def default_output(source, ending):
 
 def check_output(args, path):
     """Raise a `UserError` where the output cannot be written, or would replace what nobody said to."""
-    shown = '--output %s' % escape_text(path)
+    shown, files = '--output %s' % escape_text(path), FORMATS[args.format].files
     run_folder.check_writable('--output', os.path.dirname(os.path.abspath(path)))
     if not os.path.lexists(path):
         return
-    if os.path.isdir(path) != (args.format == 'huggingface'):
+    if os.path.isdir(path) != bool(files):
         raise UserError('%s: %s; --format %s writes a %s' % (shown, 'a folder' if os.path.isdir(path) else 'a file',
                                                              args.format, 'folder' if os.path.isfile(path) else 'file'))
-    if args.format == 'huggingface' and set(os.listdir(path)) - FOLDER:
+    if files and set(os.listdir(path)) - files:
         raise UserError('%s: the folder holds other files (%s), which would be lost; name a new one' % (
-            shown, escape_text(sorted(set(os.listdir(path)) - FOLDER)[0])))
-    if not args.overwrite and (args.format != 'huggingface' or os.listdir(path)):
+            shown, escape_text(sorted(set(os.listdir(path)) - files)[0])))
+    if not args.overwrite and (not files or os.listdir(path)):
         raise UserError('%s: already there; give --overwrite, or another name' % shown)
 
 
@@ -137,9 +137,8 @@ def main(args):
         escape_text(trained.source)))
     print(told or 'Not checked, as --no_check says')
     print('Wrote %s (%s, %s, %.1f MB)' % (escape_text(path), args.format, about, size / 1e6))
-    if args.format == 'safetensors':
-        print('Load it: %s' % timm_line(trained, path))
-        print('Prepare images: timm.data.create_transform(%s)' % format_arguments(trained.preprocessing.to_timm()))
+    for line in chosen.usage(trained, path):
+        print(line)
 
 
 def write_folder(path, files, check):

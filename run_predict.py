@@ -38,7 +38,7 @@ from beit.errors import UserError, escape_text
 from beit.files import run_folder
 from beit.outputs import attention_maps
 from beit.outputs.prediction_writers import FORMATS, LineWriter, Prediction, open_output
-from beit.training import fused_attention, loss_scaler
+from beit.training import fused_attention, loss_scaler, metrics
 
 PROGRAM = 'run_predict.py'
 EXAMPLES = """examples:
@@ -168,7 +168,8 @@ class Predictor:
         # Filled up as in an evaluation: kernels round otherwise for another number of rows.
         output = self.model(engine.pad_batch(batch.images, self.loader))[:len(batch.images)].float()
         probabilities = output.sigmoid() if self.activation == 'sigmoid' else output.softmax(-1)
-        top = probabilities.topk(min(self.top_k, output.shape[1]), dim=-1)
+        classes = metrics.top_classes(output, self.top_k)
+        top = probabilities.gather(1, classes), classes
         return batch, entries, top, None if self.heatmaps is None else self.heatmaps.hook.take()
 
     def read(self, batch: Any, entries: Sequence[Tuple[int, str]], top: Any, attended: Any) -> List[Prediction]:
@@ -176,7 +177,7 @@ class Predictor:
         rows, unreadable = {}, iter(batch.unreadable)
         if top is not None:
             rows = {number: row for row, number in enumerate(batch.indices[0].tolist())}
-            probabilities, classes, resized = top.values.tolist(), top.indices.tolist(), batch.targets.tolist()
+            probabilities, classes, resized = top[0].tolist(), top[1].tolist(), batch.targets.tolist()
         pictures = None if self.heatmaps is None or not rows else self.loader.as_bytes(batch.images)
         predictions = []
         for number, path in entries:

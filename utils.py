@@ -197,35 +197,47 @@ def should_log(step: int, steps: int, print_freq: int = 10) -> bool:
 
 
 class Throughput:
-    """Images per second over a run, without its first steps."""
+    """Images per second over a run, without its first steps, in which kernels are compiled and caches filled.
 
-    def __init__(self, warmup_steps: int = 5) -> None:
-        self.warmup_steps = warmup_steps
+    Args:
+        earlier: what `totals` gave before the run was resumed.
+    """
+
+    def __init__(self, warmup_steps: int = 5, earlier: Sequence[float] = (0, 0., 0., 0)) -> None:
+        self.warmup_steps, self.earlier = warmup_steps, earlier
         self.steps: List[Tuple[int, float, float]] = []  # (images, seconds, seconds of waiting for the loader)
 
     def update(self, images: int, seconds: float, data_seconds: float = 0.) -> None:
         self.steps.append((images, seconds, data_seconds))
 
-    def totals(self) -> np.ndarray:
-        """Images, seconds, seconds of waiting for data, and steps, in all."""
+    def since(self, step: int) -> 'Throughput':
+        """That of the steps from this one on, such as of an epoch; the first steps of the run stay out of it."""
+        part = Throughput(max(self.warmup_steps - step, 0))
+        part.steps = self.steps[step:]
+        return part
+
+    def totals(self) -> List[float]:
+        """[images, seconds, seconds of waiting for data, steps], in all."""
         steps = np.array([step + (1,) for step in self.steps], dtype=np.float64).reshape(-1, 4)
-        counted = steps[min(self.warmup_steps, len(steps) // 2):].sum(0)
-        return counted if 2 * counted[0] >= steps[:, 0].sum() else steps.sum(0)  # too few batches would be left
+        counted = steps[min(self.warmup_steps, len(steps) // 2):]
+        if 2 * counted[:, 0].sum() < steps[:, 0].sum():
+            counted = steps  # too few batches would be left
+        return (counted.sum(0) + np.asarray(self.earlier, dtype=np.float64)).tolist()
 
     @property
     def images_per_second(self) -> float:
-        images, seconds, _, _ = self.totals().tolist()
+        images, seconds, _, _ = self.totals()
         return images / max(seconds, 1e-9)
 
     @property
     def step_milliseconds(self) -> float:
-        _, seconds, _, steps = self.totals().tolist()
+        _, seconds, _, steps = self.totals()
         return 1000 * seconds / max(steps, 1)
 
     @property
     def data_share(self) -> float:
         """The share of the time that was spent waiting for data."""
-        _, seconds, data_seconds, _ = self.totals().tolist()
+        _, seconds, data_seconds, _ = self.totals()
         return data_seconds / max(seconds, 1e-9)
 
     def bottleneck(self) -> str:

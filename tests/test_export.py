@@ -190,7 +190,7 @@ def test_hugging_face_loads_it_offline(flags, trained, export, tmp_path):
     path, model = trained(*flags)
     said = export('--resume', path, '--format', 'huggingface', '--output', tmp_path / 'folder')
     assert 'Checked' in said and ', with transformers ' in said
-    assert sorted(os.listdir(str(tmp_path / 'folder'))) == sorted(export_formats.FOLDER)
+    assert sorted(os.listdir(str(tmp_path / 'folder'))) == sorted(export_formats.FORMATS['huggingface'].files)
     loaded, about = BeitForImageClassification.from_pretrained(str(tmp_path / 'folder'), local_files_only=True,
                                                                output_loading_info=True)
     assert not about['missing_keys'] and not about['unexpected_keys']
@@ -234,9 +234,58 @@ def test_the_averaged_weights(trained, export, tmp_path, parse):
 
 # ---- nothing wrong leaves
 
-@pytest.mark.parametrize('kind', ['torchscript', pytest.param('huggingface', marks=needs_extra('transformers'))])
+class ToyFormat:
+    """A folder of two files: all that somebody writes who adds an export format."""
+
+    files = frozenset(('weights', 'about.json'))
+
+    @staticmethod
+    def make(trained, opset):
+        content = {name: value.tolist() for name, value in trained.model.state_dict().items()}
+        return {'weights': json.dumps(content).encode(), 'about.json': b'{}'}, 'for nobody'
+
+    @staticmethod
+    def run(folder, trained, batches):
+        with open(os.path.join(folder, 'weights'), encoding='utf-8') as file:
+            content = json.load(file)
+        model = inference_model.build_model(trained.config, len(trained.classes)).eval()
+        model.load_state_dict({name: torch.tensor(value) for name, value in content.items()})
+        return [model(images) for images in batches]
+
+
+TOY = export_formats.Format('-toy', ToyFormat.make, ToyFormat.run, 'torch', ToyFormat.files,
+                            usage=lambda trained, path: ['Open it: %s' % os.path.basename(path)])
+EVERY = dict(export_formats.FORMATS, toy=TOY)
+NEEDS = {'onnx': [needs_extra('onnx', 'onnxscript', 'onnxruntime'), with_dynamo], 'torch_export': [with_export],
+         'safetensors': [with_timm], 'huggingface': [needs_extra('transformers')]}
+every_format = pytest.mark.parametrize(
+    'kind', [pytest.param(kind, marks=NEEDS.get(kind, [])) for kind in sorted(EVERY)])
+
+
+@every_format
+def test_a_format_is_written_checked_and_replaced(kind, trained, export, tmp_path, monkeypatch):
+    """What its entry in `FORMATS` says is enough for run_export.py."""
+    monkeypatch.setitem(export_formats.FORMATS, kind, EVERY[kind])
+    path, _ = trained()
+    said = export('--resume', path, '--format', kind)
+    output = tmp_path / ('weights' + EVERY[kind].ending)
+    assert 'Checked: logits differ by at most' in said and ', with ' + EVERY[kind].reader in said
+    lines, usage = said.splitlines(), EVERY[kind].usage(inference_model.load_for_inference(path), str(output))
+    assert lines[len(lines) - len(usage):] == usage and lines[-len(usage) - 1].startswith('Wrote ')
+    if EVERY[kind].files:
+        assert set(os.listdir(str(output))) == EVERY[kind].files
+        (output / 'thesis.txt').write_text('all of it')
+        assert 'thesis.txt' in export('--resume', path, '--format', kind, '--overwrite', fails=True)
+    else:
+        assert output.is_file()
+        assert '--overwrite' in export('--resume', path, '--format', kind, fails=True)
+        export('--resume', path, '--format', kind, '--overwrite', '--no_check')
+
+
+@every_format
 def test_another_network_is_not_written(kind, trained, export, tmp_path, monkeypatch):
     """A bias table gets lost on the way: the comparison says so."""
+    monkeypatch.setitem(export_formats.FORMATS, kind, EVERY[kind])
     path, _ = trained()
     make = export_formats.FORMATS[kind].make
 

@@ -31,9 +31,9 @@ from beit.files import run_folder
 from beit.outputs import args_yaml, report, report_html
 from beit.outputs import curves as curves_module
 from beit.outputs import summary as summary_module
-from beit.outputs.curves import COLOURS, PANELS, Curves, curves_of
+from beit.outputs.curves import Curves, panels
 from beit.outputs.summary import project_version, write_summary
-from beit.training.confusion import KEPT, Prediction, Predictions
+from beit.training.confusion import KEPT, ConfusionMatrix, EvaluatedImage
 from beit.training.metrics import Loss, TopAccuracy
 from flags import config_from
 from helpers import ROOT, RUN, needs_extra, photo, summaries
@@ -255,13 +255,13 @@ LOG = [dict(epoch=epoch, train_loss=2. - epoch / 10, test_loss=1.5, test_acc1=10
 
 
 def test_curves_are_the_logs_figures():
-    curves = {(panel[0], label): (epochs, values) for panel in PANELS
-              for label, epochs, values in curves_of(LOG, panel)}
-    assert set(curves) == {('Loss', 'training'), ('Loss', 'validation'), ('Accuracy', 'training top-1'),
-                           ('Accuracy', 'top-1'), ('Accuracy', 'top-5'), ('Learning rate', 'highest'),
+    curves = {(title, curve.label): (curve.epochs, curve.values) for title, found in panels(LOG).items()
+              for curve in found}
+    assert set(curves) == {('Loss', 'training'), ('Loss', 'validation'), ('Accuracy (%)', 'training top-1'),
+                           ('Accuracy (%)', 'top-1'), ('Accuracy (%)', 'top-5'), ('Learning rate', 'highest'),
                            ('Learning rate', 'lowest')}
-    assert curves['Accuracy', 'top-1'] == ((1, 2, 3, 4), (0., 10., 20., 30.))
-    assert curves['Accuracy', 'training top-1'] == ((1, 3, 4), (50., 50., 50.))  # without what is no number
+    assert curves['Accuracy (%)', 'top-1'] == ((1, 2, 3, 4), (0., 10., 20., 30.))
+    assert curves['Accuracy (%)', 'training top-1'] == ((1, 3, 4), (50., 50., 50.))  # without what is no number
 
 
 @needs_matplotlib
@@ -269,8 +269,9 @@ def test_curves_are_drawn(run, tmp_path):
     with Image.open(os.path.join(run[0], 'curves.png')) as picture:
         assert picture.size == (1350, 390)
         pixels = np.asarray(picture.convert('RGB')).reshape(-1, 3)
+    colours = {curve.label: curve.colour for found in panels(log_of(run[0])).values() for curve in found}
     for label in ('training', 'validation', 'validation, EMA', 'top-5'):
-        colour = [int(COLOURS[label][place:place + 2], 16) for place in (1, 3, 5)]
+        colour = [int(colours[label][place:place + 2], 16) for place in (1, 3, 5)]
         assert (np.abs(pixels.astype(int) - colour).max(axis=1) < 3).sum() > 50, label
 
 
@@ -332,7 +333,7 @@ def some_outputs(images=200, classes=7):
 
 
 def collected(parts, classes=7):
-    predictions = Predictions(classes)
+    predictions = ConfusionMatrix(classes)
     for indices, targets, _, output, _ in parts:
         predictions.update(Batch(None, targets, indices, []), output)
     return predictions
@@ -367,11 +368,11 @@ def test_predictions_of_several_processes_are_those_of_one(monkeypatch):
     whole.compute(False, None)
     told = []
 
-    def gather(value, _):
-        told.append(json.loads(json.dumps(value)))
-        return told
-    monkeypatch.setattr(collectives, 'all_gather_json', gather)
-    shares = [collected([[column[rank::3] for column in columns]]) for rank in range(3)] + [Predictions(7)]
+    def gather(columns, _):
+        told.append(columns)
+        return [torch.cat([each for each in parts if each is not None]) for parts in zip(*told)]
+    monkeypatch.setattr(collectives, 'all_gather_rows', gather)
+    shares = [collected([[column[rank::3] for column in columns]]) for rank in range(3)] + [ConfusionMatrix(7)]
     for share in shares:  # the last one got no image, and has now heard of all
         share.compute(True, None)
     assert shares[-1].counts == whole.counts
@@ -384,7 +385,7 @@ def test_an_evaluation_gives_the_same_figures_with_predictions(monkeypatch):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 7))
     batches = [Batch(torch.randn(5, 3, 2, 2), torch.randint(0, 7, (5,)), torch.arange(5) + 5 * number, [])
                for number in range(4)]
-    predictions = Predictions(7)
+    predictions = ConfusionMatrix(7)
     metrics = [TopAccuracy(), Loss(), predictions]
     with_them = engine.evaluate(batches, model, torch.device('cpu'), metrics=metrics)
     assert with_them == engine.evaluate(batches, model, torch.device('cpu'))
@@ -536,7 +537,7 @@ def test_augmented_samples_are_the_loaders_first_batch(run, parse):
 
 
 def many_classes(tmp_path, classes=100):
-    predictions = Predictions(classes)
+    predictions = ConfusionMatrix(classes)
     generator = np.random.default_rng(0)
     for true in range(classes - 1):
         predictions.counts[true, true] = int(generator.integers(1, 50))
@@ -545,7 +546,7 @@ def many_classes(tmp_path, classes=100):
     return predictions, dict(
         title='t', subtitle='s', tiles=[], plots=[], hint='', classes=['class %d' % label for label in range(classes)],
         evaluated='All.', per_class=predictions.per_class(), confused=predictions.most_confused(), matrix=None,
-        hardest=[(picture, Prediction(0, 1, 2, 0.5, math.inf), '/a/b/c.png')], most_confident=[], samples=[],
+        hardest=[(picture, EvaluatedImage(0, 1, 2, 0.5, math.nan, math.inf), '/a/b/c.png')], most_confident=[], samples=[],
         flags=[], versions=[])
 
 
@@ -656,9 +657,9 @@ def test_tensorboard_shows_images_and_confusions(run, parse):
 
 
 def test_a_class_count_that_no_picture_shows():
-    predictions = Predictions(5000)
+    predictions = ConfusionMatrix(5000)
     predictions.counts[1, 2] = 1
-    assert predictions.image() is None and Predictions(3).image() is None
+    assert predictions.image() is None and ConfusionMatrix(3).image() is None
 
 
 def test_captions_of_images_of_several_classes():

@@ -257,9 +257,9 @@ def test_the_references_call_trains():
 
 
 class Confidence(metrics.Metric):
-    """The mean of the highest logit: any metric that is declared in beit.training.metrics alone."""
+    """The mean of the highest logit: all that somebody writes who adds a metric."""
 
-    figures = (metrics.MetricSpec('confidence', line='confidence %.3f'),)
+    specs = (metrics.MetricSpec('confidence', 'confidence %.3f', 'Confidence'),)
 
     def __init__(self):
         self.highest = []
@@ -272,31 +272,37 @@ class Confidence(metrics.Metric):
 
 
 def test_every_metric_of_the_module_is_registered():
-    """One that `build_metrics` gives and `METRICS` lacks would miss in the line, TensorBoard and report, silently."""
     classes = {each for each in vars(metrics).values() if isinstance(each, type) and issubclass(each, metrics.Metric)}
     assert classes - {metrics.Metric} == set(metrics.METRICS)
 
 
-def test_a_new_metric_is_logged_and_printed(data, tmp_path, monkeypatch, capsys):
-    build = metrics.build_metrics
-    monkeypatch.setattr(run_class_finetuning, 'build_metrics', lambda *args: build(*args) + [Confidence()])
-    monkeypatch.setattr(metrics, 'FIGURES', metrics.FIGURES + Confidence.figures)
-    output, results = str(tmp_path / 'out'), str(tmp_path / 'results.json')
-    base = RUN + ['--data_path', data, '--output_dir', output]
+def test_a_new_metric_is_everywhere(data, tmp_path, monkeypatch, capsys):
+    """In the line, log.txt, TensorBoard, the curves, the results file, summary.json and both reports."""
+    monkeypatch.setattr(metrics, 'METRICS', metrics.METRICS + (Confidence,))
+    output, results, board = str(tmp_path / 'out'), str(tmp_path / 'results.json'), str(tmp_path / 'tb')
+    base = RUN + ['--data_path', data, '--output_dir', output, '--log_dir', board, '--report']
     assert run_class_finetuning.run(base + ['--epochs=1']) == 0
     value = lines_of(output)[0]['test_confidence']
     assert re.search(r'^\* Acc@1 .* loss \S+ confidence %.3f$' % value, capsys.readouterr().out, re.M)
+    assert scalars(board)['perf/test_confidence'] == pytest.approx([value])
+    curve, = curves.panels(lines_of(output))['Confidence']
+    assert (curve.epochs, curve.values) == ((1,), (value,))
     assert run_class_finetuning.run(base + ['--eval', '--resume', output, '--results_file', results]) == 0
-    with open(results, encoding='utf-8') as file:
-        assert json.load(file)[0]['confidence'] == pytest.approx(value)
+    for name in (results, os.path.join(output, 'eval-summary.json')):
+        with open(name, encoding='utf-8') as file:
+            content = json.load(file)
+        assert (content[0] if name == results else content)['confidence'] == pytest.approx(value)
+    assert scalars(os.path.join(board, 'eval'))['perf/test_confidence'] == pytest.approx([value])
+    for name, title in (('report.html', 'Confidence, best epoch'), ('eval-report.html', 'Confidence')):
+        with open(os.path.join(output, name), encoding='utf-8') as file:
+            assert '<dt>%s</dt><dd>%.4f</dd>' % (title, value) in file.read()
 
 
-def test_figures_have_one_name_and_a_panel_each():
+def test_figures_have_one_name_each():
     for name in ('name', 'summary', 'title'):
-        found = [getattr(figure, name) for figure in metrics.FIGURES if getattr(figure, name)]
+        found = [getattr(spec, name) for spec in metrics.metric_specs() if getattr(spec, name)]
         assert len(found) == len(set(found))
-    assert {figure.curve.panel for figure in metrics.FIGURES if figure.curve} <= {panel[0] for panel in curves.PANELS}
-    assert all(figure.summary and figure.title for figure in metrics.FIGURES if figure.is_primary)
+    assert all(spec.summary and spec.title for spec in metrics.metric_specs() if spec.is_primary)
 
 
 def test_throughput_leaves_the_first_steps_out():

@@ -52,7 +52,7 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
         'args': dict(flags),
         'accuracy': dict(run_state.best),
         'progress': {'steps': run_state.steps, 'meters': run_state.meters, 'run': dict(run_state.run),
-                     'files': run_state.files, 'stale': run_state.stale},
+                     'files': run_state.files, 'stale': run_state.stale, 'spent': run_state.spent},
         'data': dict(run_state.data),
     }
     if spec is not None:
@@ -79,6 +79,7 @@ class RunState:
     def __init__(self, epoch=0, steps=0, meters=(), best=None, run=None):
         self.epoch, self.steps, self.meters, self.files = epoch, steps, list(meters), []
         self.best, self.run, self.stale, self.data = dict(best or {}), dict(run or {}), 0, {}
+        self.spent = [0., 0., 0., 0., 0.]  # seconds of the run; images, seconds, of those waiting for data, and steps
 
     def meters_of(self, rank: int, processes: int) -> Optional[Dict[str, Any]]:
         """The state of the averages for a process; with another number of processes the first takes all of them."""
@@ -260,10 +261,12 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
         inside = content.get('progress') or {}
         best = {str(name): float(value) for name, value in (content.get('accuracy') or {}).items()}
         meters = [{'meters': {str(name): [int(count), float(total)] for name, (count, total) in each['meters'].items()},
-                   'skipped_before': int(each['skipped_before'])}
+                   'skipped_before': int(each['skipped_before']), 'counts_images': bool(each.get('counts_images'))}
                   for each in inside.get('meters', ())]
         run_state = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
         run_state.stale = int(inside.get('stale', 0))
+        seconds, images, step_seconds, data_seconds, steps = map(float, inside.get('spent', run_state.spent))
+        run_state.spent = [seconds, images, step_seconds, data_seconds, steps]
         if run_state.steps < 0 or bool(run_state.steps) != bool(meters):
             raise ValueError('%d steps do not fit its averages' % run_state.steps)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:

@@ -19,13 +19,7 @@ ESCAPED = '[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U000100
 
 
 def write(path: str, flags: Dict[str, Any]) -> None:
-    """Write a dict of flag to value (bool, number, str, list or None), whole or not at all.
-
-    A file of that name that no run wrote stays as it is.
-
-    Raises:
-        UserError: the disk is full or the folder can't be written.
-    """
+    """Write a dict of flag to value (bool, number, str, list or None). A file that no run wrote stays as it is."""
     if os.path.isfile(path):
         with open(path, 'rb') as file:
             if file.read(len(HEAD)) != HEAD.encode():  # somebody's own, which --config may have read
@@ -37,11 +31,7 @@ def write(path: str, flags: Dict[str, Any]) -> None:
 
 
 def read(path: str) -> Dict[str, Union[str, List[str], None]]:
-    """{flag: str, list of str, or None for null} of a flat YAML file, each value as it is written there.
-
-    Raises:
-        UserError: no such file, not YAML, or something else than one value or list of values for each flag.
-    """
+    """{flag: str, list of str, or None for null} of a flat YAML file, each value as it is written there."""
     shown = '--config %s' % escape_text(path)
     try:
         with open(path, 'rb') as file:
@@ -58,18 +48,6 @@ def read(path: str) -> Dict[str, Union[str, List[str], None]]:
         import yaml  # slow to import, and of use to --config alone
     except ImportError:
         raise UserError('%s needs PyYAML; run: pip install PyYAML' % shown) from None
-    found = {}
-    for key, value in _pairs(yaml, text, shown):
-        if key in found:
-            raise UserError('%s: %s stands there twice; remove one' % (shown, escape_text(key)))
-        found[key] = value
-    return found
-
-
-def _pairs(yaml, text, shown):
-    def scalar(node):
-        return None if node.style is None and node.value in NULLS else node.value
-
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -77,15 +55,15 @@ def _pairs(yaml, text, shown):
         raise UserError('%s: not YAML%s (%s)' % (shown, '' if mark is None else ', line %d' % (mark.line + 1),
                                                  escape_text(getattr(error, 'problem', None) or type(error).__name__))
                         ) from None
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
+    if root is not None and not isinstance(root, yaml.MappingNode):
         raise UserError('%s: it must hold lines of the form flag: value' % shown)
-    pairs = []
-    for key, value in root.value:
+    flags: Dict[str, Union[str, List[str], None]] = {}
+    for key, value in root.value if root is not None else ():
         is_list = isinstance(value, yaml.SequenceNode)
-        if not isinstance(key, yaml.ScalarNode) or not all(
-                isinstance(each, yaml.ScalarNode) for each in (value.value if is_list else [value])):
+        if not all(isinstance(each, yaml.ScalarNode) for each in [key] + (value.value if is_list else [value])):
             raise UserError('%s, line %d: a flag has one value, or a list of values' % (shown, key.start_mark.line + 1))
-        pairs.append((key.value, [each.value for each in value.value] if is_list else scalar(value)))
-    return pairs
+        if key.value in flags:
+            raise UserError('%s: %s stands there twice; remove one' % (shown, escape_text(key.value)))
+        is_null = not is_list and value.style is None and value.value in NULLS
+        flags[key.value] = None if is_null else [each.value for each in value.value] if is_list else value.value
+    return flags

@@ -19,18 +19,13 @@ SHORTEST = 224  # pixels of a picture's side; smaller ones are enlarged by a who
 
 
 class AttentionHook:
-    """Keeps what a block's attention is given while the model computes, and computes its weights from that.
-
-    The model's own result stays as it is, and so does the kernel that computes it.
+    """Keeps what a block's attention is given while the model computes, whose result and kernel stay as they are.
 
     Args:
         model (VisionTransformer): out of any wrapper.
-        block (int): which one, counted from 1; None is the last.
-        kind (str): 'cls': how the class token attends to the patches; 'mean': how the patches do, on average; None:
-            whichever token the model pools by.
-
-    Raises:
-        UserError: the model has no such block.
+        block: which one, counted from 1; None is the last. `UserError` where the model has no such block.
+        kind: 'cls': how the class token attends to the patches; 'mean': how the patches do, on average; None: whichever
+            token the model pools by.
     """
 
     def __init__(self, model: Any, block: Optional[int] = None, kind: Optional[str] = None) -> None:
@@ -53,13 +48,9 @@ class AttentionHook:
 
     @torch.no_grad()
     def maps(self, inputs: tuple, row: int) -> torch.Tensor:
-        """float32 (heads, H, W) on the CPU: the share of its attention that each patch of an image gets.
+        """float32 (heads, H, W) on the CPU: the share of its attention that each patch of the image in that row gets.
 
-        One image at a time, since the weights of a batch of large ones would not fit into memory. The sum is below 1
-        by what the class token gets.
-
-        Args:
-            row: of the image in its batch.
+        One image at a time: the weights of a batch of large ones would not fit into memory.
         """
         weights = self.attention.weights(inputs[0][row:row + 1], *inputs[1:])[0].float()  # (heads, N, N)
         queries = weights[:, :1] if self.kind == 'cls' else weights[:, 1:]
@@ -67,45 +58,32 @@ class AttentionHook:
 
 
 def paint(picture: Any, heat: Any) -> Image.Image:
-    """The heat map over the picture, as a Pillow image; colours go from the map's least to its most.
-
-    Args:
-        picture (uint8 (size, size, 3)): a tensor or array.
-        heat (float (H, W)): a tensor or array.
-    """
+    """A heat map (H, W) over a picture, uint8 (size, size, 3); its colours go from its least value to its most."""
     picture, heat = Image.fromarray(np.asarray(picture)), np.asarray(heat, dtype=np.float32)
     factor = -(-SHORTEST // min(picture.size))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)  # type: ignore[attr-defined]
     smooth = np.asarray(Image.fromarray(heat).resize(picture.size, Image.BICUBIC))  # type: ignore[attr-defined]
     smooth = (smooth - smooth.min()) / max(float(smooth.max() - smooth.min()), 1e-12)
-    colours = ImageOps.colorize(to_grey(smooth), COOL, HOT, WARM)
+    colours = ImageOps.colorize(_to_grey(smooth), COOL, HOT, WARM)
     dimmed = picture.convert('L').point(lambda value: value * GREY).convert('RGB')
-    return Image.composite(colours, dimmed, to_grey(OPACITY * smooth ** 0.7))  # 0.7: half of it is seen well
+    return Image.composite(colours, dimmed, _to_grey(OPACITY * smooth ** 0.7))  # 0.7: half of it is seen well
 
 
-def to_grey(values: np.ndarray) -> Image.Image:
-    """Numbers from 0 to 1, (H, W), as a Pillow image."""
+def _to_grey(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.uint8(values * 255 + 0.5))
 
 
 class HeatmapWriter:
-    """Writes the pictures of a model's attention into a folder, in the same subfolders as the images.
+    """Writes the pictures of a model's attention into a folder, in the subfolders that the images have in `origin`.
 
-    Args:
-        folder (str): made when it is needed.
-        origin (str): absolute path of the folder that holds all images.
-        heads (bool): one picture more for each head.
+    With `heads`, one picture more for each head.
     """
 
     def __init__(self, hook: AttentionHook, folder: str, origin: str, heads: bool = False) -> None:
         self.hook, self.folder, self.origin, self.heads = hook, folder, origin, heads
 
     def write(self, path: str, picture: torch.Tensor, inputs: tuple, row: int) -> str:
-        """Write <path>.attention.png, and <path>.head<N>.png for each head; gives the first one's path.
-
-        Raises:
-            UserError: they can't be written.
-        """
+        """Write <path>.attention.png, and <path>.head<N>.png for each head; gives the first one's path."""
         maps = self.hook.maps(inputs, row)
         parts = os.path.relpath(os.path.abspath(path), self.origin).split(os.sep)
         target = os.path.join(self.folder, *[part for part in parts if part != os.pardir])

@@ -1,10 +1,11 @@
-"""curves.png: loss, accuracy and learning rate of log.txt."""
+"""curves.png: loss, accuracy, learning rate and what else metrics declare, of log.txt."""
 
+import collections
 import io
 import math
 import os
 import time
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 from beit.distributed import process_group
 from beit.errors import one_line
@@ -15,60 +16,73 @@ from beit.training import metrics
 
 run_folder.register_output(r'curves\.png')
 SECONDS_BETWEEN = 20  # two drawings of the curves: a run of many tiny epochs shall not draw all the time
-
-# What the panels show: title, unit, whether it starts at 0, and (label, name in log.txt, colour, factor) of each curve.
-PANELS = (
-    ('Loss', '', False, (('training', 'train_loss', '#8c8c8c', 1),
-                         *(curve + (1,) for curve in metrics.curves('Loss')))),
-    ('Accuracy', '%', False, (('training top-1', 'train_class_acc', '#8c8c8c', 100),
-                              *(curve + (1,) for curve in metrics.curves('Accuracy')))),
-    ('Learning rate', '', True, (('highest', 'train_lr', '#2f7ed8', 1), ('lowest', 'train_min_lr', '#8c8c8c', 1))))
-COLOURS = {label: colour for panel in PANELS for label, _, colour, _ in panel[3]}
+RATE = 'Learning rate'
+GREY, BLUE = '#8c8c8c', '#2f7ed8'
+VALIDATION = ((BLUE, '#e07b00'), ('#1fa187', '#c0569b'), ('#7a5cc9', '#b09a00'))  # a panel's figures; the average's
 
 
-def curves_of(log: List[Dict[str, Any]], panel: Tuple) -> List[Tuple]:
-    """[(label, epochs, values)] of a panel's curves, those that have a value."""
-    found: List[Tuple] = []
-    for label, name, _, factor in panel[3]:
+class Curve(NamedTuple):
+    label: str
+    colour: str
+    epochs: Tuple[int, ...]
+    values: Tuple[float, ...]
+
+
+def panels(log: Sequence[Dict[str, Any]]) -> Dict[str, List[Curve]]:
+    """The curves that log.txt has values for, by their panel's title: those of training, and what metrics declare."""
+    found: Dict[str, List[Curve]] = {}
+
+    def add(title: str, label: str, name: str, colour: str, factor: float = 1) -> None:
         points = [(stats['epoch'] + 1, factor * stats[name]) for stats in log
                   if isinstance(stats.get(name), (int, float)) and math.isfinite(stats[name])]
-        curve = (label,) + tuple(zip(*points))
-        if points and not (label == 'lowest' and found and found[0][1:] == curve[1:]):  # the same without layer decay
-            found.append(curve)
+        if points:
+            found.setdefault(title, []).append(Curve(label, colour, *zip(*points)))
+
+    add('Loss', 'training', 'train_loss', GREY)
+    add('Accuracy (%)', 'training top-1', 'train_class_acc', GREY, 100)
+    drawn: Dict[str, int] = collections.Counter()
+    for spec in metrics.metric_specs():
+        if spec.title:
+            title = (spec.panel or spec.title) + (' (%s)' % spec.unit if spec.unit else '')
+            colour, ema_colour = VALIDATION[drawn[title] % len(VALIDATION)]
+            drawn[title] += 1
+            add(title, spec.curve or 'validation', 'test_' + spec.name, colour)
+            add(title, (spec.curve or 'validation') + ', EMA', 'test_ema_' + spec.name, ema_colour)
+    add(RATE, 'highest', 'train_lr', BLUE)
+    if any(stats.get('train_min_lr') != stats.get('train_lr') for stats in log):  # the same without layer decay
+        add(RATE, 'lowest', 'train_min_lr', GREY)
     return found
 
 
-def draw_panel(axes: Any, log: List[Dict[str, Any]], panel: Tuple) -> None:
+def draw_panel(axes: Any, title: str, curves: Sequence[Curve]) -> None:
     """One panel into matplotlib's axes; a run's single epoch is a dot."""
     from matplotlib.ticker import FormatStrFormatter, MaxNLocator
-    title, unit, from_zero, _ = panel
-    for label, epochs, values in curves_of(log, panel):
-        axes.plot(epochs, values, label=label, color=COLOURS[label], linewidth=1.6,
-                  marker='o' if len(epochs) < 12 else None, markersize=3.5, clip_on=not from_zero)  # whole at 0
-    axes.set_title(title + (' (%s)' % unit if unit else ''), loc='left', fontsize=11)
+    for curve in curves:
+        axes.plot(curve.epochs, curve.values, label=curve.label, color=curve.colour, linewidth=1.6, markersize=3.5,
+                  marker='o' if len(curve.epochs) < 12 else None, clip_on=title != RATE)  # whole at 0
+    axes.set_title(title, loc='left', fontsize=11)
     axes.set_xlabel('epoch', fontsize=9)
     axes.tick_params(labelsize=8.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    if from_zero:
+    if title == RATE:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FormatStrFormatter('%.2g'))
     axes.grid(alpha=0.25, linewidth=0.6)
-    for side in ('top', 'right'):
-        axes.spines[side].set_visible(False)
-    if axes.lines:
-        axes.legend(frameon=False, fontsize=8.5)
+    axes.spines['top'].set_visible(False)
+    axes.spines['right'].set_visible(False)
+    axes.legend(frameon=False, fontsize=8.5)
 
 
-def draw_curves(path: str, log: List[Dict[str, Any]]) -> None:
-    """Write curves.png, three panels beside one another."""
+def draw_curves(path: str, log: Sequence[Dict[str, Any]]) -> None:
+    """Write curves.png, the panels beside one another."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it would look for a screen
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(13.5, 3.9), dpi=100)
+    drawn = panels(log)
+    figure, file = Figure(figsize=(4.5 * len(drawn), 3.9), dpi=100), io.BytesIO()
     FigureCanvasAgg(figure)
-    for place, panel in enumerate(PANELS, 1):
-        draw_panel(figure.add_subplot(1, len(PANELS), place), log, panel)
+    for place, (title, curves) in enumerate(drawn.items(), 1):
+        draw_panel(figure.add_subplot(1, len(drawn), place), title, curves)
     figure.tight_layout(pad=1.2, w_pad=2.2)
-    file = io.BytesIO()
     figure.savefig(file, format='png')
     write_bytes(path, file.getvalue())
 
@@ -76,11 +90,10 @@ def draw_curves(path: str, log: List[Dict[str, Any]]) -> None:
 class Curves:
     """Draws output_dir/curves.png from log.txt after epochs, on the first process; nothing that fails ends the run.
 
-    Args:
-        output_dir (str): '' draws nothing.
+    With '' for output_dir it draws nothing.
     """
 
-    def __init__(self, output_dir):
+    def __init__(self, output_dir: str) -> None:
         self.output_dir = output_dir if process_group.is_main_process() else ''
         self.drawn = -math.inf
 
@@ -94,10 +107,11 @@ class Curves:
             draw_curves(os.path.join(self.output_dir, 'curves.png'), log)
             self.drawn = time.monotonic()
         except Exception as error:  # whatever matplotlib meets: the training is worth more
-            log_main(hint_without_matplotlib('curves.png') if isinstance(error, ImportError) else
-                     'curves.png was not drawn (%s: %s)' % (type(error).__name__, one_line(error)))
+            log_main(failure_message('curves.png', error))
             self.output_dir = ''  # once
 
 
-def hint_without_matplotlib(what: str) -> str:
-    return '%s needs matplotlib; run: pip install -r requirements-extra.txt (or give --no_curves)' % what
+def failure_message(what: str, error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return '%s needs matplotlib; run: pip install -r requirements-extra.txt (or give --no_curves)' % what
+    return '%s was not drawn (%s: %s)' % (what, type(error).__name__, one_line(error))

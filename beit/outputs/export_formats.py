@@ -1,4 +1,4 @@
-"""The formats that a trained network is exported in: for each a function that makes it and one that runs what was made.
+"""The formats that a trained network is exported in, each an entry of `FORMATS`.
 
 The network comes with plain attention, which every exporter takes, whatever it was trained with.
 """
@@ -8,7 +8,7 @@ import inspect
 import io
 import json
 import logging
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, List, NamedTuple, Sequence, Tuple, Union
 
 import torch
 from PIL import Image
@@ -23,9 +23,22 @@ EXAMPLE = 3  # images in the batch that an exporter sees
 OPSETS = (23, 20, 18, 17, 13, 11)  # the newest that PyTorch's exporter writes and onnxruntime reads is taken
 PROTOBUF_LIMIT = 2 ** 31  # bytes of an ONNX file that holds its own weights
 EXTRA = 'run: pip install -r requirements-extra.txt'
+HUGGINGFACE_FILES = ('config.json', 'preprocessor_config.json', 'model.safetensors')
 
 Logits = List[torch.Tensor]
 Batches = Sequence[torch.Tensor]
+HAS_DYNAMO = 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters
+
+
+class Format(NamedTuple):
+    """How a network is written in one format, and read back."""
+    ending: str  # of the default output's name
+    make: Callable[[LoadedModel, int], Tuple[Union[bytes, Dict[str, bytes]], str]]  # (content, a word on it)
+    run: Callable[[Any, LoadedModel, Batches], Logits]  # the logits of the bytes, or of the folder's path
+    reader: str  # the package that reads it back
+    files: FrozenSet[str] = frozenset()  # of a folder, whose content `make` gives by name; empty for a single file
+    takes_opset: bool = False
+    usage: Callable[[LoadedModel, str], List[str]] = lambda trained, path: []  # lines that tell how to load the output
 
 
 class NotChecked(Exception):
@@ -38,7 +51,7 @@ def example_images(trained: LoadedModel, count: int) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
 
 
-def _check_metadata(found, trained):
+def _check_metadata(found: Dict[str, str], trained: LoadedModel) -> None:
     if found != metadata(trained):
         raise UserError('the export lost its metadata; nothing was written')
 
@@ -55,7 +68,7 @@ def import_optional(name: str) -> Any:
         return None
 
 
-def _require_package(name, what):
+def _require_package(name: str, what: str) -> Any:
     module = import_optional(name)
     if module is None:
         raise UserError('%s needs %s; %s' % (what, name, EXTRA))
@@ -77,9 +90,9 @@ def metadata(trained: LoadedModel) -> Dict[str, str]:
 
 
 def make_onnx(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
-    """An ONNX file with its weights inside, a batch of any size, and the metadata; (bytes, words)."""
+    """An ONNX file with its weights inside, for batches of any size."""
     onnx = _require_package('onnx', '--format onnx')
-    if 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters:
+    if HAS_DYNAMO:
         _require_package('onnxscript', '--format onnx')
     size = sum(value.numel() * value.element_size() for value in trained.model.state_dict().values())
     if size >= PROTOBUF_LIMIT:
@@ -92,9 +105,9 @@ def make_onnx(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
     for version in [opset] if opset else OPSETS:
         try:
             proto = _export_onnx(onnx, trained, version)
-            written = next(each.version for each in proto.opset_import if not each.domain)
-            if written != version:
-                raise ValueError('PyTorch %s wrote opset %d instead' % (torch.__version__, written))
+            found = next(each.version for each in proto.opset_import if not each.domain)
+            if found != version:
+                raise ValueError('PyTorch %s wrote opset %d instead' % (torch.__version__, found))
             onnx.helper.set_model_props(proto, metadata(trained))
             data = proto.SerializeToString()
             runtime = import_optional('onnxruntime')
@@ -107,30 +120,27 @@ def make_onnx(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
                     % (opset or '/'.join(map(str, OPSETS)), reasons[0]))
 
 
-def _export_onnx(onnx, trained, opset):
-    images, names = example_images(trained, EXAMPLE), dict(input_names=['image'], output_names=['logits'])
-    if 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters:
-        with contextlib.redirect_stdout(io.StringIO()), _no_log():  # it tells of its progress, and logs tracebacks
-            program = torch.onnx.export(trained.model, (images,), dynamo=True, verbose=False, opset_version=opset,
-                                        dynamic_shapes=({0: torch.export.Dim('batch')},), **names)
-        return program.model_proto
-    file = io.BytesIO()
+def _export_onnx(onnx: Any, trained: LoadedModel, opset: int) -> Any:
+    images: Any = example_images(trained, EXAMPLE)
+    names: Dict[str, Any] = dict(input_names=['image'], output_names=['logits'])
+    if HAS_DYNAMO:
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)  # it logs tracebacks
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # and tells of its progress
+                program: Any = torch.onnx.export(
+                    trained.model, (images,), dynamo=True, verbose=False, opset_version=opset,
+                    dynamic_shapes=({0: torch.export.Dim('batch')},), **names)
+                return program.model_proto
+        finally:
+            logging.disable(before)
+    file: Any = io.BytesIO()
     torch.onnx.export(trained.model, images, file, opset_version=opset,
                       dynamic_axes={'image': {0: 'batch'}, 'logits': {0: 'batch'}}, **names)
     return onnx.load_model_from_string(file.getvalue())
 
 
-@contextlib.contextmanager
-def _no_log():
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def _session(runtime, data):
+def _session(runtime: Any, data: bytes) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -157,10 +167,10 @@ def run_torchscript(data: bytes, trained: LoadedModel, batches: Batches) -> Logi
     return [loaded(images) for images in batches]
 
 
-def _extra_files(about):
+def _extra_files(contents: Dict[str, str]) -> Any:
     """A dict as PyTorch 1.5 wants it, which has a type of its own for that."""
-    files = getattr(torch._C, 'ExtraFilesMap', dict)()
-    for name, value in about.items():
+    files: Any = getattr(torch._C, 'ExtraFilesMap', dict)()
+    for name, value in contents.items():
         files[name] = value
     return files
 
@@ -211,19 +221,22 @@ def timm_arguments(trained: LoadedModel) -> Dict[str, Any]:
         use_rel_pos_bias=block.attn.has_relative_position, init_values=_layer_scale(trained))
 
 
-def timm_line(trained: LoadedModel, path: str) -> str:
+def timm_usage(trained: LoadedModel, path: str) -> List[str]:
     """The Python that opens the file with timm: the registered name, and what differs from its defaults."""
     arguments, name = timm_arguments(trained), trained.config.model
-    if not hasattr(import_optional('timm.models.beit'), name):  # as beit_nano_patch8_32
-        return 'model = timm.models.beit.Beit(%s); timm.models.load_checkpoint(model, %r)' % (
+    if hasattr(import_optional('timm.models.beit'), name):
+        usual = dict(img_size=modeling_finetune.MODELS[name]['img_size'], global_pool='avg', use_abs_pos_emb=False,
+                     use_rel_pos_bias=True)
+        chosen = {key: arguments[key] for key in usual if arguments[key] != usual[key]}
+        if not arguments['init_values']:
+            chosen['init_values'] = 0.  # create_model leaves out what is None
+        line = 'model = timm.create_model(%r, checkpoint_path=%r, %s)' % (
+            name, path, format_arguments(dict(num_classes=len(trained.classes), **chosen)))
+    else:  # as beit_nano_patch8_32
+        line = 'model = timm.models.beit.Beit(%s); timm.models.load_checkpoint(model, %r)' % (
             format_arguments(arguments), path)
-    usual = dict(img_size=modeling_finetune.MODELS[name]['img_size'], global_pool='avg', use_abs_pos_emb=False,
-                 use_rel_pos_bias=True)
-    chosen = {key: arguments[key] for key in usual if arguments[key] != usual[key]}
-    if not arguments['init_values']:
-        chosen['init_values'] = 0.  # create_model leaves out what is None
-    return 'model = timm.create_model(%r, checkpoint_path=%r, %s)' % (
-        name, path, format_arguments(dict(num_classes=len(trained.classes), **chosen)))
+    return ['Load it: ' + line, 'Prepare images: timm.data.create_transform(%s)'
+            % format_arguments(trained.preprocessing.to_timm())]
 
 
 def format_arguments(arguments: Dict[str, Any]) -> str:
@@ -231,15 +244,15 @@ def format_arguments(arguments: Dict[str, Any]) -> str:
 
 
 def make_huggingface(trained: LoadedModel, opset: int = 0) -> Tuple[Dict[str, bytes], str]:
-    """The three files of a folder for transformers, as {name: bytes}."""
+    """The files of a folder for transformers."""
     try:
         tensors = hf_names.to_hugging_face(trained.model.state_dict())
     except KeyError as error:
         raise UserError('--format huggingface: BeitForImageClassification has no place for %s; use another --format'
                         % error) from None
-    return {'config.json': _json(huggingface_config(trained)),
-            'preprocessor_config.json': _json(huggingface_preprocessor(trained)),
-            'model.safetensors': _safetensors(tensors, dict(metadata(trained), format='pt'))}, 'for transformers'
+    contents = _json(huggingface_config(trained)), _json(huggingface_preprocessor(trained)), _safetensors(
+        tensors, dict(metadata(trained), format='pt'))
+    return dict(zip(HUGGINGFACE_FILES, contents)), 'for transformers'
 
 
 def huggingface_config(trained: LoadedModel) -> Dict[str, Any]:
@@ -278,46 +291,34 @@ def huggingface_preprocessor(trained: LoadedModel) -> Dict[str, Any]:
 
 def run_huggingface(folder: str, trained: LoadedModel, batches: Batches) -> Logits:
     transformers = import_optional('transformers')
-    if transformers is None:
-        raise NotChecked('that needs transformers; %s' % EXTRA)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = transformers.BeitForImageClassification.from_pretrained(folder, local_files_only=True).eval()
     return [model(pixel_values=images).logits for images in batches]
 
 
-def _layer_scale(trained):
+def _layer_scale(trained: LoadedModel) -> float:
     """The value that layer scale began at, 0.0 where there is none."""
-    if trained.model.blocks[0].gamma_1 is None:
-        return 0.
-    return float(trained.config.layer_scale_init_value)
+    return 0. if trained.model.blocks[0].gamma_1 is None else float(trained.config.layer_scale_init_value)
 
 
-def _json(content):
+def _json(content: Dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + '\n').encode('ascii')
 
 
-def _safetensors(tensors, about):
+def _safetensors(tensors: Dict[str, torch.Tensor], description: Dict[str, str]) -> bytes:
     try:
         from safetensors.numpy import save  # the one for tensors needs a newer PyTorch than 1.8
     except ImportError:
         raise UserError('--format safetensors and huggingface need safetensors; run: pip install safetensors') from None
-    return save({name: value.detach().contiguous().numpy() for name, value in tensors.items()}, about)
-
-
-class Format(NamedTuple):
-    """How a network is written in one format, and read back."""
-    ending: str  # of the default output's name
-    make: Callable[[LoadedModel, int], Tuple[Union[bytes, Dict[str, bytes]], str]]  # a dict: the files of a folder
-    run: Callable[[Any, LoadedModel, Batches], Logits]  # of the bytes, or of the folder's path
-    reader: str  # the package that reads it back
+    return save({name: value.detach().contiguous().numpy() for name, value in tensors.items()}, description)
 
 
 FORMATS = {
-    'onnx': Format('.onnx', make_onnx, run_onnx, 'onnxruntime'),
+    'onnx': Format('.onnx', make_onnx, run_onnx, 'onnxruntime', takes_opset=True),
     'torchscript': Format('.torchscript.pt', make_torchscript, run_torchscript, 'torch'),
     'torch_export': Format('.pt2', make_torch_export, run_torch_export, 'torch'),
-    'safetensors': Format('.safetensors', make_safetensors, run_safetensors, 'timm'),
-    'huggingface': Format('-huggingface', make_huggingface, run_huggingface, 'transformers'),
+    'safetensors': Format('.safetensors', make_safetensors, run_safetensors, 'timm', usage=timm_usage),
+    'huggingface': Format('-huggingface', make_huggingface, run_huggingface, 'transformers',
+                          frozenset(HUGGINGFACE_FILES)),
 }
-FOLDER = {'config.json', 'preprocessor_config.json', 'model.safetensors'}  # what --overwrite may replace a folder of

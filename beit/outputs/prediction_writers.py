@@ -26,11 +26,7 @@ class Prediction(NamedTuple):
 class LineWriter:
     """The results for people: a line for each image that could be read.
 
-    Args:
-        file: open for bytes.
-        classes: the names of all classes.
-        top_k: how many classes a prediction has.
-        extra: the optional fields that the results have: 'attention', 'error'.
+    `extra` are the optional fields that the results have: 'attention', 'error'.
     """
 
     def __init__(self, file: BinaryIO, classes: Sequence[str], top_k: int = 1, extra: Sequence[str] = ()) -> None:
@@ -50,8 +46,7 @@ class LineWriter:
 
 
 class CsvWriter(LineWriter):
-    """One row for each image: file, class_1, probability_1, class_2, …, then `extra`; what UTF-8 can't hold is escaped.
-    """
+    """One row for each image: file, class_1, probability_1, class_2, …, then `extra`."""
 
     def __init__(self, file: BinaryIO, classes: Sequence[str], top_k: int = 1, extra: Sequence[str] = ()) -> None:
         super().__init__(file, classes, top_k, extra)

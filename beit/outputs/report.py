@@ -1,6 +1,8 @@
 """A run's report during training and at its end: curves, images to TensorBoard, summary, report.html."""
 
 import io
+import math
+import operator
 import os
 import re
 import time
@@ -8,6 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from beit.checkpoint import discovery
 from beit.config import MixupConfig, OutputConfig, TransformConfig
@@ -15,14 +18,15 @@ from beit.data import transforms
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
 from beit.data.image_dataset import image_name
 from beit.data.loader import EpochSampler, SeededDataset, collate
+from beit.data.subsets import is_multi_label
 from beit.distributed import process_group
-from beit.errors import UserError, escape_text, one_line
+from beit.errors import UserError, escape_text
 from beit.files import run_folder
 from beit.files.atomic_write import write_bytes
 from beit.log import log_main
 from beit.outputs import curves, report_html, summary
 from beit.training import metrics
-from beit.training.confusion import Prediction, Predictions
+from beit.training.confusion import ConfusionMatrix, EvaluatedImage
 
 run_folder.register_output(r'(eval-)?report\.html', at_end=True)
 
@@ -34,23 +38,22 @@ class Report:
     """Collects a run's results and writes its report. Every process collects; the first one writes.
 
     Args:
-        output (OutputConfig): what to write, where; and all flags, to show.
-        environment (dict): what summary.json says about a run beside its figures.
+        output: what to write, where; and all flags, to show.
+        environment: what summary.json says about a run beside its figures.
         val_set: the validation set, or None.
-        samples (function): gives `augmented_samples`.
-        prefix (str): in front of the files' names, so that an evaluation does not write over a training's.
+        samples: gives `augmented_samples`.
+        prefix: in front of the files' names, so that an evaluation does not write over a training's.
     """
 
     def __init__(self, output: OutputConfig, environment: Dict[str, Any], classes: Sequence[str], val_set: Any,
-                 samples: Callable[[], List[Tuple[np.ndarray, str]]], prefix: str = ''):
+                 samples: Callable[[], List[Tuple[np.ndarray, str]]], prefix: str = '') -> None:
         self.output, self.environment, self.classes, self.val_set = output, environment, classes, val_set
-        self.make_samples, self.prefix = samples, prefix
-        self.has_log, self.page = not prefix, prefix + 'report.html'
+        self.make_samples, self.prefix, self.has_log = samples, prefix, not prefix
         self.curves = curves.Curves(output.output_dir if output.curves and not prefix else '')
-        self.newest: Optional[Predictions] = None  # of the evaluation in progress
-        self.kept: Optional[Predictions] = None  # of the best epoch
+        self.newest: Optional[ConfusionMatrix] = None  # of the evaluation in progress
+        self.best: Optional[ConfusionMatrix] = None  # of the best epoch
         self.samples: List[Tuple[np.ndarray, str]] = []
-        self.evaluated, self.has_args = '', False
+        self.evaluated, self.has_args = 'Nothing was evaluated, so there are no accuracies and confusions.', False
 
     def begin(self, writer: Any) -> None:
         """Before the first step: the augmented images, where somebody will look at them."""
@@ -59,18 +62,24 @@ class Report:
         if writer is not None and self.samples:
             writer.image('images/training', 0, image_grid([pixels for pixels, _ in self.samples]))
 
-    def predictions(self) -> Optional[Predictions]:
-        """What the next evaluation fills; None where no output needs it."""
-        self.newest = Predictions(len(self.classes)) if self.output.report or self.output.log_dir else None
+    def predictions(self, multi_label: Optional[bool] = None, activation: str = 'softmax') -> Optional[ConfusionMatrix]:
+        """What the next evaluation fills; None where no output needs it, or an image may be of several classes.
+
+        Args: as of `metrics.build_metrics`.
+        """
+        if multi_label is None:
+            multi_label = is_multi_label(getattr(self.val_set, 'samples', None))
+        is_needed = (self.output.report or self.output.log_dir) and not multi_label
+        self.newest = ConfusionMatrix(len(self.classes), activation) if is_needed else None
         return self.newest
 
     def after_epoch(self, writer: Any, epoch: int, is_best: bool) -> None:
-        """Draw the curves, note the evaluation where it is the best so far, show its confusions."""
+        """Draw the curves, keep the evaluation where it is the best so far, show its confusions."""
         if self.newest is not None and self.newest.counts:
             if writer is not None:
                 self.draw_confusions(writer, epoch)
-            if is_best or self.kept is None:
-                self.kept = self.newest
+            if is_best or self.best is None:
+                self.best = self.newest
                 self.evaluated = 'Of epoch %d, %s.' % (epoch + 1, 'the best so far, whose weights are in '
                                                        'checkpoint-best.pth' if is_best else
                                                        'after a resume; the best one was before')
@@ -91,15 +100,11 @@ class Report:
 
     def of_weights(self, source: str) -> None:
         """After an evaluation of the weights in a file; where they lie in output_dir, its curves are shown too."""
-        self.kept, self.evaluated = self.newest, 'Of the weights in %s.' % escape_text(source)
+        self.best, self.evaluated = self.newest, 'Of the weights in %s.' % escape_text(source)
         self.has_log = discovery.is_inside(source, self.output.output_dir)
 
     def finish(self, figures: Dict[str, Any]) -> None:
-        """At the end: all files.
-
-        Args:
-            figures (dict): the run's result, for summary.json.
-        """
+        """At the end: all files. `figures` is the run's result, for summary.json."""
         self.write_args()
         self.curves.draw(is_last=True)
         figures = dict(figures, finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
@@ -109,42 +114,39 @@ class Report:
 
     def is_complete(self) -> bool:
         """Whether what `finish` writes is there."""
-        folder, names = self.output.output_dir, [self.prefix + 'args.yaml', self.prefix + 'summary.json']
-        names += [self.page] * self.output.report
-        return not folder or all(os.path.isfile(os.path.join(folder, name)) for name in names)
+        names = ['args.yaml', 'summary.json'] + ['report.html'] * self.output.report
+        folder = self.output.output_dir
+        return not folder or all(os.path.isfile(os.path.join(folder, self.prefix + name)) for name in names)
 
     def write_page(self, figures: Dict[str, Any]) -> None:
-        path = os.path.join(self.output.output_dir, self.page)
+        path = os.path.join(self.output.output_dir, self.prefix + 'report.html')
         log = run_folder.read_log(self.output.output_dir) if self.has_log else []
         plots, hint = svg_plots(log)
-        found, flags = self.kept, self.output.flags
-        classes = [str(name) for name in self.classes]
+        best, flags = self.best, self.output.flags
         page = report_html.render(dict(
-            title='%s on %s' % (flags['model'], flags['data_path'] or flags['eval_data_path']), plots=plots,
+            title='%s on %s' % (flags['model'], flags['data_path'] or flags['eval_data_path']), plots=plots, hint=hint,
             subtitle='%s on %s, %s. Finished %s.' % (
                 'Evaluated' if self.prefix else 'Trained', self.environment['device_name'],
-                self.environment['precision'],
-                figures['finished'][:16].replace('T', ' ')),
-            tiles=summary_tiles(figures, self.environment), hint=hint, classes=classes, evaluated=self.evaluated or
-            'Nothing was evaluated, so there are no accuracies and confusions.',
-            per_class=found and found.per_class(), confused=found.most_confused() if found else [],
-            matrix=found.matrix() if found and len(classes) <= report_html.HEAT_MAP_UP_TO else None,
-            hardest=self.look_up(found.hardest) if found else [],
-            most_confident=self.look_up(found.most_confident) if found else [],
+                self.environment['precision'], figures['finished'][:16].replace('T', ' ')),
+            tiles=summary_tiles(figures, self.environment, log), evaluated=self.evaluated,
+            classes=[str(name) for name in self.classes], per_class=best and best.per_class(),
+            confused=best.most_confused() if best else [],
+            matrix=best.matrix() if best and len(self.classes) <= report_html.HEAT_MAP_UP_TO else None,
+            hardest=self.look_up(best.hardest) if best else [],
+            most_confident=self.look_up(best.most_confident) if best else [],
             samples=self.samples, flags=[(name, text_of(value)) for name, value in sorted(flags.items())],
             versions=[(name + ' version', text_of(value)) for name, value in summary.versions().items()]))
         write_bytes(path, page.encode('utf-8', 'backslashreplace'))
         log_main('Report: %s' % path)
 
-    def look_up(self, predictions: Sequence[Prediction]) -> List[Tuple[np.ndarray, Prediction, str]]:
-        """(pixels as the model saw them, prediction, path) of validation images; without those that have gone."""
+    def look_up(self, images: Sequence[EvaluatedImage]) -> List[Tuple[np.ndarray, EvaluatedImage, str]]:
+        """(pixels as the model saw them, result, path) of validation images; without those that have gone."""
         found = []
-        for each in predictions:
+        for image in images:
             try:
-                pixels = np.asarray(self.val_set[each.index][0])
+                found.append((np.asarray(self.val_set[image.index][0]), image, image_name(self.val_set, image.index)))
             except (OSError, UserError):
                 continue
-            found.append((pixels, each, image_name(self.val_set, each.index)))
         return found
 
 
@@ -152,20 +154,35 @@ def text_of(value: Any) -> str:
     return '-' if value is None or value == '' else 'on' if value is True else 'off' if value is False else str(value)
 
 
-def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any]) -> List[Tuple[str, str]]:
-    """(name, text) of the figures that people look for first; those that there are."""
+def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any],
+                  log: Sequence[Dict[str, Any]]) -> List[Tuple[str, str]]:
+    """(name, text) of the figures that people look for first, those that there are: what the metrics declare, of a
+    training at its best epoch in log.txt, which has the epochs before a resume too; then the run's own."""
     seconds = int(figures.get('duration_seconds') or 0)
-    of_run = 'epochs' in figures
-    named = [(tile.of_training if of_run else tile.of_evaluation, figures.get(tile.summary), tile.form)
-             for metric in metrics.METRICS for tile in metric.tiles]
-    named += (('Images/s', figures.get('images_per_second'), '%.1f'),
+    is_training, specs = 'epochs' in figures, metrics.metric_specs()
+    stats = best_epoch(log) if is_training else {spec.name: figures.get(spec.summary or spec.name) for spec in specs}
+    tiles = [(spec.title + ', best epoch' * is_training, stats.get(spec.name),
+              '%.2f %%' if spec.unit == '%' else '%.4f') for spec in specs if spec.title]
+    tiles += [('Accuracy of the EMA', figures.get('ema_accuracy'), '%.2f %%'),
+              ('Last training loss', figures.get('loss') if is_training else None, '%.4f'),
+              ('Images/s', figures.get('images_per_second'), '%.1f'),
               ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
               ('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
               ('Epochs', figures.get('epochs'), '%d'), ('Parameters', environment['parameters'] / 1e6, '%.2f M'),
               ('Classes', environment['classes'], '%d'), ('Training images', environment['training_images'], '%d'),
               ('Validation images', environment['validation_images'], '%d'),
-              ('In bad_images.txt', figures.get('bad_images') or None, '%d'))
-    return [(name, form % value) for name, value, form in named if value is not None]
+              ('In bad_images.txt', figures.get('bad_images') or None, '%d')]
+    return [(name, form % value) for name, value, form in tiles if value is not None]
+
+
+def best_epoch(log: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+    """The evaluation in log.txt by which the best checkpoint was chosen, by the names of its figures; {} without."""
+    for name in ['test_' + spec.name for spec in metrics.metric_specs() if spec.is_primary]:
+        lines = [line for line in log if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])]
+        if lines:
+            best = max(lines, key=operator.itemgetter(name))
+            return {key[len('test_'):]: value for key, value in best.items() if key.startswith('test_')}
+    return {}
 
 
 # ---- pictures
@@ -209,25 +226,21 @@ def caption(classes: Sequence[str], target: Any, shares: Optional[torch.Tensor],
         return ', '.join(str(name) for name, share in zip(classes, target) if share > 0.5) or 'none'
     if shares is None:
         return str(classes[target])
-    part = smoothing / len(classes)
-    shares = (shares - part) / max(1 - smoothing, 1e-6)
+    shares = (shares - smoothing / len(classes)) / max(1 - smoothing, 1e-6)
     top = [label for label in shares.argsort(descending=True).tolist()[:2] if shares[label] > 0.005]
     return ' + '.join('%s %.0f %%' % (classes[label], 100 * float(shares[label])) for label in top) \
         if len(top) > 1 else str(classes[top[0] if top else target])
 
 
-def image_grid(pictures: Sequence[np.ndarray], columns: int = 4) -> np.ndarray:
+def image_grid(pictures: Sequence[np.ndarray], columns: int = 4, gap: int = 2) -> np.ndarray:
     """One picture of several, uint8 (H, W, 3), in rows, with a thin gap."""
-    side, gap = pictures[0].shape[0], 2
-    rows = -(-len(pictures) // columns)
-    whole = np.full((rows * (side + gap) - gap, columns * (side + gap) - gap, 3), 255, np.uint8)
-    for place, picture in enumerate(pictures):
-        top, left = place // columns * (side + gap), place % columns * (side + gap)
-        whole[top:top + side, left:left + side] = picture
-    return whole
+    rows, side = -(-len(pictures) // columns), len(pictures[0]) + gap
+    cells = np.full((rows * columns, side, side, 3), 255, np.uint8)
+    cells[:len(pictures), :-gap, :-gap] = pictures
+    return rearrange(cells, '(rows columns) h w c -> (rows h) (columns w) c', rows=rows)[:-gap, :-gap]
 
 
-def svg_plots(log: List[Dict[str, Any]]) -> Tuple[List[str], str]:
+def svg_plots(log: Sequence[Dict[str, Any]]) -> Tuple[List[str], str]:
     """(SVG texts of the curves, '') or ([], why there are none). They take the page's colour for their text."""
     if not log:
         return [], ''
@@ -236,34 +249,30 @@ def svg_plots(log: List[Dict[str, Any]]) -> Tuple[List[str], str]:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
         plots = []
-        with matplotlib.rc_context({'svg.fonttype': 'none', 'text.color': MARKER, 'axes.labelcolor': MARKER,
-                                    'xtick.color': MARKER, 'ytick.color': MARKER, 'axes.edgecolor': MARKER,
-                                    'font.family': 'sans-serif'}):
-            for number, panel in enumerate(curves.PANELS):
-                if not curves.curves_of(log, panel):
-                    continue
-                matplotlib.rcParams['svg.hashsalt'] = 'panel %d' % number  # names inside the page must differ
+        style: Any = dict.fromkeys(('text.color', 'axes.labelcolor', 'xtick.color', 'ytick.color', 'axes.edgecolor'),
+                                   MARKER)
+        with matplotlib.rc_context(dict(style, **{'svg.fonttype': 'none', 'font.family': 'sans-serif'})):
+            for title, drawn in curves.panels(log).items():
+                matplotlib.rcParams['svg.hashsalt'] = title  # names inside the page must differ
                 figure, file = Figure(figsize=(4.6, 3.4)), io.StringIO()
-                figure.patch.set_alpha(0)
                 FigureCanvasSVG(figure)
                 axes = figure.add_subplot(1, 1, 1)
-                axes.patch.set_alpha(0)
-                curves.draw_panel(axes, log, panel)
+                curves.draw_panel(axes, title, drawn)
                 figure.tight_layout(pad=0.6)
+                figure.patch.set_alpha(0)
+                axes.patch.set_alpha(0)
                 figure.savefig(file, format='svg')
-                plots.append(_for_page(file.getvalue(), panel[0]))
+                plots.append(_for_page(file.getvalue(), title))
         return plots, ''
     except Exception as error:  # whatever matplotlib meets: the rest of the page is worth more
-        hint = curves.hint_without_matplotlib('A report with curves') if isinstance(error, ImportError) else \
-            'The curves were not drawn (%s: %s)' % (type(error).__name__, one_line(error))
+        hint = curves.failure_message('A report with curves', error)
         log_main(hint)
         return [], hint
 
 
-def _for_page(svg, title):
+def _for_page(svg: str, title: str) -> str:
     """matplotlib's file as a part of a page: no prologue, no metadata, no names of other places."""
-    svg = svg[svg.index('<svg'):]
-    svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.S)
+    svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.S)
     svg = re.sub(r'\s(xmlns(:\w+)?)="[^"]*"', '', svg).replace('xlink:href=', 'href=')
     svg = re.sub(r'<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-label="%s">' % title, svg,
                  count=1)

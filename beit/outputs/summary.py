@@ -24,6 +24,15 @@ run_folder.register_output(r'(eval-)?args\.yaml')
 run_folder.register_output(r'(eval-)?summary\.json', at_end=True)
 
 
+@contextlib.contextmanager
+def best_effort() -> Iterator[None]:
+    """A full disk is reported, but does not end the run: what was trained cannot be had again."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        log_main('Not written: ' + one_line(error))
+
+
 def write_args(output: OutputConfig, name: str = 'args.yaml') -> None:
     """output_dir/args.yaml, by the first process."""
     if output.output_dir and process_group.is_main_process():
@@ -45,15 +54,6 @@ def write_summary(output_dir: str, figures: Dict[str, Any], name: str = 'summary
             write_bytes(path, (text + '\n').encode())
 
 
-@contextlib.contextmanager
-def best_effort() -> Iterator[None]:
-    """A full disk is reported, but does not end the run: these files can be had again, what was trained cannot."""
-    try:
-        yield
-    except (OSError, UserError) as error:
-        log_main('Not written: ' + one_line(error))
-
-
 def nonfinite_to_none(value: Any) -> Any:
     """A copy of nested dicts and lists in which infinite and undefined numbers are None."""
     if isinstance(value, dict):
@@ -65,10 +65,10 @@ def nonfinite_to_none(value: Any) -> Any:
 
 def versions() -> Dict[str, Optional[str]]:
     """{name: version} of what computed, None where that cannot be told."""
-    found = {'beit': project_version(), 'python': platform.python_version(), 'torch': torch.__version__}
+    found = {'beit': project_version(), 'python': platform.python_version(), 'torch': str(torch.__version__)}
     for name in ('torchvision', 'timm', 'numpy'):
         found[name] = getattr(importlib.import_module(name), '__version__', None)
-    return {name: value and str(value) for name, value in found.items()}
+    return found
 
 
 def project_version() -> Optional[str]:

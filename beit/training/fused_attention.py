@@ -5,7 +5,7 @@ gradients, and the gradients of query, key, value and bias table. An NPU kernel 
 (github.com/huggingface/transformers/pull/48843), and kernels differ in where they add it.
 """
 
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Dict, Optional
 
 import torch
 
@@ -22,18 +22,13 @@ LARGEST = 2 ** 26  # scores that plain attention may hold for the comparison: 25
 
 def choose_attention(model: Any, device: torch.device, mode: str = 'auto', dtype: Optional[torch.dtype] = None,
                      batch_size: int = 2) -> str:
-    """Put a fused attention into the model's blocks, or leave the plain one there.
+    """Put a fused attention into the model's blocks, or leave the plain one there; returns a sentence for people.
 
     Args:
-        mode (str): 'plain', 'fused', or 'auto': fused on npu and cuda, where a kernel passes.
-        dtype (torch.dtype): of the run's half precision; None is float32.
-        batch_size (int): images at a time, to try the very shapes of the run.
-
-    Returns:
-        One sentence for people.
-
-    Raises:
-        UserError: 'fused' was asked for and no kernel passes.
+        mode: 'plain'; 'fused', which raises a `UserError` where no kernel passes; or 'auto': fused on npu and cuda,
+            where a kernel passes.
+        dtype: of the run's half precision; None is float32.
+        batch_size: images at a time, to try the very shapes of the run.
     """
     if mode == 'plain' or (mode == 'auto' and device.type == 'cpu'):
         return 'plain'
@@ -73,7 +68,7 @@ def compare(kernel: Callable, model: Any, device: torch.device, dtype: torch.dty
     if positions is not None:
         inputs['bias table'] = torch.randn(positions.relative_position_bias_table.shape, generator=generator)
 
-    def run(attend, dtype):
+    def run(attend: Callable, dtype: torch.dtype) -> Dict[str, Any]:
         leaves = {name: value.clone().to(device).requires_grad_() for name, value in inputs.items()}
         table = leaves.get('bias table')
         bias = None if table is None else modeling_finetune.gather_bias(

@@ -5,13 +5,16 @@ beit.devices.half_precision finds out what the device, PyTorch and apex offer.
 
 import inspect
 import math
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
 from torch import nn
 
 from beit.devices import accelerator, half_precision, kernels
 from beit.distributed import collectives
+
+
+Norm = Union[float, torch.Tensor, None]
 
 
 def total_norm(gradients: List[torch.Tensor]) -> torch.Tensor:
@@ -24,21 +27,16 @@ def total_norm(gradients: List[torch.Tensor]) -> torch.Tensor:
 class LossScaler:
     """Backward, unscale, clip and step: one call per micro-step, the same for every precision.
 
-    This one is full precision and native O1; `MasterWeightScaler` and `ApexScaler` change what differs. The loss is
-    multiplied by `scale`; at an update the gradients are divided by it, checked, clipped and used. An update whose
-    gradients are not finite is skipped and counted; a dynamic scale is then halved, and doubled after 2,000 good
-    updates (the scheme of "Mixed Precision Training", https://arxiv.org/abs/1710.03740, section 3.2). A loss that is
-    not finite makes all gradients so, and through their average those of every process.
-
-    Where the optimizer can skip on the device (PyTorch's fused ones), the host does not wait for the gradients' norm:
-    the norm and the decision to skip stay on the device. A dynamic scale needs the decision at once.
-
-    On a device where overflow saturates (`half_precision.saturates`) finite gradients prove nothing: its overflow flag
-    is read too, and the processes agree on it.
+    This one is full precision and native O1. An update whose gradients are not finite is skipped and counted; a dynamic
+    scale is then halved, and doubled after 2,000 good updates ("Mixed Precision Training",
+    https://arxiv.org/abs/1710.03740, section 3.2). A loss that is not finite makes all gradients so, and through their
+    average those of every process. Where the optimizer can skip on the device (PyTorch's fused ones), the host does not
+    wait for the gradients' norm, but for a dynamic scale. On a device where overflow saturates
+    (`half_precision.saturates`) its overflow flag is read too, and the processes agree on it.
 
     Attributes:
-        scale (float), dynamic (bool); skipped (int): updates skipped since the start; skipped_in_a_row (int): those up
-            to the newest, 0 where that was good.
+        scale (float), dynamic (bool).
+        skipped (int): updates skipped since the start; skipped_in_a_row: those up to the newest.
         description (str): precision and the library that does it, for people.
         overflows (bool): whether gradients that are not finite are to be expected, as in float16.
         last_skipped (bool or 0-dim tensor): whether the newest update was skipped.
@@ -47,95 +45,102 @@ class LossScaler:
     GROWTH_INTERVAL = 2000
     LARGEST, SMALLEST = 2. ** 24, 2. ** -14
 
-    def __init__(self, scale=1., dynamic=False, description='float32', overflows=None):
+    def __init__(self, scale: float = 1., dynamic: bool = False, description: str = 'float32',
+                 overflows: Optional[bool] = None) -> None:
         self.scale, self.dynamic, self.description = float(scale), dynamic, description
         self.overflows = self.scale != 1. or dynamic if overflows is None else overflows
-        self.skipped, self.skipped_in_a_row, self.good_updates, self.last_skipped = 0, 0, 0, False
+        self.skipped, self.skipped_in_a_row, self.good_updates = 0, 0, 0
+        self.last_skipped: Union[bool, torch.Tensor] = False
 
     def __call__(self, loss: torch.Tensor, optimizer: Any, parameters: Iterable[torch.Tensor],
-                 clip_grad: Optional[float] = None, is_update: bool = True,
-                 create_graph: bool = False) -> Union[float, torch.Tensor, None]:
+                 clip_grad: Optional[float] = None, is_update: bool = True, create_graph: bool = False,
+                 grad_factor: Optional[Callable[[], float]] = None) -> Norm:
         """One micro-step: `loss` is a scalar tensor, already divided by the number of micro-steps.
 
-        Returns:
-            At an update, the norm of all gradients before clipping, unscaled, as a float or a 0-dim tensor on the
-            device; between updates, None.
+        `grad_factor()`, called after the backward pass of an update, is what its gradients are multiplied by; with 0
+        there is no update, which counts as skipped.
+
+        Returns, at an update, the norm of all gradients before clipping, unscaled: a float or a 0-dim tensor.
         """
-        self._backward(loss, create_graph)
+        loss = loss * (loss.detach() * 0. + 1.)  # times 1, or not a number where the loss is not finite
+        self._backward(loss, optimizer, is_update, create_graph)
         if not is_update:
             return None
-        return self._finish(optimizer, [p for p in parameters if p.grad is not None], clip_grad, loss.device)
+        factor = 1. if grad_factor is None else grad_factor()
+        if factor == 0.:
+            self.last_skipped, self.skipped = True, self.skipped + 1
+            return math.nan
+        return self._finish(optimizer, self._trained(parameters), clip_grad, loss.device, factor)
 
-    def _backward(self, loss, create_graph):
-        loss = loss * (loss.detach() * 0. + 1.)  # times 1, or not a number where the loss is not finite
+    def _backward(self, loss: torch.Tensor, optimizer: Any, is_update: bool, create_graph: bool) -> None:
         (loss if self.scale == 1. else loss * self.scale).backward(create_graph=create_graph)
+
+    def _trained(self, parameters: Iterable[torch.Tensor]) -> List[Any]:
+        """What the optimizer steps on, where it has a gradient."""
+        return [parameter for parameter in parameters if parameter.grad is not None]
 
     def clear_overflow(self, device: torch.device) -> None:
         """Call before training: what overflowed until now, as in an evaluation, is no reason to skip a step."""
         if half_precision.saturates(device):
             half_precision.read_overflow(device)
 
-    def _finish(self, optimizer, parameters, clip_grad, device):
-        """Unscale, clip and step, unless the gradients are not finite."""
+    def _finish(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float], device: torch.device,
+                factor: float) -> Norm:
+        """Unscale, multiply by `factor`, clip and step, unless the gradients are not finite."""
+        scale = self.scale / factor
         if kernels.supports_grad_scale(optimizer) and not (self.dynamic or half_precision.saturates(device)):
-            return self._finish_on_device(optimizer, parameters, clip_grad, device)
-        if self.scale != 1.:
-            kernels.foreach_mul([parameter.grad for parameter in parameters], 1. / self.scale)
+            return self._finish_on_device(optimizer, parameters, clip_grad, device, scale)
+        if scale != 1.:
+            kernels.foreach_mul([parameter.grad for parameter in parameters], 1. / scale)
         grad_norm = self._clip(optimizer, parameters, clip_grad)
-        if not self._note(self._overflowed(grad_norm, device)):
+        if not self.count(self._overflowed(grad_norm, device)):
             optimizer.step()
-        self._adapt_scale(self.last_skipped)
+        self._adapt_scale()
         return grad_norm
 
-    def _finish_on_device(self, optimizer, parameters, clip_grad, device):
+    def _finish_on_device(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float],
+                          device: torch.device, scale: float) -> torch.Tensor:
         """The same, without waiting: the optimizer divides by scale and clipping, and skips, by itself."""
         grad_norm = total_norm([parameter.grad for parameter in parameters])
         divisor = None
-        if self.scale != 1.:
-            grad_norm = grad_norm / self.scale
-            divisor = torch.full_like(grad_norm, self.scale)
+        if scale != 1.:
+            grad_norm = grad_norm / scale
+            divisor = torch.full_like(grad_norm, scale)
         if clip_grad:
-            factor = (clip_grad / (grad_norm + 1e-6)).clamp(max=1.)  # as torch.nn.utils.clip_grad_norm_
-            divisor = self.scale / factor
+            divisor = scale / (clip_grad / (grad_norm + 1e-6)).clamp(max=1.)  # as torch.nn.utils.clip_grad_norm_
         skip = ~torch.isfinite(grad_norm)
         if not accelerator.is_synchronous(device):
             self.last_skipped = skip
             kernels.step_scaled(optimizer, divisor, skip)
-        elif not self._note(bool(skip)):
+        elif not self.count(bool(skip)):
             kernels.step_scaled(optimizer, divisor)
         return grad_norm
 
-    def _overflowed(self, grad_norm, device):
+    def _overflowed(self, grad_norm: float, device: torch.device) -> bool:
         if half_precision.saturates(device):
             return collectives.any_process(half_precision.read_overflow(device) or not math.isfinite(grad_norm), device)
         return not math.isfinite(grad_norm)
 
-    def _clip(self, optimizer, parameters, clip_grad):
+    def _clip(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float]) -> float:
         if not clip_grad:
             return float(total_norm([parameter.grad for parameter in parameters]))
         if hasattr(optimizer, 'clip_grad_norm_fused_'):  # it reads only its own copies of the gradients
             return float(optimizer.clip_grad_norm_fused_(clip_grad))
         return float(nn.utils.clip_grad_norm_(parameters, clip_grad))
 
-    def _adapt_scale(self, skipped):
-        if skipped:
-            self.good_updates = 0
-            if self.dynamic:
-                self.scale = max(self.scale / 2, self.SMALLEST)
-        else:
-            self.good_updates += 1
-            if self.dynamic and self.good_updates % self.GROWTH_INTERVAL == 0:
-                self.scale = min(self.scale * 2, self.LARGEST)
+    def _adapt_scale(self) -> None:
+        self.good_updates = 0 if self.last_skipped else self.good_updates + 1
+        if self.dynamic and self.last_skipped:
+            self.scale = max(self.scale / 2, self.SMALLEST)
+        elif self.dynamic and self.good_updates % self.GROWTH_INTERVAL == 0:
+            self.scale = min(self.scale * 2, self.LARGEST)
 
-    def _note(self, skip):
-        self.last_skipped = skip
-        self.count(skip)
-        return skip
-
-    def count(self, skipped: bool) -> None:
-        """Take note of whether an update was skipped: for the caller to do where that was left on the device."""
+    def count(self, skipped: bool) -> bool:
+        """Record whether an update was skipped, and return that. The caller does so where it was left on the device."""
+        self.last_skipped = skipped
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        return skipped
 
     def fp32_state_dict(self, model: nn.Module) -> Dict[str, torch.Tensor]:
         """Name to float32 tensor for every parameter and buffer, live: what is copied in is what trains on."""
@@ -152,7 +157,7 @@ class LossScaler:
                 'skipped_in_a_row': self.skipped_in_a_row}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Take over the counters, and the scale where it's dynamic. Other programs' scaler states are left alone."""
+        """Restore the counters, and the scale where it's dynamic. Other programs' scaler states are left alone."""
         self.skipped, self.skipped_in_a_row = int(state.get('skipped', 0)), int(state.get('skipped_in_a_row', 0))
         if 'good_updates' in state:
             self.good_updates = int(state['good_updates'])
@@ -160,20 +165,14 @@ class LossScaler:
 
 
 class MasterWeightScaler(LossScaler):
-    """Native O2: the model holds half-precision weights, the optimizer their float32 masters.
+    """Native O2: the model holds half-precision weights, the optimizer their float32 masters; `pairs` are of both."""
 
-    Args:
-        pairs (list): (model parameter, its master), for every parameter of the optimizer.
-    """
-
-    def __init__(self, pairs, **settings):
+    def __init__(self, pairs: List[Any], **settings: Any) -> None:
         super().__init__(**settings)
         self.pairs = pairs
 
-    def __call__(self, loss: torch.Tensor, optimizer: Any, parameters: Iterable[torch.Tensor],
-                 clip_grad: Optional[float] = None, is_update: bool = True,
-                 create_graph: bool = False) -> Union[float, torch.Tensor, None]:
-        self._backward(loss, create_graph)
+    def _backward(self, loss: torch.Tensor, optimizer: Any, is_update: bool, create_graph: bool) -> None:
+        super()._backward(loss, optimizer, is_update, create_graph)
         # Accumulate in float32, in buffers that stay where they are: NpuFusedAdamW never looks for new ones.
         pairs = [pair for pair in self.pairs if pair[0].grad is not None]
         begun = [pair for pair in pairs if pair[1].grad is not None]
@@ -184,10 +183,13 @@ class MasterWeightScaler(LossScaler):
         kernels.foreach_copy([master.grad for _, master in fresh], [parameter.grad for parameter, _ in fresh])
         for parameter, _ in pairs:
             parameter.grad = None
-        if not is_update:
-            return None
-        masters = [master for _, master in self.pairs if master.grad is not None]
-        grad_norm = self._finish(optimizer, masters, clip_grad, loss.device)
+
+    def _trained(self, parameters: Iterable[torch.Tensor]) -> List[Any]:
+        return [master for _, master in self.pairs if master.grad is not None]
+
+    def _finish(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float], device: torch.device,
+                factor: float) -> Norm:
+        grad_norm = super()._finish(optimizer, parameters, clip_grad, device, factor)
         self.sync_model_weights()
         return grad_norm
 
@@ -205,35 +207,36 @@ class MasterWeightScaler(LossScaler):
 class ApexScaler(MasterWeightScaler):
     """O1 and O2 by apex: it scales, unscales and keeps the masters; checking, skipping and counting are done here."""
 
-    def __init__(self, amp, pairs, **settings):
+    def __init__(self, amp: Any, pairs: List[Any], **settings: Any) -> None:
         super().__init__(pairs, **settings)
         self.amp = amp
 
-    def __call__(self, loss: torch.Tensor, optimizer: Any, parameters: Iterable[torch.Tensor],
-                 clip_grad: Optional[float] = None, is_update: bool = True,
-                 create_graph: bool = False) -> Union[float, torch.Tensor, None]:
-        loss = loss * (loss.detach() * 0. + 1.)
+    def _backward(self, loss: torch.Tensor, optimizer: Any, is_update: bool, create_graph: bool) -> None:
         with self.amp.scale_loss(loss, optimizer, delay_unscale=not is_update) as scaled:
             scaled.backward(create_graph=create_graph)
-        if not is_update:
-            return None
-        grad_norm = self._clip(optimizer, list(self.amp.master_params(optimizer)), clip_grad)
+
+    def _finish(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float], device: torch.device,
+                factor: float) -> Norm:
+        masters = [master for master in self.amp.master_params(optimizer) if master.grad is not None]
+        if factor != 1.:
+            kernels.foreach_mul([master.grad for master in masters], factor)
+        grad_norm = self._clip(optimizer, masters, clip_grad)
         before, self.scale = self.scale, self._apex_scale()
         if self.dynamic:  # apex has decided, and made a step that is to be skipped a no-op, which has to be called
             skip = self.scale < before or not math.isfinite(grad_norm)
         else:
-            skip = self._overflowed(grad_norm, loss.device)
-        if not self._note(skip) or self.dynamic:
+            skip = self._overflowed(grad_norm, device)
+        if not self.count(skip) or self.dynamic:
             optimizer.step()
         return grad_norm
 
-    def _clip(self, optimizer, parameters, clip_grad):
+    def _clip(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float]) -> float:
         touched = self.pairs or self.dynamic or self.scale != 1.  # else apex has combined nothing
         if clip_grad and touched and hasattr(optimizer, 'clip_optimizer_grad_norm_fused'):
             return float(optimizer.clip_optimizer_grad_norm_fused(clip_grad))
-        return super()._clip(optimizer, [p for p in parameters if p.grad is not None], clip_grad)
+        return super()._clip(optimizer, parameters, clip_grad)
 
-    def _apex_scale(self):
+    def _apex_scale(self) -> float:
         return float(next(iter(self.amp.state_dict().values()))['loss_scale'])
 
     def state_dict(self) -> Dict[str, Any]:
@@ -248,7 +251,7 @@ class ApexScaler(MasterWeightScaler):
 class Autocast(nn.Module):
     """Native O1: runs the model under autocast, and gives float32."""
 
-    def __init__(self, module, device_type, dtype):
+    def __init__(self, module: nn.Module, device_type: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.module, self.device_type, self.dtype = module, device_type, dtype
 
@@ -260,7 +263,7 @@ class Autocast(nn.Module):
 class HalfPrecision(nn.Module):
     """Native O2: casts the model's weights and its input to half precision, its output to float32."""
 
-    def __init__(self, module, dtype):
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.module, self.dtype = module.to(dtype), dtype
 
@@ -271,32 +274,24 @@ class HalfPrecision(nn.Module):
 def initialize_amp(model: nn.Module, optimizer: Optional[torch.optim.Optimizer], device: torch.device,
                    dtype: Optional[torch.dtype] = None, opt_level: str = 'O2',
                    loss_scale: Union[float, str, None] = None) -> Tuple[nn.Module, LossScaler]:
-    """Put the model in the precision asked for. Call it before DistributedDataParallel.
+    """(a module to call in the model's place, scaler) for the precision asked for. Call before DistributedDataParallel.
 
     Args:
         optimizer: built on the model's float32 parameters; under O2 it holds their masters afterwards. None where
             the model is only evaluated.
         dtype: what `half_precision.check_precision` returned; None is float32.
-        loss_scale (float, 'dynamic' or None): None is 128 (the adaptation's static scale) for float16, else 1.
-
-    Returns:
-        (model, scaler): a module to call in the model's place, and the `LossScaler` to train with.
+        loss_scale: a number, or 'dynamic'; None is 128 (the adaptation's static scale) for float16, else 1.
     """
     if dtype is None:
         return model, LossScaler()
     if loss_scale is None:
         loss_scale = 128. if dtype == torch.float16 else 1.
-    dynamic = loss_scale == 'dynamic'
-    scaling: Dict[str, Any] = dict(scale=2. ** 16 if dynamic else loss_scale, dynamic=dynamic)
-    if dtype == torch.float16:
-        scaling['overflows'] = True
-    name = str(dtype).replace('torch.', '')
+    dynamic, name = loss_scale == 'dynamic', '%s %s by ' % (opt_level, str(dtype).replace('torch.', ''))
+    scaling: Dict[str, Any] = dict(scale=2. ** 16 if dynamic else loss_scale, dynamic=dynamic,
+                                   overflows=True if dtype == torch.float16 else None)
     amp = half_precision.apex_amp(device, dtype)
-    about_apex = half_precision.find_apex()[1] if device.type != 'cpu' and dtype == torch.float16 else ''
-    scaling['description'] = '%s %s by PyTorch%s' % (opt_level, name, about_apex and ' (%s)' % about_apex)
-
+    apex_status = half_precision.find_apex()[1] if device.type != 'cpu' and dtype == torch.float16 else ''
     if amp is not None and optimizer is not None:
-        scaling['description'] = '%s %s by %s' % (opt_level, name, about_apex)
         before = [p for group in optimizer.param_groups for p in group['params']]
         options = dict(opt_level=opt_level, loss_scale=loss_scale, verbosity=0)
         if 'combine_grad' in inspect.signature(amp.initialize).parameters:
@@ -304,12 +299,14 @@ def initialize_amp(model: nn.Module, optimizer: Optional[torch.optim.Optimizer],
         model, optimizer = amp.initialize(model, optimizer, **options)
         optimizer.zero_grad()  # apex puts the masters into the optimizer with this call, not before
         after = [p for group in optimizer.param_groups for p in group['params']]
-        return model, ApexScaler(amp, [pair for pair in zip(before, after) if pair[0] is not pair[1]], **scaling)
+        pairs = [pair for pair in zip(before, after) if pair[0] is not pair[1]]
+        return model, ApexScaler(amp, pairs, description=name + apex_status, **scaling)
+    scaling['description'] = name + 'PyTorch' + (apex_status and ' (%s)' % apex_status)
     if opt_level == 'O1' and not half_precision.has_autocast(device.type, dtype):
         return model, LossScaler()  # apex alone could, and does so in training only
     if opt_level == 'O1':
         return Autocast(model, device.type, dtype), LossScaler(**scaling)
-    pairs: List[Any] = []
+    pairs = []
     for group in optimizer.param_groups if optimizer is not None else []:
         masters = [nn.Parameter(parameter.detach().clone()) for parameter in group['params']]
         pairs += zip(group['params'], masters)

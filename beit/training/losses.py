@@ -33,7 +33,7 @@ def build_criterion(loss: str, smoothing: float, mixup: Any, weights: Optional[t
         weights (float32 (classes,)): see `class_weights`; None leaves the classes alike.
         multi_label (bool): whether an image may be of several classes.
     """
-    if loss == 'bce' or multi_label:
+    if activation(loss, multi_label) == 'sigmoid':
         return BinaryCrossEntropy(smoothing, weights, smooths_dense=mixup is None)
     if weights is not None:
         return WeightedCrossEntropy(smoothing, weights)
@@ -48,6 +48,14 @@ def one_hot(targets: torch.Tensor, logits: torch.Tensor, smoothing: float) -> to
     return torch.full_like(logits, share).scatter_(1, targets[:, None], 1. - smoothing + share)
 
 
+def image_losses(output: torch.Tensor, targets: torch.Tensor, activation: str) -> torch.Tensor:
+    """(B,): what the criterion of that activation gives for each image, without smoothing, mixing and weights."""
+    if targets.dim() == 1 and activation == 'softmax':
+        return F.cross_entropy(output, targets, reduction='none')
+    ones = one_hot(targets, output, 0.) if targets.dim() == 1 else targets
+    return F.binary_cross_entropy_with_logits(output, ones, reduction='none').mean(dim=1)
+
+
 class BinaryCrossEntropy(torch.nn.Module):
     """A binary cross entropy for each class, averaged over classes and images; smoothing is timm's of that name.
 
@@ -58,7 +66,8 @@ class BinaryCrossEntropy(torch.nn.Module):
 
     pos_weight: Optional[torch.Tensor]
 
-    def __init__(self, smoothing=0., pos_weight=None, smooths_dense=True):
+    def __init__(self, smoothing: float = 0., pos_weight: Optional[torch.Tensor] = None,
+                 smooths_dense: bool = True) -> None:
         super().__init__()
         self.smoothing, self.smooths_dense = smoothing, smooths_dense
         self.register_buffer('pos_weight', pos_weight)
@@ -74,13 +83,13 @@ class BinaryCrossEntropy(torch.nn.Module):
 class WeightedCrossEntropy(torch.nn.Module):
     """Cross entropy, each class's term times its weight, averaged over the images: PyTorch's for soft targets.
 
-    It is not divided by the weights of a batch, as PyTorch does with class indices: a gradient would then hang on how
-    images are shared out among micro-steps and processes.
+    PyTorch's for class indices divides by the weights of a batch, so that a gradient would depend on how images are
+    shared out among micro-steps and processes.
     """
 
     weight: torch.Tensor
 
-    def __init__(self, smoothing, weight):
+    def __init__(self, smoothing: float, weight: torch.Tensor) -> None:
         super().__init__()
         self.smoothing = smoothing
         self.register_buffer('weight', weight)
@@ -106,28 +115,29 @@ def class_weights(source: str, classes: Sequence[str], counts: Sequence[int]) ->
     """
     if not source:
         return None
+    flag = '--class_weights %s: ' % escape_text(source)
     if source == 'balanced':
         missing = [name for name, count in zip(classes, counts) if not count]
         if missing:
-            raise UserError('--class_weights balanced: no training image is of class %s; add some, or give the weights '
-                            'in a file' % ', '.join(map(escape_text, missing[:5])))
+            raise UserError(flag + 'no training image is of class %s; add some, or give the weights in a file'
+                            % ', '.join(map(escape_text, missing[:5])))
         return torch.tensor(np.sum(counts) / (len(classes) * np.asarray(counts, dtype=np.float64)), dtype=torch.float32)
-    given = _read_weights(source)
-    for name in given:
-        if name not in classes:
-            near = [] if name.isdigit() else nearest(name, classes)  # 12 is not meant by 1 or 2
-            raise UserError('--class_weights %s: there is no class %s; %s' % (
-                escape_text(source), escape_text(name),
-                'did you mean %s?' % ' or '.join(map(escape_text, near)) if near else
-                'the first is %s, the last %s' % (escape_text(classes[0]), escape_text(classes[-1]))))
-    missing = [name for name in classes if name not in given]
+    by_class, known = _read_weights(source), set(classes)
+    unknown = [name for name in by_class if name not in known]
+    if unknown:
+        name = unknown[0]
+        near = [] if name.isdigit() else nearest(name, classes)  # 12 is not meant by 1 or 2
+        raise UserError(flag + 'there is no class %s; %s' % (
+            escape_text(name), 'did you mean %s?' % ' or '.join(map(escape_text, near)) if near else
+            'the first is %s, the last %s' % (escape_text(classes[0]), escape_text(classes[-1]))))
+    missing = [name for name in classes if name not in by_class]
     if missing:
-        raise UserError('--class_weights %s: no weight for class %s%s; give every class one' % (
-            escape_text(source), ', '.join(map(escape_text, missing[:5])),
+        raise UserError(flag + 'no weight for class %s%s; give every class one' % (
+            ', '.join(map(escape_text, missing[:5])),
             ' and %d more' % (len(missing) - 5) if len(missing) > 5 else ''))
-    weights = torch.tensor([given[name] for name in classes], dtype=torch.float32)
+    weights = torch.tensor([by_class[name] for name in classes], dtype=torch.float32)
     if not weights.sum() > 0 or not torch.isfinite(weights).all():
-        raise UserError('--class_weights %s: all weights are 0, or one is too large' % escape_text(source))
+        raise UserError(flag + 'all weights are 0, or one is too large; give one above 0')
     return weights
 
 
@@ -145,27 +155,24 @@ def _read_weights(path: str) -> Dict[str, float]:
     try:
         with open_file(path) as file:
             text = file.read().decode('utf-8-sig')
-        rows = json.loads(text) if text.lstrip()[:1] == '{' else list(
+        rows = list(json.loads(text).items()) if text.lstrip()[:1] == '{' else list(
             csv.reader(io.StringIO(text, newline=''), strict=True))
     except (OSError, ValueError, csv.Error, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError('%s: is neither CSV nor JSON (%s)' % (flag, ' '.join(str(error).split())[:100])) from None
-    given: Dict[str, float] = {}
-    for line, row in enumerate(rows.items() if isinstance(rows, dict) else rows, 1):
-        if not row or (line == 1 and [str(cell).strip().lower() for cell in row] == ['class', 'weight']):
+    weights: Dict[str, float] = {}
+    for number, row in enumerate(rows, 1):
+        if not row or (number == 1 and [str(cell).strip().lower() for cell in row] == ['class', 'weight']):
             continue
         try:
-            name, weight = row
-            weight = float(weight)
-        except (TypeError, ValueError, OverflowError):
-            raise UserError('%s, entry %d: must be a class and a number, is %s' % (
-                flag, line, escape_text(str(row)[:100]))) from None
-        if not 0 <= weight < math.inf:
-            raise UserError('%s, entry %d: the weight of %s must be a number from 0 on, is %s'
-                            % (flag, line, escape_text(name), weight))
-        if name.strip() in given:
-            raise UserError('%s, entry %d: %s has a weight already' % (flag, line, escape_text(name)))
-        given[name.strip()] = weight
-    return given
+            name, weight = row[0].strip(), float(row[1])
+            is_valid = len(row) == 2 and 0 <= weight < math.inf and name not in weights
+        except (TypeError, ValueError, OverflowError, IndexError):
+            is_valid = False
+        if not is_valid:
+            raise UserError('%s, entry %d: must be a class without a weight already, and a number from 0 on, is %s'
+                            % (flag, number, escape_text(str(row)[:100])))
+        weights[name] = weight
+    return weights
 
 
 def fingerprint(weights: torch.Tensor) -> int:
@@ -175,6 +182,5 @@ def fingerprint(weights: torch.Tensor) -> int:
 
 def describe_weights(weights: torch.Tensor, classes: Sequence[str]) -> str:
     """One line for people: every class's weight, or of many the lightest and heaviest."""
-    pairs = sorted(zip(weights.tolist(), classes))
-    shown = ['%s %.4g' % (escape_text(name), weight) for weight, name in pairs]
+    shown = ['%s %.4g' % (escape_text(name), weight) for weight, name in sorted(zip(weights.tolist(), classes))]
     return 'Class weights: ' + ', '.join(shown if len(shown) <= 12 else shown[:4] + ['…'] + shown[-4:])

@@ -1,80 +1,67 @@
-"""Metrics of an evaluation: top-1, top-5 and loss, mean average precision, accuracy per class, real labels.
+"""Metrics of an evaluation. A metric is one class, listed in `METRICS`; all else follows from what it declares.
 
-A metric is one class, here: its name in log.txt, TensorBoard and --results_file, its curve, its tile in the report, and
-whether the best checkpoint is chosen by it are declared in it, and everybody else asks `METRICS`. Each metric is given
-every batch, and computed at the end by all processes together. All give the same on any number of processes: they
-count, or put the images back into their order first.
+Figures are the same on any number of processes: metrics count, or put the images back into their order first.
 """
 
 import csv
-import importlib.util
 import io
 import json
 import math
 import os
 import re
-from typing import Any, Dict, FrozenSet, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, FrozenSet, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from beit.data import subsets
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text, guard_cell
 from beit.files import atomic_write
 from beit.files.regular_file import open_file
+from beit.training import losses
 
 LOSS_UNIT = 2. ** -32  # losses are added up as whole multiples of this: the sum does not depend on the order
 
 
-class Curve(NamedTuple):
-    """A line in curves.png and the report."""
-    panel: str  # its title
-    label: str
-    colour: str
-    ema_colour: str  # of the averaged network's
-
-
 class MetricSpec(NamedTuple):
-    """A number that a metric gives, under this name in an evaluation's statistics and in --results_file."""
-    name: str
+    """A figure that a metric computes, and where it is shown beside --results_file, which has all."""
+    name: str  # in an evaluation's statistics, in log.txt behind test_ and test_ema_, in --results_file
+    line: str = ''  # its text in the line after an evaluation; with one, TensorBoard has the figure, too
+    title: str = ''  # for people; with one, the report has a tile for it and a curve
     unit: str = ''
-    line: str = ''  # in the line after an evaluation; such a figure goes to TensorBoard, too
+    panel: str = ''  # where its curve is drawn; by default a panel of its own
+    curve: str = ''  # what its curve is called there
     summary: str = ''  # its name in summary.json and, of a primary figure, among a checkpoint's bests
-    title: str = ''  # for people, of a primary figure
     is_primary: bool = False  # the best checkpoint is that with the highest
     is_logged: bool = True  # is in log.txt
-    curve: Optional[Curve] = None
 
 
-class ReportEntry(NamedTuple):
-    """A figure of summary.json at the top of the report."""
-    summary: str
-    of_training: str  # its title there
-    of_evaluation: str
-    form: str
+class Evaluation(NamedTuple):
+    """What is evaluated, for a metric to know whether it applies."""
+    dataset: Any
+    results_file: str = ''  # these three are flags
+    real_labels: str = ''
+    data_set: str = ''
+    multi_label: bool = False  # an image may be of several classes, or of none
+    activation: str = 'softmax'  # what makes probabilities of the logits; or 'sigmoid'
 
 
 class Metric:
-    """What an evaluation reports; `update` and `compute` are called on every process.
+    """Computes figures of a validation set; each process calls `update` with its batches, and `compute` at the end."""
 
-    Attributes:
-        figures (tuple of MetricSpec), tiles (tuple of ReportEntry): what it declares.
-    """
+    specs: Tuple[MetricSpec, ...] = ()
+    message = ''  # a line of its own after the evaluation, into which the statistics are formatted
 
-    figures = ()  # type: Tuple[MetricSpec, ...]
-    tiles = ()  # type: Tuple[ReportEntry, ...]
+    @classmethod
+    def create(cls, evaluation: Evaluation) -> Optional['Metric']:
+        """A new one for this evaluation, or None where it does not apply. Raises `UserError` where it can't be had."""
+        return cls()
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> Optional[Dict[str, torch.Tensor]]:
-        """Take a batch.
+        """Take a `loader.Batch`, its targets where `output` is, and the logits, float32 (B, classes).
 
-        Args:
-            batch (loader.Batch): its targets are where `output` is.
-            output (float32 (B, classes)): what the network gave for it.
-
-        Returns:
-            Means over the batch for the log line, 0-dim tensors on the device, or None.
+        May return means over the batch for the progress line, 0-dim tensors on the device.
         """
         raise NotImplementedError
 
@@ -82,27 +69,22 @@ class Metric:
         """The figures by name. `sharded`: each process was given another part of the images."""
         raise NotImplementedError
 
-    @staticmethod
-    def message(stats: Dict[str, Any]) -> str:
-        """A line of its own after the evaluation, or ''."""
-        return ''
-
 
 class TopAccuracy(Metric):
     """Top-1 and top-5 in percent, of images with one class each; counted on the device."""
 
-    figures = (MetricSpec('acc1', '%', 'Acc@1 %.3f', 'accuracy', 'Accuracy', is_primary=True,
-                          curve=Curve('Accuracy', 'top-1', '#2f7ed8', '#e07b00')),
-               MetricSpec('acc5', '%', 'Acc@5 %.3f', 'top5', curve=Curve('Accuracy', 'top-5', '#1fa187', '#c0569b')))
-    tiles = (ReportEntry('accuracy', 'Best accuracy, top-1', 'Accuracy, top-1', '%.2f %%'),
-             ReportEntry('top5', 'Top-5', 'Top-5', '%.2f %%'),
-             ReportEntry('ema_accuracy', 'Accuracy of the EMA', 'Accuracy of the EMA', '%.2f %%'))
+    specs = (MetricSpec('acc1', 'Acc@1 %.3f', 'Accuracy', '%', 'Accuracy', 'top-1', 'accuracy', is_primary=True),
+             MetricSpec('acc5', 'Acc@5 %.3f', 'Top-5', '%', 'Accuracy', 'top-5', 'top5'))
 
-    def __init__(self):
-        self.counts = None  # int64 (3,) on the device: top-1, top-5, images
+    def __init__(self) -> None:
+        self.counts: Optional[torch.Tensor] = None  # int64 (3,) on the device: top-1, top-5, images
+
+    @classmethod
+    def create(cls, evaluation: Evaluation) -> Optional[Metric]:
+        return None if evaluation.multi_label else cls()
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> Optional[Dict[str, torch.Tensor]]:
-        hits = output.topk(min(5, output.shape[1]), dim=1).indices == batch[1][:, None]
+        hits = top_classes(output, 5) == batch[1][:, None]
         counts = torch.stack((hits[:, 0].sum(), hits.sum(), hits.new_ones(len(hits), dtype=torch.int64).sum()))
         self.counts = counts if self.counts is None else self.counts + counts
         return {'acc1': 100 * hits[:, 0].float().mean()}
@@ -114,37 +96,54 @@ class TopAccuracy(Metric):
 
 
 class Loss(Metric):
-    """Cross entropy per image; of images with several classes the binary one, averaged over the classes.
+    """The loss per image that trains: cross entropy, or with a sigmoid the binary one, averaged over the classes."""
 
-    The sum is the same bits on any number of processes: losses are added up as whole numbers.
-    """
+    specs = (MetricSpec('loss', 'loss %.3f', 'Loss', '', 'Loss', 'validation', 'loss'),
+             MetricSpec('images', summary='images', is_logged=False))
 
-    figures = (MetricSpec('loss', '', 'loss %.3f', 'loss', curve=Curve('Loss', 'validation', '#2f7ed8', '#e07b00')),
-               MetricSpec('images', summary='images', is_logged=False))
-    tiles = (ReportEntry('loss', 'Last training loss', 'Loss', '%.4f'),)
+    def __init__(self, activation: str = 'softmax') -> None:
+        self.activation = activation
+        self.losses: List[torch.Tensor] = []
 
-    def __init__(self):
-        self.losses = []
+    @classmethod
+    def create(cls, evaluation: Evaluation) -> Optional[Metric]:
+        return cls(evaluation.activation)
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> Optional[Dict[str, torch.Tensor]]:
-        targets = batch[1]
-        self.losses.append(
-            F.cross_entropy(output, targets, reduction='none') if targets.dim() == 1 else
-            F.binary_cross_entropy_with_logits(output, targets, reduction='none').mean(dim=1))
+        self.losses.append(losses.image_losses(output, batch[1], self.activation))
         return {'loss': self.losses[-1].mean()}
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         """{'loss': not a number where that of an image isn't finite, 'images': how many were evaluated}"""
-        losses = torch.cat(self.losses).cpu().double() if self.losses else torch.zeros(0, dtype=torch.float64)
-        finite = torch.isfinite(losses) & (losses < 2. ** 24)
-        units = int((losses[finite] / LOSS_UNIT).round().to(torch.int64).sum())
-        units, not_finite, images = sum_counts([units, int((~finite).sum()), len(losses)], sharded, device)
+        values = torch.cat(self.losses).cpu().double() if self.losses else torch.zeros(0, dtype=torch.float64)
+        finite = torch.isfinite(values) & (values < 2. ** 24)
+        units = int((values[finite] / LOSS_UNIT).round().to(torch.int64).sum())
+        units, not_finite, images = sum_counts([units, int((~finite).sum()), len(values)], sharded, device)
         return {'loss': math.nan if not_finite or not images else units * LOSS_UNIT / images, 'images': images}
 
 
-def sum_counts(counts: Sequence[int], sharded: bool, device: torch.device) -> List[int]:
+def top_classes(output: torch.Tensor, most: int) -> torch.Tensor:
+    """int64 (B, most or all classes): by falling output, of equal ones that with the lowest index first.
+
+    `topk` breaks ties by the device and the number of classes.
+    """
+    if most > 16:
+        order = np.argsort(-output.cpu().numpy(), axis=1, kind='stable')[:, :most]
+        return torch.from_numpy(np.ascontiguousarray(order)).to(output.device)
+    every = torch.arange(output.shape[1], device=output.device).expand_as(output)
+    left, found = torch.ones_like(every, dtype=torch.bool), []
+    for _ in range(min(most, output.shape[1])):
+        highest = output.masked_fill(~left, -math.inf).max(dim=1, keepdim=True).values
+        is_highest = left & ~(output < highest)  # not >=, for what is no number
+        found.append(every.masked_fill(~is_highest, output.shape[1]).min(dim=1).values)
+        left = left & (every != found[-1][:, None])
+    return torch.stack(found, dim=1)
+
+
+def sum_counts(counts: Sequence[Any], sharded: bool, device: torch.device) -> List[Any]:
     """Whole numbers of this process, of any size; added up over the processes where each has seen another part."""
-    return [sum(column) for column in zip(*collectives.all_gather_json(counts, device))] if sharded else list(counts)
+    return np.sum(np.array(collectives.all_gather_json(counts, device), dtype=object), axis=0).tolist() \
+        if sharded else list(counts)
 
 
 def percent(part: int, whole: int) -> float:
@@ -154,71 +153,75 @@ def percent(part: int, whole: int) -> float:
 class MeanAveragePrecision(Metric):
     """mAP in percent: the average precision of each class that an image is of, averaged over these classes.
 
-    Scores and targets of all images are kept: 8 bytes per image and class.
-
-    Args:
-        classes (sequence of str): whose own figures are wanted, too; or ().
+    Scores and targets of all images are kept: 8 bytes per image and class. `classes`: whose own figures are wanted too.
     """
 
-    figures = (MetricSpec('mAP', '%', 'mAP %.3f', 'mAP', 'mAP', is_primary=True),)
+    specs = (MetricSpec('mAP', 'mAP %.3f', 'mAP', '%', 'Accuracy', 'mAP', 'mAP', is_primary=True),)
 
-    def __init__(self, classes=()):
+    def __init__(self, classes: Sequence[str] = ()) -> None:
         self.classes = classes
-        self.outputs, self.targets, self.indices = [], [], []
+        self.columns: Tuple[List[torch.Tensor], ...] = ([], [], [])  # outputs, targets, indices
+
+    @classmethod
+    def create(cls, evaluation: Evaluation) -> Optional[Metric]:
+        return cls(evaluation.dataset.classes if evaluation.results_file else ()) if evaluation.multi_label else None
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
-        self.outputs.append(output.cpu())
-        self.targets.append(batch[1].cpu())
-        self.indices.append(batch[2].cpu())
+        targets = losses.one_hot(batch[1], output, 0.) if batch[1].dim() == 1 else batch[1]
+        for column, values in zip(self.columns, (output, targets, batch[2])):
+            column.append(values.cpu())
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         """{'mAP': percent}; not a number where an output isn't one, or no image is of any class."""
-        columns: List[Any] = [
-            torch.cat(parts) if parts else None for parts in (self.outputs, self.targets, self.indices)]
+        columns: List[Any] = [torch.cat(parts) if parts else None for parts in self.columns]
         if sharded:
             columns = collectives.all_gather_rows(columns, device)
-        outputs, targets, indices = columns
-        order = indices.argsort()
-        targets, outputs = targets[order].numpy(), outputs[order].numpy()
-        each = average_precisions(targets, outputs)
-        stats: Dict[str, Any] = {'mAP': 100. * float(np.mean(list(each.values()))) if each else float('nan')}
+        order = columns[2].argsort()
+        outputs, targets = (column[order].numpy() for column in columns[:2])
+        precisions = [average_precision(targets[:, label], outputs[:, label]) for label in range(targets.shape[1])]
+        found = [value for value in precisions if value is not None]
+        stats: Dict[str, Any] = {'mAP': 100. * float(np.mean(found)) if found else math.nan}
         if len(self.classes):
-            stats['classes'] = [{'class': escape_text(name), 'images': int(targets[:, label].sum()),
-                                 'average_precision': 100. * each[label] if label in each else None}
-                                for label, name in enumerate(self.classes)]
+            stats['classes'] = [
+                {'class': escape_text(name), 'images': int(targets[:, label].sum()),
+                 'average_precision': None if precision is None else 100. * precision}
+                for label, (name, precision) in enumerate(zip(self.classes, precisions))]
         return stats
 
 
-def average_precisions(targets: np.ndarray, outputs: np.ndarray) -> Dict[int, float]:
-    """{class index: scikit-learn's average precision} of the classes with a positive; {} where an output isn't finite.
-
-    Args:
-        targets, outputs (arrays (images, classes)): ones and zeros; scores.
-    """
-    from sklearn.metrics import average_precision_score  # slow to import
-
-    if not np.isfinite(outputs).all():
-        return {}
-    return {int(label): float(average_precision_score(targets[:, label], outputs[:, label]))
-            for label in np.flatnonzero(targets.any(axis=0))}
+def average_precision(targets: np.ndarray, scores: np.ndarray) -> Optional[float]:
+    """The sum over thresholds of precision times the rise in recall, as scikit-learn computes it; None without a
+    positive. Args: targets (ones and zeros) and scores, arrays (images,)."""
+    if not targets.any():
+        return None
+    if not np.isfinite(scores).all():
+        return math.nan
+    order = np.argsort(-scores, kind='stable')
+    last_of_threshold = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
+    hits = np.cumsum(targets[order], dtype=np.float64)[last_of_threshold]
+    return float(np.sum(np.diff(hits, prepend=0.) / hits[-1] * hits / (last_of_threshold + 1)))
 
 
 class PerClass(Metric):
-    """Of each class, how many images there are and how many of them are right."""
+    """For --results_file: of each class, how many images there are and how many of them are right."""
 
-    def __init__(self, classes):
+    def __init__(self, classes: Sequence[str]) -> None:
         self.classes, self.counts = classes, np.zeros((len(classes), 2), dtype=np.int64)
 
+    @classmethod
+    def create(cls, evaluation: Evaluation) -> Optional[Metric]:
+        return cls(evaluation.dataset.classes) if evaluation.results_file and not evaluation.multi_label else None
+
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
-        targets, right = batch[1].cpu().numpy(), (output.argmax(-1) == batch[1]).cpu().numpy()
+        targets, right = batch[1].cpu().numpy(), (top_classes(output, 1)[:, 0] == batch[1]).cpu().numpy()
         self.counts += np.stack([np.bincount(each, minlength=len(self.classes)) for each in (targets, targets[right])],
                                 axis=1)
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         """{'classes': [{class, images, acc1 in percent, or None without images}]}"""
-        counts = np.sum(collectives.all_gather_json(self.counts.tolist(), device), axis=0) if sharded else self.counts
-        return {'classes': [{'class': escape_text(name), 'images': int(images),
-                             'acc1': 100. * int(right) / int(images) if images else None}
+        counts = sum_counts(self.counts.tolist(), sharded, device)
+        return {'classes': [{'class': escape_text(name), 'images': images,
+                             'acc1': percent(right, images) if images else None}
                             for name, (images, right) in zip(self.classes, counts)]}
 
 
@@ -228,23 +231,29 @@ class RealLabels(Metric):
     An image may have several right labels; one that has none is not counted.
 
     Args:
-        labels (list of sets of int): class indices of ILSVRC2012_val_00000001 and so on.
-        samples: the validation set's, (path, class index) of each.
-        source (str): the file that the labels are of.
-
-    Raises:
-        UserError: a file is not named so.
+        labels: class indices of ILSVRC2012_val_00000001 and so on.
+        samples: the validation set's, (path, class index) of each; `UserError` where a file is not named so.
+        source: the file that the labels are of.
     """
 
-    figures = (MetricSpec('real_acc1', '%'), MetricSpec('real_acc5', '%'), MetricSpec('real_images'))
+    specs = (MetricSpec('real_acc1', unit='%'), MetricSpec('real_acc5', unit='%'), MetricSpec('real_images'))
+    message = 'By real labels: top-1 %(real_acc1).3f%%, top-5 %(real_acc5).3f%% of %(real_images)d images'
 
-    def __init__(self, labels, samples, source='labels'):
-        self.right = [labels[place_of(samples[index][0], len(labels), source)] for index in range(len(samples))]
+    def __init__(self, labels: Sequence[FrozenSet[int]], samples: Sequence[Any], source: str = 'labels') -> None:
+        self.right = [labels[image_number(samples[index][0], len(labels), source)] for index in range(len(samples))]
         self.counts = np.zeros(3, dtype=np.int64)
 
+    @classmethod
+    def create(cls, evaluation: Evaluation) -> Optional[Metric]:
+        if evaluation.multi_label or not evaluation.real_labels:
+            return None
+        if not hasattr(evaluation.dataset, 'samples'):
+            raise UserError('--real_labels: --data_set %s has no image files; leave it out' % evaluation.data_set)
+        labels = read_real_labels(evaluation.real_labels, len(evaluation.dataset.classes))
+        return cls(labels, evaluation.dataset.samples, evaluation.real_labels)
+
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
-        top = output.topk(min(5, output.shape[1]), dim=1).indices.tolist()
-        for index, best in zip(batch[2].tolist(), top):
+        for index, best in zip(batch[2].tolist(), top_classes(output, 5).tolist()):
             right = self.right[index]
             if right:
                 self.counts += (1, best[0] in right, not right.isdisjoint(best))
@@ -254,13 +263,8 @@ class RealLabels(Metric):
         images, top1, top5 = sum_counts(self.counts.tolist(), sharded, device)
         return {'real_acc1': percent(top1, images), 'real_acc5': percent(top5, images), 'real_images': images}
 
-    @staticmethod
-    def message(stats: Dict[str, Any]) -> str:
-        return 'By real labels: top-1 %.3f%%, top-5 %.3f%% of %d images' % (
-            stats['real_acc1'], stats['real_acc5'], stats['real_images'])
 
-
-def place_of(path: str, images: int, source: str) -> int:
+def image_number(path: str, images: int, source: str) -> int:
     """Which image of ImageNet's validation set a file is, from 0; UserError where `source` has no labels of it."""
     found = re.match(r'ILSVRC2012_val_(\d{8})\.', os.path.basename(path))
     if not found or not 1 <= int(found.group(1)) <= images:
@@ -290,90 +294,72 @@ def read_real_labels(path: str, classes: int) -> List[FrozenSet[int]]:
 
 # ---- all of them
 
-METRICS = (TopAccuracy, MeanAveragePrecision, Loss, PerClass, RealLabels)
-FIGURES = tuple(figure for metric in METRICS for figure in metric.figures)
+METRICS: Tuple[Type[Metric], ...] = (TopAccuracy, MeanAveragePrecision, Loss, PerClass, RealLabels)
 
 
-def build_metrics(dataset: Any, results_file: str = '', real_labels: str = '', data_set: str = '') -> List[Metric]:
-    """What an evaluation of this validation set reports, in the order of a --results_file; anew for each evaluation.
+def metric_specs() -> List[MetricSpec]:
+    """All declared figures, in the order in which they are shown."""
+    return [spec for metric in METRICS for spec in metric.specs]
+
+
+def build_metrics(dataset: Any, results_file: str = '', real_labels: str = '', data_set: str = '',
+                  multi_label: Optional[bool] = None, activation: str = 'softmax') -> List[Metric]:
+    """What an evaluation of this validation set reports; anew for each evaluation.
 
     Args:
-        results_file, real_labels, data_set (str): the flags of these names.
+        results_file, real_labels, data_set: the flags of these names.
+        multi_label: whether the model tells several classes an image; None looks whether an image is of several.
+        activation: what makes probabilities of the model's outputs, 'softmax' or 'sigmoid'.
     """
-    if subsets.is_multi_label(getattr(dataset, 'samples', None)):
-        return [Loss(), MeanAveragePrecision(dataset.classes if results_file else ())]
-    found = [TopAccuracy(), Loss()]  # type: List[Metric]
-    if results_file:
-        found.append(PerClass(dataset.classes))
-    if real_labels:
-        if not hasattr(dataset, 'samples'):
-            raise UserError('--real_labels: --data_set %s has no image files; leave it out' % data_set)
-        labels = read_real_labels(real_labels, len(dataset.classes))
-        found.append(RealLabels(labels, dataset.samples, real_labels))
-    return found
-
-
-def check_metrics(dataset: Any, results_file: str = '', real_labels: str = '', data_set: str = '') -> None:
-    """Raise a `UserError` where a metric can't be had for this validation set. Cheap, so that it can come first."""
-    if subsets.is_multi_label(getattr(dataset, 'samples', None)) and importlib.util.find_spec('sklearn') is None:
-        raise UserError('mean average precision needs scikit-learn; run: pip install scikit-learn')
-    build_metrics(dataset, results_file, real_labels, data_set)
+    if multi_label is None:
+        multi_label = subsets.is_multi_label(getattr(dataset, 'samples', None))
+    evaluation = Evaluation(dataset, results_file, real_labels, data_set, multi_label, activation)
+    return [metric for metric in (kind.create(evaluation) for kind in METRICS) if metric is not None]
 
 
 def primary_metric(stats: Dict[str, Any]) -> MetricSpec:
     """The figure by which the best checkpoint is chosen: top-1, or mAP."""
-    return next(figure for figure in FIGURES if figure.is_primary and figure.name in stats)
+    return next(spec for spec in metric_specs() if spec.is_primary and spec.name in stats)
 
 
 def primary_percent(stats: Optional[Dict[str, Any]], best: Dict[str, float]) -> Optional[Tuple[float, float]]:
     """(that figure, the best one so far); None without statistics."""
-    if stats is None:
-        return None
-    figure = primary_metric(stats)
-    return stats[figure.name], best.get(figure.summary, math.nan)
+    spec = None if stats is None else primary_metric(stats)
+    return None if stats is None or spec is None else (stats[spec.name], best.get(spec.summary, math.nan))
 
 
 def log_line(stats: Dict[str, Any]) -> str:
-    return ' '.join(figure.line % stats[figure.name] for figure in FIGURES if figure.line and figure.name in stats)
+    return ' '.join(spec.line % stats[spec.name] for spec in metric_specs() if spec.line and spec.name in stats)
 
 
 def logged(stats: Dict[str, Any]) -> Dict[str, Any]:
     """Those for log.txt."""
-    hidden = {figure.name for figure in FIGURES if not figure.is_logged}
+    hidden = {spec.name for spec in metric_specs() if not spec.is_logged}
     return {name: value for name, value in stats.items() if name not in hidden}
 
 
 def plotted(stats: Dict[str, Any]) -> Dict[str, float]:
     """Those for TensorBoard."""
-    return {figure.name: stats[figure.name] for figure in FIGURES if figure.line and figure.name in stats}
+    return {spec.name: stats[spec.name] for spec in metric_specs() if spec.line and spec.name in stats}
 
 
 def summary_figures(stats: Dict[str, Any]) -> Dict[str, Any]:
     """An evaluation's figures under their names in summary.json; None for those that are missing."""
-    return {figure.summary: stats.get(figure.name) for figure in FIGURES if figure.summary}
+    return {spec.summary or spec.name: stats.get(spec.name) for spec in metric_specs()
+            if spec.summary or spec.name in stats}
 
 
 def best_figures(best: Dict[str, float]) -> Dict[str, Optional[float]]:
     """A training's best figures under their names in summary.json."""
-    return {figure.summary: best.get(figure.summary) for figure in FIGURES if figure.is_primary}
-
-
-def curves(panel: str) -> List[Tuple[str, str, str]]:
-    """(label, name in log.txt, colour) of a panel's curves, the averaged network's behind the others."""
-    found = [(figure.name, figure.curve) for figure in FIGURES if figure.curve and figure.curve.panel == panel]
-    return [(curve.label, 'test_' + name, curve.colour) for name, curve in found] + [
-        (curve.label + ', EMA', 'test_ema_' + name, curve.ema_colour) for name, curve in found]
+    return {spec.summary: best.get(spec.summary) for spec in metric_specs() if spec.is_primary}
 
 
 # ---- --results_file
 
-RESULT_FILES = ('.csv', '.json')
-
-
 def check_results_file(path: str) -> None:
     """Raise a `UserError` where --results_file can't be."""
-    if os.path.splitext(path)[1] not in RESULT_FILES:
-        raise UserError('--results_file %s: it must end in %s' % (escape_text(path), ' or '.join(RESULT_FILES)))
+    if os.path.splitext(path)[1] not in ('.csv', '.json'):
+        raise UserError('--results_file %s: it must end in .csv or .json' % escape_text(path))
     if os.path.isdir(path):
         raise UserError('--results_file %s: there is a folder of that name' % escape_text(path))
 
@@ -383,9 +369,9 @@ def write_results(path: str, rows: List[Dict[str, Any]]) -> None:
     if path.endswith('.json'):
         data = json.dumps(rows, indent=2, ensure_ascii=False) + '\n'
     else:
-        rows = [{name: value for name, value in row.items() if name != 'classes'} for row in rows]
         text = io.StringIO()
-        table = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+        table = csv.DictWriter(text, [name for name in rows[0] if name != 'classes'], extrasaction='ignore',
+                               lineterminator='\n')
         table.writeheader()
         table.writerows({name: guard_cell(value) for name, value in row.items()} for row in rows)
         data = text.getvalue()

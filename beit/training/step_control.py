@@ -9,7 +9,9 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 
 from beit.checkpoint import training_state
+from beit.config import OutputConfig
 from beit.data.image_dataset import image_name
+from beit.data.unreadable import UnreadableFiles
 from beit.distributed import collectives, preemption, process_group, watchdog
 from beit.errors import UserError
 from beit.files import run_folder, weights_file
@@ -22,33 +24,38 @@ NORMS_KEPT = 10  # gradient norms that a report of what is not finite shows
 
 
 class StepState:
-    """An update in progress. Values on the device stay there until they must be read.
+    """An update in progress. Values on the device stay there until they must be read."""
 
-    Attributes:
-        step (int): its number, from 0 over the whole run.
-        losses, outputs (list of tensors): of its micro-steps, on the device; indices (list of int64 tensors): which
-            images gave those outputs, as positions in the data set.
-        unreadable (list): (path, reason) of files that were left out.
-        grad_norm (float or 0-dim tensor), skipped (bool or 0-dim tensor): what the scaler gave.
-        values (dict): what is logged of its last micro-step, numbers and 0-dim tensors.
-        stop (int): the number of a signal that some process got; save (bool): some process is due to save.
-    """
-
-    def __init__(self, step):
-        self.step, self.losses, self.outputs, self.indices, self.unreadable = step, [], [], [], []
-        self.grad_norm, self.skipped, self.values, self.stop, self.save = None, False, {}, 0, False
+    def __init__(self, step: int) -> None:
+        self.step = step  # its number, from 0 over the whole run
+        self.losses: List[torch.Tensor] = []  # of its micro-steps, means over the images that were read
+        self.images: List[int] = []  # that were read in each micro-step
+        self.files = 0  # that were to be read
+        self.images_of_all = 0  # that all processes read, from `finish_sync` on
+        self.outputs: List[torch.Tensor] = []
+        self.indices: List[torch.Tensor] = []  # of the images that gave those outputs, in the data set
+        self.unreadable: List[Tuple[str, str]] = []  # (path, reason) of files that were left out
+        self.grad_norm: Any = None  # float or 0-dim tensor
+        self.skipped: Any = False  # bool or 0-dim tensor
+        self.values: Dict[str, Any] = {}  # what is logged of its last micro-step: numbers and 0-dim tensors
+        self.stop = 0  # the number of a signal that some process got
+        self.save = False  # some process is due to save
 
     def add(self, batch: Sequence[Any], output: torch.Tensor, loss: torch.Tensor) -> None:
         self.losses.append(loss.detach())
+        self.images.append(len(batch[0]))
+        self.files += len(batch[0])
         if len(batch) > 2:
             self.outputs.append(output.detach())
             self.indices.append(batch[2])
             self.unreadable += batch[3]
+            self.files += len(batch[3])
 
     @property
     def loss(self) -> float:
-        """The sum of the micro-steps' losses on this process, read from the device."""
-        return float(torch.stack(self.losses).sum())
+        """The mean over the images of this process, read from the device."""
+        losses = torch.stack(self.losses)
+        return float((losses * losses.new_tensor(self.images)).sum() / max(sum(self.images), 1))
 
     def nonfinite_indices(self) -> List[int]:
         """Positions of the images whose outputs are not finite; of all, where every output is finite."""
@@ -67,9 +74,10 @@ class StepMonitor:
 
     on_nonfinite = 'stop'
 
-    def __init__(self):
-        self.norms = collections.deque(maxlen=NORMS_KEPT)  # of the last updates' gradients
-        self.answers = None
+    def __init__(self) -> None:
+        self.norms: Any = collections.deque(maxlen=NORMS_KEPT)  # of the last updates' gradients
+        self.requests: Any = None  # gives those of all processes, once they are there
+        self.votes: Optional[List[List[float]]] = None  # what it gave
 
     def local_requests(self, update_step: int) -> Tuple[int, bool]:
         """(signal that asks to stop or 0, whether to save after this update), of this process."""
@@ -79,13 +87,26 @@ class StepMonitor:
         """Before the step: send this process's requests to the others; the answers arrive while the step runs."""
         watchdog.mark_waiting()
         stop, save = self.local_requests(update.step)
-        self.answers = collectives.all_gather_async([stop, save, len(update.unreadable)], device)
+        self.requests, self.votes = collectives.all_gather_async(
+            [stop, save, sum(update.images), update.files], device), None
+
+    def wait(self) -> List[List[float]]:
+        """[stop, save, images read, files] of each process in this update."""
+        if self.votes is None:
+            self.votes = self.requests()
+        return self.votes
+
+    def grad_factor(self) -> float:
+        """What makes of gradients that are a sum over the images, divided by all files, a mean over the images that all
+        processes read; 0 without one."""
+        _, _, images, files = (sum(column) for column in zip(*self.wait()))
+        return files / images if images else 0.
 
     def finish_sync(self, update: StepState, device: torch.device) -> bool:
         """After the step: put the requests of all processes into `update`; return whether it saves or stops."""
-        votes = self.answers()
-        update.stop, update.save = int(max(vote[0] for vote in votes)), any(vote[1] for vote in votes)
-        if any(vote[2] for vote in votes):
+        stops, saves, images, files = zip(*self.wait())
+        update.stop, update.save, update.images_of_all = int(max(stops)), any(saves), int(sum(images))
+        if images != files:
             pairs_of_each = collectives.all_gather_json(update.unreadable, device)
             self.unreadable([(path, reason) for pairs in pairs_of_each for path, reason in pairs])
         return bool(update.stop or update.save)
@@ -105,20 +126,17 @@ class StepMonitor:
             return
         names = collectives.all_gather_json(self.name_images(update.nonfinite_indices())
                                             if not any(nonfinite) or not math.isfinite(update.loss) else [], device)
-        what = 'the loss is %s' % losses[nonfinite.index(True)] if any(nonfinite) else (
-            'the gradients are not finite (their norm is %s, the loss %.4f)' % (update.grad_norm, update.loss))
-        self.report_nonfinite('%s at update step %d' % (what, update.step), nonfinite, names, update.step, scaler.scale)
-
-    def report_nonfinite(self, what: str, nonfinite: List[bool], names: List[List[str]], update_step: int,
-                         scale: float) -> None:
-        """Report, and stop unless such updates are to be skipped."""
-        images = [name for each in names for name in each]
-        shown = ', '.join(images[:3]) + (' and %d more' % (len(images) - 3) if len(images) > 3 else '')
-        norms = ' '.join('%.4g' % norm for norm in self.norms) or 'none yet'
-        where = self.write_report(dict(update_step=update_step, what=what, loss_scale=scale, images=images,
+        images = [name for names_of_process in names for name in names_of_process]
+        what = '%s at update step %d' % (
+            'the loss is %s' % losses[nonfinite.index(True)] if any(nonfinite) else
+            'the gradients are not finite (their norm is %s, the loss %.4f)' % (update.grad_norm, update.loss),
+            update.step)
+        where = self.write_report(dict(update_step=update.step, what=what, loss_scale=scaler.scale, images=images,
                                        norms=[repr(norm) for norm in self.norms]))
+        shown = ', '.join(images[:3]) + (' and %d more' % (len(images) - 3) if len(images) > 3 else '')
         text = '%s; loss scale %g; norms of the gradients before: %s%s' % (
-            what, scale, norms, '; images: %s%s' % (shown, where) if images else '')
+            what, scaler.scale, ' '.join('%.4g' % norm for norm in self.norms) or 'none yet',
+            '; images: %s%s' % (shown, where) if images else '')
         if self.on_nonfinite == 'skip':
             log_main(text)
             return
@@ -142,22 +160,24 @@ class CheckpointMonitor(StepMonitor):
     """The monitor of a whole run: saves in mid-epoch, and before it stops for a signal; writes reports to output_dir.
 
     Args:
-        output (OutputConfig): where to save, how often, and the flags that a checkpoint holds.
-        signals (preemption.Signals): where the request to stop comes from.
-        run_state (training_state.RunState): where the run begins; kept up to date.
-        bad_images (unreadable.UnreadableFiles): takes the files that can't be read.
-        train_set: the training set.
-        parts (dict): model, optimizer, scaler and ema, as `training_state.build_checkpoint` takes them.
-        on_nonfinite (str): 'stop', or 'skip' such an update.
+        output: where to save, how often, and the flags that a checkpoint holds.
+        signals: where the request to stop comes from.
+        run_state: where the run begins; kept up to date.
+        bad_images: takes the files that can't be read.
+        parts: model, optimizer, scaler and ema, as `training_state.build_checkpoint` takes them.
+        on_nonfinite: 'stop', or 'skip' such an update.
     """
 
-    def __init__(self, output, signals, run_state, bad_images, train_set, parts, on_nonfinite='stop'):
+    def __init__(self, output: OutputConfig, signals: preemption.Signals, run_state: training_state.RunState,
+                 bad_images: UnreadableFiles, train_set: Any, parts: Dict[str, Any],
+                 on_nonfinite: str = 'stop') -> None:
         super().__init__()
         self.output, self.signals, self.run_state, self.parts = output, signals, run_state, parts
         self.bad_images, self.train_set, self.on_nonfinite = bad_images, train_set, on_nonfinite
         self.saves = bool(output.output_dir and output.save_ckpt)
         self.timer = training_state.SaveTimer(output.save_ckpt_steps, output.save_ckpt_minutes)
-        self.epoch_state = None  # the averages of the epoch whose updates are done
+        self.spent: Callable[[], List[float]] = lambda: run_state.spent  # so far, of the whole run
+        self.epoch_state: Optional[Dict[str, Any]] = None  # the averages of the epoch whose updates are done
 
     def local_requests(self, update_step: int) -> Tuple[int, bool]:
         return self.signals.stop_signal, self.saves and self.timer.due(update_step)
@@ -173,11 +193,11 @@ class CheckpointMonitor(StepMonitor):
             return ''
         path = os.path.join(self.output.output_dir, 'nonfinite.txt')
         if process_group.is_main_process():
-            earlier = b''
+            earlier = ''
             if os.path.isfile(path):
-                with open(path, 'rb') as file:
+                with open(path, encoding='utf-8') as file:
                     earlier = file.read()
-            write_bytes(path, earlier + json.dumps(record).encode() + b'\n')
+            write_bytes(path, (earlier + json.dumps(record) + '\n').encode())
         return ' (all in %s)' % path
 
     def after_step(self, update: StepState, epoch: int, steps: int, state: Callable[[], Dict[str, Any]],
@@ -193,30 +213,28 @@ class CheckpointMonitor(StepMonitor):
     def save(self, epoch: int, steps: int, state: Optional[Dict[str, Any]], device: torch.device) -> None:
         """Write a checkpoint of mid-epoch, by the first process; every process hands in its averages."""
         self.run_state.epoch, self.run_state.steps, self.run_state.files = epoch, steps, []
-        if not self.saves:
-            return
-        watchdog.enter_stage('saving a checkpoint')
-        self.run_state.meters = collectives.all_gather_json(state, device)
-        self._write([self.run_state.file_name()])
-        process_group.barrier()  # wait until the file is complete before any rank exits
-        self.timer.restart()
+        if self.saves:
+            watchdog.enter_stage('saving a checkpoint')
+            self.run_state.meters = collectives.all_gather_json(state, device)
+            self._write([self.run_state.file_name()])
+            process_group.barrier()  # wait until the file is complete before any rank exits
 
-    def _write(self, names):
+    def _write(self, names: List[str]) -> None:
+        self.run_state.spent = self.spent()
         if process_group.is_main_process():
             content = training_state.build_checkpoint(self.output.flags, self.run_state, **self.parts)
             for name in names:
                 weights_file.save(os.path.join(self.output.output_dir, name), content)
             training_state.remove_old_checkpoints(self.output.output_dir, self.output.keep_checkpoints)
         watchdog.mark_waiting()
+        self.timer.restart()
 
     def save_epoch(self, improved: List[str], numbered: bool) -> None:
         """After an epoch and its evaluation: the files of new bests, and the numbered one where it is due."""
         self.run_state.files = improved + ([self.run_state.file_name()] if numbered else [])
-        if not self.saves or not self.run_state.files:
-            return
-        watchdog.enter_stage('saving a checkpoint')
-        self._write(self.run_state.files)
-        self.timer.restart()
+        if self.saves and self.run_state.files:
+            watchdog.enter_stage('saving a checkpoint')
+            self._write(self.run_state.files)
 
     def stop_after(self, epoch: int, steps: int, device: torch.device) -> None:
         """Stop after the updates of an epoch, where a signal interrupted its evaluation."""
