@@ -546,7 +546,8 @@ def many_classes(tmp_path, classes=100):
     return predictions, dict(
         title='t', subtitle='s', tiles=[], plots=[], hint='', classes=['class %d' % label for label in range(classes)],
         evaluated='All.', per_class=predictions.per_class(), confused=predictions.most_confused(), matrix=None,
-        hardest=[(picture, EvaluatedImage(0, 1, 2, 0.5, math.nan, math.inf), '/a/b/c.png')], most_confident=[], samples=[],
+        hardest=[(picture, EvaluatedImage(0, 1, 2, 0.5, math.nan, math.inf), '/a/b/c.png')],
+        most_confident=[], samples=[],
         flags=[], versions=[])
 
 

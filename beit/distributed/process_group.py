@@ -95,7 +95,7 @@ def rendezvous_store() -> Any:
 
 
 def listen_on_loopback(port: int = 0) -> int:
-    """Let the store at this port listen on 127.0.0.1 only, where all processes are; 0 takes a free port. Gives the port.
+    """Let the store at this port listen on 127.0.0.1 only, where all processes are; 0 takes a free one. Gives the port.
 
     A PyTorch whose TCPStore takes no socket (before 2.1) listens on all addresses of the machine.
     """
