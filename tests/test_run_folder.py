@@ -21,7 +21,7 @@ from beit.checkpoint.inference_model import load_for_inference
 from beit.cli import OF_FOLDER
 from beit.errors import UserError
 from beit.files import run_folder, weights_file
-from helpers import LAUNCH, LONG, PROGRAM, RUN, environment, launch, lines_of
+from helpers import LAUNCHER, LONG, PROGRAM, RUN, environment, launch, lines_of
 
 pytestmark = pytest.mark.fast
 
@@ -138,7 +138,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
 def running(flags, processes=1):
     """A run in processes of its own, which trains; its main process is the one that is killed at the end."""
     command = [sys.executable, '-u', PROGRAM] if processes == 1 else \
-        LAUNCH + ['--nproc_per_node=%d' % processes, PROGRAM]
+        [sys.executable] + LAUNCHER + ['--nproc_per_node=%d' % processes, PROGRAM]
     process = subprocess.Popen(command + flags, cwd=os.path.dirname(PROGRAM), env=environment(OMP_NUM_THREADS='1'),
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
     try:
