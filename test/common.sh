@@ -240,17 +240,18 @@ move_aside() {
     [ -z "$moved" ] || echo "Kept the earlier run's logs in $LOG_DIR as$moved"
 }
 
-# figures: images_per_second, step_milliseconds, accuracy and loss of this run's summary.json, n/a where it has none.
+# figures: model, images_per_second, step_milliseconds, accuracy and loss of this run's summary.json, n/a where it has
+# none.
 figures() {
     "$PYTHON" -c 'import json, sys
 figures = json.load(open(sys.argv[1], encoding="utf-8"))
-print(*("n/a" if figures.get(name) is None else "%.*f" % (digits, figures[name]) for name, digits in
+print(figures["model"], *("n/a" if figures.get(name) is None else "%.*f" % (digits, figures[name]) for name, digits in
         (("images_per_second", 2), ("step_milliseconds", 3), ("accuracy", 3), ("loss", 4))))' "$RESULT"
 }
 
 final_block() {
-    local fps milliseconds accuracy loss
-    read -r fps milliseconds accuracy loss < <(figures)
+    local network fps milliseconds accuracy loss
+    read -r network fps milliseconds accuracy loss < <(figures)
     cat <<END
 ------------------ Final result ------------------
 Final Performance images/sec : $fps
@@ -258,7 +259,7 @@ Final Train Accuracy : $accuracy
 E2E Training Duration sec : $1
 END
     cat >"$SUMMARY" <<END
-Network = $model
+Network = $network
 RankSize = $RANK_SIZE
 BatchSize = $batch_size
 DeviceType = $(uname -m)
@@ -361,12 +362,15 @@ set_preset() {
         case $device in npu*|cuda*) preset+=(--amp --opt-level=O2 --loss_scale=128) ;; esac
         case $device in npu*) preset+=(--opt=npufusedadamw) ;; esac
     fi
+    if [ "$kind" = eval ]; then  # what the model is, its checkpoint says
+        preset=(--eval)
+        [ -z "$digits" ] || preset+=(--num_workers=0)
+    fi
     # 5 epochs of warm-up; a run that the user makes as short as that warms up for half of it.
     preset+=("--warmup_epochs=$((epochs > 5 ? 5 : epochs / 2))")
     case $kind in
         full) given output_dir || output_dir=./train_result ;;
         performance) preset+=(--maxstep=50 --disable_eval_during_finetuning --no_save_ckpt) ;;
-        eval) preset+=(--eval) ;;
     esac
     if [ "$kind" != eval ] && ! given finetune && [ -z "$digits$resume" ]; then
         finetune=$WEIGHTS
@@ -376,8 +380,9 @@ set_preset() {
         fi
     fi
     [ "$RANK_SIZE" = 1 ] || preset+=(--dist_eval)
-    ARGUMENTS=("--data_path=$data_path" "--model=$model" "--batch_size=$batch_size" "--epochs=$epochs"
-        "--device=$device" "--output_dir=$output_dir" "${preset[@]}")
+    ARGUMENTS=("--data_path=$data_path" "--batch_size=$batch_size" "--epochs=$epochs" "--device=$device"
+        "--output_dir=$output_dir" "${preset[@]}")
+    if [ "$kind" != eval ] || given model; then ARGUMENTS+=("--model=$model"); fi
     [ -z "$finetune" ] || ARGUMENTS+=("--finetune=$finetune")
     [ -z "$resume" ] || ARGUMENTS+=("--resume=$resume")
     [ -z "$nb_classes" ] || ARGUMENTS+=("--nb_classes=$nb_classes")

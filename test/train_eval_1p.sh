@@ -7,7 +7,7 @@
 # Options, as --key=value:
 #   --data_path=DIR        folder with train/ and val/ of class folders, or the word demo: handwritten digits
 #   --resume=FILE|DIR      the checkpoint, or the folder that holds it (then its checkpoint-best.pth)
-#   --model=NAME           beit_base_patch16_224; see python run_class_finetuning.py --help
+#   --model=NAME           only for weights that do not say it; see python run_class_finetuning.py --help
 #   --batch_size=N         half as many again are evaluated at once (64)
 #   --nb_classes=N         checked against the folders
 #   --device=NAME          auto (npu, cuda, cpu: the first present), npu, cuda or cpu
