@@ -181,7 +181,7 @@ def load_checkpoint(args, device):
         return None
     keys = dict(model_key=args.model_key, model_prefix=args.model_prefix)
     if not args.eval:
-        return inference_model.read_weights(path, content, defaults=vars(args), **keys)
+        return inference_model.read_weights(path, content, trains=True, **keys)
     saved = model_spec.saved_args(content)
     if args.eval_data_path or args.val_csv or os.path.isdir(os.path.join(args.data_path, 'val')):
         saved = {name: value for name, value in saved.items() if name != 'val_split'}
@@ -248,11 +248,13 @@ def build_spec(args, inputs, dataset, classes):
 def use_classes_of(args, checkpoint, spec, train_set, val_set, classes):
     """(training set, validation set, spec) with the checkpoint's classes, in its order, matched by their names."""
     known = checkpoint.spec
+    if known is None:
+        log.log_main('%s does not name its classes: its outputs are taken to be the data\'s classes, by position'
+                     % escape_text(checkpoint.source))
+        return train_set, val_set, spec
     if args.eval and args.nb_classes not in (0, len(known.classes)):
         raise UserError('--nb_classes %d: %s has %d classes; leave the flag out'
                         % (args.nb_classes, escape_text(checkpoint.source), len(known.classes)))
-    if checkpoint.is_bare and not args.eval and len(known.classes) != len(classes):
-        return train_set, val_set, spec  # the shapes differ, and the error lists them
     places, message = model_spec.match_classes(known, checkpoint.source, classes, trains=not args.eval)
     if message:
         log.log_main(message)

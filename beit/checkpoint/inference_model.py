@@ -58,7 +58,7 @@ class CheckpointWeights(NamedTuple):
     source: str
     content: Dict[str, Any]
     state: Dict[str, torch.Tensor]  # under this project's names
-    spec: ModelSpec
+    spec: ModelSpec  # or None: it does not say, and is read for training
     is_bare: bool  # weights that do not say what they are of
     is_resized: bool  # to another input size than they were trained at
 
@@ -93,20 +93,26 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
 
 def read_weights(path: str, content: Any, use_ema: bool = False, class_names: str = '',
                  model_key: str = DEFAULT_KEYS, model_prefix: str = '', defaults: Optional[Mapping[str, Any]] = None,
-                 **given: Any) -> CheckpointWeights:
+                 trains: bool = False, **given: Any) -> CheckpointWeights:
     """What a checkpoint holds, for `load_state`. Other arguments and errors as `load_for_inference` has them.
 
     Args:
         model_key, model_prefix: see `find_state_dict`.
         defaults: flags of weights that do not say what they are of; `given` and the weights' own names win over them.
+        trains: it is for a training, whose own flags say what the model is.
     """
     _, state = find_state_dict(content, '--resume', path, model_key, model_prefix, use_ema)
     state = hf_names.to_native(state)[0]
-    if 'head.weight' not in state:
-        raise UserError('--resume %s: it has no head, so it names no class; fine-tune it first' % escape_text(path))
-    outputs = len(state['head.weight'])
-    spec = model_spec.spec_in(content, path, outputs)
+    outputs = len(state['head.weight']) if 'head.weight' in state else 0
+    spec = model_spec.spec_in(content, path, outputs) if outputs else None
     is_bare = spec is None
+    if trains:
+        return CheckpointWeights(path, content, state, spec, is_bare, False)
+    if 'patch_embed.proj.weight' not in state:
+        raise UserError('--resume %s: these are not the weights of this kind of model: patch_embed.proj.weight is '
+                        'missing in the file' % escape_text(path))
+    if not outputs:
+        raise UserError('--resume %s: it has no head, so it names no class; fine-tune it first' % escape_text(path))
     spec = spec or _spec_beside(path, outputs, state, dict(defaults or {}, **{
         name: value for name, value in given.items() if value is not None}))
     if spec is None:
@@ -117,7 +123,10 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
     if class_names:
         spec = spec.with_class_names(model_spec.read_class_names(class_names), '--class_names %s'
                                      % escape_text(class_names))
-    model_spec.check_architecture(spec.architecture.model, spec.architecture.input_size)
+    try:
+        model_spec.check_architecture(spec.architecture.model, spec.architecture.input_size)
+    except UserError as error:
+        raise UserError('--resume %s: no model can be built of what it says: %s' % (escape_text(path), error)) from None
     return CheckpointWeights(path, content, state, spec, is_bare, spec.architecture.input_size != trained_size)
 
 
@@ -157,7 +166,7 @@ def load_state(model: torch.nn.Module, found: CheckpointWeights) -> None:
     state = {name: value for name, value in state.items() if name not in unused}
     problems = mismatches(state, model.state_dict())
     if problems:
-        raise UserError('--resume %s: these are not the weights of --model %s: %s'
+        raise UserError('--resume %s: these are not the weights of this --model %s: %s'
                         % (shown, found.spec.architecture.model, problems))
     model.load_state_dict({name: value for name, value in state.items()
                            if not name.endswith('relative_position_index')}, strict=False)

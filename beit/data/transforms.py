@@ -54,7 +54,7 @@ class EvalTransform:
     @classmethod
     def from_config(cls, config: TransformConfig) -> 'EvalTransform':
         """As the flags have it; without --crop_pct as the reference takes it for this input size."""
-        if config.evaluation is not None:
+        if getattr(config, 'evaluation', None) is not None:
             return config.evaluation
         mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if config.imagenet_default_mean_and_std else (
             INPUT_MEAN, INPUT_STD)
