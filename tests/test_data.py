@@ -331,7 +331,8 @@ def test_of_several_pages_the_first_is_used_which_is_told_once(image_folder, par
     root, first = image_folder(train=1, val=4), np.full((32, 32, 3), RGB, np.uint8)
     pages = [Image.new('RGB', (32, 32), (9, 9, 9 + number)) for number in range(3)]
     for name in ('1.tif', '2.tif', '3.gif'):
-        Image.fromarray(first).save(os.path.join(root, 'val', 'cat', name), save_all=True, append_images=pages)
+        images = [image.quantize(4) if name == '3.gif' else image for image in [Image.fromarray(first)] + pages]
+        images[0].save(os.path.join(root, 'val', 'cat', name), save_all=True, append_images=images[1:])
     args = parse('--data_path', root, *NANO, '--num_workers=%d' % workers, '--batch_size=2')
     _, val, _ = datasets.build_datasets(args)
     seen = {}

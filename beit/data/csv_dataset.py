@@ -68,6 +68,7 @@ def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]
         raise UserError('--loss ce: %s gives images several labels; use --loss bce' % file.name)
     flat, label_ends, known = labels.finish()
     samples = SampleList(root, bytes(names), ends, flat, label_ends, len(known))
+    file.data = b''
     _check_duplicates(file, samples, lines, labels.is_multi)
     if missing != 'ignored':
         renamed = json.loads(collectives.broadcast_from_main(
