@@ -1,10 +1,13 @@
-"""CSV manifests, images of several classes, --loss bce, --class_weights, and what an evaluation reports besides."""
+"""CSV files, images of several classes, --loss bce, --class_weights, and what an evaluation reports besides."""
 
 import csv
 import json
 import os
 import pkgutil
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from beit.data.loader import Batch
 from beit.files import weights_file
 from beit.training import metrics
 from beit.training.losses import BinaryCrossEntropy, WeightedCrossEntropy, build_criterion, class_weights
-from helpers import RUN, Batches, launch, lines_of, photo
+from helpers import ROOT, RUN, Batches, launch, lines_of, photo
 
 pytestmark = pytest.mark.fast
 
@@ -59,7 +62,7 @@ def several(pictures):
 
 # ---- reading
 
-def test_a_manifest_says_what_the_folders_said(image_folder, tmp_path, parse):
+def test_a_csv_file_says_what_the_folders_said(image_folder, tmp_path, parse):
     root = image_folder(train=5, val=3)
     flags = {}
     for split in ('train', 'val'):
@@ -104,13 +107,13 @@ def test_targets_of_several_classes(several, pictures, parse):
     (b'00.png,cat\nhere/not.png,dog\n', ('line 2', 'there is no file', 'here/not.png')),
     (b'00.png,cat\n01.png,do\x07g\n', ('line 2', 'cannot be printed')),
     (b'00.png,' + b'x' * 200000 + b'\n', ('line 1', 'not CSV'))))
-def test_a_wrong_manifest_is_refused_with_its_line(refused, pictures, content, words):  # noqa: F811
+def test_a_wrong_csv_file_is_refused_with_its_line(refused, pictures, content, words):  # noqa: F811
     path = pictures[0] / 'wrong.csv'
     path.write_bytes(content)
     refused(RUN + ['--train_csv', str(path), '--disable_eval_during_finetuning', '--epochs=1'], '--train_csv', *words)
 
 
-def test_manifests_that_do_not_go_together(refused, pictures, several, image_folder):  # noqa: F811
+def test_csv_files_that_do_not_go_together(refused, pictures, several, image_folder):  # noqa: F811
     folder, shown = pictures
     one = write(folder / 'one.csv', [['00.png', 'green'], ['01.png', 'red']])
     base = RUN + ['--epochs=1', '--batch_size=2']
@@ -125,6 +128,120 @@ def test_manifests_that_do_not_go_together(refused, pictures, several, image_fol
     refused(base + ['--train_csv', one, '--val_csv', one, '--eval_data_path', str(folder)], '--eval_data_path')
     refused(base + ['--train_csv', several[0], '--data_path', image_folder(classes=('blue', 'green', 'red'))],
             'line 2', 'there is no file')
+
+
+def read_rows(path, *flags):
+    """{file name: class} of a training CSV file."""
+    from run_class_finetuning import build_parser
+    args = build_parser().parse_args(['--train_csv', str(path), '--disable_eval_during_finetuning', *RUN, *flags])
+    train, _, classes = datasets.build_datasets(args)
+    assert [train.load(file).size for file, _ in train.samples] == [(32, 32)] * len(train)
+    return {os.path.basename(file): classes[label] for file, label in train.samples}
+
+
+@pytest.mark.parametrize('text', [
+    '00.png;cat\n01.png;big dog\n', '00.png\tcat\n01.png\tbig dog\n', 'image;class\n00.png;cat\n01.png;big dog\n',
+    '"00.png", "cat"\n"01.png", "big dog"\n', 'label\tnote\tpath\ncat\ta,b\t00.png\nbig dog\tc;d\t01.png\n',
+    '00.png,cat\n01.png, big dog\n,\n  \n', 'id;note;label;path\n1;a, b;cat;00.png\n2;c, d;big dog;01.png\n'])
+def test_separators_and_quotes_are_found(pictures, text):
+    path = pictures[0] / 'x.csv'
+    path.write_text(text)
+    assert read_rows(path) == {'00.png': 'cat', '01.png': 'big dog'}
+
+
+@pytest.mark.parametrize('text, words', [
+    ('image_id,label\n00.png,cat\n', ('line 1', 'image_id,label', 'neither an image nor a header')),
+    ('path;species\n00.png;cat\n', ('line 1', 'path;species', 'category')),
+    ('path,red,green\n00.png,1,0\n01.png,0,1\n', ('line 1', 'path,red,green', 'path,label;label')),
+    ('cat,00.png\ndog,01.png\n', ('line 1', 'cat,00.png', 'label stands before the path', 'label,path')),
+    ('00.png,cat\n01.png,nan\n', ('line 2', 'label nan', 'there is none')),
+    ('00.png,cat\n01.png,<NA>\n', ('line 2', '<NA>')),
+    ('path,label,split\n00.png,cat,train\n01.png,dog,3\n', ('line 3', "'3'", 'split', 'train, val or test')),
+    ('path,label,split\n00.png,cat,val\n', ('column split', 'no row of train'))])
+@pytest.mark.parametrize('mode', ['error', 'skip'])
+def test_a_header_or_label_that_is_not_understood_is_quoted(refused, pictures, text, words, mode):
+    path = pictures[0] / 'x.csv'
+    path.write_text(text)
+    refused(RUN + ['--train_csv', str(path), '--disable_eval_during_finetuning', '--epochs=1', '--bad_images', mode],
+            '--train_csv %s' % path, *words)
+
+
+def test_a_header_gives_the_order_and_a_class_may_be_called_nan(pictures, image_folder, parse):
+    folder, _ = pictures
+    (folder / 'x.csv').write_text('label,path\ncat,00.png\ndog,01.png\n')
+    assert read_rows(folder / 'x.csv') == {'00.png': 'cat', '01.png': 'dog'}
+    root = image_folder(train=2, val=1, classes=('nan', 'roti'))
+    val = write(folder / 'val.csv', [[os.path.join('val', name, '000.png'), name] for name in ('roti', 'nan')])
+    _, val, classes = datasets.build_datasets(parse('--data_path', root, '--val_csv', val, *RUN))
+    assert [classes[label] for _, label in val.samples] == ['roti', 'nan']
+
+
+def test_paths_of_windows_and_of_macos_are_found_and_told(pictures, capsys):
+    folder, _ = pictures
+    (folder / 'ros\u00e9').mkdir()
+    (folder / 'e\u0301te\u0301').mkdir()
+    for index, name in enumerate(('ros\u00e9/a.png', 'e\u0301te\u0301/b.png', 'plain.png')):
+        photo(index, 32, 32).save(str(folder / name))
+    write(folder / 'x.csv', [['rose\u0301\\a.png', 'rose\u0301'], ['\u00e9t\u00e9\\b.png', 'ros\u00e9'],
+                             ['plain.png', 'other']])
+    assert read_rows(folder / 'x.csv') == {'a.png': 'ros\u00e9', 'b.png': 'ros\u00e9', 'plain.png': 'other'}
+    line, = [line for line in capsys.readouterr().out.splitlines() if 'spells' in line]
+    assert '--train_csv %s: spells 2 paths' % (folder / 'x.csv') in line
+    if os.sep == '/':  # a backslash may also be part of a name
+        photo(3, 32, 32).save(str(folder / 'c\\d.png'))
+        write(folder / 'x.csv', [['c\\d.png', 'x']])
+        assert read_rows(folder / 'x.csv') == {'c\\d.png': 'x'} and 'spells' not in capsys.readouterr().out
+
+
+def test_a_split_column_says_which_rows_are_whose(pictures, parse, capsys):
+    folder, _ = pictures
+    rows = [['%02d.png' % index, 'ab'[index % 2], ('train', 'Validation', 'test')[index // 8]] for index in range(24)]
+    path = write(folder / 'all.csv', rows, ('path', 'label', 'split'))
+    train, val, _ = datasets.build_datasets(parse('--train_csv', path, '--val_csv', path, *RUN))
+    names = [[os.path.basename(name) for name, _ in part.samples] for part in (train, val)]
+    assert names == [[row[0] for row in rows[:8]], [row[0] for row in rows[8:16]]]
+    out = capsys.readouterr().out
+    assert 'takes the 8 of its 24 images whose split is train' in out and 'whose split is val' in out
+    only_test = write(folder / 'test.csv', rows[:8] + rows[16:], ('path', 'label', 'split'))
+    _, val, _ = datasets.build_datasets(parse('--train_csv', path, '--val_csv', only_test, *RUN))
+    assert len(val) == 8 and 'whose split is test' in capsys.readouterr().out
+
+
+def test_a_class_name_may_hold_a_semicolon(pictures, image_folder, parse, capsys):
+    folder, _ = pictures
+    write(folder / 'x.csv', [['00.png', 'AC\\;DC'], ['01.png', 'plain']])
+    assert read_rows(folder / 'x.csv') == {'00.png': 'AC;DC', '01.png': 'plain'}
+    assert 'several labels' not in capsys.readouterr().out
+    root = image_folder(train=2, val=1, classes=('AC;DC', 'AC'))
+    val = write(folder / 'val.csv', [[os.path.join('val', name, '000.png'), name] for name in ('AC;DC', 'AC')])
+    _, val, classes = datasets.build_datasets(parse('--data_path', root, '--val_csv', val, *RUN))
+    assert [classes[label] for _, label in val.samples] == ['AC;DC', 'AC']
+    several = write(folder / 'y.csv', [['00.png', 'a;b'], ['01.png', 'a'], ['02.png', '']])
+    datasets.build_datasets(parse('--train_csv', several, '--disable_eval_during_finetuning', *RUN))
+    assert '1 images have several labels' in capsys.readouterr().out
+
+
+MEMORY = '''
+import os, resource, sys
+sys.path.insert(0, %r)
+from beit.data import csv_dataset
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+before = peak()
+samples, classes = csv_dataset.read('--train_csv', sys.argv[1], '', 'auto', missing=sys.argv[2])
+print('GREW', peak() - before, len(samples), samples[len(samples) - 1][1], len(classes))
+'''
+
+
+@pytest.mark.needs('linux', sys.platform.startswith('linux'), 'peaks of memory are in other units elsewhere')
+def test_a_long_list_takes_the_memory_of_its_text(tmp_path):
+    rows = ['a rather long folder name, as they are/%07d.png' % index for index in range(200000)]
+    with open(str(tmp_path / 'x.csv'), 'w', encoding='utf-8') as file:
+        file.writelines('"%s",class %d\n' % (row, index % 1000) for index, row in enumerate(rows))
+    out = subprocess.run([sys.executable, '-c', MEMORY % ROOT, str(tmp_path / 'x.csv'), 'unreadable'], check=True,
+                         stdout=subprocess.PIPE, universal_newlines=True).stdout
+    grew, count, label, classes = map(int, re.search(r'GREW (.*)', out).group(1).split())
+    # The text is read, and there are names, 2 x 8 bytes of offsets, and labels; while files are looked for, 3 x 8 more.
+    assert (count, label, classes) == (200000, 999, 1000) and grew < 6 * os.path.getsize(str(tmp_path / 'x.csv')), grew
 
 
 def test_a_missing_image_can_be_left_out(pictures, capsys):

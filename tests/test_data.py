@@ -18,12 +18,12 @@ import pytest
 import timm.data.mixup
 import torch
 import torchvision
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, TiffImagePlugin, features
 
 import datasets
 import run_class_finetuning
 from beit.config import TransformConfig
-from beit.data import class_folders, decode, locations, transforms
+from beit.data import class_folders, decode, locations, transforms, unreadable
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
 from beit.data.image_dataset import ImageDataset
 from beit.data.loader import Batch, EpochSampler, OrderedDistributedSampler, SampleDataset, SeededDataset, collate
@@ -291,6 +291,59 @@ def test_sixteen_bit_greyscale_is_scaled_not_cut(tmp_path):
     assert_loads_as(tmp_path / 'between.png', grey_as_rgb([[0, 0, 1, 1, 128, 254, 255]]))
 
 
+@pytest.mark.parametrize('kind, low, high', [('<f4', 0., 1.), ('<f4', -50., 200.), ('<i4', -1000, 3000)])
+def test_numbers_of_a_range_that_the_file_gives_are_scaled(tmp_path, kind, low, high):
+    values = np.linspace(low, high, 256).astype(kind).reshape(16, 16)
+    image = Image.fromarray(values)
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in zip((340, 341), (low, high)):
+        tags[tag], tags.tagtype[tag] = float(value), 12  # SMinSampleValue, SMaxSampleValue; a double
+    image.save(str(tmp_path / 'a.tif'), tiffinfo=tags)
+    expected = (values.astype(np.float64) - low) / (high - low) * 255
+    assert_loads_as(tmp_path / 'a.tif', grey_as_rgb(np.floor(expected + 0.5)))
+
+
+@pytest.mark.parametrize('name, mode', [('a.tif', 'F'), ('a.tif', 'I'), ('a.im', 'F')])
+def test_numbers_of_no_known_range_are_refused_by_name(tmp_path, name, mode):
+    Image.new(mode, (8, 8), 1).save(str(tmp_path / name))
+    with pytest.raises(decode.UnreadableImage, match='%s: .*%s of no known range.*SMinSampleValue' % (
+            name, {'F': 'floats', 'I': 'integers'}[mode])):
+        decode.load_image(str(tmp_path / name))
+
+
+def test_eps_is_not_given_to_ghostscript(tmp_path):
+    (tmp_path / 'a.jpg').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n')
+    with pytest.raises(decode.UnreadableImage, match='EPS files are not decoded'):
+        decode.load_image(str(tmp_path / 'a.jpg'))
+    assert not decode.is_image_file(str(tmp_path / 'a.jpg'))
+
+
+def test_a_png_with_much_text_is_read(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt('workflow', 'x' * 3000000, zip=True)
+    Image.new('RGB', (8, 8), RGB).save(str(tmp_path / 'a.png'), pnginfo=text)
+    assert_loads_as(tmp_path / 'a.png', np.full((8, 8, 3), RGB))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_of_several_pages_the_first_is_used_which_is_told_once(image_folder, parse, capsys, monkeypatch, workers):
+    monkeypatch.setattr(PrefetchLoader, 'has_told_first_page', False)
+    root, first = image_folder(train=1, val=4), np.full((32, 32, 3), RGB, np.uint8)
+    pages = [Image.new('RGB', (32, 32), (9, 9, 9 + number)) for number in range(3)]
+    for name in ('1.tif', '2.tif', '3.gif'):
+        images = [image.quantize(4) if name == '3.gif' else image for image in [Image.fromarray(first)] + pages]
+        images[0].save(os.path.join(root, 'val', 'cat', name), save_all=True, append_images=images[1:])
+    args = parse('--data_path', root, *NANO, '--num_workers=%d' % workers, '--batch_size=2')
+    _, val, _ = datasets.build_datasets(args)
+    seen = {}
+    for batch in datasets.build_loaders(args, None, val)[1]:
+        seen.update(zip(batch.indices.tolist(), batch.images))
+    shown = [pixels_of(seen[index]) for index, (path, _) in enumerate(val.samples) if not path.endswith('.png')]
+    assert len(shown) == 3 and all(np.abs(each - first).max() <= 2 for each in shown)
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith(os.path.join(root, 'val', 'cat')) and 'the first is used' in line
+
+
 def test_transparent_images_keep_their_colours(tmp_path):
     rgb = np.asarray(photo(2, 16, 16))
     Image.fromarray(np.dstack((rgb, RAMP))).save(str(tmp_path / 'rgba.png'))
@@ -398,6 +451,97 @@ def test_every_suffix_counts_and_other_files_do_not(image_folder, parse):
     assert found == sorted(names + ['000.png', 'f.png'])
 
 
+def make_files(root, **contents):
+    for name, content in contents.items():
+        path = os.path.join(str(root), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'wb') as file:
+            file.write(content)
+
+
+def test_whatever_pillow_reads_is_read_and_the_rest_is_told(image_folder, parse, capsys):
+    root = image_folder(train=1, val=1)
+    folder = os.path.join(root, 'train', 'cat')
+    names = {'a.jfif': 'JPEG', 'b.JPE': 'JPEG', 'c.gif': 'GIF', 'd.tga': 'TGA', 'no ending': 'PNG', 'e.dib': 'BMP',
+             'f.pcx': 'PCX', 'g.apng': 'PNG'}
+    if '.avif' in decode.image_extensions():
+        names['h.avif'] = 'AVIF'
+    for name, kind in names.items():
+        photo(1, 32, 32).save(os.path.join(folder, name), kind)
+    loose = os.path.join(root, 'train', 'loose.png')
+    photo(1, 32, 32).save(loose)
+    rest = {'train/cat/notes.TXT': '.txt', 'train/cat/README': 'without an ending', 'train/dog/x.mp4': '.mp4',
+            'train/dog/Thumbs.db': 'hidden', 'train/dog/.DS_Store': 'hidden', 'train/dog/._000.png': 'hidden',
+            'train/dog/y.eps': '.eps', 'train/dog/z.jpg~': '.jpg~', 'train/loose.txt': '.txt'}
+    make_files(root, **dict.fromkeys(rest, b'%!PS-Adobe-3.0 EPSF-3.0 no image'))
+    for hidden in ('@eaDir', '.thumbnails', 'lost+found', 'dog/@eaDir'):
+        make_files(root, **{'train/%s/000.png' % hidden: b'x'})
+        rest['train/' + hidden] = 'hidden'
+    os.symlink('nowhere', os.path.join(root, 'train', 'dangling.png'))
+    rest.update({'train/loose.png': 'beside the class folders', 'train/dangling.png': 'beside the class folders'})
+    train, val, classes = datasets.build_datasets(parse('--data_path', root, *NANO))
+    assert classes == ['cat', 'dog']
+    found = [os.path.basename(path) for path, label in train.samples if label == 0]
+    assert sorted(found) == sorted(list(names) + ['000.png']) and len(train) == len(found) + 1
+    assert all(train.load(path).size == (32, 32) for path, _ in train.samples)
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith('%s/train: %d files or folders (7 hidden' % (root, len(rest))) and '--check_data' in line
+    for part in ('2 .txt', '1 .mp4', '2 beside the class folders'):
+        assert part in line
+    assert unreadable.check_data((train, val), 0, '') == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert dict(line.split('\tnot used: ') for line in lines[:-1]) == {
+        os.path.join(root, name): reason for name, reason in rest.items()}
+    assert lines[-1] == 'Checked %d images: 0 cannot be read, %d files or folders are not used' % (
+        len(train) + len(val), len(rest))
+
+
+def test_a_class_of_files_that_are_no_images_says_what_it_holds(tmp_path):
+    make_files(tmp_path, **{'cat/a.txt': b'x', 'cat/b.mp4': b'x'})
+    with pytest.raises(UserError, match='no image in the class folder .*cat; not used there: 2 .*1 .mp4'):
+        datasets.ImageFolder(str(tmp_path))
+
+
+def test_class_names_are_compared_in_one_unicode_form(image_folder, parse):
+    root = image_folder(train=2, val=2, classes=('ros\u00e9', 'dog'))
+    os.rename(os.path.join(root, 'train', 'ros\u00e9'), os.path.join(root, 'train', 'rose\u0301'))
+    train, val, classes = datasets.build_datasets(parse('--data_path', root, *NANO))
+    assert classes == ['dog', 'ros\u00e9'] and [label for _, label in train.samples] == [0, 0, 1, 1]
+    assert train[3][1] == 1 and len(val) == 4
+    os.makedirs(os.path.join(root, 'train', 'ros\u00e9'))
+    with pytest.raises(UserError, match='two class folders are called ros\u00e9'):
+        class_folders.scan_classes(os.path.join(root, 'train'))
+
+
+def test_numeric_order():
+    names = [str(number) for number in range(12)]
+    order = class_folders.numeric_order(sorted(names))
+    assert [sorted(names)[index] for index in order] == names
+    assert class_folders.numeric_order(['00', '01', '02']) == [0, 1, 2]
+    for names in (['1', '2'], ['0', '1', 'x'], ['0', '00', '1'], ['0', '2'], ['0', '\u0661']):
+        assert class_folders.numeric_order(names) is None
+
+
+def test_other_layouts_name_the_flags_that_read_them(image_folder, refused, capsys):
+    root = image_folder(train=2, val=1)
+    base = RUN + ['--epochs=1', '--batch_size=2']
+    refused(base + ['--data_path', os.path.join(root, 'val')], 'the folder above')
+    os.rename(os.path.join(root, 'val'), os.path.join(root, 'valid'))
+    refused(base + ['--data_path', root], '--eval_data_path %s/valid' % root, '--val_split')
+    os.rename(os.path.join(root, 'valid'), os.path.join(root, 'Test'))
+    refused(base + ['--data_path', root], '--eval_data_path %s/Test' % root)
+    os.rename(os.path.join(root, 'train'), os.path.join(root, 'Training'))
+    refused(base + ['--data_path', root], '--data_set image_folder --data_path %s/Training' % root)
+    classes = os.path.join(root, 'Training')
+    os.rename(classes, root + ' 2')
+    refused(base + ['--data_path', root + ' 2'], '--data_set image_folder --data_path %s 2 reads' % root, 'cat, dog')
+    os.makedirs(root + ' 3/train/pets')
+    os.rename(root + ' 2', root + ' 3/train/pets/kinds')
+    assert datasets.ImageFolder(root + ' 3/train').classes == ['pets']
+    out = capsys.readouterr().out
+    assert 'pets/kinds/cat, pets/kinds/dog: all images of the class pets' in out and '--train_csv' in out
+
+
 def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):
     root = tmp_path / 'root'
     for name in ('b/2.png', 'b/10.JPG', 'b/a/x.tiff', 'b/a-b/x.webp', 'b/a/deep/er/1.bmp', 'b/a/deep.png', 'b/Z/1.png',
@@ -413,8 +557,9 @@ def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):
         (root / 'b' / 'more').symlink_to(str(tmp_path / 'outside' / 'c'))
         (root / '10' / 'sister').symlink_to('../9')
     os.mkfifo(str(root / '9' / 'pipe.png'))
-    theirs = torchvision.datasets.DatasetFolder(str(root), None, class_folders.EXTENSIONS)
-    classes, samples = class_folders.scan_classes(str(root))
+    extensions = tuple(decode.image_extensions())
+    theirs = torchvision.datasets.DatasetFolder(str(root), None, extensions)
+    classes, samples, _ = class_folders.scan_classes(str(root))
     assert list(samples) == theirs.samples and classes == theirs.classes
     assert len(samples) >= 16 and len(classes) == 6
     listed = os.scandir
@@ -427,7 +572,7 @@ def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):
     assert list(class_folders.scan_classes(str(root))[1]) == theirs.samples
     monkeypatch.undo()
     assert list(class_folders.scan_classes(str(root) + '/')[1]) == torchvision.datasets.DatasetFolder(
-        str(root) + '/', None, class_folders.EXTENSIONS).samples
+        str(root) + '/', None, extensions).samples
 
 
 def test_a_list_of_images_is_a_sequence(image_folder):
@@ -513,7 +658,7 @@ for root in sys.argv[1:]:
     for collectives.BLOCK in (64, 1 << 26):
         scans.clear()
         try:
-            classes, samples = class_folders.scan_classes(root, device)
+            classes, samples, _ = class_folders.scan_classes(root, device)
             result = [classes, list(samples)]
         except UserError as error:
             result = str(error)
@@ -542,7 +687,7 @@ def test_one_process_scans_and_broadcasts(tmp_path):
     outputs = [process.communicate(timeout=240)[0] for process in started]
     assert not any(process.returncode for process in started)
     main, other = (json.loads(re.search('RESULTS (.*)', out).group(1)) for out in outputs)
-    classes, samples = class_folders.scan_classes(tree)
+    classes, samples, _ = class_folders.scan_classes(tree)
     assert len(samples) == 7
     error = main[2][1]
     assert error.startswith('%s/cat/link: cannot look for images there' % lost)

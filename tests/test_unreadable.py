@@ -461,7 +461,7 @@ def test_a_very_deep_folder(tmp_path):
     try:
         subprocess.run(['mkdir', '-p', folder], check=True)
         photo(1, 32, 32).save(os.path.join(folder, 'a.png'))
-        classes, samples = class_folders.scan_classes(str(tmp_path))
+        classes, samples, _ = class_folders.scan_classes(str(tmp_path))
         assert classes == ['cat'] and list(samples) == [(os.path.join(folder, 'a.png'), 0)]
     finally:
         subprocess.run(['rm', '-rf', str(tmp_path / 'cat')], check=True)  # which pytest can't

@@ -1,23 +1,33 @@
 """Finding the image files of class folders."""
 
+import collections
 import json
 import os
-from typing import Callable, Collection, Iterable, Iterator, List, Optional, Tuple
+import re
+import unicodedata
+from typing import Callable, Collection, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
+from beit.data.decode import image_extensions, is_image_file
 from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text
+from beit.log import log_main
 
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.ppm', '.pgm', '.tif', '.tiff')
+# What file managers, archives and NAS systems put beside files, besides names that begin with a dot.
+NOT_DATA = {'__MACOSX', '@eaDir', '@tmp', '@Recycle', '#recycle', '#snapshot', '$RECYCLE.BIN', 'lost+found',
+            'System Volume Information', 'Thumbs.db', 'desktop.ini'}
+
+PassOver = Callable[[str, str], None]  # of the path of a file or folder that is not used, and why
 
 
-def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List[str], SampleList]:
-    """(class names, images) of `root`, as torchvision's `DatasetFolder` finds and orders them, without hidden names.
+def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List[str], SampleList, List]:
+    """(class names, images, [path, reason] of what is not used), in the order of torchvision's `DatasetFolder`.
 
-    Every folder in `root` is a class, with the image files in it at any depth; links are followed. A file counts by its
-    name's ending alone. Names are as the operating system gives them, with surrogates for bytes that aren't text.
+    Every folder in `root` is a class, with the image files in it at any depth; links are followed. A file is an image by
+    its name's ending or, without one, by its content. Paths are as the operating system gives them, with surrogates for
+    bytes that aren't text; class names are in `normalize`'s form.
 
     Args:
         device: of this process, if all of a job call this: the main process broadcasts what it found. None: each looks.
@@ -26,33 +36,48 @@ def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List
         UserError: a folder can't be listed, a link leads nowhere or to a folder that it lies in. Each would silently
             lose images or add some twice. (A link named like an image is a file that can't be read.)
     """
-    found = json.loads(collectives.broadcast_from_main(lambda keep_alive: _scan(root, keep_alive), device).decode())
-    classes = sorted(folder for folder, _ in found if os.sep not in folder)
-    index_of = {name: index for index, name in enumerate(classes)}
+    packed = collectives.broadcast_from_main(lambda keep_alive: _scan(root, keep_alive), device)
+    found, unused = json.loads(packed.decode())
+    filled = {folder for folder, files in found if files}
+    nested = sorted(folder for folder in filled if os.sep in folder and folder.split(os.sep)[0] not in filled)
+    if nested:
+        log_main('%s: %s: all images of the class %s lie in folders below it. For classes of their own, list them in a '
+                 'CSV file (--train_csv, --val_csv)' % (escape_text(root), ', '.join(map(escape_text, nested[:3])),
+                                                         escape_text(nested[0].split(os.sep)[0])))
+    folders = sorted(folder for folder, _ in found if os.sep not in folder)
+    classes = sorted(map(normalize, folders))
+    for name, following in zip(classes, classes[1:]):
+        if name == following:
+            raise UserError('%s: two class folders are called %s, in two Unicode forms; put their images in one'
+                            % (escape_text(root), escape_text(name)))
+    label_of = {folder: classes.index(normalize(folder)) for folder in folders}
     names, labels = [], []
-    for label, folder, files in sorted((index_of[folder.split(os.sep)[0]], folder, files) for folder, files in found):
+    for label, folder, files in sorted((label_of[folder.split(os.sep)[0]], folder, files) for folder, files in found):
         prefix = os.fsencode(folder + os.sep)
         names += [prefix + os.fsencode(name) for name in files]
         labels += [label] * len(files)
-    return classes, SampleList.from_names(root, names, labels)
+    return classes, SampleList.from_names(root, names, labels), unused
 
 
 def _scan(root: str, keep_alive: Callable[[], None]) -> bytes:
-    """JSON of [(folder relative to root, sorted names of its images)], without root itself."""
-    found = []
-    for folder, names in walk_folders(root):
+    """JSON of [(folder relative to root, sorted names of its images)], without root itself, and of what is not used."""
+    found, unused = [], []  # type: List[Tuple[str, List[str]]], List[Tuple[str, str]]
+    for folder, names in walk_folders(root, lambda *item: unused.append(item)):
         found.append((folder, sorted(names)))
         keep_alive()
-    return json.dumps(found[1:]).encode()
+    _, beside = found.pop(0)
+    unused += [(os.path.join(root, name), 'beside the class folders') for name in beside]
+    return json.dumps([found, sorted(unused)]).encode()
 
 
-def walk_folders(root: str, exclude: Collection[str] = ()) -> Iterator[Tuple[str, Iterator[str]]]:
+def walk_folders(root: str, pass_over: PassOver, exclude: Collection[str] = ()) -> Iterator[Tuple[str, Iterator[str]]]:
     """Yield (path relative to `root`, names of the images in it) of `root`, as '', and of every folder below it.
 
-    Folders come depth first, sorted; a folder's names come unsorted, while it is listed, and all must be taken. Hidden
-    files and folders are skipped, links are followed.
+    Folders come depth first, sorted; a folder's names come unsorted, while it is listed, and all must be taken. Links
+    are followed.
 
     Args:
+        pass_over: called for what is no image or hidden.
         exclude: real paths of folders to pass over.
 
     Raises:
@@ -68,35 +93,56 @@ def walk_folders(root: str, exclude: Collection[str] = ()) -> Iterator[Tuple[str
         folders: List[str] = []
         try:
             with os.scandir(path) as entries:
-                yield folder, _image_names(entries, path, folders)
+                yield folder, _image_names(entries, path, folders, pass_over)
         except OSError as error:
             raise _listing_error(error, path) from None
         pending += [(os.path.join(folder, name), ancestors) for name in sorted(folders, reverse=True)]
 
 
-def _image_names(entries: Iterable[os.DirEntry], path: str, folders: List[str]) -> Iterator[str]:
+def _image_names(entries: Iterable[os.DirEntry], path: str, folders: List[str], pass_over: PassOver) -> Iterator[str]:
     """Yield the names of images among a folder's entries; add names of folders, and of links to such, to `folders`."""
     try:
         for entry in entries:
-            if is_hidden(entry.name):
-                continue
-            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            if entry.name.startswith('.') or entry.name in NOT_DATA:
+                pass_over(entry.path, 'hidden')
+            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 folders.append(entry.name)
-            elif is_image_name(entry.name):
+            elif is_image_name(entry.name, entry.path):
                 yield entry.name
-            elif entry.is_symlink():
-                os.stat(entry.path)  # a link that leads nowhere may be to a folder of images
+            else:
+                if entry.is_symlink():
+                    os.stat(entry.path)  # a link that leads nowhere may be to a folder of images
+                pass_over(entry.path, extension_of(entry.name))
     except OSError as error:
         raise _listing_error(error, path) from None
 
 
-def is_image_name(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
+def is_image_name(name: str, path: str = '') -> bool:
+    """Whether a name's ending is an image's or, where there is none, the content of `path`."""
+    extension = os.path.splitext(name)[1].lower()
+    return extension in image_extensions() if extension else bool(path) and is_image_file(path)
 
 
-def is_hidden(name: str) -> bool:
-    """.ipynb_checkpoints, ._photo.jpg, __MACOSX: never meant as data."""
-    return name.startswith('.') or name == '__MACOSX'
+def extension_of(path: str) -> str:
+    return os.path.splitext(path)[1].lower() or 'without an ending'
+
+
+def describe_unused(reasons: Iterable[str]) -> str:
+    """'12 files or folders (7 .txt, 5 hidden)'; printable."""
+    counts = collections.Counter(reasons)
+    kinds = ['%d %s' % (count, escape_text(reason)) for reason, count in counts.most_common(6)]
+    return '%d files or folders (%s)' % (sum(counts.values()), ', '.join(kinds + ['…'] * (len(counts) > 6)))
+
+
+def normalize(name: str) -> str:
+    """The Unicode form that class names are compared in: macOS writes accents as characters of their own."""
+    return unicodedata.normalize('NFC', name)
+
+
+def numeric_order(classes: Sequence[str]) -> Optional[List[int]]:
+    """Where the classes are named 0 … N-1, in any order and with leading zeros or without: the index of each number."""
+    numbers = {int(name): index for index, name in enumerate(classes) if re.fullmatch('[0-9]{1,9}', name)}
+    return [numbers[number] for number in range(len(classes))] if set(numbers) == set(range(len(classes))) else None
 
 
 def _listing_error(error: OSError, path: str) -> UserError:

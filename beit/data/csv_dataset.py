@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import numpy as np
 import torch
 
-from beit.data.class_folders import is_image_name
+from beit.data.class_folders import is_image_name, normalize
 from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text, nearest
@@ -68,6 +68,7 @@ def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]
         raise UserError('--loss ce: %s gives images several labels; use --loss bce' % file.name)
     flat, label_ends, known = labels.finish()
     samples = SampleList(root, bytes(names), ends, flat, label_ends, len(known))
+    file.data = b''
     _check_duplicates(file, samples, lines, labels.is_multi)
     if missing != 'ignored':
         renamed = json.loads(collectives.broadcast_from_main(
@@ -262,11 +263,6 @@ class _Labels:
         return flat, np.array(self.ends) if self.is_multi else None, known
 
 
-def normalize(name: str) -> str:
-    """The Unicode form that class names are compared in: macOS writes accents as characters of their own."""
-    return unicodedata.normalize('NFC', name)
-
-
 def _check_duplicates(file: CsvFile, samples: SampleList, lines: Sequence[int], is_multi: bool) -> None:
     hashes = np.fromiter((hash(samples.name(index)) for index in range(len(samples))), np.int64, len(samples))
     order = np.argsort(hashes, kind='stable')
@@ -315,9 +311,8 @@ def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_e
     return json.dumps(renamed).encode()
 
 
-def _spellings(name: str) -> Iterator[str]:
-    """A path as it is, with slashes for backslashes, and in the other Unicode forms."""
-    for each in (name, name.replace('\\', '/')):
-        yield each
-        for form in ('NFC', 'NFD'):
-            yield unicodedata.normalize(form, each)
+def _spellings(name: str) -> List[str]:
+    """A path as it is, with slashes for backslashes, and in the other Unicode forms; each once."""
+    slashed = [name, name.replace('\\', '/')]
+    return list(dict.fromkeys(slashed + [unicodedata.normalize(form, each) for each in slashed
+                                         for form in ('NFC', 'NFD')]))

@@ -1,11 +1,13 @@
 """Decoding one image file, which may hold anything."""
 
+import functools
 import os
 import re
 import warnings
+from typing import FrozenSet, List
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from beit.errors import UserError, escape_text
 from beit.files.regular_file import open_file
@@ -13,7 +15,12 @@ from beit.files.regular_file import open_file
 # Pillow refuses images of more than 179 million pixels. From half as many on it warns, in each worker and without the
 # file's name.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # bytes of text, which nothing here reads; 1 MiB refuses some tools' pictures
 
+# Formats that Pillow can name but not decode by itself: stubs for other libraries, and EPS, which runs Ghostscript.
+NOT_DECODED = ('BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF')
+RANGE_TAGS = (340, 341)  # TIFF's SMinSampleValue and SMaxSampleValue
+_first_page_only: List[str] = []  # what `take_first_page_only` gives; one at most
 
 
 class UnreadableImage(UserError):
@@ -25,20 +32,42 @@ class UnreadableImage(UserError):
                          '--bad_images skip' % (self.path, self.reason))
 
 
+@functools.lru_cache(maxsize=None)
+def image_extensions() -> FrozenSet[str]:
+    """The endings, in lower case and with their dot, of the formats that this Pillow decodes."""
+    Image.init()
+    return frozenset(extension for extension, name in Image.EXTENSION.items()
+                     if name == 'MPO' or name in Image.OPEN and name not in NOT_DECODED)
+
+
+def is_image_file(path: str) -> bool:
+    """Whether the file's first bytes are those of an image."""
+    try:
+        with open_file(path) as file, Image.open(file) as image:
+            return image.format not in NOT_DECODED
+    except Exception:  # see `load_image`
+        return False
+
+
 def load_image(path: str) -> Image.Image:
     """The image as RGB, 8 bits a channel, whatever the file holds. Transparency is dropped, as the reference does.
 
+    Of several pages or frames it is the first; see `take_first_page_only`.
+
     Raises:
-        UnreadableImage: the file can't be read as an image.
+        UnreadableImage: the file can't be read as an image, or its numbers have no known range.
     """
     try:
         with open_file(path) as file:
             image: Image.Image = Image.open(file)
             if 0 in image.size:
                 raise ValueError('it has no pixels')
-            if image.mode.startswith('I'):  # 16 bits: Pillow would cut at 255 instead of scaling
-                pixels = np.asarray(image).astype(np.float64)
-                image = Image.fromarray(np.uint8(np.clip(pixels / 257. + 0.5, 0, 255)))
+            if image.format in NOT_DECODED:
+                raise ValueError('%s files are not decoded' % image.format)
+            if getattr(image, 'is_animated', False) and image.format not in ('MPO', 'PSD'):  # there all are one picture
+                _first_page_only[:] = [escape_text(path)]
+            if image.mode[0] in 'IF':
+                image = _scale_to_bytes(image)
             elif image.mode == 'P' and 'transparency' in image.info:
                 image = image.convert('RGBA')
             image.load()
@@ -48,3 +77,23 @@ def load_image(path: str) -> Image.Image:
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
             reason = 'it is a link to %s, which is not there' % escape_text(os.readlink(path))
         raise UnreadableImage(path, reason) from None
+
+
+def _scale_to_bytes(image: Image.Image) -> Image.Image:
+    """Grey numbers of 16 or 32 bits, or floats, scaled to 0 … 255; Pillow would cut them off there."""
+    low, high = 0., 65535.
+    if not image.mode.startswith('I;16') and image.format not in ('PNG', 'PPM'):  # these have 16 bits, whatever the mode
+        tags = getattr(image, 'tag_v2', {})
+        low, high = (float(np.ravel(tags[tag])[0]) if tag in tags else np.nan for tag in RANGE_TAGS)
+        if not -np.inf < low < high < np.inf:
+            raise ValueError('its numbers are %s of no known range; save it with 8 or 16 bits, or as TIFF with the tags '
+                             'SMinSampleValue and SMaxSampleValue' % ('floats' if image.mode == 'F' else 'integers'))
+    pixels = (np.asarray(image).astype(np.float64) - low) * (255. / (high - low))
+    return Image.fromarray(np.uint8(np.clip(np.nan_to_num(pixels) + 0.5, 0, 255)))
+
+
+def take_first_page_only() -> List[str]:
+    """The printable path of a file with further pages or frames that this process read since the last call, if any."""
+    paths = _first_page_only[:]
+    _first_page_only.clear()
+    return paths

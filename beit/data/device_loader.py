@@ -11,6 +11,7 @@ from timm.data.random_erasing import RandomErasing
 
 from beit.data import device_randaugment
 from beit.devices import accelerator
+from beit.log import log_main
 
 
 class RandomErasingBoxes(RandomErasing):
@@ -53,6 +54,8 @@ class PrefetchLoader:
         remode (str): what erasing writes: 'const' 0, 'rand' one normal colour a box, 'pixel' normal noise.
     """
 
+    has_told_first_page = False  # of this process: once is enough
+
     def __init__(self, loader: Any, device: torch.device, mean: Sequence[float],
                  std: Sequence[float], remode: str = 'pixel') -> None:
         self.loader, self.device, self.remode = loader, device, remode
@@ -78,6 +81,9 @@ class PrefetchLoader:
 
     def prepare(self, batch: Any) -> Any:
         """The batch on the device; nothing waits for it to be there."""
+        if batch.first_page_only and not PrefetchLoader.has_told_first_page:
+            PrefetchLoader.has_told_first_page = True
+            log_main('%s has several pages or frames: of such files the first is used' % batch.first_page_only[0])
         images = batch.images.permute(0, 2, 3, 1).to(self.device, non_blocking=True)  # as they lie: one plain copy
         images = images.permute(0, 3, 1, 2).contiguous()
         device_randaugment.apply(images, batch.augmenting)

@@ -7,10 +7,11 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from beit.data.class_folders import EXTENSIONS, scan_classes
+from beit.data.class_folders import describe_unused, scan_classes
 from beit.data.decode import load_image
 from beit.data.transforms import SMALL_INPUT
 from beit.errors import UserError, escape_text
+from beit.log import log_main
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -76,16 +77,20 @@ class ImageFolder(ImageDataset):
         shown = escape_text(root)
         if not os.path.isdir(root):
             raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
-        classes, samples = scan_classes(root, device)
+        classes, samples, self.unused = scan_classes(root, device)
         super().__init__(samples, classes, **reading)
         if not classes:
             raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
                             % (flag, shown))
         counts = np.bincount(samples.targets, minlength=len(classes)).tolist()
         empty = [escape_text(os.path.join(root, name)) for name, count in zip(classes, counts) if not count]
+        reasons = [reason for _, reason in self.unused]
         if empty:
-            raise UserError('%s: no image (%s) in the class folder%s %s; add images or remove the folder' % (
-                flag, ' '.join(EXTENSIONS), 's' if len(empty) > 1 else '', ', '.join(empty[:3])))
+            raise UserError('%s: no image in the class folder%s %s%s; add images or remove the folder' % (
+                flag, 's' if len(empty) > 1 else '', ', '.join(empty[:3]),
+                '; not used there: ' + describe_unused(reasons) if reasons else ''))
+        if reasons:
+            log_main('%s: %s are not used; --check_data lists them' % (shown, describe_unused(reasons)))
 
 
 def image_name(dataset: Any, index: int) -> str:

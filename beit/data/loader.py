@@ -18,7 +18,7 @@ import torch
 from torch.utils.data.dataloader import default_collate
 
 from beit.data import device_randaugment
-from beit.data.decode import UnreadableImage
+from beit.data.decode import UnreadableImage, take_first_page_only
 from beit.data.device_loader import RandomErasingBoxes
 from beit.devices import accelerator
 from beit.distributed import process_group
@@ -78,6 +78,7 @@ class Batch(NamedTuple):
     unreadable: list  # of Unreadable
     erasing: Sequence = ()  # still to be erased: (position in the batch, seed, boxes), see `RandomErasingBoxes`
     augmenting: Sequence = ()  # still to be applied to the bytes, see `device_randaugment.collate_ops`
+    first_page_only: Sequence = ()  # printable paths, see `decode.take_first_page_only`
 
 
 class Sample(NamedTuple):
@@ -146,11 +147,11 @@ def collate(items: Sequence, size: int) -> Batch:
     read = [item for item in items if not isinstance(item, Unreadable)]
     if not read:
         empty = torch.zeros(0, dtype=torch.int64)
-        return Batch(torch.zeros(0, 3, size, size, dtype=torch.uint8), empty, empty.clone(), unreadable, [])
+        return Batch(torch.zeros(0, 3, size, size, dtype=torch.uint8), empty, empty.clone(), unreadable)
     images, targets, indices = default_collate([sample[:3] for sample in read])
     erasing = [(position,) + sample.erasing for position, sample in enumerate(read) if sample.erasing]
     augmenting = device_randaugment.collate_ops([sample.deferred for sample in read])
-    return Batch(images.permute(0, 3, 1, 2), targets, indices, unreadable, erasing, augmenting)
+    return Batch(images.permute(0, 3, 1, 2), targets, indices, unreadable, erasing, augmenting, take_first_page_only())
 
 
 def worker_init(_: int) -> None:
@@ -176,6 +177,12 @@ def _exit_when_parent_asks(parent: int) -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
     os._exit(0)
+
+
+def default_num_workers() -> int:
+    """As many as this process may use processors, at most 10."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return min(10, allowed)
 
 
 def loader_kwargs(num_workers: int, pin_mem: bool, input_size: int, device: torch.device) -> Dict[str, Any]:

@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from beit.config import DataConfig, InputConfig
+from beit.data import csv_dataset
+from beit.data.class_folders import is_image_name
 from beit.data.transforms import SMALL_INPUT
 from beit.errors import UserError, escape_text, unknown_value_error
 from beit.log import log_main
@@ -84,12 +86,30 @@ def check_class_folders(config: InputConfig) -> None:
         flag, root = split_root(is_train, config)
         if not os.path.isdir(root):
             given = getattr(config, flag[2:])
-            remedy = '' if is_train or config.eval_data_path else \
-                '; or --val_split 0.1 takes a tenth of the training images for it'
-            if os.path.basename(os.path.normpath(given)) in ('train', 'val'):
-                remedy += '; or give the folder above, if that holds train/ and val/'
-            raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s'
-                            % (flag, escape_text(given), escape_text(root), remedy))
+            raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s' % (
+                flag, escape_text(given), escape_text(root), _layout_remedy(given, is_train)
+                + ('' if is_train or config.eval_data_path else
+                   '; or --val_split 0.1 takes a tenth of the training images for it')))
+
+
+def _layout_remedy(folder: str, is_train: bool) -> str:
+    """Which flags read what lies in --data_path instead of train/ and val/."""
+    if os.path.basename(os.path.normpath(folder)) in ('train', 'val'):
+        return '; or give the folder above, if that holds train/ and val/'
+    with os.scandir(folder) as entries:
+        folders = {entry.name: entry.path for entry in entries if os.path.isdir(entry.path)}
+    for name, path in sorted(folders.items(), reverse=True):  # valid before test
+        if csv_dataset.SPLITS.get(name.lower()) in (('train',) if is_train else ('val', 'test')):
+            return ('; --data_set image_folder --data_path %s reads that folder' if is_train else
+                    '; --eval_data_path %s reads that folder') % escape_text(path)
+    if {'train', 'val'} & set(folders):
+        return ''
+    with_images = [name for name, path in folders.items() if any(map(is_image_name, os.listdir(path)))]
+    if not with_images:
+        return ''
+    return '; --data_set image_folder --data_path %s reads the class folders in it (%s%s), with --val_split or ' \
+        '--eval_data_path' % (escape_text(folder), ', '.join(map(escape_text, sorted(with_images)[:3])),
+                              ', …' if len(with_images) > 3 else '')
 
 
 def check_cifar(config: InputConfig) -> None:

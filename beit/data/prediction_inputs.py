@@ -12,20 +12,22 @@ from typing import Collection, Deque, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 
-from beit.data.class_folders import EXTENSIONS, is_image_name, walk_folders
+from beit.data.class_folders import PassOver, describe_unused, extension_of, is_image_name, walk_folders
 from beit.data.transforms import EvalTransform, image_reader
 from beit.errors import UserError, escape_text
+from beit.log import log_main
 
 SORTED_AT_ONCE = 1 << 16  # names; they bound the memory
 
 
-def walk_images(root: str, exclude: Collection[str] = ()) -> Iterator[str]:
+def walk_images(root: str, exclude: Collection[str] = (),
+                pass_over: PassOver = lambda path, reason: None) -> Iterator[str]:
     """Yield the path of every image in a folder, at any depth: a folder's files, then its folders.
 
     Names come sorted; a folder with more than `SORTED_AT_ONCE` is sorted in parts of that size. For errors see
     `walk_folders`.
     """
-    for folder, names in walk_folders(root, exclude):
+    for folder, names in walk_folders(root, pass_over, exclude):
         for name in in_order(names):
             yield os.path.join(root, folder, name)
 
@@ -48,7 +50,8 @@ def check_inputs(inputs: Sequence[str]) -> None:
                                         'no such file or folder'))
 
 
-def find_images(inputs: Sequence[str], exclude: Collection[str] = ()) -> Iterator[str]:
+def find_images(inputs: Sequence[str], exclude: Collection[str] = (),
+                pass_over: PassOver = lambda path, reason: None) -> Iterator[str]:
     """Yield the path of each image that files, folders and patterns name, in their order.
 
     A named file counts as an image whatever its ending. A pattern's files count by their endings, and its folders with
@@ -56,7 +59,7 @@ def find_images(inputs: Sequence[str], exclude: Collection[str] = ()) -> Iterato
     """
     for name in inputs:
         if os.path.isdir(name):
-            yield from walk_images(name, exclude)
+            yield from walk_images(name, exclude, pass_over)
         elif os.path.lexists(name):
             yield name
         else:
@@ -64,9 +67,11 @@ def find_images(inputs: Sequence[str], exclude: Collection[str] = ()) -> Iterato
                 if any(os.path.join(os.path.realpath(path), '').startswith(os.path.join(each, '')) for each in exclude):
                     continue
                 if os.path.isdir(path):
-                    yield from () if '**' in name else walk_images(path, exclude)
-                elif is_image_name(path):
+                    yield from () if '**' in name else walk_images(path, exclude, pass_over)
+                elif is_image_name(path, path):
                     yield path
+                else:
+                    pass_over(path, extension_of(path))
 
 
 def common_folder(inputs: Sequence[str]) -> str:
@@ -84,7 +89,7 @@ def common_folder(inputs: Sequence[str]) -> str:
 
 
 class PathSampler(torch.utils.data.Sampler):
-    """This process's share of the images, every `processes`-th, as (number, path); exclude a length.
+    """This process's share of the images, every `processes`-th, as (number, path); it has no length.
 
     Attributes:
         requested (deque): images that the loader asked for and `take` did not return yet, in order.
@@ -98,11 +103,14 @@ class PathSampler(torch.utils.data.Sampler):
         self.state = [0, 0]
 
     def __iter__(self) -> Iterator[Tuple[int, str]]:
-        for number, path in enumerate(find_images(self.inputs, self.exclude)):
+        unused: collections.Counter = collections.Counter()
+        for number, path in enumerate(find_images(self.inputs, self.exclude, lambda _, why: unused.update([why]))):
             self.state = [number + 1, zlib.crc32(os.fsencode(path), self.state[1])]
             if number % self.processes == self.rank:
                 self.requested.append((number, path))
                 yield number, path
+        if unused:
+            log_main('%s are not used' % describe_unused(unused.elements()))
 
     def take(self, count: int) -> List[Tuple[int, str]]:
         """The next `count` that were requested."""
@@ -116,9 +124,8 @@ class PathSampler(torch.utils.data.Sampler):
         """
         found = sum(1 for _ in itertools.islice(find_images(self.inputs, self.exclude), count))
         if not found:
-            raise UserError('%s: there is no image (%s) in it' % (
-                ', '.join(map(escape_text, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else ''),
-                ' '.join(EXTENSIONS)))
+            raise UserError('%s: there is no image in it' % (
+                ', '.join(map(escape_text, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else '')))
         return found
 
 

@@ -80,7 +80,7 @@ def _write_list(path: str, reasons: Dict[str, str]) -> None:
 # ---- before a run
 
 def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> int:
-    """Decode every image of the data sets, print a line for each that can't be used, and list those.
+    """Decode every image of the data sets, print a line for each file that can't be or isn't used, and list the former.
 
     output_dir/bad_images.txt is replaced; it is empty if every file is good.
 
@@ -108,7 +108,11 @@ def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> int:
             bad.update((image_name(dataset, index), found[index]) for index in sorted(found))
     if output_dir:
         _write_list(os.path.join(output_dir, LIST), bad)
-    log_main('Checked %d images: %d cannot be read' % (total, len(bad)))
+    unused = {path: reason for part in parts for path, reason in getattr(part, 'unused', ())}
+    for path, reason in unused.items():
+        log_main('%s\tnot used: %s' % (escape_text(path), escape_text(reason)))
+    log_main('Checked %d images: %d cannot be read%s' % (
+        total, len(bad), ', %d files or folders are not used' % len(unused) if unused else ''))
     return len(bad)
 
 
