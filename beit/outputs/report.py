@@ -163,8 +163,9 @@ def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any],
     stats = best_epoch(log) if is_training else {spec.name: figures.get(spec.summary or spec.name) for spec in specs}
     tiles = [(spec.title + ', best epoch' * is_training, stats.get(spec.name),
               '%.2f %%' if spec.unit == '%' else '%.4f') for spec in specs if spec.title]
-    tiles += [('Accuracy of the EMA', figures.get('ema_accuracy'), '%.2f %%'),
-              ('Last training loss', figures.get('loss') if is_training else None, '%.4f'),
+    tiles += [(spec.title + ' of the EMA', figures.get('ema_' + spec.summary), '%.2f %%')
+              for spec in specs if spec.is_primary]
+    tiles += [('Last training loss', figures.get('loss') if is_training else None, '%.4f'),
               ('Images/s', figures.get('images_per_second'), '%.1f'),
               ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
               ('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
