@@ -1,5 +1,6 @@
 """Figures say what they are: each against arithmetic of its own, wherever it is written, printed or drawn."""
 
+import contextlib
 import copy
 import csv
 import html
@@ -21,7 +22,7 @@ import run_class_finetuning
 import utils
 from beit.checkpoint import inference_model
 from beit.data.loader import Batch, Unreadable
-from beit.devices import kernels
+from beit.devices import half_precision, kernels
 from beit.training import confusion, loss_scaler, metrics
 from helpers import CPU, ROOT, RUN, Batches, Listener, free_port, lines_of, photo, scalars, toy
 
@@ -62,6 +63,25 @@ def train(model, batches, optimizer=None, scaler=None, **options):
                                   monitor=Listener('stop'), **options)
 
 
+class Amp:
+    """apex.amp's part in a step, with a static scale of 4."""
+
+    def __init__(self, model):
+        self.parameters = list(model.parameters())
+
+    @contextlib.contextmanager
+    def scale_loss(self, loss, optimizer, delay_unscale):
+        yield loss * 4
+        for parameter in () if delay_unscale else self.parameters:
+            parameter.grad /= 4
+
+    def master_params(self, optimizer):
+        return self.parameters
+
+    def state_dict(self):
+        return {'loss_scaler0': {'loss_scale': 4.}}
+
+
 def test_half_of_the_files_bad_at_batch_one():
     """Ten classes that a zero head takes for alike: ln 10 = 2.303 an image, not 1.151."""
     model, _ = toy(classes=10)
@@ -75,7 +95,7 @@ def test_half_of_the_files_bad_at_batch_one():
 
 
 @pytest.mark.parametrize('sizes, size', [((1, 0) * 4, 1), ((4, 1), 4), ((3, 0, 4, 2), 4), ((0, 0, 0, 1), 4)])
-@pytest.mark.parametrize('scale', (1., 128., 'dynamic', 'fused'))
+@pytest.mark.parametrize('scale', (1., 128., 'dynamic', 'fused', 'apex'))
 def test_an_accumulated_update_is_of_the_mean_over_the_images(sizes, size, scale):
     model, _ = toy()
     batches, images, targets = batches_of(sizes, size)
@@ -86,16 +106,32 @@ def test_an_accumulated_update_is_of_the_mean_over_the_images(sizes, size, scale
     elif scale == 'fused':
         optimizer = kernels.build_optimizer(torch.optim.SGD, list(model.parameters()), lr=1.)
         scaler = loss_scaler.LossScaler(128.)
+    elif scale == 'apex':
+        scaler = loss_scaler.ApexScaler(Amp(model), [], scale=4.)
     else:
         scaler = loss_scaler.LossScaler(scale)
     stats = train(model, batches, optimizer, scaler, update_freq=len(sizes))
     assert stats['grad_norm'] == pytest.approx(norm_of(expected), rel=1e-4)
-    losses = torch.nn.functional.cross_entropy(toy()[0].train()(images), targets, reduction='none')
-    assert stats['loss'] == pytest.approx(float(losses.mean()), rel=1e-5)
-    output = toy()[0].train()(images)
+    output = toy()[0].train()(images).detach()
+    assert stats['loss'] == pytest.approx(float(torch.nn.functional.cross_entropy(output, targets)), rel=1e-5)
     assert stats['class_acc'] == pytest.approx(float((output.argmax(1) == targets).float().mean()))
     for name, gradient in expected.items():
         assert torch.allclose(before[name] - model.state_dict()[name], gradient, 1e-3, 1e-6), name
+
+
+@pytest.mark.needs('current', half_precision._half_precision_problem(CPU, torch.bfloat16) is None,
+                   'this PyTorch has no bfloat16 training on a CPU')
+def test_half_precision_has_that_mean_too():
+    model, _ = toy()
+    batches, images, targets = batches_of((3, 0, 4, 2))
+    expected = norm_of(gradients_by_hand(model, images, targets))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.)
+    model, scaler = loss_scaler.initialize_amp(model, optimizer, CPU, torch.bfloat16, 'O2', 64.)
+    before = {name: value.clone() for name, value in scaler.fp32_state_dict(model).items()}
+    assert train(model, batches, optimizer, scaler, update_freq=4)['grad_norm'] == pytest.approx(expected, rel=0.03)
+    after = scaler.fp32_state_dict(model)
+    moved = {name: before[name] - after[name] for name in before if before[name].is_floating_point()}
+    assert norm_of(moved) == pytest.approx(expected, rel=0.03)
 
 
 def test_clipping_is_of_the_mean_over_the_images():
@@ -123,9 +159,8 @@ def test_an_update_without_an_image_is_none(capsys):
     assert 'Update step 1 skipped: none of its images could be read' in capsys.readouterr().out
     for mine, theirs in zip(one[:2], other[:2]):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    for number in one[2]:
-        assert all(torch.equal(torch.as_tensor(one[2][number][name]), torch.as_tensor(other[2][number][name]))
-                   for name in one[2][number])
+    for mine, theirs in zip(one[2].values(), other[2].values()):
+        assert all(torch.equal(torch.as_tensor(mine[name]), torch.as_tensor(theirs[name])) for name in mine)
 
 
 # Trains two updates on each process's share of the same 24 files, of which many cannot be read; prints the weights.

@@ -32,7 +32,7 @@ from beit.outputs import args_yaml, report, report_html
 from beit.outputs import curves as curves_module
 from beit.outputs import summary as summary_module
 from beit.outputs.curves import Curves, panels
-from beit.outputs.summary import project_version, write_summary
+from beit.outputs.summary import nonfinite_to_none, project_version, write_summary
 from beit.training.confusion import KEPT, ConfusionMatrix, EvaluatedImage
 from beit.training.metrics import Loss, TopAccuracy
 from flags import config_from
@@ -376,6 +376,11 @@ def test_predictions_of_several_processes_are_those_of_one(monkeypatch):
     for share in shares:  # the last one got no image, and has now heard of all
         share.compute(True, None)
     assert shares[-1].counts == whole.counts
+    again = ConfusionMatrix(7)
+    again.load_state(json.loads(json.dumps(nonfinite_to_none(whole.state()))))
+    assert again.counts == whole.counts and again.most_confident == whole.most_confident
+    assert [each[:5] for each in again.hardest[1:]] == [each[:5] for each in whole.hardest[1:]]
+    assert math.isnan(again.hardest[0].target_probability)
     of_all = [repr((each.hardest, each.most_confident)) for each in (shares[-1], whole)]  # repr: one is nan
     assert of_all[0] == of_all[1]
 
@@ -476,6 +481,26 @@ def test_the_report_tells_what_the_best_weights_do(run):
     assert 'Of epoch %d, the best so far, whose weights are in checkpoint-best.pth.' % (log.index(max(log)) + 1) in page
 
 
+def test_a_resumed_run_reports_the_best_epoch_before(run, tmp_path):
+    """The fifth epoch ruins the weights; figures, confusions and images stay those of checkpoint-best.pth."""
+    out, data, _, _ = run
+    copy = str(tmp_path / 'copy')
+    shutil.copytree(out, copy)
+    os.remove(os.path.join(copy, 'report.html'))
+    assert run_class_finetuning.run(['--config=%s/args.yaml' % copy, '--output_dir=' + copy, '--log_dir=', '--lr=1',
+                                     '--epochs=5', '--auto_resume', '--min_lr=1', '--clip_grad=1']) == 0
+    log = log_of(copy)
+    best = max(log[:4], key=lambda stats: stats['test_acc1'])
+    assert len(log) == 5 and log[4]['test_acc1'] < best['test_acc1']
+    page, before = page_of(copy), page_of(out)
+    assert heat_map_of(page) == heat_map_of(before)
+    assert 'Of epoch %d, the best so far, whose weights are in checkpoint-best.pth.' % (best['epoch'] + 1) in page
+    assert '<dt>Accuracy, best epoch</dt><dd>%.2f %%</dd>' % best['test_acc1'] in page
+    for title in ('Most mistaken', 'Surest'):
+        section = r'<h2>%s</h2>.*?</section>' % title
+        assert re.findall(section, page, re.S) == re.findall(section, before, re.S)
+
+
 def log_of(out):
     with open(os.path.join(out, 'log.txt'), encoding='utf-8') as file:
         return [json.loads(line) for line in file]
@@ -546,9 +571,8 @@ def many_classes(tmp_path, classes=100):
     return predictions, dict(
         title='t', subtitle='s', tiles=[], plots=[], hint='', classes=['class %d' % label for label in range(classes)],
         evaluated='All.', per_class=predictions.per_class(), confused=predictions.most_confused(), matrix=None,
-        hardest=[(picture, EvaluatedImage(0, 1, 2, 0.5, math.nan, math.inf), '/a/b/c.png')],
-        most_confident=[], samples=[],
-        flags=[], versions=[])
+        hardest=[(picture, EvaluatedImage(0, 1, 2, 0.5, math.nan, math.inf), '/a/b/c.png')], most_confident=[],
+        samples=[], flags=[], versions=[])
 
 
 def test_many_classes_are_cut_to_the_worst_and_best(tmp_path):

@@ -1,6 +1,8 @@
 """A run's report during training and at its end: curves, images to TensorBoard, summary, report.html."""
 
+import contextlib
 import io
+import json
 import math
 import operator
 import os
@@ -29,8 +31,10 @@ from beit.training import metrics
 from beit.training.confusion import ConfusionMatrix, EvaluatedImage
 
 run_folder.register_output(r'(eval-)?report\.html', at_end=True)
+run_folder.register_output(r'confusions\.json')
 
 SAMPLES = 16  # augmented training images that are shown
+OF_BEST = 'the best so far, whose weights are in checkpoint-best.pth'
 MARKER = '#010203'  # what matplotlib writes for the text's colour, which is the page's own
 
 
@@ -52,6 +56,8 @@ class Report:
         self.curves = curves.Curves(output.output_dir if output.curves and not prefix else '')
         self.newest: Optional[ConfusionMatrix] = None  # of the evaluation in progress
         self.best: Optional[ConfusionMatrix] = None  # of the best epoch
+        self.best_epoch = -1
+        self.confusions = os.path.join(output.output_dir, 'confusions.json')  # those of the best epoch, for a resume
         self.samples: List[Tuple[np.ndarray, str]] = []
         self.evaluated, self.has_args = 'Nothing was evaluated, so there are no accuracies and confusions.', False
 
@@ -79,10 +85,13 @@ class Report:
             if writer is not None:
                 self.draw_confusions(writer, epoch)
             if is_best or self.best is None:
-                self.best = self.newest
-                self.evaluated = 'Of epoch %d, %s.' % (epoch + 1, 'the best so far, whose weights are in '
-                                                       'checkpoint-best.pth' if is_best else
+                self.best, self.best_epoch = self.newest, epoch
+                self.evaluated = 'Of epoch %d, %s.' % (epoch + 1, OF_BEST if is_best else
                                                        'after a resume; the best one was before')
+            if is_best and self.output.report and process_group.is_main_process():
+                with summary.best_effort():
+                    content = summary.nonfinite_to_none(dict(self.best.state(), epoch=epoch, classes=len(self.classes)))
+                    write_bytes(self.confusions, json.dumps(content).encode())
         self.newest = None
         self.write_args()
         self.curves.draw()
@@ -97,6 +106,15 @@ class Report:
         if not self.has_args:
             summary.write_args(self.output, self.prefix + 'args.yaml')
             self.has_args = True
+
+    def recall_best(self, epoch: int) -> None:
+        """After a resume: the confusions of the best epoch, where it was before and its file is there."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError), open(self.confusions, 'rb') as file:
+            content = json.load(file)
+            best = ConfusionMatrix(len(self.classes))
+            best.load_state(content)
+            if (content['epoch'], content['classes']) == (epoch, len(self.classes)):
+                self.best, self.evaluated = best, 'Of epoch %d, %s.' % (epoch + 1, OF_BEST)
 
     def of_weights(self, source: str) -> None:
         """After an evaluation of the weights in a file; where they lie in output_dir, its curves are shown too."""
@@ -122,6 +140,9 @@ class Report:
         path = os.path.join(self.output.output_dir, self.prefix + 'report.html')
         log = run_folder.read_log(self.output.output_dir) if self.has_log else []
         plots, hint = svg_plots(log)
+        best_line = best_epoch(log)
+        if not self.prefix and best_line and best_line['epoch'] != self.best_epoch:
+            self.recall_best(best_line['epoch'])
         best, flags = self.best, self.output.flags
         page = report_html.render(dict(
             title='%s on %s' % (flags['model'], flags['data_path'] or flags['eval_data_path']), plots=plots, hint=hint,
@@ -160,11 +181,13 @@ def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any],
     training at its best epoch in log.txt, which has the epochs before a resume too; then the run's own."""
     seconds = int(figures.get('duration_seconds') or 0)
     is_training, specs = 'epochs' in figures, metrics.metric_specs()
-    stats = best_epoch(log) if is_training else {spec.name: figures.get(spec.summary or spec.name) for spec in specs}
-    tiles = [(spec.title + ', best epoch' * is_training, stats.get(spec.name),
+    stats = best_epoch(log) or {} if is_training else {
+        'test_' + spec.name: figures.get(spec.summary or spec.name) for spec in specs}
+    tiles = [(spec.title + ', best epoch' * is_training, stats.get('test_' + spec.name),
               '%.2f %%' if spec.unit == '%' else '%.4f') for spec in specs if spec.title]
-    tiles += [('Accuracy of the EMA', figures.get('ema_accuracy'), '%.2f %%'),
-              ('Last training loss', figures.get('loss') if is_training else None, '%.4f'),
+    tiles += [(spec.title + ' of the EMA', figures.get('ema_' + spec.summary), '%.2f %%')
+              for spec in specs if spec.is_primary]
+    tiles += [('Last training loss', figures.get('loss') if is_training else None, '%.4f'),
               ('Images/s', figures.get('images_per_second'), '%.1f'),
               ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
               ('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
@@ -175,14 +198,13 @@ def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any],
     return [(name, form % value) for name, value, form in tiles if value is not None]
 
 
-def best_epoch(log: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
-    """The evaluation in log.txt by which the best checkpoint was chosen, by the names of its figures; {} without."""
+def best_epoch(log: Sequence[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
+    """The line of log.txt by which the best checkpoint was chosen; None without one."""
     for name in ['test_' + spec.name for spec in metrics.metric_specs() if spec.is_primary]:
         lines = [line for line in log if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])]
         if lines:
-            best = max(lines, key=operator.itemgetter(name))
-            return {key[len('test_'):]: value for key, value in best.items() if key.startswith('test_')}
-    return {}
+            return max(lines, key=operator.itemgetter(name))
+    return None
 
 
 # ---- pictures

@@ -1,6 +1,7 @@
 """Confusion matrix, hardest and most confident images of an evaluation."""
 
 import collections
+import math
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -61,6 +62,17 @@ class ConfusionMatrix(metrics.Metric):
         self.most_confident = _first(columns, ~is_wrong, -probability)
         self.batches = []
         return {}
+
+    def state(self) -> Dict[str, Any]:
+        """What was computed, as JSON can hold it."""
+        return {'counts': [list(pair) + [count] for pair, count in self.counts.items()],
+                'hardest': self.hardest, 'most_confident': self.most_confident}
+
+    def load_state(self, state: Dict[str, Any]) -> None:
+        self.counts = collections.Counter({(target, predicted): count for target, predicted, count in state['counts']})
+        self.hardest, self.most_confident = (
+            [EvaluatedImage(*(math.nan if value is None else value for value in each)) for each in state[kind]]
+            for kind in ('hardest', 'most_confident'))
 
     def per_class(self) -> Tuple[np.ndarray, np.ndarray]:
         """(right, images) of each class: two int64 (classes,)."""

@@ -350,8 +350,9 @@ def summary_figures(stats: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def best_figures(best: Dict[str, float]) -> Dict[str, Optional[float]]:
-    """A training's best figures under their names in summary.json."""
-    return {spec.summary: best.get(spec.summary) for spec in metric_specs() if spec.is_primary}
+    """A training's best figures, and its average's, under their names in summary.json."""
+    return {prefix + spec.summary: best.get(prefix + spec.summary) for prefix in ('', 'ema_')
+            for spec in metric_specs() if spec.is_primary}
 
 
 # ---- --results_file
