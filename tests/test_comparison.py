@@ -482,6 +482,18 @@ def test_a_file_more_moves_none_into_the_validation_of_a_resumed_run(split_run, 
     refused(flags + ['--epochs=3', '--resume', old], 'earlier version')
 
 
+def test_a_split_of_images_with_copies_goes_on(tmp_path, build):
+    root = write_folders(tmp_path / 'photos', {'cat': 6})
+    shutil.copytree(os.path.join(root, 'cat'), os.path.join(root, 'dog'))
+    train, val, classes = build('--data_set=image_folder', '--data_path', root, '--val_split=0.5')
+    content = {'data': comparison.data_to_save(fingerprint.of_data(train, val, classes), train.held_out)}
+    assert fingerprint.count_known(val, content['data']['train']['sample']) > 0
+    comparison.check_unseen('out', content, val, 0.5)
+    del content['data']['held_out']
+    with pytest.raises(UserError, match='--val_split 0.5'):
+        comparison.check_unseen('out', content, val, 0.5)
+
+
 def test_averages_of_two_splits_are_refused(split_run, tmp_path, capsys):
     path = os.path.join(split_run[1], 'checkpoint-0.pth')
     content, other, output = weights_file.load_weights_file(path), str(tmp_path / 'other.pth'), str(tmp_path / 'a.pth')

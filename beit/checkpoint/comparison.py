@@ -233,8 +233,10 @@ def check_unseen(source: str, content: Any, val_set: Any, val_split: float) -> N
     Where there are such among them, a line says so, with the flags to give where the training used --val_split.
 
     Raises:
-        UserError: that is so, and --val_split is given.
+        UserError: that is so, and --val_split is given, and wasn't in the training.
     """
+    if val_split and held_out_keys(content) is not None:
+        return  # the images set apart are taken again; some may be copies of others, which is no reason to stop
     train = saved_data(content).get('train', {})
     sample = [row for row in train.get('sample', ()) if _is_row(row)] if isinstance(train.get('sample'), list) else []
     known = fingerprint.count_known(val_set, sample) if val_set is not None and sample else 0
