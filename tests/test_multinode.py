@@ -132,7 +132,8 @@ def one_error(run, *expected):
 
 
 def test_node_0_never_comes(image_folder):
-    run, = ends([start_launcher('--data_path=' + image_folder(), node_rank=1, port=free_port(), DIST_WAIT_SECONDS='2')])
+    run, = ends([start_launcher('--data_path=' + image_folder(), node_rank=1, port=free_port(), DIST_WAIT_SECONDS='2',
+                                **COLD)])  # else PyTorch, imported before the launcher silences it, says more
     if TORCHRUN:
         one_error(run, 'run_class_finetuning.py: error: --master_addr 127.0.0.1 --master_port ',
                   'the machines did not meet within 2 s', 'start the program on each', 'address and port of node 0')

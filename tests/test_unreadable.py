@@ -33,7 +33,7 @@ from beit.data.unreadable import UnreadableFiles
 from beit.distributed import process_group
 from beit.errors import UserError, one_line
 from beit.files import weights_file
-from helpers import NANO, ROOT, as_nobody, photo, write_cifar
+from helpers import NANO, ROOT, as_nobody, photo, python, write_cifar
 
 SMALL = ('--batch_size=4',) + tuple(NANO)
 
@@ -749,7 +749,7 @@ print(len(list(torch.utils.data.DataLoader(Failing(), num_workers=1, worker_init
 
 def test_a_worker_does_not_tell_that_the_main_process_was_killed():
     """One in 600 kills came while a thread of multiprocessing's, in a worker, handed a batch over: its traceback."""
-    done = subprocess.run([sys.executable, '-c', HOOKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    done = subprocess.run([python(), '-c', HOOKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           universal_newlines=True, timeout=60)
     assert (done.stdout, done.stderr) == ('1\n', 'ValueError: told\n')
 
