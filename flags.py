@@ -178,10 +178,10 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('test_flip', False, 'evaluate on the mean of the logits of an image and of its mirror image',
              follows_checkpoint=True),
         Flag('results_file', '', 'with --eval: a file for the figures, .csv or .json', affects_results=False),
-        Flag('class_names', '', 'with --eval: the classes of weights that do not name them, one a line or JSON',
+        Flag('class_names', '', 'with --eval: file of class names, where the weights have none',
              affects_results=False, also={
-                 PREDICT: dict(group=UNLABELLED, help='file with the names of the classes, one a line or JSON'),
-                 EXPORT: dict(group='what to export', help='file with the names of the classes, one a line or JSON')}),
+                 PREDICT: dict(group=UNLABELLED, help='file of class names, one a line or JSON'),
+                 EXPORT: dict(group='what to export', help='file of class names, one a line or JSON')}),
         Flag('real_labels', '', 'with --eval: JSON list of ImageNet\'s reassessed labels', affects_results=False),
         Flag('dist_eval', False, 'share the evaluation among the processes, every image exactly once',
              affects_results=False),
