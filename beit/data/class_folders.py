@@ -25,8 +25,8 @@ PassOver = Callable[[str, str], None]  # of the path of a file or folder that is
 def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List[str], SampleList, List]:
     """(class names, images, [path, reason] of what is not used), in the order of torchvision's `DatasetFolder`.
 
-    Every folder in `root` is a class, with the image files in it at any depth; links are followed. A file is an image by
-    its name's ending or, without one, by its content. Paths are as the operating system gives them, with surrogates for
+    Every folder in `root` is a class, with the image files in it at any depth; links are followed. A file is an image
+    by its name's ending or, without one, by its content. Paths are as the operating system gives them, with surrogates for
     bytes that aren't text; class names are in `normalize`'s form.
 
     Args:

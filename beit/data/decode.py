@@ -82,12 +82,12 @@ def load_image(path: str) -> Image.Image:
 def _scale_to_bytes(image: Image.Image) -> Image.Image:
     """Grey numbers of 16 or 32 bits, or floats, scaled to 0 … 255; Pillow would cut them off there."""
     low, high = 0., 65535.
-    if not image.mode.startswith('I;16') and image.format not in ('PNG', 'PPM'):  # these have 16 bits, whatever the mode
+    if not image.mode.startswith('I;16') and image.format not in ('PNG', 'PPM'):  # these have 16 bits in any mode
         tags = getattr(image, 'tag_v2', {})
         low, high = (float(np.ravel(tags[tag])[0]) if tag in tags else np.nan for tag in RANGE_TAGS)
         if not -np.inf < low < high < np.inf:
-            raise ValueError('its numbers are %s of no known range; save it with 8 or 16 bits, or as TIFF with the tags '
-                             'SMinSampleValue and SMaxSampleValue' % ('floats' if image.mode == 'F' else 'integers'))
+            raise ValueError('its numbers are %s of no known range; save it with 8 or 16 bits, or as TIFF with the '
+                             'tags SMinSampleValue and SMaxSampleValue' % ('floats' if image.mode == 'F' else 'integers'))
     pixels = (np.asarray(image).astype(np.float64) - low) * (255. / (high - low))
     return Image.fromarray(np.uint8(np.clip(np.nan_to_num(pixels) + 0.5, 0, 255)))
 

@@ -122,10 +122,13 @@ class PathSampler(torch.utils.data.Sampler):
         Raises:
             UserError: there's none.
         """
-        found = sum(1 for _ in itertools.islice(find_images(self.inputs, self.exclude), count))
+        unused: collections.Counter = collections.Counter()
+        images = find_images(self.inputs, self.exclude, lambda _, why: unused.update([why]))
+        found = sum(1 for _ in itertools.islice(images, count))
         if not found:
-            raise UserError('%s: there is no image in it' % (
-                ', '.join(map(escape_text, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else '')))
+            raise UserError('%s: there is no image in it%s' % (
+                ', '.join(map(escape_text, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else ''),
+                '; not used: ' + describe_unused(unused.elements()) if unused else ''))
         return found
 
 
