@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import warnings
-from typing import FrozenSet, List
+from typing import Any, Callable, FrozenSet, List
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -74,9 +74,17 @@ def load_image(path: str) -> Image.Image:
             return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy it
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         reason = getattr(error, 'strerror', None) or re.sub(r' <_io\.[^>]*>', '', str(error)) or type(error).__name__
+        if isinstance(error, Image.DecompressionBombError):
+            reason += ' --max_image_pixels raises the limit'
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
             reason = 'it is a link to %s, which is not there' % escape_text(os.readlink(path))
         raise UnreadableImage(path, reason) from None
+
+
+def read_up_to(max_pixels: int, read: Callable, path: str) -> Any:
+    """`read(path)`, where an image may have so many pixels."""
+    Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses twice that
+    return read(path)
 
 
 def _scale_to_bytes(image: Image.Image) -> Image.Image:
