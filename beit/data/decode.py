@@ -94,8 +94,9 @@ def _scale_to_bytes(image: Image.Image) -> Image.Image:
         tags = getattr(image, 'tag_v2', {})
         low, high = (float(np.ravel(tags[tag])[0]) if tag in tags else np.nan for tag in RANGE_TAGS)
         if not -np.inf < low < high < np.inf:
+            kind = 'floats' if image.mode == 'F' else 'integers'
             raise ValueError('its numbers are %s of no known range; save it with 8 or 16 bits, or as TIFF with the '
-                             'tags SMinSampleValue and SMaxSampleValue' % ('floats' if image.mode == 'F' else 'integers'))
+                             'tags SMinSampleValue and SMaxSampleValue' % kind)
     pixels = (np.asarray(image).astype(np.float64) - low) * (255. / (high - low))
     return Image.fromarray(np.uint8(np.clip(np.nan_to_num(pixels) + 0.5, 0, 255)))
 
