@@ -26,7 +26,7 @@ from beit.errors import UserError, escape_text
 def _reading(is_train: bool, config: InputConfig, device: Optional[torch.device] = None) -> Dict[str, Any]:
     """How an `ImageDataset` reads its images."""
     return dict(transform=build_transform(is_train, config, device), fits=small_input_rule(is_train, config),
-                read=image_reader(is_fast(is_train, config)))
+                read=image_reader(is_fast(is_train, config), config.max_image_pixels))
 
 
 def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.device] = None,

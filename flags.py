@@ -336,6 +336,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
                                  help='a file that cannot be read: error, or skip: say so and leave it out')}),
         Flag('max_bad_images', 0.001, 'with skip, the share of bad files to stop at', type=share,
              affects_results=False),
+        Flag('max_image_pixels', 0, 'largest number of pixels of an image; 0: Pillow\'s limit',
+             type=whole, affects_results=False, also={PREDICT: dict(group='what')}),
         Flag('check_data', False, 'decode every image, report those that cannot be read, and stop',
              affects_results=False),
     ),

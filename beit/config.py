@@ -67,6 +67,7 @@ class LoaderConfig:
     dist_eval: bool = False
     seed: int = 0
     bad_images: str = 'error'
+    max_image_pixels: int = 0  # of an image that is decoded; 0: Pillow's limit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -813,6 +813,22 @@ def test_digits_have_the_same_pixels_each_time(digits):
                for name in first)
 
 
+def test_digits_of_a_read_only_checkout_are_in_the_users_cache(tmp_path, monkeypatch, capsys):
+    project = tmp_path / 'project'
+    project.mkdir()
+    monkeypatch.setattr(locations, 'project_root', lambda: str(project))
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)  # which root may do whatever the mode
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    for _ in range(2):
+        root = locations.resolve_data_path('demo')
+        assert root == str(tmp_path / 'cache' / 'beit-pytorch' / 'digits') and len(files_in(root)) == 1797
+    line, = capsys.readouterr().out.splitlines()
+    assert line.endswith('to ' + root) and not os.listdir(str(project))
+    monkeypatch.setenv('XDG_CACHE_HOME', 'relative')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert locations._digits_folder() == str(tmp_path / '.cache' / 'beit-pytorch' / 'digits')
+
+
 def test_digits_leave_nothing_half_made(digits, tmp_path, monkeypatch):
     assert sorted(os.listdir(str(digits))) == ['first', 'second']
 

@@ -144,8 +144,8 @@ def test_each_class_has_a_probability_of_its_own_where_it_was_trained_so(photos,
 
 def test_the_digits_accuracy_and_loss_are_those_of_the_evaluation(tmp_path, capfd):
     make_checkpoint(tmp_path / 'digits.pth', '--input_size=32', classes=list('0123456789'))
-    assert run_class_finetuning.run(
-        NANO + ['--data_path=demo', '--eval', '--resume=%s' % (tmp_path / 'digits.pth')]) == 0
+    assert run_class_finetuning.run(NANO + ['--data_path=demo', '--eval', '--resume',
+                                            str(tmp_path / 'digits.pth')]) == 0
     out = capfd.readouterr().out
     assert predict('--resume', tmp_path / 'digits.pth', os.path.join(ROOT, 'data', 'digits', 'val'), '--batch_size=50',
                    '--top_k=10', '--output', tmp_path / 'digits.jsonl') == 0
@@ -513,6 +513,24 @@ def test_order_and_which_files_count(tmp_path):
         list(prediction_inputs.walk_images(str(tmp_path)))
 
 
+def test_what_is_no_image_is_told_and_the_rest_is_read(tmp_path, capsys):
+    make_tree(tmp_path, ['a.txt', 'b.TXT', 'sub/.DS_Store', 'sub/@eaDir/x.png', 'sub/empty', 'sub/c.mp4'])
+    for name, kind in (('a.jfif', 'JPEG'), ('b.gif', 'GIF'), ('sub/c.jpe', 'JPEG'), ('sub/none', 'PNG')):
+        Image.new('RGB', (8, 8)).save(str(tmp_path / name), kind)
+    sampler = prediction_inputs.PathSampler([str(tmp_path)])
+    assert sampler.first(9) == 4 and capsys.readouterr().out == ''
+    assert names_of([path for _, path in sampler], tmp_path) == ['a.jfif', 'b.gif', 'sub/c.jpe', 'sub/none']
+    line = capsys.readouterr().out
+    assert line.startswith('6 files or folders (2 ') and line.endswith(') are not used\n')
+    for part in ('2 .txt', '2 hidden', '1 .mp4', '1 without an ending'):
+        assert part in line
+    make_tree(tmp_path / 'films', ['d.mp4'])
+    with pytest.raises(UserError, match='films: there is no image in it; not used: 1 files or folders .1 .mp4'):
+        prediction_inputs.PathSampler([str(tmp_path / 'films')]).first(1)
+    list(prediction_inputs.PathSampler([str(tmp_path / '[!f]*')]))
+    assert '6 files or folders' in capsys.readouterr().out
+
+
 def test_a_large_folder_begins_at_once_and_is_never_held(tmp_path, monkeypatch):
     make_tree(tmp_path, ['%03d.jpg' % number for number in range(100)] + ['sub/%d.png' % number for number in range(7)])
     whole = list(prediction_inputs.walk_images(str(tmp_path)))
@@ -587,7 +605,7 @@ def test_results_of_a_long_stream_are_not_kept(large, tmp_path, monkeypatch):
     (['--resume=large.pth'], 'no image is named'),
     (['--resume=large.pth', 'nothing.jpg'], 'nothing.jpg: no such file or folder'),
     (['--resume=large.pth', 'photos', '*.gif'], '*.gif: no file has such a name'),
-    (['--resume=large.pth', 'empty'], 'empty: there is no image (.jpg'),
+    (['--resume=large.pth', 'empty'], 'empty: there is no image in it'),
     (['--resume=missing.pth', 'photos'], '--resume missing.pth: no such file or folder'),
     (['--resume=photos/a.jpg', 'photos'], '--resume photos/a.jpg: not a weights file'),
     (['--resume=large.pth', 'photos', '--output=out.txt'], '--output out.txt: its ending names no format'),

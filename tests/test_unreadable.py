@@ -5,6 +5,7 @@ import contextlib
 import faulthandler
 import fcntl
 import os
+import pickle
 import pty
 import signal
 import socket
@@ -25,7 +26,7 @@ from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import datasets
-from beit.data import class_folders, decode, locations
+from beit.data import class_folders, decode, locations, transforms
 from beit.data import unreadable as unreadable_module
 from beit.data.image_dataset import ImageFolder, image_name
 from beit.data.loader import Batch, Sample, Unreadable, collate
@@ -216,8 +217,12 @@ def test_large_images_are_read_up_to_the_size_that_pillow_refuses(tmp_path, monk
     photo(1, 64, 64).save(path)
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', pixels)
     if is_bomb:
-        with pytest.raises(decode.UnreadableImage, match='decompression bomb'):
+        with pytest.raises(decode.UnreadableImage, match='decompression bomb.*--max_image_pixels raises the limit'):
             decode.load_image(path)
+        read = transforms.image_reader(False, 64 * 64)
+        assert pickle.loads(pickle.dumps(read))(path).size == (64, 64)
+        with pytest.raises(decode.UnreadableImage, match='bomb'):
+            transforms.image_reader(False, 64 * 64 - 2)(path)
     else:
         assert decode.load_image(path).size == (64, 64)
 

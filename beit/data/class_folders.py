@@ -1,5 +1,6 @@
 """Finding the image files of class folders."""
 
+import array
 import collections
 import json
 import os
@@ -25,9 +26,9 @@ PassOver = Callable[[str, str], None]  # of the path of a file or folder that is
 def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List[str], SampleList, List]:
     """(class names, images, [path, reason] of what is not used), in the order of torchvision's `DatasetFolder`.
 
-    Every folder in `root` is a class, with the image files in it at any depth; links are followed. A file is an image by
-    its name's ending or, without one, by its content. Paths are as the operating system gives them, with surrogates for
-    bytes that aren't text; class names are in `normalize`'s form.
+    Every folder in `root` is a class, with the image files in it at any depth; links are followed. A file is an image
+    by its name's ending or, without one, by its content. Paths are as the operating system gives them, with surrogates
+    for bytes that aren't text; class names are in `normalize`'s form.
 
     Args:
         device: of this process, if all of a job call this: the main process broadcasts what it found. None: each looks.
@@ -44,29 +45,31 @@ def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List
         log_main('%s: %s: all images of the class %s lie in folders below it. For classes of their own, list them in a '
                  'CSV file (--train_csv, --val_csv)' % (escape_text(root), ', '.join(map(escape_text, nested[:3])),
                                                          escape_text(nested[0].split(os.sep)[0])))
-    folders = sorted(folder for folder, _ in found if os.sep not in folder)
-    classes = sorted(map(normalize, folders))
+    classes = sorted(normalize(folder) for folder, _ in found if os.sep not in folder)
     for name, following in zip(classes, classes[1:]):
         if name == following:
             raise UserError('%s: two class folders are called %s, in two Unicode forms; put their images in one'
                             % (escape_text(root), escape_text(name)))
-    label_of = {folder: classes.index(normalize(folder)) for folder in folders}
-    names, labels = [], []
-    for label, folder, files in sorted((label_of[folder.split(os.sep)[0]], folder, files) for folder, files in found):
+    index_of = {name: index for index, name in enumerate(classes)}
+    text, ends, labels = bytearray(), array.array('q', [0]), array.array('q')
+    for label, folder, files in sorted((index_of[normalize(folder.split(os.sep)[0])], folder, files)
+                                       for folder, files in found):
         prefix = os.fsencode(folder + os.sep)
-        names += [prefix + os.fsencode(name) for name in files]
-        labels += [label] * len(files)
-    return classes, SampleList.from_names(root, names, labels), unused
+        for name in files.split('/') if files else ():
+            text += prefix + os.fsencode(name)
+            ends.append(len(text))
+            labels.append(label)
+    return classes, SampleList(root, bytes(text), ends, labels), unused
 
 
 def _scan(root: str, keep_alive: Callable[[], None]) -> bytes:
-    """JSON of [(folder relative to root, sorted names of its images)], without root itself, and of what is not used."""
-    found, unused = [], []  # type: List[Tuple[str, List[str]]], List[Tuple[str, str]]
+    """JSON of [(folder relative to root, sorted names of its images with / between)] and of what is not used."""
+    found, unused = [], []  # type: List[Tuple[str, str]], List[Tuple[str, str]]
     for folder, names in walk_folders(root, lambda *item: unused.append(item)):
-        found.append((folder, sorted(names)))
+        found.append((folder, '/'.join(sorted(names))))
         keep_alive()
-    _, beside = found.pop(0)
-    unused += [(os.path.join(root, name), 'beside the class folders') for name in beside]
+    _, beside = found.pop(0)  # root itself
+    unused += [(os.path.join(root, name), 'beside the class folders') for name in beside.split('/') if name]
     return json.dumps([found, sorted(unused)]).encode()
 
 

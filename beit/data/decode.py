@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import warnings
-from typing import FrozenSet, List
+from typing import Any, Callable, FrozenSet, List
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -74,20 +74,29 @@ def load_image(path: str) -> Image.Image:
             return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy it
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         reason = getattr(error, 'strerror', None) or re.sub(r' <_io\.[^>]*>', '', str(error)) or type(error).__name__
+        if isinstance(error, Image.DecompressionBombError):
+            reason += ' --max_image_pixels raises the limit'
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
             reason = 'it is a link to %s, which is not there' % escape_text(os.readlink(path))
         raise UnreadableImage(path, reason) from None
 
 
+def read_up_to(max_pixels: int, read: Callable, path: str) -> Any:
+    """`read(path)`, where an image may have so many pixels."""
+    Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses twice that
+    return read(path)
+
+
 def _scale_to_bytes(image: Image.Image) -> Image.Image:
     """Grey numbers of 16 or 32 bits, or floats, scaled to 0 … 255; Pillow would cut them off there."""
     low, high = 0., 65535.
-    if not image.mode.startswith('I;16') and image.format not in ('PNG', 'PPM'):  # these have 16 bits, whatever the mode
+    if not image.mode.startswith('I;16') and image.format not in ('PNG', 'PPM'):  # these have 16 bits in any mode
         tags = getattr(image, 'tag_v2', {})
         low, high = (float(np.ravel(tags[tag])[0]) if tag in tags else np.nan for tag in RANGE_TAGS)
         if not -np.inf < low < high < np.inf:
-            raise ValueError('its numbers are %s of no known range; save it with 8 or 16 bits, or as TIFF with the tags '
-                             'SMinSampleValue and SMaxSampleValue' % ('floats' if image.mode == 'F' else 'integers'))
+            kind = 'floats' if image.mode == 'F' else 'integers'
+            raise ValueError('its numbers are %s of no known range; save it with 8 or 16 bits, or as TIFF with the '
+                             'tags SMinSampleValue and SMaxSampleValue' % kind)
     pixels = (np.asarray(image).astype(np.float64) - low) * (255. / (high - low))
     return Image.fromarray(np.uint8(np.clip(np.nan_to_num(pixels) + 0.5, 0, 255)))
 

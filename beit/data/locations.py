@@ -46,11 +46,22 @@ def write_digits(root: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _digits_folder() -> str:
+    """data/digits of the project or, where that can't be written, of the user's cache folder."""
+    folder = os.path.join(project_root(), 'data')
+    if os.path.isdir(os.path.join(folder, 'digits')) or os.access(
+            folder if os.path.isdir(folder) else project_root(), os.W_OK):
+        return os.path.join(folder, 'digits')
+    cache = os.environ.get('XDG_CACHE_HOME', '')
+    cache = cache if os.path.isabs(cache) else os.path.join(os.path.expanduser('~'), '.cache')
+    return os.path.join(cache, 'beit-pytorch', 'digits')
+
+
 def resolve_data_path(data_path: str) -> str:
     """The folder of --data_path; `demo` is the folder of the digits, written on first use."""
     if data_path != 'demo':
         return data_path
-    root = os.path.join(project_root(), 'data', 'digits')
+    root = _digits_folder()
     if not os.path.isdir(os.path.join(root, 'val')):
         try:
             write_digits(root)

@@ -122,10 +122,13 @@ class PathSampler(torch.utils.data.Sampler):
         Raises:
             UserError: there's none.
         """
-        found = sum(1 for _ in itertools.islice(find_images(self.inputs, self.exclude), count))
+        unused: collections.Counter = collections.Counter()
+        images = find_images(self.inputs, self.exclude, lambda _, why: unused.update([why]))
+        found = sum(1 for _ in itertools.islice(images, count))
         if not found:
-            raise UserError('%s: there is no image in it' % (
-                ', '.join(map(escape_text, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else '')))
+            raise UserError('%s: there is no image in it%s' % (
+                ', '.join(map(escape_text, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else ''),
+                '; not used: ' + describe_unused(unused.elements()) if unused else ''))
         return found
 
 
@@ -136,9 +139,9 @@ class PathDataset(torch.utils.data.Dataset):
     centre cropped.
     """
 
-    def __init__(self, evaluation: EvalTransform, data_backend: str = 'exact') -> None:
+    def __init__(self, evaluation: EvalTransform, data_backend: str = 'exact', max_pixels: int = 0) -> None:
         self.evaluation, self.transform = evaluation, evaluation.build(data_backend)
-        self.read = image_reader(evaluation.is_fast(data_backend))
+        self.read = image_reader(evaluation.is_fast(data_backend), max_pixels)
         self.make_fit = evaluation.resize_and_crop()
 
     def __getitem__(self, key: Tuple[int, str]) -> Tuple[torch.Tensor, int]:

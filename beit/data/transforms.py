@@ -20,7 +20,7 @@ from torchvision import transforms
 
 from beit.config import MAX_INPUT_SIZE, MixupConfig, TransformConfig
 from beit.data import device_randaugment, fast_decode
-from beit.data.decode import load_image
+from beit.data.decode import load_image, read_up_to
 from beit.errors import UserError, unknown_value_error
 from modeling_finetune import INPUT_MEAN, INPUT_STD
 
@@ -169,9 +169,10 @@ def is_fast(is_train: bool, config: TransformConfig) -> bool:
     return EvalTransform.from_config(config).is_fast(config.data_backend if is_train else config.eval_data_backend)
 
 
-def image_reader(fast: bool) -> Callable:
-    """The function that reads the image of a path for these transforms."""
-    return fast_decode.load_bytes if fast else load_image
+def image_reader(fast: bool, max_pixels: int = 0) -> Callable:
+    """The function that reads the image of a path for these transforms; for `max_pixels` see `decode.read_up_to`."""
+    read = fast_decode.load_bytes if fast else load_image
+    return functools.partial(read_up_to, max_pixels, read) if max_pixels else read
 
 
 def check_backend(config: TransformConfig) -> None:
