@@ -6,8 +6,8 @@ The file holds model, args and classes, as a checkpoint does, without optimizer:
 """
 
 if __name__ == '__main__':
-    from beit import errors
-    errors.quiet_interrupt()
+    from beit import startup
+    startup.prepare()
 
 import collections
 import math
@@ -17,7 +17,6 @@ import sys
 import torch
 
 import flags
-from beit import errors
 from beit.checkpoint import discovery, training_state
 from beit.checkpoint.pretrained import mismatches, strip_prefixes, unwrap_state_dict
 from beit.cli import OneLineParser, run_interruptible
