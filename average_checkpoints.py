@@ -6,8 +6,8 @@ The file holds model, model_spec and args, as a checkpoint does, without optimiz
 """
 
 if __name__ == '__main__':
-    from beit import errors
-    errors.quiet_interrupt()
+    from beit import startup
+    startup.prepare()
 
 import collections
 import dataclasses
@@ -18,7 +18,7 @@ import sys
 import torch
 
 import flags
-from beit import errors, model_spec
+from beit import model_spec
 from beit.checkpoint import comparison, discovery
 from beit.checkpoint.pretrained import find_state_dict, mismatches
 from beit.cli import OneLineParser, run_interruptible

@@ -10,8 +10,8 @@ The scripts in test/ call this with the published hyper-parameters. BEiT base fi
 """
 
 if __name__ == '__main__':
-    from beit import errors
-    errors.quiet_interrupt()
+    from beit import startup
+    startup.prepare()
 
 import dataclasses
 import datetime
@@ -28,7 +28,7 @@ import datasets
 import engine_for_finetuning as engine
 import optim_factory
 import utils
-from beit import errors, log, model_spec
+from beit import log, model_spec
 from beit.checkpoint import comparison, discovery, hf_names, inference_model, pretrained, training_state
 from beit.cli import exit_process, exit_with_error, run_with_error_report
 from beit.config import (

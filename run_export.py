@@ -6,8 +6,8 @@ compared with the checkpoint's own network first; where the two differ, nothing 
 """
 
 if __name__ == '__main__':
-    from beit import errors
-    errors.quiet_interrupt()
+    from beit import startup
+    startup.prepare()
 
 import os
 import sys
@@ -18,7 +18,6 @@ import torch
 
 import flags
 import modeling_finetune
-from beit import errors
 from beit.checkpoint.inference_model import LoadedModel, load_for_inference
 from beit.cli import OneLineParser, run_interruptible
 from beit.errors import UserError, escape_text, unknown_value_error

@@ -6,8 +6,8 @@ Classes, input size, mean and deviation, pooling: all comes from the checkpoint.
 """
 
 if __name__ == '__main__':
-    from beit import errors
-    errors.quiet_interrupt()
+    from beit import startup
+    startup.prepare()
 
 import argparse
 import contextlib
@@ -22,7 +22,7 @@ import torch
 
 import engine_for_finetuning as engine
 import flags
-from beit import errors, log
+from beit import log
 from beit.checkpoint.inference_model import load_for_inference
 from beit.cli import OneLineParser, exit_process, exit_with_error, run_with_error_report
 from beit.config import DistributedConfig, LoaderConfig

@@ -1,6 +1,7 @@
 """How the programs meet the command line: their parser, the types of flags, one-line errors and the exit status."""
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -251,8 +252,9 @@ def exit_with_error(program: str, message: str, status: int, rank: Optional[int]
     """Print the one line. `rank` is whom it is about, where that isn't this process."""
     about = rank if rank is not None else process_group.rank() or None
     current_display().end()
-    print('%s: error: %s%s' % (program, '' if about is None else 'process %d: ' % about, message), file=sys.stderr,
-          flush=True)
+    with contextlib.suppress(OSError, ValueError):  # nobody is there to read it
+        print('%s: error: %s%s' % (program, '' if about is None else 'process %d: ' % about, message), file=sys.stderr,
+              flush=True)
     return exit_process(status)
 
 

@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import os
 import re
-import signal
 import sys
 from typing import Iterable, List, Optional, Union
 
@@ -21,12 +20,6 @@ class UserError(Exception):
     def __init__(self, text: str, rank: Optional[int] = None) -> None:
         super().__init__(text)
         self.rank = rank
-
-
-def quiet_interrupt() -> None:
-    """Let Ctrl-C end a program without a traceback while it imports PyTorch, which takes seconds."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def print_line(text: str) -> None:

@@ -39,8 +39,8 @@ ROOT = os.path.dirname(TEST_DIR)
 sys.path[:0] = [ROOT, TEST_DIR]
 
 if __name__ == '__main__':
-    from beit import errors
-    errors.quiet_interrupt()
+    from beit import startup
+    startup.prepare()
 
 import numpy as np
 import timm
@@ -53,7 +53,6 @@ import contenders
 import datasets
 import modeling_finetune
 import run_class_finetuning as program
-from beit import errors
 from beit.cli import bounded_number
 from beit.data import locations, transforms
 from beit.devices import accelerator

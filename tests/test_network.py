@@ -32,9 +32,9 @@ def listening(pids):
             for fields in map(str.split, list(file)[1:]):
                 if fields[3] == '0A' and 'socket:[%s]' % fields[9] in inodes:
                     address, _, port = fields[1].partition(':')
-                    words = [struct.pack('=I', int(address[start:start + 8], 16))
-                             for start in range(0, len(address), 8)]
-                    found.add((socket.inet_ntop(family, b''.join(words)), int(port, 16)))
+                    words = [int(address[start:start + 8], 16) for start in range(0, len(address), 8)]
+                    packed = struct.pack('=%dI' % len(words), *words)
+                    found.add((socket.inet_ntop(family, packed), int(port, 16)))
     return found
 
 

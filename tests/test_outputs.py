@@ -35,3 +35,31 @@ def test_predictions_and_figures_hold_no_formula(tmp_path):
     assert row['class_2'] == '-0.5' and row['class_3'] == 'cat' and row['probability_1'] == '0.500000'
     metrics.write_results(str(tmp_path / 'r.csv'), [{'checkpoint': '=a.pth', 'loss': -0.5}])
     assert (tmp_path / 'r.csv').read_text() == "checkpoint,loss\n'=a.pth,-0.5\n"
+
+
+# ---- a terminal or a log that goes away
+
+OUTPUTS = {'a full disk': '>/dev/full', 'closed': '>&-', 'a reader that leaves': '| head -n 1',
+           'both closed': '>&- 2>&-', 'both full': '>/dev/full 2>&1'}
+
+
+@pytest.mark.parametrize('where', OUTPUTS)
+@pytest.mark.parametrize('processes', (1, 2))
+def test_training_goes_on_without_its_output(data, tmp_path, where, processes):
+    if not os.path.exists('/dev/full'):
+        pytest.skip('no /dev/full')
+    output = str(tmp_path / 'output')
+    command = [sys.executable] + (['-m', 'beit.distributed.launcher', '--nproc_per_node=2'] if processes == 2 else [])
+    done = subprocess.run(
+        ['bash', '-c', '"$@" %s; exit "${PIPESTATUS[0]}"' % OUTPUTS[where], 'bash'] + command + [PROGRAM] + RUN
+        + ['--data_path=' + data, '--output_dir=' + output, '--epochs=2', '--warmup_epochs=0'],
+        cwd=os.path.dirname(PROGRAM), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+        timeout=200, env=environment(OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stderr
+    assert [line['epoch'] for line in lines_of(output)] == [0, 1]
+    assert {'checkpoint-1.pth', 'checkpoint-best.pth', 'summary.json'} <= set(os.listdir(output))
+    assert 'Traceback' not in done.stderr and 'Exception ignored' not in done.stderr
+    if where in ('a full disk', 'a reader that leaves'):
+        assert done.stderr.count('standard output is gone') == 1, done.stderr
+    else:
+        assert done.stderr == ''

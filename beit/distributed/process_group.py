@@ -95,7 +95,7 @@ def rendezvous_store() -> Any:
 
 
 def listen_on_loopback(port: int = 0) -> int:
-    """Let the store at this port listen on 127.0.0.1 only, where all processes are; 0 takes a free one. Gives the port.
+    """Let the store at this port, or at a free one, listen on 127.0.0.1 only. Gives the port.
 
     A PyTorch whose TCPStore takes no socket (before 2.1) listens on all addresses of the machine.
     """
@@ -186,8 +186,9 @@ def shutdown() -> None:
     """
     if world_size() > 1:
         dist.barrier(group=host_groups[-1])
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # it is gone
+                stream.flush()
         os._exit(0)
 
 

@@ -1,0 +1,78 @@
+"""Machines on which a program cannot run, or not as it would like: one line says so, and none hangs."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from helpers import NANO, ROOT, copy_checkout, environment, lines_of
+
+pytestmark = pytest.mark.current_only
+PROGRAMS = ('run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py')
+
+
+def run(*command, cwd=ROOT, timeout=120, limit=None, **env):
+    def set_limit():
+        if limit:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    return subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                          timeout=timeout, preexec_fn=set_limit, env=environment(OMP_NUM_THREADS='1', **env))
+
+
+# ---- packages
+
+@pytest.mark.parametrize('program', PROGRAMS)
+@pytest.mark.parametrize('flags', [[], ['--help']])
+def test_a_python_without_the_packages(program, flags, tmp_path):
+    done = run(sys.executable, '-S', os.path.join(ROOT, program), *flags, cwd=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, '')
+    line, = done.stderr.splitlines()
+    assert line.startswith(program + ': error: ')
+    for name in ('torch', 'torchvision', 'timm', 'einops', 'numpy', 'Pillow'):
+        assert name in line
+    assert line.endswith('run: %s -m pip install -r %s' % (sys.executable, os.path.join(ROOT, 'requirements.txt')))
+
+
+def test_a_package_that_is_missing_alone(tmp_path):
+    """Of a Python that has the others, in a checkout with a space in its path."""
+    checkout = copy_checkout(str(tmp_path / 'my code'))
+    (tmp_path / 'sitecustomize.py').write_text(
+        'import importlib.util\nfind = importlib.util.find_spec\n'
+        'importlib.util.find_spec = lambda name, *rest: None if name == "timm" else find(name, *rest)\n')
+    done = run(sys.executable, os.path.join(checkout, 'run_predict.py'), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert ' has no timm; run: ' in done.stderr
+    assert "-r '%s'" % os.path.join(checkout, 'requirements.txt') in done.stderr
+
+
+# ---- file descriptors
+
+def test_few_files_are_said_and_not_waited_for(data, tmp_path):
+    done = run(sys.executable, 'run_class_finetuning.py', '--data_path=' + data, *NANO[:-2], '--device=cpu',
+               '--num_workers=2', limit=(32, 32), timeout=60)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert re.match(r'run_class_finetuning\.py: error: a process may open only 32 files here, and a run needs \d+; '
+                    r'raise the limit with ulimit -n \d+', done.stderr)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_limit_that_may_be_raised_is_raised(data, tmp_path):
+    """As most systems have it: 256 or 1,024 for a process that does not ask, and many for one that does."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    output = str(tmp_path / 'output')
+    done = run(sys.executable, 'run_class_finetuning.py', '--data_path=' + data, *NANO[:-2], '--device=cpu',
+               '--num_workers=2', '--epochs=1', '--warmup_epochs=0', '--batch_size=4', '--output_dir=' + output,
+               limit=(32, most))
+    assert done.returncode == 0, done.stderr
+    assert len(lines_of(output)) == 1
+
+
+def test_the_fewest_files_that_are_allowed_are_enough(data, tmp_path):
+    for flags in (['--num_workers=2'], ['--num_workers=10']):
+        output = str(tmp_path / 'output')
+        done = run(sys.executable, 'run_class_finetuning.py', '--data_path=' + data, *NANO[:-2], '--device=cpu', *flags,
+                   '--epochs=1', '--warmup_epochs=0', '--batch_size=4', '--output_dir=' + output, limit=(256, 256))
+        assert done.returncode == 0, done.stderr
