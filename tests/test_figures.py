@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import accuracy_score, average_precision_score, log_loss, top_k_accuracy_score
 
 import engine_for_finetuning as engine
@@ -304,7 +305,6 @@ def folder(tmp_path_factory):
 
 def logits_by_hand(output, data):
     """(float64 logits, class indices) of the validation images: the best weights, Pillow and the model alone."""
-    from PIL import Image
     trained = inference_model.load_for_inference(os.path.join(output, 'checkpoint-best.pth'))
     paths = [os.path.join(data, 'val', name, '%d.png' % index) for name in trained.classes for index in range(7)]
     images = torch.from_numpy(np.stack([np.asarray(Image.open(path).convert('RGB'), dtype=np.float32).transpose(2, 0, 1)
@@ -373,6 +373,36 @@ def test_every_figure_is_the_same_everywhere(folder, tmp_path, capsys, loss):
         shown = [float(each) for each in re.findall(r'<span class="(?:right|wrong)">\w</span> \((\S+)\s%\)', page)]
         assert shown and set(shown) <= {round(100 * share, 1) for share in shares.max(axis=1)} | {
             round(100 * share, 3) for share in shares.max(axis=1)}
+
+
+def test_a_model_of_several_labels_is_evaluated_with_a_list_of_single_ones(folder, tmp_path, capsys):
+    """No row of the validation list has a ';': mAP all the same, of the classes that the checkpoint names."""
+    rows = {'train': [['a', 'b', 'a;b', 'c;a', '', 'c'][index % 6] for index in range(24)],
+            'val': ['abc'[index % 3] for index in range(12)]}
+    for name, labels in rows.items():
+        (tmp_path / (name + '.csv')).write_text(''.join('%s/%s/%s/%d.png,%s\n' % (
+            folder, name, 'abcdef'[index % 6], index // 6, label) for index, label in enumerate(labels)))
+    output = str(tmp_path / 'out')
+    assert run_class_finetuning.run(RUN + ['--train_csv=%s' % (tmp_path / 'train.csv'), '--output_dir', output,
+                                           '--val_csv=%s' % (tmp_path / 'val.csv'), '--epochs=1']) == 0
+    capsys.readouterr()
+    assert run_class_finetuning.run(RUN + ['--val_csv=%s' % (tmp_path / 'val.csv'), '--eval', '--resume', output,
+                                           '--results_file=%s' % (tmp_path / 'r.json')]) == 0
+    trained = inference_model.load_for_inference(output)
+    assert trained.classes == ['a', 'b', 'c'] and trained.activation == 'sigmoid'
+    images = torch.from_numpy(np.stack([np.asarray(Image.open(
+        '%s/val/%s/%d.png' % (folder, 'abcdef'[index % 6], index // 6)).convert('RGB'), dtype=np.float32).transpose(
+            2, 0, 1) for index in range(12)]) / 255)
+    with torch.no_grad():
+        logits = trained.model((images - 0.5) / 0.5).numpy()
+    ones = np.eye(3)[np.arange(12) % 3]
+    expected = 100 * np.mean([average_precision_score(ones[:, label], logits[:, label]) for label in range(3)])
+    assert 'mAP of the network on the 12 test images: %.3f%%' % expected in capsys.readouterr().out
+    with open(str(tmp_path / 'r.json'), encoding='utf-8') as file:
+        row = json.load(file)[0]
+    assert row['mAP'] == pytest.approx(expected) and 'acc1' not in row
+    assert row['loss'] == pytest.approx(float(torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.from_numpy(logits), torch.from_numpy(ones).float())), rel=1e-5)
 
 
 # ---- a resumed run
