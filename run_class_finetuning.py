@@ -311,6 +311,8 @@ def resume(args, output, data, learner):
                  'Goes on in %s order of the data, %s not with the same numbers as without a stop: %s' % (
                         'the same' if same_order else 'another', 'but' if same_order else 'and', '; '.join(changes)))
     run_state.run = run
+    if source == args.resume or not discovery.is_inside(source, args.output_dir):
+        run_state.origin = args.resume
     return source, run_state
 
 

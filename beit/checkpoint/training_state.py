@@ -53,7 +53,7 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
         'activation': activation,
         'accuracy': dict(run_state.best),
         'progress': {'steps': run_state.steps, 'meters': run_state.meters, 'run': dict(run_state.run),
-                     'files': run_state.files, 'stale': run_state.stale},
+                     'files': run_state.files, 'stale': run_state.stale, 'origin': run_state.origin},
     }
     if ema is not None:
         content['model_ema'] = _to_cpu(ema.ema.state_dict())
@@ -69,12 +69,14 @@ class RunState:
         best (dict): the best accuracies so far, in percent.
         run (dict): what the order of the data hangs on: processes, total_batch, images, and the device.
         stale (int): evaluations in a row that gave no new best.
+        origin (str): the --resume that the run began with, '' for none; by it --auto_resume knows the run again.
         files (list of str): the checkpoints that are written after an epoch, in this order; [] in mid-epoch.
     """
 
     def __init__(self, epoch=0, steps=0, meters=(), best=None, run=None):
         self.epoch, self.steps, self.meters, self.files = epoch, steps, list(meters), []
         self.best, self.run, self.stale = dict(best or {}), dict(run or {}), 0
+        self.origin = ''
 
     def meters_of(self, rank: int, processes: int) -> Optional[Dict[str, Any]]:
         """The state of the averages for a process; with another number of processes the first takes all of them."""
@@ -278,7 +280,7 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
                    'skipped_before': int(each['skipped_before'])}
                   for each in inside.get('meters', ())]
         run_state = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
-        run_state.stale = int(inside.get('stale', 0))
+        run_state.stale, run_state.origin = int(inside.get('stale', 0)), str(inside.get('origin', ''))
         if run_state.steps < 0 or bool(run_state.steps) != bool(meters):
             raise ValueError('%d steps do not fit its averages' % run_state.steps)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
