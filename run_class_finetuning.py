@@ -399,6 +399,8 @@ def resume(args, data, learner, checkpoint):
                         % (source, run_state.run.get('total_batch'), total_batch))
     if checkpoint is not None:
         log.log_main(comparison.resume_message(comparison.resume_differences(content, run, without_effect())))
+        if source == args.resume or not discovery.is_inside(source, args.output_dir):
+            run_state.origin = args.resume
     run_state.run = comparison.facts_of(run)
     run_state.data = comparison.data_to_save(run.data, getattr(data.train_set, 'held_out', None))
     return run_state

@@ -245,14 +245,17 @@ def test_auto_resume_takes_no_other_run_than_that_of_the_resumed_file(image_fold
     assert run_class_finetuning.run(again + ['--resume=' + file]) == 0
     out = capsys.readouterr().out
     assert 'Resumed %s: ' % file in out and 'Moved the earlier run in ' in out
-    assert run_class_finetuning.run(again + ['--epochs=3', '--resume=' + os.path.relpath(file)]) == 0
+    for more in ([], ['--resume=' + output]):  # on the way somebody goes on by hand
+        assert run_class_finetuning.run(again + ['--epochs=3'] + more) == 0
+    assert 'Resumed %s: ' % os.path.join(output, 'checkpoint-1.pth') in capsys.readouterr().out
+    assert run_class_finetuning.run(again + ['--epochs=4', '--resume=' + os.path.relpath(file)]) == 0
     out = capsys.readouterr().out
-    newest = os.path.join(output, 'checkpoint-1.pth')
+    newest = os.path.join(output, 'checkpoint-2.pth')
     assert 'Resumed %s: ' % newest in out and 'aside' not in out
     assert re.search('^--auto_resume: %s goes on from --resume ' % newest, out, re.M)
     os.remove(file)  # of which the rest of the job has no need
-    assert run_class_finetuning.run(again + ['--epochs=4', '--resume=' + file]) == 0
-    assert [line['epoch'] for line in lines_of(output)] == [1, 2, 3]
+    assert run_class_finetuning.run(again + ['--epochs=5', '--resume=' + file]) == 0
+    assert [line['epoch'] for line in lines_of(output)] == [1, 2, 3, 4]
 
 
 def test_a_resumed_file_that_is_gone_is_still_an_error(image_folder, tmp_path, refused):

@@ -186,9 +186,9 @@ def _load_own(resume, output):
         path, content = load_best_or_latest(output.output_dir)
     except UserError:  # each of them is damaged
         return None
-    flags = content.get('args')
-    began = flags.get('resume') if isinstance(flags, dict) else None
-    if not (isinstance(began, str) and began and os.path.realpath(began) == os.path.realpath(resume)):
+    progress = content.get('progress')
+    origin = progress.get('origin') if isinstance(progress, dict) else None
+    if not (isinstance(origin, str) and origin and os.path.realpath(origin) == os.path.realpath(resume)):
         return None
     log_main('--auto_resume: %s goes on from --resume %s, and is taken; leave --auto_resume out to begin there again'
              % (escape_text(path), escape_text(resume)))

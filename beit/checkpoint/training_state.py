@@ -52,7 +52,8 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
         'args': dict(flags),
         'accuracy': dict(run_state.best),
         'progress': {'steps': run_state.steps, 'meters': run_state.meters, 'run': dict(run_state.run),
-                     'files': run_state.files, 'stale': run_state.stale, 'spent': run_state.spent},
+                     'files': run_state.files, 'stale': run_state.stale, 'origin': run_state.origin,
+                     'spent': run_state.spent},
         'data': dict(run_state.data),
     }
     if spec is not None:
@@ -73,13 +74,15 @@ class RunState:
         run (dict): see `comparison.facts_of`.
         data (dict): the fingerprints of the data, see `comparison.data_to_save`.
         stale (int): evaluations in a row that gave no new best.
+        spent (list): seconds of the run; images, seconds, of those waiting for data, and steps.
+        origin (str): the --resume that the run began with, '' for none; by it --auto_resume knows the run again.
         files (list of str): the checkpoints that are written after an epoch, in this order; [] in mid-epoch.
     """
 
     def __init__(self, epoch=0, steps=0, meters=(), best=None, run=None):
         self.epoch, self.steps, self.meters, self.files = epoch, steps, list(meters), []
         self.best, self.run, self.stale, self.data = dict(best or {}), dict(run or {}), 0, {}
-        self.spent = [0., 0., 0., 0., 0.]  # seconds of the run; images, seconds, of those waiting for data, and steps
+        self.spent, self.origin = [0.] * 5, ''
 
     def meters_of(self, rank: int, processes: int) -> Optional[Dict[str, Any]]:
         """The state of the averages for a process; with another number of processes the first takes all of them."""
@@ -264,7 +267,7 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
                    'skipped_before': int(each['skipped_before']), 'counts_images': bool(each.get('counts_images'))}
                   for each in inside.get('meters', ())]
         run_state = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
-        run_state.stale = int(inside.get('stale', 0))
+        run_state.stale, run_state.origin = int(inside.get('stale', 0)), str(inside.get('origin', ''))
         seconds, images, step_seconds, data_seconds, steps = map(float, inside.get('spent', run_state.spent))
         run_state.spent = [seconds, images, step_seconds, data_seconds, steps]
         if run_state.steps < 0 or bool(run_state.steps) != bool(meters):
