@@ -9,8 +9,9 @@ one does. It starts a Python of its own where something differs that only the st
 forked process doesn't inherit from the command: limits, user, namespaces.
 
 What differs from a Python of its own: the process is the server's child, in a session of its own, so that what is sent
-to the command's group reaches it only once, and /proc/PID/environ is the server's (`environment_of` reads its own). What is set before PyTorch is imported has no effect.
-Tests of this, of imports, of signals and of processes that are killed use sys.executable.
+to the command's group reaches it only once; /proc/PID/environ is the server's (`environment_of` reads its own); and
+what is to be set before PyTorch is imported has no effect. Tests of these things, of signals and of processes that are
+killed use sys.executable.
 """
 
 import array
