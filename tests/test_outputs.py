@@ -2,12 +2,16 @@
 
 import csv
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 
 from beit.errors import guard_cell
 from beit.outputs.prediction_writers import CsvWriter, Prediction
 from beit.training import metrics
+from helpers import PROGRAM, RUN, environment, lines_of
 
 pytestmark = pytest.mark.current_only
 
