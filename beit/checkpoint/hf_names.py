@@ -116,7 +116,8 @@ def to_native(state: Dict[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], 
                  for name, value in state.items()}
     for pattern, older in _SINCE_5:
         state = {re.sub(pattern, older, name): value for name, value in state.items()}
-    renamed, parts = {}, {}
+    renamed: Dict[str, torch.Tensor] = {}
+    parts: Dict[str, Dict[int, Tuple[str, torch.Tensor]]] = {}
     backwards = [(theirs, ours) for ours, theirs in _PAIRS]
     for name, value in state.items():
         for ours, theirs in _PARTS:
@@ -203,11 +204,11 @@ def hf_preprocessing(path: str) -> Optional[EvalTransform]:
         share = 1.0 if squashes else crop / side
         if not squashes and int(crop / share) != side:  # rounding
             share = crop / (side + 0.5)
+        mean, std = (tuple(map(float, found[name])) for name in ('image_mean', 'image_std'))
         made = EvalTransform(
             side if squashes else crop, share,
-            {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}.get(found.get('resample', 3), ''),
-            *(tuple(map(float, found[name])) for name in ('image_mean', 'image_std')),
-            crop_mode='squash' if squashes else 'center')
+            {1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}.get(found.get('resample', 3), 'another one'), mean, std,
+            'squash' if squashes else 'center')
         made.check()
         return made
     except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError, RecursionError) as error:

@@ -58,7 +58,7 @@ class CheckpointWeights(NamedTuple):
     source: str
     content: Dict[str, Any]
     state: Dict[str, torch.Tensor]  # under this project's names
-    spec: ModelSpec  # or None: it does not say, and is read for training
+    spec: Any  # a ModelSpec; None where it does not say, and is read for training
     is_bare: bool  # weights that do not say what they are of
     is_resized: bool  # to another input size than they were trained at
 
@@ -181,6 +181,7 @@ def _spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], flags:
     except (ValueError, TypeError, RecursionError):
         raise UserError('--resume %s: its metadata is damaged' % escape_text(path)) from None
     flags, known = dict(flags, **_flags_of_weights(state)), {}
+    images: Optional[EvalTransform]
     try:
         images = EvalTransform.from_timm(json.loads(metadata['preprocessing']))
         flags.update(model=str(metadata['model']), input_size=images.input_size)

@@ -19,7 +19,6 @@ from beit.log import log_main
 
 DEFAULT_KEYS = 'model|module'
 OTHER_KEYS, AVERAGED_KEYS = ('state_dict', 'model_state_dict'), ('model_ema', 'state_dict_ema')
-_WRAPPERS = re.compile(r'(?:(?:module|model|_orig_mod)\.)*')  # put in front of all names
 
 
 def refuse_exports(flag: str, source: str) -> None:
@@ -105,8 +104,7 @@ def find_state_dict(content: Any, flag: str, source: str, model_key: str = DEFAU
         tensors = _tensors(state)
         if not tensors:
             continue
-        common = os.path.commonprefix([_WRAPPERS.match(name).group() for name in tensors])
-        prefix = model_prefix or _WRAPPERS.match(common).group()
+        prefix = model_prefix or _wrapper(os.path.commonprefix([_wrapper(name) for name in tensors]))
         stripped = collections.OrderedDict((name[len(prefix):].replace('_orig_mod.', ''), value)
                                            for name, value in tensors.items() if name.startswith(prefix))
         if stripped:
@@ -117,6 +115,10 @@ def find_state_dict(content: Any, flag: str, source: str, model_key: str = DEFAU
     raise UserError('%s: no weights were found under %s; it holds %s; name their key with --model_key'
                     % (shown, ', '.join(keys), escape_text(names) or 'nothing'))
 
+
+
+def _wrapper(name):
+    return re.match(r'(?:(?:module|model|_orig_mod)\.)*', name).group()
 
 
 def _tensors(state):
@@ -140,20 +142,19 @@ def keep_head_rows(state: Dict[str, torch.Tensor], model: torch.nn.Module, their
 
     Without names in the file nothing is changed: then the head's shape decides.
     """
-    weights = [state.get('head.' + part) for part in ('weight', 'bias')]
+    heads = {name: state[name] for name in ('head.weight', 'head.bias') if name in state}
     classes = [escape_text(name) for name in classes]
-    if not theirs or list(theirs) == classes or any(
-            value is None or len(value) != len(theirs) for value in weights):
+    if not theirs or list(theirs) == classes or any(len(value) != len(theirs) for value in heads.values()):
         return
     target = model.state_dict()
     rows = [(place, theirs.index(name)) for place, name in enumerate(classes) if name in theirs]
-    for part, value in zip(('weight', 'bias'), weights):
-        head = target['head.' + part].clone()
+    for name, value in heads.items():
+        head = target[name].clone()
         if head.shape[1:] != value.shape[1:]:
             return
         for place, row in rows:
             head[place] = value[row]
-        state['head.' + part] = head
+        state[name] = head
     log_main('Head: the rows of %d of %d classes come from the file, by name' % (len(rows), len(classes)) if rows else
              'Head: left at its start; the file is of other classes (%s)' % escape_text(_shorten(theirs, 4)))
 

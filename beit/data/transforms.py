@@ -72,9 +72,9 @@ class EvalTransform:
         _, height, width = settings['input_size']
         if height != width:
             raise ValueError('not the preprocessing of a square input')
-        made = cls(height, float(settings['crop_pct']), settings['interpolation'],
-                   *(tuple(map(float, settings[name])) for name in ('mean', 'std')),
-                   crop_mode=settings.get('crop_mode', 'center'))
+        mean, std = (tuple(map(float, settings[name])) for name in ('mean', 'std'))
+        made = cls(height, float(settings['crop_pct']), settings['interpolation'], mean, std,
+                   settings.get('crop_mode', 'center'))
         made.check()
         return made
 
