@@ -245,8 +245,8 @@ move_aside() {
 figures() {
     "$PYTHON" -c 'import json, sys
 figures = json.load(open(sys.argv[1], encoding="utf-8"))
-print(figures["model"], *("n/a" if figures.get(name) is None else "%.*f" % (digits, figures[name]) for name, digits in
-        (("images_per_second", 2), ("step_milliseconds", 3), ("accuracy", 3), ("loss", 4))))' "$RESULT"
+print(figures.get("model") or sys.argv[2], *("n/a" if figures.get(name) is None else "%.*f" % (digits, figures[name]) for name, digits in
+        (("images_per_second", 2), ("step_milliseconds", 3), ("accuracy", 3), ("loss", 4))))' "$RESULT" "$model"
 }
 
 final_block() {
