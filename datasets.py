@@ -63,9 +63,8 @@ def build_cifar(is_train: bool, config: InputConfig, device: Optional[torch.devi
 BUILDERS = {'IMNET': build_class_folders, 'image_folder': build_class_folders, 'CIFAR': build_cifar}
 
 
-def read_csv(is_train: bool, config: DataConfig, device: Optional[torch.device],
-                  classes: Optional[List[str]] = None, multi_label: Optional[bool] = None,
-                  missing: str = '') -> Tuple[SampleList, List[str]]:
+def read_csv(is_train: bool, config: DataConfig, device: Optional[torch.device], classes: Optional[List[str]] = None,
+             multi_label: Optional[bool] = None, missing: str = '') -> Tuple[SampleList, List[str]]:
     """Read the CSV file that the flags name; see `csv_dataset.read`."""
     missing = missing or ('error' if config.bad_images == 'error' and not config.check_data else 'unreadable')
     flag, path = locations.csv_of(is_train, config) or ('', '')
@@ -73,21 +72,22 @@ def read_csv(is_train: bool, config: DataConfig, device: Optional[torch.device],
                             multi_label, device, missing)
 
 
-def build_datasets(config: InputConfig, device: Optional[torch.device] = None, classes: Optional[List[str]] = None
-                   ) -> Tuple[Any, Any, List[str]]:
+def build_datasets(config: InputConfig, device: Optional[torch.device] = None, classes: Optional[List[str]] = None,
+                   multi_label: Optional[bool] = None) -> Tuple[Any, Any, List[str]]:
     """(training set or None, validation set or None, class names), checked against one another and --nb_classes.
 
     Args:
         device (torch.device): of this process, where all of a job call this; then the first one looks for the files.
         classes (list of str): the classes that --val_csv may name, if there is no training set.
+        multi_label (bool): likewise whether its images may have several; None: as the file has it.
     """
-    train = train_classes = val = val_classes = multi_label = None
+    train = train_classes = val = val_classes = None
     if not config.eval:
         train, train_classes = build_dataset(True, config, device)
         multi_label = subsets.is_multi_label(label_source(train))
     elif config.train_csv and config.val_csv:  # it names the classes
         listed, classes = read_csv(True, config, device, missing='ignored')
-        multi_label = listed.multi_label
+        multi_label = listed.multi_label if multi_label is None else multi_label
     if config.val_split:
         train, val, val_classes = split_validation(train, config, device)
     elif locations.needs_validation(config):
