@@ -63,9 +63,8 @@ def build_cifar(is_train: bool, config: InputConfig, device: Optional[torch.devi
 BUILDERS = {'IMNET': build_class_folders, 'image_folder': build_class_folders, 'CIFAR': build_cifar}
 
 
-def read_csv(is_train: bool, config: DataConfig, device: Optional[torch.device],
-                  classes: Optional[List[str]] = None, multi_label: Optional[bool] = None,
-                  missing: str = '') -> Tuple[SampleList, List[str]]:
+def read_csv(is_train: bool, config: DataConfig, device: Optional[torch.device], classes: Optional[List[str]] = None,
+             multi_label: Optional[bool] = None, missing: str = '') -> Tuple[SampleList, List[str]]:
     """Read the CSV file that the flags name; see `csv_dataset.read`."""
     missing = missing or ('error' if config.bad_images == 'error' and not config.check_data else 'unreadable')
     flag, path = locations.csv_of(is_train, config) or ('', '')
@@ -90,7 +89,7 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
         multi_label = subsets.is_multi_label(label_source(train))
     elif config.train_csv and config.val_csv and classes is None:  # it names the classes
         listed, classes = read_csv(True, config, device, missing='ignored')
-        multi_label = listed.multi_label
+        multi_label = listed.multi_label if multi_label is None else multi_label
     if config.val_split:
         train, val, val_classes = split_validation(train, config, device, held_out)
     elif locations.needs_validation(config):

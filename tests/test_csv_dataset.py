@@ -95,6 +95,16 @@ def test_targets_of_several_classes(several, pictures, parse):
         assert target.tolist() == [float(name in shown[os.path.basename(path)]) for name in classes]
 
 
+def test_an_evaluation_of_several_labels_may_list_one_an_image(several, pictures, parse):
+    folder, _ = pictures
+    path = write(folder / 'one.csv', [['00.png', 'red'], ['01.png', 'blue']])
+    for classes, multi_label, expected in ((['blue', 'green', 'red'], True, [[0., 0., 1.], [1., 0., 0.]]),
+                                           (['blue', 'green', 'red'], None, [2, 0])):
+        _, val, known = datasets.build_datasets(parse('--val_csv', path, '--eval', *RUN), None, classes, multi_label)
+        targets = [target.tolist() if multi_label else target for _, target in val.samples]
+        assert targets == expected and known == classes
+
+
 @pytest.mark.parametrize('content, words', (
     (b'', ('it is empty',)), (b'\n', ('lists no image',)), (b'path,label\n', ('lists no image',)),
     (b'00.png,cat\n01.png\n', ('line 2', '1 column, not 2')), (b'00.png,cat\n01.png,a,b\n', ('line 2', '3 columns')),

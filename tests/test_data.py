@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import re
+import struct
 import subprocess
 import sys
 import zipfile
@@ -301,6 +302,25 @@ def test_numbers_of_a_range_that_the_file_gives_are_scaled(tmp_path, kind, low, 
     image.save(str(tmp_path / 'a.tif'), tiffinfo=tags)
     expected = (values.astype(np.float64) - low) / (high - low) * 255
     assert_loads_as(tmp_path / 'a.tif', grey_as_rgb(np.floor(expected + 0.5)))
+
+
+def grey_tiff(path, packed, bits, photometric):
+    """Write a TIFF file of 16 x 16 packed samples by hand."""
+    tags = [(256, 16), (257, 16), (258, bits), (259, 1), (262, photometric), (273, 122), (277, 1), (278, 16),
+            (279, len(packed))]
+    entries = b''.join(struct.pack('<HHII', tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    path.write_bytes(b'II*\0' + struct.pack('<IH', 8, len(tags)) + entries + bytes(4) + packed)
+
+
+def test_twelve_bits_and_white_as_zero(tmp_path):
+    values = np.arange(256) * 16 + 15  # of 4095
+    pairs = values.reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1)
+    grey_tiff(tmp_path / 'a.tif', packed.astype(np.uint8).tobytes(), 12, 1)
+    assert_loads_as(tmp_path / 'a.tif', grey_as_rgb(np.floor(values.reshape(16, 16) * 255 / 4095 + 0.5)))
+    grey_tiff(tmp_path / 'b.tif', (RAMP.astype('<u2') * 257).tobytes(), 16, photometric=0)
+    if decode.is_image_file(str(tmp_path / 'b.tif')):  # older Pillows do not know it
+        assert_loads_as(tmp_path / 'b.tif', grey_as_rgb(255 - RAMP))
 
 
 @pytest.mark.parametrize('name, mode', [('a.tif', 'F'), ('a.tif', 'I'), ('a.im', 'F')])

@@ -24,7 +24,7 @@ import datasets
 from beit import errors
 from beit.data import decode, device_loader, device_randaugment, fast_decode
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
-from beit.data.loader import Sample, collate
+from beit.data.loader import Sample, collate, default_num_workers
 from beit.data.transforms import InterpolationMode, build_transform, check_backend
 from beit.devices import accelerator
 from beit.errors import UserError
@@ -452,6 +452,16 @@ def test_small_inputs_are_the_same_with_fast(loaders):
     exact, fast = (loaders('--input_size=32', '--data_backend=' + name)[0] for name in ('exact', 'fast'))
     exact, fast = samples_of(exact), samples_of(fast)
     assert all(torch.equal(exact[index], fast[index]) for index in range(12))
+
+
+def test_as_many_workers_as_this_process_may_use_processors(monkeypatch):
+    for allowed, workers in ((1, 1), (3, 3), (64, 10)):
+        monkeypatch.setattr(os, 'sched_getaffinity', lambda _, count=allowed: set(range(count)), raising=False)
+        assert default_num_workers() == workers
+    monkeypatch.delattr(os, 'sched_getaffinity')
+    for count, workers in ((None, 1), (4, 4)):
+        monkeypatch.setattr(os, 'cpu_count', lambda count=count: count)
+        assert default_num_workers() == workers
 
 
 def test_fast_is_refused_where_it_cannot_be(parse, monkeypatch):

@@ -414,7 +414,8 @@ DEFAULTS = dict(
     check_data=False, dist_timeout=600., data_backend='exact', eval_data_backend='exact',
     skip_dropped='auto', grad_checkpointing=False, compile=False, curves=True, report=False,
     val_split=0., max_train_samples=0, val_interval=1, early_stop=0,
-    class_names='', train_csv='', val_csv='', loss='auto', class_weights='', test_flip=False, results_file='', real_labels='',
+    class_names='', train_csv='', val_csv='',
+    loss='auto', class_weights='', test_flip=False, results_file='', real_labels='',
     freeze_backbone=False, unfreeze_epoch=0)
 
 

@@ -19,7 +19,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # bytes of text, which nothing here rea
 
 # Formats that Pillow can name but not decode by itself: stubs for other libraries, and EPS, which runs Ghostscript.
 NOT_DECODED = ('BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF')
-RANGE_TAGS = (340, 341)  # TIFF's SMinSampleValue and SMaxSampleValue
+BITS_PER_SAMPLE, PHOTOMETRIC, RANGE_TAGS = 258, 262, (340, 341)  # of TIFF; SMinSampleValue and SMaxSampleValue
 _first_page_only: List[str] = []  # what `take_first_page_only` gives; one at most
 
 
@@ -89,14 +89,17 @@ def read_up_to(max_pixels: int, read: Callable, path: str) -> Any:
 
 def _scale_to_bytes(image: Image.Image) -> Image.Image:
     """Grey numbers of 16 or 32 bits, or floats, scaled to 0 … 255; Pillow would cut them off there."""
-    low, high = 0., 65535.
-    if not image.mode.startswith('I;16') and image.format not in ('PNG', 'PPM'):  # these have 16 bits in any mode
-        tags = getattr(image, 'tag_v2', {})
+    tags = getattr(image, 'tag_v2', {})
+    if image.format in ('PNG', 'PPM', 'JPEG2000') or image.format == 'TIFF' and image.mode.startswith('I;16'):
+        low, high = 0., 2. ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    else:
         low, high = (float(np.ravel(tags[tag])[0]) if tag in tags else np.nan for tag in RANGE_TAGS)
         if not -np.inf < low < high < np.inf:
             kind = 'floats' if image.mode == 'F' else 'integers'
             raise ValueError('its numbers are %s of no known range; save it with 8 or 16 bits, or as TIFF with the '
                              'tags SMinSampleValue and SMaxSampleValue' % kind)
+    if tags.get(PHOTOMETRIC) == 0:  # white is zero; Pillow inverts 8 bits and less
+        low, high = high, low
     pixels = (np.asarray(image).astype(np.float64) - low) * (255. / (high - low))
     return Image.fromarray(np.uint8(np.clip(np.nan_to_num(pixels) + 0.5, 0, 255)))
 
