@@ -115,3 +115,26 @@ def test_enough_shared_memory_changes_nothing(monkeypatch, capsys):
     monkeypatch.setattr(shared_memory, 'FOLDER', '/nowhere')
     assert shared_memory.workers_that_fit(4, 2 ** 60) == 4
     assert capsys.readouterr().out == ''
+
+
+# ---- a checkout that cannot be written
+
+def test_a_read_only_checkout(tmp_path):
+    """Mounted so, as from a snapshot or an image: digits, logs and results go to the user's cache folder."""
+    checkout, cache = copy_checkout(str(tmp_path / 'my code')), tmp_path / 'cache'
+    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+    prefix = ['unshare', '-m', 'sh', '-c', mount, checkout]
+    if run(*prefix, 'true').returncode:
+        cannot_run('tmpfs', 'no right to mount a folder read-only here')
+    done = run(*prefix, 'bash', os.path.join(checkout, 'test', 'train_full_1p.sh'), '--data_path=demo', '--epochs=1',
+               '--maxstep=2', '--device=cpu', '--no_curves', cwd=str(tmp_path), XDG_CACHE_HOME=str(cache),
+               PYTHON=sys.executable, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    own = str(cache / 'beit')
+    lines = done.stdout.splitlines()
+    assert lines[0] == '%s is read-only; logs and results go to %s' % (checkout, own)
+    assert 'Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s/data/digits' % own in lines
+    assert os.path.isfile(os.path.join(own, 'test', 'output', '0', 'train_0.log'))
+    assert len(lines_of(os.path.join(own, 'train_result'))) == 1
+    assert sorted(os.listdir(os.path.join(own, 'data', 'digits'))) == ['train', 'val']
+    assert not {'data', 'train_result'} & set(os.listdir(checkout))
