@@ -17,6 +17,7 @@ from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
 from beit.data.image_dataset import ImageDataset, ImageFolder, label_source
 from beit.data.loader import EpochSampler, OrderedDistributedSampler, SampleDataset, SeededDataset, loader_kwargs
 from beit.data.sample_list import SampleList
+from beit.data.shared_memory import workers_that_fit
 from beit.data.transforms import EvalTransform, build_transform, image_reader, is_fast, small_input_rule
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
@@ -172,9 +173,12 @@ def build_loaders(config: InputConfig, train: Any, val: Any, device: Optional[to
     evaluation, device = EvalTransform.from_config(config), device or torch.device('cpu')
     train_loader = val_loader = None
 
+    # Those of training stay while the others load, whose batches are larger.
+    num_workers = workers_that_fit(config.num_workers, int(2.5 * config.batch_size) * 3 * config.input_size ** 2)
+
     def load(samples: SampleDataset, **options: Any) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(samples, **options, **loader_kwargs(
-            config.num_workers, config.pin_mem, config.input_size, device))
+            num_workers, config.pin_mem, config.input_size, device))
 
     if train is not None:
         sampler = EpochSampler(len(train), process_group.rank(), process_group.world_size(), config.seed)

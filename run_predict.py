@@ -31,6 +31,7 @@ from beit.data.class_folders import is_image_name
 from beit.data.device_loader import PrefetchLoader
 from beit.data.loader import SampleDataset, loader_kwargs
 from beit.data.prediction_inputs import PathDataset, PathSampler, check_inputs, common_folder
+from beit.data.shared_memory import workers_that_fit
 from beit.data.transforms import EvalTransform
 from beit.devices import accelerator, half_precision
 from beit.distributed import collectives, preemption, process_group, watchdog
@@ -266,6 +267,7 @@ def build_loader(sampler: PathSampler, preprocessing: EvalTransform, data_backen
     if workers is None:
         cores = (os.cpu_count() or 1) // process_group.world_size()
         workers = 0 if found < config.batch_size else max(1, min(8, cores))
+    workers = workers_that_fit(workers, found * 3 * preprocessing.input_size ** 2)
     options = loader_kwargs(workers, config.pin_mem, preprocessing.input_size, device)
     if 'persistent_workers' in options:
         options['persistent_workers'] = False  # there is one pass

@@ -7,6 +7,13 @@ CALLED_FROM=$PWD
 
 die() { printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2; exit 2; }
 
+# Where logs, results and .venv go: the project's folder, or the user's cache where that is read-only.
+HOME_FOLDER=$ROOT
+if [ ! -w "$ROOT" ]; then
+    HOME_FOLDER=${XDG_CACHE_HOME:-$HOME/.cache}/beit
+    mkdir -p "$HOME_FOLDER" || die "$ROOT is read-only, and $HOME_FOLDER cannot be made"
+fi
+
 # The header comment of the calling script is its help.
 show_help() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"; }
 
@@ -61,7 +68,7 @@ if sys.prefix != sys.base_prefix: print(sysconfig.get_paths()["purelib"])' \
 
 # make_venv BASE: $VENV with the packages of $REQUIREMENTS, made from the Python BASE.
 make_venv() {
-    local torch
+    local torch reason
     echo "Installing $(basename "$REQUIREMENTS") into $VENV, once; this takes a few minutes ($1 lacks packages)"
     torch=$("$1" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)
     rm -rf "$VENV"
@@ -70,14 +77,15 @@ make_venv() {
         echo "The torch $torch of $1 does not go with $(basename "$REQUIREMENTS"); installing another"
         rm -rf "$VENV"
     fi
-    "$1" -m venv "$VENV" >/dev/null 2>&1 || die "$1 cannot make a virtual environment at $VENV;" \
-        "install its venv module (apt-get install python3-venv), or name another Python with PYTHON="
+    reason=$("$1" -m venv "$VENV" 2>&1) || die "$1 cannot make a virtual environment at $VENV" \
+        "($(tail -n 1 <<<"$reason")); install its venv module (apt-get install python3-venv) where it has none," \
+        "or name another Python with PYTHON="
     [ -z "$LOWEST" ] || lowest_versions >"$VENV/constraints.txt"
     install "$REQUIREMENTS" || die "pip could not install $(basename "$REQUIREMENTS"); see $VENV/install.log," \
         "or name a Python that has the packages with PYTHON="
 }
 
-VENV=$ROOT/.venv REQUIREMENTS=$ROOT/requirements.txt LOWEST=
+VENV=$HOME_FOLDER/.venv REQUIREMENTS=$ROOT/requirements.txt LOWEST=
 
 # choose_python [MODULE…]: set PYTHON to the first that has the packages: $PYTHON itself, the running Python, .venv.
 choose_python() {
@@ -86,7 +94,7 @@ choose_python() {
         command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: no such program"
         # shellcheck disable=SC2086
         has_packages "$PYTHON" $PACKAGES || die "PYTHON=$PYTHON lacks packages, or its torch, torchvision and numpy do not" \
-            "go together; run: $PYTHON -m pip install -r requirements.txt, or leave PYTHON= out"
+            "go together; run: $PYTHON -m pip install -r $ROOT/requirements.txt, or leave PYTHON= out"
         return
     fi
     local base
@@ -100,7 +108,7 @@ choose_python() {
 # choose_stack 1.5|1.8|2.1: set PYTHON to a virtual environment of that PyTorch, made where it is missing.
 choose_stack() {
     local base
-    VENV=$ROOT/.venv-$1 PYTHON=$ROOT/.venv-$1/bin/python
+    VENV=$HOME_FOLDER/.venv-$1 PYTHON=$HOME_FOLDER/.venv-$1/bin/python
     case $1 in
         1.5|1.8) REQUIREMENTS=$ROOT/$1_requirements.txt ;;
         2.1) LOWEST=yes ;;
@@ -302,6 +310,7 @@ launch() {
         || die "--nnodes $nnodes needs --master_addr and --master_port, those of node 0, the same on every machine"
     RANK_SIZE=$((nproc_per_node * nnodes))
 
+    [ "$HOME_FOLDER" = "$ROOT" ] || echo "$ROOT is read-only; logs and results go to $HOME_FOLDER"
     choose_python
     if [ "$device" = auto ]; then
         # torch_npu can't be imported, and so no NPU found, before CANN is set up.
@@ -319,7 +328,7 @@ sys.stderr.write(accelerator.npu_unused_reason("auto", device))') || exit 2
 
     case $kind in full) suffix=acc log=train_0 ;; performance) suffix=perf log=train_0_perf ;; eval) suffix=eval log=train_0_eval ;; esac
     [ "$node_rank" = 0 ] || log=${log}_node$node_rank
-    LOG_DIR=$ROOT/test/output/0
+    LOG_DIR=$HOME_FOLDER/test/output/0
     mkdir -p "$LOG_DIR" || die "cannot make $LOG_DIR"
     open_logs "$log" "${model}_bs${batch_size}_${RANK_SIZE}p_$suffix"
     [ "$node_rank" = 0 ] || SUMMARY=
@@ -369,7 +378,7 @@ set_preset() {
     # 5 epochs of warm-up; a run that the user makes as short as that warms up for half of it.
     preset+=("--warmup_epochs=$((epochs > 5 ? 5 : epochs / 2))")
     case $kind in
-        full) given output_dir || output_dir=./train_result ;;
+        full) given output_dir || output_dir=${HOME_FOLDER/#"$ROOT"/.}/train_result ;;
         performance) preset+=(--maxstep=50 --disable_eval_during_finetuning --no_save_ckpt) ;;
     esac
     if [ "$kind" != eval ] && ! given finetune && [ -z "$digits$resume" ]; then

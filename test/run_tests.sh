@@ -50,7 +50,7 @@ cd "$ROOT" || exit 2
 case $ci$stack in yes1.5) marks="not current_only" ;; yes1.8) marks=computes ;; esac
 [ -z "$marks" ] || left_out+=(-m "$marks")
 extras=()
-[ $tool != pytest ] || [ "$VENV" != "$ROOT/.venv" ] || extras=(matplotlib tensorboard onnx onnxscript onnxruntime transformers)
+[ $tool != pytest ] || [ "$VENV" != "$HOME_FOLDER/.venv" ] || extras=(matplotlib tensorboard onnx onnxscript onnxruntime transformers)
 choose_python $tool ${extras[@]+"${extras[@]}"}
 if ! "$PYTHON" -c "import ${tool/ruff/ruff, mypy}" 2>/dev/null; then
     [ "$PYTHON" = "$VENV/bin/python" ] \

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from helpers import NANO, ROOT, copy_checkout, environment, lines_of
+from helpers import NANO, ROOT, cannot_run, copy_checkout, environment, lines_of
 
 pytestmark = pytest.mark.current_only
 PROGRAMS = ('run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py')
@@ -76,3 +76,65 @@ def test_the_fewest_files_that_are_allowed_are_enough(data, tmp_path):
         done = run(sys.executable, 'run_class_finetuning.py', '--data_path=' + data, *NANO[:-2], '--device=cpu', *flags,
                    '--epochs=1', '--warmup_epochs=0', '--batch_size=4', '--output_dir=' + output, limit=(256, 256))
         assert done.returncode == 0, done.stderr
+
+
+# ---- shared memory
+
+@pytest.fixture
+def small_shm():
+    """small_shm(kilobytes): the words in front of a command that give it a /dev/shm of that size."""
+    def prefix(kilobytes):
+        mount = 'mount -t tmpfs -o size=%dk none /dev/shm && exec "$@"' % kilobytes
+        words = ['unshare', '-m', 'sh', '-c', mount, 'sh']
+        if not os.path.isdir('/dev/shm') or run(*words, 'true').returncode:
+            cannot_run('tmpfs', 'no right to mount a small /dev/shm here')
+        return words
+    return prefix
+
+
+@pytest.mark.parametrize('processes', (1, 2))
+@pytest.mark.parametrize('kilobytes, workers', [(2048, 1), (16, 0)])
+def test_fewer_loader_processes_where_shared_memory_is_small(data, tmp_path, small_shm, kilobytes, workers, processes):
+    """Docker gives 64 MB, which ten of the default batch don't fit into; they were killed by a bus error."""
+    output = str(tmp_path / 'output')
+    launcher = ['-m', 'beit.distributed.launcher', '--nproc_per_node=2'] if processes == 2 else []
+    done = run(*small_shm(kilobytes * processes), sys.executable, *launcher, 'run_class_finetuning.py', *NANO,
+               '--data_path=' + data, '--output_dir=' + output, '--num_workers=10', '--epochs=2', '--warmup_epochs=0',
+               '--batch_size=4', '--input_size=128')
+    assert done.returncode == 0, done.stderr
+    assert len(lines_of(output)) == 2
+    line, = [line for line in done.stdout.splitlines() if '/dev/shm' in line]
+    assert ' %d loader processes, not of 10' % workers in line
+
+
+def test_enough_shared_memory_changes_nothing(monkeypatch, capsys):
+    from beit.data import shared_memory
+    if not os.path.isdir('/dev/shm'):
+        cannot_run('linux', 'no /dev/shm')
+    assert shared_memory.workers_that_fit(4, 1000) == 4
+    monkeypatch.setattr(shared_memory, 'FOLDER', '/nowhere')
+    assert shared_memory.workers_that_fit(4, 2 ** 60) == 4
+    assert capsys.readouterr().out == ''
+
+
+# ---- a checkout that cannot be written
+
+def test_a_read_only_checkout(tmp_path):
+    """Mounted so, as from a snapshot or an image: digits, logs and results go to the user's cache folder."""
+    checkout, cache = copy_checkout(str(tmp_path / 'my code')), tmp_path / 'cache'
+    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+    prefix = ['unshare', '-m', 'sh', '-c', mount, checkout]
+    if run(*prefix, 'true').returncode:
+        cannot_run('tmpfs', 'no right to mount a folder read-only here')
+    done = run(*prefix, 'bash', os.path.join(checkout, 'test', 'train_full_1p.sh'), '--data_path=demo', '--epochs=1',
+               '--maxstep=2', '--device=cpu', '--no_curves', cwd=str(tmp_path), XDG_CACHE_HOME=str(cache),
+               PYTHON=sys.executable, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    own = str(cache / 'beit')
+    lines = done.stdout.splitlines()
+    assert lines[0] == '%s is read-only; logs and results go to %s' % (checkout, own)
+    assert 'Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s/data/digits' % own in lines
+    assert os.path.isfile(os.path.join(own, 'test', 'output', '0', 'train_0.log'))
+    assert len(lines_of(os.path.join(own, 'train_result'))) == 1
+    assert sorted(os.listdir(os.path.join(own, 'data', 'digits'))) == ['train', 'val']
+    assert not {'data', 'train_result'} & set(os.listdir(checkout))

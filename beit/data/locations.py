@@ -14,7 +14,8 @@ from beit.data.class_folders import is_image_name
 from beit.data.transforms import SMALL_INPUT
 from beit.errors import UserError, escape_text, unknown_value_error
 from beit.log import log_main
-from beit.paths import project_root
+from beit.paths import cache_folder, project_root
+
 
 def write_digits(root: str) -> None:
     """Write scikit-learn's UCI handwritten digits as an image folder: 1,797 scans, 10 classes, stratified 80/20.
@@ -46,32 +47,25 @@ def write_digits(root: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _digits_folder() -> str:
-    """data/digits of the project or, where that can't be written, of the user's cache folder."""
-    folder = os.path.join(project_root(), 'data')
-    if os.path.isdir(os.path.join(folder, 'digits')) or os.access(
-            folder if os.path.isdir(folder) else project_root(), os.W_OK):
-        return os.path.join(folder, 'digits')
-    cache = os.environ.get('XDG_CACHE_HOME', '')
-    cache = cache if os.path.isabs(cache) else os.path.join(os.path.expanduser('~'), '.cache')
-    return os.path.join(cache, 'beit-pytorch', 'digits')
-
-
 def resolve_data_path(data_path: str) -> str:
     """The folder of --data_path; `demo` is the folder of the digits, written on first use."""
     if data_path != 'demo':
         return data_path
-    root = _digits_folder()
-    if not os.path.isdir(os.path.join(root, 'val')):
+    roots = [os.path.join(folder, 'data', 'digits') for folder in (project_root(), cache_folder())]
+    for root in roots:
+        if os.path.isdir(os.path.join(root, 'val')):
+            return root
+    for root in roots:  # the second where the project is read-only
         try:
             write_digits(root)
+            log_main('Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s' % escape_text(root))
+            return root
         except ImportError:
             raise UserError('--data_path demo needs scikit-learn; run: pip install scikit-learn') from None
         except OSError as error:
-            raise UserError('--data_path demo: cannot write the digits to %s (%s)'
-                            % (escape_text(root), error.strerror or error)) from None
-        log_main('Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s' % root)
-    return root
+            reason = error.strerror or error
+    raise UserError('--data_path demo: the digits can be written neither to %s nor to %s (%s)'
+                    % (escape_text(roots[0]), escape_text(roots[1]), reason))
 
 
 def check_paths(config: InputConfig) -> None:
