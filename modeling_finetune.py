@@ -347,22 +347,6 @@ class VisionTransformer(nn.Module):
         return self.head(self.forward_features(x))
 
 
-def _beit(architecture: Dict[str, int], pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Build a registered model: the architecture, then whatever the caller sets over it."""
-    if pretrained:
-        raise ValueError('pretrained=True: give the weights file to --finetune, or call '
-                         'beit.checkpoint.pretrained.load_pretrained')
-    settings = dict(architecture, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))  # type: Dict[str, Any]
-    settings.update((name, value) for name, value in kwargs.items()
-                    if not name.startswith('pretrained_cfg') and name != 'cache_dir')  # what timm's create_model adds
-    model = VisionTransformer(**settings)
-    model.default_cfg = dict(
-        url='', num_classes=model.num_classes, input_size=(3,) + model.patch_embed.img_size, pool_size=None,
-        crop_pct=.9, interpolation='bicubic', mean=INPUT_MEAN, std=INPUT_STD,
-        first_conv='patch_embed.proj', classifier='head')
-    return model
-
-
 _BASE = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
 _LARGE = dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16)
 MODELS = {
@@ -376,8 +360,20 @@ MODELS = {
 
 
 def _entry_point(name: str) -> Callable:
+    """The function that builds a registered model: its architecture, and whatever the caller sets over it."""
     def create(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-        return _beit(MODELS[name], pretrained, **kwargs)
+        if pretrained:
+            raise ValueError('pretrained=True: give the weights file to --finetune, or call '
+                             'beit.checkpoint.pretrained.load_pretrained')
+        settings = dict(MODELS[name], qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))  # type: Dict[str, Any]
+        settings.update((key, value) for key, value in kwargs.items()
+                        if not key.startswith('pretrained_cfg') and key != 'cache_dir')  # what timm's create_model adds
+        model = VisionTransformer(**settings)
+        model.default_cfg = dict(
+            url='', num_classes=model.num_classes, input_size=(3,) + model.patch_embed.img_size, pool_size=None,
+            crop_pct=.9, interpolation='bicubic', mean=INPUT_MEAN, std=INPUT_STD,
+            first_conv='patch_embed.proj', classifier='head')
+        return model
 
     create.__name__ = create.__qualname__ = name
     return create

@@ -97,8 +97,7 @@ class StepMonitor:
         return self.votes
 
     def grad_factor(self) -> float:
-        """What makes of gradients that are a sum over the images, divided by all files, a mean over the images that all
-        processes read; 0 without one."""
+        """What turns a sum over images that was divided by all files into a mean over those read; 0 without any."""
         _, _, images, files = (sum(column) for column in zip(*self.wait()))
         return files / images if images else 0.
 
@@ -243,10 +242,10 @@ class CheckpointMonitor(StepMonitor):
         self.stop(number, epoch, steps)
 
     def stop(self, number: int, epoch: int, steps: int) -> None:
-        where = 'after update %d of epoch %d' % (steps, epoch)
+        outcome = 'nothing was saved, for want of --output_dir (or by --no_save_ckpt)'
         if self.saves:
-            raise preemption.Stopped(number, 'stopped by %s %s; saved %s; the same command%s goes on from there' % (
-                preemption.name(number), where, os.path.join(self.output.output_dir, self.run_state.file_name()),
-                '' if self.output.auto_resume else ' with --auto_resume'))
-        raise preemption.Stopped(number, 'stopped by %s %s; nothing was saved, for want of --output_dir (or by '
-                                         '--no_save_ckpt)' % (preemption.name(number), where))
+            outcome = 'saved %s; the same command%s goes on from there' % (
+                os.path.join(self.output.output_dir, self.run_state.file_name()),
+                '' if self.output.auto_resume else ' with --auto_resume')
+        raise preemption.Stopped(number, 'stopped by %s after update %d of epoch %d; %s' % (
+            preemption.name(number), steps, epoch, outcome))
