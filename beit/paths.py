@@ -10,5 +10,7 @@ def project_root() -> str:
 
 def cache_folder() -> str:
     """The user's folder for what the project keeps where its own cannot be written."""
-    caches = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    caches = os.environ.get('XDG_CACHE_HOME', '')
+    if not os.path.isabs(caches):
+        caches = os.path.join(os.path.expanduser('~'), '.cache')
     return os.path.join(caches, 'beit')
