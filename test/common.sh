@@ -235,7 +235,7 @@ field() {
 final_block() {
     local fps accuracy
     fps=$(field images_per_second); accuracy=$(field accuracy)
-    cat <<END
+    cat <<END 2>/dev/null  # nobody may be there to read it
 ------------------ Final result ------------------
 Final Performance images/sec : $fps
 Final Train Accuracy : $accuracy
@@ -257,10 +257,15 @@ END
 
 # ---- the launch
 
+# Where what reads the output goes away, as head does, the log is still written to its end.
+TEE=(tee -i)
+if tee -ip /dev/null </dev/null 2>/dev/null; then TEE=(tee -ip); fi
+
 # launch KIND DEVICES "$@": KIND is full, performance or eval; the arguments are the user's.
 launch() {
     local kind=$1 started status how results tee_option=() preset=() suffix log
     nproc_per_node=$2; shift 2
+    trap '' PIPE
     parse_options "$@"
 
     [ -n "$data_path" ] || { [ "$kind" = eval ] && [ -n "$eval_data_path" ]; } \
@@ -379,9 +384,9 @@ run_logged() {
         # A person watches: Python draws a bar there, says what is for people, and sends all its words to the log.
         export BEIT_TERMINAL
         case ${1:-} in -a) ;; *) : >"$LOG" ;; esac
-        run_python </dev/null 2>&1 >>"$LOG" | tee -i -a "$LOG" >&2 &
+        run_python </dev/null 2>&1 >>"$LOG" | "${TEE[@]}" -a "$LOG" >&2 &
     else
-        run_python </dev/null 2>&1 | tee -i "$@" "$LOG" &
+        run_python </dev/null 2>&1 | "${TEE[@]}" "$@" "$LOG" &
     fi
     set +m
     run=$(jobs -p %%)
