@@ -260,7 +260,7 @@ print(figures.get("model") or sys.argv[2], *("n/a" if figures.get(name) is None 
 final_block() {
     local network fps milliseconds accuracy loss
     read -r network fps milliseconds accuracy loss < <(figures)
-    cat <<END
+    cat <<END 2>/dev/null  # nobody may be there to read it
 ------------------ Final result ------------------
 Final Performance images/sec : $fps
 Final Train Accuracy : $accuracy
@@ -282,10 +282,15 @@ END
 
 # ---- the launch
 
+# Where what reads the output goes away, as head does, the log is still written to its end.
+TEE=(tee -i)
+if tee -ip /dev/null </dev/null 2>/dev/null; then TEE=(tee -ip); fi
+
 # launch KIND DEVICES "$@": KIND is full, performance or eval; the arguments are the user's.
 launch() {
     local kind=$1 started status how preset=() suffix log
     nproc_per_node=$2; shift 2
+    trap '' PIPE
     parse_options "$@"
 
     [ -n "$data_path" ] || { [ "$kind" = eval ] && [ -n "$eval_data_path" ]; } \
@@ -407,9 +412,9 @@ run_logged() {
     if [ -t 1 ] && { BEIT_TERMINAL=$(tty <&4); } 4>&1 && [ "${TERM:-dumb}" != dumb ] && has_module tqdm; then
         # A person watches: Python draws a bar there, says what is for people, and sends all its words to the log.
         export BEIT_TERMINAL
-        run_python </dev/null 2>&1 >>"$LOG" | tee -i -a "$LOG" >&2 &
+        run_python </dev/null 2>&1 >>"$LOG" | "${TEE[@]}" -a "$LOG" >&2 &
     else
-        run_python </dev/null 2>&1 | tee -i -a "$LOG" &
+        run_python </dev/null 2>&1 | "${TEE[@]}" -a "$LOG" &
     fi
     set +m
     run=$(jobs -p %%)

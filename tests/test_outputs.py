@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 from beit.errors import guard_cell
 from beit.outputs.prediction_writers import CsvWriter, Prediction
 from beit.training import metrics
-from helpers import PROGRAM, RUN, environment, lines_of
+from helpers import PROGRAM, RUN, TINY, copy_checkout, environment, lines_of, text
 
 pytestmark = pytest.mark.current_only
 
@@ -67,3 +68,16 @@ def test_training_goes_on_without_its_output(data, tmp_path, where, processes):
         assert done.stderr.count('standard output is gone') == 1, done.stderr
     else:
         assert done.stderr == ''
+
+
+def test_a_script_writes_its_log_where_nobody_reads_its_output(data, tmp_path):
+    checkout = copy_checkout(str(tmp_path / 'beit'))
+    done = subprocess.run(
+        ['bash', '-c', 'bash test/train_full_1p.sh "$@" | head -n 1; exit "${PIPESTATUS[0]}"', 'bash',
+         '--data_path=' + data] + TINY, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=200,
+        env=environment(OMP_NUM_THREADS='1', PYTHON=sys.executable))
+    assert done.returncode == 0, done.stderr
+    logs = os.path.join(checkout, 'test', 'output', '0')
+    assert re.search(r'^Result: ', text(os.path.join(logs, 'train_0.log')), re.M)
+    assert 'ActualFPS' in text(os.path.join(logs, 'beit_nano_patch8_32_bs4_1p_acc.log'))
+    assert os.path.isfile(os.path.join(checkout, 'train_result', 'checkpoint-best.pth'))

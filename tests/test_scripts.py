@@ -159,10 +159,14 @@ def test_the_published_hyper_parameters_are_the_defaults(stand_in, weights, pars
         assert arguments[:2] == ['-u', 'run_class_finetuning.py']
         arguments = arguments[1:]
     args = parse(*arguments[1:])
-    assert (args.data_path, args.model, args.batch_size) == (data, 'beit_base_patch16_224', 64)
-    assert (args.epochs, args.warmup_epochs, args.update_freq, args.lr) == (30, 5, 1, 2e-5)
-    assert (args.layer_decay, args.drop_path, args.weight_decay) == (0.85, 0.1, 1e-8)
     kind = script.split('_')[1]
+    assert (args.data_path, args.model, args.batch_size) == (data, 'beit_base_patch16_224', 64)
+    assert (args.epochs, args.warmup_epochs, args.update_freq) == (30, 5, 1)
+    if kind == 'eval':  # its checkpoint says what it is of
+        assert args.given == {'data_path', 'batch_size', 'epochs', 'device', 'output_dir', 'eval', 'warmup_epochs',
+                              'resume'}
+    else:
+        assert (args.lr, args.layer_decay, args.drop_path, args.weight_decay) == (2e-5, 0.85, 0.1, 1e-8)
     assert args.eval == (kind == 'eval')
     assert args.maxstep == (50 if kind == 'performance' else 0)
     assert args.output_dir == ('./train_result' if kind == 'full' else '')
@@ -287,11 +291,13 @@ def test_a_log_belongs_to_a_run_whose_script_was_killed(stand_in, weights, check
 
 @has_proc
 def test_two_scripts_do_not_share_an_output_folder(checkout, data):
-    first = start_script(checkout, 'train_full_1p', '--data_path=' + data, *TINY, '--epochs=100000', MARK=checkout)
+    real = {'PYTHON': sys.executable}  # the lock of the log is handed on to it
+    first = start_script(checkout, 'train_full_1p', '--data_path=' + data, *TINY, '--epochs=100000', MARK=checkout,
+                         **real)
     try:
         assert any('Epoch: [1]' in line for line in first.stdout)
         logged = text(output(checkout, 'train_0.log'))
-        run = run_script(checkout, 'train_full_1p', '--data_path=' + data, *TINY)
+        run = run_script(checkout, 'train_full_1p', '--data_path=' + data, *TINY, **real)
         fails(run, '--output_dir ', 'train_result: process ', ' writes there')
         assert output(checkout, 'train_0-2.log') in run.err
         assert text(output(checkout, 'train_0.log')).startswith(logged)

@@ -1,9 +1,8 @@
 """What processes tell one another."""
 
-import collections
 import json
 import time
-from typing import Any, Callable, Deque, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -13,16 +12,12 @@ from beit.distributed import process_group
 from beit.errors import UserError
 
 ALIVE_SECONDS = 0.3  # between two signs of life; less than any --dist_timeout
-# The newest collectives' tensors. gloo's thread lets go of them a moment after the wait ends; were Python's reference
-# gone by then, it would free them under Python's lock, and a loader that is forked in that moment would hang.
-_kept: Deque[Any] = collections.deque(maxlen=2)
 BLOCK = 1 << 26  # bytes that are sent at once; they go as int32, which HCCL surely knows
 
 
 def _gather(tensor: torch.Tensor) -> List[torch.Tensor]:
     """The tensor of every process, in their order and on the CPU; all have one shape."""
     gathered = [torch.zeros_like(tensor) for _ in range(process_group.world_size())]
-    _kept.append([tensor, gathered])
     with process_group.waiting():
         dist.all_gather(gathered, tensor)
         return [each.cpu() for each in gathered]
@@ -46,7 +41,6 @@ def all_gather_async(numbers: Sequence[int], device: torch.device) -> Callable[[
         return lambda: all_gather_numbers(numbers, device)
     mine = torch.tensor(numbers, dtype=torch.float32)
     gathered = [torch.zeros_like(mine) for _ in range(process_group.world_size())]
-    _kept.append([mine, gathered])
     work = dist.all_gather(gathered, mine, group=process_group.host_groups[-1], async_op=True)
 
     def answers() -> List[List[Any]]:
@@ -59,7 +53,8 @@ def all_gather_async(numbers: Sequence[int], device: torch.device) -> Callable[[
 def _to_int32(data: bytes, device: torch.device) -> torch.Tensor:
     """Bytes, filled up with zeros to a multiple of four, as numbers."""
     numbers = np.frombuffer(data.ljust(len(data) + 3 & ~3, b'\0'), np.int32)
-    return torch.from_numpy(numbers.copy()).clone().to(device)  # not memory of NumPy's, for the reason of `_kept`
+    # Not memory of NumPy's: gloo's thread would free it through Python, and a loader forked in that moment hang (3.8).
+    return torch.from_numpy(numbers.copy()).clone().to(device)
 
 
 def all_gather_json(value: Any, device: torch.device) -> List[Any]:
@@ -100,7 +95,6 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def _broadcast(tensor: torch.Tensor) -> torch.Tensor:
-    _kept.append(tensor)
     with process_group.waiting():
         dist.broadcast(tensor, 0)
     return tensor
@@ -158,7 +152,6 @@ def all_reduce_sum(counts: Sequence[int], total: float, device: torch.device) ->
     if process_group.world_size() == 1:
         return tuple(counts) + (total,)
     whole = torch.tensor(counts, dtype=torch.int64, device=device)
-    _kept.append(whole)
     with process_group.waiting():
         dist.all_reduce(whole)
     # A float64 as the sum of two float32 keeps 48 of its 53 bits; each process adds the parts in the same order.

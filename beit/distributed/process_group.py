@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -45,8 +45,22 @@ def set_wait_hook(hook: Callable[[], Any]) -> None:
     _wait_hook = hook
 
 
-def waiting() -> Any:
-    return _wait_hook()
+_last_wait = 0.  # when the last collective ended
+FORK_PAUSE = 0.02  # seconds
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Around each collective."""
+    global _last_wait
+    with _wait_hook():
+        yield
+    _last_wait = time.monotonic()
+
+
+def _pause_before_fork() -> None:
+    """gloo's threads take Python's lock a moment after a collective; a child forked then waits for it for ever."""
+    time.sleep(max(0., _last_wait + FORK_PAUSE - time.monotonic()))
 
 
 def barrier() -> None:
@@ -165,6 +179,7 @@ def init_distributed_mode(config: DistributedConfig) -> torch.device:
     except (RuntimeError, ValueError, OSError) as error:
         shown = '--master_addr %s --master_port %s' % (host, port) if address == 'env://' else '--dist_url ' + address
         raise rendezvous_error(shown, '%d processes did not find one another' % processes, error) from None
+    os.register_at_fork(before=_pause_before_fork)
     barrier()
     return device
 
