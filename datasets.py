@@ -12,6 +12,7 @@ from torchvision import datasets as torchvision_datasets
 
 from beit.config import DataConfig, InputConfig
 from beit.data import csv_dataset, locations, subsets
+from beit.data.class_folders import tell_similar_names
 from beit.data.decode import UnreadableImage
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
 from beit.data.image_dataset import ImageDataset, ImageFolder, label_source
@@ -107,6 +108,7 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
                             'the images to evaluate with these' % (escape_text(config.train_csv), differ))
         raise UserError('--data_path: train and val must name the same classes; %s' % differ)
     classes = train_classes or val_classes or []
+    tell_similar_names(classes)
     if train is not None and config.max_train_samples:
         train = limit_samples(train, config)
     if config.nb_classes and config.nb_classes != len(classes):

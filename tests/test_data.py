@@ -506,21 +506,28 @@ def test_whatever_pillow_reads_is_read_and_the_rest_is_told(image_folder, parse,
     assert sorted(found) == sorted(list(names) + ['000.png']) and len(train) == len(found) + 1
     assert all(train.load(path).size == (32, 32) for path, _ in train.samples)
     line, = capsys.readouterr().out.splitlines()
-    assert line.startswith('%s/train: %d files or folders (7 hidden' % (root, len(rest))) and '--check_data' in line
-    for part in ('2 .txt', '1 .mp4', '2 beside the class folders'):
+    assert line.startswith('%s/train: %d files or folders are not used (7 hidden' % (root, len(rest)))
+    for part in ('--check_data', '2 .txt', '1 .mp4', '2 beside the class folders'):
         assert part in line
     assert unreadable.check_data((train, val), 0, '') == 0
     lines = capsys.readouterr().out.splitlines()
     assert dict(line.split('\tnot used: ') for line in lines[:-1]) == {
         os.path.join(root, name): reason for name, reason in rest.items()}
-    assert lines[-1] == 'Checked %d images: 0 cannot be read, %d files or folders are not used' % (
-        len(train) + len(val), len(rest))
+    assert lines[-1].startswith('Checked %d images: 0 cannot be read; %d files or folders are not used (7 hidden, ' % (
+        len(train) + len(val), len(rest)))
 
 
 def test_a_class_of_files_that_are_no_images_says_what_it_holds(tmp_path):
     make_files(tmp_path, **{'cat/a.txt': b'x', 'cat/b.mp4': b'x'})
-    with pytest.raises(UserError, match='no image in the class folder .*cat; not used there: 2 .*1 .mp4'):
+    with pytest.raises(UserError, match='no image in the class folder .*cat; 2 files or folders are not used .*1 .mp4'):
         datasets.ImageFolder(str(tmp_path))
+
+
+def test_class_names_that_are_nearly_the_same_are_told(image_folder, parse, capsys):
+    root = image_folder(train=1, val=1, classes=('Cat', 'cat', 'big dog', 'Big  Dog', 'bird'))
+    assert len(datasets.build_datasets(parse('--data_path', root, *NANO))[2]) == 5
+    line, = capsys.readouterr().out.splitlines()
+    assert 'Big  Dog, big dog; Cat, cat' in line and 'bird' not in line
 
 
 def test_class_names_are_compared_in_one_unicode_form(image_folder, parse):

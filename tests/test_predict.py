@@ -521,11 +521,11 @@ def test_what_is_no_image_is_told_and_the_rest_is_read(tmp_path, capsys):
     assert sampler.first(9) == 4 and capsys.readouterr().out == ''
     assert names_of([path for _, path in sampler], tmp_path) == ['a.jfif', 'b.gif', 'sub/c.jpe', 'sub/none']
     line = capsys.readouterr().out
-    assert line.startswith('6 files or folders (2 ') and line.endswith(') are not used\n')
+    assert line.startswith('6 files or folders are not used (2 ') and line.endswith(')\n')
     for part in ('2 .txt', '2 hidden', '1 .mp4', '1 without an ending'):
         assert part in line
     make_tree(tmp_path / 'films', ['d.mp4'])
-    with pytest.raises(UserError, match='films: there is no image in it; not used: 1 files or folders .1 .mp4'):
+    with pytest.raises(UserError, match='films: there is no image in it; 1 file or folder is not used .1 .mp4'):
         prediction_inputs.PathSampler([str(tmp_path / 'films')]).first(1)
     list(prediction_inputs.PathSampler([str(tmp_path / '[!f]*')]))
     assert '6 files or folders' in capsys.readouterr().out

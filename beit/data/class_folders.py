@@ -131,10 +131,23 @@ def extension_of(path: str) -> str:
 
 
 def describe_unused(reasons: Iterable[str]) -> str:
-    """'12 files or folders (7 .txt, 5 hidden)'; printable."""
+    """'12 files or folders are not used (7 .txt, 5 hidden)'; printable."""
     counts = collections.Counter(reasons)
     kinds = ['%d %s' % (count, escape_text(reason)) for reason, count in counts.most_common(6)]
-    return '%d files or folders (%s)' % (sum(counts.values()), ', '.join(kinds + ['…'] * (len(counts) > 6)))
+    total = sum(counts.values())
+    return '%d file%s or folder%s not used (%s)' % (
+        total, *(('s', 's are') if total > 1 else ('', ' is')), ', '.join(kinds + ['…'] * (len(counts) > 6)))
+
+
+def tell_similar_names(classes: Sequence[str]) -> None:
+    """Log a line where names differ in upper and lower case or blanks only: most often they are one class."""
+    groups = collections.defaultdict(list)
+    for name in classes:
+        groups[''.join(name.casefold().split())].append(escape_text(name))
+    similar = [group for group in groups.values() if len(group) > 1]
+    if similar:
+        log_main('Classes whose names differ in upper and lower case or blanks only: %s%s' % (
+            '; '.join(map(', '.join, similar[:3])), ' …' if len(similar) > 3 else ''))
 
 
 def normalize(name: str) -> str:

@@ -266,8 +266,8 @@ class _Labels:
 def _check_duplicates(file: CsvFile, samples: SampleList, lines: Sequence[int], is_multi: bool) -> None:
     hashes = np.fromiter((hash(samples.name(index)) for index in range(len(samples))), np.int64, len(samples))
     order = np.argsort(hashes, kind='stable')
-    for place in np.flatnonzero(np.diff(hashes[order]) == 0).tolist():
-        first, second = order[place:place + 2].tolist()
+    for position in np.flatnonzero(np.diff(hashes[order]) == 0).tolist():
+        first, second = order[position:position + 2].tolist()
         if samples.name(first) == samples.name(second):
             raise file.error(lines[second], '%s stands in line %d already; list each image once%s' % (
                 escape_text(samples.name(first)), lines[first],
@@ -286,7 +286,7 @@ def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_e
     folders: Dict[str, array.array] = {}
     for index in range(len(samples)):
         folders.setdefault(os.path.dirname(samples.path(index)), array.array('q')).append(index)
-    renamed, lost = {}, []
+    renamed, absent = {}, []
     for folder, indices in folders.items():
         keep_alive()
         there = np.zeros(0, dtype=np.int64)
@@ -298,13 +298,13 @@ def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_e
             spelling = next((each for each in _spellings(name)
                              if os.path.lexists(os.path.join(samples.root, each))), None)
             if spelling is None:
-                lost.append(index)
+                absent.append(index)
             elif spelling != name:
                 renamed[index] = spelling
-    if lost and must_exist:
-        raise file.error(lines[lost[0]], 'there is no file %s%s; paths begin at %s (--data_path names another folder)' %
-                         (escape_text(samples.path(lost[0])), ', and %d more are missing' % (len(lost) - 1)
-                          if len(lost) > 1 else '', escape_text(samples.root) or '.'))
+    if absent and must_exist:
+        raise file.error(lines[absent[0]], 'there is no file %s%s; paths begin at %s (--data_path names another folder)' %
+                         (escape_text(samples.path(absent[0])), ', and %d more are missing' % (len(absent) - 1)
+                          if len(absent) > 1 else '', escape_text(samples.root) or '.'))
     if renamed:
         log_main('%s: spells %d paths otherwise than the file system (\\ for /, or accents); their files were found'
                  % (file.name, len(renamed)))

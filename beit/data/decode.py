@@ -15,7 +15,7 @@ from beit.files.regular_file import open_file
 # Pillow refuses images of more than 179 million pixels. From half as many on it warns, in each worker and without the
 # file's name.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
-PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # bytes of text, which nothing here reads; 1 MiB refuses some tools' pictures
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # bytes of text, which nothing here reads; Pillow refuses more than 1 MiB
 
 # Formats that Pillow can name but not decode by itself: stubs for other libraries, and EPS, which runs Ghostscript.
 NOT_DECODED = ('BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF')

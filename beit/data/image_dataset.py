@@ -88,9 +88,9 @@ class ImageFolder(ImageDataset):
         if empty:
             raise UserError('%s: no image in the class folder%s %s%s; add images or remove the folder' % (
                 flag, 's' if len(empty) > 1 else '', ', '.join(empty[:3]),
-                '; not used there: ' + describe_unused(reasons) if reasons else ''))
+                '; ' + describe_unused(reasons) if reasons else ''))
         if reasons:
-            log_main('%s: %s are not used; --check_data lists them' % (shown, describe_unused(reasons)))
+            log_main('%s: %s; --check_data lists them' % (shown, describe_unused(reasons)))
 
 
 def image_name(dataset: Any, index: int) -> str:

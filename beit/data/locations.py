@@ -90,9 +90,9 @@ def check_class_folders(config: InputConfig) -> None:
     for is_train in in_folders if config.data_path != 'demo' else ():
         flag, root = split_root(is_train, config)
         if not os.path.isdir(root):
-            given = getattr(config, flag[2:])
+            folder = getattr(config, flag[2:])
             raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s' % (
-                flag, escape_text(given), escape_text(root), _layout_remedy(given, is_train)
+                flag, escape_text(folder), escape_text(root), _layout_remedy(folder, is_train)
                 + ('' if is_train or config.eval_data_path else
                    '; or --val_split 0.1 takes a tenth of the training images for it')))
 

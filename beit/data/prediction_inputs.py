@@ -110,7 +110,7 @@ class PathSampler(torch.utils.data.Sampler):
                 self.requested.append((number, path))
                 yield number, path
         if unused:
-            log_main('%s are not used' % describe_unused(unused.elements()))
+            log_main(describe_unused(unused.elements()))
 
     def take(self, count: int) -> List[Tuple[int, str]]:
         """The next `count` that were requested."""
@@ -128,7 +128,7 @@ class PathSampler(torch.utils.data.Sampler):
         if not found:
             raise UserError('%s: there is no image in it%s' % (
                 ', '.join(map(escape_text, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else ''),
-                '; not used: ' + describe_unused(unused.elements()) if unused else ''))
+                '; ' + describe_unused(unused.elements()) if unused else ''))
         return found
 
 

@@ -7,6 +7,7 @@ import signal
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Deque, Dict, Iterable, Iterator, Optional, Sequence, Set, Tuple
 
+from beit.data.class_folders import describe_unused
 from beit.data.decode import UnreadableImage
 from beit.data.image_dataset import image_name
 from beit.distributed import process_group
@@ -112,7 +113,7 @@ def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> int:
     for path, reason in unused.items():
         log_main('%s\tnot used: %s' % (escape_text(path), escape_text(reason)))
     log_main('Checked %d images: %d cannot be read%s' % (
-        total, len(bad), ', %d files or folders are not used' % len(unused) if unused else ''))
+        total, len(bad), '; ' + describe_unused(unused.values()) if unused else ''))
     return len(bad)
 
 
