@@ -380,7 +380,7 @@ class Reference(Timm):
         try:
             model = timm_model(setting)
         except UserError:  # our own model without a kernel is then the same arithmetic
-            return program.build_model(program.build_parser().parse_args([
+            return program.inference_model.build_model(program.build_parser().parse_args([
                 '--model=' + setting.model, '--input_size=%d' % setting.input_size, '--drop_path=%g' % DROP_PATH,
                 '--layer_scale_init_value=%g' % setting.layer_scale]), setting.classes)
         for block in model.blocks:

@@ -183,7 +183,7 @@ OVERFLOW = """
 import sys
 import run_class_finetuning as program
 
-build, calls = program.build_model, []
+build, calls = program.inference_model.build_model, []
 
 def build_model(args, nb_classes):
     model = build(args, nb_classes)
@@ -196,7 +196,7 @@ def build_model(args, nb_classes):
         lambda module, inputs, output: output.register_hook(overflow) and None if output.requires_grad else None)
     return model
 
-program.build_model = build_model
+program.inference_model.build_model = build_model
 sys.exit(program.run(sys.argv[1:]))
 """
 

@@ -129,7 +129,7 @@ def test_timms_model_is_timms_though_ours_took_its_name():
     for name in ('beit_nano_patch8_32', 'beit_base_patch16_224'):
         with torch.device('meta'):
             model = contenders.timm_model(contenders.Setting(name, 32, 2, 'cpu', classes=5))
-            ours = contenders.program.build_model(
+            ours = contenders.program.inference_model.build_model(
                 contenders.program.build_parser().parse_args(['--model=' + name, '--input_size=32']), 5)
         assert type(model).__module__ == 'timm.models.beit'
         assert type(ours).__module__ == 'modeling_finetune'
