@@ -302,9 +302,9 @@ def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_e
             elif spelling != name:
                 renamed[index] = spelling
     if absent and must_exist:
-        raise file.error(lines[absent[0]], 'there is no file %s%s; paths begin at %s (--data_path names another folder)' %
-                         (escape_text(samples.path(absent[0])), ', and %d more are missing' % (len(absent) - 1)
-                          if len(absent) > 1 else '', escape_text(samples.root) or '.'))
+        others = ', and %d more are missing' % (len(absent) - 1) if len(absent) > 1 else ''
+        raise file.error(lines[absent[0]], 'there is no file %s%s; paths begin at %s (--data_path names another folder)'
+                         % (escape_text(samples.path(absent[0])), others, escape_text(samples.root) or '.'))
     if renamed:
         log_main('%s: spells %d paths otherwise than the file system (\\ for /, or accents); their files were found'
                  % (file.name, len(renamed)))
