@@ -22,7 +22,7 @@ from beit import model_spec
 from beit.checkpoint import comparison, discovery
 from beit.checkpoint.pretrained import find_state_dict, mismatches
 from beit.cli import OneLineParser, run_interruptible
-from beit.errors import UserError, escape_text
+from beit.errors import UserError, escape_text, print_line
 from beit.files import run_folder, weights_file
 from beit.files.weights_file import load_weights_file
 from beit.log import log_main
@@ -85,7 +85,7 @@ def take_best(paths, most, use_ema=False):
                         % (most, len(paths), len(figures)))
     chosen = sorted(figures, key=lambda path: -figures[path])[:most]
     for path in chosen:
-        print('%s: %.3f' % (escape_text(path), figures[path]))
+        print_line('%s: %.3f' % (escape_text(path), figures[path]))
     return chosen
 
 

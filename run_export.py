@@ -20,7 +20,7 @@ import flags
 import modeling_finetune
 from beit.checkpoint.inference_model import LoadedModel, load_for_inference
 from beit.cli import OneLineParser, run_interruptible
-from beit.errors import UserError, escape_text, unknown_value_error
+from beit.errors import UserError, escape_text, print_line, unknown_value_error
 from beit.files import atomic_write, run_folder
 from beit.outputs.export_formats import (
     EXTRA, FORMATS, OPSETS, Format, NotChecked, example_images, import_optional, package_version)
@@ -131,13 +131,13 @@ def main(args):
             told = None if args.no_check else compare(chosen, made, trained)
             atomic_write.write_bytes(path, made, is_given=True)
     size = sum(map(len, made.values())) if isinstance(made, dict) else len(made)
-    print('Exported %s, %d classes, input %dx%d, from %s' % (
+    print_line('Exported %s, %d classes, input %dx%d, from %s' % (
         trained.config.model, len(trained.classes), trained.config.input_size, trained.config.input_size,
         escape_text(trained.source)))
-    print(told or 'Not checked, as --no_check says')
-    print('Wrote %s (%s, %s, %.1f MB)' % (escape_text(path), args.format, about, size / 1e6))
+    print_line(told or 'Not checked, as --no_check says')
+    print_line('Wrote %s (%s, %s, %.1f MB)' % (escape_text(path), args.format, about, size / 1e6))
     for line in chosen.usage(trained, path):
-        print(line)
+        print_line(line)
 
 
 def write_folder(path, files, check):

@@ -28,7 +28,8 @@ def print_line(text: str) -> None:
         print(text, flush=True)
     except (OSError, ValueError) as error:
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try again at its end, and fail
+            # Or Python would try again at its end, and fail.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             print('standard output is gone (%s); the program goes on without it' % error, file=sys.stderr, flush=True)
 
 

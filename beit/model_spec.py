@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, TypeVar
 
 import modeling_finetune
 from beit.config import ModelConfig, TransformConfig
+from beit.data import class_folders
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text, unknown_value_error
 from beit.files import regular_file
@@ -160,15 +161,15 @@ def match_classes(spec: ModelSpec, source: str, found: Sequence[str], trains: bo
         UserError: the data has a class that the model does not know, or without names another number of them.
     """
     shown = '--resume %s' % escape_text(source)
-    found = [escape_text(name) for name in found]
+    found = [class_folders.normalize(escape_text(name)) for name in found]
     if spec.has_class_names:
-        places = {name: place for place, name in enumerate(spec.classes)}
+        places = {class_folders.normalize(name): place for place, name in enumerate(spec.classes)}
         unknown = [name for name in found if name not in places]
         if unknown:
             raise UserError('%s: the data has classes that the checkpoint does not know: %s; it knows %s; rename the '
                             'folders, or train on these classes with --finetune %s' % (
                                 shown, shorten_names(unknown), shorten_names(spec.classes), escape_text(source)))
-        missing = [name for name in spec.classes if name not in set(found)] if trains else []
+        missing = [name for name in places if name not in set(found)] if trains else []
         if missing:
             raise UserError('%s: the data lacks classes of the checkpoint: %s; add them, or train on these classes '
                             'with --finetune %s' % (shown, shorten_names(missing), escape_text(source)))
@@ -176,8 +177,8 @@ def match_classes(spec: ModelSpec, source: str, found: Sequence[str], trains: bo
     if len(found) != len(spec.classes):
         raise UserError('%s: it has %d outputs and does not name them, and the data has %d classes; name all of its '
                         'classes, in order, with --class_names FILE' % (shown, len(spec.classes), len(found)))
-    order, numeric = list(range(len(found))), sorted(found) == sorted(map(str, range(len(found))))
-    return [int(name) for name in found] if numeric else order, \
+    numeric = class_folders.numeric_order(found) is not None
+    return [int(name) for name in found] if numeric else list(range(len(found))), \
         '%s does not name its classes: its outputs are taken to be the data\'s classes %s, by position; ' \
         '--class_names FILE makes sure' % (escape_text(source), 'in the order of their numbers' if numeric
                                            else 'in sorted order')

@@ -1,10 +1,12 @@
 """What listens on the network while processes train, and what becomes of the bytes that a stranger sends there."""
 
+import contextlib
 import os
 import random
 import signal
 import socket
 import struct
+import threading
 
 import pytest
 
@@ -113,6 +115,26 @@ def test_strangers_between_two_machines(started):
     assert [run.status for run in runs] == [143, 143]
     assert 'Traceback' not in ''.join(run.out + run.err for run in runs)
     assert all(line.isprintable() for run in runs for line in (run.out + run.err).splitlines())
+
+
+def test_a_stranger_in_place_of_the_first_machine(image_folder):
+    """What answers at --master_addr is no store."""
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        server.listen(8)
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    server.accept()[0].sendall(JUNK[2] * 100)
+        threading.Thread(target=answer, daemon=True).start()
+        job = start_launcher('--data_path=' + image_folder(), node_rank=1, port=server.getsockname()[1],
+                             DIST_WAIT_SECONDS='5')
+        run, = ends([job], 90)
+        server.shutdown(socket.SHUT_RDWR)
+    assert run.status == 2, run
+    line, = run.err.splitlines()
+    assert line.startswith('run_class_finetuning.py: error: --master_addr 127.0.0.1 ') and line.isprintable()
 
 
 def test_the_port_of_a_store_on_loopback():

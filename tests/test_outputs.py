@@ -74,8 +74,8 @@ def test_a_script_writes_its_log_where_nobody_reads_its_output(data, tmp_path):
     checkout = copy_checkout(str(tmp_path / 'beit'))
     done = subprocess.run(
         ['bash', '-c', 'bash test/train_full_1p.sh "$@" | head -n 1; exit "${PIPESTATUS[0]}"', 'bash',
-         '--data_path=' + data] + TINY, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=200,
-        env=environment(OMP_NUM_THREADS='1', PYTHON=sys.executable))
+         '--data_path=' + data] + TINY, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        universal_newlines=True, timeout=200, env=environment(OMP_NUM_THREADS='1', PYTHON=sys.executable))
     assert done.returncode == 0, done.stderr
     logs = os.path.join(checkout, 'test', 'output', '0')
     assert re.search(r'^Result: ', text(os.path.join(logs, 'train_0.log')), re.M)

@@ -89,7 +89,7 @@ def all_gather_rows(columns: Sequence[Optional[torch.Tensor]], device: torch.dev
     return gathered
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
+def any_process(flag: float, device: torch.device) -> bool:
     """Whether `flag` is true in at least one process; all learn it together."""
     return any(vote > 0 for vote, in all_gather_numbers([float(flag)], device))
 

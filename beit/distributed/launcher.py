@@ -15,6 +15,7 @@ import sys
 import time
 from typing import Any, List
 
+from beit import startup
 from beit.distributed import preemption, process_group
 from beit.errors import UserError
 
@@ -93,4 +94,5 @@ def main() -> int:
 
 
 if __name__ == '__main__':
+    startup.prepare()
     sys.exit(main())

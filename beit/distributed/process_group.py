@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from beit.config import DistributedConfig
 from beit.devices import accelerator
-from beit.errors import UserError, one_line
+from beit.errors import UserError, escape_text, one_line
 
 
 def _initialized() -> bool:
@@ -138,7 +138,7 @@ def rendezvous_error(address: str, problem: str, error: Exception) -> UserError:
                          'machine leave the flag out' % address)
     return UserError('%s: the %s within %d s (%s); start the program on each machine, with the same --nnodes, its own '
                      '--node_rank, and the address and port of node 0'
-                     % (address, problem, wait_seconds(300), one_line(error)[:200]))
+                     % (address, problem, wait_seconds(300), escape_text(one_line(error))[:200]))
 
 
 def init_distributed_mode(config: DistributedConfig) -> torch.device:
