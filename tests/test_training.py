@@ -395,7 +395,8 @@ def test_no_training_set_is_needed_for_evaluation(image_folder, tmp_path):
 
 
 DEFAULTS = dict(
-    batch_size=64, epochs=30, update_freq=1, save_ckpt_freq=5, seed=0, num_workers=min(10, len(os.sched_getaffinity(0))), pin_mem=True, start_epoch=0,
+    batch_size=64, epochs=30, update_freq=1, save_ckpt_freq=5, seed=0,
+    num_workers=min(10, len(os.sched_getaffinity(0))), pin_mem=True, start_epoch=0,
     device='auto', maxstep=0, prof=False, cann_prof=False, model='beit_base_patch16_224', rel_pos_bias=True,
     abs_pos_emb=False, layer_scale_init_value=0.1, input_size=224, drop=0., attn_drop_rate=0., drop_path=0.1,
     model_ema=False, model_ema_decay=0.9999, model_ema_force_cpu=False, disable_eval_during_finetuning=False,
