@@ -75,6 +75,8 @@ def main() -> int:
         else:
             from torch.distributed.launch import main as run
             sys.argv += ['--use_env']
+            if any(each.startswith('--max_restarts') for each in own):
+                raise UserError('--max_restarts needs torchrun, which this PyTorch does not have; leave it out')
         sys.argv += own
         with contextlib.redirect_stdout(io.StringIO()):  # what PyTorch 1.8 prints of the processes that it ends
             run()
@@ -84,6 +86,8 @@ def main() -> int:
             error = process_group.rendezvous_error(address, 'machines did not meet', error)
             print('run_class_finetuning.py: error: %s' % error, file=sys.stderr)
             return 2
+        if hasattr(error, 'sigval'):  # a signal, before there are processes to pass it on to
+            return 128 + error.sigval
         if not failed:
             raise
     status = failed[0].returncode if failed else 0
