@@ -1,7 +1,6 @@
 """How the programs meet the command line: their parser, the types of flags, one-line errors and the exit status."""
 
 import argparse
-import contextlib
 import os
 import re
 import sys
@@ -9,7 +8,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional
 
 from beit.devices import accelerator
 from beit.distributed import preemption, process_group, watchdog
-from beit.errors import UserError, escape_text, nearest, one_line, worker_death_message
+from beit.errors import UserError, escape_text, nearest, one_line, print_error, worker_death_message
 from beit.log import current_display, log_main
 from beit.outputs import args_yaml
 
@@ -252,9 +251,7 @@ def exit_with_error(program: str, message: str, status: int, rank: Optional[int]
     """Print the one line. `rank` is whom it is about, where that isn't this process."""
     about = rank if rank is not None else process_group.rank() or None
     current_display().end()
-    with contextlib.suppress(OSError, ValueError):  # nobody is there to read it
-        print('%s: error: %s%s' % (program, '' if about is None else 'process %d: ' % about, message), file=sys.stderr,
-              flush=True)
+    print_error('%s: error: %s%s' % (program, '' if about is None else 'process %d: ' % about, message))
     return exit_process(status)
 
 

@@ -22,6 +22,12 @@ class UserError(Exception):
         self.rank = rank
 
 
+def print_error(text: str) -> None:
+    """Print a line on standard error, if anybody is there to read it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def print_line(text: str) -> None:
     """Print a line at once. Where standard output cannot be written to any more, say so once and go on without it."""
     try:
@@ -30,7 +36,7 @@ def print_line(text: str) -> None:
         with contextlib.suppress(OSError, ValueError):
             # Or Python would try again at its end, and fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print('standard output is gone (%s); the program goes on without it' % error, file=sys.stderr, flush=True)
+            print_error('standard output is gone (%s); the program goes on without it' % error)
 
 
 def one_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 
-from beit.errors import UserError
+from beit.errors import UserError, print_error
 
 PACKAGES = ('torch', 'torchvision', 'timm', 'einops', 'numpy', 'PIL')  # without which no program can start
 MIN_FILES = 256  # a run with two loader processes takes about 100
@@ -23,7 +23,7 @@ def prepare() -> None:
         check_packages()
         raise_file_limit()
     except UserError as error:
-        print('%s: error: %s' % (os.path.basename(sys.argv[0]), error), file=sys.stderr)
+        print_error('%s: error: %s' % (os.path.basename(sys.argv[0]), error))
         sys.exit(2)
 
 

@@ -434,6 +434,9 @@ run_python() {
     if [ "$RANK_SIZE" = 1 ]; then
         exec "$PYTHON" -u run_class_finetuning.py "${ARGUMENTS[@]}"
     fi
+    local cores
+    cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / nproc_per_node : 1))}  # torchrun's is 1
     local where=("--nproc_per_node=$nproc_per_node" "--nnodes=$nnodes" "--node_rank=$node_rank") name
     for name in master_addr master_port max_restarts; do [ -z "${!name}" ] || where+=("--$name=${!name}"); done
     exec "$PYTHON" -u -m beit.distributed.launcher "${where[@]}" run_class_finetuning.py "${ARGUMENTS[@]}"

@@ -113,11 +113,12 @@ def foreach_mul(tensors: List[torch.Tensor], factor: float) -> None:
 
 def foreach_add(tensors: List[torch.Tensor], others: List[torch.Tensor]) -> None:
     """Add to each in place the other of its place, which may be of another dtype."""
+    others = [other.to(tensor.dtype) for tensor, other in zip(tensors, others)]
     if _HAS_FOREACH and tensors:
-        torch._foreach_add_(tensors, [other.to(tensor.dtype) for tensor, other in zip(tensors, others)])
+        torch._foreach_add_(tensors, others)
         return
     for tensor, other in zip(tensors, others):
-        tensor.add_(other.to(tensor.dtype))
+        tensor.add_(other)
 
 
 def foreach_copy(tensors: List[torch.Tensor], others: List[torch.Tensor]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, List
 
 from beit import startup
 from beit.distributed import preemption, process_group
-from beit.errors import UserError
+from beit.errors import UserError, print_error
 
 IGNORED = [number for number in preemption.NUMBERS if signal.getsignal(number) == signal.SIG_IGN]  # as nohup has it
 started: List['Rank'] = []
@@ -75,6 +75,8 @@ def main() -> int:
         else:
             from torch.distributed.launch import main as run
             sys.argv += ['--use_env']
+            if any(each.startswith('--max_restarts') for each in own):
+                raise UserError('--max_restarts needs torchrun, which this PyTorch does not have; leave it out')
         sys.argv += own
         with contextlib.redirect_stdout(io.StringIO()):  # what PyTorch 1.8 prints of the processes that it ends
             run()
@@ -82,14 +84,16 @@ def main() -> int:
         if isinstance(error, (UserError, RuntimeError, OSError)) and not started:
             address = ' '.join(each.replace('=', ' ') for each in own if each.startswith('--master_'))
             error = process_group.rendezvous_error(address, 'machines did not meet', error)
-            print('run_class_finetuning.py: error: %s' % error, file=sys.stderr)
+            print_error('run_class_finetuning.py: error: %s' % error)
             return 2
+        if hasattr(error, 'sigval'):  # a signal, before there are processes to pass it on to
+            return 128 + error.sigval
         if not failed:
             raise
     status = failed[0].returncode if failed else 0
     if status not in (0, 1, 2) and status - 128 not in preemption.NUMBERS:  # else it has said why itself
         end = signal.Signals(-status).name if status < 0 else 'exit status %d' % status
-        print('process %s ended with %s; the others were stopped' % (failed[0].number, end), file=sys.stderr)
+        print_error('process %s ended with %s; the others were stopped' % (failed[0].number, end))
     return status if status >= 0 else 128 - status
 
 

@@ -130,5 +130,5 @@ def end_at_once(number: int) -> None:
 
 def say_now(text: str) -> None:
     """Past Python's buffer, which the interrupted code may be writing to."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # nobody is there to read it
         os.write(2, (text + '\n').encode())

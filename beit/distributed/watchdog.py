@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 import torch
 import torch.distributed as dist
 
-from beit.distributed import process_group
+from beit.distributed import preemption, process_group
 from beit.errors import escape_text
 
 LAST = 10 ** 12  # the item of a process that has done its part of a stage and waits for the others
@@ -128,8 +128,7 @@ class _Watchdog:
         self.message = self.received or message
         if self.stopped.is_set():
             return
-        line = 'run_class_finetuning.py: error: %s (--dist_timeout %g)\n' % (self.message, self.seconds)
-        os.write(2, line.encode())  # past Python's buffer, which a stuck thread may hold
+        preemption.say_now('run_class_finetuning.py: error: %s (--dist_timeout %g)' % (self.message, self.seconds))
         until = time.monotonic() + 4 * self.beat_seconds
         while not self.received and time.monotonic() < until:  # by this process's other thread
             time.sleep(self.beat_seconds / 4)
