@@ -9,11 +9,13 @@ if __name__ == '__main__':
     from beit import startup
     startup.prepare()
 
+import argparse
 import collections
 import dataclasses
 import math
 import os
 import sys
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 
@@ -26,6 +28,7 @@ from beit.errors import UserError, escape_text, print_line
 from beit.files import run_folder, weights_file
 from beit.files.weights_file import load_weights_file
 from beit.log import log_main
+from beit.model_spec import ModelSpec
 
 PROGRAM = 'average_checkpoints.py'
 EXAMPLES = """examples:
@@ -41,7 +44,7 @@ def build_parser() -> OneLineParser:
 
 # ---- which files
 
-def find(inputs):
+def find(inputs: Sequence[str]) -> List[str]:
     """The files that --inputs names: of a folder its checkpoints after whole epochs, oldest first."""
     found = []
     for source in inputs:
@@ -61,7 +64,7 @@ def find(inputs):
     return found
 
 
-def take_best(paths, most, use_ema=False):
+def take_best(paths: Sequence[str], most: int, use_ema: bool = False) -> List[str]:
     """The `most` of the files whose epochs have the best validation figures in the log.txt beside them, best first.
 
     Epochs that were not evaluated do not count.
@@ -91,7 +94,7 @@ def take_best(paths, most, use_ema=False):
 
 # ---- the average
 
-def average(paths, use_ema=False):
+def average(paths: Sequence[str], use_ema: bool = False) -> Dict[str, Any]:
     """What the averaged checkpoint holds: model (float32; each file counts alike), model_spec, args, averaged (names).
 
     One file is in memory at a time. Numbers that are no weights, such as the relative position index, are the same in
@@ -100,12 +103,13 @@ def average(paths, use_ema=False):
     Raises:
         UserError: a file can't be read, has no averaged weights, or is of another model; it lists what differs.
     """
-    total, first = None, None
+    total: Dict[str, torch.Tensor] = {}
+    first: Dict[str, Any] = {}
     for path in paths:
         content = load_weights_file(path, '--inputs')
         state = weights_of(path, content, use_ema)
         spec = model_spec.spec_in(content, path, len(state['head.weight'])) if 'head.weight' in state else None
-        if total is None:
+        if not first:
             total = collections.OrderedDict((name, value.double() if value.is_floating_point() else value)
                                             for name, value in state.items())
             first = dict(args=model_spec.saved_args(content), data=comparison.saved_data(content), spec=spec)
@@ -123,12 +127,12 @@ def average(paths, use_ema=False):
     if first['data']:
         content['data'] = first['data']
     if first['spec'] is not None:
-        spec = dataclasses.replace(first['spec'], origin=dict(first['spec'].origin, averaged=', '.join(names)))
-        content.update({model_spec.KEY: spec.to_dict()}, classes=list(spec.classes), activation=spec.activation)
+        known = dataclasses.replace(first['spec'], origin=dict(first['spec'].origin, averaged=', '.join(names)))
+        content.update({model_spec.KEY: known.to_dict()}, classes=list(known.classes), activation=known.activation)
     return content
 
 
-def weights_of(path, content, use_ema):
+def weights_of(path: str, content: Any, use_ema: bool) -> Dict[str, torch.Tensor]:
     _, state = find_state_dict(content, '--use_ema:' if use_ema else '--inputs', path, use_ema=use_ema)
     broken = [name for name, value in state.items()
               if value.is_floating_point() and not torch.isfinite(value.double().sum())]
@@ -137,7 +141,8 @@ def weights_of(path, content, use_ema):
     return state
 
 
-def check_alike(path, state, spec, first_path, first_state, first_spec):
+def check_alike(path: str, state: Dict[str, torch.Tensor], spec: Optional[ModelSpec], first_path: str,
+                first_state: Dict[str, torch.Tensor], first_spec: Optional[ModelSpec]) -> None:
     differences = spec.differences(first_spec) if spec is not None and first_spec is not None else []
     weights = mismatches(state, first_state)
     if weights:
@@ -149,7 +154,7 @@ def check_alike(path, state, spec, first_path, first_state, first_spec):
                         % (escape_text(path), escape_text(first_path), '; '.join(differences)))
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     for flag in ('inputs', 'output'):
         if not getattr(args, flag):
             raise UserError('--%s is missing; see --help' % flag)
@@ -166,7 +171,7 @@ def main(args):
         'the averaged weights' if args.use_ema else 'the weights', len(paths), escape_text(args.output)))
 
 
-def run(argv=None):
+def run(argv: Optional[Sequence[str]] = None) -> int:
     """Parse and run; what the user can mend is one line and exit status 2."""
     return run_interruptible(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
 

@@ -13,6 +13,7 @@ if __name__ == '__main__':
     from beit import startup
     startup.prepare()
 
+import argparse
 import dataclasses
 import datetime
 import functools
@@ -20,8 +21,9 @@ import gc
 import os
 import sys
 import time
-from typing import Any, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 
 import datasets
@@ -30,6 +32,7 @@ import optim_factory
 import utils
 from beit import log, model_spec
 from beit.checkpoint import comparison, discovery, hf_names, inference_model, pretrained, training_state
+from beit.checkpoint.inference_model import CheckpointWeights
 from beit.cli import exit_process, exit_with_error, run_with_error_report
 from beit.config import (
     DistributedConfig,
@@ -52,6 +55,7 @@ from beit.model_spec import ModelSpec
 from beit.outputs.report import Report, augmented_samples
 from beit.outputs.summary import project_version
 from beit.training import fused_attention, loss_scaler, losses
+from beit.training.confusion import ConfusionMatrix
 from beit.training.losses import build_criterion
 from beit.training.metrics import (
     best_figures,
@@ -67,6 +71,7 @@ from beit.training.step_control import CheckpointMonitor
 from flags import build_parser, check_args, config_from, evaluates_checkpoint, follow_checkpoint, without_effect
 
 PROGRAM = 'run_class_finetuning.py'
+Stats = Dict[str, Any]  # figures by name
 
 
 @dataclasses.dataclass
@@ -76,7 +81,7 @@ class Data:
     val_set: Optional[ImageDataset]
     spec: ModelSpec
     class_weights: Optional[torch.Tensor]  # in the loss, float32 (classes,)
-    steps_per_epoch: Optional[int]  # updates; None where nothing is trained
+    steps_per_epoch: int  # updates; 0 where nothing is trained
     train_loader: Any = None
     val_loader: Any = None
 
@@ -89,7 +94,7 @@ class Data:
 class Learner:
     """What a run trains or evaluates, and how that computes."""
     model: torch.nn.Module  # in DistributedDataParallel where it trains with other processes
-    optimizer: Optional[torch.optim.Optimizer]
+    optimizer: Any  # a torch.optim.Optimizer; None to evaluate
     scaler: loss_scaler.LossScaler
     ema: Optional[utils.ModelEma]
     device: torch.device
@@ -97,7 +102,7 @@ class Learner:
     attention: str  # for people
 
 
-def main(args, signals):
+def main(args: argparse.Namespace, signals: preemption.Signals) -> None:
     check_args(args)
     if args.check_data:
         check_data(args)
@@ -107,7 +112,7 @@ def main(args, signals):
         train_or_evaluate(args, signals, device)
 
 
-def train_or_evaluate(args, signals, device):
+def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, device: torch.device) -> None:
     """All that a run does once it has its folder to itself."""
     checkpoint = load_checkpoint(args, device)
     dtype = choose_precision(args, device)
@@ -141,7 +146,7 @@ def train_or_evaluate(args, signals, device):
 
 # ---- steps of main
 
-def start(args):
+def start(args: argparse.Namespace) -> torch.device:
     """The device of this process, which has met the others."""
     if args.deterministic:
         accelerator.prepare_determinism()
@@ -154,11 +159,11 @@ def start(args):
     return device
 
 
-def check_data(args):
+def check_data(args: argparse.Namespace) -> None:
     """Decode every image; a `UserError` says how many cannot be."""
     if process_group.launch_environment(config_from(args, DistributedConfig))[0] != 0:
         return  # it would decode the same
-    train_set, val_set, _ = datasets.build_datasets(args)
+    train_set, val_set, _ = datasets.build_datasets(config_from(args, InputConfig))
     with run_folder.locked(args.output_dir):
         damaged = unreadable.check_data((train_set, val_set), args.num_workers, args.output_dir)
     if damaged:
@@ -168,7 +173,7 @@ def check_data(args):
                         % (damaged, 's' if damaged > 1 else '', place))
 
 
-def load_checkpoint(args, device):
+def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[CheckpointWeights]:
     """What --resume or --auto_resume name, alike on every process; None where nothing is.
 
     To evaluate, the flags that were not given become the checkpoint's.
@@ -200,7 +205,7 @@ def load_checkpoint(args, device):
     return checkpoint
 
 
-def choose_precision(args, device):
+def choose_precision(args: argparse.Namespace, device: torch.device) -> Optional[torch.dtype]:
     """The half-precision dtype, or None. A checkpoint's that this device lacks becomes float32, which a line says."""
     try:
         return half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
@@ -212,7 +217,7 @@ def choose_precision(args, device):
         return None
 
 
-def prepare_data(args, device, checkpoint):
+def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Optional[CheckpointWeights]) -> Data:
     """The data sets, their loaders, the weights of their classes, and what the model is that learns or knows them."""
     known = checkpoint.spec if checkpoint and args.eval else None
     inputs = config_from(args, InputConfig, evaluation=known and known.preprocessing,
@@ -231,12 +236,12 @@ def prepare_data(args, device, checkpoint):
         datasets.check_fits(val_set)
         build_metrics(val_set, args.results_file, args.real_labels, args.data_set)
     weights = choose_class_weights(args, train_set, list(spec.classes))
-    steps_per_epoch = None if args.eval else count_steps(args, len(train_set))
+    steps_per_epoch = 0 if args.eval else count_steps(args, len(train_set))
     return Data(train_set, val_set, spec, weights, steps_per_epoch,
                 *datasets.build_loaders(inputs, train_set, val_set, device))
 
 
-def build_spec(args, inputs, dataset, classes):
+def build_spec(args: argparse.Namespace, inputs: InputConfig, dataset: Any, classes: Sequence[str]) -> ModelSpec:
     """What the model is that this run trains, or, without a checkpoint, evaluates."""
     multi_label = subsets.is_multi_label(label_source(dataset))
     return ModelSpec(config_from(args, ModelConfig), EvalTransform.from_config(inputs), tuple(classes),
@@ -245,7 +250,8 @@ def build_spec(args, inputs, dataset, classes):
                                                       'finetune': escape_text(args.finetune)})
 
 
-def use_classes_of(args, checkpoint, spec, train_set, val_set, classes):
+def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec: ModelSpec, train_set: Any,
+                   val_set: Any, classes: List[str]) -> Tuple[Any, Any, ModelSpec]:
     """(training set, validation set, spec) with the checkpoint's classes, in its order, matched by their names."""
     known = checkpoint.spec
     if known is None:
@@ -272,17 +278,17 @@ def use_classes_of(args, checkpoint, spec, train_set, val_set, classes):
     return train_set, val_set, dataclasses.replace(spec, classes=tuple(names))
 
 
-def choose_class_weights(args, train_set, classes):
+def choose_class_weights(args: argparse.Namespace, train_set: Any, classes: List[str]) -> Optional[torch.Tensor]:
     """What each class weighs in the loss, float32 (classes,), said to people; or None."""
     if args.eval or not args.class_weights:
         return None
     counts = subsets.class_counts(label_source(train_set), len(classes))
-    weights = losses.class_weights(args.class_weights, classes, counts)
+    weights: Any = losses.class_weights(args.class_weights, classes, counts)
     log.log_main(losses.describe_weights(weights, classes))
     return weights
 
 
-def count_steps(args, images):
+def count_steps(args: argparse.Namespace, images: int) -> int:
     """Update steps per epoch. Raises `UserError` where an epoch has none or the warm-up outlasts the run."""
     total_batch = args.batch_size * args.update_freq * process_group.world_size()
     if images < total_batch:
@@ -296,7 +302,8 @@ def count_steps(args, images):
     return steps
 
 
-def build_learner(args, spec, checkpoint, device, dtype):
+def build_learner(args: argparse.Namespace, spec: ModelSpec, checkpoint: Optional[CheckpointWeights],
+                  device: torch.device, dtype: Optional[torch.dtype]) -> Learner:
     """The model with its weights, the optimizer and the moving average, in the precision asked for."""
     model = inference_model.build_model(spec.architecture, len(spec.classes))
     if args.eval and checkpoint:
@@ -316,14 +323,14 @@ def build_learner(args, spec, checkpoint, device, dtype):
     return Learner(model, optimizer, scaler, ema, device, dtype, chosen)
 
 
-def build_optimizer(args, model, under_apex):
+def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, under_apex: bool) -> torch.optim.Optimizer:
     if args.unfreeze_epoch and under_apex:
         raise UserError('--unfreeze_epoch %d: apex gathers the gradients of the first step and looks for no others '
                         'later; leave --amp out, or use two runs, the second with --finetune' % args.unfreeze_epoch)
     return optim_factory.create_optimizer(model, config_from(args, OptimizerConfig), under_apex)
 
 
-def configure_speed(args, model, device):
+def configure_speed(args: argparse.Namespace, model: Any, device: torch.device) -> None:
     """Set up how the model computes; its results stay the same."""
     model.set_grad_checkpointing(args.grad_checkpointing)
     for block in model.blocks:
@@ -333,7 +340,7 @@ def configure_speed(args, model, device):
         kernels.compile_in_place(model)
 
 
-def build_report(args, output, data, learner):
+def build_report(args: argparse.Namespace, output: OutputConfig, data: Data, learner: Learner) -> Report:
     environment = {
         'model': args.model, 'parameters': count_parameters(learner.model), 'input_size': args.input_size,
         'classes': len(data.classes), 'training_images': None if data.train_set is None else len(data.train_set),
@@ -345,7 +352,7 @@ def build_report(args, output, data, learner):
     return Report(output, environment, data.classes, data.val_set, samples, prefix='eval-' if args.eval else '')
 
 
-def describe(args, data, learner, source=''):
+def describe(args: argparse.Namespace, data: Data, learner: Learner, source: str = '') -> None:
     """Say at the start what this run is."""
     log.log_main('Flags: %s' % escape_text(' '.join('--%s=%s' % item for item in sorted(vars(args).items())
                                                     if item[1] is not None)), detail=True)
@@ -376,11 +383,12 @@ def describe(args, data, learner, source=''):
     log.log_table(rows)
 
 
-def count_parameters(model):
+def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def resume(args, data, learner, checkpoint):
+def resume(args: argparse.Namespace, data: Data, learner: Learner,
+           checkpoint: Optional[CheckpointWeights]) -> training_state.RunState:
     """The training_state.RunState that this run begins with."""
     total_batch = args.batch_size * args.update_freq * process_group.world_size()
     run = comparison.Run(vars(args), learner.device,
@@ -406,7 +414,7 @@ def resume(args, data, learner, checkpoint):
     return run_state
 
 
-def prepare_folder(args, source, run_state):
+def prepare_folder(args: argparse.Namespace, source: str, run_state: training_state.RunState) -> None:
     """Keep what this run goes on with, and move aside what is of another run or of later than a --resume FILE."""
     keep, later = args.prof or args.cann_prof, []
     if not keep and source and discovery.is_inside(source, args.output_dir):
@@ -416,7 +424,7 @@ def prepare_folder(args, source, run_state):
     run_folder.prepare_folder(args.output_dir, keep, later)
 
 
-def update_freezing(args, model, epoch):
+def update_freezing(args: argparse.Namespace, model: Any, epoch: int) -> bool:
     """Freeze or unfreeze the backbone as --freeze_backbone has it in this epoch; gives whether that changed.
 
     The optimizer holds all parameters from the start and ignores those without a gradient, so a checkpoint has the same
@@ -432,7 +440,7 @@ def update_freezing(args, model, epoch):
     return True
 
 
-def build_training(args, data, learner):
+def build_training(args: argparse.Namespace, data: Data, learner: Learner) -> Dict[str, Any]:
     """The arguments of `engine.train_one_epoch` that are the same in every epoch."""
     mixup = transforms.build_mixup(config_from(args, MixupConfig), len(data.classes))
     weights = None if data.class_weights is None else data.class_weights.to(learner.device)
@@ -444,7 +452,7 @@ def build_training(args, data, learner):
                 seed=args.seed)
 
 
-def build_schedules(args, steps_per_epoch):
+def build_schedules(args: argparse.Namespace, steps_per_epoch: int) -> Tuple[np.ndarray, np.ndarray]:
     """(learning rate, weight decay) of each update step."""
     warmup = dict(warmup_epochs=args.warmup_epochs, warmup_steps=args.warmup_steps)
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
@@ -453,23 +461,24 @@ def build_schedules(args, steps_per_epoch):
     return lr, optim_factory.cosine_scheduler(args.weight_decay, end, args.epochs, steps_per_epoch)
 
 
-def distribute(learner):
+def distribute(learner: Learner) -> None:
     """Where there are several processes, put the model into DistributedDataParallel, which records what trains."""
     if process_group.world_size() > 1:
         learner.model = accelerator.wrap_ddp(learner.model, learner.device)
 
 
-def unfreeze_when_due(args, learner, epoch):
+def unfreeze_when_due(args: argparse.Namespace, learner: Learner, epoch: int) -> None:
     """Before an epoch: rebuild DistributedDataParallel and the optimizer's state where the backbone begins to train."""
     if update_freezing(args, accelerator.unwrap(learner.model), epoch) and process_group.world_size() > 1:
-        learner.model = learner.model.module
+        learner.model = learner.model.module  # type: ignore[assignment]
         gc.collect()  # with the old DistributedDataParallel its hooks go
         distribute(learner)
     if 0 < args.unfreeze_epoch <= epoch:
         optim_factory.complete_momenta(learner.optimizer)
 
 
-def build_monitor(args, output, signals, run_state, data, learner):
+def build_monitor(args: argparse.Namespace, output: OutputConfig, signals: preemption.Signals,
+                  run_state: training_state.RunState, data: Data, learner: Learner) -> CheckpointMonitor:
     """What acts between two updates: signals, checkpoints, unreadable images, losses that are not finite."""
     parts = dict(model=accelerator.unwrap(learner.model), optimizer=learner.optimizer, scaler=learner.scaler,
                  ema=learner.ema, spec=data.spec)
@@ -479,7 +488,8 @@ def build_monitor(args, output, signals, run_state, data, learner):
 
 # ---- evaluation
 
-def evaluate_only(args, output, data, learner, report, checkpoint):
+def evaluate_only(args: argparse.Namespace, output: OutputConfig, data: Data, learner: Learner, report: Report,
+                  checkpoint: Optional[CheckpointWeights]) -> None:
     started, source, epoch = time.time(), args.finetune, 0
     if checkpoint:
         source, epoch = checkpoint.source, discovery.last_epoch(checkpoint.content)
@@ -506,13 +516,15 @@ def evaluate_only(args, output, data, learner, report, checkpoint):
                        **speed_figures(throughput, time.time() - started)))
 
 
-def evaluate_all(args, data, learner, bad_images, throughput=None, stop_signal=None, predictions=None):
+def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_images: UnreadableFiles,
+                 throughput: Optional[utils.Throughput] = None, stop_signal: Optional[Callable[[], int]] = None,
+                 predictions: Optional[ConfusionMatrix] = None) -> Tuple[Any, Any]:
     """(statistics of the model, of its average or None), each printed; (None, None) where a signal broke it off.
 
     Args:
         bad_images (UnreadableFiles): takes the files that can't be read.
         stop_signal (function): gives the number of a signal that asks to stop; None outside of training.
-        predictions (confusion.Predictions): filled by the model itself.
+        predictions (ConfusionMatrix): filled by the model itself.
     """
     sharded = args.dist_eval and process_group.world_size() > 1
 
@@ -545,17 +557,18 @@ def evaluate_all(args, data, learner, bad_images, throughput=None, stop_signal=N
     return stats, ema_stats
 
 
-def results_row(args, source, weights, spec, model, stats):
+def results_row(args: argparse.Namespace, source: str, weights: str, spec: ModelSpec, model: torch.nn.Module,
+                stats: Stats) -> Dict[str, Any]:
     """What --results_file says about one evaluation: the figures, and all that they depend on."""
     images = spec.preprocessing
-    row = {'model': spec.architecture.model, 'checkpoint': escape_text(source), 'weights': weights}
+    row: Dict[str, Any] = {'model': spec.architecture.model, 'checkpoint': escape_text(source), 'weights': weights}
     row.update((name, value) for name, value in stats.items() if name != 'classes')
     row.update(param_count=count_parameters(model), img_size=images.input_size, crop_pct=images.crop_pct,
                interpolation=images.interpolation, test_flip=args.test_flip)
     return dict(row, classes=stats['classes']) if 'classes' in stats else row
 
 
-def print_result(throughput, figures):
+def print_result(throughput: utils.Throughput, figures: Stats) -> None:
     """The line that the scripts in test/ read. A figure that is missing is n/a, mAP left out."""
     accuracy, loss, average_precision = (figures.get(name) for name in ('accuracy', 'loss', 'mAP'))
     log.log_main('Result: images_per_second %.2f step_milliseconds %.3f accuracy %s loss %s%s' % (
@@ -564,7 +577,7 @@ def print_result(throughput, figures):
         '' if average_precision is None else ' mAP %.3f' % average_precision))
 
 
-def speed_figures(throughput, seconds):
+def speed_figures(throughput: utils.Throughput, seconds: float) -> Dict[str, Optional[float]]:
     """The speed as summary.json has it; None where nothing was measured."""
     measured = throughput.images_per_second > 0
     return dict(images_per_second=throughput.images_per_second if measured else None,
@@ -574,7 +587,8 @@ def speed_figures(throughput, seconds):
 
 # ---- training
 
-def train(args, training, data, learner, monitor, report):
+def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learner: Learner,
+          monitor: CheckpointMonitor, report: Report) -> None:
     """Train on from `monitor.run_state`; evaluate, log and save after each epoch.
 
     The line in log.txt comes before the checkpoint: where a kill falls between them, the resumed run writes it again.
@@ -628,7 +642,8 @@ def train(args, training, data, learner, monitor, report):
     finish(args, learner, monitor, report, throughput, train_stats, first, epochs, started)
 
 
-def finish(args, learner, monitor, report, throughput, train_stats, first, epochs, started):
+def finish(args: argparse.Namespace, learner: Learner, monitor: CheckpointMonitor, report: Report,
+           throughput: utils.Throughput, train_stats: Stats, first: int, epochs: int, started: float) -> None:
     """Say how the training ended, and write what people look at. `epochs`: something was done of so many."""
     state = monitor.run_state
     if throughput.images_per_second:
@@ -648,13 +663,13 @@ def finish(args, learner, monitor, report, throughput, train_stats, first, epoch
                        bad_images=len(monitor.bad_images.listed), **speed_figures(throughput, time.time() - started)))
 
 
-def should_stop_early(args, run_state, device):
+def should_stop_early(args: argparse.Namespace, run_state: training_state.RunState, device: torch.device) -> bool:
     """Whether --early_stop ends the run. The first process decides: the others' figures may round otherwise."""
     return args.early_stop > 0 and collectives.any_process(
         process_group.is_main_process() and run_state.stale >= args.early_stop, device)
 
 
-def update_best(best, test_stats, ema_stats):
+def update_best(best: Dict[str, float], test_stats: Optional[Stats], ema_stats: Optional[Stats]) -> List[str]:
     """Update the best figures; gives the checkpoint names that are new bests."""
     improved = []
     for prefix, stats, file_name in (('', test_stats, discovery.BEST), ('ema_', ema_stats, discovery.BEST_EMA)):
@@ -670,7 +685,8 @@ def update_best(best, test_stats, ema_stats):
     return improved
 
 
-def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
+def record(args: argparse.Namespace, writer: Optional[utils.TensorboardLogger], epoch: int, model: torch.nn.Module,
+           train_stats: Stats, test_stats: Optional[Stats], ema_stats: Optional[Stats]) -> None:
     """One JSON line in log.txt, and the epoch's scalars to TensorBoard."""
     if not process_group.is_main_process():
         return
@@ -683,13 +699,14 @@ def record(args, writer, epoch, model, train_stats, test_stats, ema_stats):
         record_scores(writer, epoch, test_stats, ema_stats)
 
 
-def record_scores(writer, epoch, test_stats, ema_stats):
+def record_scores(writer: utils.TensorboardLogger, epoch: int, test_stats: Optional[Stats],
+                  ema_stats: Optional[Stats]) -> None:
     for prefix, stats in (('test', test_stats), ('ema', ema_stats)):
         writer.update('perf', epoch, **{'%s_%s' % (prefix, name): value
                                         for name, value in plotted(stats or {}).items()})
 
 
-def run(argv=None):
+def run(argv: Optional[Sequence[str]] = None) -> int:
     """Parse, run, and turn user errors into one line and exit status 2; a signal gives 128 + its number."""
     signals = preemption.Signals()
     try:

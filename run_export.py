@@ -9,10 +9,11 @@ if __name__ == '__main__':
     from beit import startup
     startup.prepare()
 
+import argparse
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 
@@ -75,7 +76,7 @@ def build_parser() -> OneLineParser:
                               opset=dict(shown='%d, or the newest that works' % OPSETS[0]))
 
 
-def check_args(args):
+def check_args(args: argparse.Namespace) -> None:
     """What can be found wrong before the checkpoint is read. Raises `UserError`."""
     if not args.resume:
         raise UserError('--resume: name the checkpoint to export, or the folder that holds it')
@@ -92,13 +93,13 @@ def check_args(args):
         check_output(args, args.output)
 
 
-def default_output(source, ending):
+def default_output(source: str, ending: str) -> str:
     """The checkpoint's name with another ending; beside it, or of an address here."""
     name = source.partition('#')[0].partition('?')[0].rpartition('/')[2] if '://' in source else source
     return os.path.splitext(name.rstrip('/'))[0] + ending
 
 
-def check_output(args, path):
+def check_output(args: argparse.Namespace, path: str) -> None:
     """Raise a `UserError` where the output cannot be written, or would replace what nobody said to."""
     shown, files = '--output %s' % escape_text(path), FORMATS[args.format].files
     run_folder.check_writable('--output', os.path.dirname(os.path.abspath(path)))
@@ -114,7 +115,7 @@ def check_output(args, path):
         raise UserError('%s: already there; give --overwrite, or another name' % shown)
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     check_args(args)
     trained = load_for_inference(args.resume, args.use_ema, args.class_names, model=args.model,
                                  input_size=args.input_size)
@@ -140,7 +141,7 @@ def main(args):
         print_line(line)
 
 
-def write_folder(path, files, check):
+def write_folder(path: str, files: Dict[str, bytes], check: Callable[[str], Any]) -> Any:
     """Write files into a new folder, call `check` with its path, then give it its name; what `check` gave."""
     try:
         with atomic_write.atomic_directory(path) as folder:
@@ -153,7 +154,7 @@ def write_folder(path, files, check):
                         % (escape_text(path), error.strerror or error)) from None
 
 
-def run(argv=None):
+def run(argv: Optional[Sequence[str]] = None) -> int:
     """Parse, export, and turn what the user can mend into one line and exit status 2."""
     return run_interruptible(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
 

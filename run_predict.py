@@ -56,14 +56,14 @@ EXAMPLES = """examples:
 class Parser(OneLineParser):
     """Takes images in any place among the flags, and --attention with or without a value."""
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else list(args)
         for index, arg in enumerate(args):
             if arg == '--attention' and args[index + 1:index + 2] not in ([kind] for kind in attention_maps.KINDS):
                 args[index] = '--attention=auto'
         return super().parse_args(args, namespace)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Tuple[Any, List[str]]:
         parsed, rest = super().parse_known_args(args, namespace)
         if rest and not any(flag.startswith('-') for flag in rest):  # argparse takes only the first of several groups
             parsed.images, rest = parsed.images + rest, []

@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections import defaultdict, deque
-from typing import Any, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -306,7 +306,8 @@ class ModelEma:
         ema (Module): the averaged model, for evaluation.
     """
 
-    def __init__(self, model: torch.nn.Module, decay: float = 0.9999, device: Optional[torch.device] = None) -> None:
+    def __init__(self, model: torch.nn.Module, decay: float = 0.9999,
+                 device: Union[str, torch.device, None] = None) -> None:
         self.ema = copy.deepcopy(model).eval()
         self.decay = decay
         if device is not None:

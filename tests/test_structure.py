@@ -1,5 +1,6 @@
 """The structure that CONTRIBUTING.md describes: what stands where, and which way imports point."""
 
+import ast
 import os
 
 from structure import (
@@ -13,6 +14,7 @@ from structure import (
     module_name,
     parse,
     product_files,
+    untyped,
 )
 
 ROOT_MODULES = {'run_class_finetuning', 'run_predict', 'run_export', 'average_checkpoints', 'engine_for_finetuning',
@@ -60,6 +62,15 @@ def test_functions_are_short_and_take_few_parameters():
             assert lines <= limits.get(name, 70), '%s: %s has %d lines' % (path, name, lines)
             assert parameters <= 9 or (path, name) in REFERENCES_OWN, \
                 '%s: %s has %d parameters' % (path, name, parameters)
+
+
+def test_public_functions_have_type_annotations():
+    """mypy asks for all or none of a function's. `python tests/structure.py --untyped` lists what is missing."""
+    found = ['%s:%d: %s: %s' % (path, line, name, ', '.join(lacks)) for path in product_files()
+             for line, name, lacks in untyped(parse(path))]
+    assert found == []
+    seen = ast.parse('class A:\n    def b(self, c, *d: int) -> None: pass\n    def _e(f): pass\ndef g(h: int): pass')
+    assert list(untyped(seen)) == [(2, 'A.b', ['c']), (4, 'g', ['return'])]
 
 
 def test_the_project_stands_by_itself():

@@ -237,7 +237,7 @@ def _check_moments(optimizer, groups, state):
                 raise ValueError('step is %r' % (value,))
 
 
-def shorten(error):
+def shorten(error: BaseException) -> str:
     return ' '.join(str(error).split())[:200]
 
 

@@ -65,7 +65,7 @@ def find_apex() -> Tuple[Any, str]:
     return amp, 'apex.amp (%s)' % kind
 
 
-def apex_amp(device: torch.device, dtype: torch.dtype) -> Any:
+def apex_amp(device: torch.device, dtype: Optional[torch.dtype]) -> Any:
     """apex.amp, where it is to do the half precision: float16 on an accelerator, with an apex that has it; or None."""
     return find_apex()[0] if device.type != 'cpu' and dtype == torch.float16 else None
 

@@ -101,7 +101,7 @@ class WeightedCrossEntropy(torch.nn.Module):
 
 # ---- what classes weigh
 
-def class_weights(source: str, classes: Sequence[str], counts: Sequence[int]) -> Optional[torch.Tensor]:
+def class_weights(source: str, classes: Sequence[str], counts: np.ndarray) -> Optional[torch.Tensor]:
     """float32 (classes,): the weights that --class_weights asks for, or None.
 
     'balanced' is scikit-learn's: all labels / (classes * labels of this class), so that they average 1 over the labels.
