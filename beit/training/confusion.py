@@ -71,7 +71,7 @@ class ConfusionMatrix(metrics.Metric):
     def load_state(self, state: Dict[str, Any]) -> None:
         self.counts = collections.Counter({(target, predicted): count for target, predicted, count in state['counts']})
         self.hardest, self.most_confident = (
-            [EvaluatedImage(*(math.nan if value is None else value for value in each)) for each in state[kind]]
+            [EvaluatedImage._make(math.nan if value is None else value for value in each) for each in state[kind]]
             for kind in ('hardest', 'most_confident'))
 
     def per_class(self) -> Tuple[np.ndarray, np.ndarray]:
