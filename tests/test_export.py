@@ -14,8 +14,10 @@ import modeling_finetune
 import run_class_finetuning
 import run_export
 from beit.checkpoint import hf_names, inference_model, pretrained
+from beit.config import ModelConfig
 from beit.data import transforms
 from beit.files import weights_file
+from beit.model_spec import ModelSpec
 from beit.outputs import export_formats
 from helpers import needs_extra, photo
 
@@ -209,7 +211,8 @@ def test_hugging_face_sees_the_same_pixels(flags, parse, tmp_path):
     from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     args = parse('--input_size', '48', *flags)
-    about = inference_model.LoadedModel(None, [], transforms.EvalTransform.from_config(args), None, '')
+    spec = ModelSpec(ModelConfig(), transforms.EvalTransform.from_config(args), ())
+    about = inference_model.LoadedModel(None, spec, '')
     (tmp_path / 'preprocessor_config.json').write_bytes(
         export_formats._json(export_formats.huggingface_preprocessor(about)))
     half = [0.5] * 3

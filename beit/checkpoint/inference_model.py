@@ -11,12 +11,13 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 import torch
 from timm.models import create_model
 
+import modeling_finetune
 from beit import model_spec
 from beit.checkpoint import discovery, hf_names
 from beit.checkpoint.pretrained import DEFAULT_KEYS, adapt_state_dict, find_state_dict, mismatches, refuse_exports
 from beit.config import ModelConfig
 from beit.data.transforms import EvalTransform
-from beit.errors import UserError, escape_text
+from beit.errors import UserError, escape_text, unknown_value_error
 from beit.files import weights_file
 from beit.log import log_main
 from beit.model_spec import ModelSpec
@@ -82,6 +83,8 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
         UserError: the file can't be read, does not say what it is of, or holds other weights than it says.
     """
     refuse_exports('--resume', source)
+    if given.get('model') not in (None, *modeling_finetune.MODELS):
+        raise unknown_value_error('--model', given['model'], modeling_finetune.MODELS)
     if os.path.isfile(os.path.join(source, hf_names.CONFIG)):
         source = hf_names.hf_weights_path(source, '--resume')
     path, content = discovery.load_best_or_latest(source, prefer_best=True, use_ema=use_ema)

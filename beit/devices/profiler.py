@@ -33,7 +33,8 @@ def profiler(device: torch.device, folder: str, rank: int = 0, cann: bool = Fals
             yield
             accelerator.synchronize(device)
     else:  # PyTorch 1.5
-        with torch.autograd.profiler.profile(use_cuda=device.type == 'cuda') as profile:
+        options: Any = {'use_cuda': device.type == 'cuda'}
+        with torch.autograd.profiler.profile(**options) as profile:
             yield
             accelerator.synchronize(device)
     profile.export_chrome_trace(path)
