@@ -8,6 +8,7 @@ seconds of --dist_timeout are many.
 """
 
 import collections
+import contextlib
 import itertools
 import json
 import math
@@ -292,7 +293,8 @@ def fall(job, data, tmp_path):
             if deed == 'is stopped' and not launched:  # the other one ends by itself; this one when it is woken
                 one.end(1 - rank)
                 for pid in one.left():
-                    os.kill(pid, signal.SIGCONT)
+                    with contextlib.suppress(ProcessLookupError):  # it has ended since
+                        os.kill(pid, signal.SIGCONT)
         for (rank, place, deed, launched), (one, output) in zip(rows, jobs):
             ended = one.end()
             last = max if launched or deed == 'sleeps' else min  # of the two that end: who must be in time

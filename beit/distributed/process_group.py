@@ -111,21 +111,19 @@ def rendezvous_store() -> Any:
 def listen_on_loopback(port: int = 0) -> int:
     """Let the store at this port, or at a free one, listen on 127.0.0.1 only. Gives the port.
 
-    A PyTorch whose TCPStore takes no socket (before 2.1) listens on all addresses of the machine.
+    A PyTorch whose TCPStore takes no socket, as 1.5 and 1.8, listens on all addresses of the machine.
     """
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((LOOPBACK[0], port))
     port = listener.getsockname()[1]
-    try:
-        from torch.distributed import TCPStore  # not in every build of PyTorch
+    store_type: Any = getattr(dist, 'TCPStore', None)  # not in every build of PyTorch
+    if 'master_listen_fd' in str(vars(store_type or object)['__init__'].__doc__):
         listener.listen(1024)
         # One at the same port, made by PyTorch, is the same one.
-        _daemons.append(TCPStore(LOOPBACK[0], port, None, True, wait_for_workers=False, multi_tenant=True,
-                                 master_listen_fd=listener.fileno()))
-        listener.detach()
-    except (ImportError, TypeError):
-        listener.close()
+        _daemons.append(store_type(LOOPBACK[0], port, None, True, wait_for_workers=False, multi_tenant=True,
+                                   master_listen_fd=listener.detach()))
+    listener.close()
     return port
 
 
