@@ -24,6 +24,7 @@ import run_export
 import run_predict
 from helpers import lines_of, needs_extra, photo
 
+pytestmark = pytest.mark.current_only
 DRAWS, CHUNKS = (5000 if os.environ.get('BEIT_SOAK') else 200), 20
 NAMES = ['cat', 'dog', 'Cat', 'n01440764', '0', '1', '2', '10', 'ros\u00e9', 'two words', 'semi;colon', 'comma,name',
          '\u540d\u524d', 'x' * 60]
