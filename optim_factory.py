@@ -59,49 +59,60 @@ def weight_decay_skip_list(model: Any, disable_weight_decay_on_rel_pos_bias: boo
 
 # ---- optimizers
 
-# Class, of PyTorch or else timm or, where it is fused, of `kernels.fused_optimizer`; and its fixed arguments.
+def _torch(name, **fixed):
+    return lambda under_apex: (getattr(torch.optim, name, None) or getattr(timm.optim, name, None), fixed)
+
+
+def _timm(*names, **fixed):
+    return lambda under_apex: (
+        next((getattr(timm.optim, name) for name in names if hasattr(timm.optim, name)), None), fixed)
+
+
+def _fused(name, **fixed):
+    return lambda under_apex: (kernels.fused_optimizer(name, under_apex), fixed)
+
+
+# Name to a function of `under_apex` that gives (class, fixed arguments). 'momentum' stands for the flag of that name.
 OPTIMIZERS = {
-    'adamw': ('AdamW', {}),
-    'adam': ('Adam', {}),
-    'nadam': ('NAdam', {}),
-    'radam': ('RAdam', {}),
-    'adadelta': ('Adadelta', {}),
-    'rmsprop': ('RMSprop', dict(alpha=0.9)),
-    'sgd': ('SGD', dict(nesterov=True)),
-    'nesterov': ('SGD', dict(nesterov=True)),
-    'momentum': ('SGD', dict(nesterov=False)),
-    'adamp': ('AdamP', dict(wd_ratio=0.01, nesterov=True)),
-    'sgdp': ('SGDP', dict(nesterov=True)),
-    'adafactor': ('Adafactor', {}),
-    'adahessian': ('Adahessian', {}),
-    'rmsproptf': ('RMSpropTF', dict(alpha=0.9)),
-    'novograd': ('NovoGrad' if hasattr(timm.optim, 'NovoGrad') else 'NvNovoGrad', {}),
-    'nvnovograd': ('NvNovoGrad', {}),
-    'npufusedadamw': ('NpuFusedAdamW', {}),
-    'fusedadamw': ('FusedAdam', dict(adam_w_mode=True)),
-    'fusedadam': ('FusedAdam', dict(adam_w_mode=False)),
-    'fusedsgd': ('FusedSGD', dict(nesterov=True)),
-    'fusedmomentum': ('FusedSGD', dict(nesterov=False)),
-    'fusedlamb': ('FusedLAMB', {}),
-    'fusednovograd': ('FusedNovoGrad', dict(betas=(0.95, 0.98))),
-}  # type: Dict[str, Tuple[str, Dict[str, Any]]]
-TIMMS_OWN = ('Adafactor',)  # where PyTorch has another of this name
+    'adamw': _torch('AdamW'),
+    'adam': _torch('Adam'),
+    'nadam': _torch('NAdam'),
+    'radam': _torch('RAdam'),
+    'adadelta': _torch('Adadelta'),
+    'rmsprop': _torch('RMSprop', alpha=0.9),
+    'sgd': _torch('SGD', nesterov=True),
+    'nesterov': _torch('SGD', nesterov=True),
+    'momentum': _torch('SGD', nesterov=False),
+    'adamp': _timm('AdamP', wd_ratio=0.01, nesterov=True),
+    'sgdp': _timm('SGDP', nesterov=True),
+    'adafactor': _timm('Adafactor'),
+    'adahessian': _timm('Adahessian'),
+    'rmsproptf': _timm('RMSpropTF', alpha=0.9),
+    'novograd': _timm('NovoGrad', 'NvNovoGrad'),
+    'nvnovograd': _timm('NvNovoGrad'),
+    'npufusedadamw': _fused('NpuFusedAdamW'),
+    'fusedadamw': _fused('FusedAdam', adam_w_mode=True),
+    'fusedadam': _fused('FusedAdam', adam_w_mode=False),
+    'fusedsgd': _fused('FusedSGD', nesterov=True),
+    'fusedmomentum': _fused('FusedSGD', nesterov=False),
+    'fusedlamb': _fused('FusedLAMB'),
+    'fusednovograd': _fused('FusedNovoGrad', betas=(0.95, 0.98)),
+}
 
 
 def optimizer_class(name: str, under_apex: Optional[bool] = None) -> Tuple[Any, Dict[str, Any], bool]:
     """(class, fixed arguments, whether Lookahead goes around it) of a value of --opt.
 
-    `UserError` where the name is unknown, or its library isn't here. `under_apex`: see `kernels.fused_optimizer`.
+    Args:
+        under_apex (bool): see `kernels.fused_optimizer`.
+
+    Raises:
+        UserError: the name is unknown, or its library isn't here.
     """
     lookahead, _, base = name.lower().rpartition('lookahead_')
     if base not in OPTIMIZERS or lookahead:
         raise unknown_value_error('--opt', name, list(OPTIMIZERS) + ['lookahead_adamw'])
-    class_name, fixed = OPTIMIZERS[base]
-    if 'Fused' in class_name:
-        cls = kernels.fused_optimizer(class_name, under_apex)
-    else:
-        homes = [timm.optim] if class_name in TIMMS_OWN else [torch.optim, timm.optim]
-        cls = next((getattr(home, class_name) for home in homes if hasattr(home, class_name)), None)
+    cls, fixed = OPTIMIZERS[base](under_apex)
     if cls is None:
         raise UserError('--opt %s: neither this PyTorch nor this timm has it; use adamw' % name)
     return cls, fixed, name.lower().startswith('lookahead_')
