@@ -197,6 +197,7 @@ class CheckpointMonitor(StepMonitor):
                 with open(path, encoding='utf-8') as file:
                     earlier = file.read()
             write_bytes(path, (earlier + json.dumps(record) + '\n').encode())
+        process_group.barrier()  # one of them ends the job next
         return ' (all in %s)' % path
 
     def after_step(self, update: StepState, epoch: int, steps: int, state: Callable[[], Dict[str, Any]],
