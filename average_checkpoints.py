@@ -22,6 +22,7 @@ import torch
 import flags
 from beit import model_spec
 from beit.checkpoint import comparison, discovery
+from beit.checkpoint.inference_model import spec_beside
 from beit.checkpoint.pretrained import find_state_dict, mismatches
 from beit.cli import OneLineParser, run_interruptible
 from beit.errors import UserError, escape_text, print_line
@@ -108,7 +109,9 @@ def average(paths: Sequence[str], use_ema: bool = False) -> Dict[str, Any]:
     for path in paths:
         content = load_weights_file(path, '--inputs')
         state = weights_of(path, content, use_ema)
-        spec = model_spec.spec_in(content, path, len(state['head.weight'])) if 'head.weight' in state else None
+        outputs = len(state['head.weight']) if 'head.weight' in state else 0
+        spec = model_spec.spec_in(content, path, outputs) if outputs else None
+        spec = spec or (spec_beside(path, outputs, state, {}, {}) if 'patch_embed.proj.weight' in state else None)
         if not first:
             total = collections.OrderedDict((name, value.double() if value.is_floating_point() else value)
                                             for name, value in state.items())
@@ -143,12 +146,17 @@ def weights_of(path: str, content: Any, use_ema: bool) -> Dict[str, torch.Tensor
 
 def check_alike(path: str, state: Dict[str, torch.Tensor], spec: Optional[ModelSpec], first_path: str,
                 first_state: Dict[str, torch.Tensor], first_spec: Optional[ModelSpec]) -> None:
+    if (spec is None) != (first_spec is None):
+        silent, other = (path, first_path) if spec is None else (first_path, path)
+        raise UserError('--inputs %s: it does not say of what model it is, so it cannot be compared with %s; average '
+                        'files that all do, or none' % (escape_text(silent), escape_text(other)))
     differences = spec.differences(first_spec) if spec is not None and first_spec is not None else []
     weights = mismatches(state, first_state)
     if weights:
         differences.append(weights.replace('in the model', 'in the first'))
     differences += ['%s has other values' % name for name, value in state.items()
-                    if not weights and not value.is_floating_point() and not value.equal(first_state[name])]
+                    if not weights and not value.is_floating_point() and name in first_state
+                    and not value.equal(first_state[name])]
     if differences:
         raise UserError('--inputs %s: it is not of the same model as %s: %s'
                         % (escape_text(path), escape_text(first_path), '; '.join(differences)))

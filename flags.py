@@ -269,7 +269,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('aa', 'rand-m9-mstd0.5-inc1', 'AutoAugment policy or none'),
         Flag('hflip', 0.5, 'share of images that are mirrored', type=share),
         Flag('loss', 'auto', 'ce, bce (a binary one for each class); auto: bce for many labels',
-             choices=losses.LOSSES, follows_checkpoint=True),
+             choices=losses.LOSSES),
         Flag('class_weights', '', 'balanced: rare ones weigh more; or a CSV or JSON file', shown='all the same'),
         Flag('smoothing', 0.1, 'label smoothing', type=below_one, synonyms='label_smoothing'),
         Flag('train_interpolation', 'bicubic', 'of random crops: random, bilinear, bicubic, lanczos',

@@ -179,6 +179,7 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[
     To evaluate, the flags that were not given become the checkpoint's.
     """
     source = args.resume
+    pretrained.refuse_exports('--resume', source)
     if args.eval and source and os.path.isfile(os.path.join(source, hf_names.CONFIG)):
         source = hf_names.hf_weights_path(source, '--resume')
     path, content = discovery.load_agreed(source, config_from(args, OutputConfig), device, for_evaluation=args.eval)
@@ -191,15 +192,16 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[
     if args.eval_data_path or args.val_csv or os.path.isdir(os.path.join(args.data_path, 'val')):
         saved = {name: value for name, value in saved.items() if name != 'val_split'}
     given = args.given & {field.name for kind in (ModelConfig, TransformConfig) for field in dataclasses.fields(kind)}
+    given |= args.given & {'loss'} if args.loss != 'auto' else set()
     differ = follow_checkpoint(args, saved, path)
     if differ:
-        log.log_main('Given on the command line, and not as %s was trained: %s'
+        log.log_main('Given on the command line, and not as in %s: %s'
                      % (escape_text(path), ', '.join(differ)))
     checkpoint = inference_model.read_weights(path, content, class_names=args.class_names, defaults=vars(args), **keys,
                                               **{name: getattr(args, name) for name in given})
-    vars(args).update(dataclasses.asdict(checkpoint.spec.architecture))
+    vars(args).update(dataclasses.asdict(checkpoint.spec.architecture), loss=checkpoint.spec.loss)
     if args.model_ema and not content.get('model_ema'):
-        log.log_main('%s holds no averaged weights (it was trained without --model_ema)' % escape_text(path))
+        log.log_main('%s holds no averaged weights' % escape_text(path))
         args.model_ema = False
     locations.check_paths(config_from(args, InputConfig))
     return checkpoint

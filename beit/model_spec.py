@@ -110,7 +110,8 @@ class ModelSpec:
             other = EvalTransform.from_config(TransformConfig(
                 imagenet_default_mean_and_std=changes['imagenet_default_mean_and_std']))
             images = dataclasses.replace(images, mean=other.mean, std=other.std)
-        return dataclasses.replace(self, architecture=shape, preprocessing=images)
+        loss = changes['loss'] if changes.get('loss') in ('ce', 'bce') else self.loss
+        return dataclasses.replace(self, architecture=shape, preprocessing=images, loss=loss)
 
     def with_class_names(self, names: Sequence[str], where: str) -> 'ModelSpec':
         """A copy with these names. Raises `UserError`, naming `where` they are from, for another number of them."""

@@ -7,8 +7,10 @@ import os
 import pytest
 import torch
 
+import average_checkpoints
 import modeling_finetune
 import run_class_finetuning
+import run_export
 import run_predict
 from beit import model_spec
 from beit.checkpoint import hf_names, pretrained
@@ -16,7 +18,7 @@ from beit.config import ModelConfig
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError
 from beit.model_spec import ModelSpec
-from helpers import NANO, write_images
+from helpers import NANO, needs_extra, write_images
 
 pytestmark = [pytest.mark.fast, pytest.mark.current_only]
 SPEC = ModelSpec(ModelConfig(model='beit_nano_patch8_32', input_size=32), EvalTransform(32, 1.0),
@@ -157,6 +159,45 @@ def test_wrapped_weights_are_found(wrap):
     assert list(found) == list(state) and all(torch.equal(found[name], state[name]) for name in state)
 
 
+def test_a_key_that_was_given_is_the_only_one():
+    state = nano().state_dict()
+    for content in ({'model': state, 'model_ema': state}, state):
+        with pytest.raises(UserError, match='nokey.*--model_key'):
+            pretrained.find_state_dict(content, '--resume', 'x.pth', 'nokey')
+
+
+def test_names_of_a_checkpoint_are_not_replaced(trained, tmp_path, capsys):
+    (tmp_path / 'names').write_text('c\nb\na\n')
+    assert run_predict.run(['--resume', str(trained / 'out'), '--class_names', str(tmp_path / 'names'),
+                            str(trained / 'data' / 'val' / 'a' / '0.png')]) == 2
+    assert 'names its classes itself (a, b, c)' in capsys.readouterr().err
+
+
+def test_a_loss_that_is_given_is_that_of_the_evaluation(trained, tmp_path, capsys):
+    losses = {}
+    for flags in ((), ('--loss=bce',), ('--loss=ce',)):
+        path = tmp_path / 'row.json'
+        assert run_class_finetuning.run(['--eval', '--resume', str(trained / 'out'), '--num_workers=0', '--data_path',
+                                         str(trained / 'data'), '--results_file', str(path), *flags]) == 0
+        losses[flags] = json.loads(path.read_text())[0]['loss']
+        assert ('--loss bce (the checkpoint: ce)' in capsys.readouterr().out) == (flags == ('--loss=bce',))
+    assert losses[()] == losses[('--loss=ce',)] != losses[('--loss=bce',)]
+
+
+def test_an_average_with_weights_that_say_nothing_is_refused(trained, tmp_path, capsys):
+    files = [str(trained / 'out' / 'checkpoint-best.pth'), str(trained / 'bare.pth')]
+    for order in (files, files[::-1]):
+        assert average_checkpoints.run(['--inputs', *order, '--output', str(tmp_path / 'x.pth')]) == 2
+        assert 'bare.pth: it does not say of what model it is' in capsys.readouterr().err
+
+
+def test_bare_weights_tell_their_size_and_what_is_assumed(trained, capsys):
+    assert run_class_finetuning.run(['--eval', '--resume', str(trained / 'bare.pth'), '--model=beit_nano_patch8_32',
+                                     '--num_workers=0', '--data_path', str(trained / 'data')]) == 0
+    out = capsys.readouterr().out
+    assert 'input 32x32' in out and 'does not say how its images are prepared' in out
+
+
 def test_what_a_file_without_weights_holds_is_named():
     with pytest.raises(UserError, match='net, epoch.*--model_key'):
         pretrained.find_state_dict({'net': {'blocks': [1]}, 'epoch': 2}, '--finetune', 'x.pth')
@@ -214,3 +255,20 @@ def test_preprocessing_that_is_not_computed_here_is_refused(tmp_path, change):
     (tmp_path / 'preprocessor_config.json').write_text(json.dumps(dict(content, **change)))
     with pytest.raises(UserError, match='preprocessor_config.json'):
         hf_names.hf_preprocessing(str(tmp_path / 'model.safetensors'))
+
+
+@needs_extra('safetensors')
+def test_a_folder_that_contradicts_itself_is_refused(trained, tmp_path, capsys):
+    folder, image = tmp_path / 'hf', str(trained / 'data' / 'val' / 'a' / '0.png')
+    assert run_export.run(['--resume', str(trained / 'out'), '--format=huggingface', '--output', str(folder),
+                           '--no_check']) == 0
+    assert run_predict.run(['--resume', str(folder), image]) == 0
+    for name, key, value in (('preprocessor_config.json', 'image_mean', [0.4] * 3),
+                             ('preprocessor_config.json', 'resample', 2),
+                             ('config.json', 'id2label', {'0': 'c', '1': 'b', '2': 'a'})):
+        before = (folder / name).read_text()
+        (folder / name).write_text(json.dumps(dict(json.loads(before), **{key: value})))
+        capsys.readouterr()
+        assert run_predict.run(['--resume', str(folder), image]) == 2
+        assert 'say something else' in capsys.readouterr().err
+        (folder / name).write_text(before)

@@ -116,19 +116,24 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
                         'missing in the file' % escape_text(path))
     if not outputs:
         raise UserError('--resume %s: it has no head, so it names no class; fine-tune it first' % escape_text(path))
-    spec = spec or _spec_beside(path, outputs, state, dict(defaults or {}, **{
-        name: value for name, value in given.items() if value is not None}))
+    spec = spec or spec_beside(path, outputs, state, defaults or {}, given)
     if spec is None:
         raise UserError('--resume %s: it does not say which model it is of; give --model, and --input_size where it is '
                         'not 224' % escape_text(path))
     trained_size = spec.architecture.input_size
     spec = tell_changes(spec, given, path)
     if class_names:
-        spec = spec.with_class_names(model_spec.read_class_names(class_names), '--class_names %s'
-                                     % escape_text(class_names))
+        names = model_spec.read_class_names(class_names)
+        if spec.has_class_names and list(spec.classes) != names:
+            raise UserError('--class_names %s: %s names its classes itself (%s), and these are not the same; leave the '
+                            'flag out' % (escape_text(class_names), escape_text(path),
+                                          model_spec.shorten_names(spec.classes)))
+        spec = spec.with_class_names(names, '--class_names %s' % escape_text(class_names))
     try:
         model_spec.check_architecture(spec.architecture.model, spec.architecture.input_size)
     except UserError as error:
+        if given.get('model') or given.get('input_size'):
+            raise
         raise UserError('--resume %s: no model can be built of what it says: %s' % (escape_text(path), error)) from None
     return CheckpointWeights(path, content, state, spec, is_bare, spec.architecture.input_size != trained_size)
 
@@ -136,13 +141,13 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
 def tell_changes(spec: ModelSpec, given: Dict[str, Any], path: str) -> ModelSpec:
     """The spec in which flags that were given win; a line names those that differ from what the checkpoint says."""
     changed = spec.replace(**given)
-    before = dict(dataclasses.asdict(spec.architecture), crop_pct=spec.preprocessing.crop_pct)
+    before = dict(dataclasses.asdict(spec.architecture), crop_pct=spec.preprocessing.crop_pct, loss=spec.loss)
     differ = ['--%s %s (the checkpoint: %s)' % (name, value, before[name]) for name, value in given.items()
               if value is not None and name in before and value != before[name]]
     if 'imagenet_default_mean_and_std' in given and changed.preprocessing.mean != spec.preprocessing.mean:
         differ.append('mean %s (the checkpoint: %s)' % (changed.preprocessing.mean, spec.preprocessing.mean))
     if differ:
-        log_main('Given on the command line, and not as %s was trained: %s' % (escape_text(path), ', '.join(differ)))
+        log_main('Given on the command line, and not as in %s: %s' % (escape_text(path), ', '.join(differ)))
     return changed
 
 
@@ -175,16 +180,25 @@ def load_state(model: torch.nn.Module, found: CheckpointWeights) -> None:
                            if not name.endswith('relative_position_index')}, strict=False)
 
 
-def _spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], flags: Dict[str, Any]) -> Optional[ModelSpec]:
-    """The spec of weights that hold none: of an export's metadata, of Hugging Face's files beside, of `flags`."""
-    metadata, names = weights_file.read_metadata(path), hf_names.hf_labels(path)
-    try:
-        if model_spec.KEY in metadata:
-            return model_spec.spec_in({model_spec.KEY: json.loads(metadata[model_spec.KEY])}, path, outputs)
-    except (ValueError, TypeError, RecursionError):
-        raise UserError('--resume %s: its metadata is damaged' % escape_text(path)) from None
-    flags, known = dict(flags, **_flags_of_weights(state)), {}
-    images: Optional[EvalTransform]
+def spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], defaults: Mapping[str, Any],
+                given: Mapping[str, Any]) -> Optional[ModelSpec]:
+    """The spec of weights that hold none: of an export's metadata, of Hugging Face's files beside, of flags.
+
+    Args:
+        defaults, given: flags that yield to what the weights say, and that win over it.
+
+    Raises:
+        UserError: the metadata is damaged, or contradicts the files beside it.
+    """
+    metadata, names, images = weights_file.read_metadata(path), hf_names.hf_labels(path), None
+    if model_spec.KEY in metadata:
+        try:
+            spec = model_spec.spec_in({model_spec.KEY: json.loads(metadata[model_spec.KEY])}, path, outputs)
+        except (ValueError, TypeError, RecursionError):
+            raise UserError('--resume %s: its metadata is damaged' % escape_text(path)) from None
+        _check_beside(path, spec, names)
+        return spec
+    flags, known = dict(defaults, **_flags_of_weights(state)), {}
     try:
         images = EvalTransform.from_timm(json.loads(metadata['preprocessing']))
         flags.update(model=str(metadata['model']), input_size=images.input_size)
@@ -192,19 +206,43 @@ def _spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], flags:
     except (LookupError, ValueError, TypeError, RecursionError):
         images = hf_names.hf_preprocessing(path)
         if images is not None:
-            flags.setdefault('input_size', images.input_size)
+            flags.update(input_size=images.input_size)
+    flags.update((name, value) for name, value in given.items() if value is not None)
     if not flags.get('model'):
         return None
     if images is not None:
-        size = flags['input_size']
-        known['preprocessing'] = images.at_size(size) if size != images.input_size else images
+        known['preprocessing'] = images
+    elif given.get('crop_pct') is None and 'imagenet_default_mean_and_std' not in given:
+        log_main('%s does not say how its images are prepared: a mean and deviation of 0.5 and the crop of --help are '
+                 'taken' % escape_text(path))
     sigmoid = metadata.get('activation') == 'sigmoid' or hf_names.hf_is_multi_label(path) or flags.get('loss') == 'bce'
-    return ModelSpec.from_flags(flags, names if names and len(names) == outputs else None, outputs,
+    spec = ModelSpec.from_flags(flags, names if names and len(names) == outputs else None, outputs,
                                 loss='bce' if sigmoid else 'ce', multi_label=sigmoid, **known)
+    if images is not None and flags['input_size'] != images.input_size:
+        spec = dataclasses.replace(spec, preprocessing=images.at_size(flags['input_size']))
+    return spec
+
+
+def _check_beside(path, spec, names):
+    """Raise a `UserError` where the files of a Hugging Face folder say something else than its weights' header."""
+    images, mine = hf_names.hf_preprocessing(path), spec.preprocessing
+    differ = [] if images is None else [
+        field for field in ('input_size', 'shorter_side', 'interpolation', 'mean', 'std', 'crop_mode')
+        if getattr(images, field) != getattr(mine, field)]
+    if names and names != list(spec.classes):
+        differ.append('classes')
+    if differ:
+        raise UserError('--resume %s: the header of the weights and the folder\'s JSON files say something else of %s; '
+                        'export the model again, or remove what is wrong' % (escape_text(path), ', '.join(differ)))
 
 
 def _flags_of_weights(state):
-    """The flags that the names of a state dict tell: which positions, layer scale and pooling the network has."""
-    return dict(rel_pos_bias=any('relative_position_bias_table' in name for name in state),
+    """The flags that a state dict tells: positions, layer scale and pooling of the network, and its input size."""
+    size, tables = {}, [value for name, value in state.items() if name.endswith('relative_position_bias_table')]
+    patches = len(state['pos_embed'][0]) - 1 if 'pos_embed' in state and state['pos_embed'].dim() == 3 else 0
+    grid = (round((len(tables[0]) - 3) ** 0.5) + 1) // 2 if tables and len(tables[0]) > 3 else round(patches ** 0.5)
+    if grid and state['patch_embed.proj.weight'].dim() == 4:
+        size = {'input_size': grid * state['patch_embed.proj.weight'].shape[-1]}
+    return dict(size, rel_pos_bias=any('relative_position_bias_table' in name for name in state),
                 abs_pos_emb='pos_embed' in state, use_mean_pooling='fc_norm.weight' in state,
                 layer_scale_init_value=0.1 if 'blocks.0.gamma_1' in state else 0.)  # its start

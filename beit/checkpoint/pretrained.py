@@ -86,8 +86,8 @@ def find_state_dict(content: Any, flag: str, source: str, model_key: str = DEFAU
 
     Args:
         flag, source: for messages.
-        model_key (str): names divided by |; the first that the file holds is taken, then those that other programs
-            use, then the file itself.
+        model_key (str): names divided by |; the first that the file holds is taken. The default goes on with those
+            that other programs use, then the file itself.
         model_prefix (str): what the names have in front, such as 'encoder.'; names without it are left out. Without it
             what DistributedDataParallel, Lightning and torch.compile put there is removed, in any order.
         use_ema (bool): take the averaged weights.
@@ -96,11 +96,13 @@ def find_state_dict(content: Any, flag: str, source: str, model_key: str = DEFAU
         UserError: it holds no such weights; the message names what it does hold.
     """
     shown = '%s %s' % (flag, escape_text(source))
-    keys = AVERAGED_KEYS if use_ema else tuple(model_key.split('|')) + OTHER_KEYS + AVERAGED_KEYS
+    keys = AVERAGED_KEYS if use_ema else tuple(model_key.split('|'))
+    if model_key == DEFAULT_KEYS and not use_ema:
+        keys += OTHER_KEYS + AVERAGED_KEYS
     found = [(key, content[key]) for key in keys if isinstance(content, dict) and isinstance(content.get(key), dict)]
     if use_ema and not any(_tensors(state) for _, state in found):
-        raise UserError('%s holds no averaged weights (it was trained without --model_ema)' % shown)
-    for key, state in found + [('', content)]:
+        raise UserError('%s holds no averaged weights; leave --use_ema out' % shown)
+    for key, state in found + [('', content)] * (model_key == DEFAULT_KEYS or 'model' in keys):
         tensors = _tensors(state)
         if not tensors:
             continue
@@ -108,6 +110,8 @@ def find_state_dict(content: Any, flag: str, source: str, model_key: str = DEFAU
         stripped = collections.OrderedDict((name[len(prefix):].replace('_orig_mod.', ''), value)
                                            for name, value in tensors.items() if name.startswith(prefix))
         if stripped:
+            if key in AVERAGED_KEYS and not use_ema:
+                log_main('%s: holds averaged weights only (%s), which are taken' % (escape_text(source), key))
             return key, stripped
         raise UserError('%s: no weight has the prefix %r (--model_prefix); their names are %s'
                         % (shown, model_prefix, escape_text(_shorten(tensors))))

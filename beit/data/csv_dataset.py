@@ -29,6 +29,7 @@ PATHS = ('path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_pa
 LABELS = ('label', 'labels', 'class', 'classes', 'category')
 SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val',
           'test': 'test', 'testing': 'test'}
+DOUBTFUL = ('na', 'n/a', 'none', 'null', 'nat', '-nan')  # classes, or values that are not there
 MISSING = ('nan', '<na>', '#n/a')  # what pandas and spreadsheets write for a value that is not there
 SEVERAL = re.compile(r'(?<!\\);')  # between the labels of an image; \; is a semicolon in a name
 FORM = 'it must be path,label (with several labels: path,label;label), and what holds a comma stands in double quotes'
@@ -242,9 +243,10 @@ class _Labels:
             raise self.file.error(line, 'the label %s means that there is none; leave the line out, or give one' % name)
         if self.classes is not None:
             near = ' or '.join(map(escape_text, nearest(name, self.classes)))
-            raise self.file.error(line, 'the label %r is none of the %d classes of the training images; %s' % (
-                escape_text(name), len(self.classes), 'did you mean %s?' % near if near else
-                'list training images of it, or mend it'))
+            raise self.file.error(line, 'the label %r is none of the %d classes of the training images or the '
+                                  'checkpoint; %s' % (
+                                      escape_text(name), len(self.classes), 'did you mean %s?' % near if near else
+                                      'list training images of it, or mend it'))
         self.index_of[name] = len(self.index_of)
 
     def finish(self) -> Tuple[np.ndarray, Optional[np.ndarray], List[str]]:
@@ -254,6 +256,10 @@ class _Labels:
         known = sorted(self.index_of) if self.classes is None else list(self.classes)
         if not known:
             raise UserError('%s: none of its images has a label' % self.file.name)
+        doubtful = [name for name in known if name.lower() in DOUBTFUL]
+        if doubtful and self.classes is None:
+            log_main('%s: %s counts as a class; leave such lines out where it means that there is no label'
+                     % (self.file.name, ', '.join(doubtful)))
         flat = np.array(self.flat)
         if self.classes is None:  # names were numbered as they came
             flat = np.argsort([self.index_of[name] for name in known])[flat]
