@@ -83,8 +83,11 @@ def load_image(path: str) -> Image.Image:
 
 def read_up_to(max_pixels: int, read: Callable, path: str) -> Any:
     """`read(path)`, where an image may have so many pixels."""
-    Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses twice that
-    return read(path)
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels // 2  # Pillow refuses twice that
+    try:
+        return read(path)
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _scale_to_bytes(image: Image.Image) -> Image.Image:
