@@ -12,8 +12,15 @@ import optim_factory
 from beit import model_spec
 from beit.checkpoint import discovery, hf_names, pretrained
 from beit.cli import OneLineParser, add_bool_flag, bounded_number
-from beit.config import MAX_INPUT_SIZE, DistributedConfig, InputConfig, MixupConfig, TransformConfig
-from beit.data import loader, locations, transforms
+from beit.config import (
+    MAX_INPUT_SIZE,
+    DistributedConfig,
+    InputConfig,
+    MixupConfig,
+    TransformConfig,
+    default_num_workers,
+)
+from beit.data import locations, transforms
 from beit.devices import accelerator, half_precision, kernels, profiler
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text, unknown_value_error
@@ -140,7 +147,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('on_nonfinite', 'stop', 'loss or gradient infinite or no number: stop, or skip that update',
              choices=('stop', 'skip')),
         Flag('seed', 0, 'seed of every random number', type=bounded_number(int, 0, 2 ** 62), follows_checkpoint=True),
-        Flag('num_workers', loader.default_num_workers(), 'loader processes per device; 0 loads in the main one',
+        Flag('num_workers', default_num_workers(), 'loader processes per device; 0: none',
              shown='one per processor, at most 10', type=bounded_number(int, 0, 1024), affects_results=False,
              also={PREDICT: dict(group='run', default=None, help='loader processes per device',
                                  shown='one per core, up to 8; 0 for one batch')}),

@@ -4,9 +4,16 @@
 """
 
 import dataclasses
+import os
 from typing import Any, Dict, Optional, Sequence
 
 MAX_INPUT_SIZE = 8192  # pixels a side
+
+
+def default_num_workers() -> int:
+    """As many as this process may use processors, at most 10."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return min(10, allowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +69,7 @@ class MixupConfig:
 class LoaderConfig:
     """How batches are made and shared among processes."""
     batch_size: int = 64  # of training, per process; evaluation takes 1.5 times as many
-    num_workers: int = 10
+    num_workers: int = dataclasses.field(default_factory=default_num_workers)
     pin_mem: bool = True
     dist_eval: bool = False
     seed: int = 0

@@ -24,7 +24,8 @@ import datasets
 from beit import errors
 from beit.data import decode, device_loader, device_randaugment, fast_decode
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
-from beit.data.loader import Sample, collate, default_num_workers
+from beit.config import default_num_workers
+from beit.data.loader import Sample, collate
 from beit.data.transforms import InterpolationMode, build_transform, check_backend
 from beit.devices import accelerator
 from beit.errors import UserError

@@ -179,12 +179,6 @@ def _exit_when_parent_asks(parent: int) -> None:
     os._exit(0)
 
 
-def default_num_workers() -> int:
-    """As many as this process may use processors, at most 10."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return min(10, allowed)
-
-
 def loader_kwargs(num_workers: int, pin_mem: bool, input_size: int, device: torch.device) -> Dict[str, Any]:
     """A DataLoader's arguments. Its workers stay from one epoch to the next, where PyTorch has that."""
     wanted = dict(
