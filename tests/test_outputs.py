@@ -12,7 +12,7 @@ import pytest
 from beit.errors import guard_cell
 from beit.outputs.prediction_writers import CsvWriter, Prediction
 from beit.training import metrics
-from helpers import PROGRAM, RUN, TINY, copy_checkout, environment, lines_of, text
+from helpers import COLD, PROGRAM, RUN, TINY, copy_checkout, environment, lines_of, text
 
 pytestmark = pytest.mark.current_only
 
@@ -59,7 +59,7 @@ def test_training_goes_on_without_its_output(data, tmp_path, where, processes):
         ['bash', '-c', '"$@" %s; exit "${PIPESTATUS[0]}"' % OUTPUTS[where], 'bash'] + command + [PROGRAM] + RUN
         + ['--data_path=' + data, '--output_dir=' + output, '--epochs=2', '--warmup_epochs=0'],
         cwd=os.path.dirname(PROGRAM), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-        timeout=200, env=environment(OMP_NUM_THREADS='1'))
+        timeout=200, env=environment(OMP_NUM_THREADS='1', **COLD))
     assert done.returncode == 0, done.stderr
     assert [line['epoch'] for line in lines_of(output)] == [0, 1]
     assert {'checkpoint-1.pth', 'checkpoint-best.pth', 'summary.json'} <= set(os.listdir(output))

@@ -21,7 +21,7 @@ from beit.checkpoint.inference_model import load_for_inference
 from beit.cli import OF_FOLDER
 from beit.errors import UserError
 from beit.files import run_folder, weights_file
-from helpers import LAUNCHER, LONG, PROGRAM, RUN, environment, launch, lines_of
+from helpers import COLD, LAUNCHER, LONG, PROGRAM, RUN, environment, launch, lines_of
 
 pytestmark = pytest.mark.fast
 
@@ -139,7 +139,8 @@ def running(flags, processes=1):
     """A run in processes of its own, which trains; its main process is the one that is killed at the end."""
     command = [sys.executable, '-u', PROGRAM] if processes == 1 else \
         [sys.executable] + LAUNCHER + ['--nproc_per_node=%d' % processes, PROGRAM]
-    process = subprocess.Popen(command + flags, cwd=os.path.dirname(PROGRAM), env=environment(OMP_NUM_THREADS='1'),
+    process = subprocess.Popen(command + flags, cwd=os.path.dirname(PROGRAM),
+                               env=environment(OMP_NUM_THREADS='1', **COLD),
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
     try:
         assert any('Epoch: [1]' in line for line in process.stdout)

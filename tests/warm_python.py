@@ -70,7 +70,10 @@ def run_client(path, arguments):
     for number in passed_on:
         signal.signal(number, lambda number, _: early.append(number))
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(path)
+    try:
+        connection.connect(path)
+    except OSError:  # the server has ended
+        os.execv(sys.executable, [sys.executable] + arguments)
     umask = os.umask(0)
     os.umask(umask)
     order = json.dumps({'command': command, 'unbuffered': command != arguments, 'folder': os.getcwd(),
