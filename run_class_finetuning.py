@@ -263,6 +263,11 @@ def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec
     if args.eval and args.nb_classes not in (0, len(known.classes)):
         raise UserError('--nb_classes %d: %s has %d classes; leave the flag out'
                         % (args.nb_classes, escape_text(checkpoint.source), len(known.classes)))
+    if args.loss == 'auto' and known.loss != spec.loss:
+        raise UserError('--resume %s: it was trained with the loss %s, and these training images ask for %s, as they '
+                        'have %s; give --loss %s, or start anew with --finetune' % (
+                            escape_text(checkpoint.source), known.loss, spec.loss,
+                            'several labels each' if spec.multi_label else 'one label each', known.loss))
     places, message = model_spec.match_classes(known, checkpoint.source, classes, trains=not args.eval)
     if message:
         log.log_main(message)

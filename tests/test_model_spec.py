@@ -141,6 +141,22 @@ def test_a_resume_onto_other_classes_is_refused(trained, tmp_path, capsys):
         assert len(err.splitlines()) == 1 and name in err and '--finetune' in err
 
 
+def test_a_resume_with_another_kind_of_labels_is_refused(tmp_path, capsys):
+    data = write_images(tmp_path / 'data', ('a', 'b'))
+    names = ['%s/%d.png' % (name, index) for name in 'ab' for index in range(8)]
+    for kind, label in (('several', 'a;b'), ('one', 'a')):
+        (tmp_path / kind).write_text('path,label\n' + ''.join(
+            'train/%s,%s\n' % (name, label if name == 'a/0.png' else name[0]) for name in names))
+    flags = NANO + ['--data_path', data, '--output_dir', str(tmp_path / 'out'), '--batch_size=4', '--warmup_epochs=0',
+                    '--val_csv', str(tmp_path / 'several')]
+    assert run_class_finetuning.run(flags + ['--train_csv', str(tmp_path / 'several'), '--epochs=1']) == 0
+    capsys.readouterr()
+    assert run_class_finetuning.run(flags[:-2] + ['--train_csv', str(tmp_path / 'one'), '--epochs=2', '--auto_resume',
+                                                  '--val_csv', str(tmp_path / 'one')]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and 'loss bce' in err and '--loss bce' in err and '--finetune' in err
+
+
 # ---- weights that others wrapped
 
 def nano(classes=3):
