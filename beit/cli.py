@@ -1,6 +1,7 @@
 """How the programs meet the command line: their parser, the types of flags, one-line errors and the exit status."""
 
 import argparse
+import multiprocessing
 import os
 import re
 import sys
@@ -222,6 +223,8 @@ def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: 
         return exit_with_error(program, one_line(error), 2, error.rank)
     except (RuntimeError, MemoryError) as error:
         if worker_death_message(error):
+            for child in multiprocessing.active_children():  # it may wait for ever for a lock that the dead one held
+                child.kill()
             return exit_with_error(program, worker_death_message(error) + resume_hint, 1)
         if accelerator.is_out_of_memory(error):
             return exit_with_error(program, 'out of memory (%s); %s' % (one_line(error)[:200], memory_remedy), 2)
