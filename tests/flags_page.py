@@ -1,20 +1,23 @@
-"""Write docs/flags.md, the table of all flags, from the parsers; and docs/flags.zh-CN.md where its translations are.
+"""Write docs/flags.md, the tables of all flags, from the parsers; and docs/flags.zh-CN.md if its translations exist.
 
     python tests/flags_page.py
 
-docs/flags.zh-CN.json maps each text of the English page to its Chinese text: {"random seed": "随机种子", …}. A text that
-has no translation is an error, which lists all such texts. `test_readme.py` compares the pages with the parsers.
+docs/flags.zh-CN.json maps each text of the English page to its Chinese text: {"random seed": "随机种子", …}. The program
+lists the texts without a translation. `test_readme.py` compares the pages with the parsers.
 """
 
 import argparse
 import json
 import os
+import re
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import average_checkpoints  # noqa: E402
+import modeling_finetune  # noqa: E402
+import optim_factory  # noqa: E402
 import run_class_finetuning  # noqa: E402
 import run_export  # noqa: E402
 import run_predict  # noqa: E402
@@ -22,17 +25,17 @@ import run_predict  # noqa: E402
 PROGRAMS = {'run_class_finetuning.py': run_class_finetuning, 'run_predict.py': run_predict,
             'run_export.py': run_export, 'average_checkpoints.py': average_checkpoints}
 TITLE = 'Which flags are there?'
-NOTE = ('Paths and numbers follow a flag after a blank or `=`. A flag with the default `on` or `off` takes no value: `--amp` turns '
-        'one on, `--no_amp` off. `-` and `_` are the same in names. Names cannot be shortened. This page is generated: edit '
-        '`flags.py` and run `python tests/flags_page.py`.')
-SCRIPTS = ('The scripts in `test/` pass every flag that they do not know to `run_class_finetuning.py`. `--help` of a script lists '
-           'its own options.')
+NOTES = ('A value follows its flag after a blank or `=`. A flag with the default on or off takes no value: `--amp` '
+         'turns it on, `--no_amp` off. `-` and `_` are the same in names. Names cannot be shortened.',
+         'The scripts in `test/` pass every flag that they do not know to `run_class_finetuning.py`.',
+         'This page is generated: edit `flags.py` and run `python tests/flags_page.py`.')
+MODELS, OPTIMIZERS = 'Models', 'Optimizers (the prefix `lookahead_` is allowed)'
 ENGLISH, CHINESE = os.path.join('docs', 'flags.md'), os.path.join('docs', 'flags.zh-CN.md')
 TRANSLATIONS = os.path.join(ROOT, 'docs', 'flags.zh-CN.json')
 
 
 def groups(program):
-    """[(group, [(names, default, description)])] of a program, in the order of its --help."""
+    """[(group, [(names, default, whether that is a value, description)])] of a program, in the order of its --help."""
     found = []
     for group in PROGRAMS[program].build_parser()._action_groups:
         rows = []
@@ -41,7 +44,8 @@ def groups(program):
                 description, _, default = action.help[:-1].rpartition(' (')
                 default, _, off = default.partition('; off by ')
                 names = [name for name in action.option_strings if name.count('-') == 2] + ([off] if off else [])
-                rows.append((names, default, description))
+                is_literal = default == str(action.default) or re.match(r'-?[\d.]+(e-\d+)?$', default)
+                rows.append((names, default, is_literal, description))
         if rows:
             found.append((group.title, rows))
     return found
@@ -58,18 +62,21 @@ def page(translations=None):
             missing.append(english)
         return translations.get(english, english)
 
-    lines = ['# ' + text(TITLE), '', '```bash', 'python run_class_finetuning.py --help', '```', '', text(NOTE), '', text(SCRIPTS)]
+    lines = ['# ' + text(TITLE), '', '```bash', 'python run_class_finetuning.py --help', '```']
+    for note in NOTES:
+        lines += ['', text(note)]
     for program in PROGRAMS:
         lines += ['', '## ' + program]
         for title, rows in groups(program):
-            lines += ['', '**%s**' % text(title[0].upper() + title[1:]), '', '| %s | %s | %s |' % tuple(map(text, ('flag', 'default', 'meaning'))),
-                      '|---|---|---|']
-            for names, default, description in rows:
-                words = not default.isascii() or ' ' in default or default in ('on', 'off', 'none', 'empty', 'required')
+            lines += ['', '**%s**' % text(title[0].upper() + title[1:]), '',
+                      '| %s | %s | %s |' % tuple(map(text, ('flag', 'default', 'meaning'))), '|---|---|---|']
+            for names, default, is_literal, description in rows:
                 lines.append('| %s | %s | %s |' % (
                     ', '.join('`%s`' % name for name in names),
-                    (text(default) if words else '`%s`' % default).replace('|', '\\|'),
+                    ('`%s`' % default if is_literal else text(default)).replace('|', '\\|'),
                     text(description).replace('|', '\\|')))
+    for title, names in ((MODELS, modeling_finetune.MODELS), (OPTIMIZERS, optim_factory.OPTIMIZERS)):
+        lines += ['', '**%s**: %s' % (text(title), ', '.join('`%s`' % name for name in names))]
     if missing:
         raise KeyError('%s translates no %s' % (os.path.basename(TRANSLATIONS), missing))
     return '\n'.join(lines) + '\n'

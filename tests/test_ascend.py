@@ -477,7 +477,7 @@ def test_cann_is_missing(train):
 
 
 def test_cann_of_another_version(train):
-    one_line(train(FAKE_NPU_CANN='7.0'), '--device npu', 'cannot be started', 'CANN', 'README.md')
+    one_line(train(FAKE_NPU_CANN='7.0'), '--device npu', 'cannot be started', 'CANN', 'docs/ascend.md')
 
 
 def test_no_device_and_one_too_few(train):

@@ -1,16 +1,21 @@
 """Whole runs: the digits from a fresh checkout to an accuracy, BEiT base on photographs, two processes against one."""
 
+import glob
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from beit.files import weights_file
-from helpers import NANO, check_summary, copy_checkout, lines_of, photo, result, run_script
+from docs_commands import RUN_IN_ORDER, blocks
+from helpers import NANO, check_summary, copy_checkout, lines_of, needs_extra, photo, result, run_script
 
 PHOTO_SIZES = ((500, 375), (375, 500), (400, 400), (1600, 1200))  # ImageNet's usual ones, and a large one
+NUMBER = r'\d+(?:\.\d+)?(?:e[-+]\d+)?'
 
 
 # ---- the digits, by the README's two commands
@@ -36,6 +41,45 @@ def test_the_evaluation_script_prints_the_same_accuracy(digits_run):
     check_summary(checkout, 'train_eval_1p', evaluation, batch_size=64, devices=1)
     assert result(evaluation)['accuracy'] == result(run)['accuracy']
     assert 'on the 360 test images' in evaluation.out
+
+
+@pytest.fixture
+def scripts_venv(digits_run):
+    """The checkout with the .venv that the scripts make on a fresh machine; it sees this Python's packages."""
+    checkout, _ = digits_run
+    venv_dir = os.path.join(checkout, '.venv')
+    subprocess.run([sys.executable, '-m', 'venv', venv_dir], check=True)
+    packages = glob.glob(os.path.join(venv_dir, 'lib', '*', 'site-packages'))[0]
+    with open(os.path.join(packages, 'tests.pth'), 'w', encoding='utf-8') as file:
+        file.write(os.path.dirname(os.path.dirname(torch.__file__)))
+    shutil.copy(os.path.join(checkout, 'requirements.txt'), os.path.join(venv_dir, 'installed.txt'))
+    return checkout
+
+
+@pytest.mark.current_only
+@needs_extra('matplotlib', 'onnx', 'onnxscript', 'onnxruntime')
+@pytest.mark.parametrize('page', RUN_IN_ORDER)
+def test_the_commands_of_a_page_work_as_printed(scripts_venv, page):
+    """In a shell without this Python on its PATH, and with the results of README's first command."""
+    first, *others = blocks(page)
+    assert page != 'README.md' or first[1] == 'bash test/train_full_1p.sh --data_path=demo\n'  # digits_run ran it
+    lines, expected = ['set -e', 'source .venv/bin/activate' if page != 'README.md' else ''], []
+    for language, block in others if page == 'README.md' else [first] + others:
+        if language == 'bash':
+            lines.append(block)
+        elif language == 'python':
+            lines.append("python - <<'END'\n%sEND" % block)
+        elif language == 'text' and len(lines) > 2:
+            expected += block.splitlines()
+    env = {name: value for name, value in os.environ.items() if name not in ('PYTHON', 'VIRTUAL_ENV', 'PYTHONPATH')}
+    env['PATH'] = '/usr/local/bin:/usr/bin:/bin'
+    done = subprocess.run(['bash', '-c', '\n'.join(lines)], cwd=scripts_venv, env=env, timeout=900, check=False,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          universal_newlines=True)
+    assert done.returncode == 0, done.stdout
+    for line in expected:  # the figures vary
+        pattern = NUMBER.join(map(re.escape, re.split(NUMBER, line)))
+        assert re.search('(?m)^%s$' % pattern, done.stdout), (line, done.stdout)
 
 
 # ---- BEiT base on photographs

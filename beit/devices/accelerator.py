@@ -18,7 +18,7 @@ PROCESS_GROUP_BACKEND = {'npu': 'hccl', 'cuda': 'nccl', 'cpu': 'gloo'}
 
 
 CANN_MISMATCH = ('the NPU cannot be started (%s); are these the CANN and the driver that belong to this torch_npu? '
-                 'README.md, Ascend, names them; look at npu-smi info too')
+                 'docs/ascend.md lists them; look at npu-smi info too')
 
 
 @functools.lru_cache(maxsize=None)
