@@ -71,7 +71,7 @@ def check_command(command):
     elif script == 'test/run_tests.sh':
         assert {word.partition('=')[0] for word in rest if word.startswith('--')} <= TEST_OPTIONS, command
     elif script.startswith('test/train_'):
-        given = subprocess.run(['bash', '-c', SCRIPT_FLAGS, script] + rest, cwd=ROOT, stdout=subprocess.PIPE, check=True,
-                               universal_newlines=True).stdout.split('\n')
+        given = subprocess.run(['bash', '-c', SCRIPT_FLAGS, script] + rest, cwd=ROOT, check=True,
+                               stdout=subprocess.PIPE, universal_newlines=True).stdout.split('\n')
         run_class_finetuning.build_parser().parse_args([flag for flag in given if flag])
     return script

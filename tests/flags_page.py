@@ -2,8 +2,8 @@
 
     python tests/flags_page.py
 
-docs/flags.zh-CN.json maps each text of the English page to its Chinese text: {"random seed": "随机种子", …}. The program
-lists the texts without a translation. `test_readme.py` compares the pages with the parsers.
+docs/flags.zh-CN.json maps each text of the English page to its Chinese text: {"random seed": "随机种子", …}. The
+program lists the texts without a translation. `test_readme.py` compares the pages with the parsers.
 """
 
 import argparse

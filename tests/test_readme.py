@@ -139,7 +139,7 @@ def test_the_flags_page_has_each_flag_with_its_default(program):
     for name, action in actions.items():
         names, default, meaning = table[name]
         assert meaning and default
-        if default.startswith('`') and action.default is not None:  # other defaults are described in words
+        if default.startswith('`') and action.default is not None:  # other defaults are a phrase
             assert says(default.strip('`').replace('\\|', '|'), action.default), (name, default, action.default)
         if action.default is True:  # the flag that turns it off follows
             assert names.count('`--') == 2, names
@@ -236,7 +236,7 @@ def names_in(path):
 
 
 def test_where_something_is_changed_exists():
-    """Each file of CONTRIBUTING.md's table is there, at most two a row, and defines what is named after it."""
+    """Each file of CONTRIBUTING.md's table exists, at most two a row, and defines the names after it."""
     table = [row for row in rows(section('CONTRIBUTING.md', 'Where is X changed?')) if '`' in row[1]]
     assert len(table) == 11
     for row in table:
