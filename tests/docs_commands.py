@@ -12,8 +12,7 @@ from flags_page import PROGRAMS
 from helpers import ROOT, text
 
 # Pages whose `bash` and `python` blocks test_end_to_end.py runs, in this order; test_docs.py runs docs/digits.md.
-RUN_IN_ORDER = ('README.md', 'docs/flags.md', 'docs/differences.md', 'docs/data.md', 'docs/training.md',
-                'docs/inference.md')
+RUN_IN_ORDER = ('README.md', 'docs/flags.md', 'docs/data.md', 'docs/training.md', 'docs/inference.md')
 TEST_OPTIONS = {'--stack', '--lint', '--soak', '--fast', '--ci', '--help', '--durations'}
 # Prints each flag that a script gives to Python; its own options for the launcher are left out.
 SCRIPT_FLAGS = r'''source test/common.sh; parse_options "$@"

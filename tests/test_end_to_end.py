@@ -43,7 +43,7 @@ def test_the_evaluation_script_prints_the_same_accuracy(digits_run):
     assert 'on the 360 test images' in evaluation.out
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def scripts_venv(digits_run):
     """The checkout with the .venv that the scripts make on a fresh machine; it sees this Python's packages."""
     checkout, _ = digits_run
