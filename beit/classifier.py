@@ -66,7 +66,8 @@ class Classifier:
             beit.errors.UserError: a file can't be read as an image.
         """
         if not isinstance(image, (list, tuple)):
-            return self.predict([image], top_k)[0]
+            single: Any = image
+            return self.predict([single], top_k)[0]
         if not image:
             return []
         probabilities = self.probabilities(image)
