@@ -156,7 +156,7 @@ def test_apex_and_native_o2_agree(train, half_learnt):
 
 
 @pytest.mark.parametrize('processes', [4, pytest.param(8, marks=pytest.mark.soak)])
-def test_processes_train_as_one_of_so_many_times_the_batch(emulator, tmp_path, image_folder, processes):
+def test_processes_train_as_one_with_the_total_batch(emulator, tmp_path, image_folder, processes):
     checkout = copy_checkout(str(tmp_path / 'my code' / 'beit'))
     data = image_folder(train=40)
     flags = ['--data_path=' + data, '--device=npu', FUSED, '--finetune=', '--model=beit_nano_patch8_32',
@@ -287,7 +287,7 @@ def test_the_scripts_on_npus(emulator, checkout, data, script, devices, apex, fl
 
 
 @pytest.mark.parametrize('last', [[], pytest.param(['--no_amp'], marks=pytest.mark.soak)])
-def test_training_and_evaluation_agree_and_another_device_goes_on(emulator, checkout, data, last):
+def test_training_and_evaluation_agree_and_another_device_resumes(emulator, checkout, data, last):
     """npu by apex, cpu, npu by PyTorch or in float32: each takes up the checkpoint of the one before."""
     flags = ['--data_path=' + data] + TINY + ['--save_ckpt_freq=1', '--model_ema']
     for epochs, (device, apex, more) in enumerate([('npu', 'ascend', []), ('cpu', None, []), ('npu', None, last)], 1):
@@ -356,7 +356,7 @@ def test_apex_o1_with_a_scale_of_1_clips_and_its_checkpoint_is_read_without_an_n
     assert {value.device.type for value in content['model'].values()} == {'cpu'}
 
 
-def test_a_checkpoint_of_an_npu_goes_on_with_cuda(train):
+def test_an_npu_checkpoint_resumes_on_cuda(train):
     if not torch.cuda.is_available():
         cannot_run('cuda', 'no CUDA GPU to resume an NPU checkpoint on')
     first = train('--epochs=2', '--maxstep=22', '--save_ckpt_freq=1', FUSED)
@@ -394,7 +394,7 @@ def test_a_fused_attention_that_treats_the_bias_wrongly_is_not_used(train, fault
     assert asked_for.status == 2 and '--attention fused: scaled_dot_product_attention: the output' in asked_for.err
 
 
-def test_without_the_probe_such_a_fault_would_pass_unseen(train, emulator, half_learnt, tmp_path):
+def test_without_the_probe_the_fault_is_unnoticed(train, emulator, half_learnt, tmp_path):
     """Why there is a probe: the run with a dropped bias ends well, and its losses are another model's."""
     code = ('import sys; from beit.training import fused_attention; fused_attention.compare = lambda *arguments: None; '
             'import run_class_finetuning; sys.exit(run_class_finetuning.run(sys.argv[1:]))')
@@ -485,12 +485,12 @@ def test_no_device_and_one_too_few(train):
     one_line(train('--device=npu:3'), '--device npu:3', 'there are 1')
 
 
-def test_auto_says_why_it_passes_an_npu_over(train):
+def test_auto_reports_why_it_skips_an_npu(train):
     run = train('--device=auto', '--epochs=1', '--maxstep=2', NO_EVAL, FAKE_NPU_CANN='missing')
     assert run.status == 0 and 'Not using an NPU: torch_npu is installed but CANN is not set up' in run.out
 
 
-def test_each_way_gets_the_fused_optimizer_that_works_with_it(emulator):
+def test_each_precision_gets_the_fused_optimizer_that_works_with_it(emulator):
     """torch_npu's would never see the gradients that apex hands over; apex's works under apex only."""
     patch = ('build = program.build_optimizer\n'
              'program.build_optimizer = lambda *a: sys.exit("class %s" % type(build(*a)).__module__)')
@@ -505,7 +505,7 @@ def test_each_way_gets_the_fused_optimizer_that_works_with_it(emulator):
     assert lookahead.startswith(error + '--opt lookahead_npufusedadamw') and 'use --opt npufusedadamw' in lookahead
 
 
-def test_a_probe_that_fails_on_one_process_leaves_fused_attention_to_none(emulator, tmp_path):
+def test_a_failed_probe_on_one_process_turns_fused_attention_off_on_all(emulator, tmp_path):
     program = tmp_path / 'program.py'
     program.write_text(
         "import os, sys\nsys.path.insert(0, %r)\nif os.environ['RANK'] == '1':\n"
@@ -551,7 +551,7 @@ def test_the_scripts_set_cann_up(emulator, checkout, data, tmp_path, package):
     pytest.param(['--amp', '--amp_dtype=bfloat16'], {'FAKE_NPU_SOC': '910A'}, '--amp_dtype bfloat16',
                  marks=pytest.mark.soak),
     (['--nproc_per_node=3'], {}, 'there are 2; lower --nproc_per_node')])
-def test_what_goes_wrong_on_every_process_is_one_line_too(emulator, checkout, data, flags, env, expected):
+def test_an_error_on_every_process_is_one_line(emulator, checkout, data, flags, env, expected):
     started = time.time()
     run = run_script(checkout, 'train_full_8p', '--data_path=' + data, *ON_NPU, '--nproc_per_node=2', *flags,
                      MARK=checkout, **emulator(FAKE_NPU_COUNT='2', **env))

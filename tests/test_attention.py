@@ -59,7 +59,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize('kind', sorted(WRONG))
-def test_a_wrong_kernel_is_found_out_and_not_used(kind, monkeypatch):
+def test_a_wrong_kernel_is_detected_and_not_used(kind, monkeypatch):
     change, expected = WRONG[kind]
     monkeypatch.setattr(kernels, 'fused_attentions', lambda device: {'some_kernel': wrong(change)})
     network = model()
@@ -124,7 +124,7 @@ def test_the_modes(monkeypatch):
         fused_attention.choose_attention(network, CPU, 'fused')
 
 
-def test_dropout_on_the_weights_takes_the_plain_way():
+def test_dropout_on_the_weights_uses_plain_attention():
     network = model(attn_drop_rate=0.5)
     for block in network.blocks:
         block.attn.fused = lambda *arguments: 1 / 0

@@ -485,7 +485,7 @@ def test_methods_of_fused_optimizers_exist(usage, libraries):
     assert not unknown, '\n' + '\n'.join(unknown)
 
 
-def test_the_audit_sees_what_the_project_uses(usage):
+def test_the_audit_finds_names_reached_in_every_way(usage):
     """Else it would pass by looking at nothing: names that are reached in each of the ways it has to follow."""
     seen = {name for use in usage.uses for name in use.names}
     assert {'torch_npu', 'torch.npu', 'torch.npu.is_available', 'torch.npu.device_count', 'torch.npu.set_device',
@@ -666,12 +666,12 @@ def fake_library(path):
     return Library.from_wheel(str(path), 'fake')
 
 
-def test_the_audit_passes_what_is_right(tmp_path):
+def test_the_audit_accepts_correct_code(tmp_path):
     assert complaints(RIGHT, [fake_library(tmp_path / 'fake.whl')]) == []
 
 
 @pytest.mark.parametrize('line', WRONG)
-def test_the_audit_reports_what_is_wrong(line, tmp_path):
+def test_the_audit_reports_errors(line, tmp_path):
     found = complaints(RIGHT + line + '\n', [fake_library(tmp_path / 'fake.whl')])
     assert len(found) == 1 and found[0].startswith('fake.py:%d: ' % (RIGHT.count('\n') + 1)), found
     assert WRONG[line] in found[0]
@@ -700,7 +700,7 @@ def test_a_guarded_name_may_be_missing_in_one_wheel(tmp_path):
     assert complaints(tried, [fake, newer]) == [] and len(complaints(tried, [fake])) == 1
 
 
-def test_generous_doubles_are_reported(tmp_path):
+def test_extra_names_in_doubles_are_reported(tmp_path):
     double = Library.from_texts('double', dict(FAKE_WHEEL, **{
         'torch_npu/npu/npu_config.py': '__all__ = ["set_compile_mode", "more"]\nimport os\nLIMIT = 1\n'
                                        'def set_compile_mode(jit_compile=False, fast=True): ...\ndef more(): ...\n'}))
@@ -708,7 +708,7 @@ def test_generous_doubles_are_reported(tmp_path):
     assert len(problems) == 2 + 2 and any('takes fast' in problem for problem in problems), problems
 
 
-def test_devices_named_elsewhere_are_seen():
+def test_devices_named_elsewhere_are_reported():
     lines = ('import torch\nimport torch_npu\nfrom apex import amp\ntorch.npu.synchronize()\nx = torch.cuda\n'
              'importlib.import_module("torch_npu.optim")\nhasattr(torch, "npu")\n')
     assert sorted(set(named_devices(ast.parse(lines)))) == [2, 3, 4, 5, 6, 7]

@@ -82,7 +82,7 @@ def test_the_best_of_a_folder_by_its_log(trained, tmp_path, capsys):
     refused(capsys, ['--inputs', str(folder), '--best=2', '--output', str(tmp_path / 'x.pth')], '--best 2', 'log.txt')
 
 
-def test_what_does_not_go_together_is_refused(trained, tmp_path, capsys):
+def test_incompatible_checkpoints_are_refused(trained, tmp_path, capsys):
     first, output = file_of(trained, 0), str(tmp_path / 'avg.pth')
     base = ['--output', output, '--inputs', first]
     content = weights_file.load_weights_file(first)

@@ -96,7 +96,7 @@ def test_data_path_left_out(refused):
 
 
 @pytest.mark.parametrize('path', ['/does/not/exist', 'dat a', 'Demo', 'two\nlines'])
-def test_data_path_that_is_not_there(refused, path):
+def test_missing_data_path(refused, path):
     refused('--data_path', path, says=['--data_path', escape_text(path), 'no such folder'])
 
 
@@ -117,7 +117,7 @@ def test_missing_val_for_evaluation(refused, own_data, weights):
             says=['--data_path', os.path.join(own_data, 'val')])
 
 
-def test_eval_data_path_that_is_not_there(refused):
+def test_missing_eval_data_path(refused):
     refused('--eval_data_path=/does/not/exist', says=['--eval_data_path', '/does/not/exist', 'no such folder'])
 
 
@@ -205,7 +205,7 @@ def test_corrupt_image(refused, own_data, split):
 
 
 @pytest.mark.slow
-def test_corrupt_image_met_by_a_worker(program, own_data, tmp_path):
+def test_corrupt_image_in_a_worker(program, own_data, tmp_path):
     path = corrupt(own_data, 'train')
     status, out, err = program(*SHORT, '--data_path', own_data, '--num_workers=2', '--output_dir', str(tmp_path / 'o'))
     assert_one_line(status, out, err, [path, 'cannot be read', 'mend or remove it'])
@@ -246,7 +246,7 @@ def test_missing_weights(refused):
         '--finetune checkpoints/beit.pth', 'checkpoints/README.md', 'train from scratch with --finetune='])
 
 
-def test_folder_in_place_of_weights(refused, tmp_path):
+def test_folder_instead_of_weights(refused, tmp_path):
     refused('--finetune', str(tmp_path), says=['--finetune', str(tmp_path)])
 
 
@@ -313,7 +313,7 @@ def test_only_https_addresses(refused):
             says=['http://localhost/w.pth', 'https://', 'fetch the file yourself'])
 
 
-def test_resume_that_is_not_there(refused):
+def test_missing_resume_file(refused):
     refused('--resume=./no_such_folder', says=['--resume ./no_such_folder', 'no such file or folder'])
     refused('--eval', '--resume=./no_such_folder', says=['--resume ./no_such_folder', 'no such file or folder'])
 
@@ -446,7 +446,7 @@ def test_unknown_name(refused, flag, value, near):
 
 
 @pytest.mark.parametrize('name, needs', [('npufusedadamw', 'torch_npu'), ('fusedlamb', 'apex')])
-def test_optimizer_whose_library_is_not_here(refused, monkeypatch, name, needs):
+def test_optimizer_without_its_library(refused, monkeypatch, name, needs):
     without(monkeypatch, 'torch_npu', 'apex')
     refused('--opt', name, says=['--opt ' + name, needs, 'not installed', '--opt adamw'])
 
@@ -459,7 +459,7 @@ def test_unknown_flag(refused, flag, near):
     refused(flag, says=[flag.partition('=')[0].replace('-pth', '_pth') + ': unknown flag', near])
 
 
-def test_word_that_is_no_flag(refused):
+def test_word_that_is_not_a_flag(refused):
     refused('train', says=["'train' is not a flag", '--data_path='])
     refused('--lr', '1e-4', '5', says=["'5' is not a flag"])
 
@@ -547,7 +547,7 @@ def test_nesterov_without_momentum(refused, opt):
 
 
 @pytest.mark.parametrize('size, use', [(36, ['32', '40']), (31, ['24', '32']), (4, ['8'])])
-def test_input_size_that_is_no_multiple_of_the_patch(refused, size, use):
+def test_input_size_that_is_not_a_multiple_of_the_patch(refused, size, use):
     refused('--input_size=%d' % size, says=['--input_size %d' % size, 'patch size 8'] + use)
     refused('--model=beit_base_patch16_224', '--input_size=225',
             says=['--input_size 225', 'patch size 16', '224', '240'])
@@ -605,7 +605,7 @@ def test_images_that_a_small_input_does_not_fit_are_found_before_training(refuse
     refused('--data_path', image_folder(size=(40, 50)), says=['is 40x50', '--input_size of 32', 'are not resized'])
 
 
-def test_looking_whether_it_can_be_written_leaves_nothing_even_killed(monkeypatch, tmp_path):
+def test_the_write_check_leaves_no_file_even_when_killed(monkeypatch, tmp_path):
     try:
         os.close(os.open(str(tmp_path), os.O_TMPFILE | os.O_RDWR))
     except (AttributeError, OSError):
@@ -633,7 +633,7 @@ def test_fewer_devices_than_processes(refused, monkeypatch):
 
 @pytest.mark.parametrize('flags, says', [
     (['--batch_size=many'], ['--batch_size', "'many'"]), (['--model=beit'], ['--model', "'beit'"])], ids=str)
-def test_an_error_of_all_processes_is_told_by_one(tmp_path, data, flags, says):
+def test_an_error_of_all_processes_is_reported_by_one(tmp_path, data, flags, says):
     status, out, err = launch(2, '--data_path', data, '--output_dir', str(tmp_path / 'o'), *flags, preset=())
     assert_one_line(status, out, err, says)
     assert out == '' and not (tmp_path / 'o').exists()
@@ -646,7 +646,7 @@ def test_an_index_for_several_processes(monkeypatch):
         accelerator.find_device('cuda:1', 0, processes=2)
 
 
-def test_an_unusable_npu_is_not_passed_over_in_silence(monkeypatch, tmp_path):
+def test_an_unusable_npu_is_reported(monkeypatch, tmp_path):
     import importlib.util
 
     import torch

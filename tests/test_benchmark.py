@@ -188,7 +188,7 @@ def test_step(bench):
     assert 'n/a: --amp_dtype float16' in out and 'Fewer than 5 pairs' in out
 
 
-def test_a_contender_that_dies_in_a_sample_leaves_the_other_rows(bench, monkeypatch):
+def test_a_contender_that_dies_in_a_sample_keeps_the_other_rows(bench, monkeypatch):
     """The first of ours is killed behind its warm-up, as for want of memory."""
     rate, killed = benchmark.Apart.rate, []
 
@@ -273,7 +273,7 @@ def test_a_folder_that_the_baseline_cannot_read(tmp_path, damage, words, capfd):
 
 @pytest.mark.parametrize('workers, images, expected', [
     (1, 512, (2, 8)), (1, 3, (2, 1)), (3, 512, (2, 4)), (2, 640, (2, 5))])
-def test_all_workers_give_as_many(workers, images, expected):
+def test_all_workers_deliver_equally_many_batches(workers, images, expected):
     """Rounds of all workers, in which as many batches come as the images ask for."""
     options = benchmark.build_parser().parse_args(['data', '--workers=%d' % workers, '--images=%d' % images])
     assert benchmark.rounds(options) == expected
@@ -330,7 +330,7 @@ def test_a_process_that_fails_ends_the_others():
         benchmark.run_processes(2, order, 1)
 
 
-def test_what_was_made_goes_away_with_a_signal(tmp_path):
+def test_a_signal_removes_temporary_files(tmp_path):
     with subprocess.Popen([sys.executable, os.path.join(ROOT, 'benchmarks', 'benchmark.py'), 'data', '--device=cpu',
                            '--distinct=5000'], stderr=subprocess.PIPE, universal_newlines=True,
                           env=dict(os.environ, TMPDIR=str(tmp_path))) as run:
@@ -348,7 +348,7 @@ def test_what_was_made_goes_away_with_a_signal(tmp_path):
 @pytest.mark.parametrize('argv, working', [
     (['step', '--precision=float32', '--warmup=1000000', '--against=reference', *NANO], '_entry'),
     (['script', '--pairs=1', '--steps=400', '--workers=1', '--input_size=48', *NANO], 'run_class_finetuning.py')])
-def test_what_was_started_goes_away_with_a_signal(tmp_path, argv, working):
+def test_a_signal_ends_child_processes(tmp_path, argv, working):
     """A warm-up, of hours here, and a script that trains: both are in other processes."""
     def works(pid):  # PyTorch is there, and more
         with contextlib.suppress(OSError):

@@ -54,7 +54,7 @@ def test_bias_tables_are_resized_like_the_references(golden):
         np.testing.assert_allclose(resized.numpy(), recorded['resized_' + case], rtol=0, atol=1e-5)
 
 
-def test_a_table_of_the_same_size_is_left_alone():
+def test_a_table_of_the_same_size_is_unchanged():
     table = torch.randn(7 * 7 + 3, 2)
     assert torch.equal(pretrained.resize_rel_pos_bias(table, 7), table)
     with pytest.raises(ValueError, match=r'S\*S\+3'):
@@ -271,7 +271,7 @@ def test_a_failed_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
     assert os.listdir(str(tmp_path)) == ['checkpoint-best.pth']
 
 
-def test_a_temporary_file_is_new_and_no_link(tmp_path):
+def test_a_temporary_file_is_new_and_not_a_link(tmp_path):
     """Somebody else's link of that name leads no write elsewhere; a file that a killed process left is replaced."""
     path, other = str(tmp_path / 'checkpoint-0.pth'), str(tmp_path / 'other')
     temporary = '%s.tmp-%d' % (path, os.getpid())
@@ -290,7 +290,7 @@ def test_a_temporary_file_is_new_and_no_link(tmp_path):
         assert file.read() == 'whole' and weights_file.load_weights_file(path) == {'epoch': 1}
 
 
-def test_what_a_folder_means(tmp_path):
+def test_a_folder_given_as_checkpoint(tmp_path):
     for name in ('checkpoint-2.pth', 'checkpoint-10.pth', 'checkpoint-best.pth'):
         weights_file.save(str(tmp_path / name), {})
     assert discovery.load_best_or_latest(str(tmp_path))[0].endswith('checkpoint-10.pth')
@@ -392,7 +392,7 @@ def test_flags_win_over_the_rates_in_a_checkpoint(image_folder, tmp_path):
     assert min(group['lr_scale'] for group in groups) == pytest.approx(0.9 ** 5)
 
 
-def test_an_earlier_run_is_moved_aside(image_folder, tmp_path, capsys):
+def test_an_earlier_run_is_moved_to_a_backup(image_folder, tmp_path, capsys):
     data, output = image_folder(), str(tmp_path / 'out')
     base = RUN + ['--data_path=' + data, '--epochs=1', '--output_dir=' + output]
     for _ in range(3):
@@ -404,7 +404,7 @@ def test_an_earlier_run_is_moved_aside(image_folder, tmp_path, capsys):
     assert capsys.readouterr().out.count('Moved the earlier run in ') == 2
 
 
-def test_only_a_runs_own_files_are_moved_aside(image_folder, tmp_path):
+def test_only_files_of_a_run_are_moved_to_a_backup(image_folder, tmp_path):
     data = image_folder()  # output_dir is the data folder, through a link, with the user's own files in it
     link = str(tmp_path / 'link')
     os.symlink(data, link)
@@ -420,7 +420,7 @@ def test_only_a_runs_own_files_are_moved_aside(image_folder, tmp_path):
         'args.yaml', 'checkpoint-0.pth', 'checkpoint-best.pth', 'log.txt', 'summary.json']
 
 
-def test_somebody_elses_log_is_not_a_run(image_folder, tmp_path):
+def test_the_log_of_another_program_is_not_a_run(image_folder, tmp_path):
     output = tmp_path / 'home'
     output.mkdir()
     (output / 'log.txt').write_text('dear diary\n')
@@ -441,7 +441,7 @@ def test_resuming_into_a_folder_with_another_run_keeps_that_run(image_folder, tm
     assert [line['epoch'] for line in lines_of(second)] == [2]
 
 
-def test_auto_resume_goes_on_from_a_best_checkpoint_that_is_further(image_folder, tmp_path):
+def test_auto_resume_uses_a_best_checkpoint_that_is_further(image_folder, tmp_path):
     data, output = image_folder(), str(tmp_path / 'out')
     base = RUN + ['--data_path=' + data, '--epochs=3', '--output_dir=' + output]
     assert run_class_finetuning.run(base + ['--maxstep=8']) == 0  # two of three epochs

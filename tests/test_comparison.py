@@ -102,7 +102,7 @@ def test_the_hashes_are_those_of_plain_python(folder, describe):
     assert [row[2] for row in train['sample']] == sizes
 
 
-def test_it_is_the_same_wherever_the_data_lies(folder, describe, tmp_path):
+def test_the_fingerprint_does_not_depend_on_the_location(folder, describe, tmp_path):
     expected = describe('--data_path', folder)
     for other in (str(tmp_path / 'copy'), str(tmp_path / 'link')):
         shutil.copytree(folder, other) if other.endswith('copy') else os.symlink(folder, other)
@@ -118,7 +118,7 @@ def test_it_is_the_same_wherever_the_data_lies(folder, describe, tmp_path):
                     '--val_csv', path)['train'] == expected['train']
 
 
-def test_it_is_the_same_in_another_process_and_in_either_unicode_form(tmp_path, describe):
+def test_the_fingerprint_depends_on_neither_process_nor_unicode_form(tmp_path, describe):
     for form in ('NFC', 'NFD'):
         for part, count in (('train', 3), ('val', 2)):
             root = tmp_path / form / part
@@ -135,7 +135,7 @@ def test_it_is_the_same_in_another_process_and_in_either_unicode_form(tmp_path, 
         assert json.loads(out) == expected
 
 
-def test_what_is_changed_is_what_differs(folder, describe, tmp_path):
+def test_only_the_changed_part_differs(folder, describe, tmp_path):
     root, csv_file = os.path.join(folder, 'train'), tmp_path / 'list.csv'
     rows = rows_of(root)
 
@@ -155,7 +155,7 @@ def test_what_is_changed_is_what_differs(folder, describe, tmp_path):
     assert changed(rows) == {'sizes', 'sample'}
 
 
-def test_images_of_one_size_are_told_apart_by_their_content(tmp_path, describe):
+def test_images_of_one_size_are_distinguished_by_content(tmp_path, describe):
     for name, start in (('one', 0), ('other', 50)):
         for part in ('train', 'val'):
             write_folders(tmp_path / name / part, {'cat': 3, 'dog': 3}, start, '.bmp')
@@ -163,7 +163,7 @@ def test_images_of_one_size_are_told_apart_by_their_content(tmp_path, describe):
     assert {key for key in found[0] if found[0][key] != found[1][key]} == {'sample'}
 
 
-def test_images_that_are_gone_are_no_error(folder, build, tmp_path):
+def test_deleted_images_are_no_error(folder, build, tmp_path):
     train, val, classes = build('--data_path', folder)
     before = fingerprint.of_data(train, val, classes)['train']
     os.remove(train.samples[0][0])
@@ -223,7 +223,7 @@ def held_out(samples, share, seed=0):
     return {samples[index][0] for index in subsets.split(samples, share, seed)[1]}
 
 
-def test_a_file_more_moves_none_but_what_the_counts_ask_for():
+def test_an_added_file_moves_only_as_many_images_as_the_counts_require():
     for trial in range(60):
         rng = random.Random(trial)
         samples = random_set(rng)
@@ -237,7 +237,7 @@ def test_a_file_more_moves_none_but_what_the_counts_ask_for():
         assert held_out(Named(rng.sample(samples, len(samples))), 0.2, trial) == before  # in whatever order
 
 
-def test_a_larger_share_takes_what_a_smaller_one_does_and_every_class():
+def test_a_larger_share_contains_the_smaller_one_and_every_class():
     for trial in range(30):
         samples = random_set(random.Random(trial))
         parts = [held_out(samples, share, trial) for share in (0.15, 0.3, 0.6)]
@@ -252,7 +252,7 @@ def test_a_larger_share_takes_what_a_smaller_one_does_and_every_class():
             assert few <= more <= most
 
 
-def test_the_split_of_a_checkpoint_is_taken_again(folder, build, tmp_path):
+def test_the_split_of_a_checkpoint_is_reused(folder, build, tmp_path):
     flags = ['--data_path', folder, '--data_set=image_folder', '--val_split=0.25']
     flags[1] = os.path.join(folder, 'train')
     train, val, _ = build(*flags)
@@ -296,7 +296,7 @@ def texts(found):
     return '; '.join(each.text for each in found)
 
 
-def test_nothing_differs_where_nothing_was_changed(differences):
+def test_unchanged_data_has_no_difference(differences):
     assert comparison.resume_message(differences(lambda: None)) == 'Goes on exactly as if it had not been stopped'
 
 
@@ -383,7 +383,7 @@ def test_the_arithmetic_of_a_batch_is_named(differences):
     ('torch.get_num_threads', lambda: 99, 'device: CPU, 99 threads (was '),
     ('beit.checkpoint.comparison.RNG_VERSION', 77, 'version of the random numbers: 77 (was '),
     ('beit.distributed.process_group.world_size', lambda: 2, 'processes: 2 (was 1); images an update: 16 (was 8)')))
-def test_what_computes_is_named(differences, monkeypatch, where, value, expected):
+def test_another_version_device_or_process_count_is_named(differences, monkeypatch, where, value, expected):
     assert expected in texts(differences(lambda: monkeypatch.setattr(where, value)))
 
 
@@ -444,7 +444,7 @@ def split_run(tmp_path_factory):
     return data, str(root / 'out'), flags
 
 
-def test_a_file_more_moves_none_into_the_validation_of_a_resumed_run(split_run, tmp_path, capsys, refused):
+def test_an_added_file_does_not_enter_the_validation_set_of_a_resumed_run(split_run, tmp_path, capsys, refused):
     data, output, flags = str(tmp_path / 'photos'), str(tmp_path / 'out'), list(split_run[2])
     shutil.copytree(split_run[0], data)
     shutil.copytree(split_run[1], output)
@@ -482,7 +482,7 @@ def test_a_file_more_moves_none_into_the_validation_of_a_resumed_run(split_run, 
     refused(flags + ['--epochs=3', '--resume', old], 'earlier version')
 
 
-def test_a_split_of_images_with_copies_goes_on(tmp_path, build):
+def test_a_split_with_duplicate_images_resumes(tmp_path, build):
     root = write_folders(tmp_path / 'photos', {'cat': 6})
     shutil.copytree(os.path.join(root, 'cat'), os.path.join(root, 'dog'))
     train, val, classes = build('--data_set=image_folder', '--data_path', root, '--val_split=0.5')
@@ -519,7 +519,7 @@ def test_averages_of_two_splits_are_refused(split_run, tmp_path, capsys):
     assert torch.equal(weights_file.load_weights_file(output)['data']['held_out'], content['data']['held_out'])
 
 
-def test_an_evaluation_on_the_training_images_says_so(folder, tmp_path, capsys, refused):
+def test_an_evaluation_on_training_images_is_reported(folder, tmp_path, capsys, refused):
     output = str(tmp_path / 'out')
     flags = RUN + ['--data_path', folder]
     assert run_class_finetuning.run(flags + ['--epochs=1', '--output_dir', output]) == 0

@@ -62,7 +62,7 @@ def several(pictures):
 
 # ---- reading
 
-def test_a_csv_file_says_what_the_folders_said(image_folder, tmp_path, parse):
+def test_a_csv_file_gives_the_samples_of_the_folders(image_folder, tmp_path, parse):
     root = image_folder(train=5, val=3)
     flags = {}
     for split in ('train', 'val'):
@@ -123,7 +123,7 @@ def test_a_wrong_csv_file_is_refused_with_its_line(refused, pictures, content, w
     refused(RUN + ['--train_csv', str(path), '--disable_eval_during_finetuning', '--epochs=1'], '--train_csv', *words)
 
 
-def test_csv_files_that_do_not_go_together(refused, pictures, several, image_folder):  # noqa: F811
+def test_csv_files_that_contradict_each_other(refused, pictures, several, image_folder):  # noqa: F811
     folder, shown = pictures
     one = write(folder / 'one.csv', [['00.png', 'green'], ['01.png', 'red']])
     base = RUN + ['--epochs=1', '--batch_size=2']
@@ -186,7 +186,7 @@ def test_a_header_gives_the_order_and_a_class_may_be_called_nan(pictures, image_
     assert [classes[label] for _, label in val.samples] == ['roti', 'nan']
 
 
-def test_paths_of_windows_and_of_macos_are_found_and_told(pictures, capsys):
+def test_paths_of_windows_and_of_macos_are_found_and_reported(pictures, capsys):
     folder, _ = pictures
     (folder / 'ros\u00e9').mkdir()
     (folder / 'e\u0301te\u0301').mkdir()
@@ -203,7 +203,7 @@ def test_paths_of_windows_and_of_macos_are_found_and_told(pictures, capsys):
         assert read_rows(folder / 'x.csv') == {'c\\d.png': 'x'} and 'spells' not in capsys.readouterr().out
 
 
-def test_a_split_column_says_which_rows_are_whose(pictures, parse, capsys):
+def test_a_split_column_assigns_the_rows(pictures, parse, capsys):
     folder, _ = pictures
     rows = [['%02d.png' % index, 'ab'[index % 2], ('train', 'Validation', 'test')[index // 8]] for index in range(24)]
     path = write(folder / 'all.csv', rows, ('path', 'label', 'split'))

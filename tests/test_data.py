@@ -74,7 +74,7 @@ def transform_of(is_train, args):
 @pytest.mark.parametrize('flags, size, shorter_side, crop_pct', [
     ((), 224, 256, 0.875), (('--input_size=384',), 384, 384, 1.), (('--input_size=32',), 32, 32, 1.),
     (('--input_size=48', '--crop_pct=0.9', '--imagenet_default_mean_and_std'), 48, 53, 0.9)])
-def test_what_evaluation_does_survives_its_words(flags, size, shorter_side, crop_pct, parse):
+def test_the_evaluation_transform_survives_json(flags, size, shorter_side, crop_pct, parse):
     evaluation = transforms.EvalTransform.from_config(config_from(parse(*flags), TransformConfig))
     assert (evaluation.input_size, evaluation.shorter_side, evaluation.crop_pct) == (size, shorter_side, crop_pct)
     assert (evaluation.mean != (0.5,) * 3) == ('--imagenet_default_mean_and_std' in flags)
@@ -347,7 +347,7 @@ def test_a_png_with_much_text_is_read(tmp_path):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_of_several_pages_the_first_is_used_which_is_told_once(image_folder, parse, capsys, monkeypatch, workers):
+def test_the_first_of_several_pages_is_used_and_reported_once(image_folder, parse, capsys, monkeypatch, workers):
     monkeypatch.setattr(PrefetchLoader, 'has_told_first_page', False)
     root, first = image_folder(train=1, val=4), np.full((32, 32, 3), RGB, np.uint8)
     pages = [Image.new('RGB', (32, 32), (9, 9, 9 + number)) for number in range(3)]
@@ -480,7 +480,7 @@ def make_files(root, **contents):
             file.write(content)
 
 
-def test_whatever_pillow_reads_is_read_and_the_rest_is_told(image_folder, parse, capsys):
+def test_every_pillow_format_is_read_and_other_files_are_reported(image_folder, parse, capsys):
     root = image_folder(train=1, val=1)
     folder = os.path.join(root, 'train', 'cat')
     names = {'a.jfif': 'JPEG', 'b.JPE': 'JPEG', 'c.gif': 'GIF', 'd.tga': 'TGA', 'no ending': 'PNG', 'e.dib': 'BMP',
@@ -517,13 +517,13 @@ def test_whatever_pillow_reads_is_read_and_the_rest_is_told(image_folder, parse,
         len(train) + len(val), len(rest)))
 
 
-def test_a_class_of_files_that_are_no_images_says_what_it_holds(tmp_path):
+def test_the_files_of_a_class_without_images_are_named(tmp_path):
     make_files(tmp_path, **{'cat/a.txt': b'x', 'cat/b.mp4': b'x'})
     with pytest.raises(UserError, match='no image in the class folder .*cat; 2 files or folders are not used .*1 .mp4'):
         datasets.ImageFolder(str(tmp_path))
 
 
-def test_class_names_that_are_nearly_the_same_are_told(image_folder, parse, capsys):
+def test_similar_class_names_are_reported(image_folder, parse, capsys):
     root = image_folder(train=1, val=1, classes=('Cat', 'cat', 'big dog', 'Big  Dog', 'bird'))
     assert len(datasets.build_datasets(parse('--data_path', root, *NANO))[2]) == 5
     line, = capsys.readouterr().out.splitlines()
@@ -735,7 +735,7 @@ def test_train_and_val_must_name_the_same_classes(image_folder, parse):
     assert 'only in train: dog' in str(caught.value) and 'only in val: wolf' in str(caught.value)
 
 
-def test_image_folder_with_a_folder_of_its_own_for_evaluation(image_folder, parse):
+def test_image_folder_with_a_separate_evaluation_folder(image_folder, parse):
     root = image_folder(train=5, val=3)
     train, val, classes = datasets.build_datasets(parse(
         '--data_set=image_folder', '--data_path', os.path.join(root, 'train'),
@@ -752,7 +752,7 @@ def test_eval_data_path_replaces_val(image_folder, parse):
     assert (len(train), len(val)) == (32, 18)
 
 
-def test_only_what_is_needed_is_read(image_folder, parse):
+def test_only_the_needed_split_is_read(image_folder, parse):
     root = image_folder(train=2, val=3)
     os.rename(os.path.join(root, 'train'), os.path.join(root, 'elsewhere'))
     train, val, classes = datasets.build_datasets(parse('--data_path', root, '--eval', *NANO))
@@ -855,7 +855,7 @@ def test_digits_of_a_read_only_checkout_are_in_the_users_cache(tmp_path, monkeyp
     assert paths.cache_folder() == str(tmp_path / '.cache' / 'beit')
 
 
-def test_digits_leave_nothing_half_made(digits, tmp_path, monkeypatch):
+def test_interrupted_digits_leave_no_files(digits, tmp_path, monkeypatch):
     assert sorted(os.listdir(str(digits))) == ['first', 'second']
 
     def full(*_):
@@ -972,7 +972,7 @@ def test_the_rest_of_an_epoch_is_that_of_the_whole(image_folder, parse, world, d
         assert len(rest) == 4, 'the next epoch starts at its beginning'
 
 
-def test_nothing_is_left_behind_the_end_of_an_epoch():
+def test_no_batch_is_left_after_the_end_of_an_epoch():
     sampler = EpochSampler(10, 0, 2)
     for start in (5, 6, 100):
         sampler.set_epoch(1, start)
@@ -1054,7 +1054,7 @@ def test_the_main_process_keeps_its_random_numbers(image_folder, parse):
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
 
 
-def test_hidden_files_and_folders_are_no_data(image_folder, parse):
+def test_hidden_files_and_folders_are_ignored(image_folder, parse):
     root = image_folder()
     for name in ('.ipynb_checkpoints', '__MACOSX', os.path.join('cat', '.ipynb_checkpoints')):
         os.makedirs(os.path.join(root, 'train', name))

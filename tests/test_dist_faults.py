@@ -335,7 +335,7 @@ def test_a_process_is_stopped(fall):
             assert 'lost the connection to process %d' % (1 - rank) in guilty.err
 
 
-def test_a_process_does_not_go_on(fall):
+def test_a_process_hangs(fall):
     """A thread of its own says so; the others, who wait, say the same where nobody ends them before."""
     says = [(1, 'starting', 'starting'),
             (1, 'loading', r'waiting for data \(Epoch: \[1\] step 0\)'),
@@ -521,7 +521,7 @@ def machines():
             ip('netns', 'delete', name)
 
 
-def test_two_machines_are_cut_apart(job, data, tmp_path, machines):
+def test_two_machines_lose_their_connection(job, data, tmp_path, machines):
     """Each side says whom it lost, and ends; once the cable is whole the run goes on from its last checkpoint."""
     output = str(tmp_path / 'output')
 

@@ -72,7 +72,7 @@ def test_one_process_evaluates_all_without_dist_eval(trained):
     assert figures(out)[0] == '26'
 
 
-def test_only_the_first_process_speaks_and_writes(image_folder, tmp_path):
+def test_only_the_first_process_logs_and_writes(image_folder, tmp_path):
     output = str(tmp_path / 'out')
     status, out, err = launch(2, '--data_path=' + image_folder(), '--epochs=2', '--output_dir=' + output,
                               '--model_ema', '--clip_grad=1', '--update_freq=2', '--log_dir=' + str(tmp_path / 'tb'))
@@ -168,7 +168,7 @@ os.abort()
 '''
 
 
-def test_a_good_run_of_several_processes_ends_well():
+def test_a_good_run_of_several_processes_exits_cleanly():
     """gloo's threads that let a tensor go while Python ends abort it, and while their group ends they wait for ever.
 
     On a machine with more to do than it has cores one process in 12 was aborted.
@@ -185,7 +185,7 @@ def test_a_good_run_of_several_processes_ends_well():
         assert outputs == ['all is written'] * 4
 
 
-def test_a_process_started_anew_sees_nothing_of_those_before(monkeypatch, tmp_path):
+def test_a_restarted_process_ignores_the_addresses_of_earlier_ones(monkeypatch, tmp_path):
     """torchrun keeps one store; where a killed process listened must not be in it for the next."""
     store = torch.distributed.FileStore(str(tmp_path / 'store'), 1)
 

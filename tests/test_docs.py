@@ -61,7 +61,7 @@ def example(tmp_path_factory):
 
 
 @needs_extra('matplotlib', 'onnx', 'onnxscript', 'onnxruntime')
-def test_the_worked_example_does_what_it_shows(example, capfd):
+def test_the_worked_example_gives_the_output_shown(example, capfd):
     folder, outputs = example
     for lines, shown in steps():
         for line in lines:

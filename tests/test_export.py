@@ -306,7 +306,7 @@ def test_another_network_is_not_written(kind, trained, export, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize('kind', ['torchscript', 'huggingface'])
-def test_a_full_disk_leaves_what_was_there(kind, trained, export, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_export(kind, trained, export, tmp_path, monkeypatch):
     path, _ = trained()
     output = tmp_path / 'output'
     if kind == 'huggingface':
@@ -325,7 +325,7 @@ def test_a_full_disk_leaves_what_was_there(kind, trained, export, tmp_path, monk
     assert sorted(os.listdir(str(tmp_path))) == ['output', 'weights.pth']
 
 
-def test_what_is_there_stays_without_overwrite(trained, export, tmp_path):
+def test_existing_files_stay_without_overwrite(trained, export, tmp_path):
     path, _ = trained()
     (tmp_path / 'x').write_text('mine')
     to = ('--resume', path, '--output', tmp_path / 'x', '--no_check', '--format')
@@ -461,7 +461,7 @@ def test_names_of_hugging_face_on_every_pytorch(trained, export, parse, tmp_path
     (PLAIN, dict(use_absolute_position_embeddings=True, use_mean_pooling=False, layer_scale_init_value=0.), 1e-4),
     ((), dict(use_shared_relative_position_bias=True, use_mask_token=True), 1e-4),
 ])
-def test_weights_of_transformers_come_in(flags, options, share, parse, tmp_path):
+def test_weights_of_transformers_are_loaded(flags, options, share, parse, tmp_path):
     """As it saves them, and its state dict, whose names are others since its version 5."""
     from transformers import BeitConfig, BeitForImageClassification
 
@@ -481,7 +481,7 @@ def test_weights_of_transformers_come_in(flags, options, share, parse, tmp_path)
 @with_timm
 @pytest.mark.parametrize('flags, options', [
     ((), dict(use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1)), (PLAIN, dict(global_pool='token'))])
-def test_weights_of_timm_come_in(flags, options, parse, tmp_path):
+def test_weights_of_timm_are_loaded(flags, options, parse, tmp_path):
     from safetensors.torch import save_file
 
     theirs = shake(timm_beit.Beit(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=3,
@@ -497,7 +497,7 @@ def test_weights_of_timm_come_in(flags, options, parse, tmp_path):
     assert opened.classes == ['0', '1', '2']
 
 
-def test_every_name_goes_both_ways(parse):
+def test_every_name_maps_both_ways(parse):
     """The names alone, for each way of building the network; their numbers too, which re.match must not cut short."""
     for flags in ((), PLAIN, ('--abs_pos_emb', '--use_cls')):
         model = create_model('beit_nano_patch8_32', depth=12, num_classes=3, use_rel_pos_bias=not flags,
@@ -512,7 +512,7 @@ def test_every_name_goes_both_ways(parse):
 
 
 @pytest.mark.parametrize('kind', ['safetensors', 'huggingface'])
-def test_what_was_exported_is_used_without_flags(kind, trained, export, tmp_path):
+def test_exports_are_used_without_flags(kind, trained, export, tmp_path):
     path, model = trained(*NANO, '--imagenet_default_mean_and_std', '--use_cls', activation='sigmoid')
     export('--resume', path, '--format', kind, '--output', tmp_path / 'out.safetensors')
     before = inference_model.load_for_inference(path)
@@ -530,7 +530,7 @@ def hostile(size, crop):
 @pytest.mark.parametrize('about', [{}, {'preprocessing': '['}, {'preprocessing': '{"input_size": 3}', 'model': 'x'},
                                    hostile('[3, Infinity, Infinity]', 1), hostile('[3, 1e9, 1e9]', 1),
                                    hostile('[3, 32, 32]', -1), hostile('[3, 32, 32]', 'NaN')])
-def test_metadata_that_says_nothing_asks_for_flags(about, trained, export, tmp_path):
+def test_empty_metadata_asks_for_flags(about, trained, export, tmp_path):
     from safetensors.numpy import load_file, save_file
     export('--resume', trained()[0], '--format', 'safetensors', '--output', tmp_path / 'out.safetensors')
     save_file(load_file(str(tmp_path / 'out.safetensors')), str(tmp_path / 'bare.safetensors'), about)

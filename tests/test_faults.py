@@ -527,7 +527,7 @@ POINTS = {
 
 
 @pytest.mark.parametrize('points', POINTS)
-def test_killed_at_one_point_after_another(life, unbroken, points):
+def test_sigkill_at_successive_points(life, unbroken, points):
     reference, run = unbroken('plain'), life('plain')
     for name, fault in POINTS[points]:
         assert run.attempt(fault), '%s\n%s' % (name, run.story())
@@ -535,7 +535,7 @@ def test_killed_at_one_point_after_another(life, unbroken, points):
 
 
 @pytest.mark.parametrize('opt', ['adahessian', 'novograd'])  # they keep things where other optimizers don't
-def test_an_optimizer_with_secrets_goes_on(life, opt):
+def test_an_optimizer_with_hidden_state_resumes(life, opt):
     reference, run = (life('plain', '--opt=' + opt, '--epochs=2', '--lr=1e-3') for _ in range(2))
     reference.finish()
     assert run.attempt(dies(STEPS + 'CheckpointMonitor.begin_sync', nth=6))
@@ -559,7 +559,7 @@ ASKS = [  # where the signal comes, in one start after another, and (epochs, upd
 
 
 @pytest.mark.parametrize('number', [TERM, INT])
-def test_a_signal_stops_after_the_update_under_way(life, unbroken, number):
+def test_a_signal_stops_after_the_current_update(life, unbroken, number):
     reference, run = unbroken('plain'), life('plain')
     for fault, stop in ASKS:
         assert run.attempt(dict(fault, do=int(number)))
@@ -585,7 +585,7 @@ def says(text):
     return wait
 
 
-def test_a_second_signal_ends_at_once(life, unbroken):
+def test_a_second_signal_exits_immediately(life, unbroken):
     def strike(running):
         says('finishing this step')(running)
         running[0].send(TERM)  # the same event, told twice
@@ -622,7 +622,7 @@ def kill_workers(running, most=1):
 
 
 @pytest.mark.parametrize('moment', ['loading', 'an image', 'a save', 'a log line'])
-def test_a_killed_worker_ends_the_run_in_one_line(life, unbroken, moment):
+def test_a_killed_worker_ends_the_run_with_one_line(life, unbroken, moment):
     reference, run = unbroken('workers'), life('workers')
 
     def strike(running):
@@ -695,7 +695,7 @@ class Chance:
 
 @pytest.mark.parametrize('config, in_ci, in_soak', [('plain', 8, 260), ('workers', 5, 150), ('halves', 3, 60),
                                                     ('two', 3, 110)])
-def test_killed_at_random_and_again(life, unbroken, config, in_ci, in_soak):
+def test_sigkill_at_random_points(life, unbroken, config, in_ci, in_soak):
     reference = unbroken(config)
     rng, kills = random.Random('%s %s' % (SEED, config)), 0
     chance = Chance(rng, config, reference.seconds)
@@ -726,7 +726,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize('how', DAMAGES)
-def test_a_damaged_newest_checkpoint_is_passed_over(life, unbroken, how):
+def test_a_damaged_newest_checkpoint_is_skipped(life, unbroken, how):
     reference, run = unbroken('plain'), life('plain')
     assert run.attempt(dies(STEPS + 'CheckpointMonitor.begin_sync', nth=12))
     assert reached(run.out) == (1, 4)
@@ -753,7 +753,7 @@ def test_a_damaged_best_checkpoint_is_not_evaluated(server, unbroken, tmp_path, 
 # ---- several processes
 
 @pytest.mark.parametrize('number', [TERM, KILL])
-def test_the_second_process_is_struck(life, unbroken, number):
+def test_faults_on_the_second_process(life, unbroken, number):
     reference, run = unbroken('two'), life('two')
     assert run.attempt(dies(STEPS + 'CheckpointMonitor.begin_sync', nth=9, do=number), rank=1)
     assert reached(run.out) == ((1, 3) if number == TERM else (1, 2))
@@ -769,7 +769,7 @@ def images(folder, processes):
     return [sorted(sum(step, [])) for step in zip(*notes)]
 
 
-def test_one_process_takes_up_what_two_began(life, digits):
+def test_one_process_resumes_a_run_of_two(life, digits):
     """With the same total batch: the same images in the same order, and a line that says what is not the same."""
     def noting(run):
         return dict(call=STEPS + 'StepState.add', path=os.path.join(run.folder, 'notes'), do='note')
@@ -826,7 +826,7 @@ class Launched:
         return read_bytes(self.log.name)[self.begin:].decode()
 
 
-def test_a_launcher_whose_processes_are_struck(life, unbroken):
+def test_faults_under_the_launcher(life, unbroken):
     """Rank 1 of 2 is killed, then in the next start asked to stop."""
     reference, run = unbroken('two'), life('two')
     command = LAUNCHER + ['--nproc_per_node=2', PROGRAM] + run.flags
@@ -857,7 +857,7 @@ def test_a_launcher_whose_processes_are_struck(life, unbroken):
 
 @pytest.mark.needs('current', importlib.util.find_spec('torch.distributed.run') is not None,
                    'this PyTorch has no torchrun')
-def test_torchrun_starts_again_by_itself(life, unbroken):
+def test_torchrun_restarts_the_run(life, unbroken):
     """Rank 1 is killed in its ninth update; nobody but torchrun does anything then."""
     reference, run = unbroken('two'), life('two')
     launched = Launched(
@@ -876,7 +876,7 @@ def test_torchrun_starts_again_by_itself(life, unbroken):
 
 @pytest.mark.parametrize('restarted', ['by SLURM', 'by hand'])
 @pytest.mark.parametrize('inside', [False, True])
-def test_a_job_that_resumes_a_file_comes_to_its_end(life, unbroken, inside, restarted):
+def test_a_job_that_resumes_a_file_finishes(life, unbroken, inside, restarted):
     """Stopped in each start's fifth update, of 12 that are left; the line after the signal says how to go on.
 
     Where the file lies in output_dir, it is removed on the way, as are other old checkpoints.
@@ -916,7 +916,7 @@ def run_under_torchrun(rank, fault, *flags):
     return run_class_finetuning.run(list(flags))
 
 
-def test_a_loader_process_killed_when_all_is_saved_is_not_told_of():
+def test_a_worker_killed_after_the_last_save_is_not_reported():
     with preemption.Signals() as signals:
         with signals.deferred():
             batches = iter(torch.utils.data.DataLoader(list(range(64)), num_workers=2, batch_size=2))
@@ -930,7 +930,7 @@ def test_a_loader_process_killed_when_all_is_saved_is_not_told_of():
 
 # ---- the sum of it
 
-def test_the_sum(request, capsys):
+def test_number_of_kills_and_losses(request, capsys):
     """What `pytest -q` shows; too few kills are a failure where none of this file's tests was left out."""
     with capsys.disabled():
         print('\nfaults: %d kills, %d resumes, %d losses%s' % (TALLY.kills, TALLY.resumes, TALLY.losses,

@@ -97,7 +97,7 @@ def test_half_of_the_files_bad_at_batch_one():
 
 @pytest.mark.parametrize('sizes, size', [((1, 0) * 4, 1), ((4, 1), 4), ((3, 0, 4, 2), 4), ((0, 0, 0, 1), 4)])
 @pytest.mark.parametrize('scale', (1., 128., 'dynamic', 'fused', 'apex'))
-def test_an_accumulated_update_is_of_the_mean_over_the_images(sizes, size, scale):
+def test_an_accumulated_update_uses_the_mean_over_the_images(sizes, size, scale):
     model, _ = toy()
     batches, images, targets = batches_of(sizes, size)
     expected, before = gradients_by_hand(model, images, targets), copy.deepcopy(model.state_dict())
@@ -122,7 +122,7 @@ def test_an_accumulated_update_is_of_the_mean_over_the_images(sizes, size, scale
 
 @pytest.mark.needs('current', half_precision._half_precision_problem(CPU, torch.bfloat16) is None,
                    'this PyTorch has no bfloat16 training on a CPU')
-def test_half_precision_has_that_mean_too():
+def test_half_precision_uses_the_same_mean():
     model, _ = toy()
     batches, images, targets = batches_of((3, 0, 4, 2))
     expected = norm_of(gradients_by_hand(model, images, targets))
@@ -135,7 +135,7 @@ def test_half_precision_has_that_mean_too():
     assert norm_of(moved) == pytest.approx(expected, rel=0.03)
 
 
-def test_clipping_is_of_the_mean_over_the_images():
+def test_clipping_uses_the_mean_over_the_images():
     model, _ = toy()
     batches, images, targets = batches_of((3, 1))
     expected, before = gradients_by_hand(model, images, targets), copy.deepcopy(model.state_dict())
@@ -145,7 +145,7 @@ def test_clipping_is_of_the_mean_over_the_images():
         assert torch.allclose(before[name] - model.state_dict()[name], gradient / 2, 1e-3, 1e-6), name
 
 
-def test_an_update_without_an_image_is_none(capsys):
+def test_an_update_without_an_image_is_skipped(capsys):
     """Weights, moments, average: as if it had not been; it is counted and told, and is no overflow."""
     model, _ = toy()
     finals = []
@@ -268,7 +268,7 @@ def test_the_validation_loss_of_a_binary_criterion_is_binary():
         assert image.target_probability == pytest.approx(shares[image.index][image.target], rel=1e-5)
 
 
-def test_one_label_an_image_is_evaluated_as_several_where_the_model_has_several():
+def test_a_multi_label_model_turns_class_indices_into_multi_label_targets():
     """A list without a ';': its targets are class indices."""
     torch.manual_seed(0)
     output, targets = torch.randn(30, 4), torch.randint(0, 4, (30,))
@@ -375,7 +375,7 @@ def test_every_figure_is_the_same_everywhere(folder, tmp_path, capsys, loss):
             round(100 * share, 3) for share in shares.max(axis=1)}
 
 
-def test_a_model_of_several_labels_is_evaluated_with_a_list_of_single_ones(folder, tmp_path, capsys):
+def test_a_multi_label_model_is_evaluated_on_a_single_label_list(folder, tmp_path, capsys):
     """No row of the validation list has a ';': mAP all the same, of the classes that the checkpoint names."""
     rows = {'train': [['a', 'b', 'a;b', 'c;a', '', 'c'][index % 6] for index in range(24)],
             'val': ['abc'[index % 3] for index in range(12)]}
@@ -421,7 +421,7 @@ def test_the_speed_of_a_run_and_of_an_epoch():
     assert utils.Throughput(warmup_steps=2).since(1).warmup_steps == 1
 
 
-def test_a_resumed_run_says_the_whole_runs_figures(folder, tmp_path, monkeypatch):
+def test_a_resumed_run_reports_figures_of_the_whole_run(folder, tmp_path, monkeypatch):
     """The first two of three epochs are slow; a line on an epoch says that epoch's speed, the summary the run's."""
     output, lines, build = str(tmp_path / 'out'), [], run_class_finetuning.build_criterion
     base = RUN + ['--data_path', folder, '--output_dir', output, '--epochs=3', '--report', '--save_ckpt_freq=1']

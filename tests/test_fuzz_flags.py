@@ -117,7 +117,7 @@ def test_every_flag_with_wrong_values(image_folder, folder, capfd, monkeypatch):
         print('\ncommand line: %d values of %d flags tried, %d refused in one line' % (tried, len(actions()), refused))
 
 
-def test_words_that_are_no_flags(image_folder, folder, capfd):
+def test_words_that_are_not_flags(image_folder, folder, capfd):
     base = RUN + ['--data_path=' + image_folder(train=4, val=2), '--epochs=1', '--maxstep=1', '--batch_size=2']
     for words in (['data'], ['--'], ['-'], ['---'], ['-x'], ['--lrr=1'], ['--=1'], ['='], [''], ['--lr'],
                   ['--lr', '--amp'], ['--opt_betas'], ['--opt_betas', '0.9'], ['--cutmix_minmax', '0.5'],

@@ -142,7 +142,7 @@ def test_node_0_never_comes(image_folder):
 
 
 @pytest.mark.parametrize('text', ['long', '0', '-3', '1.5'])
-def test_a_waiting_time_that_is_no_number(monkeypatch, text):
+def test_a_waiting_time_that_is_not_a_number(monkeypatch, text):
     monkeypatch.setenv('DIST_WAIT_SECONDS', text)
     with pytest.raises(UserError, match='DIST_WAIT_SECONDS=%s in the environment is not a whole number' % text):
         process_group.wait_seconds(300)

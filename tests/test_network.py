@@ -102,7 +102,7 @@ def takes_a_socket():
     return 'master_listen_fd' in torch.distributed.TCPStore.__init__.__doc__
 
 
-def test_strangers_between_two_machines(started):
+def test_junk_between_two_machines(started):
     """There the store has to listen for the other one, and a stranger can send it what he likes."""
     jobs, pids = started('--dist_timeout=30', nnodes=2, port=free_port(), address=socket.gethostbyname(
         socket.gethostname()))
@@ -117,7 +117,7 @@ def test_strangers_between_two_machines(started):
     assert all(line.isprintable() for run in runs for line in (run.out + run.err).splitlines())
 
 
-def test_a_stranger_in_place_of_the_first_machine(image_folder):
+def test_master_addr_of_a_server_that_is_no_store(image_folder):
     """What answers at --master_addr is no store."""
     with socket.socket() as server:
         server.bind(('127.0.0.1', 0))

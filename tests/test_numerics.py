@@ -103,7 +103,7 @@ def test_gradients_that_are_not_finite_in_full_precision(policy):
     handle.remove()
 
 
-def test_a_scaled_loss_that_overflows_is_no_reason_to_stop():
+def test_an_overflow_of_the_scaled_loss_does_not_stop_the_run():
     model, loader = toy()
     handle = model.head.weight.register_hook(lambda gradient: gradient * float('inf'))
     scaler = loss_scaler.LossScaler(scale=128.)
@@ -128,7 +128,7 @@ def poisoned_program(monkeypatch):
     monkeypatch.setattr(run_class_finetuning, 'build_criterion', build_poisoned)
 
 
-def test_the_program_writes_the_report_and_stops_or_goes_on(image_folder, tmp_path, poisoned_program, capsys):
+def test_the_program_writes_the_report_and_stops_or_continues(image_folder, tmp_path, poisoned_program, capsys):
     base = RUN + ['--data_path=' + image_folder(train=6), '--epochs=2', '--batch_size=2', '--clip_grad=1']
     stopped, skipping = str(tmp_path / 'stopped'), str(tmp_path / 'skipping')
     assert run_class_finetuning.run(base + ['--output_dir=' + stopped]) == 2
@@ -179,7 +179,7 @@ def test_deterministic_kernels_are_asked_for(image_folder):
 
 # ---- resuming says what is exact
 
-def test_a_resumed_run_says_whether_it_is_exact(image_folder, tmp_path, capsys):
+def test_a_resumed_run_reports_whether_it_is_exact(image_folder, tmp_path, capsys):
     data, output = image_folder(), str(tmp_path / 'out')
     base = RUN + ['--data_path=' + data, '--output_dir=' + output, '--epochs=2']
     assert run_class_finetuning.run(base + ['--maxstep=2', '--num_workers=0']) == 0
@@ -217,7 +217,7 @@ def test_checkpoints_in_mid_epoch_are_written_and_removed(image_folder, tmp_path
 
 
 @pytest.mark.parametrize('variable', ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT'))
-def test_a_restart_by_torchrun_or_slurm_goes_on(image_folder, tmp_path, monkeypatch, variable, capsys):
+def test_a_restart_by_torchrun_or_slurm_resumes(image_folder, tmp_path, monkeypatch, variable, capsys):
     data, output = image_folder(), str(tmp_path / 'out')
     base = RUN + ['--data_path=' + data, '--output_dir=' + output, '--epochs=2']
     monkeypatch.setenv(variable, '0')

@@ -132,7 +132,7 @@ def test_probabilities_are_those_of_timm_on_images_that_pillow_prepared(large, p
     assert len({row['class_1'] for row in found}) > 1  # or the weights would tell nothing
 
 
-def test_each_class_has_a_probability_of_its_own_where_it_was_trained_so(photos, tmp_path):
+def test_a_binary_model_gives_each_class_its_own_probability(photos, tmp_path):
     model = make_checkpoint(tmp_path / 'labels.pth', '--input_size=48', activation='sigmoid')
     assert predict('--resume', tmp_path / 'labels.pth', photos, '--output', tmp_path / 'out.csv', '--top_k=10') == 0
     for row in rows(tmp_path / 'out.csv'):
@@ -233,7 +233,7 @@ def test_two_processes_write_the_file_of_one(large, tmp_path, one_thread):
 
 # ---- results
 
-def test_every_format_says_the_same(large, photos, tmp_path, capfdbinary):
+def test_every_format_has_the_same_content(large, photos, tmp_path, capfdbinary):
     flags = ['--resume', large[0], photos, '--top_k=3']
     for name in ('out.csv', 'out.json', 'out.jsonl'):
         assert predict('--output', tmp_path / name, *flags) == 0
@@ -258,7 +258,7 @@ def test_every_format_says_the_same(large, photos, tmp_path, capfdbinary):
 
 
 @pytest.mark.needs('linux', sys.platform.startswith('linux'), 'names of other systems are text')
-def test_names_that_are_no_text_or_hold_newlines(large, tmp_path, capfd):
+def test_names_that_are_not_text_or_hold_newlines(large, tmp_path, capfd):
     folder = tmp_path / 'odd'
     folder.mkdir()
     names = [b'a\nb.png', b'bytes\xff.png', '猫, "quoted".png'.encode(), b'zz\r.png']
@@ -282,7 +282,7 @@ def test_names_that_are_no_text_or_hold_newlines(large, tmp_path, capfd):
         name + b'.attention.png' for name in names)
 
 
-def test_unreadable_images_end_it_or_are_left_out(large, photos, tmp_path, capfd):
+def test_unreadable_images_stop_the_program_or_are_skipped(large, photos, tmp_path, capfd):
     with open(os.path.join(photos, 'b', 'broken.jpg'), 'w') as file:
         file.write('broken')
     out = tmp_path / 'out.csv'
@@ -318,7 +318,7 @@ def test_ctrl_c_leaves_no_half_file(large, photos, tmp_path, capfd, monkeypatch)
     assert sorted(os.listdir(str(tmp_path))) == ['large.pth', 'photos']
 
 
-def test_a_reader_that_has_seen_enough_and_a_full_disk(large, photos, monkeypatch, capfd):
+def test_a_closed_pipe_and_a_full_disk(large, photos, monkeypatch, capfd):
     reading, writing = os.pipe()
     os.close(reading)
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(os.fdopen(writing, 'wb'), encoding='utf-8'))
@@ -330,7 +330,7 @@ def test_a_reader_that_has_seen_enough_and_a_full_disk(large, photos, monkeypatc
         assert 'cannot write to standard output (No space left on device)' in capfd.readouterr().err
 
 
-def test_an_output_that_is_no_file_is_written_to_and_stays(large, photos, tmp_path):
+def test_an_output_link_or_pipe_is_written_to_and_stays(large, photos, tmp_path):
     """A link's target is replaced and the link stays; a pipe stays, too: who reads from it gets the results."""
     assert predict('--resume', large[0], photos, '--output', tmp_path / 'out.csv') == 0
     expected = (tmp_path / 'out.csv').read_bytes()
@@ -426,7 +426,7 @@ def test_attention_weights_by_a_slow_loop(shared):
             x = block(x, bias)
 
 
-def test_pictures_show_the_very_crop_and_the_heat(large, photos, tmp_path, monkeypatch):
+def test_heat_maps_show_the_crop_and_the_weights(large, photos, tmp_path, monkeypatch):
     painted = []
 
     def paint(picture, heat):
@@ -466,7 +466,7 @@ def test_colours_mean_attention():
     assert (flat.max(-1) - flat.min(-1)).max() <= 1  # no difference, no colour
 
 
-def test_pictures_of_attention_are_no_inputs(large, photos):
+def test_heat_maps_are_not_inputs(large, photos):
     looks = os.path.join(photos, 'attention')
     flags = ['--resume', large[0], '--attention', '--attention_dir', looks, '--batch_size=1']
     for given in (photos, os.path.join(photos, '*'), os.path.join(photos, '**', '*.*')):
@@ -513,7 +513,7 @@ def test_order_and_which_files_count(tmp_path):
         list(prediction_inputs.walk_images(str(tmp_path)))
 
 
-def test_what_is_no_image_is_told_and_the_rest_is_read(tmp_path, capsys):
+def test_files_that_are_not_images_are_reported_and_the_rest_is_read(tmp_path, capsys):
     make_tree(tmp_path, ['a.txt', 'b.TXT', 'sub/.DS_Store', 'sub/@eaDir/x.png', 'sub/empty', 'sub/c.mp4'])
     for name, kind in (('a.jfif', 'JPEG'), ('b.gif', 'GIF'), ('sub/c.jpe', 'JPEG'), ('sub/none', 'PNG')):
         Image.new('RGB', (8, 8)).save(str(tmp_path / name), kind)
@@ -531,7 +531,7 @@ def test_what_is_no_image_is_told_and_the_rest_is_read(tmp_path, capsys):
     assert '6 files or folders' in capsys.readouterr().out
 
 
-def test_a_large_folder_begins_at_once_and_is_never_held(tmp_path, monkeypatch):
+def test_a_large_folder_is_streamed(tmp_path, monkeypatch):
     make_tree(tmp_path, ['%03d.jpg' % number for number in range(100)] + ['sub/%d.png' % number for number in range(7)])
     whole = list(prediction_inputs.walk_images(str(tmp_path)))
     seen = []
@@ -560,7 +560,7 @@ def test_a_large_folder_begins_at_once_and_is_never_held(tmp_path, monkeypatch):
     assert sorted(first + list(walk)) == sorted(whole)
 
 
-def test_the_stream_is_shared_out_and_its_images_are_read_as_they_are_asked_for(tmp_path):
+def test_the_stream_is_split_between_processes_and_read_lazily(tmp_path):
     make_tree(tmp_path, ['%02d.jpg' % number for number in range(11)])
     shares = [prediction_inputs.PathSampler([str(tmp_path)], (), rank, 3) for rank in range(3)]
     taken = [list(share) for share in shares]
@@ -635,7 +635,7 @@ def test_a_mistake_is_one_line(large, photos, tmp_path, monkeypatch, capfd, flag
     assert out == '' and sorted(os.listdir(str(tmp_path))) == before
 
 
-def test_weights_that_say_nothing_take_flags(large, photos, tmp_path, capfd):
+def test_weights_without_metadata_take_flags(large, photos, tmp_path, capfd):
     torch.save({'model': large[1].state_dict()}, str(tmp_path / 'weights.pth'))
     path = os.path.join(photos, 'a.jpg')
     assert predict('--resume', tmp_path / 'weights.pth', path, '--model=beit_nano_patch8_32', '--input_size=48',
@@ -646,7 +646,7 @@ def test_weights_that_say_nothing_take_flags(large, photos, tmp_path, capfd):
     assert said == '%s: %d %.1f %%\n' % (path, best.indices, 100 * best.values)  # a class without a name is a number
 
 
-def test_images_may_stand_anywhere_among_the_flags():
+def test_images_may_be_anywhere_among_the_flags():
     parse = run_predict.build_parser().parse_args
     args = parse(['a.jpg', '--attention', 'b.jpg', '--top-k', '3', 'c.jpg', '--input', 'd.jpg', 'e', '--input=f'])
     assert args.images == ['a.jpg', 'b.jpg', 'c.jpg'] and args.input == [['d.jpg', 'e'], ['f']] and args.top_k == 3
@@ -655,7 +655,7 @@ def test_images_may_stand_anywhere_among_the_flags():
     assert parse(['x', '--attention']).attention == 'auto' and parse(['--attention=cls']).attention == 'cls'
 
 
-def test_every_flag_stands_in_help_and_both_readmes(capfd):
+def test_every_flag_is_in_help_and_both_readmes(capfd):
     parser = run_predict.build_parser()
     with pytest.raises(SystemExit):
         run_predict.run(['--help'])

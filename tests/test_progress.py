@@ -83,7 +83,7 @@ def test_a_script_on_a_terminal_shows_the_bar_and_keeps_the_log(data, tmp_path):
     assert '%|' not in log and 'Epoch 1/2' not in log and '\r' not in log
 
 
-def test_what_stands_behind_a_bar():
+def test_the_text_after_a_bar():
     meters = utils.MetricLogger()
     meters.update(loss=2., class_acc=0.25)
     meters.update(loss=1., class_acc=0.75)
@@ -91,7 +91,7 @@ def test_what_stands_behind_a_bar():
     assert format_metrics(meters.meters, 123.4) == 'loss 1.500, accuracy 50.0 %, 123 images/s'
 
 
-def test_an_error_on_a_terminal_is_on_a_line_of_its_own(data):
+def test_an_error_on_a_terminal_starts_a_new_line(data):
     status, shown = on_a_terminal(sys.executable, os.path.join(ROOT, 'run_class_finetuning.py'), '--data_path=' + data,
                                   '--lr=1e30', '--on_nonfinite=stop', *NANO + TRAINING)
     assert status == 2

@@ -61,7 +61,7 @@ FLAGS = ['--lr=1e-3', '--opt_betas', '0.9', '0.95', '--cutmix_minmax', '0.1', '0
          '--finetune=a "b\n\udcff\u2028\x85\x7f\U0001f600: #x', '--model_key=']
 
 
-def test_flags_come_back_from_their_file(tmp_path, parse):
+def test_flags_are_restored_from_their_file(tmp_path, parse):
     path, args = str(tmp_path / 'args.yaml'), parse(*FLAGS)
     args_yaml.write(path, vars(args))
     with open(path, encoding='utf-8') as file:
@@ -106,7 +106,7 @@ def test_a_file_written_by_hand(tmp_path, parse):
     ('epochs: ' + '[' * 1500, '--config'),
     ('x: ' + 'x' * 2 ** 20, 'larger than 1 MiB'),
 ], ids=lambda value: value[:20])
-def test_what_is_wrong_in_a_file_is_one_line(tmp_path, parse, text, says):
+def test_an_error_in_a_file_is_one_line(tmp_path, parse, text, says):
     path = tmp_path / 'wrong.yaml'
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -115,7 +115,7 @@ def test_what_is_wrong_in_a_file_is_one_line(tmp_path, parse, text, says):
     assert '\n' not in str(caught.value)
 
 
-def test_files_that_are_none(tmp_path, capsys):
+def test_files_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / 'binary').write_bytes(b'\xff\xfe\x00')
     for name, says in (('missing', 'No such file'), ('', 'Is a directory'), ('binary', 'not a text file')):
         assert run_class_finetuning.run(['--config=%s' % (tmp_path / name)]) == 2
@@ -129,7 +129,7 @@ def test_config_without_pyyaml(tmp_path, parse, monkeypatch):
         parse('--config=%s' % (tmp_path / 'args.yaml'))
 
 
-def test_somebodys_own_file_is_not_overwritten(tmp_path, capsys):
+def test_a_users_own_file_is_not_overwritten(tmp_path, capsys):
     (tmp_path / 'args.yaml').write_text('lr: 1\n')
     args_yaml.write(str(tmp_path / 'args.yaml'), {'lr': 2})
     assert (tmp_path / 'args.yaml').read_text() == 'lr: 1\n' and 'stays as it is' in capsys.readouterr().out
@@ -160,7 +160,7 @@ def run(tmp_path_factory):
     return out, str(root / 'data'), str(root / 'tb'), printed.getvalue()
 
 
-def test_what_was_left_out_is_counted(run, tmp_path):
+def test_skipped_images_are_counted(run, tmp_path):
     out, data, _, _ = run
     shutil.copytree(data, str(tmp_path / 'data'))
     for name in ('cat/000$x<i>.png', 'cat/001$x<i>.png'):
@@ -200,7 +200,7 @@ def test_summary_has_the_results_figures_and_versions(run):
     assert summary['versions']['python'] == '%d.%d.%d' % sys.version_info[:3] and summary['versions']['beit']
 
 
-def test_what_is_not_finite_is_null(tmp_path):
+def test_nonfinite_values_are_null(tmp_path):
     write_summary(str(tmp_path / 'new'), {
         'loss': math.nan, 'list': [math.inf, 1, {'a': -math.inf}], 'text': 'NaN', 'on': True})
     written = loaded(tmp_path, 'new', 'summary.json')
@@ -216,7 +216,7 @@ def test_the_version_is_that_of_the_changelog(tmp_path, monkeypatch):
     assert project_version() is None
 
 
-def test_an_evaluation_does_not_write_over_the_trainings_files(run, tmp_path, capsys):
+def test_an_evaluation_does_not_overwrite_the_trainings_files(run, tmp_path, capsys):
     out, data, _, _ = run
     copy = str(tmp_path / 'copy')
     shutil.copytree(out, copy)
@@ -237,7 +237,7 @@ def test_an_evaluation_does_not_write_over_the_trainings_files(run, tmp_path, ca
     assert heat_map_of(page) == heat_map_of(page_of(out))  # the same weights, evaluated twice
 
 
-def test_a_new_run_moves_them_aside(run, tmp_path):
+def test_a_new_run_moves_them_to_a_backup(run, tmp_path):
     copy = tmp_path / 'out'
     shutil.copytree(run[0], str(copy))
     (copy / 'report.html.tmp-12').write_text('half')
@@ -289,7 +289,7 @@ def test_curves_are_drawn_seldom_and_at_the_end(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('failure, says', ((ImportError('no'), 'curves.png needs matplotlib; run: pip install -r'),
                                            (RuntimeError('odd\nfont'), 'not drawn (RuntimeError: odd font)')))
-def test_a_plot_that_fails_is_one_line_and_no_more(image_folder, tmp_path, monkeypatch, capsys, failure, says):
+def test_a_failed_plot_is_only_one_line(image_folder, tmp_path, monkeypatch, capsys, failure, says):
     def fail(*_):
         raise failure
     monkeypatch.setattr(curves_module, 'draw_curves', fail)

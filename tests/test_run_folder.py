@@ -78,7 +78,7 @@ def test_a_killed_process_leaves_no_lock_behind_though_its_child_lives(tmp_path)
     assert os.listdir(folder) == []  # it was there before, and stays
 
 
-def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+def test_a_refused_run_creates_no_folder(tmp_path):
     with pytest.raises(KeyError), run_folder.locked(str(tmp_path / 'new' / 'er')):
         raise KeyError
     assert os.listdir(str(tmp_path)) == []
@@ -86,7 +86,7 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
         assert os.listdir(str(tmp_path)) == []
 
 
-def test_two_never_hold_it_at_once(tmp_path):
+def test_the_lock_is_exclusive(tmp_path):
     """Each end removes the file, which another process may just have opened."""
     folder, inside = str(tmp_path), str(tmp_path / 'inside')
 
@@ -123,7 +123,7 @@ def test_nothing_is_written_through_a_planted_link(tmp_path, kind):
     assert victim.read_text() == 'whole' and os.path.lexists(lock)
 
 
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
     def lockf(*_):
         raise OSError(errno.ENOLCK, 'No locks available')
     monkeypatch.setattr(fcntl, 'lockf', lockf)
@@ -186,7 +186,7 @@ def test_the_first_of_several_processes_holds_the_folder(image_folder, tmp_path,
 
 # ---- going back
 
-def test_what_was_saved_later_is_moved_aside_when_a_run_goes_back(image_folder, tmp_path, capsys):
+def test_later_checkpoints_are_moved_to_a_backup_when_a_run_goes_back(image_folder, tmp_path, capsys):
     base, output = RUN + ['--data_path=' + image_folder(), '--save_ckpt_freq=1', '--epochs=4', '--model_ema',
                           '--report'], tmp_path / 'out'
     base += ['--output_dir=' + str(output)]
@@ -220,7 +220,7 @@ def test_what_was_saved_later_is_moved_aside_when_a_run_goes_back(image_folder, 
     assert ' aside, to ' not in capsys.readouterr().out
 
 
-def test_weights_alone_begin_anew_and_keep_themselves(image_folder, tmp_path):
+def test_resuming_bare_weights_starts_a_new_run_and_keeps_the_file(image_folder, tmp_path):
     output = tmp_path / 'out'
     base = RUN + ['--data_path=' + image_folder(), '--output_dir=' + str(output)]
     assert run_class_finetuning.run(base + ['--epochs=2', '--save_ckpt_freq=1']) == 0
@@ -234,7 +234,7 @@ def test_weights_alone_begin_anew_and_keep_themselves(image_folder, tmp_path):
 
 # ---- --auto_resume beside --resume
 
-def test_auto_resume_takes_no_other_run_than_that_of_the_resumed_file(image_folder, tmp_path, capsys):
+def test_auto_resume_ignores_runs_that_began_with_another_file(image_folder, tmp_path, capsys):
     """test_faults.py has the restarts; here the folder holds a run that began otherwise, and was further."""
     base = RUN + ['--data_path=' + image_folder(), '--save_ckpt_freq=1']
     first, output = str(tmp_path / 'first'), str(tmp_path / 'out')
@@ -300,7 +300,7 @@ def config(tmp_path):
 
 
 @pytest.mark.parametrize('other', ['another', ''])
-def test_flags_of_a_folder_do_not_go_into_another(config, parse, capsys, other):
+def test_config_drops_the_folder_flags_for_another_folder(config, parse, capsys, other):
     args, default = parse('--config', config, '--output_dir=' + other), parse()
     assert (args.output_dir, args.lr, args.epochs) == (other, 0.25, 7)
     assert set(THEIRS) == set(OF_FOLDER)
@@ -312,7 +312,7 @@ def test_flags_of_a_folder_do_not_go_into_another(config, parse, capsys, other):
         assert words in out
 
 
-def test_flags_of_a_folder_stay_where_it_is_the_same_or_they_are_given(config, parse, capsys, tmp_path):
+def test_config_keeps_the_folder_flags_for_the_same_folder_or_when_given(config, parse, capsys, tmp_path):
     for flags in ([], ['--output_dir', str(tmp_path / 'x' / '..' / 'out') + os.sep]):
         args = parse('--config', config, *flags)
         assert {name: getattr(args, name) for name in THEIRS} == THEIRS
@@ -321,7 +321,7 @@ def test_flags_of_a_folder_stay_where_it_is_the_same_or_they_are_given(config, p
     assert (args.log_dir, args.auto_resume, args.resume) == ('mine', True, '')
 
 
-def test_what_an_evaluation_evaluates_goes_with_it(config, parse, capsys):
+def test_config_keeps_the_checkpoint_of_an_evaluation(config, parse, capsys):
     with open(config, 'a') as file:
         file.write('eval: true\n')
     args = parse('--config', config, '--output_dir=another')
@@ -329,7 +329,7 @@ def test_what_an_evaluation_evaluates_goes_with_it(config, parse, capsys):
     assert '--resume' not in capsys.readouterr().out
 
 
-def test_one_process_of_several_tells_it(config, parse, capsys, monkeypatch):
+def test_only_one_process_reports_dropped_flags(config, parse, capsys, monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '1')
     assert parse('--config', config, '--output_dir=another').log_dir is None
     assert capsys.readouterr().out == ''

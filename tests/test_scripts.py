@@ -235,7 +235,7 @@ def test_a_figure_that_a_run_does_not_have(stand_in, weights, checkout, data, fi
     assert result(run)['accuracy'] == shown == summary(checkout, 'beit_base_patch16_224_bs64_1p_acc')['TrainAccuracy']
 
 
-def test_a_run_without_a_result_of_its_own_shows_none(stand_in, weights, checkout, data):
+def test_a_run_without_a_result_shows_none(stand_in, weights, checkout, data):
     result(stand_in('train_full_1p', '--data_path=' + data)[0])
     run, _ = stand_in('train_full_1p', '--data_path=' + data, '--auto_resume', ACCURACY='')
     assert run.status == 0 and 'Finished without a new result' in run.out and 'Final result' not in run.out
@@ -258,7 +258,7 @@ def waiting(checkout, env, gate, *flags, **more):
 
 
 @pytest.mark.parametrize('flags', [[], ['--auto_resume']])
-def test_two_scripts_at_once_have_logs_and_results_of_their_own(stand_in, weights, checkout, data, tmp_path, flags):
+def test_two_scripts_at_once_have_separate_logs_and_results(stand_in, weights, checkout, data, tmp_path, flags):
     logs, case, gate = output(checkout), 'beit_base_patch16_224_bs64_1p_acc', tmp_path / 'gate'
     with waiting(checkout, stand_in.env, gate, '--data_path=' + data, ACCURACY='11.111', FAKE_CANN='one') as first:
         second, _ = stand_in('train_full_1p', '--data_path=' + data, *flags, ACCURACY='22.222', FAKE_CANN='two')
@@ -334,7 +334,7 @@ def test_evaluation_asks_for_the_checkpoint(checkout, data):
     fails(run_script(checkout, 'train_eval_1p', '--data_path=' + data), '--resume is missing')
 
 
-def test_a_python_that_is_not_there(checkout, data):
+def test_a_missing_python(checkout, data):
     fails(run_script(checkout, 'train_full_1p', '--data_path=' + data, PYTHON='/no/such/python'),
           'PYTHON=/no/such/python: no such program')
 
@@ -356,7 +356,7 @@ def test_full_1p_trains_and_evaluates(trained):
     assert not glob.glob(os.path.join(checkout, '*' + '-2*'))
 
 
-def test_a_new_run_moves_the_earlier_one_aside(after_training, data):
+def test_a_new_run_moves_the_earlier_one_to_a_backup(after_training, data):
     logs, results = output(after_training), os.path.join(after_training, 'train_result')
     case = 'beit_nano_patch8_32_bs4_1p_acc'
     before = contents(logs), contents(results)
@@ -380,7 +380,7 @@ def test_a_new_run_moves_the_earlier_one_aside(after_training, data):
     assert len(text(os.path.join(results, 'log.txt')).splitlines()) == 1
 
 
-def test_resume_goes_on_in_place(after_training, data):
+def test_resume_continues_in_the_same_folder(after_training, data):
     logs, results = output(after_training), os.path.join(after_training, 'train_result')
     log, epochs = text(os.path.join(logs, 'train_0.log')), text(os.path.join(results, 'log.txt'))
     first = contents(results)['checkpoint-0.pth']
@@ -430,7 +430,7 @@ def test_performance_1p_from_test_with_accumulation(after_training, data):
     assert 'earlier run' not in run.out
 
 
-def test_paths_for_python_are_meant_from_the_calling_folder_too(checkout, data):
+def test_paths_for_python_are_relative_to_the_calling_folder(checkout, data):
     """--eval_data_path beside --data_path: both lie in test/, where the script is called."""
     shutil.copytree(data, os.path.join(checkout, 'test', 'my data'))
     run = run_script(checkout, 'train_full_1p', '--data_path=my data/train', '--eval_data_path=my data/val',
@@ -565,7 +565,7 @@ def test_env_npu_finds_cann_where_its_installer_says(tmp_path, package):
     assert 120 <= int(env['HCCL_CONNECT_TIMEOUT']) <= 7200
 
 
-def test_env_npu_takes_the_toolkit_before_nnae(tmp_path):
+def test_env_npu_prefers_the_toolkit_to_nnae(tmp_path):
     fake_cann(tmp_path, 'nnae')
     assert source_env_npu(ASCEND_INSTALL_INFO=fake_cann(tmp_path, 'ascend-toolkit'))[1]['FAKE_CANN'] == 'ascend-toolkit'
 
@@ -577,7 +577,7 @@ def test_env_npu_takes_a_path_that_ends_in_the_package(tmp_path):
     assert source_env_npu(ASCEND_INSTALL_INFO=info)[1]['FAKE_CANN'] == 'nnae'
 
 
-def test_env_npu_leaves_what_is_set(tmp_path):
+def test_env_npu_keeps_variables_that_are_set(tmp_path):
     info = fake_cann(tmp_path, 'ascend-toolkit')
     status, env, errors = source_env_npu(ASCEND_INSTALL_INFO=info, ASCEND_HOME_PATH=str(tmp_path),
                                          HCCL_CONNECT_TIMEOUT='1200')
@@ -605,7 +605,7 @@ def test_env_npu_leaves_the_shells_options(tmp_path, options):
     assert ('u' in done.stdout, 'e' in done.stdout) == ('u' in options, 'e' in options)
 
 
-def test_env_npu_in_another_shell_says_so(tmp_path):
+def test_env_npu_in_another_shell_is_an_error(tmp_path):
     done = subprocess.run(['sh', '-c', '. "$0"; echo status $?', os.path.join(ROOT, 'test', 'env_npu.sh')],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     assert 'status 2' in done.stdout and 'this shell is not bash' in done.stderr or 'status 0' in done.stdout

@@ -136,7 +136,7 @@ def test_across_stacks_an_epoch_is_the_same(first, stack):
 
 @pytest.mark.parametrize('writer', OLD + ('current',))
 @pytest.mark.parametrize('reader', OLD + ('current',))
-def test_across_stacks_a_checkpoint_goes_on(second, first, reader, writer):
+def test_across_stacks_a_checkpoint_resumes(second, first, reader, writer):
     """As it does in the stack that wrote it: optimizer, averages, order and random numbers come along."""
     folder, own = second[writer, reader][0], second[writer, writer][0]
     line, = lines_of(folder)
@@ -148,7 +148,7 @@ def test_across_stacks_a_checkpoint_goes_on(second, first, reader, writer):
 
 
 @pytest.mark.parametrize('writer', OLD + ('current',))
-def test_across_stacks_a_checkpoint_is_worth_the_same(second, first, writer):
+def test_across_stacks_a_checkpoint_evaluates_the_same(second, first, writer):
     """Evaluated by each stack as by the one that trained it, and its average too."""
     trained, = lines_of(first[writer])
     for reader in OLD + ('current',):

@@ -50,7 +50,7 @@ def test_a_package_that_is_missing_alone(tmp_path):
 
 # ---- file descriptors
 
-def test_few_files_are_said_and_not_waited_for(data, tmp_path):
+def test_too_few_file_descriptors_are_an_immediate_error(data, tmp_path):
     done = run(sys.executable, 'run_class_finetuning.py', '--data_path=' + data, *NANO[:-2], '--device=cpu',
                '--num_workers=2', limit=(32, 32), timeout=60)
     assert (done.returncode, done.stdout) == (2, '')

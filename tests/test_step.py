@@ -80,7 +80,7 @@ def test_the_host_reads_nothing_between_two_lines(far_device, monkeypatch):
 
 @needs_fused
 @pytest.mark.parametrize('scale', (1., 128.))
-def test_reading_late_gives_the_same(scale, monkeypatch):
+def test_late_reading_gives_the_same_results(scale, monkeypatch):
     """Weights, statistics and reports, with two updates that cannot be used; the average but for rounding."""
     options = dict(poison=(3, 15), scale=scale, ema=True, max_norm=0.5)
     at_once = train(**options)
@@ -147,7 +147,7 @@ def test_skipping_dropped_images_computes_what_a_mask_does(kept, gamma, monkeypa
 
 
 @pytest.mark.parametrize('skips', (True, False))
-def test_as_many_images_are_dropped_as_the_rate_says(skips):
+def test_the_share_of_dropped_images_is_the_rate(skips):
     """Both branches, each for itself; 4,000 images at 0.25, three standard deviations of 0.0068."""
     each = block(0.25, gamma=None)
     each.skips_dropped = skips
@@ -241,7 +241,7 @@ def test_average_of_the_weights_in_one_call():
 # ---- which of the two is the limit
 
 @pytest.mark.parametrize('seconds, limit', ((0.2, 'loader'), (0., 'device')))
-def test_a_run_says_which_of_loader_and_device_is_the_limit(seconds, limit):
+def test_a_run_reports_whether_loader_or_device_is_the_limit(seconds, limit):
     """A loader that takes 200 ms for a batch, and one that takes none beside a model that takes 200 ms."""
     model, loader = toy()
 
@@ -265,7 +265,7 @@ def test_a_run_says_which_of_loader_and_device_is_the_limit(seconds, limit):
 
 @pytest.mark.parametrize('sizes, counted', [
     ((24, 1), (24, 1)), ((24, 24), (24,)), ((8, 8, 8, 4), (8, 8, 4)), ((5,), (5,))])
-def test_the_speed_is_not_that_of_what_is_left_over(sizes, counted):
+def test_the_speed_leaves_a_smaller_last_batch_out(sizes, counted):
     throughput = utils.Throughput(warmup_steps=1)
     for size in sizes:
         throughput.update(size, 1. + (size == 1))

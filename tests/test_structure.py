@@ -73,7 +73,7 @@ def test_public_functions_have_type_annotations():
     assert list(untyped(seen)) == [(2, 'A.b', ['c']), (4, 'g', ['return'])]
 
 
-def test_the_project_stands_by_itself():
+def test_the_project_is_self_contained():
     """Nothing of a machine's own paths, and every package has an `__init__.py` that says what it holds."""
     for folder, _, names in os.walk(os.path.join(ROOT, 'beit')):
         if '__pycache__' not in folder:

@@ -177,7 +177,7 @@ def assert_same_samples(mine, theirs, without=()):
 
 @pytest.mark.parametrize('which', ['training', 'validation'])
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_bad_file_stops_or_is_left_out(sets, kind, which):
+def test_a_bad_file_stops_the_run_or_is_skipped(sets, kind, which):
     args, *parts = sets('--bad_images=skip')
     part = parts[which == 'validation']
     path = part.samples[3][0]
@@ -238,7 +238,7 @@ def test_a_large_image_is_read_without_a_warning(tmp_path):
     assert result.stdout == '(64, 64)\n' and 'DecompressionBomb' not in result.stderr
 
 
-def test_what_this_user_may_not_read(public_folder, parse):
+def test_files_without_read_permission(public_folder, parse):
     for split in ('train', 'val'):
         for name in ('cat', 'dog'):
             folder = os.path.join(public_folder, split, name)
@@ -280,7 +280,7 @@ def test_a_wrong_size_is_an_error_in_both_modes(sets, mode, is_train, side):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_batch_of_which_nothing_can_be_read(sets, workers):
+def test_a_batch_without_readable_images(sets, workers):
     args, train, val = sets('--bad_images=skip', '--num_workers=%d' % workers, '--dist_eval')
     for index in range(6):
         spoil(val.samples[index][0], 'text')
@@ -296,7 +296,7 @@ def test_a_batch_of_which_nothing_can_be_read(sets, workers):
             assert batch.targets.dtype == batch.indices.dtype == torch.int64
 
 
-def test_what_is_left_out_does_not_depend_on_the_workers(sets):
+def test_skipped_files_do_not_depend_on_the_workers(sets):
     """Nor does the augmentation of the others; with every default augmentation."""
     results = {}
     for number, kind in enumerate(('text', 'half a jpeg', 'dangling link')):
@@ -369,7 +369,7 @@ def test_odd_names_are_read(tmp_path, parse, workers):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_odd_names_are_told_in_one_line(tmp_path, parse, capsys, workers):
+def test_odd_names_are_reported_on_one_line(tmp_path, parse, capsys, workers):
     root = odd_folder(tmp_path / 'root')
     args = parse('--data_path', root, *SMALL, '--num_workers=%d' % workers, '--bad_images=skip')
     train, val, _ = datasets.build_datasets(args)
@@ -399,7 +399,7 @@ def test_a_nul_in_a_name(parse, tmp_path):
         ImageFolder('x\0y')
 
 
-def test_names_that_the_locale_has_no_bytes_for(monkeypatch):
+def test_names_that_the_locale_cannot_encode(monkeypatch):
     monkeypatch.setattr(os, 'fsencode', lambda path: path.encode('ascii', 'surrogateescape'))
     with pytest.raises(UserError, match='my photos ü/nein.pth: no such file'):
         weights_file.load_untrusted('my photos ü/nein.pth')
@@ -449,7 +449,7 @@ def test_a_loop_of_links_is_named(tmp_path, kind):
 
 @pytest.mark.parametrize('target', ['nowhere', 'link'])
 @pytest.mark.parametrize('where', ['', 'cat'])
-def test_a_link_that_leads_nowhere_may_be_a_folder_of_images(tmp_path, where, target):
+def test_a_broken_link_may_be_a_folder_of_images(tmp_path, where, target):
     (tmp_path / 'cat').mkdir()
     photo(1, 32, 32).save(str(tmp_path / 'cat' / 'a.png'))
     (tmp_path / where / '.hidden').symlink_to('nowhere')
@@ -484,7 +484,7 @@ def lines_of(folder):
         return file.read().splitlines()
 
 
-def test_each_path_is_told_and_listed_once(tmp_path, capsys):
+def test_each_path_is_reported_and_listed_once(tmp_path, capsys):
     record = UnreadableFiles(str(tmp_path), 0.5)
     record.report([], 10, 'training')
     assert os.listdir(str(tmp_path)) == []
@@ -515,7 +515,7 @@ def test_the_limit_is_a_share_of_the_set(tmp_path, share, total, allowed):
     assert len(lines_of(tmp_path)) == allowed + 1, 'the list is written before the stop'
 
 
-def test_a_resumed_run_does_not_tell_again_but_counts(tmp_path, capsys):
+def test_a_resumed_run_counts_known_files_without_reporting_them(tmp_path, capsys):
     UnreadableFiles(str(tmp_path), 0.1).report([('a.png', 'it is empty'), ('b\\n.png', 'x')], 20, 'training')
     capsys.readouterr()
     resumed = UnreadableFiles(str(tmp_path), 0.1)
@@ -584,7 +584,7 @@ def test_check_data_finds_every_bad_file(image_folder, parse, tmp_path, capsys, 
     assert all(expected[path] in reason for path, reason in listed)
 
 
-def test_check_data_knows_the_rule_of_small_inputs(sets, parse, tmp_path, capsys):
+def test_check_data_applies_the_size_rule_of_small_inputs(sets, parse, tmp_path, capsys):
     args, train, val = sets('--output_dir', str(tmp_path / 'out'))
     photo(1, 30, 32).save(val.samples[4][0])
     photo(1, 30, 32).save(train.samples[4][0])  # padding makes up for it
@@ -597,7 +597,7 @@ def test_check_data_knows_the_rule_of_small_inputs(sets, parse, tmp_path, capsys
 
 
 @pytest.mark.parametrize('workers', [1, 2])
-def test_a_worker_that_dies_is_no_end(sets, tmp_path, capsys, monkeypatch, workers):
+def test_check_data_survives_a_crashing_file(sets, tmp_path, capsys, monkeypatch, workers):
     """As where a decoder crashes, or the system kills a process that takes too much memory."""
     monkeypatch.setattr(unreadable_module, 'FILES_AT_ONCE', 4)
     args, train, val = sets('--num_workers=%d' % workers, '--output_dir', str(tmp_path / 'out'))
@@ -617,7 +617,7 @@ def test_a_worker_that_dies_is_no_end(sets, tmp_path, capsys, monkeypatch, worke
     assert sum('died' in line for line in lines_of(tmp_path / 'out')) == 3
 
 
-def test_a_worker_that_is_killed_takes_no_file_along(sets, tmp_path, monkeypatch):
+def test_check_data_retries_the_files_of_a_killed_worker(sets, tmp_path, monkeypatch):
     monkeypatch.setattr(unreadable_module, 'FILES_AT_ONCE', 2)
     args, train, _ = sets('--num_workers=2')
     flag = str(tmp_path / 'killed once')
@@ -714,7 +714,7 @@ def is_alive(pid):
         return False
 
 
-def test_a_signal_to_all_leaves_the_workers_to_the_main_process():
+def test_workers_leave_a_group_signal_to_the_main_process():
     with loading() as (process, workers):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             os.killpg(process.pid, number)
@@ -725,7 +725,7 @@ def test_a_signal_to_all_leaves_the_workers_to_the_main_process():
 
 
 @pytest.mark.needs('linux', sys.platform.startswith('linux'), 'the kernel tells of a parent\'s end on Linux only')
-def test_workers_end_with_a_main_process_that_is_killed():
+def test_workers_exit_when_the_main_process_is_killed():
     with loading() as (process, workers):
         time.sleep(0.5)  # all that they were asked for is read, and they wait
         assert all(map(is_alive, workers))
@@ -753,7 +753,7 @@ print(len(list(torch.utils.data.DataLoader(Failing(), num_workers=1, worker_init
 ''' % ROOT
 
 
-def test_a_worker_does_not_tell_that_the_main_process_was_killed():
+def test_a_worker_is_quiet_when_the_main_process_is_killed():
     """One in 600 kills came while a thread of multiprocessing's, in a worker, handed a batch over: its traceback."""
     done = subprocess.run([python(), '-c', HOOKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           universal_newlines=True, timeout=60)

@@ -156,7 +156,7 @@ def model_of(body):
     return dict_of(text('model'), body)
 
 
-def test_what_the_hand_writes_is_read(tmp_path):
+def test_good_files_written_by_hand_are_read(tmp_path):
     """Else the files below could be refused for another reason than the one that they are about."""
     body = dict_of(text('weight'), tensor(numbers(2, 2), numbers(2, 1)), text('epoch'), number(3), text('a'), b'N',
                    text('args'), name('argparse', 'Namespace') + b')\x81' + dict_of(text('lr'), b'G' + bytes(8)) + b'b')
@@ -915,7 +915,7 @@ def test_random_pickles(tmp_path, form):
     assert os.listdir(str(tmp_path)) == ['w.pth']
 
 
-def test_random_calls_of_what_is_allowed(tmp_path):
+def test_random_calls_of_allowed_names(tmp_path):
     """Programs that are whole: nested calls of the allowed names with arguments of every type."""
     path = str(tmp_path / 'w.pth')
     plain = st.one_of(PIECES.filter(lambda piece: piece[:1] in b'XG\x8aN}]' and piece[-1:] not in b'uesb'),
@@ -1021,7 +1021,7 @@ def test_wrong_types_in_the_fingerprints_are_one_line(good, take_up, key):
         take_up(dict(good, data=data, args=dict(args, **({key: value} if key in args else {}))), tuning=False)
 
 
-def test_wrong_types_in_place_of_everything(good, take_up):
+def test_wrong_types_instead_of_the_content(good, take_up):
     assert take_up(good) == []  # else the others would prove nothing
     for value in WRONG:
         assert len(take_up(value)) == 2
@@ -1159,7 +1159,7 @@ def files_below(folder):
                                   'whole.pth#sha256=' + DIGEST, 'whole.pth#sha256=' + DIGEST.upper(),
                                   'lengthless.pth#sha256=' + DIGEST, 'whole-%s.pth' % DIGEST[:8],
                                   'lengthless-%s.pth' % DIGEST[:16]])
-def test_what_is_downloaded_is_kept(server, address, tmp_path, path, capsys):
+def test_downloads_are_cached(server, address, tmp_path, path, capsys):
     for _ in range(2):
         found = download.resolve_url(address(path))
         with open(found, 'rb') as file:
@@ -1267,7 +1267,7 @@ def test_the_other_processes_wait_for_the_first(server, address, monkeypatch, tm
     assert server.asked == ['/whole.pth']
 
 
-def test_how_many_were_tried(record_property, capsys):
+def test_number_of_tried_files(record_property, capsys):
     """The last of this file: says how many files the others made."""
     TRIED.pop('good', None)
     tried = sum(TRIED.values())

@@ -26,7 +26,7 @@ def full(value, dtype=torch.float16, shape=(2, 2)):
     return torch.full(shape, value, dtype=dtype, device='npu')
 
 
-def test_what_it_is():
+def test_properties_of_the_device():
     assert torch.npu.get_device_name() == torch.npu.get_device_properties().name == 'Ascend (emulated on CPU)'
     assert not torch.npu.is_bf16_supported() and torch.npu.get_amp_supported_dtype() == [torch.float16]
     assert not utils.is_support_inf_nan() and torch.npu._compile_mode is True

@@ -75,7 +75,7 @@ def test_a_count_of_zero():
 
 
 @pytest.mark.parametrize('name', ['FAKE_NPU_SOC', 'FAKE_NPU_SDPA'])
-def test_a_value_that_is_not_there(name):
+def test_an_unknown_value(name):
     line = last_line('import torch_npu', **{name: '310P'})
     assert line.startswith('ImportError: %s must be one of ' % name) and line.endswith(', not \'310P\'')
 
