@@ -1,4 +1,4 @@
-"""What tests/warm_python.py starts behaves as what Python starts: the same command, by both."""
+"""tests/warm_python.py runs a command as Python does: each test compares both."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ ENDS = {'well': 'pass', 'a number': 'import sys; sys.exit(7)', 'words': 'import 
 
 
 def both(*command, **options):
-    """What a Python of its own and a forked one gave: (exit status, standard output, standard error) of each."""
+    """(exit status, standard output, standard error) of an ordinary and of a forked Python."""
     for start in (sys.executable, python()):
         done = subprocess.run([start] + list(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               universal_newlines=True, timeout=100, **options)
