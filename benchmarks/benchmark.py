@@ -187,7 +187,7 @@ def print_report(options, report, head, cells):
     if options.extra:
         print('Ours with %s' % escape_text(' '.join(options.extra)))
     if options.pairs < ENOUGH_PAIRS:
-        print('Fewer than %d pairs: a try, and no measurement' % ENOUGH_PAIRS)
+        print('Fewer than %d pairs: a trial, not a measurement' % ENOUGH_PAIRS)
     print()
     print(table(head, [cells(row) for row in report['rows']], options.markdown), flush=True)
 
@@ -307,7 +307,7 @@ class Apart(Entry):
 
 
 def entry_main(order):
-    """The process of an `Apart`: prints a line [seconds, record] for one step, then for each number of steps it reads."""
+    """The process of an `Apart`: prints [seconds, record] for one step, then for each number of steps that it reads."""
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # output of libraries
     setting = Setting(**dict(order['setting'], extra=tuple(order['setting']['extra'])))
@@ -561,7 +561,7 @@ def baseline_rate(options, root, device):
     except StopIteration:
         raise
     except Exception as error:  # torchvision's and Pillow's, wrapped in a worker's traceback
-        raise UserError('--data_path %s: ImageFolder, the baseline, cannot read it (%s); mend or remove what it names'
+        raise UserError('--data_path %s: ImageFolder, the baseline, cannot read it (%s); repair or remove that file'
                         % (escape_text(root), str(error).strip().splitlines()[-1][:300])) from None
 
 
@@ -782,8 +782,7 @@ def free_port():
 
 
 def run_processes(count, order, threads):
-    """Start `processes` with torchrun's environment. Returns the output of the first; raises a `UserError` if one fails.
-    """
+    """Start `count` processes with torchrun's environment; returns the first one's output, or raises a `UserError`."""
     port, processes = free_port(), []
     with tempfile.TemporaryDirectory() as folder:
         paths = [os.path.join(folder, '%d.%s') % (rank, '%s') for rank in range(count)]
@@ -805,7 +804,7 @@ def run_processes(count, order, threads):
                 process.wait()
         if failed is not None:
             said = last_line(paths[failed] % 'err').replace('benchmark.py: error: ', '')
-            raise UserError('process %d of %d failed: %s' % (failed, count, said or 'it does not say why'))
+            raise UserError('process %d of %d failed: %s' % (failed, count, said or 'without a message'))
         return json.loads(last_line(paths[0] % 'out'))
 
 
@@ -892,7 +891,7 @@ def build_parser():
         sub.add_argument('--device', default='auto', help='auto, npu, cuda, cpu or one with an index (auto)')
         sub.add_argument('--pairs', default=ENOUGH_PAIRS, type=positive,
                          help='how often each contender is measured (%d)' % ENOUGH_PAIRS)
-        sub.add_argument('--json', default='', help='write everything that was measured into this file')
+        sub.add_argument('--json', default='', help='write all measurements to this file')
         sub.add_argument('--markdown', action='store_true', help='print the table in Markdown')
         return sub
 
@@ -919,9 +918,9 @@ def build_parser():
                          'computes it (all)')
         sub.add_argument('--steps', default=0, type=bounded_number(int, 0),
                          help='steps in a sample (--seconds of them)')
-        sub.add_argument('--seconds', default=2., type=bounded_number(float, 0), help='least length of a sample (2)')
+        sub.add_argument('--seconds', default=2., type=bounded_number(float, 0), help='minimum length of a sample (2)')
         sub.add_argument('--peak', default=None, type=bounded_number(float, 0, above=True),
-                         help='the device\'s dense peak in FLOP/s, where it isn\'t known (H100, H200, A100 are)')
+                         help='the device\'s dense peak in FLOP/s (known for H100, H200 and A100)')
 
     sub = command('data', data_main, 'the loader, against torchvision\'s ImageFolder and timm\'s create_transform')
     sub.add_argument('--data_path', default='', help='a folder with train/ in it (JPEGs of ImageNet\'s sizes are made)')
@@ -930,32 +929,32 @@ def build_parser():
     sub.add_argument('--batch_size', default=64, type=positive, help='images in a batch (64)')
     sub.add_argument('--workers', default=1, type=positive, help='loader processes (1)')
     sub.add_argument('--images', default=512, type=positive,
-                     help='images in a sample, or more: as many of each worker (512)')
+                     help='minimum number of images in a sample, equally many from each worker (512)')
     sub.add_argument('--distinct', default=128, type=positive, help='different pictures to make (128)')
     sub.add_argument('--warmup', default=2, type=positive, help='batches of each worker before a sample (2)')
 
-    sub = command('startup', startup_main, 'until the first step, with large folders',
-                  'The names are in the memory of the operating system before the first sample.')
+    sub = command('startup', startup_main, 'time to the first step with large folders',
+                  'The operating system has cached the directory entries before the first sample.')
     sub.add_argument('--files', default=[1000, 10000, 100000], nargs='+', type=bounded_number(int, 16, 10 ** 7),
                      help='sizes of the folders (1000 10000 100000)')
 
     sub = command('script', script_main, 'what test/train_performance_1p.sh reports from JPEG files, against the step',
-                  'A ratio of 1 means that loader, logging and all the rest cost nothing.')
+                  'A ratio of 1 means that loader, logging and everything else cost nothing.')
     model(sub)
     sub.add_argument('--precision', default=None, choices=PRECISIONS, help='(bfloat16, on a CPU float32)')
     sub.add_argument('--compile', default='off', choices=('off', 'on'), help='torch.compile (off)')
     sub.add_argument('--steps', default=15, type=bounded_number(int, 7),
-                     help='steps of a run, of which 5 are not counted (15)')
+                     help='steps of a run; the first 5 are not counted (15)')
     sub.add_argument('--workers', default=2, type=positive, help='loader processes (2)')
 
     sub = command('scaling', scaling_main, 'the step on several processes of this machine',
-                  'The batch is that of each process. Efficiency is images per second over those of one process, and '
-                  'over the number of devices; on a CPU the processes share the cores, so that 1 is all there is.')
+                  'Each process has its own batch. Efficiency is images per second, divided by the figure of one '
+                  'process and by the number of devices. A CPU counts as one device.')
     model(sub)
-    sub.add_argument('--processes', default=[1, 2, 4, 8], nargs='+', type=positive, help='how many (1 2 4 8)')
+    sub.add_argument('--processes', default=[1, 2, 4, 8], nargs='+', type=positive, help='process counts (1 2 4 8)')
     sub.add_argument('--precision', default=None, choices=PRECISIONS, help='(bfloat16, on a CPU float32)')
     sub.add_argument('--compile', default='off', choices=('off', 'on'), help='torch.compile (off)')
-    sub.add_argument('--steps', default=5, type=positive, help='steps in a sample, of which a run has three (5)')
+    sub.add_argument('--steps', default=5, type=positive, help='steps in a sample; a run has three samples (5)')
     return parser
 
 
@@ -966,7 +965,7 @@ def parse(argv):
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
     if options.command is None:
-        raise UserError('say what to measure: step, eval, data, startup, script or scaling; see --help')
+        raise UserError('choose what to measure: step, eval, data, startup, script or scaling; see --help')
     if rest:
         known = parser._subparsers._group_actions[0].choices[options.command]._option_string_actions
         near = nearest(rest[0].partition('=')[0], known)

@@ -1,6 +1,6 @@
-"""Whatever a user can get wrong ends in one clear line, exit status 2, and nothing lost.
+"""Every user error ends in one clear line and exit status 2, and loses no file.
 
-Most cases call the program inside this process, which takes milliseconds; a few start it as a user does.
+Most cases call the program in this process, which takes milliseconds; a few start it as a user does.
 """
 
 import os
@@ -29,13 +29,13 @@ EARLIER_RUN = {'log.txt': b'{"epoch": 0}\n', 'checkpoint-0.pth': b'not really we
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """A good data set, 16 + 8 images in two classes. Tests leave it as it is."""
+    """A good data set of 16 + 8 images in two classes. Tests don't change it."""
     return write_images(tmp_path_factory.mktemp('good data'))
 
 
 @pytest.fixture
 def own_data(tmp_path):
-    """Another one, for a test to spoil."""
+    """A copy that a test may change."""
     return write_images(tmp_path / 'own data', train=4, val=2)
 
 
@@ -51,10 +51,10 @@ def contents(folder):
 
 @pytest.fixture
 def refused(capsys, tmp_path, data):
-    """refused('--lr=x', says=['--lr', "'x'"]): the program refuses these flags as it should.
+    """refused('--lr=x', says=['--lr', "'x'"]): the program refuses these flags with these words.
 
-    The output folder holds an earlier run. It must stay as it is; a mistake that only training can find (late=True)
-    may move it aside, but neither lose nor add a file.
+    The output folder holds an earlier run, which must not change. An error found only in training (late=True) may move
+    it to a backup, but neither lose nor add a file.
     """
     output = tmp_path / 'results'
     output.mkdir()
@@ -68,7 +68,7 @@ def refused(capsys, tmp_path, data):
         with warnings.catch_warnings(record=True) as printed:
             warnings.simplefilter('always')
             status = run_class_finetuning.run(start + list(flags))
-        # pytest swallows warnings; in a process of its own these would be further lines on stderr.
+        # pytest captures warnings; in a separate process they would be additional lines on stderr.
         assert [str(w.message) for w in printed if w.category in (UserWarning, FutureWarning, RuntimeWarning)] == []
         assert_one_line(status, *capsys.readouterr(), says=says)
         after = {path: content for path, content in contents(tmp_path).items()
@@ -81,7 +81,7 @@ def refused(capsys, tmp_path, data):
 
 
 def test_the_good_data_passes(data, tmp_path, capsys):
-    """Else every other test here would pass for the wrong reason."""
+    """Otherwise the other tests could pass for a wrong reason."""
     assert run_class_finetuning.run(SHORT + ['--data_path', data, '--maxstep=1', '--output_dir',
                                              str(tmp_path / 'results')]) == 0
     out, err = capsys.readouterr()
@@ -143,7 +143,7 @@ def test_no_class_folders(refused, tmp_path):
         os.makedirs(str(tmp_path / 'd' / split))
         photo(1, 32, 32).save(str(tmp_path / 'd' / split / 'a.png'))
     refused('--data_path', str(tmp_path / 'd'), says=[
-        '--data_path', str(tmp_path / 'd' / 'train'), 'no class folders', 'in a folder of its own'])
+        '--data_path', str(tmp_path / 'd' / 'train'), 'no class folders'])
 
 
 def test_classes_that_differ(refused, own_data):
@@ -171,7 +171,7 @@ def test_batch_larger_than_the_data_set(refused):
 
 @pytest.mark.parametrize('size', [(48, 40), (24, 24)])
 def test_unresized_images_of_another_size(refused, tmp_path, size):
-    """Up to 32 pixels the evaluation takes images as they are, so they must have that size."""
+    """Up to 32 pixels the evaluation doesn't resize, so images must have that size."""
     root = write_images(tmp_path / 'd', train=4, val=2, size=size)
     refused('--data_path', root, late=True, says=[os.path.join(root, ''), '32', '%dx%d' % size, '--input_size'])
 
@@ -201,14 +201,14 @@ def corrupt(own_data, split):
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_corrupt_image(refused, own_data, split):
     path = corrupt(own_data, split)
-    refused('--data_path', own_data, '--no_save_ckpt', late=True, says=[path, 'cannot be read', 'mend or remove it'])
+    refused('--data_path', own_data, '--no_save_ckpt', late=True, says=[path, 'cannot be read', '--bad_images skip'])
 
 
 @pytest.mark.slow
 def test_corrupt_image_in_a_worker(program, own_data, tmp_path):
     path = corrupt(own_data, 'train')
     status, out, err = program(*SHORT, '--data_path', own_data, '--num_workers=2', '--output_dir', str(tmp_path / 'o'))
-    assert_one_line(status, out, err, [path, 'cannot be read', 'mend or remove it'])
+    assert_one_line(status, out, err, [path, 'cannot be read', '--bad_images skip'])
     assert contents(tmp_path / 'o') == {}
 
 
@@ -216,7 +216,7 @@ def test_corrupt_image_in_a_worker(program, own_data, tmp_path):
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    """weights('good.pth'): files with weights, and with what isn't."""
+    """weights('good.pth'): files with valid and invalid weights."""
     folder = tmp_path_factory.mktemp('weights')
     model = create_model('beit_nano_patch8_32', num_classes=2, img_size=32)
     narrow = create_model('beit_nano_patch8_32', num_classes=2, img_size=32, embed_dim=32)
@@ -334,14 +334,14 @@ def test_eval_without_resume(refused):
 
 @pytest.fixture
 def fresh_devices():
-    """What is known of NPUs is found out again, in this test and after it."""
+    """Clear the cached NPU detection before and after this test."""
     accelerator.npu_problem.cache_clear()
     yield
     accelerator.npu_problem.cache_clear()
 
 
 def without(monkeypatch, *packages):
-    """As if these packages were not installed."""
+    """Hide these packages."""
     find_spec = accelerator.importlib.util.find_spec
     monkeypatch.setattr(accelerator.importlib.util, 'find_spec',
                         lambda name: None if name in packages else find_spec(name))
@@ -362,7 +362,7 @@ def test_torch_npu_that_sees_no_npu(refused, monkeypatch, fresh_devices):
 
 @pytest.mark.slow
 def test_npu_without_cann(program, data, tmp_path):
-    """torch_npu is installed, as a package that torch itself would load at once, but CANN's libraries are not found."""
+    """torch_npu is installed as a package that torch loads automatically, but CANN's libraries are missing."""
     if hasattr(torch, 'npu'):
         cannot_run('current', 'this PyTorch has NPUs built in: no torch_npu without CANN')
     site = tmp_path / 'site'
@@ -593,7 +593,7 @@ def test_output_that_cannot_be_written(refused, tmp_path, flag):
     folder = tmp_path / 'locked'
     folder.mkdir()
     folder.chmod(0o555)
-    if os.access(str(folder), os.W_OK):  # root may write anywhere but where no files are kept
+    if os.access(str(folder), os.W_OK):  # root may write anywhere except in pseudo file systems
         folder = type(folder)('/proc')
         if not folder.is_dir():
             cannot_run('linux', 'root can write to every folder here')
@@ -624,7 +624,7 @@ def test_log_dir_without_tensorboardx(refused, monkeypatch, tmp_path):
 # ---- several processes
 
 def test_fewer_devices_than_processes(refused, monkeypatch):
-    """All find it, though only some have no device, and one says so."""
+    """Only some processes have no device, but all detect it; one reports it."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')

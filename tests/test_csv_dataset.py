@@ -1,4 +1,4 @@
-"""CSV files, images of several classes, --loss bce, --class_weights, and what an evaluation reports besides."""
+"""CSV files, images of several classes, --loss bce, --class_weights, and additional figures of an evaluation."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ CPU = torch.device('cpu')
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A folder with 24 pictures of several classes, and what they show: red, green and blue, each or none of them."""
+    """A folder with 24 pictures and their classes: any subset of red, green and blue."""
     folder = tmp_path / 'my pictures'
     folder.mkdir()
     shown = {}
@@ -54,7 +54,7 @@ def write(path, rows, header=('path', 'label')):
 
 @pytest.fixture
 def several(pictures):
-    """(CSV file for training, for validation, with several classes an image)."""
+    """(training CSV file, validation CSV file) with several classes per image."""
     folder, shown = pictures
     rows = [[name, ';'.join(colours)] for name, colours in shown.items()]
     return write(folder / 'train.csv', rows[:16]), write(folder / 'val.csv', rows[16:])
@@ -112,8 +112,8 @@ def test_an_evaluation_of_several_labels_may_list_one_an_image(several, pictures
     (b'00.png,cat\n0\x001.png,cat\n', ('line 2', 'NUL')), ('00.png,cat\n'.encode('utf-16'), ('line 1', 'NUL')),
     (b'00.png,cat\n,dog\n', ('line 2', 'no path')), (b'00.png,cat\n01.png,\n', ('line 2', 'empty label')),
     (b'00.png,cat;dog\n01.png,cat;;dog\n', ('line 2', 'empty label')),
-    (b'00.png,cat;dog\n01.png,cat;cat\n', ('line 2', 'cat stands there twice')),
-    (b'00.png,cat\n01.png,dog\n00.png,dog\n', ('line 3', '00.png stands in line 1 already')),
+    (b'00.png,cat;dog\n01.png,cat;cat\n', ('line 2', 'cat', 'twice')),
+    (b'00.png,cat\n01.png,dog\n00.png,dog\n', ('line 3', '00.png', 'line 1')),
     (b'00.png,cat\nhere/not.png,dog\n', ('line 2', 'there is no file', 'here/not.png')),
     (b'00.png,cat\n01.png,do\x07g\n', ('line 2', 'cannot be printed')),
     (b'00.png,' + b'x' * 200000 + b'\n', ('line 1', 'not CSV'))))
@@ -250,7 +250,7 @@ def test_a_long_list_takes_the_memory_of_its_text(tmp_path):
     out = subprocess.run([sys.executable, '-c', MEMORY % ROOT, str(tmp_path / 'x.csv'), 'unreadable'], check=True,
                          stdout=subprocess.PIPE, universal_newlines=True).stdout
     grew, count, label, classes = map(int, re.search(r'GREW (.*)', out).group(1).split())
-    # The text is read, and there are names, 2 x 8 bytes of offsets, and labels; while files are looked for, 3 x 8 more.
+    # Text, names, 2 x 8 bytes of offsets, and labels; 3 x 8 bytes more while files are looked up.
     assert (count, label, classes) == (200000, 999, 1000) and grew < 6 * os.path.getsize(str(tmp_path / 'x.csv')), grew
 
 
@@ -418,7 +418,7 @@ def test_an_evaluation_file_with_few_classes_is_read_with_the_checkpoints(pictur
 
 @pytest.fixture
 def imagenet_like(tmp_path):
-    """val/ with 12 images of three classes, named as ImageNet's."""
+    """val/ with 12 images of three classes, named as in ImageNet."""
     for index in range(12):
         folder = tmp_path / 'imagenet' / 'val' / 'abc'[index % 3]
         folder.mkdir(parents=True, exist_ok=True)
@@ -487,7 +487,7 @@ def timms_real_labels():
         return None
 
 
-@pytest.mark.needs('current', timms_real_labels() is not None, 'this timm has no real labels of its own')
+@pytest.mark.needs('current', timms_real_labels() is not None, 'this timm has no real labels')
 def test_real_labels_are_timms():
     from timm.data.real_labels import RealLabelsImagenet
     data = timms_real_labels()

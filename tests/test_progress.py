@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: a bar, one line an epoch; what a log gets: every line, as ever."""
+"""A terminal shows a bar and one line per epoch; a log gets every line."""
 
 import os
 import pty
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.current_only
 
 
 def on_a_terminal(*command, **env):
-    """(exit status, what was shown) of a command whose standard streams are a terminal that does not tell its size."""
+    """(exit status, output) of a command whose standard streams are a terminal of unknown size."""
     shown = []
 
     def read(terminal):
@@ -43,7 +43,7 @@ TRAINING = ['--epochs=2', '--warmup_epochs=0', '--batch_size=8']
 
 
 def check_terminal(shown):
-    """A bar for each epoch and validation, one line after each epoch, a table before, and no line of the log's."""
+    """A table first, a bar for each epoch and validation, one line after each epoch, and no lines of the log."""
     assert re.search(r'\rEpoch 1  +\d+%\|.*\| \d/4 \[\d\d:\d\d<', shown), shown
     for number in (1, 2):
         assert '\rEpoch %d ' % number in shown

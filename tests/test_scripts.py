@@ -72,7 +72,7 @@ def trained(tmp_path_factory, data):
 
 @pytest.fixture
 def after_training(trained, tmp_path):
-    """A copy of its own of that checkout, with what the run left there."""
+    """A separate copy of that checkout with the run's files."""
     result(trained[1])
     shutil.copytree(trained[0], str(tmp_path / 'a copy' / 'beit'))
     return str(tmp_path / 'a copy' / 'beit')
@@ -99,7 +99,7 @@ def test_help_is_readable(checkout, script, where):
     assert not os.path.exists(output(checkout))
 
 
-# ---- what a script hands to Python, read by a stand-in for it
+# ---- the arguments that a script passes to Python, read by a substitute
 
 STAND_IN = """#!/usr/bin/env bash
 if [ "$1" = -c ]; then
@@ -119,7 +119,7 @@ exit "${STATUS:-0}"
 
 @pytest.fixture
 def stand_in(tmp_path, checkout):
-    """stand_in('train_full_1p', …): (run, the arguments that Python would have got)."""
+    """stand_in('train_full_1p', …): (run, the arguments for Python)."""
     program, record = tmp_path / 'stand in', tmp_path / 'record'
     program.write_text(STAND_IN)
     program.chmod(0o755)
@@ -132,13 +132,13 @@ def stand_in(tmp_path, checkout):
 
 
 def needs(script):
-    """What a script can't do without, beside data."""
+    """The flags that a script requires besides data."""
     return ['--resume=README'] if script == 'train_eval_1p' else []
 
 
 @pytest.fixture
 def weights(checkout):
-    """Something for --resume and --finetune to find, where only the scripts look."""
+    """A file for --resume and --finetune in a folder that only the scripts search."""
     for name in ('README', 'checkpoints/beit_base_patch16_224_pt22k_ft22k.pth'):
         os.makedirs(os.path.join(checkout, os.path.dirname(name)), exist_ok=True)
         with open(os.path.join(checkout, name), 'w', encoding='utf-8'):
@@ -162,7 +162,7 @@ def test_the_published_hyper_parameters_are_the_defaults(stand_in, weights, pars
     kind = script.split('_')[1]
     assert (args.data_path, args.model, args.batch_size) == (data, 'beit_base_patch16_224', 64)
     assert (args.epochs, args.warmup_epochs, args.update_freq) == (30, 5, 1)
-    if kind == 'eval':  # its checkpoint says what it is of
+    if kind == 'eval':  # its checkpoint names its model
         assert args.given == {'data_path', 'batch_size', 'epochs', 'device', 'output_dir', 'eval', 'warmup_epochs',
                               'resume'}
     else:
@@ -226,7 +226,7 @@ def test_a_failing_run_is_a_failing_script(stand_in, weights, checkout, data, sc
     assert run.status == 7
     assert 'The stand-in ran' in run.out and 'Final result' not in run.out
     assert 'failed with exit status 7; the log is ' + output(checkout) in run.err
-    assert os.listdir(output(checkout)) == [LOG[script.split('_')[1]] + '.log']  # no summary of a run that failed
+    assert os.listdir(output(checkout)) == [LOG[script.split('_')[1]] + '.log']  # a failed run has no summary
 
 
 @pytest.mark.parametrize('figure, shown', [('null', 'n/a'), ('7e-5', '0.000')])
@@ -272,7 +272,7 @@ def test_two_scripts_at_once_have_separate_logs_and_results(stand_in, weights, c
     for number, mine, accuracy in (('', 'one', '11.111'), ('-2', 'two', '22.222')):
         assert re.findall('CANN: (.*)', text(os.path.join(logs, 'train_0%s.log' % number))) == [mine]
         assert summary(checkout, case + number)['TrainAccuracy'] == accuracy
-    third, _ = stand_in('train_full_1p', '--data_path=' + data)  # now the first name is free, and its log is kept
+    third, _ = stand_in('train_full_1p', '--data_path=' + data)  # now the first name is free, and its log stays
     assert 'Another run ' not in third.out and "Kept the earlier run's logs" in third.out
     assert len(os.listdir(logs)) == 6 and text(os.path.join(logs, 'train_0-2.log'))
 
@@ -280,7 +280,7 @@ def test_two_scripts_at_once_have_separate_logs_and_results(stand_in, weights, c
 def test_a_log_belongs_to_a_run_whose_script_was_killed(stand_in, weights, checkout, data, tmp_path):
     with waiting(checkout, stand_in.env, tmp_path / 'gate', '--data_path=' + data) as first:
         first.kill()
-        first.wait()  # its run goes on, and writes
+        first.wait()  # its run continues and writes
         assert 'Another run ' in stand_in('train_full_1p', '--data_path=' + data)[0].out
     until = time.monotonic() + 20
     while 'Result: ' not in text(output(checkout, 'train_0.log')) and time.monotonic() < until:
@@ -291,7 +291,7 @@ def test_a_log_belongs_to_a_run_whose_script_was_killed(stand_in, weights, check
 
 @has_proc
 def test_two_scripts_do_not_share_an_output_folder(checkout, data):
-    real = {'PYTHON': sys.executable}  # the lock of the log is handed on to it
+    real = {'PYTHON': sys.executable}  # it inherits the lock of the log
     first = start_script(checkout, 'train_full_1p', '--data_path=' + data, *TINY, '--epochs=100000', MARK=checkout,
                          **real)
     try:
@@ -308,7 +308,7 @@ def test_two_scripts_do_not_share_an_output_folder(checkout, data):
             os.kill(pid, signal.SIGKILL)
 
 
-# ---- mistakes that the scripts find themselves
+# ---- errors that the scripts detect themselves
 
 @pytest.mark.parametrize('where', ['', 'test'])
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -345,7 +345,7 @@ def test_full_1p_trains_and_evaluates(trained):
     checkout, run = trained
     figures = check_summary(checkout, 'train_full_1p', run, batch_size=4, devices=1)
     log = text(output(checkout, 'train_0.log'))
-    assert log in run.out  # what was shown is what is logged
+    assert log in run.out  # the output equals the log
     assert 'Epoch: [0]  [7/8]' in log
     assert 'Max accuracy: %s%%' % figures['TrainAccuracy'] in log
     assert set(os.listdir(os.path.join(checkout, 'train_result'))) \
@@ -420,7 +420,7 @@ def test_performance_1p_measures_50_steps(checkout, data):
 
 
 def test_performance_1p_from_test_with_accumulation(after_training, data):
-    """One step is one micro-step of batch_size images; nothing of an earlier training is touched."""
+    """One step is one micro-step of batch_size images; files of an earlier training don't change."""
     before = contents(os.path.join(after_training, 'train_result'))
     run = run_script(after_training, 'train_performance_1p', '--data_path=' + data, *TINY, '--maxstep=3',
                      '--update_freq=2', where='test')
@@ -431,7 +431,7 @@ def test_performance_1p_from_test_with_accumulation(after_training, data):
 
 
 def test_paths_for_python_are_relative_to_the_calling_folder(checkout, data):
-    """--eval_data_path beside --data_path: both lie in test/, where the script is called."""
+    """--eval_data_path and --data_path are both in test/, where the script is called."""
     shutil.copytree(data, os.path.join(checkout, 'test', 'my data'))
     run = run_script(checkout, 'train_full_1p', '--data_path=my data/train', '--eval_data_path=my data/val',
                      '--data_set=image_folder', '--output_dir=my result', *TINY, '--maxstep=2', where='test')
@@ -472,7 +472,7 @@ def test_the_8p_scripts_over_gloo(checkout, data, script, where, flags):
 
 
 def test_two_machines(checkout, data):
-    """Two launches of one process each, which meet at a port of this machine."""
+    """Two launches of one process each, which connect through a port of this machine."""
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
@@ -494,7 +494,7 @@ def test_two_machines(checkout, data):
 @has_proc
 @pytest.mark.parametrize('damaged', ['003.png', '004.png'])
 def test_one_process_that_fails_ends_the_run(checkout, image_folder, damaged):
-    """A damaged image, which only one of the two processes reads; the other loses its partner, and is quiet."""
+    """Only one of the two processes reads a damaged image; the other loses its connection without output."""
     folder = image_folder()
     with open(os.path.join(folder, 'train', 'cat', damaged), 'wb') as file:
         file.write(b'no image')
@@ -535,7 +535,7 @@ def test_a_script_that_is_stopped_stops_its_processes(checkout, data, tmp_path, 
                        MARK=str(tmp_path), **COLD)
     try:
         assert any('Epoch: [2]' in line for line in run.stdout)
-        run.send_signal(number)  # to the shell alone, as kill, docker stop or a scheduler do
+        run.send_signal(number)  # only to the shell, as kill, docker stop or a scheduler does
         out, err = run.communicate(timeout=60)
     finally:
         run.kill()
@@ -637,7 +637,7 @@ def test_env_npu_keeps_compiled_operators(tmp_path):
 
 @pytest.mark.parametrize('there', [False, True])
 def test_env_npu_with_and_without_msnpureport(tmp_path, there):
-    """Without it nothing is said; one that fails, or that needs rights which a user lacks, stops nothing."""
+    """Without it there is no message; a failing one, or one without the necessary rights, stops nothing."""
     folder = tmp_path / 'bin'
     folder.mkdir()
     for name in ('bash', 'sed', 'tail', 'tr', 'env', 'mkdir'):

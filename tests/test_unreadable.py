@@ -197,8 +197,9 @@ def test_a_bad_file_stops_the_run_or_is_skipped(sets, kind, which):
         parts[which == 'validation'].samples = [(path, 0)] * 12
         with within(20):
             message = error_of(datasets.build_loaders(args, *parts)[which == 'validation'])
-        assert message == '%s: cannot be read as an image (%s); mend or remove it, or leave such files out with ' \
-                          '--bad_images skip' % (path, reason)
+        assert message.startswith('%s: cannot be read as an image (%s)' % (path, reason))
+        assert '--bad_images skip' in message
+
 
 
 def test_out_of_memory_is_named(sets, monkeypatch):
@@ -510,7 +511,7 @@ def test_the_limit_is_a_share_of_the_set(tmp_path, share, total, allowed):
     with pytest.raises(UserError) as caught:
         record.report(bad[allowed:], total, 'training')
     for word in ('--max_bad_images %g' % share, '%d of the %d training images' % (allowed + 1, total),
-                 str(tmp_path / 'bad_images.txt'), 'mend or remove'):
+                 str(tmp_path / 'bad_images.txt')):
         assert word in str(caught.value)
     assert len(lines_of(tmp_path)) == allowed + 1, 'the list is written before the stop'
 
@@ -537,7 +538,7 @@ def test_only_the_first_process_writes_but_all_stop(tmp_path, monkeypatch, capsy
 
 def test_without_a_folder_there_is_no_list(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match='cannot be read; mend'):
+    with pytest.raises(UserError, match='cannot be read'):
         UnreadableFiles('', 0.01).report([('a.png', 'x')], 10, 'training')
     assert os.listdir(str(tmp_path)) == [] and 'a.png' in capsys.readouterr().out
 
