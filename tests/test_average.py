@@ -1,4 +1,4 @@
-"""The average of several checkpoints: in float64, of one model only, and as usable as a checkpoint."""
+"""The average of checkpoints: in float64, only of one model, and usable as a checkpoint."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_incompatible_checkpoints_are_refused(trained, tmp_path, capsys):
         torch.save(dict(content, **changes), path)
         return path
 
-    refused(capsys, base + [other(classes=['dog', 'cat'])], 'classes')  # not those of its model_spec
+    refused(capsys, base + [other(classes=['dog', 'cat'])], 'classes')  # unlike the classes of its model_spec
     spec = content['model_spec']
     refused(capsys, base + [other(classes=['dog', 'cat'], model_spec=dict(spec, classes=['dog', 'cat']))], 'classes is')
     images = dict(spec['preprocessing'], mean=[0.4, 0.5, 0.5])

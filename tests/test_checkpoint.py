@@ -1,4 +1,4 @@
-"""Weights files: resizing against recorded figures, reading without running code, saving whole, resuming exactly."""
+"""Weights files: resizing against recorded figures, reading without running code, atomic saving, exact resuming."""
 
 import argparse
 import os
@@ -86,7 +86,7 @@ def test_absolute_positions_by_a_slow_loop():
 
 @pytest.mark.parametrize('name, size', (('beit_base_patch16_224', 384), ('beit_large_patch16_224', 512)))
 def test_weights_of_224_load_into_larger_inputs(tmp_path, name, size):
-    # The position codes are what changes; blocks beyond the first two would repeat them.
+    # Only the position codes change, so two blocks are enough.
     config = dict(depth=2, use_rel_pos_bias=True, use_abs_pos_emb=True, init_values=0.1)
     source = randomised(getattr(modeling_finetune, name)(num_classes=7, **config))
     target = getattr(modeling_finetune, name)(num_classes=7, img_size=size, **config)
@@ -203,7 +203,7 @@ def test_a_url_is_downloaded_once_and_checked(tmp_path, monkeypatch):
 # ---- reading
 
 class Opener:
-    """What a stranger would put in a file: opening it runs a command."""
+    """An untrusted pickle that runs a command when opened."""
 
     def __reduce__(self):
         return os.system, ('touch %s' % self.marker,)
@@ -211,7 +211,7 @@ class Opener:
 
 @pytest.mark.parametrize('restricted', (False, True))
 def test_reading_never_runs_code(tmp_path, monkeypatch, restricted):
-    if restricted:  # the way of a PyTorch whose weights_only has no allow list
+    if restricted:  # as in a PyTorch whose weights_only has no allow list
         monkeypatch.delattr(torch.serialization, 'safe_globals', raising=False)
     Opener.marker = str(tmp_path / 'ran')
     for number, legacy in enumerate((False, True)):
@@ -272,7 +272,7 @@ def test_a_failed_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
 
 
 def test_a_temporary_file_is_new_and_not_a_link(tmp_path):
-    """Somebody else's link of that name leads no write elsewhere; a file that a killed process left is replaced."""
+    """Another user's link of that name redirects no write; the file of a killed process is replaced."""
     path, other = str(tmp_path / 'checkpoint-0.pth'), str(tmp_path / 'other')
     temporary = '%s.tmp-%d' % (path, os.getpid())
     with open(other, 'w') as file, open(temporary, 'w') as stale:
@@ -284,7 +284,7 @@ def test_a_temporary_file_is_new_and_not_a_link(tmp_path):
         os.symlink(target, temporary)
         with pytest.raises(UserError, match=r'checkpoint-0\.pth.*exists'):
             weights_file.save(path, {'epoch': 2})
-        os.remove(temporary)  # which is left as it was
+        os.remove(temporary)  # its target is unchanged
     assert sorted(os.listdir(str(tmp_path))) == ['checkpoint-0.pth', 'other']
     with open(other) as file:
         assert file.read() == 'whole' and weights_file.load_weights_file(path) == {'epoch': 1}
@@ -357,7 +357,7 @@ def test_the_random_numbers_of_an_update_follow_from_seed_and_step():
 
     utils.seed_step(7, 3)
     expected = numbers()
-    np.random.normal(), torch.rand(5)  # an evaluation, say
+    np.random.normal(), torch.rand(5)  # for example an evaluation
     utils.seed_step(7, 3)
     assert numbers() == expected
     for seed, step in ((7, 4), (8, 3)):

@@ -1,4 +1,4 @@
-"""The data: transforms against recorded and hand-made figures, every kind of image file, folders, order, randomness."""
+"""Data: transforms against recorded and computed figures, image formats, folders, order, randomness."""
 
 import contextlib
 import functools
@@ -57,7 +57,7 @@ def pixels_of(tensor):
 
 
 def transform_of(is_train, args):
-    """What the program makes of a Pillow image: in a worker, and then on the device."""
+    """The program's transform of a Pillow image, first in a worker and then on the device."""
     erasing = RandomErasingBoxes(args.reprob, args.recount) if is_train and args.reprob else None
     evaluation = transforms.EvalTransform.from_config(args)
     finish = PrefetchLoader(None, torch.device('cpu'), evaluation.mean, evaluation.std, remode=args.remode)
@@ -320,7 +320,7 @@ def test_twelve_bits_and_white_as_zero(tmp_path):
     grey_tiff(tmp_path / 'a.tif', packed.astype(np.uint8).tobytes(), 12, 1)
     assert_loads_as(tmp_path / 'a.tif', grey_as_rgb(np.floor(values.reshape(16, 16) * 255 / 4095 + 0.5)))
     grey_tiff(tmp_path / 'b.tif', (RAMP.astype('<u2') * 257).tobytes(), 16, photometric=0)
-    if decode.is_image_file(str(tmp_path / 'b.tif')):  # older Pillows do not know it
+    if decode.is_image_file(str(tmp_path / 'b.tif')):  # older Pillows don't support it
         assert_loads_as(tmp_path / 'b.tif', grey_as_rgb(255 - RAMP))
 
 
@@ -410,7 +410,7 @@ def test_every_kind_goes_through_the_transforms(tmp_path, parse, suffix, mode):
 
 
 def damage(path, how):
-    """Write an image file that cannot be read whole."""
+    """Write an incomplete image file."""
     if how == 'empty':
         content = b''
     elif how == 'text':
@@ -596,7 +596,7 @@ def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):
     def backwards(folder):
         with listed(folder) as entries:
             yield sorted(entries, key=lambda entry: entry.name, reverse=True)
-    monkeypatch.setattr(os, 'scandir', backwards)  # a file system gives its entries in any order
+    monkeypatch.setattr(os, 'scandir', backwards)  # a file system lists its entries in any order
     assert list(class_folders.scan_classes(str(root))[1]) == theirs.samples
     monkeypatch.undo()
     assert list(class_folders.scan_classes(str(root) + '/')[1]) == torchvision.datasets.DatasetFolder(
@@ -698,7 +698,7 @@ process_group.shutdown()
 
 @pytest.mark.slow
 def test_one_process_scans_and_broadcasts(tmp_path):
-    """What it finds, and an error."""
+    """Its result and its error reach all processes."""
     tree, lost = os.path.join(str(tmp_path), os.fsdecode(b'ro\not \xff')), str(tmp_path / 'lost')
     for name in (b'b/2.png', b'b/a/x.tiff', 'a b/\u00fc\U0001f600.jpeg'.encode(), b'a b/new\nline.png',
                  b'a b/\xff\xfe\r.png', b'a b/\xee\x80\x80.png', b'cl\nass \xfe/1.tif', b'../lost/cat/1.png'):
@@ -793,7 +793,7 @@ def test_damaged_cifar_is_refused(tmp_path, monkeypatch, parse):
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
-    """Two folders, each written by itself."""
+    """Two separately written folders."""
     root = tmp_path_factory.mktemp('digits')
     for name in ('first', 'second'):
         locations.write_digits(str(root / name))
@@ -842,7 +842,7 @@ def test_digits_have_the_same_pixels_each_time(digits):
 
 
 def test_digits_of_a_read_only_checkout_are_in_the_users_cache(tmp_path, monkeypatch, capsys):
-    (tmp_path / 'file').write_text('')  # in which nobody can write, not even root
+    (tmp_path / 'file').write_text('')  # not even root can write there
     monkeypatch.setattr(locations, 'project_root', lambda: str(tmp_path / 'file' / 'project'))
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     for _ in range(2):
@@ -900,7 +900,7 @@ def test_every_epoch_is_another_permutation():
 
 
 class Keys(torch.utils.data.Dataset):
-    """Gives back what it is asked for."""
+    """A data set that returns the requested key."""
 
     def __len__(self):
         return 40
@@ -981,7 +981,7 @@ def test_no_batch_is_left_after_the_end_of_an_epoch():
 
 @pytest.mark.parametrize('length', [48, 61, 100])
 def test_an_update_has_the_same_images_on_other_numbers_of_processes(length):
-    """Also in mid-epoch: 12 images an update, three updates done."""
+    """Also within an epoch: 12 images per update, after three updates."""
     def updates(world, batch, accumulated):
         shares = []
         for rank in range(world):
@@ -1014,7 +1014,7 @@ def test_samples_do_not_depend_on_the_workers(image_folder, parse, size):
         args = parse('--data_path', root, '--batch_size=3', '--input_size=%d' % size, '--num_workers=%d' % workers,
                      '--disable_eval_during_finetuning')
         loader, _ = datasets.build_loaders(args, *datasets.build_datasets(args)[:2])
-        random.seed(workers)  # what the process has drawn before must not matter
+        random.seed(workers)  # earlier random draws of the process must have no effect
         np.random.seed(workers)
         torch.manual_seed(workers)
         for epoch in (0, 1):

@@ -106,6 +106,6 @@ def test_two_processes_train_as_one_of_twice_the_batch(tmp_path, image_folder):
     for first, second in zip(*logs):
         assert first['train_loss'] == pytest.approx(second['train_loss'], abs=1e-5)
         assert first['test_loss'] == pytest.approx(second['test_loss'], abs=1e-5)
-    assert logs[0][0]['train_loss'] != pytest.approx(logs[0][1]['train_loss'], abs=1e-3)  # something was learnt
+    assert logs[0][0]['train_loss'] != pytest.approx(logs[0][1]['train_loss'], abs=1e-3)  # the model has learnt
     for name, value in weights[0].items():
         assert torch.allclose(value.double(), weights[1][name].double(), rtol=0, atol=2e-5), name

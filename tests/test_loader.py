@@ -1,4 +1,4 @@
-"""The loaders of bytes against timm's own transform, bit for bit; erasing on the device; the fast backend."""
+"""The byte loaders equal timm's transform bit for bit; erasing on the device; the fast backend."""
 
 import argparse
 import contextlib
@@ -50,7 +50,7 @@ needs_fast = pytest.mark.needs('current', has_fast(), 'this stack has no --data_
 
 @pytest.fixture
 def loaders(image_folder, parse):
-    """loaders('--reprob=1'): (training, validation) of 12 and 4 JPEG files of 90x70; a second call takes the same."""
+    """loaders('--reprob=1'): (training, validation) of 12 and 4 JPEG files of 90x70; later calls reuse them."""
     root = image_folder(train=6, val=2, size=(90, 70), suffix='.jpg')
 
     def build(*flags):
@@ -134,11 +134,11 @@ def test_the_boxes_are_timms(most):
             image[:, top:top + height, left:left + width] = 0
         assert torch.equal(image, expected)
         erased += bool(found)
-    assert 160 < erased < 240  # half of them, give or take four standard deviations
+    assert 160 < erased < 240  # half of them, within four standard deviations
 
 
 def erased_by(mode, images):
-    """What erasing the same box of 40x40 writes into so many images: (images, 3, 40, 40)."""
+    """The values that erasing writes into the same 40x40 box of `images` images: (images, 3, 40, 40)."""
     loader = PrefetchLoader(None, CPU, (0.5,) * 3, (0.5,) * 3, remode=mode)
     black = torch.zeros(48, 48, 3, dtype=torch.uint8)
     items = [Sample(black, 0, index, (index, [(2, 3, 40, 40)])) for index in range(images)]
@@ -151,7 +151,7 @@ def erased_by(mode, images):
 
 
 def test_erasing_writes_normal_noise():
-    """Mean and deviation within five standard errors, as timm's own `normal_` gives them."""
+    """Mean and deviation within five standard errors of timm's `normal_`."""
     pixels = erased_by('pixel', 20)
     assert abs(float(pixels.mean())) < 5 / math.sqrt(pixels.numel())
     assert abs(float(pixels.std()) - 1) < 5 / math.sqrt(2 * pixels.numel())
@@ -176,7 +176,7 @@ def test_erasing_changes_the_boxes_and_nothing_else(loaders):
 
 
 def test_an_image_depends_only_on_seed_epoch_and_index(loaders, monkeypatch):
-    """Not on workers, batch size, number of processes, or what is drawn in between."""
+    """Workers, batch size, number of processes and other random draws have no effect."""
     flags = ('--reprob=0.6', '--recount=3')
     expected = samples_of(loaders(*flags)[0], epoch=2)
     torch.manual_seed(77)
@@ -225,7 +225,7 @@ def test_a_device_loader_has_the_interface_of_a_loader(loaders):
 
 
 class FakeDevices:
-    """Streams that note who waits for whom, and on which one `move` runs."""
+    """Streams that record their waits, and on which stream `move` runs."""
 
     def __init__(self):
         self.log, self.on = [], 'main'
@@ -302,7 +302,7 @@ def test_fast_takes_the_same_crops_and_flips(loaders, monkeypatch):
 @needs_fast
 @pytest.mark.parametrize('drawn', [False, True])
 def test_fast_augments_by_the_same_policy(loaders, drawn, monkeypatch):
-    """Only turned, sheared and shifted images differ by more than a step: these ops sample bilinearly."""
+    """Only rotated, sheared and shifted images differ by more than one step, because these operations interpolate."""
     def policy(name):
         loader = loaders('--reprob=0', '--data_backend=' + name)[0]
         step = loader.dataset.dataset.transform.transforms[1 if on_device else 2]
@@ -310,7 +310,7 @@ def test_fast_augments_by_the_same_policy(loaders, drawn, monkeypatch):
         return loader, [(op.name, op.prob, op.magnitude, op.magnitude_std) for op in ops]
     on_device = False
     exact, theirs = policy('exact')
-    if drawn:  # as for an accelerator, though it is the CPU that carries it out
+    if drawn:  # as for an accelerator, but executed by the CPU
         monkeypatch.setattr(datasets, 'build_transform', lambda is_train, config, device: build_transform(
             is_train, config, torch.device('cuda')))
         on_device = True
@@ -327,7 +327,7 @@ RAND_AUGMENT = ('AutoContrast', 'Equalize', 'Invert', 'Rotate', 'PosterizeIncrea
 
 
 def one_operation(name):
-    """timm's RandAugment of this operation alone, always carried out, bilinear."""
+    """timm's RandAugment with only this operation, always applied, bilinear."""
     policy = rand_augment_transform('rand-m9-mstd0.5-inc1', dict(
         translate_const=100, img_mean=(124, 116, 104), interpolation=Image.BILINEAR))
     assert sorted(operation.name for operation in policy.ops) == sorted(RAND_AUGMENT)
@@ -358,7 +358,7 @@ def test_the_devices_operations_are_pillows(name):
 
 @needs_fast
 def test_operations_run_in_order(monkeypatch):
-    """Two of an image, other ones of the next, none of the last: as Pillow does them one after the other."""
+    """Two operations on the first image, others on the second, none on the last, as Pillow applies them in turn."""
     flip = transforms.RandomHorizontalFlip(1.)
     picture = np.uint8(np.random.RandomState(0).randint(0, 256, (3, 32, 32, 3)))
     chosen = [('SolarizeAdd', 'Invert'), ('Invert', 'ContrastIncreasing'), ()]
@@ -481,7 +481,7 @@ def test_fast_is_refused_where_unavailable(parse, monkeypatch):
 @pytest.mark.parametrize('error', (EOFError(), ConnectionResetError('reset'), FileNotFoundError('a socket')))
 @pytest.mark.parametrize('alive', (True, False))
 def test_a_worker_that_dies_while_sending_a_batch_is_reported(error, alive):
-    """In Python 3.8 that came to light as an error of the connection."""
+    """In Python 3.8 it appeared as a connection error."""
     class Batches:
         _workers = [argparse.Namespace(pid=7, is_alive=lambda: alive)]
 

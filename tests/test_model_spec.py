@@ -1,4 +1,4 @@
-"""What a model is travels with its weights: the spec, classes matched by name, weights found whatever wrapped them."""
+"""Model metadata in weights files: the spec, classes matched by name, and weights inside wrappers."""
 
 import dataclasses
 import json
@@ -157,7 +157,7 @@ def test_a_resume_with_another_kind_of_labels_is_refused(tmp_path, capsys):
     assert len(err.splitlines()) == 1 and 'loss bce' in err and '--loss bce' in err and '--finetune' in err
 
 
-# ---- weights that others wrapped
+# ---- wrapped weights
 
 def nano(classes=3):
     return modeling_finetune.beit_nano_patch8_32(num_classes=classes, use_rel_pos_bias=True, init_values=0.1)

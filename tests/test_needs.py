@@ -23,7 +23,7 @@ pytestmark = pytest.mark.fast
 
 @pytest.fixture
 def no_val(tmp_path):
-    """A path with train/ alone in it: 20 cats, 9 dogs, 2 emus and one fox."""
+    """A path with only train/: 20 cats, 9 dogs, 2 emus and one fox."""
     for label, (name, count) in enumerate((('cat', 20), ('dog', 9), ('emu', 2), ('fox', 1))):
         folder = tmp_path / 'no val' / 'train' / name
         folder.mkdir(parents=True)
@@ -51,7 +51,7 @@ def test_the_split_has_as_many_of_each_class_as_scikit_learns():
 
 
 class Labels(list):
-    """Samples, of which only the classes count."""
+    """Samples with classes only."""
 
     @property
     def targets(self):

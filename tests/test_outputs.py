@@ -1,4 +1,4 @@
-"""Outputs that somebody else reads: a spreadsheet, a terminal that is closed, a full disk behind standard output."""
+"""Readers of the outputs: a spreadsheet, a closed terminal, a full disk behind standard output."""
 
 import csv
 import io
@@ -42,7 +42,7 @@ def test_predictions_and_figures_hold_no_formula(tmp_path):
     assert (tmp_path / 'r.csv').read_text() == "checkpoint,loss\n'=a.pth,-0.5\n"
 
 
-# ---- a terminal or a log that goes away
+# ---- a closed terminal or log
 
 OUTPUTS = {'a full disk': '>/dev/full', 'closed': '>&-', 'a reader that leaves': '| head -n 1',
            'both closed': '>&- 2>&-', 'both full': '>/dev/full 2>&1'}

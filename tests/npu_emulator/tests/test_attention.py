@@ -1,4 +1,4 @@
-"""Fused attention: exact, and with the faults that FAKE_NPU_SDPA gives it."""
+"""Fused attention: exact, and with the faults of FAKE_NPU_SDPA."""
 
 import pytest
 import torch
