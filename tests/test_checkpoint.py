@@ -2,12 +2,7 @@
 
 import argparse
 import os
-import pickle
 import random
-import shutil
-import ssl
-import subprocess
-import threading
 
 import numpy as np
 import pytest
@@ -19,7 +14,7 @@ import utils
 from beit.checkpoint import discovery, pretrained
 from beit.errors import UserError
 from beit.files import weights_file
-from helpers import RUN, cannot_run, lines_of
+from helpers import RUN, lines_of
 
 pytestmark = [pytest.mark.fast, pytest.mark.computes]
 
@@ -123,11 +118,19 @@ def test_shared_table_goes_to_every_block_and_the_head_is_dropped(tmp_path, caps
     (lambda state: {'module': state}, {}),
     (lambda state: {'ema': state, 'model': {}}, {'model_key': 'ema|model'}),
     (lambda state: {'module.' + name: value for name, value in state.items()}, {}),
+    (lambda state: {'state_dict': state, 'arch': 'beit'}, {}),
+    (lambda state: {'state_dict_ema': state, 'epoch': 3}, {}),
+    (lambda state: {'model_ema': state}, {}),
+    (lambda state: {'model': {'_orig_mod.' + name: value for name, value in state.items()}}, {}),
+    (lambda state: {'state_dict': {'model.module.' + name: value for name, value in state.items()}}, {}),
+    (lambda state: {'state_dict': {'module._orig_mod.model.' + name: value for name, value in state.items()}}, {}),
+    (lambda state: {'optimizer': {}, **state}, {}),
     (lambda state: {'model': dict({'encoder.' + name: value for name, value in state.items()},
                                   other=torch.zeros(1))}, {'model_prefix': 'encoder.'})))
-def test_where_the_weights_are_found(tmp_path, wrap, options):
+def test_where_the_weights_are_found(tmp_path, capsys, wrap, options):
     source, target = randomised(nano()), nano(seed=1)
     pretrained.load_pretrained(target, write_weights(tmp_path, wrap(source.state_dict())), **options)
+    assert 'Not in the file' not in capsys.readouterr().out
     for name, value in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], value), name
 
@@ -142,96 +145,10 @@ def test_missing_and_unused_names_are_reported(tmp_path, capsys):
     assert 'relative_position_index' not in out
 
 
-def test_another_models_weights_are_refused(tmp_path):
-    state = nano(embed_dim=32).state_dict()
-    with pytest.raises(UserError, match=r'patch_embed.proj.weight is \(32, 3, 8, 8\) in the file and \(64, 3, 8, 8\)'):
-        pretrained.load_pretrained(nano(), write_weights(tmp_path, state))
-    with pytest.raises(UserError, match='not the weights of this --model.*is missing in the file'):
-        pretrained.load_pretrained(nano(), write_weights(tmp_path, {'conv1.weight': torch.zeros(3)}))
-
-
-def test_a_url_is_downloaded_once_and_checked(tmp_path, monkeypatch):
-    if shutil.which('openssl') is None:
-        cannot_run('openssl', 'no openssl to make a certificate with')
-    import hashlib
-    import http.server
-    site = tmp_path / 'site'
-    site.mkdir()
-    source = randomised(nano())
-    path = write_weights(site, source.state_dict())
-    certificate, key = str(tmp_path / 'cert.pem'), str(tmp_path / 'key.pem')
-    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-keyout', key, '-out', certificate,
-                    '-days', '2', '-subj', '/CN=localhost', '-addext', 'subjectAltName=DNS:localhost'],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def translate_path(self, request):
-            asked.append(request)
-            return str(site / request.lstrip('/'))
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.HTTPServer(('localhost', 0), Handler)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv('SSL_CERT_FILE', certificate)
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
-    url = 'https://localhost:%d/weights.pth' % server.server_port
-    try:
-        for _ in range(2):
-            target = nano(seed=1)
-            pretrained.load_pretrained(target, url)
-            assert torch.equal(target.head.weight, source.head.weight)
-        assert len(asked) == 1
-        with open(path, 'rb') as file:
-            digest = hashlib.sha256(file.read()).hexdigest()
-        pretrained.load_pretrained(nano(), url + '#sha256=' + digest)
-        with pytest.raises(UserError, match='not the one asked for'):
-            pretrained.load_pretrained(nano(), url + '#sha256=' + '0' * 64)
-        with pytest.raises(UserError, match='download failed'):
-            pretrained.load_pretrained(nano(), url.replace('weights', 'nothing'))
-        with pytest.raises(UserError, match='only https'):
-            pretrained.load_pretrained(nano(), url.replace('https', 'http'))
-    finally:
-        server.shutdown()
-
-
 # ---- reading
 
-class Opener:
-    """An untrusted pickle that runs a command when opened."""
-
-    def __reduce__(self):
-        return os.system, ('touch %s' % self.marker,)
-
-
-@pytest.mark.parametrize('restricted', (False, True))
-def test_reading_never_runs_code(tmp_path, monkeypatch, restricted):
-    if restricted:  # as in a PyTorch whose weights_only has no allow list
-        monkeypatch.delattr(torch.serialization, 'safe_globals', raising=False)
-    Opener.marker = str(tmp_path / 'ran')
-    for number, legacy in enumerate((False, True)):
-        path = str(tmp_path / ('%d.pth' % number))
-        torch.save({'model': {'head.weight': Opener()}}, path, _use_new_zipfile_serialization=not legacy)
-        with pytest.raises(UserError, match='refused, because it refers to .*system'):
-            weights_file.load_weights_file(path)
-    path = str(tmp_path / 'plain.pth')
-    with open(path, 'wb') as file:
-        pickle.dump(Opener(), file)
-    with pytest.raises(UserError):
-        weights_file.load_weights_file(path)
-    assert not os.path.exists(Opener.marker)
-
-
-@pytest.mark.parametrize('restricted', (False, True))
 @pytest.mark.parametrize('legacy', (False, True))
-def test_checkpoints_of_the_reference_are_read(tmp_path, monkeypatch, restricted, legacy):
-    if restricted:
-        monkeypatch.delattr(torch.serialization, 'safe_globals', raising=False)
+def test_checkpoints_of_the_reference_are_read(tmp_path, legacy):
     model = nano()
     args = argparse.Namespace(model='beit', lr=np.float64(1e-3), opt_betas=None, drop=0.0, sizes=[1, 2])
     path = str(tmp_path / 'reference.pth')
@@ -241,17 +158,6 @@ def test_checkpoints_of_the_reference_are_read(tmp_path, monkeypatch, restricted
     content = weights_file.load_weights_file(path)
     assert content['args'].model == 'beit' and content['best'] == 81.5 and content['epoch'] == 3
     assert torch.equal(content['model']['head.weight'], model.head.weight)
-
-
-def test_damaged_files(tmp_path):
-    path = write_weights(tmp_path, {'model': nano().state_dict()})
-    with open(path, 'rb') as file:
-        whole = file.read()
-    for length in list(range(0, len(whole), max(1, len(whole) // 40))) + [len(whole) - 1]:
-        with open(path, 'wb') as file:
-            file.write(whole[:length])
-        with pytest.raises(UserError, match='not a weights file'):
-            weights_file.load_weights_file(path)
 
 
 # ---- saving

@@ -409,37 +409,6 @@ def test_every_kind_goes_through_the_transforms(tmp_path, parse, suffix, mode):
         assert tuple(tensor.shape) == (3, 48, 48)
 
 
-def damage(path, how):
-    """Write an incomplete image file."""
-    if how == 'empty':
-        content = b''
-    elif how == 'text':
-        content = b'this is no picture\n'
-    else:
-        photo(1, 64, 64).save(path)
-        with open(path, 'rb') as file:
-            content = file.read()
-        content = content[:len(content) // 2]
-    with open(path, 'wb') as file:
-        file.write(content)
-
-
-@pytest.mark.parametrize('how', ['empty', 'text', 'cut in half'])
-@pytest.mark.parametrize('suffix', ['.jpg', '.png', '.bmp'])
-def test_an_unreadable_image_is_named(tmp_path, how, suffix):
-    path = str(tmp_path / ('my image' + suffix))
-    damage(path, how)
-    with pytest.raises(UserError) as caught:
-        decode.load_image(path)
-    assert path in str(caught.value) and 'cannot be read' in str(caught.value) and '\n' not in str(caught.value)
-
-
-def test_a_vanished_image_is_named(tmp_path):
-    with pytest.raises(UserError) as caught:
-        decode.load_image(str(tmp_path / 'gone.png'))
-    assert str(tmp_path / 'gone.png') in str(caught.value)
-
-
 # ---- folders and classes
 
 def test_class_count_and_order_come_from_the_folders(image_folder, parse):

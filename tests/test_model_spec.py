@@ -163,18 +163,6 @@ def nano(classes=3):
     return modeling_finetune.beit_nano_patch8_32(num_classes=classes, use_rel_pos_bias=True, init_values=0.1)
 
 
-@pytest.mark.parametrize('wrap', (
-    lambda state: {'state_dict': state, 'arch': 'beit'}, lambda state: {'state_dict_ema': state, 'epoch': 3},
-    lambda state: {'model_ema': state}, lambda state: {'model': {'_orig_mod.' + name: state[name] for name in state}},
-    lambda state: {'state_dict': {'model.module.' + name: state[name] for name in state}},
-    lambda state: {'state_dict': {'module._orig_mod.model.' + name: state[name] for name in state}},
-    lambda state: {'optimizer': {}, **state}))
-def test_wrapped_weights_are_found(wrap):
-    state = nano().state_dict()
-    _, found = pretrained.find_state_dict(wrap(state), '--finetune', 'x.pth')
-    assert list(found) == list(state) and all(torch.equal(found[name], state[name]) for name in state)
-
-
 def test_only_a_given_key_is_tried():
     state = nano().state_dict()
     for content in ({'model': state, 'model_ema': state}, state):

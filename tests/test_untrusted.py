@@ -852,7 +852,7 @@ def fuzzed(tmp_path):
 def test_files_cut_off_at_every_kilobyte(whole, tmp_path):
     for data in whole:
         for length in itertools.chain(range(0, len(data), 1024), range(len(data) - 100, len(data), 7)):
-            refusal(data[:length], str(tmp_path / 'w.pth'), 'truncations')
+            assert 'not a weights file' in refusal(data[:length], str(tmp_path / 'w.pth'), 'truncations')
 
 
 def places(data):
@@ -1166,6 +1166,17 @@ def test_downloads_are_cached(server, address, tmp_path, path, capsys):
     assert len(server.asked) == (2 if path == 'onward.pth' else 1)
     assert capsys.readouterr().out.count('Downloading https://') == 1
     assert os.stat(found).st_mode & 0o444 == 0o444 & ~current_umask()
+
+
+def test_pretrained_weights_are_downloaded(address, tmp_path, monkeypatch):
+    model, file = nano(), io.BytesIO()
+    torch.save({'model': model.state_dict()}, file)
+    data = file.getvalue()
+    monkeypatch.setitem(ANSWERS, 'model', (200, {'Content-Length': len(data)}, [data]))
+    target = nano()
+    torch.nn.init.zeros_(target.head.weight)
+    pretrained.load_pretrained(target, address('model.pth'))
+    assert torch.equal(target.head.weight, model.head.weight)
 
 
 def current_umask():
