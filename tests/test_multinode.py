@@ -47,43 +47,47 @@ PLAIN = NANO + ['--finetune=', '--lr=1e-3', '--init_scale=1', '--aa=none', '--re
 
 # ---- they train
 
-def test_two_nodes_of_two_processes_train_as_one_process(tmp_path, image_folder):
+def test_two_processes_and_two_nodes_train_as_one_process(tmp_path, image_folder):
     """Losses and weights equal one process with the same total batch; node 0 has the results."""
     machines = [copy_checkout(str(tmp_path / name / 'beit')) for name in ('machine 0', 'machine 1')]
     flags = PLAIN + ['--data_path=' + image_folder(train=24), '--epochs=2', '--warmup_epochs=1']
     one = run_script(machines[0], 'train_full_1p', *flags, '--batch_size=8', '--output_dir=one')
+    two = run_script(machines[0], 'train_full_8p', *flags, '--batch_size=4', '--output_dir=two', '--nproc_per_node=2')
     port = free_port()
     runs = ends([start_script(machine, 'train_full_8p', *flags, '--batch_size=2', '--output_dir=four', '--nnodes=2',
                               '--nproc_per_node=2', '--node_rank=%d' % node, '--master_addr=127.0.0.1',
                               '--master_port=%d' % port) for node, machine in enumerate(machines)], 200)
     check_summary(machines[0], 'train_full_8p', runs[0], batch_size=2, devices=4)
-    assert result(runs[0])['accuracy'] == result(one)['accuracy']
+    assert result(runs[0])['accuracy'] == result(one)['accuracy'] == result(two)['accuracy']
     assert runs[1].status == 0, runs[1].out + runs[1].err
     assert 'Final result' not in runs[1].out and 'printed and logged on node 0' in runs[1].out
     assert os.listdir(output(machines[1])) == ['train_0_node1.log']
     assert not os.path.exists(os.path.join(machines[1], 'four'))
 
-    logs = [lines_of(os.path.join(machines[0], name)) for name in ('one', 'four')]
-    assert [line['epoch'] for line in logs[1]] == [0, 1]
-    for first, second in zip(*logs):
-        assert first['train_loss'] == pytest.approx(second['train_loss'], abs=1e-5)
-        assert first['test_loss'] == pytest.approx(second['test_loss'], abs=1e-5)
-    weights = [weights_file.load_weights_file(os.path.join(machines[0], name, 'checkpoint-1.pth'))['model']
-               for name in ('one', 'four')]
-    for name, value in weights[0].items():
-        assert torch.allclose(value.double(), weights[1][name].double(), rtol=0, atol=2e-5), name
+    folders = [os.path.join(machines[0], name) for name in ('one', 'two', 'four')]
+    logs = [lines_of(folder) for folder in folders]
+    weights = [weights_file.load_weights_file(os.path.join(folder, 'checkpoint-1.pth'))['model'] for folder in folders]
+    assert logs[0][0]['train_loss'] != pytest.approx(logs[0][1]['train_loss'], abs=1e-3)  # the model has learnt
+    for log, others in zip(logs[1:], weights[1:]):
+        assert [line['epoch'] for line in logs[0]] == [line['epoch'] for line in log] == [0, 1]
+        for first, second in zip(logs[0], log):
+            assert first['train_loss'] == pytest.approx(second['train_loss'], abs=1e-5)
+            assert first['test_loss'] == pytest.approx(second['test_loss'], abs=1e-5)
+        for name, value in weights[0].items():
+            assert torch.allclose(value.double(), others[name].double(), rtol=0, atol=2e-5), name
 
 
-def test_performance_of_two_nodes(tmp_path, image_folder):
-    machines = [copy_checkout(str(tmp_path / name)) for name in ('machine0', 'machine1')]
-    port = free_port()
+def test_two_nodes_that_share_a_checkout(tmp_path, image_folder):
+    checkout, port = copy_checkout(str(tmp_path / 'shared')), free_port()
     flags = TINY + ['--data_path=' + image_folder(), '--maxstep=3', '--nnodes=2', '--nproc_per_node=1',
                     '--master_addr=127.0.0.1', '--master_port=%d' % port]
-    runs = ends([start_script(machine, 'train_performance_8p', *flags, '--node_rank=%d' % node)
-                 for node, machine in enumerate(machines)], 200)
-    check_summary(machines[0], 'train_performance_8p', runs[0], batch_size=4, devices=2)
+    runs = ends([start_script(checkout, 'train_performance_8p', *flags, '--node_rank=%d' % node)
+                 for node in (0, 1)], 200)
+    check_summary(checkout, 'train_performance_8p', runs[0], batch_size=4, devices=2)
     assert runs[1].status == 0, runs[1].out + runs[1].err
-    assert os.listdir(output(machines[1])) == ['train_0_perf_node1.log']
+    assert 'Final result' not in runs[1].out and 'node 0' in runs[1].out
+    assert sorted(os.listdir(output(checkout))) == [
+        'beit_nano_patch8_32_bs4_2p_perf.log', 'train_0_perf.log', 'train_0_perf_node1.log']
 
 
 def test_machines_that_do_not_see_the_same_checkpoints(tmp_path, image_folder):
