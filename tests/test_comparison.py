@@ -412,9 +412,9 @@ def test_every_fact_is_compared(differences):
 def test_a_checkpoint_of_an_earlier_version_is_not_called_exact():
     run = comparison.Run({'batch_size': 8, 'update_freq': 1, 'lr': 1.}, CPU, {'train': {'images': 5}, 'val': None})
     found = comparison.resume_differences({'args': {'lr': 1.}, 'progress': {'run': comparison.facts_of(run)}}, run, ())
-    assert texts(found) == 'the checkpoint does not say on which images it was trained'
+    assert len(found) == 1 and 'on which images' in texts(found)
     assert 'in perhaps another order of the data' in comparison.resume_message(found)
-    assert 'does not say with which flags' in texts(comparison.resume_differences({'model': {}}, run, ()))
+    assert 'with which flags' in texts(comparison.resume_differences({'model': {}}, run, ()))
 
 
 def test_the_tests_that_the_page_names_exist():

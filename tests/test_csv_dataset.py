@@ -163,7 +163,7 @@ def test_separators_and_quotes_are_found(pictures, text):
     ('image_id,label\n00.png,cat\n', ('line 1', 'image_id,label', 'neither an image nor a header')),
     ('path;species\n00.png;cat\n', ('line 1', 'path;species', 'category')),
     ('path,red,green\n00.png,1,0\n01.png,0,1\n', ('line 1', 'path,red,green', 'path,label;label')),
-    ('cat,00.png\ndog,01.png\n', ('line 1', 'cat,00.png', 'label stands before the path', 'label,path')),
+    ('cat,00.png\ndog,01.png\n', ('line 1', 'cat,00.png', 'label,path')),
     ('00.png,cat\n01.png,nan\n', ('line 2', 'label nan', 'there is none')),
     ('00.png,cat\n01.png,<NA>\n', ('line 2', '<NA>')),
     ('path,label,split\n00.png,cat,train\n01.png,dog,3\n', ('line 3', "'3'", 'split', 'train, val or test')),
