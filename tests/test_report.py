@@ -482,7 +482,7 @@ def test_the_report_tells_what_the_best_weights_do(run):
 
 
 def test_a_resumed_run_reports_the_best_epoch_before(run, tmp_path):
-    """The fifth epoch ruins the weights; figures, confusions and images stay those of checkpoint-best.pth."""
+    """The fifth epoch ruins the weights; figures, confusions and images stay the values of checkpoint-best.pth."""
     out, data, _, _ = run
     copy = str(tmp_path / 'copy')
     shutil.copytree(out, copy)

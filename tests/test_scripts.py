@@ -119,7 +119,7 @@ exit "${STATUS:-0}"
 @pytest.fixture
 def stand_in(tmp_path, checkout):
     """stand_in('train_full_1p', …): (run, the arguments for Python)."""
-    program, record = tmp_path / 'stand in', tmp_path / 'record'
+    program, record = tmp_path / 'fake python', tmp_path / 'record'
     program.write_text(STAND_IN)
     program.chmod(0o755)
 
