@@ -1,4 +1,4 @@
-"""Whole runs: the digits from a fresh checkout to an accuracy, BEiT base on photographs, two processes against one."""
+"""Whole runs: the digits from a fresh checkout to an accuracy, BEiT base on photographs."""
 
 import glob
 import os
@@ -10,9 +10,8 @@ import sys
 import pytest
 import torch
 
-from beit.files import weights_file
 from docs_commands import RUN_IN_ORDER, blocks
-from helpers import NANO, check_summary, copy_checkout, lines_of, needs_extra, photo, result, run_script
+from helpers import check_summary, copy_checkout, lines_of, needs_extra, photo, result, run_script
 
 PHOTO_SIZES = ((500, 375), (375, 500), (400, 400), (1600, 1200))  # ImageNet's usual ones, and a large one
 NUMBER = r'\d+(?:\.\d+)?(?:e[-+]\d+)?'
@@ -128,28 +127,3 @@ def test_beit_base_on_photographs(roomy_checkout, photographs):
     lines = lines_of(os.path.join(roomy_checkout, 'train_result'))
     assert [line['epoch'] for line in lines] == [0, 1]
     assert 0.5 < lines[1]['train_loss'] < 1.  # two classes, hardly trained: about log 2
-
-
-# ---- two processes and one
-
-def test_two_processes_train_as_one_of_twice_the_batch(tmp_path, image_folder):
-    """Same losses and weights, without augmentation: the processes share the data in the order that one reads it."""
-    checkout = copy_checkout(str(tmp_path / 'my code' / 'beit'))
-    flags = NANO + ['--data_path=' + image_folder(train=24), '--finetune=', '--epochs=2', '--warmup_epochs=1',
-                    '--lr=1e-3', '--init_scale=1', '--aa=none', '--reprob=0', '--color_jitter=0', '--drop_path=0',
-                    '--hflip=0']
-    one = run_script(checkout, 'train_full_1p', *flags, '--batch_size=8', '--output_dir=one')
-    two = run_script(checkout, 'train_full_8p', *flags, '--batch_size=4', '--output_dir=two', '--nproc_per_node=2')
-    assert result(one)['accuracy'] == result(two)['accuracy']
-
-    logs, weights = [], []
-    for name in ('one', 'two'):
-        logs.append(lines_of(os.path.join(checkout, name)))
-        weights.append(weights_file.load_weights_file(os.path.join(checkout, name, 'checkpoint-1.pth'))['model'])
-    assert [line['epoch'] for line in logs[0]] == [line['epoch'] for line in logs[1]] == [0, 1]
-    for first, second in zip(*logs):
-        assert first['train_loss'] == pytest.approx(second['train_loss'], abs=1e-5)
-        assert first['test_loss'] == pytest.approx(second['test_loss'], abs=1e-5)
-    assert logs[0][0]['train_loss'] != pytest.approx(logs[0][1]['train_loss'], abs=1e-3)  # something was learnt
-    for name, value in weights[0].items():
-        assert torch.allclose(value.double(), weights[1][name].double(), rtol=0, atol=2e-5), name
