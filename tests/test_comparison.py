@@ -111,6 +111,11 @@ def test_it_is_the_same_wherever_the_data_lies(folder, describe, tmp_path):
               for part in ('train', 'val')}
     assert describe('--data_path', os.path.join(folder, 'train'), '--train_csv', listed['train'], '--val_csv',
                     listed['train'])['train'] == expected['train']
+    from_above = {part: write_csv(tmp_path / ('above_%s.csv' % part), [
+        (os.path.join(part, name), label) for name, label in rows_of(os.path.join(folder, part))])
+        for part in ('train', 'val')}
+    assert describe('--data_path', folder, '--train_csv', from_above['train'], '--val_csv', from_above['val']
+                    ) == expected
     absolute = [(os.path.join(folder, 'train', '.', name), label)
                 for name, label in rows_of(os.path.join(folder, 'train'))]
     path = write_csv(tmp_path / 'absolute.csv', absolute)
@@ -265,9 +270,9 @@ def test_the_split_of_a_checkpoint_is_taken_again(folder, build, tmp_path):
     kept = train.held_out
     train, val, _ = build(*flags, held_out=kept)
     assert names_of(val) == before - {sorted(before)[0]} and np.array_equal(train.held_out, kept)
-    with pytest.raises(UserError, match='--val_split 0.25: of the 6 images .* none is among'):
+    with pytest.raises(UserError, match='--val_split 0.25: .* 6 images: none is among'):
         build(*flags, held_out=np.arange(6, dtype=np.uint64))
-    with pytest.raises(UserError, match='nothing else'):
+    with pytest.raises(UserError, match='has no others'):
         build(*flags, held_out=np.concatenate([subsets.name_keys(train.samples), kept]))
 
 
@@ -297,13 +302,13 @@ def texts(found):
 
 
 def test_nothing_differs_where_nothing_was_changed(differences):
-    assert comparison.resume_message(differences(lambda: None)) == 'Goes on exactly as if it had not been stopped'
+    assert comparison.resume_message(differences(lambda: None)) == 'Resumes exactly as if it had not been stopped'
 
 
 def test_replaced_training_images_are_named(differences, folder):
     found = differences(lambda: write_folders(os.path.join(folder, 'train'), {'cat': 12, 'dog': 8, 'emu': 4}, 7000))
     assert texts(found) == 'training images: other files of the same names, by their sizes'
-    assert comparison.resume_message(found).startswith('Goes on in the same order of the data, but not with')
+    assert comparison.resume_message(found).startswith('Resumes in the same order of the data, but not with')
 
 
 def test_replaced_images_of_one_size_are_named(differences, folder):
@@ -332,7 +337,7 @@ def test_a_csv_file_in_another_order_is_named(differences, folder, tmp_path):
     path = write_csv(tmp_path / 'train.csv', rows)
     found = differences(lambda: write_csv(tmp_path / 'train.csv', rows[::-1]), '--train_csv', path, '--val_csv', path)
     assert texts(found) == 'training images: the same files in another order'
-    assert comparison.resume_message(found).startswith('Goes on in another order of the data, and not with')
+    assert comparison.resume_message(found).startswith('Resumes in another order of the data, and not with')
 
 
 def test_a_renamed_class_is_named(differences, folder):
@@ -353,7 +358,7 @@ def test_a_smaller_validation_set_is_named(differences, folder):
 
     found = differences(cut)
     assert texts(found) == 'validation images: 3 (was 12)'
-    assert comparison.resume_message(found).startswith('Goes on in the same order of the data, but not with')
+    assert comparison.resume_message(found).startswith('Resumes in the same order of the data, but not with')
 
 
 def test_replaced_validation_images_are_named(differences, folder):
@@ -373,7 +378,7 @@ def test_the_arithmetic_of_a_batch_is_named(differences):
     found = differences(lambda: None, '--mixup=0.8', '--batch_size=4', '--update_freq=2',
                         then=['--batch_size=8', '--update_freq=1'])
     assert texts(found) == '--batch_size: 8 (was 4); --update_freq: 1 (was 2)'
-    assert comparison.resume_message(found).startswith('Goes on in the same order of the data, but not with')
+    assert comparison.resume_message(found).startswith('Resumes in the same order of the data, but not with')
     found = differences(lambda: None, then=['--batch_size=4'])
     assert texts(found) == '--batch_size: 4 (was 8); images an update: 4 (was 8)' and found[1].changes_order
 
@@ -412,9 +417,9 @@ def test_every_fact_is_compared(differences):
 def test_a_checkpoint_of_an_earlier_version_is_not_called_exact():
     run = comparison.Run({'batch_size': 8, 'update_freq': 1, 'lr': 1.}, CPU, {'train': {'images': 5}, 'val': None})
     found = comparison.resume_differences({'args': {'lr': 1.}, 'progress': {'run': comparison.facts_of(run)}}, run, ())
-    assert texts(found) == 'the checkpoint does not say on which images it was trained'
+    assert texts(found) == 'the checkpoint does not record its training images'
     assert 'in perhaps another order of the data' in comparison.resume_message(found)
-    assert 'does not say with which flags' in texts(comparison.resume_differences({'model': {}}, run, ()))
+    assert 'does not record its flags' in texts(comparison.resume_differences({'model': {}}, run, ()))
 
 
 def test_the_tests_that_the_page_names_exist():
@@ -511,7 +516,7 @@ def test_averages_of_two_splits_are_refused(split_run, tmp_path, capsys):
                                                                         for key in ('train', 'val')})):
         assert average(**changes) == 2
         err = capsys.readouterr().err
-        assert len(err.splitlines()) == 1 and 'other.pth' in err and 'apart' in err and '--val_split 0.25' in err
+        assert len(err.splitlines()) == 1 and 'other.pth' in err and 'held out' in err and '--val_split 0.25' in err
     assert not os.path.exists(output)
     train = dict(content['data']['train'], images=22, names='0' * 32)
     assert average(data=dict(content['data'], train=train)) == 0

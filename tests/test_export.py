@@ -444,7 +444,7 @@ def test_names_of_hugging_face_on_every_pytorch(trained, export, parse, tmp_path
 
     del theirs['beit.encoder.layer.1.attention.attention.key.weight']
     torch.save(theirs, str(folder / 'pytorch_model.bin'))
-    for source, says in ((folder, 'blocks.1.attn.qkv.weight (192, 64) is missing'), (tmp_path, 'a folder without')):
+    for source, says in ((folder, 'blocks.1.attn.qkv.weight (192, 64) is missing'), (tmp_path, 'not a Hugging Face folder')):
         with pytest.raises(run_export.UserError, match=says.replace('(', r'\(').replace(')', r'\)')):
             finetuned(source, parse)
     unreadable = 'cannot be read'
@@ -534,7 +534,7 @@ def test_metadata_that_says_nothing_asks_for_flags(about, trained, export, tmp_p
     from safetensors.numpy import load_file, save_file
     export('--resume', trained()[0], '--format', 'safetensors', '--output', tmp_path / 'out.safetensors')
     save_file(load_file(str(tmp_path / 'out.safetensors')), str(tmp_path / 'bare.safetensors'), about)
-    with pytest.raises(run_export.UserError, match='does not say which model it is of; give --model'):
+    with pytest.raises(run_export.UserError, match='does not name its model; give --model'):
         inference_model.load_for_inference(str(tmp_path / 'bare.safetensors'))
 
 
@@ -542,7 +542,7 @@ def test_metadata_that_says_nothing_asks_for_flags(about, trained, export, tmp_p
 def test_an_export_to_run_is_not_taken_for_weights(tmp_path, ending):
     path = tmp_path / ('model' + ending)
     path.write_bytes(b'whatever')
-    with pytest.raises(run_export.UserError, match='to be run, not weights to go on from;.*give the checkpoint'):
+    with pytest.raises(run_export.UserError, match='is an exported program, not weights;.*give the checkpoint'):
         pretrained.check_finetune(str(path))
-    with pytest.raises(run_export.UserError, match='--resume .* to be run, not weights to go on from'):
+    with pytest.raises(run_export.UserError, match='--resume .* is an exported program, not weights'):
         inference_model.load_for_inference(str(path))

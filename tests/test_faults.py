@@ -301,7 +301,7 @@ class Life:
         assert now >= self.reached, 'fell back from %s to %s' % (self.reached, now)
         if 'Resumed ' in output:
             TALLY.resumes += 1
-            assert 'Goes on exactly as if it had not been stopped' in output, self.story()
+            assert 'Resumes exactly as if it had not been stopped' in output, self.story()
             assert resumed(output) == self.reached, self.story()
         elif 'Epoch: ' in output:
             assert self.reached == (-1, 0), self.story()
@@ -732,7 +732,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(life, unbroken, how):
     assert reached(run.out) == (1, 4)
     damage(os.path.join(run.out, 'checkpoint-1-step4.pth'), how)
     run.finish()
-    assert re.search(r'checkpoint-1-step4\.pth: .*; passed over', run.running[0].output()), run.story()
+    assert re.search(r'checkpoint-1-step4\.pth: .*; skipped', run.running[0].output()), run.story()
     assert resumed(run.running[0].output()) == (1, 2)
     run.equals(reference)
 
@@ -746,7 +746,7 @@ def test_a_damaged_best_checkpoint_is_not_evaluated(server, unbroken, tmp_path, 
         flag for flag in reference.flags if not flag.startswith(('--output_dir', '--auto_resume'))]
         + ['--eval', '--resume=' + out])
     assert process.wait() == 0, process.output()
-    assert re.search(r'checkpoint-best\.pth: .*; passed over\n', process.output()), process.output()
+    assert re.search(r'checkpoint-best\.pth: .*; skipped\n', process.output()), process.output()
     assert 'Evaluating %s\n' % os.path.join(out, taken) in process.output(), process.output()
 
 
@@ -782,7 +782,7 @@ def test_one_process_takes_up_what_two_began(life, digits):
     run.start(noting(run))
     assert run.wait() == [0], run.story()
     assert resumed(run.running[0].output()) == (1, 3)
-    assert 'Goes on in the same order of the data, but not with the same numbers as without a stop: --batch_size: 8 ' \
+    assert 'Resumes in the same order of the data, but not with the same numbers as without a stop: --batch_size: 8 ' \
         '(was 4); processes: 1 (was 2)\n' in run.running[0].output(), run.story()
     assert images(run.folder, 1) == images(whole.folder, 2)[2 * 9:]
     assert [json.loads(line)['epoch'] for line in read_bytes(run.out, 'log.txt').splitlines()] == [0, 1, 2]
@@ -869,7 +869,7 @@ def test_torchrun_starts_again_by_itself(life, unbroken):
     TALLY.kills += 1
     TALLY.resumes += 1
     assert resumed(launched.output()) == (1, 2), launched.output()
-    assert launched.output().count('Resumed ') == 1 and 'Goes on exactly as if' in launched.output()
+    assert launched.output().count('Resumed ') == 1 and 'Resumes exactly as if' in launched.output()
     run.flags = reference.flags
     run.equals(reference)
 

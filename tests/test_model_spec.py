@@ -186,7 +186,7 @@ def test_names_of_a_checkpoint_are_not_replaced(trained, tmp_path, capsys):
     (tmp_path / 'names').write_text('c\nb\na\n')
     assert run_predict.run(['--resume', str(trained / 'out'), '--class_names', str(tmp_path / 'names'),
                             str(trained / 'data' / 'val' / 'a' / '0.png')]) == 2
-    assert 'names its classes itself (a, b, c)' in capsys.readouterr().err
+    assert 'has other class names (a, b, c)' in capsys.readouterr().err
 
 
 def test_a_loss_that_is_given_is_that_of_the_evaluation(trained, tmp_path, capsys):
@@ -211,7 +211,7 @@ def test_bare_weights_tell_their_size_and_what_is_assumed(trained, capsys):
     assert run_class_finetuning.run(['--eval', '--resume', str(trained / 'bare.pth'), '--model=beit_nano_patch8_32',
                                      '--num_workers=0', '--data_path', str(trained / 'data')]) == 0
     out = capsys.readouterr().out
-    assert 'input 32x32' in out and 'does not say how its images are prepared' in out
+    assert 'input 32x32' in out and 'does not describe its preprocessing' in out
 
 
 def test_what_a_file_without_weights_holds_is_named():
@@ -286,5 +286,5 @@ def test_a_folder_that_contradicts_itself_is_refused(trained, tmp_path, capsys):
         (folder / name).write_text(json.dumps(dict(json.loads(before), **{key: value})))
         capsys.readouterr()
         assert run_predict.run(['--resume', str(folder), image]) == 2
-        assert 'say something else' in capsys.readouterr().err
+        assert 'differ in' in capsys.readouterr().err
         (folder / name).write_text(before)

@@ -187,7 +187,7 @@ def test_a_resumed_run_says_whether_it_is_exact(image_folder, tmp_path, capsys):
                                           'summary.json']
     capsys.readouterr()
     assert run_class_finetuning.run(base + ['--auto_resume', '--maxstep=3', '--num_workers=1']) == 0
-    assert 'Goes on exactly as if it had not been stopped' in capsys.readouterr().out
+    assert 'Resumes exactly as if it had not been stopped' in capsys.readouterr().out
     assert run_class_finetuning.run(base + ['--auto_resume', '--maxstep=4', '--seed=1', '--lr=1e-3']) == 0
     assert 'not with the same numbers as without a stop: --lr is 0.001 (was 0.0005); --seed is 1 (was 0)' \
         in capsys.readouterr().out

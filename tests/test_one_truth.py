@@ -209,7 +209,7 @@ def check_average_and_export(draw, best, rows, capsys):
 
 def check_resuming(draw, capsys):
     status, text = run(capsys, run_class_finetuning, *draw.flags, '--maxstep=2', '--resume', draw.output)
-    assert status == 0 and 'Goes on exactly as if it had not been stopped' in text, text
+    assert status == 0 and 'Resumes exactly as if it had not been stopped' in text, text
 
 
 # ---- one thing changed
@@ -226,7 +226,7 @@ def changed_preprocessing(draw, best, capsys):
     if flag in draw.flags:
         flag = '--no_imagenet_default_mean_and_std'
     _, text = evaluate(draw, capsys, best, flag)
-    assert 'Given on the command line' in text and ('crop_pct 0.5' in text or 'mean' in text), text
+    assert 'Flags that override' in text and ('crop_pct 0.5' in text or 'mean' in text), text
 
 
 def changed_images(draw, best, capsys):

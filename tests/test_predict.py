@@ -622,7 +622,7 @@ def test_results_of_a_long_stream_are_not_kept(large, tmp_path, monkeypatch):
     (['--resume=large.pth', 'photos', '--attention', '--attention_dir=photos'], '--attention_dir photos holds inputs'),
     (['--resume=large.pth', 'photos', '--attention', '--attention_dir=large.pth'], '--attention_dir large.pth'),
     (['--resume=large.pth', 'photos', '--model=beit_nano'], '--model'),
-    (['--resume=weights.pth', 'photos'], 'does not say which model it is of; give --model'),
+    (['--resume=weights.pth', 'photos'], 'does not name its model; give --model'),
 ])
 def test_a_mistake_is_one_line(large, photos, tmp_path, monkeypatch, capfd, flags, expected):
     monkeypatch.chdir(str(tmp_path))

@@ -253,7 +253,7 @@ def test_auto_resume_takes_no_other_run_than_that_of_the_resumed_file(image_fold
     out = capsys.readouterr().out
     newest = os.path.join(output, 'checkpoint-2.pth')
     assert 'Resumed %s: ' % newest in out and 'aside' not in out
-    assert re.search('^--auto_resume: %s goes on from --resume ' % newest, out, re.M)
+    assert re.search('^--auto_resume: loading %s, which continues --resume ' % newest, out, re.M)
     os.remove(file)  # of which the rest of the job has no need
     assert run_class_finetuning.run(again + ['--epochs=5', '--resume=' + file]) == 0
     assert [line['epoch'] for line in lines_of(output)] == [1, 2, 3, 4]
