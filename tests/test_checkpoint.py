@@ -114,7 +114,7 @@ def test_shared_table_goes_to_every_block_and_the_head_is_dropped(tmp_path, caps
         assert torch.equal(block.attn.relative_position_bias_table, source.rel_pos_bias.relative_position_bias_table)
     assert torch.equal(target.head.weight, head)
     out = capsys.readouterr().out
-    assert 'Left out of the file: head.weight, head.bias' in out
+    assert 'Not loaded: head.weight, head.bias' in out
 
 
 @pytest.mark.parametrize('wrap, options', (
@@ -137,7 +137,7 @@ def test_missing_and_unused_names_are_reported(tmp_path, capsys):
     state['mask_token'] = torch.zeros(1, 1, 64)
     pretrained.load_pretrained(nano(), write_weights(tmp_path, state))
     out = capsys.readouterr().out
-    assert 'Not in the file, left at their start: fc_norm.weight, fc_norm.bias' in out
+    assert 'Not in the file, left at their initial values: fc_norm.weight, fc_norm.bias' in out
     assert 'Unused names in the file: mask_token, norm.bias, norm.weight' in out
     assert 'relative_position_index' not in out
 

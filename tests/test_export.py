@@ -444,7 +444,7 @@ def test_names_of_hugging_face_on_every_pytorch(trained, export, parse, tmp_path
 
     del theirs['beit.encoder.layer.1.attention.attention.key.weight']
     torch.save(theirs, str(folder / 'pytorch_model.bin'))
-    for source, says in ((folder, 'blocks.1.attn.qkv.weight (192, 64) is missing'), (tmp_path, 'not a Hugging Face folder')):
+    for source, says in ((folder, 'blocks.1.attn.qkv.weight (192, 64) is missing'), (tmp_path, 'not a Hugging Face')):
         with pytest.raises(run_export.UserError, match=says.replace('(', r'\(').replace(')', r'\)')):
             finetuned(source, parse)
     unreadable = 'cannot be read'
