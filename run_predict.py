@@ -179,7 +179,7 @@ class Predictor:
         if top is not None:
             rows = {number: row for row, number in enumerate(batch.indices[0].tolist())}
             probabilities, classes, resized = top[0].tolist(), top[1].tolist(), batch.targets.tolist()
-        pictures = None if self.heatmaps is None or not rows else self.loader.as_bytes(batch.images)
+        pictures = None if self.heatmaps is None or not rows else self.loader.denormalize(batch.images)
         predictions = []
         for number, path in entries:
             if number not in rows:

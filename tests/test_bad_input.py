@@ -143,7 +143,7 @@ def test_no_class_folders(refused, tmp_path):
         os.makedirs(str(tmp_path / 'd' / split))
         photo(1, 32, 32).save(str(tmp_path / 'd' / split / 'a.png'))
     refused('--data_path', str(tmp_path / 'd'), says=[
-        '--data_path', str(tmp_path / 'd' / 'train'), 'no class folders', 'in a folder of its own'])
+        '--data_path', str(tmp_path / 'd' / 'train'), 'no class folders', 'in a separate folder'])
 
 
 def test_classes_that_differ(refused, own_data):
@@ -201,14 +201,14 @@ def corrupt(own_data, split):
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_corrupt_image(refused, own_data, split):
     path = corrupt(own_data, split)
-    refused('--data_path', own_data, '--no_save_ckpt', late=True, says=[path, 'cannot be read', 'mend or remove it'])
+    refused('--data_path', own_data, '--no_save_ckpt', late=True, says=[path, 'cannot be read', 'repair or remove it'])
 
 
 @pytest.mark.slow
 def test_corrupt_image_met_by_a_worker(program, own_data, tmp_path):
     path = corrupt(own_data, 'train')
     status, out, err = program(*SHORT, '--data_path', own_data, '--num_workers=2', '--output_dir', str(tmp_path / 'o'))
-    assert_one_line(status, out, err, [path, 'cannot be read', 'mend or remove it'])
+    assert_one_line(status, out, err, [path, 'cannot be read', 'repair or remove it'])
     assert contents(tmp_path / 'o') == {}
 
 

@@ -37,7 +37,7 @@ def test_the_spec_survives_json():
     (dict(version=2), 'version 2'), (dict(classes='cat'), 'classes'), (dict(classes=['cat', 1, 'b']), 'class name'),
     (dict(loss='hinge'), 'loss'), (dict(multi_label=1), 'multi_label'), (dict(extra=1), 'newer version'),
     (dict(architecture={'input_size': '32'}), 'input_size'), (dict(architecture={'width': 3}), 'newer version'),
-    (dict(preprocessing={'crop_pct': 0.}), 'crop share'), (dict(preprocessing={'mean': [0.5, 0.5]}), 'mean'),
+    (dict(preprocessing={'crop_pct': 0.}), 'crop_pct'), (dict(preprocessing={'mean': [0.5, 0.5]}), 'mean'),
     (dict(preprocessing={'std': [0., 1., 1.]}), 'std'), (dict(preprocessing={'exif': 'applied'}), 'exif'),
     (dict(preprocessing={'interpolation': 'nearby'}), 'interpolation'), (dict(preprocessing=None), 'preprocessing')))
 def test_a_damaged_spec_is_refused_by_what_is_wrong(change, words):

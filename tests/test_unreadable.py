@@ -124,7 +124,7 @@ KINDS = {  # name: (what makes such a file, what its reason says)
     'bomb': (write(png(40000, 40000, b'')), 'decompression bomb'),
     'no pixels': (write(b'P6\n0 0\n255\n'), ''),
     'gone': (lambda path: None, 'No such file or directory'),
-    'dangling link': (lambda path: os.symlink('no\nwhere', path), 'a link to no\\nwhere, which is not there'),
+    'dangling link': (lambda path: os.symlink('no\nwhere', path), 'a broken link to no\\nwhere'),
     'link to itself': (lambda path: os.symlink(os.path.basename(path), path), 'symbolic links'),
     'folder': (os.mkdir, 'it is a folder'),
     'pipe': (os.mkfifo, 'it is a pipe'),
@@ -197,7 +197,7 @@ def test_a_bad_file_stops_or_is_left_out(sets, kind, which):
         parts[which == 'validation'].samples = [(path, 0)] * 12
         with within(20):
             message = error_of(datasets.build_loaders(args, *parts)[which == 'validation'])
-        assert message == '%s: cannot be read as an image (%s); mend or remove it, or leave such files out with ' \
+        assert message == '%s: cannot be read as an image (%s); repair or remove it, or leave such files out with ' \
                           '--bad_images skip' % (path, reason)
 
 
