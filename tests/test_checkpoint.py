@@ -190,7 +190,7 @@ def test_a_url_is_downloaded_once_and_checked(tmp_path, monkeypatch):
         with open(path, 'rb') as file:
             digest = hashlib.sha256(file.read()).hexdigest()
         pretrained.load_pretrained(nano(), url + '#sha256=' + digest)
-        with pytest.raises(UserError, match='not the one asked for'):
+        with pytest.raises(UserError, match='has another sha256'):
             pretrained.load_pretrained(nano(), url + '#sha256=' + '0' * 64)
         with pytest.raises(UserError, match='download failed'):
             pretrained.load_pretrained(nano(), url.replace('weights', 'nothing'))
@@ -265,7 +265,7 @@ def test_a_failed_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(torch, 'save', half)
-    with pytest.raises(UserError, match='No space left on device.*earlier checkpoints are whole'):
+    with pytest.raises(UserError, match='No space left on device.*earlier checkpoints are intact'):
         weights_file.save(path, {'epoch': 2})
     assert weights_file.load_weights_file(path) == {'epoch': 1}
     assert os.listdir(str(tmp_path)) == ['checkpoint-best.pth']

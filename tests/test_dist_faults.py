@@ -473,8 +473,8 @@ def test_a_bad_file(job, tmp_path, spoilt):
     print(error_ended.err, many_ended.err)
     assert error_ended.status == 2
     assert errors(error_ended) == [
-        'run_class_finetuning.py: error: process 1: %s: cannot be read as an image (cannot identify image file); repair '
-        'or remove it, or leave such files out with --bad_images skip' % path]
+        'run_class_finetuning.py: error: process 1: %s: cannot be read as an image (cannot identify image file); '
+        'repair or remove it, or leave such files out with --bad_images skip' % path]
     for ended, left_out, folder in ((skip_ended, [path], output + '1'), (batch_ended, paths, output + '8')):
         assert ended.status == 0, ended.err
         assert ended.out.count('Left out: ') == len(left_out)

@@ -510,7 +510,7 @@ def test_the_limit_is_a_share_of_the_set(tmp_path, share, total, allowed):
     with pytest.raises(UserError) as caught:
         record.report(bad[allowed:], total, 'training')
     for word in ('--max_bad_images %g' % share, '%d of the %d training images' % (allowed + 1, total),
-                 str(tmp_path / 'bad_images.txt'), 'mend or remove'):
+                 str(tmp_path / 'bad_images.txt'), 'repair or remove'):
         assert word in str(caught.value)
     assert len(lines_of(tmp_path)) == allowed + 1, 'the list is written before the stop'
 
@@ -537,7 +537,7 @@ def test_only_the_first_process_writes_but_all_stop(tmp_path, monkeypatch, capsy
 
 def test_without_a_folder_there_is_no_list(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match='cannot be read; mend'):
+    with pytest.raises(UserError, match='cannot be read; repair'):
         UnreadableFiles('', 0.01).report([('a.png', 'x')], 10, 'training')
     assert os.listdir(str(tmp_path)) == [] and 'a.png' in capsys.readouterr().out
 

@@ -65,7 +65,7 @@ def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List
 
 
 def _scan(root: str, keep_alive: Callable[[], None]) -> bytes:
-    """JSON of [(folder relative to root, sorted names of its images joined by /)] and [(path, reason)] of unused files."""
+    """JSON of [(folder relative to root, sorted names of its images joined by /)] and of [(unused path, reason)]."""
     found, unused = [], []  # type: List[Tuple[str, str]], List[Tuple[str, str]]
     for folder, names in walk_folders(root, lambda *item: unused.append(item)):
         found.append((folder, '/'.join(sorted(names))))
@@ -158,7 +158,7 @@ def normalize(name: str) -> str:
 
 
 def numeric_order(classes: Sequence[str]) -> Optional[List[int]]:
-    """The index of each number in classes named 0 … N-1, in any order, with or without zeros; None for other names."""
+    """The index of each number in classes named 0 … N-1, in any order and with any zeros; None for other names."""
     numbers = {int(name): index for index, name in enumerate(classes) if re.fullmatch('[0-9]{1,9}', name)}
     return [numbers[number] for number in range(len(classes))] if set(numbers) == set(range(len(classes))) else None
 

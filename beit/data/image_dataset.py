@@ -56,7 +56,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def load(self, path: str) -> Any:
         image = self.read(path)
         if self.fits is not None and not self.fits(*image.size):
-            raise UserError('%s is %dx%d; with an --input_size of %d and less images are not resized; set it to the '
+            raise UserError('%s is %dx%d; with --input_size of %d and less images are not resized; set it to the '
                             'size of the images, or larger' % ((escape_text(path),) + image.size + (SMALL_INPUT,)))
         return image
 
