@@ -9,5 +9,5 @@ import os
 # From 2.5 on, torch imports torch_npu automatically and fails with a traceback if CANN is not set up. `beit.devices`
 # imports it when needed, and explains its failure.
 os.environ.setdefault('TORCH_DEVICE_BACKEND_AUTOLOAD', '0')
-# PyTorch logs many lines about a broken or unexpected connection; the programs report it in one line.
+# PyTorch logs many lines about a broken or unexpected connection; the programs write a single one.
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'FATAL')

@@ -352,7 +352,7 @@ def test_weights_reach_the_loss(image_folder, tmp_path, monkeypatch, capsys, ref
                         ('cat,1\ndog,-2\n', ('entry 2', '-2')), ('cat,1\ndog,x\n', ('entry 2',)),
                         ('cat,0\ndog,0\n', ('all weights are 0',)), ('cat,1\ndog,nan\n', ('entry 2',)),
                         ('{"cat": [1]}', ('entry 1',)), ('{"cat"', ('neither CSV nor JSON',)),
-                        ('cat,1\ndog,1e39\n', ('too large',)), ('cat,1\ncat,2\n', ('entry 2', 'weight already'))):
+                        ('cat,1\ndog,1e39\n', ('too large',)), ('cat,1\ncat,2\n', ('entry 2', 'new class'))):
         (tmp_path / 'w.csv').write_text(text)
         refused(base + ['--class_weights', str(tmp_path / 'w.csv')], '--class_weights', *words)
     refused(base + ['--class_weights=balenced'], 'no such file; give balanced')

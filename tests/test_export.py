@@ -365,9 +365,9 @@ def test_bad_flags_are_one_line(flags, says, trained, export):
 
 @pytest.mark.parametrize('kind, module, says', [
     ('onnx', 'onnx', 'needs onnx; run: pip install -r requirements-extra.txt'),
-    ('huggingface', 'transformers', 'Not checked: that needs transformers; run: pip install -r requirements-extra.txt'),
+    ('huggingface', 'transformers', 'the check needs transformers; run: pip install -r requirements-extra.txt'),
     pytest.param('onnx', 'onnxscript', 'needs onnxscript; run: pip', marks=[needs_extra('onnx'), with_dynamo]),
-    pytest.param('onnx', 'onnxruntime', 'Not checked: that needs onnxruntime; run: pip install -r',
+    pytest.param('onnx', 'onnxruntime', 'Not checked: the check needs onnxruntime; run: pip install -r',
                  marks=[needs_extra('onnx', 'onnxscript'), with_dynamo]),
 ])
 def test_a_missing_package_is_one_line(kind, module, says, trained, export, monkeypatch):

@@ -163,7 +163,7 @@ def test_the_digits_accuracy_and_loss_are_those_of_the_evaluation(tmp_path, capf
 def test_other_sizes_are_resized_for_a_small_model_with_one_note(small, photos, tmp_path, capfd):
     photo(9, 32, 32).save(os.path.join(photos, 'exact.png'))
     assert predict('--resume', small[0], photos, '--output', tmp_path / 'out.csv', '--top_k=1', '--batch_size=2') == 0
-    assert capfd.readouterr().err.count('Note: images that are not 32x32 are resized') == 1
+    assert capfd.readouterr().err.count('Note: the model was trained on images of exactly 32x32') == 1
     found = rows(tmp_path / 'out.csv')
     assert len(found) == 6
     for row in found:

@@ -77,7 +77,7 @@ class _Watchdog:
         self.store.set(str(self.rank), json.dumps([self.beats] + self.state()))
 
     def exchange_heartbeats(self) -> None:
-        """The thread that uses the store, and can hang on a dead connection."""
+        """The thread that uses the store, where a dead connection can block it."""
         with contextlib.suppress(Exception):  # a store raises anything after the exit of process 0, which holds it
             while not (self.stopped.is_set() or self.received):
                 self.beat()
@@ -153,7 +153,7 @@ class _Watchdog:
         """The ranks without news for longer than `patience`."""
         now = time.monotonic()
         if self.rank == 0 and now - self.reached > self.patience:
-            return list(range(1, self.processes))  # the store, in this process, hangs on a broken connection
+            return list(range(1, self.processes))  # a broken connection blocks the store, which is in this process
         newest = now if self.rank == 0 else self.reached
         silent = [rank for rank, (came, _) in sorted(self.last_beats.items())
                   if newest - came > self.patience and rank != self.rank]

@@ -249,8 +249,7 @@ def _nbytes(tensor: torch.Tensor) -> int:
 def _open_zip(file: BinaryIO, size: int) -> Tuple[zipfile.ZipFile, Dict[str, Any]]:
     """(zipfile.ZipFile, {name inside its folder: ZipInfo}) of an archive in torch.save's form.
 
-    The checks are those that Python's zipfile lacks: bytes before and after the archive, wrong counts, and overlapping
-    records.
+    It refuses bytes before and after the archive, wrong counts and overlapping records, which Python's zipfile accepts.
     """
     file.seek(size - 42)
     locator, end_64, signature, count, length, start, comment = struct.unpack('<4s4xQ4x4s6xH2LH', file.read(42))
