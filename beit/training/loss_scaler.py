@@ -144,10 +144,7 @@ class LossScaler:
     def fp32_state_dict(self, model: nn.Module) -> Dict[str, torch.Tensor]:
         """{name: float32 tensor} of every parameter and buffer. The tensors are live: copying into them sets the model.
         """
-        model = accelerator.unwrap(model)
-        live: Dict[str, torch.Tensor] = dict(model.named_parameters())
-        live.update(model.named_buffers())
-        return {name: live[name].data for name in model.state_dict()}
+        return dict(accelerator.unwrap(model).state_dict())
 
     def sync_model_weights(self) -> None:
         """Call after copying into `fp32_state_dict`, to update half-precision copies."""
