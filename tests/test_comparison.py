@@ -479,7 +479,7 @@ def test_a_file_more_moves_none_into_the_validation_of_a_resumed_run(split_run, 
     # New images are nobody's: they are evaluated, and a line says that they are others.
     new = write_folders(tmp_path / 'new', {'cat': 3, 'dog': 3}, start=9000)
     assert run_class_finetuning.run(everything + ['--eval_data_path', new]) == 0
-    assert 'Not what the training evaluated: validation images: 6 (was 7)' in capsys.readouterr().out
+    assert 'Not the validation images of the training: validation images: 6 (was 7)' in capsys.readouterr().out
     # A checkpoint of an earlier version set others apart.
     old = str(tmp_path / 'old.pth')
     torch.save({key: value for key, value in content.items() if key != 'data'}, old)
@@ -536,7 +536,7 @@ def test_an_evaluation_on_the_training_images_says_so(folder, tmp_path, capsys, 
                                              os.path.join(folder, 'train')]) == 0
     out = capsys.readouterr().out
     assert 'Trained on: 24 of 24 training images' in out and 'too good for new images' in out
-    assert 'Not what the training evaluated: validation images: 24 (was 12)' in out
+    assert 'Not the validation images of the training: validation images: 24 (was 12)' in out
     # A split of them now would evaluate some that it was trained on.
     shutil.rmtree(os.path.join(folder, 'val'))
     for more in (['--eval'], ['--epochs=2']):

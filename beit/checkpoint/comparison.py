@@ -261,7 +261,7 @@ def check_evaluation(source: str, content: Any, val_set: Any, classes: Sequence[
     if isinstance(theirs.get('val'), dict):
         found = _data_differences(fingerprint.of_data(None, val_set, classes, device), theirs, 'val.')
         if found:
-            log_main('Not what the training evaluated: %s' % '; '.join(each.text for each in found))
+            log_main('Not the validation images of the training: %s' % '; '.join(each.text for each in found))
 
 
 # ---- averaging

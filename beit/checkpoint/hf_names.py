@@ -191,12 +191,12 @@ def hf_preprocessing(path: str) -> Optional[EvalTransform]:
         if not squashes and int(crop / crop_pct) != side:  # rounding
             crop_pct = crop / (side + 0.5)
         mean, std = (tuple(map(float, found[name])) for name in ('image_mean', 'image_std'))
-        made = EvalTransform(
+        transform = EvalTransform(
             side if squashes else crop, crop_pct,
             {1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}.get(found.get('resample', 3), 'unknown'), mean, std,
             'squash' if squashes else 'center')
-        made.check()
-        return made
+        transform.check()
+        return transform
     except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError, RecursionError) as error:
         raise UserError('%s: unsupported (%s); remove the file and give --input_size, --crop_pct'
                         % (escape_text(config), escape_text(str(error))[:200])) from None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
-from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import mixup_target
 from torchvision import transforms
@@ -68,10 +68,10 @@ class EvalTransform:
         if height != width:
             raise ValueError('not the preprocessing of a square input')
         mean, std = (tuple(map(float, settings[name])) for name in ('mean', 'std'))
-        made = cls(height, float(settings['crop_pct']), settings['interpolation'], mean, std,
-                   settings.get('crop_mode', 'center'))
-        made.check()
-        return made
+        transform = cls(height, float(settings['crop_pct']), settings['interpolation'], mean, std,
+                        settings.get('crop_mode', 'center'))
+        transform.check()
+        return transform
 
     def check(self) -> None:
         """Raise a ValueError for values that this program does not support."""
@@ -202,14 +202,10 @@ def check_policy(policy: Optional[str]) -> None:
     policy = policy_or_none(policy)
     if policy is None:
         return
+    build = rand_augment_transform if policy.startswith('rand') else \
+        augment_and_mix_transform if policy.startswith('augmix') else auto_augment_transform
     try:
-        if policy.startswith('rand'):
-            rand_augment_transform(policy, {})
-        elif policy.startswith('augmix'):
-            from timm.data.auto_augment import augment_and_mix_transform
-            augment_and_mix_transform(policy, {})
-        else:
-            auto_augment_transform(policy, {})
+        build(policy, {})
     except (AssertionError, ValueError, KeyError, IndexError, TypeError):
         raise unknown_value_error('--aa', policy, ['rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', 'originalr',
                                                    'v0', 'v0r', 'none']) from None
