@@ -489,5 +489,5 @@ def test_a_worker_that_dies_while_it_hands_a_batch_over_is_told_of(error, alive)
             raise error
 
     with pytest.raises(type(error) if alive else RuntimeError) as caught:
-        list(device_loader._or_worker_death(Batches()))
+        list(device_loader._detect_worker_death(Batches()))
     assert alive or 'a loader process (7) exited unexpectedly' in errors.worker_death_message(caught.value)
