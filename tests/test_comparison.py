@@ -468,7 +468,7 @@ def test_a_file_more_moves_none_into_the_validation_of_a_resumed_run(split_run, 
     assert run_class_finetuning.run(flags + ['--eval', '--resume', last]) == 0
     out = capsys.readouterr().out
     assert 'on the 7 test images: %.3f%%' % lines_of(output)[-1]['test_acc1'] in out
-    assert 'Not what' not in out and 'Trained on' not in out
+    assert 'Not the validation images' not in out and 'Trained on' not in out
     # Without --val_split every image would be evaluated, most of them trained on.
     everything = [flag for flag in flags if 'val_split' not in flag] + ['--eval', '--resume', last]
     listed = write_csv(tmp_path / 'photos.csv', [('photos/' + name, label) for name, label in rows_of(data)])
