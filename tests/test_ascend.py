@@ -461,7 +461,7 @@ def test_the_seed_reaches_the_device(emulator):
 
 
 def test_compile_mode_is_for_npus(refused):
-    refused(DIGITS + ['--device=cpu', '--jit_compile=on'], '--jit_compile on', 'only NPUs have it',
+    refused(DIGITS + ['--device=cpu', '--jit_compile=on'], '--jit_compile on', 'needs an NPU',
             'leave the flag out')
 
 

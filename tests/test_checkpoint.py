@@ -109,7 +109,7 @@ def test_shared_table_goes_to_every_block_and_the_head_is_dropped(tmp_path, caps
         assert torch.equal(block.attn.relative_position_bias_table, source.rel_pos_bias.relative_position_bias_table)
     assert torch.equal(target.head.weight, head)
     out = capsys.readouterr().out
-    assert 'Left out of the file: head.weight, head.bias' in out
+    assert 'Not loaded: head.weight, head.bias' in out
 
 
 @pytest.mark.parametrize('wrap, options', (
@@ -140,7 +140,7 @@ def test_missing_and_unused_names_are_reported(tmp_path, capsys):
     state['mask_token'] = torch.zeros(1, 1, 64)
     pretrained.load_pretrained(nano(), write_weights(tmp_path, state))
     out = capsys.readouterr().out
-    assert 'Not in the file, left at their start: fc_norm.weight, fc_norm.bias' in out
+    assert 'Not in the file, left at their initial values: fc_norm.weight, fc_norm.bias' in out
     assert 'Unused names in the file: mask_token, norm.bias, norm.weight' in out
     assert 'relative_position_index' not in out
 
@@ -171,7 +171,7 @@ def test_a_failed_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(torch, 'save', half)
-    with pytest.raises(UserError, match='No space left on device.*earlier checkpoints are whole'):
+    with pytest.raises(UserError, match='No space left on device.*earlier checkpoints are intact'):
         weights_file.save(path, {'epoch': 2})
     assert weights_file.load_weights_file(path) == {'epoch': 1}
     assert os.listdir(str(tmp_path)) == ['checkpoint-best.pth']

@@ -111,6 +111,11 @@ def test_the_fingerprint_does_not_depend_on_the_location(folder, describe, tmp_p
               for part in ('train', 'val')}
     assert describe('--data_path', os.path.join(folder, 'train'), '--train_csv', listed['train'], '--val_csv',
                     listed['train'])['train'] == expected['train']
+    from_above = {part: write_csv(tmp_path / ('above_%s.csv' % part), [
+        (os.path.join(part, name), label) for name, label in rows_of(os.path.join(folder, part))])
+        for part in ('train', 'val')}
+    assert describe('--data_path', folder, '--train_csv', from_above['train'], '--val_csv', from_above['val']
+                    ) == expected
     absolute = [(os.path.join(folder, 'train', '.', name), label)
                 for name, label in rows_of(os.path.join(folder, 'train'))]
     path = write_csv(tmp_path / 'absolute.csv', absolute)
@@ -265,9 +270,9 @@ def test_the_split_of_a_checkpoint_is_reused(folder, build, tmp_path):
     kept = train.held_out
     train, val, _ = build(*flags, held_out=kept)
     assert names_of(val) == before - {sorted(before)[0]} and np.array_equal(train.held_out, kept)
-    with pytest.raises(UserError, match='--val_split 0.25: of the 6 images .* none is among'):
+    with pytest.raises(UserError, match='--val_split 0.25: .* 6 images: none is among'):
         build(*flags, held_out=np.arange(6, dtype=np.uint64))
-    with pytest.raises(UserError, match='nothing else'):
+    with pytest.raises(UserError, match='has no others'):
         build(*flags, held_out=np.concatenate([subsets.name_keys(train.samples), kept]))
 
 
@@ -511,7 +516,7 @@ def test_averages_of_two_splits_are_refused(split_run, tmp_path, capsys):
                                                                         for key in ('train', 'val')})):
         assert average(**changes) == 2
         err = capsys.readouterr().err
-        assert len(err.splitlines()) == 1 and 'other.pth' in err and 'apart' in err and '--val_split 0.25' in err
+        assert len(err.splitlines()) == 1 and 'other.pth' in err and 'held out' in err and '--val_split 0.25' in err
     assert not os.path.exists(output)
     train = dict(content['data']['train'], images=22, names='0' * 32)
     assert average(data=dict(content['data'], train=train)) == 0

@@ -366,9 +366,9 @@ def test_bad_flags_are_one_line(flags, says, trained, export):
 
 @pytest.mark.parametrize('kind, module, says', [
     ('onnx', 'onnx', 'needs onnx; run: pip install -r requirements-extra.txt'),
-    ('huggingface', 'transformers', 'Not checked: that needs transformers; run: pip install -r requirements-extra.txt'),
+    ('huggingface', 'transformers', 'Not checked: the check needs transformers; run: pip install -r'),
     pytest.param('onnx', 'onnxscript', 'needs onnxscript; run: pip', marks=[needs_extra('onnx'), with_dynamo]),
-    pytest.param('onnx', 'onnxruntime', 'Not checked: that needs onnxruntime; run: pip install -r',
+    pytest.param('onnx', 'onnxruntime', 'Not checked: the check needs onnxruntime; run: pip install -r',
                  marks=[needs_extra('onnx', 'onnxscript'), with_dynamo]),
 ])
 def test_a_missing_package_is_one_line(kind, module, says, trained, export, monkeypatch):
@@ -445,7 +445,7 @@ def test_names_of_hugging_face_on_every_pytorch(trained, export, parse, tmp_path
 
     del theirs['beit.encoder.layer.1.attention.attention.key.weight']
     torch.save(theirs, str(folder / 'pytorch_model.bin'))
-    for source, says in ((folder, 'blocks.1.attn.qkv.weight (192, 64) is missing'), (tmp_path, 'a folder without')):
+    for source, says in ((folder, 'blocks.1.attn.qkv.weight (192, 64) is missing'), (tmp_path, 'not a Hugging Face')):
         with pytest.raises(run_export.UserError, match=says.replace('(', r'\(').replace(')', r'\)')):
             finetuned(source, parse)
     unreadable = 'cannot be read'

@@ -732,7 +732,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(life, unbroken, how):
     assert reached(run.out) == (1, 4)
     damage(os.path.join(run.out, 'checkpoint-1-step4.pth'), how)
     run.finish()
-    assert re.search(r'checkpoint-1-step4\.pth: .*; passed over', run.running[0].output()), run.story()
+    assert re.search(r'checkpoint-1-step4\.pth: .*; skipped', run.running[0].output()), run.story()
     assert resumed(run.running[0].output()) == (1, 2)
     run.equals(reference)
 
@@ -746,7 +746,7 @@ def test_a_damaged_best_checkpoint_is_not_evaluated(server, unbroken, tmp_path, 
         flag for flag in reference.flags if not flag.startswith(('--output_dir', '--auto_resume'))]
         + ['--eval', '--resume=' + out])
     assert process.wait() == 0, process.output()
-    assert re.search(r'checkpoint-best\.pth: .*; passed over\n', process.output()), process.output()
+    assert re.search(r'checkpoint-best\.pth: .*; skipped\n', process.output()), process.output()
     assert 'Evaluating %s\n' % os.path.join(out, taken) in process.output(), process.output()
 
 

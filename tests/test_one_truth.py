@@ -225,7 +225,7 @@ def changed_preprocessing(draw, best, capsys):
     if flag in draw.flags:
         flag = '--no_imagenet_default_mean_and_std'
     _, text = evaluate(draw, capsys, best, flag)
-    assert 'Given on the command line' in text and ('crop_pct 0.5' in text or 'mean' in text), text
+    assert 'Flags that override' in text and ('crop_pct 0.5' in text or 'mean' in text), text
 
 
 def changed_images(draw, best, capsys):
