@@ -66,11 +66,12 @@ def draw_panel(axes: Any, title: str, curves: Sequence[Curve]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     if title == RATE:
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(FormatStrFormatter('%.2g'))
+        axes.yaxis.set_major_formatter(FormatStrFormatter('%g'))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines['top'].set_visible(False)
     axes.spines['right'].set_visible(False)
-    axes.legend(frameon=False, fontsize=8.5)
+    axes.legend(frameon=False, fontsize=8.5, ncol=3, columnspacing=1.2,
+                loc='upper left', bbox_to_anchor=(-0.02, -0.15))  # below, where it hides no curve
 
 
 def draw_curves(path: str, log: Sequence[Dict[str, Any]]) -> None:

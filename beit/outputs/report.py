@@ -34,7 +34,7 @@ run_folder.register_output(r'(eval-)?report\.html', at_end=True)
 run_folder.register_output(r'confusions\.json')
 
 SAMPLES = 16  # augmented training images that are shown
-OF_BEST = 'the best so far, whose weights are in checkpoint-best.pth'
+OF_BEST = 'the best one; its weights are in checkpoint-best.pth'
 MARKER = '#010203'  # what matplotlib writes for the text's colour, which is the page's own
 
 
@@ -144,12 +144,13 @@ class Report:
         if not self.prefix and best_line and best_line['epoch'] != self.best_epoch:
             self.recall_best(best_line['epoch'])
         best, flags = self.best, self.output.flags
+        tiles, facts = summary_tiles(figures, self.environment, log)
         page = report_html.render(dict(
             title='%s on %s' % (flags['model'], flags['data_path'] or flags['eval_data_path']), plots=plots, hint=hint,
             subtitle='%s on %s, %s. Finished %s.' % (
                 'Evaluated' if self.prefix else 'Trained', self.environment['device_name'],
                 self.environment['precision'], figures['finished'][:16].replace('T', ' ')),
-            tiles=summary_tiles(figures, self.environment, log), evaluated=self.evaluated,
+            tiles=tiles, facts=facts, evaluated=self.evaluated,
             classes=[str(name) for name in self.classes], per_class=best and best.per_class(),
             confused=best.most_confused() if best else [],
             matrix=best.matrix() if best and len(self.classes) <= report_html.HEAT_MAP_UP_TO else None,
@@ -176,26 +177,29 @@ def text_of(value: Any) -> str:
 
 
 def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any],
-                  log: Sequence[Dict[str, Any]]) -> List[Tuple[str, str]]:
-    """(name, text) of the figures that people look for first, those that there are: what the metrics declare, of a
-    training at its best epoch in log.txt, which has the epochs before a resume too; then the run's own."""
+                  log: Sequence[Dict[str, Any]]) -> Tuple[List[Tuple[str, str]], List[Tuple[str, str]]]:
+    """((name, text) of the results, (name, text) of the facts of the run), without missing values.
+
+    The results of a training are those of its best epoch in log.txt, which includes the epochs before a resume.
+    """
     seconds = int(figures.get('duration_seconds') or 0)
     is_training, specs = 'epochs' in figures, metrics.metric_specs()
     stats = best_epoch(log) or {} if is_training else {
         'test_' + spec.name: figures.get(spec.summary or spec.name) for spec in specs}
-    tiles = [(spec.title + ', best epoch' * is_training, stats.get('test_' + spec.name),
-              '%.2f %%' if spec.unit == '%' else '%.4f') for spec in specs if spec.title]
-    tiles += [(spec.title + ' of the EMA', figures.get('ema_' + spec.summary), '%.2f %%')
-              for spec in specs if spec.is_primary]
-    tiles += [('Last training loss', figures.get('loss') if is_training else None, '%.4f'),
-              ('Images/s', figures.get('images_per_second'), '%.1f'),
-              ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
-              ('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
-              ('Epochs', figures.get('epochs'), '%d'), ('Parameters', environment['parameters'] / 1e6, '%.2f M'),
-              ('Classes', environment['classes'], '%d'), ('Training images', environment['training_images'], '%d'),
-              ('Validation images', environment['validation_images'], '%d'),
-              ('In bad_images.txt', figures.get('bad_images') or None, '%d')]
-    return [(name, form % value) for name, value, form in tiles if value is not None]
+    results = [(spec.title + ', best epoch' * is_training, stats.get('test_' + spec.name),
+                '%.2f %%' if spec.unit == '%' else '%.4f') for spec in specs if spec.title]
+    results += [(spec.title + ' of the EMA', figures.get('ema_' + spec.summary), '%.2f %%')
+                for spec in specs if spec.is_primary]
+    results.append(('Last training loss', figures.get('loss') if is_training else None, '%.4f'))
+    facts = [('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
+             ('Images/s', figures.get('images_per_second'), '%.1f'),
+             ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
+             ('Epochs', figures.get('epochs'), '%d'), ('Parameters', environment['parameters'] / 1e6, '%.2f M'),
+             ('Classes', environment['classes'], '%d'), ('Training images', environment['training_images'], '%d'),
+             ('Validation images', environment['validation_images'], '%d'),
+             ('In bad_images.txt', figures.get('bad_images') or None, '%d')]
+    shown = [[(name, form % value) for name, value, form in part if value is not None] for part in (results, facts)]
+    return shown[0], shown[1]
 
 
 def best_epoch(log: Sequence[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
