@@ -166,8 +166,9 @@ def main(args: argparse.Namespace) -> None:
     for flag in ('inputs', 'output'):
         if not getattr(args, flag):
             raise UserError('--%s is missing; see --help' % flag)
-    if os.path.lexists(args.output):
-        raise UserError('--output %s: there is something of that name; choose another' % escape_text(args.output))
+    if os.path.lexists(args.output) and not (args.overwrite and os.path.isfile(args.output)):
+        raise UserError('--output %s exists; choose another%s' % (
+            escape_text(args.output), ', or give --overwrite' if os.path.isfile(args.output) else ''))
     run_folder.check_writable('--output', os.path.dirname(args.output) or '.')
     paths = find(args.inputs)
     if args.best:

@@ -47,7 +47,7 @@ def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.de
 
 def build_class_folders(is_train: bool, config: InputConfig, device: Optional[torch.device]) -> ImageFolder:
     flag, root = locations.split_root(is_train, config)
-    return ImageFolder(root, flag, device, **_reading(is_train, config, device))
+    return ImageFolder(root, flag, device, config.check_data, **_reading(is_train, config, device))
 
 
 def build_cifar(is_train: bool, config: InputConfig, device: Optional[torch.device]) -> torchvision_datasets.CIFAR100:

@@ -14,7 +14,7 @@ from beit.errors import UserError
 from beit.files import run_folder
 from beit.log import log_main
 from beit.training.loss_scaler import LossScaler
-from beit.training.metrics import Loss, Metric, TopAccuracy, log_line
+from beit.training.metrics import Loss, Metric, TopAccuracy
 from beit.training.step_control import StepMonitor, StepState
 
 run_folder.register_output('prof')
@@ -156,7 +156,7 @@ def training_meters(state: Optional[Dict[str, Any]], batch_size: int) -> utils.M
     """
     meters = utils.MetricLogger(hidden=('loss_scale',))
     for name in ('lr', 'min_lr', 'loss', 'class_acc', 'weight_decay', 'grad_norm', 'loss_scale'):
-        meters.add_meter(name, utils.SmoothedValue(window_size=1, fmt='{value:.6f}') if name in ('lr', 'min_lr')
+        meters.add_meter(name, utils.SmoothedValue(window_size=1, fmt='{value:.4g}') if name in ('lr', 'min_lr')
                          else utils.SmoothedValue())
     if state:
         meters.load_state({name: [part * batch_size for part in totals] if name in ('loss', 'class_acc') and not
@@ -270,7 +270,6 @@ def evaluate(data_loader: Any, model: torch.nn.Module, device: torch.device, sha
     stats = {}
     for metric in metrics:
         stats.update(metric.compute(sharded, device))
-    log_main('* ' + log_line(stats), detail=True)
     return dict(stats, unreadable=[tuple(pair) for _, pairs in parts for pair in pairs])
 
 

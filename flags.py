@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Opti
 
 import modeling_finetune
 import optim_factory
-from beit import model_spec
+from beit import model_spec, startup
 from beit.checkpoint import discovery, hf_names, pretrained
 from beit.cli import OneLineParser, add_bool_flag, bounded_number
 from beit.config import (
@@ -64,6 +64,7 @@ class Flag:
         affects_results: whether the numbers of a training run depend on it; a resumed run names such changes.
         follows_checkpoint: whether --eval takes it from the checkpoint, where it is not given; besides those that
             `model_spec.ModelSpec` holds.
+        names_difference: whether a line names its difference from the checkpoint; not where it is no fact of the model.
         also: {another program that has it: its group and its differences there}.
     """
     name: str
@@ -80,6 +81,7 @@ class Flag:
     synonyms: str = ''
     affects_results: bool = True
     follows_checkpoint: bool = False
+    names_difference: bool = True
     also: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def add_to(self, group: Any) -> None:
@@ -183,7 +185,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('eval', False, 'evaluate --resume, and nothing else', synonyms='evaluate eval_only test_only',
              affects_results=False),
         Flag('test_flip', False, 'evaluate on the mean of the logits of an image and of its mirror image',
-             follows_checkpoint=True),
+             follows_checkpoint=True, names_difference=False),
         Flag('results_file', '', 'with --eval: a file for the figures, .csv or .json', affects_results=False),
         Flag('class_names', '', 'with --eval: file of class names, where the weights have none',
              affects_results=False, also={
@@ -195,7 +197,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
     ),
     (AVERAGE, 'flags'): (
         Flag('inputs', [], 'checkpoints, or folders with some after whole epochs', shown='none; needed', nargs='+'),
-        Flag('output', '', 'the file to write; it must not be there yet', shown='empty; needed'),
+        Flag('output', '', 'the file to write', shown='empty; needed'),
         Flag('best', 0, 'only so many, the best by the log.txt beside them; all count alike', shown='all',
              type=positive),
     ),
@@ -220,7 +222,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
     (EXPORT, 'how'): (
         Flag('format', '', 'the formats', shown='empty; needed'),
         Flag('output', '', 'file, for huggingface a folder', shown='beside the checkpoint, by its name'),
-        Flag('overwrite', False, 'replace what is there', off=''),
+        Flag('overwrite', False, 'replace what is there', off='', also={AVERAGE: dict(group='flags')}),
         Flag('opset', None, 'of onnx', shown='the newest that works', type=bounded_number(int, 7, 99)),
         Flag('no_check', False, 'do not compare the result with the checkpoint', off=''),
     ),
@@ -330,7 +332,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('nb_classes', 0, 'checked against the folders; 0 takes their number', type=whole, affects_results=False),
         Flag('imagenet_default_mean_and_std', False, 'ImageNet\'s mean and deviation instead of 0.5'),
         Flag('data_set', 'IMNET', 'IMNET (train/, val/), image_folder (class folders), CIFAR (100)',
-             follows_checkpoint=True),
+             follows_checkpoint=True, names_difference=False),
         Flag('data_backend', 'exact', 'exact, the reference\'s pixels; fast, by torchvision, nearly so',
              choices=transforms.BACKENDS,
              also={PREDICT: dict(group='run',
@@ -447,7 +449,7 @@ def follow_checkpoint(args: argparse.Namespace, saved: Mapping[str, Any], source
                             % (escape_text(source), flag.name, saved[flag.name])) from None
         if flag.name not in args.given:
             setattr(args, flag.name, value)
-        elif getattr(args, flag.name) != value:
+        elif flag.names_difference and getattr(args, flag.name) != value:
             differ.append('--%s %s (the checkpoint: %s)' % (flag.name, getattr(args, flag.name), value))
     return differ
 
@@ -560,6 +562,6 @@ def check_outputs(args: argparse.Namespace) -> None:
     if args.report and not args.output_dir:
         raise UserError('--report needs --output_dir, the folder for report.html')
     if args.log_dir and importlib.util.find_spec('tensorboardX') is None:
-        raise UserError('--log_dir %s needs tensorboardX; run: pip install tensorboardX' % args.log_dir)
+        raise UserError('--log_dir %s needs tensorboardX; %s' % (args.log_dir, startup.pip_install('tensorboardX')))
     for flag, folder in (('--output_dir', args.output_dir), ('--log_dir', args.log_dir)):
         run_folder.check_writable(flag, folder)

@@ -14,6 +14,7 @@ from typing import Any, Deque, Dict, Iterable, Iterator, List, Optional, Sequenc
 import numpy as np
 import torch
 
+from beit import startup
 from beit.devices import accelerator, kernels
 from beit.distributed import collectives, process_group, watchdog
 from beit.errors import UserError, escape_text
@@ -241,11 +242,12 @@ class Throughput:
         return data_seconds / max(seconds, 1e-9)
 
     def bottleneck(self) -> str:
-        """Which of the two is the limit, for people."""
-        share = self.data_share
-        return 'the %s is the limit; %.1f %% of the time the device waited for data%s' % (
-            'device' if share < 0.5 else 'loader', 100 * share,
-            '' if share < 0.05 else ', %s--num_workers and --data_backend may help' % ('where ' if share < 0.5 else ''))
+        """Whether the device or the loader limits the speed, in words."""
+        waited = 'the device waited for data %.1f %% of the time' % (100 * self.data_share)
+        if self.data_share < 0.05:
+            return 'the device is the limit: ' + waited.replace('the device', 'it')
+        advice = '; more --num_workers or --data_backend fast may help'
+        return ('the loader is the limit: ' if self.data_share >= 0.5 else '') + waited + advice
 
 
 class TensorboardLogger:
@@ -260,8 +262,8 @@ class TensorboardLogger:
             from tensorboardX import event_file_writer, summary  # needed only by those who ask for it
             from tensorboardX.proto.event_pb2 import Event
         except ImportError as error:
-            raise UserError('--log_dir %s: tensorboardX cannot be imported (%s); run: pip install tensorboardX'
-                            % (escape_text(log_dir), error)) from None
+            raise UserError('--log_dir %s: tensorboardX cannot be imported (%s); %s' % (
+                escape_text(log_dir), error, startup.pip_install('tensorboardX'))) from None
         self.log_dir, self.summary, self.event = log_dir, summary, Event
         with self.one_line_error():
             os.makedirs(log_dir, exist_ok=True)

@@ -205,13 +205,14 @@ def add_bool_flag(group: Any, name: str, default: bool, help: str, off: Optional
 
 # ---- errors and the exit status
 
-def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: str, resume_hint: str = '') -> int:
-    """Do `work()`; its exit status: 0, 2 for what the user can mend, 1 for what broke.
+def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: str,
+                          resume_hint: Callable[[], str] = str) -> int:
+    """Call `work()`; returns the exit status: 0, 2 for a user error, 1 for another failure.
 
     Args:
-        program: the file's name, in front of an error.
-        memory_remedy: what helps where memory is not enough.
-        resume_hint: how to go on after a loader process was killed.
+        program: the file's name, the beginning of an error line.
+        memory_remedy: the advice when memory is not enough.
+        resume_hint: gives the advice after a loader process was killed.
     """
     try:
         work()
@@ -225,7 +226,7 @@ def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: 
         if worker_death_message(error):
             for child in multiprocessing.active_children():  # it may wait for ever for a lock that the dead one held
                 child.kill()
-            return exit_with_error(program, worker_death_message(error) + resume_hint, 1)
+            return exit_with_error(program, worker_death_message(error) + resume_hint(), 1)
         if accelerator.is_out_of_memory(error):
             return exit_with_error(program, 'out of memory (%s); %s' % (one_line(error)[:200], memory_remedy), 2)
         if not process_group.is_peer_failure(error):

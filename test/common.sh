@@ -35,8 +35,31 @@ install() {
     installed "$1" && return
     local constraint=()
     [ ! -f "$VENV/constraints.txt" ] || constraint=(-c "$VENV/constraints.txt")
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check ${constraint[@]+"${constraint[@]}"} \
-        -r "$1" >>"$VENV/install.log" 2>&1 && cp "$1" "$(stamp "$1")"
+    "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off ${constraint[@]+"${constraint[@]}"} \
+        -r "$1" 2>&1 | tee -a "$VENV/install.log" | show_progress && cp "$1" "$(stamp "$1")"
+}
+
+# show_progress: print the newest line of standard input every five seconds, after the seconds since the start.
+show_progress() {
+    local line='' newest='' began=$SECONDS shown=$SECONDS status
+    while :; do
+        IFS= read -r -t 5 line; status=$?
+        if [ $status = 0 ]; then newest=$line; elif [ $status -le 128 ]; then break; fi  # above: nothing came in time
+        if [ $((SECONDS - shown)) -ge 5 ]; then
+            printf '  %3d s: %.66s\n' $((SECONDS - began)) "$newest"
+            shown=$SECONDS
+        fi
+    done
+    cat >/dev/null  # bash 3 gives the same status for the end and for silence
+}
+
+# made_line: what the installation made, and where.
+made_line() {
+    "$VENV/bin/python" -c 'import importlib.metadata, platform, sys
+versions = ["%s %s" % (name, importlib.metadata.version(name)) for name in ("torch", "torchvision", "timm")]
+print("Made %s: Python %s, %s" % (sys.argv[1], platform.python_version(), ", ".join(versions)))' "$VENV" 2>/dev/null \
+        || echo "Made $VENV"
+    echo "Use it for other commands: $VENV/bin/python run_class_finetuning.py …"
 }
 
 installed() { [ -x "$VENV/bin/python" ] && cmp -s "$1" "$(stamp "$1")"; }
@@ -73,7 +96,7 @@ make_venv() {
     torch=$("$1" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)
     rm -rf "$VENV"
     if [ -n "$torch" ] && [ -z "$LOWEST" ]; then
-        keep_torch "$1" "$torch" && return
+        keep_torch "$1" "$torch" && { made_line; return; }
         echo "The torch $torch of $1 does not go with $(basename "$REQUIREMENTS"); installing another"
         rm -rf "$VENV"
     fi
@@ -83,6 +106,7 @@ make_venv() {
     [ -z "$LOWEST" ] || lowest_versions >"$VENV/constraints.txt"
     install "$REQUIREMENTS" || die "pip could not install $(basename "$REQUIREMENTS"); see $VENV/install.log," \
         "or name a Python that has the packages with PYTHON="
+    made_line
 }
 
 VENV=$HOME_FOLDER/.venv REQUIREMENTS=$ROOT/requirements.txt LOWEST=

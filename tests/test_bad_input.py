@@ -618,7 +618,7 @@ def test_looking_whether_it_can_be_written_leaves_nothing_even_killed(monkeypatc
 
 def test_log_dir_without_tensorboardx(refused, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'tensorboardX', None)
-    refused('--log_dir', str(tmp_path / 'tb'), late=True, says=['--log_dir', 'pip install tensorboardX'])
+    refused('--log_dir', str(tmp_path / 'tb'), late=True, says=['--log_dir', '-m pip install tensorboardX'])
 
 
 # ---- several processes

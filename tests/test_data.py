@@ -509,7 +509,7 @@ def test_whatever_pillow_reads_is_read_and_the_rest_is_told(image_folder, parse,
     assert line.startswith('%s/train: %d files or folders are not used (7 hidden' % (root, len(rest)))
     for part in ('--check_data', '2 .txt', '1 .mp4', '2 beside the class folders'):
         assert part in line
-    assert unreadable.check_data((train, val), 0, '') == 0
+    assert unreadable.check_data((train, val), 0, '') == (0, 0)
     lines = capsys.readouterr().out.splitlines()
     assert dict(line.split('\tnot used: ') for line in lines[:-1]) == {
         os.path.join(root, name): reason for name, reason in rest.items()}

@@ -125,7 +125,7 @@ def test_files_that_are_none(tmp_path, capsys):
 def test_config_without_pyyaml(tmp_path, parse, monkeypatch):
     (tmp_path / 'args.yaml').write_text('lr: 1\n')
     monkeypatch.setitem(sys.modules, 'yaml', None)
-    with pytest.raises(UserError, match='--config .*args.yaml needs PyYAML; run: pip install PyYAML'):
+    with pytest.raises(UserError, match='--config .*args.yaml needs PyYAML; run: /.* -m pip install PyYAML'):
         parse('--config=%s' % (tmp_path / 'args.yaml'))
 
 
@@ -287,7 +287,7 @@ def test_curves_are_drawn_seldom_and_at_the_end(tmp_path, monkeypatch):
     assert counts == [1, 1, 1, 2, 3]  # at 100 s, not at 105 and 119, at 121, and at the end
 
 
-@pytest.mark.parametrize('failure, says', ((ImportError('no'), 'curves.png needs matplotlib; run: pip install -r'),
+@pytest.mark.parametrize('failure, says', ((ImportError('no'), 'matplotlib; run: %s -m pip' % sys.executable),
                                            (RuntimeError('odd\nfont'), 'not drawn (RuntimeError: odd font)')))
 def test_a_plot_that_fails_is_one_line_and_no_more(image_folder, tmp_path, monkeypatch, capsys, failure, says):
     def fail(*_):
@@ -307,7 +307,7 @@ def test_without_matplotlib(run, tmp_path, monkeypatch, capsys):
     curves = Curves(str(tmp_path))
     curves.draw()
     curves.draw(is_last=True)
-    assert capsys.readouterr().out.count('curves.png needs matplotlib; run: pip install -r requirements-extra.txt') == 1
+    assert capsys.readouterr().out.count('-m pip install matplotlib (or give --no_curves)') == 1
     assert report.svg_plots(LOG)[0] == [] and 'A report with curves needs matplotlib' in report.svg_plots(LOG)[1]
 
 
@@ -569,7 +569,8 @@ def many_classes(tmp_path, classes=100):
         predictions.counts[true, (true + 1) % classes] = true + 1
     picture = np.zeros((200, 320, 3), np.uint8)
     return predictions, dict(
-        title='t', subtitle='s', tiles=[], facts=[], plots=[], hint='', classes=['class %d' % label for label in range(classes)],
+        title='t', subtitle='s', tiles=[], facts=[], plots=[], hint='',
+        classes=['class %d' % label for label in range(classes)],
         evaluated='All.', per_class=predictions.per_class(), confused=predictions.most_confused(), matrix=None,
         hardest=[(picture, EvaluatedImage(0, 1, 2, 0.5, math.nan, math.inf), '/a/b/c.png')], most_confident=[],
         samples=[], flags=[], versions=[])

@@ -476,7 +476,7 @@ def test_a_very_deep_folder(tmp_path):
 # ---- the list and the limit
 
 def check_data(args):
-    return unreadable_module.check_data(datasets.build_datasets(args)[:2], args.num_workers, args.output_dir)
+    return unreadable_module.check_data(datasets.build_datasets(args)[:2], args.num_workers, args.output_dir)[0]
 
 
 def lines_of(folder):

@@ -159,17 +159,20 @@ def build_model_or_refuse(found: CheckpointWeights) -> torch.nn.Module:
                         % (escape_text(found.source), error)) from None
 
 
-def load_state(model: torch.nn.Module, found: CheckpointWeights) -> None:
+def load_state(model: torch.nn.Module, found: CheckpointWeights, quiet: bool = False) -> None:
     """Load a checkpoint's weights; tables are resized to the model's input size, as --finetune does.
+
+    Args:
+        quiet: log nothing: the same was logged for other weights of the file.
 
     Raises:
         UserError: they are another model's.
     """
     state, shown = dict(found.state), escape_text(found.source)
     if found.is_bare or found.is_resized:
-        adapt_state_dict(state, model)
+        adapt_state_dict(state, model, quiet)
     unused = sorted(set(state) - set(model.state_dict())) if found.is_bare else []  # such as pretraining's mask token
-    if unused:
+    if unused and not quiet:
         log_main('Unused names in %s: %s' % (shown, ', '.join(unused[:8])))
     state = {name: value for name, value in state.items() if name not in unused}
     problems = mismatches(state, model.state_dict())

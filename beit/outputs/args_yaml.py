@@ -8,6 +8,7 @@ import os
 import re
 from typing import Any, Dict, List, Union
 
+from beit import startup
 from beit.errors import UserError, escape_text
 from beit.files.atomic_write import write_bytes
 from beit.log import log_main
@@ -47,7 +48,7 @@ def read(path: str) -> Dict[str, Union[str, List[str], None]]:
     try:
         import yaml  # slow to import, and of use to --config alone
     except ImportError:
-        raise UserError('%s needs PyYAML; run: pip install PyYAML' % shown) from None
+        raise UserError('%s needs PyYAML; %s' % (shown, startup.pip_install('PyYAML'))) from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:

@@ -7,6 +7,7 @@ import os
 import time
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
+from beit import startup
 from beit.distributed import process_group
 from beit.errors import one_line
 from beit.files import run_folder
@@ -114,5 +115,5 @@ class Curves:
 
 def failure_message(what: str, error: Exception) -> str:
     if isinstance(error, ImportError):
-        return '%s needs matplotlib; run: pip install -r requirements-extra.txt (or give --no_curves)' % what
+        return '%s needs matplotlib; %s (or give --no_curves)' % (what, startup.pip_install('matplotlib'))
     return '%s was not drawn (%s: %s)' % (what, type(error).__name__, one_line(error))

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import modeling_finetune
-from beit import model_spec
+from beit import model_spec, startup
 from beit.checkpoint import hf_names
 from beit.checkpoint.inference_model import LoadedModel
 from beit.errors import UserError, one_line
@@ -22,7 +22,7 @@ from beit.errors import UserError, one_line
 EXAMPLE = 3  # images in the batch that an exporter sees
 OPSETS = (23, 20, 18, 17, 13, 11)  # the newest that PyTorch's exporter writes and onnxruntime reads is taken
 PROTOBUF_LIMIT = 2 ** 31  # bytes of an ONNX file that holds its own weights
-EXTRA = 'run: pip install -r requirements-extra.txt'
+EXTRA = startup.pip_install(file='requirements-extra.txt')
 HUGGINGFACE_FILES = ('config.json', 'preprocessor_config.json', 'model.safetensors')
 
 Logits = List[torch.Tensor]
@@ -310,7 +310,8 @@ def _safetensors(tensors: Dict[str, torch.Tensor], description: Dict[str, str]) 
     try:
         from safetensors.numpy import save  # the one for tensors needs a newer PyTorch than 1.8
     except ImportError:
-        raise UserError('--format safetensors and huggingface need safetensors; run: pip install safetensors') from None
+        raise UserError('--format safetensors and huggingface need safetensors; '
+                        + startup.pip_install('safetensors')) from None
     return save({name: value.detach().contiguous().numpy() for name, value in tensors.items()}, description)
 
 

@@ -35,7 +35,7 @@ class LineWriter:
     def write(self, prediction: Prediction) -> None:
         if not prediction.reason:
             self.write_text('%s: %s\n' % (escape_text(prediction.path), ', '.join(
-                '%s %.1f %%' % (escape_text(self.classes[index]), 100 * probability)
+                '%s (%.1f %%)' % (escape_text(self.classes[index]), 100 * probability)
                 for index, probability in zip(prediction.classes, prediction.probabilities))))
 
     def end(self) -> None:

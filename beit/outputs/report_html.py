@@ -23,8 +23,8 @@ PAGE = string.Template('''<!DOCTYPE html>
 <title>$title</title>
 <style>
 :root { color-scheme: light dark; --ground: #f6f7f9; --panel: #ffffff; --text: #1b2129; --soft: #5b6775;
-  --line: #e1e5ea; --track: #e9edf1; --accent: #2f7ed8; --good: #2468b4; --bad: #b6401c; --shadow: rgba(27, 33, 41, .28);
-  --wrong: 214, 84, 40; --right: 36, 104, 180; }
+  --line: #e1e5ea; --track: #e9edf1; --accent: #2f7ed8; --good: #2468b4; --bad: #b6401c;
+  --shadow: rgba(27, 33, 41, .28);  --wrong: 214, 84, 40; --right: 36, 104, 180; }
 @media (prefers-color-scheme: dark) {
   :root { --ground: #101317; --panel: #191e24; --text: #e6eaee; --soft: #98a4b0; --line: #2b323a; --track: #2a3139;
     --accent: #5c9fe8; --good: #7ab8f5; --bad: #f0906c; --shadow: rgba(0, 0, 0, .75);
@@ -60,8 +60,8 @@ dt, .note, .path, .none, .bars small { color: var(--soft); }
 .plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 .plots > div { padding: .7rem; }
 .plots svg { display: block; width: 100%; height: auto; }
-.bars { display: grid; grid-template-columns: fit-content(clamp(6rem, 24vw, 14rem)) minmax(4rem, 1fr) auto; gap: .35rem .8rem;
-  align-items: center; font-size: .9rem; }
+.bars { display: grid; grid-template-columns: fit-content(clamp(6rem, 24vw, 14rem)) minmax(4rem, 1fr) auto;
+  gap: .35rem .8rem; align-items: center; font-size: .9rem; }
 .bars .name { text-align: right; line-height: 1.25; }
 .bars .track { background: var(--track); border-radius: .25rem; height: .8rem; }
 .bars .track i { display: block; height: 100%; border-radius: .25rem; background: var(--accent); min-width: 1px; }
@@ -163,7 +163,8 @@ def _plots(data: Dict[str, Any]) -> str:
 
 def _flags(data: Dict[str, Any]) -> str:
     return _section('Flags', '', '<details class="panel"><summary>All %d, and versions</summary>\n'
-                    '<dl class="flags">\n%s\n</dl>\n</details>' % (len(data['flags']), _pairs(data['flags'] + data['versions'])))
+                    '<dl class="flags">\n%s\n</dl>\n</details>'
+                    % (len(data['flags']), _pairs(data['flags'] + data['versions'])))
 
 
 # ---- classes
@@ -178,7 +179,8 @@ def _per_class(data: Dict[str, Any]) -> str:
         note += ' %d classes.' % len(rows)
     if len(rows) < len(images):
         note += ' %d more have no validation image.' % (len(images) - len(rows))
-    return _section('Accuracy of each class', note, '\n'.join('<div class="panel">%s<div class="bars">\n%s\n</div></div>' % (
+    panel = '<div class="panel">%s<div class="bars">\n%s\n</div></div>'
+    return _section('Accuracy of each class', note, '\n'.join(panel % (
         title, '\n'.join(BAR.substitute(
             name=escape(data['classes'][label]), width='%.2f' % (100 * share), share='%.1f' % (100 * share),
             right=int(right[label]), images=int(images[label])) for share, label in part)) for title, part in parts))

@@ -243,10 +243,10 @@ class CheckpointMonitor(StepMonitor):
         self.stop(number, epoch, steps)
 
     def stop(self, number: int, epoch: int, steps: int) -> None:
-        outcome = 'nothing was saved, for want of --output_dir (or by --no_save_ckpt)'
+        outcome = 'nothing was saved, without --output_dir or with --no_save_ckpt'
         if self.saves:
-            outcome = 'saved %s; the same command%s goes on from there' % (
+            outcome = 'saved %s; the same command%s continues from there' % (
                 os.path.join(self.output.output_dir, self.run_state.file_name()),
                 '' if self.output.auto_resume else ' with --auto_resume')
         raise preemption.Stopped(number, 'stopped by %s after update %d of epoch %d; %s' % (
-            preemption.name(number), steps, epoch, outcome))
+            preemption.name(number), steps, epoch + 1, outcome))
