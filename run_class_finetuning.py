@@ -98,7 +98,7 @@ class Learner:
     ema: Optional[utils.ModelEma]
     device: torch.device
     dtype: Optional[torch.dtype]  # of half precision; None is float32
-    attention: str  # the kernel, in words
+    attention: str  # the kernel's name
     last_scores: List[str] = dataclasses.field(default_factory=list)  # the lines of the newest evaluation
 
 
@@ -168,8 +168,8 @@ def check_data(args: argparse.Namespace) -> None:
         damaged, empty = unreadable.check_data((train_set, val_set), args.num_workers, args.output_dir)
     if damaged:
         listed = ', listed in %s' % os.path.join(args.output_dir, LIST) if args.output_dir else ''
-        raise UserError('--check_data: %s cannot be read%s; repair or remove what is listed, or leave it out with '
-                        '--bad_images skip, and a --max_bad_images above its share'
+        raise UserError('--check_data: %s cannot be read%s; repair or remove the files, or leave them out with '
+                        '--bad_images skip, and a --max_bad_images above their share'
                         % (log.pluralize(damaged, 'image'), listed))
     if empty:
         raise UserError('--check_data: %s without an image; add images or remove the folders'
@@ -391,7 +391,7 @@ def resume(args: argparse.Namespace, data: Data, learner: Learner,
 
 
 def prepare_folder(args: argparse.Namespace, source: str, run_state: training_state.RunState) -> None:
-    """Keep the files that this run continues; move those of another run, or later than --resume FILE, to a backup."""
+    """Keep the files that this run continues; move files of another run, or later than --resume, to a backup."""
     keep, later = args.prof or args.cann_prof, []
     if not keep and source and discovery.is_inside(source, args.output_dir):
         keep = True
@@ -518,7 +518,7 @@ def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_ima
             if left_out:
                 bad_images.report(left_out, len(data.val_set), 'validation')
             lines = [run_log.scores_line(stats), run_log.accuracy_line(name, stats, len(set(left_out)))]
-            for line in lines:  # in training, a terminal shows those of the last epoch, at the end
+            for line in lines:  # in training, a terminal shows the last epoch's at the end
                 log.log_main(line, detail=stop_signal is not None)
             learner.last_scores += lines
             for message in filter(None, (metric.message % stats for metric in metrics)):

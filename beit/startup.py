@@ -40,7 +40,7 @@ def open_standard_streams() -> None:
 
 
 def pip_install(*packages: str, file: str = '') -> str:
-    """The command that installs packages, or those of a requirements file of this project, into this Python."""
+    """The command that installs packages, or a requirements file of this project, into this Python."""
     what = ['-r', os.path.join(ROOT, file)] if file else list(packages)
     return 'run: ' + ' '.join(map(shlex.quote, [sys.executable, '-m', 'pip', 'install', *what]))
 

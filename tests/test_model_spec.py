@@ -204,7 +204,7 @@ def test_an_average_with_weights_that_say_nothing_is_refused(trained, tmp_path, 
     files = [str(trained / 'out' / 'checkpoint-best.pth'), str(trained / 'bare.pth')]
     for order in (files, files[::-1]):
         assert average_checkpoints.run(['--inputs', *order, '--output', str(tmp_path / 'x.pth')]) == 2
-        assert 'bare.pth: it does not say of what model it is' in capsys.readouterr().err
+        assert 'bare.pth: it holds no description of its model' in capsys.readouterr().err
 
 
 def test_bare_weights_tell_their_size_and_what_is_assumed(trained, capsys):

@@ -163,7 +163,7 @@ def test_a_node_that_fails_ends_the_other(image_folder, tmp_path, victim):
     finally:
         runs = ends(nodes)
     assert runs[0].status == 1
-    assert re.match(r'run_class_finetuning.py: error: lost the connection to [^\n]*; its own message says why\n\Z',
+    assert re.match(r'run_class_finetuning.py: error: lost the connection to [^\n]*; see its own message\n\Z',
                     runs[0].err), runs[0].err
     assert runs[1].status == (137 if victim == 'process' else -signal.SIGKILL)
     if victim == 'process':

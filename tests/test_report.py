@@ -98,7 +98,7 @@ def test_a_file_written_by_hand(tmp_path, parse):
     ('opt_betas: 0.9', 'opt_betas: it takes a list of numbers'),
     ('amp: maybe', "amp: it must be true or false, got 'maybe'"),
     ('jit_compile: maybe', "wrong.yaml: jit_compile: unknown value 'maybe'; it must be one of auto, on, off"),
-    ('lr: 1\nlr: 2', 'lr stands there twice'),
+    ('lr: 1\nlr: 2', 'lr occurs twice'),
     ('lr: 1\nseed: {a: 1}', 'line 2'),
     ('- lr', 'flag: value'),
     ('a: [', 'line 1'),

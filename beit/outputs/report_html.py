@@ -1,4 +1,4 @@
-"""The HTML of report.html: plain data in, one page out that needs no script, no network and no other file."""
+"""The HTML of report.html: one page, without scripts, network or other files."""
 
 import base64
 import html
@@ -123,17 +123,17 @@ FIGURE = string.Template('<figure><img src="$source" alt="$alt"$tiny><figcaption
 
 
 def escape(text: Any) -> str:
-    """Any text, a path with bytes that are no text too, as HTML."""
+    """Escape any text for HTML, also a path with undecodable bytes."""
     return html.escape(escape_text(str(text)), quote=True)
 
 
 def render(data: Dict[str, Any]) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        data (dict): title, subtitle; tiles, flags, versions: (name, text) pairs; plots: SVG texts; hint: why there are
-            none; classes: names; per_class: (right, images) or None; matrix: int (classes, classes) or None;
-            confused: (target, predicted, count); evaluated: which weights; hardest, most_confident: (pixels,
+        data (dict): title, subtitle; tiles, facts, flags, versions: (name, text) pairs; plots: SVG texts; hint: the
+            reason without plots; classes: names; per_class: (right, images) or None; matrix: int (classes, classes) or
+            None; confused: (target, predicted, count); evaluated: which weights; hardest, most_confident: (pixels,
             `EvaluatedImage`, path); samples: (pixels, caption). Pixels are uint8 (H, W, 3).
     """
     sections = [_plots(data)]
@@ -188,17 +188,17 @@ def _per_class(data: Dict[str, Any]) -> str:
 
 def _confusions(data: Dict[str, Any]) -> str:
     if not data['confused']:
-        return _section('Confusions', 'None: every image was taken for what it is.')
+        return _section('Confusions', 'None: every image was classified correctly.')
     if data['matrix'] is not None:
-        return _section('Confusions', 'Rows are the true classes, columns what the images were taken for; the shade is '
-                        'the share of the row.', _heat_map(data['matrix'], data['classes']))
+        return _section('Confusions', 'Rows are the true classes, columns the predicted ones; the shade is the share '
+                        'of the row.', _heat_map(data['matrix'], data['classes']))
     images = data['per_class'][1]
     rows = '\n'.join(
         '<tr><td>%s</td><td>%s</td><td class="number">%d</td><td class="number">%.1f %%</td></tr>' % (
             escape(data['classes'][target]), escape(data['classes'][predicted]), count, 100 * count / images[target])
         for target, predicted, count in data['confused'])
-    return _section('Most confused', 'The pairs with most images; the share is of the images of the true class.',
-                    SCROLL % ('<table class="list"><thead><tr><th>true class</th><th>taken for</th>'
+    return _section('Most confused', 'The pairs with the most images; shares are of the images of the true class.',
+                    SCROLL % ('<table class="list"><thead><tr><th>true class</th><th>predicted</th>'
                               '<th class="number">images</th><th class="number">share</th></tr></thead>\n'
                               '<tbody>\n%s\n</tbody></table>' % rows))
 
@@ -225,7 +225,7 @@ def _heat_map(matrix: Any, classes: Sequence[str]) -> str:
 
 def _hardest(data: Dict[str, Any]) -> str:
     classes = data['classes']
-    return _images('Most mistaken', 'Wrong ones with the highest loss, as the model saw them.', [
+    return _images('Most mistaken', 'Wrong predictions with the highest loss, as the model saw the images.', [
         (pixels, '%s taken for %s' % (classes[image.target], classes[image.predicted]),
          'taken for <span class="wrong">%s</span> (%s)<br>is %s (%s)<br>%s' % (
              escape(classes[image.predicted]), percent(image.probability), escape(classes[image.target]),
@@ -235,22 +235,22 @@ def _hardest(data: Dict[str, Any]) -> str:
 
 def _most_confident(data: Dict[str, Any]) -> str:
     if not data['most_confident']:
-        return _section('Surest', 'No image was taken for what it is.')
+        return _section('Surest', 'No image was classified correctly.')
     classes = data['classes']
-    return _images('Surest', 'Right ones with the highest probability.', [
+    return _images('Surest', 'Right predictions with the highest probability.', [
         (pixels, classes[image.target], '<span class="right">%s</span> (%s)<br>%s' % (
             escape(classes[image.target]), percent(image.probability), _path(path)))
         for pixels, image, path in data['most_confident']])
 
 
 def _samples(data: Dict[str, Any]) -> str:
-    return _images('Training images as the model saw them', 'The first of epoch 1, with what is done to them: crops, '
-                   'colours, erasing, and mixed where mixup or cutmix is on.',
+    return _images('Training images as the model saw them', 'The first of epoch 1, with augmentation: crops, '
+                   'colours, erasing, and mixup or cutmix.',
                    [(pixels, caption, escape(caption)) for pixels, caption in data['samples']])
 
 
 def _images(title: str, note: str, images: List[Tuple[Any, str, str]]) -> str:
-    """A section of images, (pixels, text instead of the picture, caption as HTML); '' without one."""
+    """A section of images (pixels, alternative text, caption as HTML); '' without images."""
     return _section(title, note, '<div class="images">\n%s\n</div>' % '\n'.join(
         FIGURE.substitute(source=data_uri(pixels), alt=escape(alt), caption=caption,
                           tiny=' class="tiny"' if max(pixels.shape[:2]) <= 96 else '')
@@ -258,7 +258,7 @@ def _images(title: str, note: str, images: List[Tuple[Any, str, str]]) -> str:
 
 
 def data_uri(pixels: Any, side: int = 160) -> str:
-    """A JPEG of at most `side` pixels a side, inside the page."""
+    """A data URI: a JPEG of at most `side` pixels a side."""
     from PIL import Image  # slow to import
     picture, file = Image.fromarray(pixels), io.BytesIO()
     picture.thumbnail((side, side), Image.LANCZOS)  # type: ignore[attr-defined]
@@ -267,14 +267,14 @@ def data_uri(pixels: Any, side: int = 160) -> str:
 
 
 def percent(share: float) -> str:
-    """Enough digits to tell 99.99 % from 100 %, and a space at which no line ends."""
+    """A percentage with enough digits to distinguish 99.99 % from 100 %, and a no-break space."""
     if not math.isfinite(share):
         return 'n/a'
     return '%.*f\u00a0%%' % (1 if 0.001 <= share <= 0.999 else 3, 100 * share)
 
 
 def _path(path: str) -> str:
-    """The file and its folder; all of it where the mouse rests."""
+    """The file and its folder; the whole path as a tooltip."""
     end = '/'.join(path.replace('\\', '/').split('/')[-2:])
     return '<span class="path" title="%s">%s</span>' % (escape(path), escape(
         end if len(end) <= PATH_LETTERS else '…' + end[1 - PATH_LETTERS:]))
