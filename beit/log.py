@@ -40,7 +40,7 @@ class NoDisplay:
 
     def log_row(self, name: str, value: str, width: int) -> None:
         """Print a line 'name: value'; a terminal shows the values in a column that begins at `width`."""
-        self.log('%s: %s' % (name, value) if name else value)
+        NoDisplay.log(self, '%s: %s' % (name, value) if name else value)
 
     def show(self, text: str) -> None:
         """Print a line on the terminal only."""

@@ -119,7 +119,7 @@ def test_what_does_not_go_together_is_refused(trained, tmp_path, capsys):
     refused(capsys, base + [str(tmp_path / 'none.pth')], 'no such file')
     refused(capsys, base + [str(tmp_path)], 'holds no checkpoint')
     refused(capsys, base + [other(model_ema=None), '--use_ema'], 'holds no averaged weights')
-    refused(capsys, ['--inputs', first, '--output', first], 'of that name')
+    refused(capsys, ['--inputs', first, '--output', first], 'exists')
     refused(capsys, ['--inputs', first], '--output')
     (tmp_path / 'other.pth').write_bytes(b'damaged')
     refused(capsys, base + [str(tmp_path / 'other.pth')], 'other.pth')

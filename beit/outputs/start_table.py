@@ -47,7 +47,7 @@ def _training_rows(flags: Dict[str, Any], processes: int, steps_per_epoch: int,
     limit = '; --maxstep ends after %d' % flags['maxstep'] if 0 < flags['maxstep'] < steps else ''
     return [('Batch', '%d per device x %d x %d accumulated = %d; %s an epoch, %d in all%s' % (
                 flags['batch_size'], processes, flags['update_freq'],
-                flags['batch_size'] * flags['update_freq'] * processes, pluralize(steps_per_epoch, 'update step'),
+                flags['batch_size'] * flags['update_freq'] * processes, pluralize(steps_per_epoch, 'update'),
                 steps, limit)),
             ('Checkpoints', 'every %s, and the best, in %s' % (
                 'epoch' if every == 1 else '%d epochs' % every, escape_text(flags['output_dir']))
