@@ -570,7 +570,7 @@ def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learne
         if data.val_loader is not None and (is_due or is_last):
             if not is_whole:
                 log.log_main('Evaluating %s after --maxstep %d; --disable_eval_during_finetuning leaves that out'
-                             % (log.pluralize(len(data.val_set), 'image'), args.maxstep))
+                             % (log.pluralize(report.environment['validation_images'], 'image'), args.maxstep))
             test_stats, ema_stats = evaluate_all(args, data, learner, monitor.bad_images, None,
                                                  lambda: monitor.signals.stop_signal,
                                                  report.predictions(data.spec.multi_label, data.spec.activation))

@@ -54,7 +54,7 @@ extras=()
 choose_python $tool ${extras[@]+"${extras[@]}"}
 if ! "$PYTHON" -c "import ${tool/ruff/ruff, mypy}" 2>/dev/null; then
     [ "$PYTHON" = "$VENV/bin/python" ] \
-        || die "PYTHON=$PYTHON has no $tool; run: $PYTHON -m pip install -r tests/requirements.txt"
+        || die "PYTHON=$PYTHON has no $tool; run: $PYTHON -m pip install -r $ROOT/tests/requirements.txt"
     install "$ROOT/tests/requirements.txt" || die "pip could not install tests/requirements.txt; see $VENV/install.log"
 fi
 if [ $tool = ruff ]; then

@@ -52,7 +52,7 @@ dt, .note, .path, .none, .bars small { color: var(--soft); }
 .tiles div:first-child { border-left: .25rem solid var(--accent); }
 .tiles dt, .facts dt { font-size: .8rem; }
 .tiles dd { font-size: 1.5rem; font-weight: 650; letter-spacing: -.01em; line-height: 1.3; }
-.facts { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .6rem 1rem; margin: 1rem .1rem 0; }
+.facts { grid-template-columns: repeat(auto-fit, minmax(7.4rem, 1fr)); gap: .6rem 1rem; margin: 1rem .1rem 0; }
 .facts dd { font-weight: 500; }
 .panel { padding: 1rem 1.1rem; }
 .panel:has(.heat) { width: fit-content; max-width: 100%; }
