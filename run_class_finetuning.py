@@ -283,7 +283,7 @@ def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec
         counts = subsets.class_counts(label_source(val_set), len(names))
         absent = [name for name, count in zip(names, counts) if not count]
         if absent:
-            log.log_main('Evaluated on %d of the checkpoint\'s %d classes; no image of %s' % (
+            log.log_main('Evaluated on %d of the checkpoint\'s %d classes; there is no image of %s' % (
                 len(names) - len(absent), len(names), model_spec.shorten_names(absent)))
     return train_set, val_set, dataclasses.replace(spec, classes=tuple(names))
 

@@ -48,7 +48,7 @@ def widest(shown):
 
 def check_terminal(shown):
     """A bar for each epoch and validation, one line after each epoch, a table before, and no line of the log's."""
-    assert re.search(r'\rEpoch 1  +\d+%\|.*\| \d/4 <\d\d:\d\d', shown), shown
+    assert re.search(r'\rEpoch 1  +\d+%\|.*\| \d/4 <', shown), shown
     for number in (1, 2):
         assert '\rEpoch %d ' % number in shown
         assert len(re.findall(EPOCH % number, shown)) == 1, shown

@@ -28,7 +28,7 @@ def show(environment: Dict[str, Any], flags: Dict[str, Any], classes: Sequence[s
     unused_npu = accelerator.npu_unused_reason(flags['device'], torch.device(environment['device']))
     if unused_npu:
         rows.append(('', unused_npu.rstrip()))
-    images = ['%d %s images' % (environment[kind + '_images'], kind) for kind in ('training', 'validation')
+    images = ['%d %s' % (environment[kind + '_images'], kind) for kind in ('training', 'validation')
               if environment[kind + '_images'] is not None]
     rows += [('Precision', environment['precision']),
              ('Attention', attention),
@@ -37,7 +37,7 @@ def show(environment: Dict[str, Any], flags: Dict[str, Any], classes: Sequence[s
                  '%d class%s' % (len(classes), '' if len(classes) == 1 else 'es'), side, side)),
              ('Classes', model_spec.shorten_names(classes) + (
                  ' (only one: there is nothing to distinguish)' if len(classes) == 1 else '')),
-             ('Data', ' and '.join(images))]
+             ('Data', '%s images' % ' and '.join(images))]
     log_table(rows + (_training_rows(flags, processes, steps_per_epoch, source) if steps_per_epoch else []))
 
 
