@@ -348,7 +348,7 @@ def test_a_png_with_much_text_is_read(tmp_path):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_the_first_of_several_pages_is_used_and_reported_once(image_folder, parse, capsys, monkeypatch, workers):
-    monkeypatch.setattr(PrefetchLoader, 'has_told_first_page', False)
+    monkeypatch.setattr(PrefetchLoader, 'logged_first_page', False)
     root, first = image_folder(train=1, val=4), np.full((32, 32, 3), RGB, np.uint8)
     pages = [Image.new('RGB', (32, 32), (9, 9, 9 + number)) for number in range(3)]
     for name in ('1.tif', '2.tif', '3.gif'):
