@@ -4,6 +4,7 @@ import argparse
 import multiprocessing
 import os
 import re
+import signal
 import sys
 from typing import Any, Callable, Dict, Iterable, List, Optional
 
@@ -223,8 +224,7 @@ def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: 
         return exit_with_error(program, one_line(error), 2, error.rank)
     except (RuntimeError, MemoryError) as error:
         if worker_death_message(error):
-            for child in multiprocessing.active_children():  # it may wait for ever for a lock that the dead one held
-                child.kill()
+            end_loader_processes()
             return exit_with_error(program, worker_death_message(error) + resume_hint, 1)
         if accelerator.is_out_of_memory(error):
             return exit_with_error(program, 'out of memory (%s); %s' % (one_line(error)[:200], memory_remedy), 2)
@@ -235,6 +235,17 @@ def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: 
         return exit_with_error(program, 'lost the connection to %s, which ended or hangs; its own message says why' % (
             'process %s' % ' and '.join(map(str, silent)) if silent else 'another process'), 1)
     return 0
+
+
+def end_loader_processes() -> None:
+    """Kill the loader processes that are left: one may wait forever for a lock that a killed one held.
+
+    PyTorch's handler would report each in a traceback.
+    """
+    if hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def run_interruptible(program: str, work: Callable[[], Any], memory_remedy: str) -> int:

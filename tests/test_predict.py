@@ -22,7 +22,9 @@ from PIL import Image
 
 import modeling_finetune
 import run_class_finetuning
+import run_export
 import run_predict
+from beit import load
 from beit.checkpoint.inference_model import build_model
 from beit.data import prediction_inputs
 from beit.errors import UserError
@@ -667,3 +669,41 @@ def test_every_flag_stands_in_help_and_both_readmes(capfd):
         for action in parser._actions:
             if action.option_strings and action.help != '==SUPPRESS==' and action.dest not in ('help',):
                 assert '`%s' % action.option_strings[0] in section, (name, action.option_strings[0])
+
+
+# ---- from Python
+
+@pytest.mark.parametrize('size, resized', [(48, 54), (32, 32)])
+def test_a_classifier_loaded_from_python_gives_the_network_s_probabilities(size, resized, photos, tmp_path):
+    model = make_checkpoint(tmp_path / 'made.pth', '--input_size=%d' % size)
+    classifier = load(tmp_path / 'made.pth')
+    paths = [os.path.join(photos, name) for name in ('a.jpg', 'z.png', 'b/e.png')]
+    assert classifier.classes == CLASSES and not classifier.model.training
+    for path, ranking in zip(paths, classifier.predict(paths, top_k=4)):
+        pixels = by_hand(path, size, resized)[1]
+        np.testing.assert_allclose(classifier.transform(path), pixels[0], atol=1e-6)
+        with torch.no_grad():
+            expected = model(pixels)[0].softmax(-1)
+        order = expected.argsort(descending=True)[:4].tolist()
+        assert [name for name, _ in ranking] == [CLASSES[index] for index in order]
+        assert [share for _, share in ranking] == pytest.approx(expected[order].tolist(), abs=2e-6)
+        assert classifier.predict(Image.open(path), 4) == classifier.predict(path, 4)
+    assert len({classifier.predict(path)[0][0] for path in paths}) > 1  # or the images would not matter
+    assert len(classifier.predict(paths[0])) == 5 and classifier.predict([]) == []
+
+
+def test_a_classifier_takes_what_an_export_and_several_labels_give(photos, tmp_path):
+    make_checkpoint(tmp_path / 'labels.pth', '--input_size=48', activation='sigmoid')
+    assert run_export.run(['--resume', str(tmp_path / 'labels.pth'), '--format=safetensors',
+                           '--output', str(tmp_path / 'out.safetensors')]) == 0
+    image = Image.open(os.path.join(photos, 'a.jpg')).convert('RGBA')
+    first, second = (load(tmp_path / name).probabilities([image])[0] for name in ('labels.pth', 'out.safetensors'))
+    assert torch.equal(first, second) and first.sum().item() != pytest.approx(1)
+
+
+def test_a_classifier_names_a_file_that_is_no_image(large, tmp_path):
+    (tmp_path / 'torn.jpg').write_bytes(b'no image')
+    with pytest.raises(UserError, match='torn.jpg'):
+        load(large[0]).predict(str(tmp_path / 'torn.jpg'))
+    with pytest.raises(UserError, match='nothing-here'):
+        load(tmp_path / 'nothing-here.pth')

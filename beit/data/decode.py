@@ -66,12 +66,7 @@ def load_image(path: str) -> Image.Image:
                 raise ValueError('%s files are not decoded' % image.format)
             if getattr(image, 'is_animated', False) and image.format not in ('MPO', 'PSD'):  # there all are one picture
                 _first_page_only[:] = [escape_text(path)]
-            if image.mode[0] in 'IF':
-                image = _scale_to_bytes(image)
-            elif image.mode == 'P' and 'transparency' in image.info:
-                image = image.convert('RGBA')
-            image.load()
-            return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy it
+            return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         reason = getattr(error, 'strerror', None) or re.sub(r' <_io\.[^>]*>', '', str(error)) or type(error).__name__
         if isinstance(error, Image.DecompressionBombError):
@@ -79,6 +74,20 @@ def load_image(path: str) -> Image.Image:
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
             reason = 'it is a link to %s, which is not there' % escape_text(os.readlink(path))
         raise UnreadableImage(path, reason) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A Pillow image as RGB, 8 bits a channel. Transparency is dropped.
+
+    Raises:
+        ValueError: its numbers have no known range.
+    """
+    if image.mode[0] in 'IF':
+        image = _scale_to_bytes(image)
+    elif image.mode == 'P' and 'transparency' in image.info:
+        image = image.convert('RGBA')
+    image.load()
+    return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy it
 
 
 def read_up_to(max_pixels: int, read: Callable, path: str) -> Any:
