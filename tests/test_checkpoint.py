@@ -476,7 +476,8 @@ def test_training_continues_while_a_checkpoint_is_written(image_folder, tmp_path
     monkeypatch.setattr(CheckpointMonitor, 'begin_sync', count)
     monkeypatch.setattr(weights_file, 'save', slow)
     output = str(tmp_path / 'out')
-    flags = RUN + ['--data_path=' + image_folder(), '--epochs=1', '--batch_size=2', '--output_dir=' + output]
+    flags = RUN + ['--data_path=' + image_folder(), '--epochs=1', '--batch_size=2', '--keep_checkpoints=9',
+                   '--output_dir=' + output]
     assert run_class_finetuning.run(flags + ['--save_ckpt_steps=2']) == 0
     assert len(updates) > 5
     found = weights_file.load_weights_file(os.path.join(output, 'checkpoint-0-step2.pth'))

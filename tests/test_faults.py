@@ -501,7 +501,7 @@ POINTS = {
         ('between fsync and rename of log.txt', dies('os.replace', r'log\.txt')),
         ('between log.txt and the checkpoints', dies('beit.files.run_folder.append_log', when='after')),
         ('half of the best', dies('os.fsync', r'checkpoint-best\.pth', when='half')),
-        ('half of the numbered one', dies('os.fsync', r'checkpoint-0\.pth', when='half')),
+        ('between the link and the name of the numbered one', dies('os.link', r'checkpoint-0\.pth', when='after')),
         ('between rename and fsync of the folder', dies('os.replace', r'checkpoint-1\.pth$', when='after')),
         ('between log.txt and the last checkpoints', dies('beit.files.run_folder.append_log', when='after')),
         ('when all is done', dies('run_class_finetuning.print_result'))],
@@ -509,7 +509,7 @@ POINTS = {
         ('', dies('beit.files.weights_file.save', r'checkpoint-best\.pth', when='after')),
         ('while that is made good', dies('os.replace', r'checkpoint-best-ema\.pth'))],
     'between the best and the first': [('', dies('beit.files.weights_file.save_copy', r'checkpoint-0\.pth'))],
-    'between the best and the last': [('', dies('beit.files.weights_file.save_copy', r'checkpoint-2\.pth'))],
+    'between the best and the last': [('', dies('beit.files.weights_file.save', r'checkpoint-2\.pth'))],
     'removing old ones': [
         ('before', dies('os.remove', r'checkpoint-0-step2\.pth$')),
         ('after', dies('os.remove', r'checkpoint-0-step4\.pth$', when='after')),
@@ -547,7 +547,7 @@ NOT_BEGUN = None
 ASKS = [  # where the signal comes, in one start after another, and (epochs, updates) at which the run stops
     (dies('datasets.build_datasets'), NOT_BEGUN),
     (dies('beit.files.run_folder.prepare_folder', when='after'), NOT_BEGUN),
-    (dies(STEPS + 'CheckpointMonitor.save', when='after'), (0, 5)),
+    (dies(STEPS + 'CheckpointMonitor.save', nth=2, when='after'), (0, 5)),
     (dies(STEPS + 'CheckpointMonitor.begin_sync'), (0, 6)),
     (dies('engine_for_finetuning.evaluate', nth=2), (0, 6)),
     (dies('beit.files.run_folder.append_log'), (1, 1)),
@@ -571,7 +571,7 @@ def test_a_signal_stops_after_the_update_under_way(life, unbroken, number):
 
 def test_a_signal_in_the_last_save_changes_nothing(life, unbroken):
     run = life('plain')
-    assert not run.attempt(dies('beit.files.weights_file.save_copy', r'checkpoint-2\.pth', do=TERM))
+    assert not run.attempt(dies('beit.files.weights_file.save', r'checkpoint-2\.pth', do=TERM))
     run.equals(unbroken('plain'))
 
 
