@@ -32,12 +32,12 @@ TRAINING, PREDICT, EXPORT, AVERAGE = PROGRAMS = (
     'run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py')
 
 EXAMPLES = """examples:
-  try it on handwritten digits, a minute on a CPU:
+  try it on handwritten digits, one minute on a CPU:
     bash test/train_full_1p.sh --data_path=demo
-  fine-tune pretrained weights on your own class folders, and look at the outcome in out/report.html:
+  fine-tune pretrained weights on your own class folders, and open out/report.html:
     python run_class_finetuning.py --data_path DIR --finetune checkpoints/beit_base_patch16_224_pt22k_ft22k.pth \\
         --lr 2e-5 --layer_decay 0.85 --weight_decay 1e-8 --output_dir out --report
-  go on after it was stopped:
+  resume it after a stop:
     python run_class_finetuning.py --config out/args.yaml --auto_resume
   evaluate its best checkpoint:
     python run_class_finetuning.py --config out/args.yaml --eval --resume out
@@ -45,7 +45,7 @@ EXAMPLES = """examples:
 models:
 %s
 
-optimizers (lookahead_ may stand before one):
+optimizers, with an optional prefix lookahead_:
 %s
 """ % tuple(textwrap.fill(', '.join(names), 100, initial_indent='  ', subsequent_indent='  ')
             for names in (modeling_finetune.MODELS, optim_factory.OPTIMIZERS))
@@ -53,18 +53,18 @@ optimizers (lookahead_ may stand before one):
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """One flag: everything that the parsers, --help and a resumed run need to know of it.
+    """One flag, for the parsers, --help, docs/flags.md and the comparison of a resumed run.
 
     Attributes:
         name: without its dashes; `aliases` are further spellings.
-        default: a bool makes a switch, which --no_name (or `off`) turns off; where `off` is empty, nothing does.
-        help: what it does. --help adds the default in brackets, or what `shown` says of it.
+        default: a bool makes a switch; --no_name, or the name in `off`, turns it off. An empty `off` adds no such flag.
+        help: one line for --help and docs/flags.md, which add the default, or `shown` instead of it.
         type, choices, nargs, metavar, action: as argparse has them.
-        synonyms: what other projects call it, separated by blanks; for hints at an unknown flag.
-        affects_results: whether the numbers of a training run depend on it; a resumed run names such changes.
-        follows_checkpoint: whether --eval takes it from the checkpoint, where it is not given; besides those that
-            `model_spec.ModelSpec` holds.
-        also: {another program that has it: its group and its differences there}.
+        synonyms: its names in other projects, separated by blanks, for hints at an unknown flag.
+        affects_results: whether the results of a training run depend on it; a resumed run names such changes.
+        follows_checkpoint: whether --eval takes it from the checkpoint if it is not given, besides the fields of
+            `model_spec.ModelSpec`.
+        also: {another program with this flag: its group and its differences there}.
     """
     name: str
     default: Any
@@ -92,7 +92,7 @@ class Flag:
                            help='%s (%s)' % (self.help, self.shown_default()), **options)
 
     def check(self, value: Any) -> Any:
-        """The value, where the flag can have it. Raises ValueError, TypeError or ArgumentTypeError."""
+        """The value, converted. Raises ValueError, TypeError or ArgumentTypeError for an invalid one."""
         if value is None or isinstance(self.default, bool):
             if value is not self.default and type(value) is not bool:
                 raise ValueError(value)
@@ -118,253 +118,259 @@ whole, positive = bounded_number(int, 0), bounded_number(int, 1)
 rate, share = bounded_number(float, 0), bounded_number(float, 0, 1)
 below_one = bounded_number(float, 0, 0.999)
 
-UNLABELLED = 'weights that do not say what they are of'
-TRAINED = dict(help='checkpoint, or its folder, of which the best is taken', shown='empty; needed')
+UNLABELLED = 'weights without metadata'
+TRAINED = dict(help='checkpoint, https URL, or a folder: its best checkpoint', shown='required')
 LAUNCHED = {PREDICT: dict(group='distributed')}
 
 GROUPS = {  # in the order of --help
     TRAINING: ('run', 'model', 'optimizer', 'augmentation', 'fine-tuning', 'data', 'output', 'precision',
                'distributed'),
-    PREDICT: ('what', 'results', 'run', UNLABELLED, 'distributed'),
-    EXPORT: ('what to export', 'how'),
+    PREDICT: ('input', 'results', 'run', UNLABELLED, 'distributed'),
+    EXPORT: ('source', 'export'),
     AVERAGE: ('flags',)}
 
 FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --help has each group in this order
     (TRAINING, 'run'): (
-        Flag('batch_size', 64, 'images per device and micro-step', type=positive, synonyms='bs b',
-             affects_results=False, also={PREDICT: dict(group='run', help='images per device at a time')}),
-        Flag('epochs', 30, 'passes over the training set', type=bounded_number(int, 1, 10 ** 6)),
-        Flag('update_freq', 1, 'micro-steps whose gradients make one update', type=positive,
+        Flag('batch_size', 64, 'images per device and forward pass', type=positive, synonyms='bs b',
+             affects_results=False, also={PREDICT: dict(group='run', help='images per device and forward pass')}),
+        Flag('epochs', 30, 'passes over the training images', type=bounded_number(int, 1, 10 ** 6)),
+        Flag('update_freq', 1, 'batches whose gradients are accumulated for one update', type=positive,
              synonyms='accum_iter grad_accum_steps gradient_accumulation_steps', affects_results=False),
-        Flag('save_ckpt_freq', 5, 'epochs between checkpoints', type=positive, affects_results=False),
-        Flag('save_ckpt_steps', 0, 'update steps between checkpoints in mid-epoch; 0: none', type=whole,
+        Flag('save_ckpt_freq', 5, 'save a checkpoint every N epochs, and after the last', type=positive,
              affects_results=False),
-        Flag('save_ckpt_minutes', 0., 'minutes between them; 0: none', type=rate, affects_results=False),
-        Flag('keep_checkpoints', 0, 'only the newest so many of each kind; 0: all epochs, 2 in mid-epoch', type=whole,
+        Flag('save_ckpt_steps', 0, 'save within an epoch every N updates; 0: never', type=whole,
              affects_results=False),
-        Flag('deterministic', False, 'the same bits from the same command twice, on the same machine',
+        Flag('save_ckpt_minutes', 0., 'save within an epoch every N minutes; 0: never', type=rate,
              affects_results=False),
-        Flag('on_nonfinite', 'stop', 'loss or gradient infinite or no number: stop, or skip that update',
+        Flag('keep_checkpoints', 0, 'keep the newest N of each kind; 0: all of whole epochs, 2 within epochs',
+             type=whole, affects_results=False),
+        Flag('deterministic', False, 'compute bit-identical results on the same machine',
+             affects_results=False),
+        Flag('on_nonfinite', 'stop', 'if a loss or gradient is infinite or NaN: stop, or skip the update',
              choices=('stop', 'skip')),
-        Flag('seed', 0, 'seed of every random number', type=bounded_number(int, 0, 2 ** 62), follows_checkpoint=True),
+        Flag('seed', 0, 'random seed', type=bounded_number(int, 0, 2 ** 62), follows_checkpoint=True),
         Flag('num_workers', default_num_workers(), 'loader processes per device; 0: none',
              shown='one per processor, at most 10', type=bounded_number(int, 0, 1024), affects_results=False,
              also={PREDICT: dict(group='run', default=None, help='loader processes per device',
                                  shown='one per core, up to 8; 0 for one batch')}),
-        Flag('pin_mem', True, 'page-locked memory for batches to npu or cuda', affects_results=False,
+        Flag('pin_mem', True, 'page-locked host memory for batches (npu, cuda)', affects_results=False,
              also={PREDICT: dict(group='run')}),
-        Flag('max_train_samples', 0, 'train on so many images, the same in every epoch; 0: all', type=whole),
-        Flag('val_interval', 1, 'evaluate after each so many epochs, and the last', type=positive),
-        Flag('early_stop', 0, 'stop after so many evaluations in a row without a new best; 0: never', type=whole,
+        Flag('max_train_samples', 0, 'train on a fixed subset of N images; 0: all', type=whole),
+        Flag('val_interval', 1, 'evaluate every N epochs, and after the last', type=positive),
+        Flag('early_stop', 0, 'stop after N evaluations without a new best; 0: never', type=whole,
              affects_results=False),
-        Flag('start_epoch', 0, 'first epoch, where no checkpoint says it', type=whole, affects_results=False),
-        Flag('device', 'auto', 'auto (npu, cuda, cpu: the first present), npu, cuda, cpu, cuda:1 …', synonyms='gpu',
+        Flag('start_epoch', 0, 'first epoch, counted from 0, if no checkpoint is resumed', type=whole,
+             affects_results=False),
+        Flag('device', 'auto', 'npu, cuda, cpu, cuda:1 …; auto: the first of npu, cuda, cpu', synonyms='gpu',
              affects_results=False, also={PREDICT: dict(group='run')}),
-        Flag('jit_compile', 'auto', 'npu: compile operators; auto: on for 910A, off for 910B; on, off',
+        Flag('jit_compile', 'auto', 'npu: compile operators: on, off, auto (on for 910A, off for 910B)',
              choices=('auto', 'on', 'off')),
-        Flag('maxstep', 0, 'stop after exactly this many update steps; 0: no limit', type=whole, affects_results=False),
-        Flag('prof', False, 'profile a few updates, write a trace into output_dir/prof, stop', affects_results=False),
-        Flag('cann_prof', False, 'likewise through torch_npu\'s profiler', affects_results=False),
+        Flag('maxstep', 0, 'stop after N updates; 0: no limit', type=whole, affects_results=False),
+        Flag('prof', False, 'profile 5 updates, write a Chrome trace to output_dir/prof, and exit',
+             affects_results=False),
+        Flag('cann_prof', False, 'the same with torch_npu\'s profiler', affects_results=False),
     ),
     (TRAINING, 'output'): (
-        Flag('output_dir', '', 'folder for checkpoints, log.txt and the like', shown='empty: none', synonyms='output',
-             affects_results=False),
-        Flag('config', None, 'flags from a file, such as a run\'s args.yaml; those given here win', metavar='FILE'),
-        Flag('curves', True, 'draw output_dir/curves.png, every 20 s at most', affects_results=False),
+        Flag('output_dir', '', 'folder for checkpoints, log.txt and reports', shown='empty: write none',
+             synonyms='output', affects_results=False),
+        Flag('config', None, 'read flags from a file, such as args.yaml; the command line wins', metavar='FILE'),
+        Flag('curves', True, 'draw output_dir/curves.png, at most every 20 s', affects_results=False),
         Flag('report', False, 'write output_dir/report.html: curves, classes, confusions, images',
              affects_results=False),
-        Flag('log_dir', None, 'folder for TensorBoard', affects_results=False),
-        Flag('resume', '', 'checkpoint, or its folder: the newest; to evaluate the best', synonyms='checkpoint',
-             affects_results=False, also={PREDICT: dict(TRAINED, group='what'),
-                                          EXPORT: dict(TRAINED, group='what to export')}),
-        Flag('auto_resume', False, 'resume the newest checkpoint of output_dir, where there is one',
+        Flag('log_dir', None, 'TensorBoard folder', affects_results=False),
+        Flag('resume', '', 'checkpoint, or a folder: its newest one; with --eval its best one', synonyms='checkpoint',
+             affects_results=False, also={PREDICT: dict(TRAINED, group='input'),
+                                          EXPORT: dict(TRAINED, group='source')}),
+        Flag('auto_resume', False, 'resume the newest checkpoint of output_dir, if it holds one',
              affects_results=False),
         Flag('save_ckpt', True, 'write checkpoints', affects_results=False),
-        Flag('eval', False, 'evaluate --resume, and nothing else', synonyms='evaluate eval_only test_only',
+        Flag('eval', False, 'evaluate --resume without training', synonyms='evaluate eval_only test_only',
              affects_results=False),
-        Flag('test_flip', False, 'evaluate on the mean of the logits of an image and of its mirror image',
+        Flag('test_flip', False, 'evaluate the mean logits of each image and its mirror image',
              follows_checkpoint=True),
-        Flag('results_file', '', 'with --eval: a file for the figures, .csv or .json', affects_results=False),
-        Flag('class_names', '', 'with --eval: file of class names, where the weights have none',
+        Flag('results_file', '', 'with --eval: write the results to this .csv or .json file', affects_results=False),
+        Flag('class_names', '', 'with --eval: class names, for weights without them',
              affects_results=False, also={
-                 PREDICT: dict(group=UNLABELLED, help='file of class names, one a line or JSON'),
-                 EXPORT: dict(group='what to export', help='file of class names, one a line or JSON')}),
-        Flag('real_labels', '', 'with --eval: JSON list of ImageNet\'s reassessed labels', affects_results=False),
-        Flag('dist_eval', False, 'share the evaluation among the processes, every image exactly once',
+                 PREDICT: dict(group=UNLABELLED, help='class names, one per line or JSON'),
+                 EXPORT: dict(group='source', help='class names, one per line or JSON')}),
+        Flag('real_labels', '', 'with --eval: JSON file of ImageNet\'s reassessed labels', affects_results=False),
+        Flag('dist_eval', False, 'split the evaluation among the processes, each image once',
              affects_results=False),
     ),
     (AVERAGE, 'flags'): (
-        Flag('inputs', [], 'checkpoints, or folders with some after whole epochs', shown='none; needed', nargs='+'),
-        Flag('output', '', 'the file to write; it must not be there yet', shown='empty; needed'),
-        Flag('best', 0, 'only so many, the best by the log.txt beside them; all count alike', shown='all',
+        Flag('inputs', [], 'checkpoints, or folders with checkpoints of whole epochs', shown='required', nargs='+'),
+        Flag('output', '', 'the new file to write', shown='required'),
+        Flag('best', 0, 'average only the N best by the log.txt beside them', shown='all',
              type=positive),
     ),
-    (PREDICT, 'what'): (
-        Flag('input', [], 'images, folders and patterns, as those without a flag', nargs='+', action='append'),
-        Flag('use_ema', False, 'the averaged weights of the checkpoint',
-             also={EXPORT: dict(group='what to export', help='the averaged weights of --model_ema', off=''),
+    (PREDICT, 'input'): (
+        Flag('input', [], 'images, folders and patterns, the same as without a flag', nargs='+', action='append'),
+        Flag('use_ema', False, 'use the averaged weights of --model_ema',
+             also={EXPORT: dict(group='source', off=''),
                    AVERAGE: dict(group='flags', off='',
-                                 help='the averaged weights of --model_ema, not the trained ones')}),
+                                 help='average the averaged weights of --model_ema')}),
     ),
     (PREDICT, 'results'): (
-        Flag('top_k', 5, 'classes for each image, the likeliest first', type=positive),
-        Flag('output', '', 'file to write instead of printing; - is standard output'),
-        Flag('format', None, 'of --output: csv, json, jsonl', shown='by its ending; of - jsonl'),
-        Flag('attention', None, 'pictures of where it looks: cls, mean; no value: as it pools', metavar='cls|mean',
+        Flag('top_k', 5, 'classes per image, most probable first', type=positive),
+        Flag('output', '', 'file to write; - is standard output'),
+        Flag('format', None, 'format of --output: csv, json, jsonl', shown='by the ending; jsonl for -'),
+        Flag('attention', None, 'write attention heat maps: cls, mean; without a value as it pools', metavar='cls|mean',
              choices=('auto',) + attention_maps.KINDS),
-        Flag('attention_block', None, 'the block that is looked at, from 1', shown='the last',
+        Flag('attention_block', None, 'transformer block of the heat maps, counted from 1', shown='the last',
              type=bounded_number(int)),
-        Flag('attention_heads', False, 'a picture for each head, too'),
-        Flag('attention_dir', '', 'folder for these pictures', shown='attention, beside --output or here'),
+        Flag('attention_heads', False, 'write a heat map per head as well'),
+        Flag('attention_dir', '', 'folder of the heat maps', shown='attention, beside --output'),
     ),
-    (EXPORT, 'how'): (
-        Flag('format', '', 'the formats', shown='empty; needed'),
-        Flag('output', '', 'file, for huggingface a folder', shown='beside the checkpoint, by its name'),
-        Flag('overwrite', False, 'replace what is there', off=''),
-        Flag('opset', None, 'of onnx', shown='the newest that works', type=bounded_number(int, 7, 99)),
-        Flag('no_check', False, 'do not compare the result with the checkpoint', off=''),
+    (EXPORT, 'export'): (
+        Flag('format', '', 'format', shown='required'),
+        Flag('output', '', 'file to write; for huggingface a folder', shown='beside the checkpoint'),
+        Flag('overwrite', False, 'replace an existing file or folder', off=''),
+        Flag('opset', None, 'opset of onnx', shown='the newest that works', type=bounded_number(int, 7, 99)),
+        Flag('no_check', False, 'skip the comparison with the checkpoint', off=''),
     ),
     (TRAINING, 'model'): (
-        Flag('model', 'beit_base_patch16_224', 'name; the models stand below', synonyms='arch',
-             also={PREDICT: dict(group=UNLABELLED, default=None, help='name of the model', shown='the checkpoint\'s'),
-                   EXPORT: dict(group='what to export', default=None, help='name, where the file does not say it',
-                                shown='the file\'s')}),
+        Flag('model', 'beit_base_patch16_224', 'model name; --help lists them', synonyms='arch',
+             also={PREDICT: dict(group=UNLABELLED, default=None, shown='the checkpoint\'s'),
+                   EXPORT: dict(group='source', default=None, shown='the checkpoint\'s')}),
         Flag('rel_pos_bias', True, 'relative position bias in every block', off='disable_rel_pos_bias'),
-        Flag('abs_pos_emb', False, 'learned absolute positions'),
-        Flag('attention', 'auto', 'auto: fused on npu, cuda, where it agrees with plain; fused; plain',
+        Flag('abs_pos_emb', False, 'learned absolute position embedding'),
+        Flag('attention', 'auto', 'fused, plain, auto (fused on npu and cuda if it agrees with plain)',
              choices=('auto', 'fused', 'plain')),
-        Flag('layer_scale_init_value', 0.1, '0.1 for base, 1e-5 for large, 0 for none', type=rate),
-        Flag('input_size', 224, 'pixels a side; any whole number of patches',
+        Flag('layer_scale_init_value', 0.1, 'layer scale: 0.1 for base, 1e-5 for large, 0 for none', type=rate),
+        Flag('input_size', 224, 'image width and height in pixels, a multiple of the patch size',
              type=bounded_number(int, 1, MAX_INPUT_SIZE), synonyms='img_size',
-             also={PREDICT: dict(group=UNLABELLED, default=None, help='pixels a side',
+             also={PREDICT: dict(group=UNLABELLED, default=None, help='image width and height in pixels',
                                  shown='the checkpoint\'s, else 224'),
-                   EXPORT: dict(group='what to export', default=None, help='likewise, in pixels a side',
-                                shown='the file\'s, else 224')}),
-        Flag('drop', 0., 'dropout, a share', type=below_one),
-        Flag('attn_drop_rate', 0., 'dropout on attention weights, a share', type=below_one),
-        Flag('drop_path', 0.1, 'stochastic depth of the last block, a share', type=below_one, aliases=('drop_decay',)),
-        Flag('skip_dropped', 'auto', 'on, off: no work on dropped images; auto: on a CPU, not compiled',
+                   EXPORT: dict(group='source', default=None, help='image width and height in pixels',
+                                shown='the checkpoint\'s, else 224')}),
+        Flag('drop', 0., 'dropout probability', type=below_one),
+        Flag('attn_drop_rate', 0., 'dropout probability of attention weights', type=below_one),
+        Flag('drop_path', 0.1, 'stochastic depth of the last block, rising from 0', type=below_one,
+             aliases=('drop_decay',)),
+        Flag('skip_dropped', 'auto', 'skip dropped paths: on, off; auto: on a CPU without --compile',
              choices=('auto', 'on', 'off')),
-        Flag('grad_checkpointing', False, 'compute the blocks again in the backward pass: less memory, slower',
+        Flag('grad_checkpointing', False, 'recompute activations in the backward pass: less memory, slower',
              synonyms='gradient_checkpointing'),
-        Flag('compile', False, 'compile the model with torch.compile; the first steps take minutes',
+        Flag('compile', False, 'use torch.compile; the first steps take minutes',
              synonyms='torchcompile'),
         Flag('model_ema', False, 'keep and evaluate a moving average of the weights', follows_checkpoint=True),
-        Flag('model_ema_decay', 0.9999, 'its decay per update', type=share),
-        Flag('model_ema_force_cpu', False, 'keep it in host memory', affects_results=False),
-        Flag('disable_eval_during_finetuning', False, 'do not evaluate after each epoch'),
+        Flag('model_ema_decay', 0.9999, 'decay of the average per update', type=share),
+        Flag('model_ema_force_cpu', False, 'keep the average in host memory', affects_results=False),
+        Flag('disable_eval_during_finetuning', False, 'skip the evaluations during training'),
     ),
     (TRAINING, 'optimizer'): (
-        Flag('opt', 'adamw', 'name; the optimizers stand below; on an NPU npufusedadamw'),
-        Flag('opt_eps', 1e-8, 'epsilon', shown='1e-8', type=bounded_number(float, 0, above=True)),
-        Flag('opt_betas', None, 'betas', shown='the optimizer\'s own', type=below_one, nargs='+'),
-        Flag('clip_grad', None, 'clip the gradients\' norm to this', shown='no clipping', type=rate,
+        Flag('opt', 'adamw', 'optimizer name; --help lists them'),
+        Flag('opt_eps', 1e-8, 'epsilon of the optimizer', shown='1e-8', type=bounded_number(float, 0, above=True)),
+        Flag('opt_betas', None, 'betas of the optimizer', shown='the optimizer\'s defaults', type=below_one, nargs='+'),
+        Flag('clip_grad', None, 'clip the norm of all gradients to this value', shown='no clipping', type=rate,
              synonyms='max_grad_norm'),
-        Flag('momentum', 0.9, 'momentum of SGD and its like', type=below_one),
+        Flag('momentum', 0.9, 'momentum of SGD and RMSprop', type=below_one),
         Flag('weight_decay', 0.05, 'weight decay', type=rate, synonyms='wd'),
-        Flag('weight_decay_end', None, 'its value at the end of a cosine', shown='weight_decay', type=rate),
-        Flag('lr', 5e-4, 'learning rate of the last layers; not scaled by batch size', shown='5e-4',
+        Flag('weight_decay_end', None, 'final weight decay of a cosine schedule', shown='--weight_decay', type=rate),
+        Flag('lr', 5e-4, 'learning rate of the last layers, not scaled by the batch size', shown='5e-4',
              type=bounded_number(float, 0, above=True), synonyms='learning_rate base_lr'),
-        Flag('layer_decay', 0.9, 'factor per layer downwards', type=bounded_number(float, 0, 1, above=True)),
-        Flag('warmup_lr', 0., 'learning rate of the first step of the warm-up', type=rate),
-        Flag('min_lr', 1e-6, 'learning rate at the end', shown='1e-6', type=rate),
-        Flag('warmup_epochs', 5, 'epochs of linear warm-up', type=whole),
-        Flag('warmup_steps', -1, 'update steps instead, when above 0', type=bounded_number(int, -1)),
+        Flag('layer_decay', 0.9, 'factor on the learning rate per layer, from the head down; 1: none',
+             type=bounded_number(float, 0, 1, above=True)),
+        Flag('warmup_lr', 0., 'learning rate at the start of the warm-up', type=rate),
+        Flag('min_lr', 1e-6, 'final learning rate', shown='1e-6', type=rate),
+        Flag('warmup_epochs', 5, 'linear warm-up in epochs', type=whole),
+        Flag('warmup_steps', -1, 'linear warm-up in updates; above 0 it replaces --warmup_epochs',
+             type=bounded_number(int, -1)),
     ),
     (TRAINING, 'augmentation'): (
-        Flag('color_jitter', 0.4, 'strength, where --aa is none', type=bounded_number(float, 0, 1000)),
-        Flag('aa', 'rand-m9-mstd0.5-inc1', 'AutoAugment policy or none'),
-        Flag('hflip', 0.5, 'share of images that are mirrored', type=share),
-        Flag('loss', 'auto', 'ce, bce (a binary one for each class); auto: bce for many labels',
+        Flag('color_jitter', 0.4, 'color jitter, used if --aa is none', type=bounded_number(float, 0, 1000)),
+        Flag('aa', 'rand-m9-mstd0.5-inc1', 'RandAugment or AutoAugment policy, or none'),
+        Flag('hflip', 0.5, 'probability of a horizontal flip', type=share),
+        Flag('loss', 'auto', 'ce, bce (binary, per class), auto (bce for several labels per image)',
              choices=losses.LOSSES),
-        Flag('class_weights', '', 'balanced: rare ones weigh more; or a CSV or JSON file', shown='all the same'),
+        Flag('class_weights', '', 'balanced (rare classes weigh more), or a CSV or JSON file', shown='all equal'),
         Flag('smoothing', 0.1, 'label smoothing', type=below_one, synonyms='label_smoothing'),
-        Flag('train_interpolation', 'bicubic', 'of random crops: random, bilinear, bicubic, lanczos',
+        Flag('train_interpolation', 'bicubic', 'interpolation of random crops: random, bilinear, bicubic, lanczos',
              choices=transforms.INTERPOLATIONS),
-        Flag('crop_pct', None, 'share of the resized image to evaluate', shown='224/256; from 384 pixels on 1.0',
+        Flag('crop_pct', None, 'center crop, relative to the resized image',
+             shown='224/256; 1.0 from 384 pixels',
              type=bounded_number(float, 0, 1, above=True),
-             also={PREDICT: dict(group=UNLABELLED, help='share of the resized image that is cropped',
-                                 shown='the checkpoint\'s')}),
-        Flag('reprob', 0.25, 'share of images with random erasing', type=share),
-        Flag('remode', 'pixel', 'what erasing writes: const, rand, pixel', choices=('const', 'rand', 'pixel')),
-        Flag('recount', 1, 'how many areas it erases', type=positive),
-        Flag('resplit', False, 'refused: it needs augmentation splits, which this recipe does not have'),
-        Flag('mixup', 0., 'mixup alpha; 0 is off', type=rate),
-        Flag('cutmix', 0., 'cutmix alpha; 0 is off', type=rate),
-        Flag('cutmix_minmax', None, 'bounds of cutmix\'s area, two shares, instead of its alpha', type=share, nargs=2),
-        Flag('mixup_prob', 1., 'share of batches that are mixed', type=share),
-        Flag('mixup_switch_prob', 0.5, 'share of these with cutmix, where both are on', type=share),
-        Flag('mixup_mode', 'batch', 'what shares one mix: batch, pair, elem', choices=('batch', 'pair', 'elem')),
+             also={PREDICT: dict(group=UNLABELLED, shown='the checkpoint\'s')}),
+        Flag('reprob', 0.25, 'probability of random erasing', type=share),
+        Flag('remode', 'pixel', 'fill of random erasing: const, rand, pixel', choices=('const', 'rand', 'pixel')),
+        Flag('recount', 1, 'number of areas to erase', type=positive),
+        Flag('resplit', False, 'not supported; the program refuses it'),
+        Flag('mixup', 0., 'mixup alpha; 0: off', type=rate),
+        Flag('cutmix', 0., 'cutmix alpha; 0: off', type=rate),
+        Flag('cutmix_minmax', None, 'minimum and maximum area of cutmix, instead of its alpha', type=share, nargs=2),
+        Flag('mixup_prob', 1., 'probability of mixing a batch', type=share),
+        Flag('mixup_switch_prob', 0.5, 'probability of cutmix instead of mixup, if both are on', type=share),
+        Flag('mixup_mode', 'batch', 'unit of one mixing ratio: batch, pair, elem', choices=('batch', 'pair', 'elem')),
     ),
     (TRAINING, 'fine-tuning'): (
-        Flag('finetune', '', 'pretrained weights, a file or an https URL', shown='empty: from scratch',
+        Flag('finetune', '', 'pretrained weights: file, folder or https URL', shown='empty: from scratch',
              synonyms='pretrained initial_checkpoint', affects_results=False),
-        Flag('model_key', 'model|module', 'where the file keeps them; the first found', affects_results=False),
-        Flag('model_prefix', '', 'what their names have in front', affects_results=False),
-        Flag('init_scale', 0.001, 'factor on the head\'s initial weights', type=rate, affects_results=False),
-        Flag('use_mean_pooling', True, 'pool by the mean of the patches, not the class token', off='use_cls'),
-        Flag('freeze_backbone', False, 'train the head alone (linear probing)'),
-        Flag('unfreeze_epoch', 0, 'with it: train all from this epoch on, counted from 0; 0: never', type=whole),
-        Flag('disable_weight_decay_on_rel_pos_bias', False, 'no weight decay on bias tables'),
+        Flag('model_key', 'model|module', 'keys of the weights in the file; the first one found counts',
+             affects_results=False),
+        Flag('model_prefix', '', 'prefix of the parameter names in the file', affects_results=False),
+        Flag('init_scale', 0.001, 'factor on the initial weights of the head', type=rate, affects_results=False),
+        Flag('use_mean_pooling', True, 'pool the patch tokens, not the class token', off='use_cls'),
+        Flag('freeze_backbone', False, 'train only the head: linear probing'),
+        Flag('unfreeze_epoch', 0, 'with --freeze_backbone: train all from epoch N, counted from 0; 0: never',
+             type=whole),
+        Flag('disable_weight_decay_on_rel_pos_bias', False, 'no weight decay on position bias tables'),
     ),
     (TRAINING, 'precision'): (
-        Flag('amp', False, 'mixed precision, by apex where it is installed, else by PyTorch',
+        Flag('amp', False, 'mixed precision, by apex if installed, else by PyTorch',
              synonyms='fp16 bf16 mixed_precision', follows_checkpoint=True,
-             also={PREDICT: dict(group='run', help='mixed precision, as in evaluation')}),
-        Flag('opt_level', 'O2', 'O0 float32; O1 autocast; O2 half weights, float32 masters',
+             also={PREDICT: dict(group='run', help='mixed precision')}),
+        Flag('opt_level', 'O2', 'O0 float32, O1 autocast, O2 half-precision weights',
              choices=half_precision.OPT_LEVELS, metavar='O0|O1|O2', follows_checkpoint=True,
-             also={PREDICT: dict(group='run', help='O0 float32, O1 autocast, O2 half-precision weights',
-                                 aliases=('opt-level',))}),
-        Flag('amp_dtype', None, 'float16, bfloat16', shown='float16; on a CPU bfloat16',
+             also={PREDICT: dict(group='run', aliases=('opt-level',))}),
+        Flag('amp_dtype', None, 'float16, bfloat16', shown='float16; bfloat16 on a CPU',
              choices=half_precision.AMP_DTYPES, follows_checkpoint=True, also={PREDICT: dict(group='run')}),
-        Flag('loss_scale', None, 'a number, or dynamic', shown='128 for float16, else 1', type=loss_scale),
+        Flag('loss_scale', None, 'loss scale: a number, or dynamic', shown='128 for float16, else 1', type=loss_scale),
     ),
     (TRAINING, 'data'): (
-        Flag('data_path', '', 'folder with train/ and val/ of class folders; or demo: digits',
+        Flag('data_path', '', 'folder with train/ and val/, or demo: handwritten digits',
              synonyms='data data_dir root', affects_results=False),
         Flag('eval_data_path', None, 'class folders to evaluate on, instead of data_path/val', affects_results=False),
-        Flag('train_csv', '', 'list of training images: path,label or path,label;label', affects_results=False),
-        Flag('val_csv', '', 'likewise of the validation images', affects_results=False),
-        Flag('val_split', 0., 'share of each class to evaluate on, where there is no val',
+        Flag('train_csv', '', 'CSV file of training images: path,label or path,label;label', affects_results=False),
+        Flag('val_csv', '', 'CSV file of validation images', affects_results=False),
+        Flag('val_split', 0., 'fraction of each class to hold out for evaluation, without a val/',
              type=bounded_number(float, 0, 0.9), follows_checkpoint=True),
-        Flag('nb_classes', 0, 'checked against the folders; 0 takes their number', type=whole, affects_results=False),
-        Flag('imagenet_default_mean_and_std', False, 'ImageNet\'s mean and deviation instead of 0.5'),
+        Flag('nb_classes', 0, 'expected number of classes; 0: as many as the data has', type=whole,
+             affects_results=False),
+        Flag('imagenet_default_mean_and_std', False, 'normalise with ImageNet\'s mean and std instead of 0.5'),
         Flag('data_set', 'IMNET', 'IMNET (train/, val/), image_folder (class folders), CIFAR (100)',
              follows_checkpoint=True),
-        Flag('data_backend', 'exact', 'exact, the reference\'s pixels; fast, by torchvision, nearly so',
+        Flag('data_backend', 'exact', 'exact (Pillow), fast (torchvision; pixels differ slightly)',
              choices=transforms.BACKENDS,
-             also={PREDICT: dict(group='run',
-                                 help='exact, or fast: JPEG files by torchvision, pixels differ a little')}),
-        Flag('eval_data_backend', 'exact', 'the same of evaluation: exact, fast', choices=transforms.BACKENDS,
+             also={PREDICT: dict(group='run')}),
+        Flag('eval_data_backend', 'exact', 'the same for evaluation: exact, fast', choices=transforms.BACKENDS,
              follows_checkpoint=True),
-        Flag('bad_images', 'error', 'a file that cannot be read: error, or skip: leave out and list it',
+        Flag('bad_images', 'error', 'unreadable images: error (stop), skip (leave out and list)',
              choices=('error', 'skip'),
-             also={PREDICT: dict(group='what',
-                                 help='a file that cannot be read: error, or skip: say so and leave it out')}),
-        Flag('max_bad_images', 0.001, 'with skip, the share of bad files to stop at', type=share,
+             also={PREDICT: dict(group='input')}),
+        Flag('max_bad_images', 0.001, 'with skip: stop at this fraction of unreadable images', type=share,
              affects_results=False),
-        Flag('max_image_pixels', 0, 'largest number of pixels of an image; 0: Pillow\'s limit',
-             type=whole, affects_results=False, also={PREDICT: dict(group='what')}),
-        Flag('check_data', False, 'decode every image, report those that cannot be read, and stop',
+        Flag('max_image_pixels', 0, 'reject images with more pixels; 0: Pillow\'s limit, 179 million',
+             type=whole, affects_results=False, also={PREDICT: dict(group='input')}),
+        Flag('check_data', False, 'decode every image, list the unreadable ones, and exit',
              affects_results=False),
     ),
     (TRAINING, 'distributed'): (
         Flag('world_size', 1, 'set by the launcher', type=positive, affects_results=False),
         Flag('local_rank', -1, 'set by the launcher', type=bounded_number(int, -1), affects_results=False,
              also=LAUNCHED),
-        Flag('dist_on_itp', False, 'take ranks from Open MPI\'s environment', affects_results=False,
+        Flag('dist_on_itp', False, 'read the ranks from Open MPI\'s environment', affects_results=False,
              also=LAUNCHED),
-        Flag('dist_timeout', 600., 'seconds that a process may hold up the others before the job ends',
+        Flag('dist_timeout', 600., 'end the job if a process blocks the others for N seconds',
              type=bounded_number(float, 1, 10 ** 6), affects_results=False,
              also=LAUNCHED),
-        Flag('dist_url', 'env://', 'where the processes meet', affects_results=False,
+        Flag('dist_url', 'env://', 'rendezvous address', affects_results=False,
              also=LAUNCHED),
     ),
 }
 
 
 def flags_of(program: str) -> Iterator[Tuple[str, Flag]]:
-    """Each flag of a program, as it is there, with its group."""
+    """Each (group, flag) of a program."""
     for (home, group), flags in FLAGS.items():
         for flag in flags:
             if home == program:
@@ -375,7 +381,7 @@ def flags_of(program: str) -> Iterator[Tuple[str, Flag]]:
 
 
 def without_effect() -> FrozenSet[str]:
-    """The names of the training flags on which no number of a run depends."""
+    """The names of the training flags that do not affect the results."""
     return frozenset(flag.name for _, flag in flags_of(TRAINING) if not flag.affects_results)
 
 
@@ -385,7 +391,7 @@ def build_parser(program: str = TRAINING, usage: str = '--data_path DIR [flags]'
     """The parser of a program.
 
     Args:
-        usage, description, examples: what --help says besides the flags.
+        usage, description, examples: text of --help besides the flags.
         changes: {name of a flag: the attributes of its `Flag` that the program itself sets}, such as choices.
     """
     parser = parser_class(program, usage, description=description, epilog=examples)
@@ -406,14 +412,14 @@ def config_from(args: argparse.Namespace, kind: Callable[..., Config], **given: 
                        **given))
 
 
-# ---- checks before anything slow starts
+# ---- checks before slow work starts
 
 def check_args(args: argparse.Namespace) -> None:
-    """Check everything that can be checked before anything slow starts. Raises `UserError`."""
+    """Check the flags before slow work starts. Raises `UserError`."""
     check_model(args)
     check_augmentation(args)
     check_schedule(args)
-    if not evaluates_checkpoint(args):  # else it may say how the images lie there
+    if not evaluates_checkpoint(args):  # else the checkpoint may name the data set
         locations.check_paths(config_from(args, InputConfig))
     check_compute(args)
     check_optimizer(args)
@@ -423,15 +429,15 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def evaluates_checkpoint(args: argparse.Namespace) -> bool:
-    """Whether a checkpoint says what is evaluated, and not the flags' defaults."""
+    """Whether the checkpoint overrides the defaults of the flags."""
     return bool(args.eval and args.resume)
 
 
 def follow_checkpoint(args: argparse.Namespace, saved: Mapping[str, Any], source: str) -> List[str]:
-    """Set the flags that were not given to what a checkpoint was trained with; gives those given that differ, in words.
+    """Take the flags that were not given from a checkpoint; return a text for each given flag that differs.
 
     Args:
-        saved: the flags of the checkpoint, as a stranger may have written them.
+        saved: the flags of the checkpoint, from an untrusted file.
 
     Raises:
         UserError: a flag that is needed has no value that it can have.

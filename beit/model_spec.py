@@ -280,7 +280,7 @@ def _names(value: Any) -> List[str]:
 def _dataclass_from(kind: Any, values: Any) -> Any:
     """A dataclass of these values, each of the type of its default. Raises ValueError."""
     values, fields = _expect(values, dict, 'a part'), {field.name: field for field in dataclasses.fields(kind)}
-    made = {}
+    converted = {}
     for name, value in values.items():
         if name not in fields:
             raise ValueError('%.40r is unknown; a newer version wrote it' % (name,))
@@ -291,8 +291,8 @@ def _dataclass_from(kind: Any, values: Any) -> Any:
             value = float(value)
         elif default is not None and default is not dataclasses.MISSING and type(value) is not type(default):
             raise ValueError('%s is %.40r' % (name, value))
-        made[name] = value
+        converted[name] = value
     try:
-        return kind(**made)
+        return kind(**converted)
     except TypeError as error:
         raise ValueError(str(error)) from None

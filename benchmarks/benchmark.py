@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
 """Measure this repository against timm and torchvision, side by side on the same machine.
 
-    python benchmarks/benchmark.py step                     training steps, on whatever device there is
+    python benchmarks/benchmark.py step                     training steps, on the available device
     python benchmarks/benchmark.py step --model beit_base_patch16_224 --batch_size 128 --precision bfloat16 O2 \\
         --compile both --json step.json -- --attention=fused     flags after -- go to run_class_finetuning.py
     python benchmarks/benchmark.py eval                     evaluation
     python benchmarks/benchmark.py data                     the loader against torchvision and timm's transform
-    python benchmarks/benchmark.py startup                  large folders: until the first step
+    python benchmarks/benchmark.py startup                  large folders: time to the first step
     python benchmarks/benchmark.py script                   test/train_performance_1p.sh against its own step
     python benchmarks/benchmark.py scaling                  1, 2, 4 and 8 processes
 
-The contenders take turns, who goes first in turn too; a ratio is that of two neighbouring samples, and what is shown is
-the median of the ratios, their extremes and quartiles. Warm-up, compilation among it, is measured apart. What cannot
-run here is a row that says why. README.md, Performance, explains the columns; benchmarks/contenders.py says what
-exactly competes.
+The contenders alternate, and the order reverses each round. A ratio compares two neighbouring samples; tables show the
+median of the ratios, their extremes and quartiles. Warm-up, including compilation, is measured separately. A mode that
+cannot run here gets a row with the reason. docs/performance.md explains the columns; benchmarks/contenders.py
+describes the contenders.
 """
 
 import argparse
@@ -60,8 +60,8 @@ from beit.distributed import process_group, watchdog
 from beit.errors import UserError, escape_text, nearest, one_line, unknown_value_error
 from contenders import CONTENDERS, PRECISIONS, Mode, Ours, Setting
 
-ENOUGH_PAIRS = 5  # a median over fewer is not one to publish
-RUN_SECONDS = 1800  # for one process to end, before it is given up
+ENOUGH_PAIRS = 5  # a median over fewer should not be published
+RUN_SECONDS = 1800  # timeout for one process to end
 
 
 # ---- statistics
@@ -80,10 +80,10 @@ def ratios(left, right):
 
 
 def take_turns(runs, pairs):
-    """Run each of `runs` once a round, a round for each pair; rounds go forwards and backwards in turn.
+    """Run each of `runs` once per round, one round per pair; every second round runs backwards.
 
     Args:
-        runs (list of functions): each gives a number.
+        runs (list of functions): each returns a number.
 
     Returns:
         list of the numbers of each run.
@@ -102,7 +102,7 @@ _heard = []  # signals
 
 
 def stop(number, _):
-    """An orderly end removes what was made. One that comes in mid-fork gets lost there: `take_turns` looks again."""
+    """Exit so that temporary files are removed. A signal during a fork is lost, so `take_turns` checks again."""
     _heard.append(number)
     sys.exit(128 + number)
 
@@ -111,7 +111,7 @@ def progress(text):
     print('benchmark.py: ' + text, file=sys.stderr, flush=True)
 
 
-# ---- what was measured where
+# ---- description of the run
 
 def cpu_name():
     try:
@@ -125,7 +125,7 @@ def cpu_name():
 
 
 def about_run(options, device):
-    """Everything that the figures hang on, without the machine's name."""
+    """Everything that affects the figures, without the machine's name."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return dict(
         benchmark=options.command, date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
@@ -146,7 +146,7 @@ def write_json(options, report):
 
 
 def add_row(options, report, row):
-    """Keep a row, and write what there is: whoever breaks a long run off keeps the rows that are done."""
+    """Add a row and write all rows, which survive an interrupted run."""
     report['rows'].append(row)
     write_json(options, report)
     return row
@@ -187,7 +187,7 @@ def print_report(options, report, head, cells):
     if options.extra:
         print('Ours with %s' % escape_text(' '.join(options.extra)))
     if options.pairs < ENOUGH_PAIRS:
-        print('Fewer than %d pairs: a try, and no measurement' % ENOUGH_PAIRS)
+        print('Fewer than %d pairs: a trial, not a measurement' % ENOUGH_PAIRS)
     print()
     print(table(head, [cells(row) for row in report['rows']], options.markdown), flush=True)
 
@@ -195,14 +195,14 @@ def print_report(options, report, head, cells):
 # ---- step and eval
 
 def build(kind, setting, mode, device):
-    """(contender, MiB that were taken on the device before it)."""
+    """(contender, MiB in use on the device before it)."""
     accelerator.reset_max_memory(device)
     before = accelerator.max_memory_mb(device)
     return CONTENDERS[kind](setting, mode), before
 
 
 def why_not(error):
-    """The reason in a row, for a mode that cannot run here."""
+    """The reason why a mode cannot run here, for its row."""
     if accelerator.is_out_of_memory(error):
         return 'out of memory'
     text = one_line(error) or type(error).__name__
@@ -225,7 +225,7 @@ class Entry:
             self.seconds = self.run(1)
             if device.type != 'cpu':
                 self.record['peak_memory_mib'] = accelerator.max_memory_mb(device) - before
-        except Exception as error:  # torch.compile can fail in any way; whatever it is, the other rows stand
+        except Exception as error:  # torch.compile can fail in any way; keep the other rows
             self.contender = None
             self.record['not_available'] = why_not(error)
             if not isinstance(error, UserError):
@@ -235,7 +235,7 @@ class Entry:
         return 'not_available' not in self.record
 
     def run(self, steps):
-        """Seconds of so many steps, from a device that has nothing to do to one that is done."""
+        """Seconds for this many steps, from an idle device until the device has finished."""
         accelerator.synchronize(self.device)
         start = time.perf_counter()
         getattr(self.contender, self.work)(steps)
@@ -246,7 +246,7 @@ class Entry:
         return seconds
 
     def rate(self, steps):
-        """Images per second. Where it fails, the record says why."""
+        """Images per second. On failure the record has the reason."""
         try:
             return self.batch_size * steps / self.run(steps)
         except Exception as error:
@@ -261,14 +261,14 @@ class Entry:
             self.record['peak_fraction'] = per_second / peak
 
     def end(self):
-        """Give back what it has taken."""
+        """Free its resources."""
         self.contender = None
 
 
 class Apart(Entry):
-    """An entry in a process of its own, as people run it: how one side sets its process up is no matter of the other.
+    """An entry in a separate process, as users run it: the set-up of one side cannot affect the other.
 
-    Its memory is that of this process. For devices of which several processes would not share the memory well, `Entry`.
+    Its memory is the process's. Use `Entry` for devices whose memory several processes can't share well.
     """
 
     def __init__(self, kind, setting, mode, work, warmup, device):
@@ -280,7 +280,7 @@ class Apart(Entry):
                                         preexec_fn=process_group.end_with_parent)
         try:
             self.seconds = self.answer()
-        except BaseException:  # a signal, while it warms up: it would do that to the end
+        except BaseException:  # a signal during the warm-up, which would otherwise continue
             self.end()
             raise
 
@@ -294,7 +294,7 @@ class Apart(Entry):
         return seconds
 
     def run(self, steps):
-        with contextlib.suppress(BrokenPipeError):  # it is dead; there is no answer then
+        with contextlib.suppress(BrokenPipeError):  # it is dead and will not answer
             print(steps, file=self.process.stdin, flush=True)
         seconds = self.answer()
         if seconds is None:
@@ -307,9 +307,9 @@ class Apart(Entry):
 
 
 def entry_main(order):
-    """The process of an `Apart`: a line, [seconds, record], of one step, then of each number of steps that comes in."""
+    """The process of an `Apart`: prints [seconds, record] for one step, then for each number of steps that it reads."""
     answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # what others print
+    os.dup2(2, 1)  # output of libraries
     setting = Setting(**dict(order['setting'], extra=tuple(order['setting']['extra'])))
     entry = Entry(order['kind'], setting, order['mode'] and Mode(*order['mode']), order['work'], order['warmup'],
                   accelerator.select_device(setting.device))
@@ -324,7 +324,7 @@ def entry_main(order):
 
 
 def measure_row(ours, other, options, setting, device, work, flops, peak):
-    """One row: two contenders, (kind, mode) each, in turns. Where one can't run, the other's figures alone."""
+    """One row of two alternating contenders, (kind, mode) each; if one can't run, only the other's figures."""
     contenders.forget_compiled()
     progress(' against '.join('%s %s' % (kind, CONTENDERS[kind].mode_of(mode, device)) for kind, mode in (ours, other)))
     kind_of_entry, entries = Apart if device.type == 'cpu' else Entry, []
@@ -334,12 +334,12 @@ def measure_row(ours, other, options, setting, device, work, flops, peak):
         able = [entry for entry in entries if entry.is_able()]
         row = dict(ours=entries[0].record, other=entries[1].record)
         if able:
-            least = 3 if device.type == 'cpu' else 10  # of ours, one in ten prints a line, for which it waits
+            least = 3 if device.type == 'cpu' else 10  # every tenth of our steps waits to print a line
             steps = options.steps or max(least, int(options.seconds / max(entry.seconds for entry in able)) + 1)
             row['steps_per_sample'] = steps
             try:
                 results = take_turns([functools.partial(entry.rate, steps) for entry in able], options.pairs)
-            except Exception:  # the memory may run out as late as this; the other rows stand
+            except Exception:  # memory can run out this late; keep the other rows
                 if all(entry.is_able() for entry in able):
                     raise
                 return row
@@ -355,7 +355,7 @@ def measure_row(ours, other, options, setting, device, work, flops, peak):
 
 
 def peak_resident_mib():
-    """The most memory that this process had, in MiB. (getrusage counts in what its parent had before it started.)"""
+    """The peak memory of this process in MiB. (getrusage includes its parent's memory before the fork.)"""
     try:
         with open('/proc/self/status', encoding='utf-8') as file:
             for line in file:
@@ -372,7 +372,7 @@ def modes_of(options):
 
 
 def fastest(measured, side):
-    """The mode of the fastest record on one side of what was measured, (row, (mode, mode)) each, or None."""
+    """The mode of the fastest record on one side of the measured (row, (mode, mode)) pairs, or None."""
     rates = [(row[side]['images_per_second']['median'], modes[side == 'other']) for row, modes in measured
              if 'images_per_second' in row[side]]
     return max(rates)[1] if rates else None
@@ -387,12 +387,12 @@ def setting_of(options, device):
         raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s'
                         % (size, architecture['patch_size'], options.model))
     batch = options.batch_size or (4 if device.type == 'cpu' else 128)
-    check_extra(options.extra, contenders.flags_of_a_step())  # a wrong flag is no matter of one mode
+    check_extra(options.extra, contenders.flags_of_a_step())  # a wrong flag concerns every mode
     return Setting(options.model, size, batch, options.device, options.classes, tuple(options.extra))
 
 
 def check_extra(extra, taken):
-    """Raise a `UserError` for wrong flags after --, and for those that are `taken`: the comparison rests on them."""
+    """Raise a `UserError` for wrong flags after -- and for `taken` flags, which the comparison sets."""
     program.build_parser().parse_args(extra)
     for flag in extra:
         name = flag.partition('=')[0].replace('-', '_').replace('__', '--', 1)
@@ -455,13 +455,13 @@ def eval_main(options, device):
 
 # ---- data
 
-# Sizes that are common in ImageNet, as often as there; the mean there is 469 x 387 pixels and 110 KB.
+# Common sizes in ImageNet with their frequencies; its mean is 469 x 387 pixels and 110 KB.
 SIZES = ((500, 375),) * 9 + ((375, 500),) * 3 + ((500, 333),) * 4 + ((333, 500),) * 2 + ((500, 400), (640, 480),
                                                                                          (500, 500), (400, 300))
 
 
 def photograph(rng, width, height):
-    """A picture with a photograph's statistics: 1/f noise (Field, JOSA A 4, 1987), and shapes with edges."""
+    """A picture with the statistics of a photograph: 1/f noise (Field, JOSA A 4, 1987) and shapes with edges."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1.
 
@@ -481,7 +481,7 @@ def photograph(rng, width, height):
 
 
 def make_photographs(root, files, distinct, classes=10):
-    """Class folders of JPEGs under `root`/train: `files` names of `distinct` different pictures, always the same."""
+    """Class folders of JPEGs under `root`/train: `files` names for `distinct` deterministic pictures."""
     rng = np.random.default_rng(0)
     originals = os.path.join(root, 'originals')
     os.makedirs(originals)
@@ -497,15 +497,15 @@ def make_photographs(root, files, distinct, classes=10):
 def link(source, path):
     try:
         os.link(source, path)
-    except OSError:  # no hard links here, or too many to this file
+    except OSError:  # no hard links on this file system, or too many to this file
         shutil.copyfile(source, path)
 
 
 def our_batches(options, args, device, alone=False):
-    """An iterator of our loader's batches, as the training loop gets them: on the device, normalised and erased.
+    """An iterator of our loader's batches as in the training loop: on the device, normalised and erased.
 
     Args:
-        alone (bool): as the workers give them for an accelerator, which does the rest.
+        alone (bool): as the workers send them for an accelerator, which does the remaining work.
     """
     train, _, _ = datasets.build_datasets(args, torch.device('cuda') if alone else device)
     loader, _ = datasets.build_loaders(args, train, None, device)
@@ -525,18 +525,18 @@ def baseline_batches(options, root, device):
 
 
 def rounds(options):
-    """How many batches of each worker come before a sample, and are in it: at least four, for where there are more
-    workers than cores they come in bursts."""
+    """The number of batches per worker before and in a sample: at least four, because more workers than cores deliver
+    batches in bursts."""
     batches = -(-options.images // options.batch_size)
     return options.warmup, max(-(-batches // options.workers), 4 if options.workers > 1 else 1)
 
 
 def loader_rate(start, options, device):
-    """Images per second and worker, from a batch that has come to one that comes later.
+    """Images per second and worker, between two batches.
 
-    The workers have started, and what they had ready is used up, before the clock runs: between two batches that the
-    main process waits for lies what the workers take to make one. All workers give as many, before and in the sample:
-    their first ones come together.
+    The clock starts after the workers' start-up and after their prefetched batches, so the main process waits for every
+    batch. All workers deliver equally many batches before and in the sample, because their first batches arrive
+    together.
     """
     batches, (before, counted) = start(), rounds(options)
     try:
@@ -546,7 +546,7 @@ def loader_rate(start, options, device):
         images = sum(len(next(batches)[0]) for _ in range(counted * options.workers))
         accelerator.synchronize(device)
         return images / (time.perf_counter() - begin) / options.workers
-    finally:  # the next one must have the machine to itself, and an error must not keep the workers
+    finally:  # stop the workers before the next loader, and after an error
         (batches.close if hasattr(batches, 'close') else batches._shutdown_workers)()
 
 
@@ -554,14 +554,14 @@ def baseline_rate(options, root, device):
     """`loader_rate` of the baseline.
 
     Raises:
-        UserError: it has no answer to something in the folder.
+        UserError: it cannot read something in the folder.
     """
     try:
         return loader_rate(functools.partial(baseline_batches, options, root, device), options, device)
     except StopIteration:
         raise
-    except Exception as error:  # torchvision's, Pillow's, with a worker's traceback around them
-        raise UserError('--data_path %s: ImageFolder, the baseline, cannot read it (%s); mend or remove what it names'
+    except Exception as error:  # torchvision's and Pillow's, wrapped in a worker's traceback
+        raise UserError('--data_path %s: ImageFolder, the baseline, cannot read it (%s); repair or remove that file'
                         % (escape_text(root), str(error).strip().splitlines()[-1][:300])) from None
 
 
@@ -576,7 +576,7 @@ def data_main(options, device):
         root = locations.resolve_data_path(options.data_path) if options.data_path else folder
         if not options.data_path:
             progress('making %d JPEGs' % options.distinct)
-            batches = options.workers * (sum(rounds(options)) + 2) + 1  # with those that are made ahead
+            batches = options.workers * (sum(rounds(options)) + 2) + 1  # including prefetched batches
             make_photographs(folder, batches * options.batch_size, options.distinct)
             sizes = [os.path.getsize(entry.path) for entry in os.scandir(os.path.join(folder, 'originals'))]
             report['mean_file_bytes'] = sum(sizes) / len(sizes)
@@ -620,26 +620,26 @@ FILES_PER_CLASS = 100
 
 
 def make_tree(root, files):
-    """Class folders of so many names for one tiny JPEG, a hundred to a folder."""
+    """Class folders with `files` links to tiny JPEGs, a hundred per folder."""
     source = os.path.join(os.path.dirname(root), 'tiny0.jpg')
     Image.fromarray(np.uint8(np.random.RandomState(0).randint(0, 256, (32, 32, 3)))).save(source)
     for index in range(files):
         folder = os.path.join(root, 'class%05d' % (index // FILES_PER_CLASS))
         if index % FILES_PER_CLASS == 0:
             os.makedirs(folder)
-        if index and index % 30000 == 0:  # a file can have only so many names
+        if index and index % 30000 == 0:  # the number of links to a file is limited
             source = shutil.copyfile(source, os.path.join(os.path.dirname(root), 'tiny%d.jpg' % index))
         link(source, os.path.join(folder, '%06d.jpg' % index))
 
 
 def folder_flags(root):
-    """The flags that train on a folder of classes."""
+    """The flags that train on class folders."""
     return ['--data_set=image_folder', '--data_path=' + root, '--disable_eval_during_finetuning',
             '--model=beit_nano_patch8_32', '--input_size=32', '--batch_size=16']
 
 
 def open_folder(root, options):
-    """Seconds in which this repository's data set of a folder is there."""
+    """Seconds to open a folder as this repository's data set."""
     args = program.build_parser().parse_args(folder_flags(root) + options.extra)
     start = time.perf_counter()
     datasets.build_dataset(True, args)
@@ -647,7 +647,7 @@ def open_folder(root, options):
 
 
 def open_image_folder(root):
-    """Seconds in which torchvision's is there."""
+    """Seconds to open it as torchvision's ImageFolder."""
     start = time.perf_counter()
     torchvision.datasets.ImageFolder(root)
     return time.perf_counter() - start
@@ -677,7 +677,7 @@ def startup_main(options, device):
             root = os.path.join(folder, 'images')
             progress('%d files' % files)
             make_tree(root, files)
-            open_image_folder(root)  # the names are in memory from here on
+            open_image_folder(root)  # from now on the directory entries are cached
             theirs, ours = take_turns([functools.partial(open_image_folder, root),
                                        functools.partial(open_folder, root, options)], options.pairs)
             add_row(options, report, dict(files=files, what='data set', seconds=summary(ours),
@@ -693,10 +693,10 @@ def startup_main(options, device):
     print_report(options, report, ['files', 'what', 'seconds', 'ImageFolder\'s'] + RATIO, cells)
 
 
-# ---- the script, from JPEG files to its last lines
+# ---- the script, end to end
 
 def script_rate(options, setting, mode, root):
-    """Images per second that test/train_performance_1p.sh reports, and its words on what limits them."""
+    """Images per second that test/train_performance_1p.sh reports, and the bottleneck that it names."""
     flags = [flag for flag in contenders.our_flags(setting, mode, root)
              if not flag.startswith(('--num_workers=', '--epochs=', '--disable_eval'))]
     command = ['bash', os.path.join(contenders.ROOT, 'test', 'train_performance_1p.sh'), *flags, '--epochs=1',
@@ -710,17 +710,17 @@ def script_rate(options, setting, mode, root):
 
 
 def run_to_end(command):
-    """(status, stdout, stderr) of a script, which is asked to end, with all that it started, where this is to end."""
+    """(status, stdout, stderr) of a script; if this process must exit, the script and its children are ended."""
     script = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               universal_newlines=True, env=dict(os.environ, PYTHON=sys.executable),
-                              start_new_session=True)  # Ctrl-C comes to it from here alone
+                              start_new_session=True)  # Ctrl-C reaches it only through this process
     try:
         out, err = script.communicate(timeout=RUN_SECONDS)
     except subprocess.TimeoutExpired:
         raise UserError('%s did not end in %d s' % (os.path.basename(command[1]), RUN_SECONDS)) from None
     finally:
         if script.poll() is None:
-            script.terminate()  # it passes that on, and waits
+            script.terminate()  # it forwards the signal and waits
             script.communicate()
     return script.returncode, out, err
 
@@ -756,7 +756,7 @@ def script_main(options, device):
 # ---- scaling
 
 def process_main(order):
-    """One process of several: the step of `Ours`, in samples that begin and end together; the first prints them."""
+    """One of several processes: the step of `Ours`, in synchronised samples; the first process prints them."""
     setting = Setting(**dict(order['setting'], extra=tuple(order['setting']['extra'])))
     ours = Ours(setting, Mode(*order['mode']))
     ours.train(order['warmup'])
@@ -782,10 +782,7 @@ def free_port():
 
 
 def run_processes(count, order, threads):
-    """Start so many processes; gives what the first printed. Raises a `UserError` where one failed.
-
-    They get the environment that torchrun would give them.
-    """
+    """Start `count` processes with torchrun's environment; returns the first one's output, or raises a `UserError`."""
     port, processes = free_port(), []
     with tempfile.TemporaryDirectory() as folder:
         paths = [os.path.join(folder, '%d.%s') % (rank, '%s') for rank in range(count)]
@@ -807,12 +804,12 @@ def run_processes(count, order, threads):
                 process.wait()
         if failed is not None:
             said = last_line(paths[failed] % 'err').replace('benchmark.py: error: ', '')
-            raise UserError('process %d of %d failed: %s' % (failed, count, said or 'it does not say why'))
+            raise UserError('process %d of %d failed: %s' % (failed, count, said or 'without a message'))
         return json.loads(last_line(paths[0] % 'out'))
 
 
 def wait_for(processes):
-    """The number of the first process that fails, or None: the others would wait for it."""
+    """The number of the first process that fails, or None; the others would wait for it forever."""
     until = time.monotonic() + RUN_SECONDS
     while any(process.poll() is None for process in processes):
         failed = [rank for rank, process in enumerate(processes) if process.poll()]
@@ -894,7 +891,7 @@ def build_parser():
         sub.add_argument('--device', default='auto', help='auto, npu, cuda, cpu or one with an index (auto)')
         sub.add_argument('--pairs', default=ENOUGH_PAIRS, type=positive,
                          help='how often each contender is measured (%d)' % ENOUGH_PAIRS)
-        sub.add_argument('--json', default='', help='write everything that was measured into this file')
+        sub.add_argument('--json', default='', help='write all measurements to this file')
         sub.add_argument('--markdown', action='store_true', help='print the table in Markdown')
         return sub
 
@@ -921,9 +918,9 @@ def build_parser():
                          'computes it (all)')
         sub.add_argument('--steps', default=0, type=bounded_number(int, 0),
                          help='steps in a sample (--seconds of them)')
-        sub.add_argument('--seconds', default=2., type=bounded_number(float, 0), help='least length of a sample (2)')
+        sub.add_argument('--seconds', default=2., type=bounded_number(float, 0), help='minimum length of a sample (2)')
         sub.add_argument('--peak', default=None, type=bounded_number(float, 0, above=True),
-                         help='the device\'s dense peak in FLOP/s, where it isn\'t known (H100, H200, A100 are)')
+                         help='the device\'s dense peak in FLOP/s (known for H100, H200 and A100)')
 
     sub = command('data', data_main, 'the loader, against torchvision\'s ImageFolder and timm\'s create_transform')
     sub.add_argument('--data_path', default='', help='a folder with train/ in it (JPEGs of ImageNet\'s sizes are made)')
@@ -932,32 +929,32 @@ def build_parser():
     sub.add_argument('--batch_size', default=64, type=positive, help='images in a batch (64)')
     sub.add_argument('--workers', default=1, type=positive, help='loader processes (1)')
     sub.add_argument('--images', default=512, type=positive,
-                     help='images in a sample, or more: as many of each worker (512)')
+                     help='minimum number of images in a sample, equally many from each worker (512)')
     sub.add_argument('--distinct', default=128, type=positive, help='different pictures to make (128)')
     sub.add_argument('--warmup', default=2, type=positive, help='batches of each worker before a sample (2)')
 
-    sub = command('startup', startup_main, 'until the first step, with large folders',
-                  'The names are in the memory of the operating system before the first sample.')
+    sub = command('startup', startup_main, 'time to the first step with large folders',
+                  'The operating system has cached the directory entries before the first sample.')
     sub.add_argument('--files', default=[1000, 10000, 100000], nargs='+', type=bounded_number(int, 16, 10 ** 7),
                      help='sizes of the folders (1000 10000 100000)')
 
     sub = command('script', script_main, 'what test/train_performance_1p.sh reports from JPEG files, against the step',
-                  'A ratio of 1 means that loader, logging and all the rest cost nothing.')
+                  'A ratio of 1 means that loader, logging and everything else cost nothing.')
     model(sub)
     sub.add_argument('--precision', default=None, choices=PRECISIONS, help='(bfloat16, on a CPU float32)')
     sub.add_argument('--compile', default='off', choices=('off', 'on'), help='torch.compile (off)')
     sub.add_argument('--steps', default=15, type=bounded_number(int, 7),
-                     help='steps of a run, of which 5 are not counted (15)')
+                     help='steps of a run; the first 5 are not counted (15)')
     sub.add_argument('--workers', default=2, type=positive, help='loader processes (2)')
 
     sub = command('scaling', scaling_main, 'the step on several processes of this machine',
-                  'The batch is that of each process. Efficiency is images per second over those of one process, and '
-                  'over the number of devices; on a CPU the processes share the cores, so that 1 is all there is.')
+                  'Each process has its own batch. Efficiency is images per second, divided by the figure of one '
+                  'process and by the number of devices. A CPU counts as one device.')
     model(sub)
-    sub.add_argument('--processes', default=[1, 2, 4, 8], nargs='+', type=positive, help='how many (1 2 4 8)')
+    sub.add_argument('--processes', default=[1, 2, 4, 8], nargs='+', type=positive, help='process counts (1 2 4 8)')
     sub.add_argument('--precision', default=None, choices=PRECISIONS, help='(bfloat16, on a CPU float32)')
     sub.add_argument('--compile', default='off', choices=('off', 'on'), help='torch.compile (off)')
-    sub.add_argument('--steps', default=5, type=positive, help='steps in a sample, of which a run has three (5)')
+    sub.add_argument('--steps', default=5, type=positive, help='steps in a sample; a run has three samples (5)')
     return parser
 
 
@@ -968,7 +965,7 @@ def parse(argv):
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
     if options.command is None:
-        raise UserError('say what to measure: step, eval, data, startup, script or scaling; see --help')
+        raise UserError('choose what to measure: step, eval, data, startup, script or scaling; see --help')
     if rest:
         known = parser._subparsers._group_actions[0].choices[options.command]._option_string_actions
         near = nearest(rest[0].partition('=')[0], known)

@@ -1,20 +1,20 @@
-"""What benchmarks/benchmark.py lets compete: this repository's step, timm's, and the reference's way of computing one.
+"""The contenders of benchmarks/benchmark.py: the training steps of this repository, of timm and of the reference.
 
 Each contender has `train(steps)` and `evaluate(batches)`, works on one batch that stays in the device's memory, and
 waits for the device only where its own training script does. Model, batch, precision, loss (label smoothing 0.1),
 AdamW with layer decay 0.85, stochastic depth 0.1 and clipping at 1.0 are the same for all.
 
 - `Ours` is what `run_class_finetuning.main` builds: main itself runs, up to its epoch loop. A step is one of
-  `engine.train_one_epoch`, with schedules, seeding, meters and printing. Its set-up and its averages at the end are in
-  the time too.
+  `engine.train_one_epoch`, with schedules, seeding, meters and printing. The time
+  includes its set-up and its final averages.
 - `Timm` is the step of timm's train.py: its model with the attention that it chooses, its `create_optimizer_v2` with
   fused AdamW where PyTorch has that, its `NativeScaler` for float16. It logs nothing and never waits: timm at its best.
 - `Reference` computes as the reference does: attention one operator at a time, an unfused optimizer, float32 on a CPU,
   float16 under autocast elsewhere; in every step it reads loss and gradient norm and waits for the device. Its model is
-  timm's with fused attention off, so that nothing that speeds up ours speeds it up.
+  timm's with fused attention off, so none of our optimisations speeds it up.
 
-timm has no O2. Beside it stands timm's autocast to the same dtype: its --model-dtype, without float32 masters, loses
-small updates, and is not the same training. Nor is TF32, which timm's train.py allows: float32 is float32 for all.
+timm has no O2; O2 is compared with timm's autocast to the same dtype. timm's --model-dtype has no float32 masters and
+loses small updates, so it is another training. TF32, which timm's train.py allows, is off for all contenders.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ class Setting(typing.NamedTuple):
         return 1e-5 if 'large' in self.model else 0.1
 
     def batch(self, device):
-        """(images, class indices), the same numbers for everyone."""
+        """(images, class indices), equal for all contenders."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(self.batch_size, 3, self.input_size, self.input_size, generator=generator)
         targets = torch.randint(self.classes, (self.batch_size,), generator=generator)
@@ -90,9 +90,9 @@ class Setting(typing.NamedTuple):
 # ---- arithmetic
 
 def forward_flops(architecture, classes=1000):
-    """Floating-point operations of one image's way through the model, a multiply-add counted as two.
+    """Floating-point operations of one image's forward pass; a multiply-add counts as two.
 
-    Matrix products only, 2 m n k each, as is the custom (PaLM, https://arxiv.org/abs/2204.02311, appendix B). With P
+    Counts matrix products only, 2 m n k each, as is usual (PaLM, https://arxiv.org/abs/2204.02311, appendix B). With P
     patches of p x p pixels, N = P + 1 tokens, width D and L blocks (An Image is Worth 16x16 Words,
     https://arxiv.org/abs/2010.11929, eq. 1 to 4, with an MLP of 4 D):
 
@@ -112,7 +112,7 @@ def forward_flops(architecture, classes=1000):
     return 2 * patches * 3 * patch ** 2 * width + architecture['depth'] * block + 2 * width * classes
 
 
-# Dense bfloat16 or float16 FLOP/s without sparsity, from NVIDIA's data sheets; the first that the name holds.
+# Dense bfloat16 or float16 FLOP/s without sparsity, from NVIDIA's data sheets; the first match in the name counts.
 PEAKS = (('H100 PCIe', 756e12), ('H100 NVL', 835e12), ('H200 NVL', 835e12), ('H100', 989e12), ('H200', 989e12),
          ('A100', 312e12))
 
@@ -125,7 +125,7 @@ def peak_flops(device_name):
 # ---- ours
 
 class Repeated(list):
-    """A loader that gives one batch again and again."""
+    """A loader that repeats one batch."""
 
     def __init__(self, batch, times):
         super().__init__([batch] * times)
@@ -133,7 +133,7 @@ class Repeated(list):
 
 
 class _Nothing(torch.utils.data.Dataset):
-    """A data set that has a length, and is never read."""
+    """A data set with a length that is never read."""
 
     def __init__(self, length):
         self.length = length
@@ -147,7 +147,7 @@ def has_flag(name):
 
 
 def flag_choices(name):
-    """The values that a flag of run_class_finetuning.py can have, or () where it isn't there or is free."""
+    """The choices of a flag of run_class_finetuning.py; () for a missing flag or one with free values."""
     action = program.build_parser()._option_string_actions.get('--' + name)
     return tuple(action.choices or ()) if action else ()
 
@@ -169,13 +169,13 @@ def check_compiler():
 
 
 def forget_compiled():
-    """Drop what was compiled before, of which torch.compile keeps only so much for each function."""
+    """Drop earlier compiled code, because torch.compile limits the number of versions per function."""
     if 'torch._dynamo' in sys.modules:
         sys.modules['torch._dynamo'].reset()
 
 
 def our_flags(setting, mode, folder):
-    """The command line that makes run_class_finetuning.py train as the others do here."""
+    """The flags with which run_class_finetuning.py trains as the other contenders do."""
     return ['--model=' + setting.model, '--input_size=%d' % setting.input_size, '--batch_size=%d' % setting.batch_size,
             '--device=' + setting.device, '--data_path=' + folder, '--num_workers=0', '--epochs=1', '--warmup_epochs=0',
             '--lr=%g' % LEARNING_RATE, '--weight_decay=%g' % WEIGHT_DECAY, '--layer_decay=%g' % LAYER_DECAY,
@@ -189,7 +189,7 @@ FLAGS_OF_THE_LOADER = {'--data_path', '--input_size', '--batch_size', '--num_wor
 
 
 def flags_of_a_step():
-    """The names of flags that decide what `Ours` is compared in."""
+    """The names of flags that define the comparison."""
     setting = Setting('beit_base_patch16_224', 224, 1, 'cpu')
     given = [flag for precision in PRECISIONS for flag in our_flags(setting, Mode(precision), '')]
     return {flag.partition('=')[0] for flag in given} | {'--compile', '--eval', '--update_freq', '--config', '--resume',
@@ -197,7 +197,7 @@ def flags_of_a_step():
 
 
 def build_as_main_does(args, classes, updates):
-    """(arguments for `engine.train_one_epoch`, what main said): main runs, without images, up to its epoch loop."""
+    """(arguments for `engine.train_one_epoch`, output of main): main runs without images up to its epoch loop."""
     kept, said = {}, io.StringIO()
 
     def train(args, training, data, learner, monitor, report):
@@ -217,7 +217,7 @@ class Ours:
 
     @staticmethod
     def mode_of(mode, device):
-        """The mode that it runs in, where `mode` is asked for."""
+        """The mode in which it runs for the requested `mode`."""
         return mode
 
     def __init__(self, setting, mode):
@@ -236,7 +236,7 @@ class Ours:
         if self.steps + steps > UPDATES:
             self.steps = 0
         with contextlib.redirect_stdout(io.StringIO()):
-            stats = engine.train_one_epoch(  # each update has random numbers of its own, so the work differs a little
+            stats = engine.train_one_epoch(  # updates draw different random numbers, so the work varies slightly
                 epoch=0, start_steps=self.steps, data_loader=Repeated(self.batch, steps),
                 num_training_steps_per_epoch=steps, throughput=utils.Throughput(), **self.training)
         self.steps += steps
@@ -250,8 +250,7 @@ class Ours:
 # ---- timm's
 
 def timm_model(setting):
-    """timm's own model of this name, though ours has taken its place in timm's registry; of this shape, where timm has
-    none of the name.
+    """timm's own model of this name, which ours replaces in timm's registry; for a name that timm lacks, of this shape.
 
     Raises:
         UserError: this timm has no BEiT.
@@ -275,7 +274,7 @@ def half_dtype(precision, device):
 
 @contextlib.contextmanager
 def tuned_convolutions():
-    """cuDNN tries its algorithms out, as timm's train.py and the reference's script set it; only inside."""
+    """Inside the context cuDNN benchmarks its algorithms, as in timm's train.py and the reference's script."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         yield
@@ -284,7 +283,7 @@ def tuned_convolutions():
 
 
 class Timm:
-    """timm's model, optimizer and step, as its train.py does it."""
+    """timm's model, optimizer and step as in its train.py."""
 
     @staticmethod
     def mode_of(mode, device):
@@ -306,7 +305,7 @@ class Timm:
             check_compiler()
             self.model = torch.compile(self.model)
         self.images, self.targets = setting.batch(self.device)
-        self.skipped_steps = None  # its scaler doesn't tell
+        self.skipped_steps = None  # its scaler doesn't report it
 
     def build_model(self, setting):
         return timm_model(setting)
@@ -318,9 +317,9 @@ class Timm:
         options = dict(opt='adamw', lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, layer_decay=LAYER_DECAY)
         try:
             optimizer, about = timm.optim.create_optimizer_v2(self.model, fused=True, **options), 'fused AdamW'
-        except (RuntimeError, TypeError):  # this PyTorch has none for the device
+        except (RuntimeError, TypeError):  # this PyTorch has no fused one for the device
             optimizer, about = timm.optim.create_optimizer_v2(self.model, **options), 'AdamW'
-        for group in optimizer.param_groups:  # timm leaves that to its scheduler
+        for group in optimizer.param_groups:  # timm's scheduler does that
             group['lr'] *= group.get('lr_scale', 1.)
         return optimizer, about
 
@@ -356,7 +355,7 @@ class Timm:
     def evaluate(self, batches):
         self.model.eval()
         correct, losses = 0, 0
-        # An NPU's tensors, from outside PyTorch, need not know inference mode.
+        # An NPU's tensors are not part of PyTorch and may lack inference mode.
         without_gradients = getattr(torch, 'inference_mode', torch.no_grad) if self.device.type != 'npu' \
             else torch.no_grad
         with without_gradients(), tuned_convolutions():
@@ -379,7 +378,7 @@ class Reference(Timm):
     def build_model(self, setting):
         try:
             model = timm_model(setting)
-        except UserError:  # our own model without a kernel is then the same arithmetic
+        except UserError:  # then our model without a kernel computes the same
             return program.inference_model.build_model(program.build_parser().parse_args([
                 '--model=' + setting.model, '--input_size=%d' % setting.input_size, '--drop_path=%g' % DROP_PATH,
                 '--layer_scale_init_value=%g' % setting.layer_scale]), setting.classes)

@@ -1,4 +1,4 @@
-"""Hooks and fixtures: recorded figures, small data sets, the NPU emulator. What tests import is in helpers.py."""
+"""Hooks and fixtures: recorded figures, small data sets, the NPU emulator. Functions to import are in helpers.py."""
 
 import collections
 import json
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # as in run_tests.sh: the models are so small that threads are in the way
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # as in run_tests.sh: threads slow the tiny models down
 
 import numpy as np
 import pytest
@@ -18,16 +18,16 @@ from PIL import Image
 import run_class_finetuning
 from helpers import EMULATOR, TEST_DIR, cannot_run, photo, python, run_program  # first: it adds ROOT to the path
 
-# Indexes of the tests' folders don't belong into the user's cache. What takes long to fetch or make again stays there.
+# Keep indexes of the tests' folders out of the user's cache, which only holds slow downloads and builds.
 _caches = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
 os.environ.setdefault('TORCH_NPU_WHEELS', os.path.join(_caches, 'beit_torch_npu_wheels'))
 os.environ.setdefault('MPLCONFIGDIR', os.path.join(_caches, 'matplotlib'))
 _own_cache = tempfile.TemporaryDirectory()
 os.environ['XDG_CACHE_HOME'] = _own_cache.name
 
-collect_ignore = ['npu_emulator']  # its tests run in a process of their own, where torch_npu is the emulator
+collect_ignore = ['npu_emulator']  # its tests run in a separate process, where torch_npu is the emulator
 
-# The files that take longest, which begin first: with few tests, they would else be last, and keep one core busy alone.
+# The slowest files start first; otherwise one core would run them alone at the end.
 LONGEST = ['test_ascend', 'test_scripts', 'test_end_to_end', 'test_faults', 'test_distributed', 'test_multinode',
            'test_dist_faults', 'test_fuzz_flags', 'test_disk', 'test_benchmark', 'test_report', 'test_predict',
            'test_export', 'test_stacks', 'test_docs']
@@ -58,7 +58,7 @@ def pytest_runtest_setup(item):
 
 
 class FileProgress:
-    """With -q, one line for each file of tests when its last test is done, in place of dots; failures at once."""
+    """With -q: instead of dots, one line per test file after its last test; failures immediately."""
 
     def __init__(self, terminal):
         self.terminal, self.left, self.outcomes, self.seconds = terminal, {}, {}, collections.Counter()
@@ -99,7 +99,7 @@ class FileProgress:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """One line for each reason that tests were skipped for, with their number."""
+    """One line per skip reason, with the number of tests."""
     reasons = collections.Counter(report.longrepr[2] for report in terminalreporter.stats.get('skipped', ()))
     for reason, count in sorted(reasons.items()):
         terminalreporter.write_line('%d test%s skipped: %s' % (count, 's' if count > 1 else '',
@@ -147,7 +147,7 @@ def program():
 
 @pytest.fixture(scope='session')
 def data(tmp_path_factory):
-    """Two classes that a tiny model can half learn: 32 training and 22 validation images, of another tint each."""
+    """Two classes of different tints that a tiny model can half learn: 32 training and 22 validation images."""
     root = tmp_path_factory.mktemp('small') / 'my data'
     for split, count in (('train', 16), ('val', 11)):
         for label, (name, tint) in enumerate((('cat', (150, 90, 60)), ('dog', (90, 120, 150)))):
@@ -161,7 +161,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def refused(capsys):
-    """refused(flags, words…): the program says all of them in one line and exits with 2."""
+    """refused(flags, words…): the program prints one line with all the words and exits with 2."""
     def check(flags, *words):
         assert run_class_finetuning.run(flags) == 2
         err = capsys.readouterr().err
@@ -173,7 +173,7 @@ def refused(capsys):
 
 @pytest.fixture
 def public_folder():
-    """A folder that every user can reach; pytest's own are its user's alone."""
+    """A folder that every user can access, unlike pytest's own."""
     folder = tempfile.mkdtemp(dir='/tmp')
     os.chmod(folder, 0o755)
     yield folder
@@ -182,7 +182,7 @@ def public_folder():
 
 @pytest.fixture(scope='session')
 def emulator():
-    """emulator(apex='ascend', FAKE_NPU_SOC='910A'): the environment in which a command has NPUs. Built on first use."""
+    """emulator(apex='ascend', FAKE_NPU_SOC='910A'): an environment with emulated NPUs. Built on first use."""
     if not hasattr(torch, 'accelerator'):
         cannot_run('emulator', 'the NPU emulator needs PyTorch 2.6 or newer')
     if shutil.which(os.environ.get('CXX', 'g++')) is None:

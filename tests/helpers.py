@@ -1,6 +1,6 @@
-"""What tests share: flags of a tiny run, needs, images, toy models, the program, its scripts and launcher as processes.
+"""Shared by the tests: flags of a tiny run, needs, images, toy models, and helpers that start program and scripts.
 
-Tests import from here, never from each other or from conftest.py, which has the fixtures and hooks.
+Tests import from this module, never from each other or from conftest.py, which has the fixtures and hooks.
 """
 
 import atexit
@@ -41,18 +41,18 @@ from beit.data.loader import Batch
 from beit.training import loss_scaler, step_control
 import warm_python
 
-# Curves take a second of each run; test_report.py draws them.
+# Curves take a second per run; test_report.py draws them.
 NANO = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu']
-LAUNCHER = ['-m', 'beit.distributed.launcher']  # after Python, from the root; then its options, PROGRAM and flags
+LAUNCHER = ['-m', 'beit.distributed.launcher']  # run by Python in the root, followed by its options, PROGRAM and flags
 PROGRAM = os.path.join(ROOT, 'run_class_finetuning.py')
 RUN = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu',
        '--warmup_epochs=0', '--batch_size=8', '--aa=none', '--layer_scale_init_value=0', '--init_scale=1',
        '--abs_pos_emb', '--disable_rel_pos_bias']
-# A Python that is started as users start it, for the scripts and for torchrun's processes: see warm_python.py.
+# A Python started as users start it, for the scripts and torchrun's processes: see warm_python.py.
 COLD = {'PYTHON': sys.executable, 'PYTHON_EXEC': sys.executable}
 CPU = torch.device('cpu')
 TINY = NANO + ['--batch_size=4', '--epochs=1', '--warmup_epochs=0', '--finetune=', '--lr=1e-3']
-LONG = ['--epochs=100000', '--no_save_ckpt', '--disable_eval_during_finetuning']  # until something ends it
+LONG = ['--epochs=100000', '--no_save_ckpt', '--disable_eval_during_finetuning']  # until it is ended
 BLOCK = re.compile(r'-{18} Final result -{18}\n'
                    r'Final Performance images/sec : (?P<fps>\d+\.\d\d)\n'
                    r'Final Train Accuracy : (?P<accuracy>\d+\.\d{3}|n/a)\n'
@@ -65,9 +65,9 @@ Run = collections.namedtuple('Run', 'status out err')
 
 
 def cannot_run(need, reason):
-    """Skip the running test with one loud line, or fail it where MUST_RUN names the need (see test/run_tests.sh).
+    """Skip the running test with one line, or fail it if MUST_RUN names the need (see test/run_tests.sh).
 
-    Where the need is known before the test runs, `pytest.mark.needs(need, is_met, reason)` does the same.
+    `pytest.mark.needs(need, is_met, reason)` does the same for a need that is known before the test runs.
     """
     if need in os.environ.get('MUST_RUN', '').split():
         pytest.fail('%s, and MUST_RUN names %s' % (reason, need))
@@ -84,7 +84,7 @@ has_proc = pytest.mark.needs('linux', os.path.isdir('/proc/self'), 'processes ar
 
 
 def photo(seed, width=96, height=72):
-    """A smooth picture with some noise, like a photograph's statistics."""
+    """A smooth picture with some noise, with the statistics of a photograph."""
     rng = np.random.RandomState(seed)
     coarse = Image.fromarray(rng.randint(0, 256, (6, 8, 3)).astype(np.uint8)).resize((width, height), Image.BICUBIC)
     noisy = np.asarray(coarse).astype(np.int64) + rng.randint(-12, 13, (height, width, 3))
@@ -102,7 +102,7 @@ def write_images(root, classes=('cat', 'dog'), train=8, val=4, size=(32, 32)):
 
 
 def write_cifar(root, monkeypatch):
-    """A small archive in CIFAR-100's own layout, whose checksums torchvision is told; gives each split's content."""
+    """Write a small archive in CIFAR-100's layout and patch torchvision's checksums. Returns each split's content."""
     folder = root / 'cifar-100-python'
     folder.mkdir()
     rng = np.random.RandomState(0)
@@ -167,10 +167,10 @@ def toy(classes=3, **options):
 
 
 def trajectory_run(recorded, epochs=None, amp=None, prepare=None):
-    """The recorded training, on this project's loop: (epoch statistics, microbatch losses, model).
+    """The recorded training in this project's loop: (epoch statistics, microbatch losses, model).
 
     Args:
-        prepare (function): of the model, what changes how it computes.
+        prepare (function): changes how the model computes.
     """
     from timm.loss import LabelSmoothingCrossEntropy
     config, training = json.loads(str(recorded['config'])), json.loads(str(recorded['training']))
@@ -217,7 +217,7 @@ def check_trajectory(recorded, stats, losses, model):
 
 
 class Numbered(list):
-    """Batches with the images' places in the data set, of which it remembers the newest."""
+    """Batches with the images' data set indices; it remembers the newest."""
 
     newest = None
 
@@ -228,7 +228,7 @@ class Numbered(list):
 
 
 class Listener(step_control.StepMonitor):
-    """Names images by their places, and keeps the reports."""
+    """Names images by their indices, and keeps the reports."""
 
     def __init__(self, on_nonfinite):
         super().__init__()
@@ -244,9 +244,9 @@ class Listener(step_control.StepMonitor):
 
 @lru_cache(maxsize=None)
 def python():
-    """A Python for processes that tests start, in which the packages are imported already: see warm_python.py.
+    """A Python for the tests' processes that has already imported the packages: see warm_python.py.
 
-    With --soak it is a Python as users start it. So it is, always, for the tests of what warm_python.py says differs.
+    With --soak it is an ordinary Python. Tests of the differences that warm_python.py lists always use an ordinary one.
     """
     if os.environ.get('BEIT_SOAK') or not sys.platform.startswith('linux'):
         return sys.executable
@@ -263,7 +263,7 @@ def python():
 
 
 def run_program(*flags, timeout=300, env=None, cwd=ROOT):
-    """run_class_finetuning.py in a process of its own: (exit status, standard output, standard error)."""
+    """run_class_finetuning.py in a separate process: (exit status, standard output, standard error)."""
     result = subprocess.run([python(), PROGRAM] + list(flags), cwd=cwd,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout,
                             env=dict(os.environ, **(env or {})))
@@ -281,7 +281,7 @@ def assert_one_line(status, out, err, says):
 
 @contextlib.contextmanager
 def as_nobody():
-    """Without root's rights, to which no permission is denied."""
+    """Drop root's rights, which bypass every permission."""
     if os.geteuid() != 0:
         yield
         return
@@ -311,12 +311,12 @@ def all_end(mark, seconds=10):
 
 
 def copy_checkout(folder):
-    """The repository's own files, tracked or new but not what an earlier run left, copied into `folder`."""
+    """Copy the repository's files into `folder`: tracked and new ones, without the outputs of earlier runs."""
     try:
         names = subprocess.check_output(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
                                         cwd=ROOT, stderr=subprocess.DEVNULL).decode().split('\0')
     except (OSError, subprocess.CalledProcessError):
-        names = []  # an archive without its history, or a machine without git
+        names = []  # a source archive, or a machine without git
     if not any(names):
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
             '.git', '.venv*', 'data', 'train_result*', 'output', 'prof', '__pycache__', '.*_cache', '*.pth'))
@@ -330,14 +330,14 @@ def copy_checkout(folder):
 
 
 def environment(**changes):
-    """This process's environment for another, changed; with **COLD for what warm_python.py says is not the same."""
+    """This process's environment with changes; add **COLD where warm_python.py lists a difference."""
     env = {name: value for name, value in os.environ.items()
            if name not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
     return dict(env, **dict({'PYTHON': python(), 'PYTHON_EXEC': python()}, **changes))
 
 
 def start_script(checkout, script, *flags, where='', **env):
-    """Start test/<script>.sh from the root, or with where='test' from there."""
+    """Start test/<script>.sh from the root, or from test/ with where='test'."""
     path = os.path.join('' if where else 'test', script + '.sh')
     return subprocess.Popen(['bash', path] + list(flags), cwd=os.path.join(checkout, where), env=environment(**env),
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -363,7 +363,7 @@ def text(path):
 
 
 def result(run):
-    """The figures of the final block, which must be the last that a run prints."""
+    """The figures of the final block, which must be the last output of a run."""
     assert run.status == 0, run.out + run.err
     found = BLOCK.search(run.out)
     assert found, run.out
@@ -381,7 +381,7 @@ def summary(checkout, case):
 
 
 def check_summary(checkout, script, run, batch_size, devices, model='beit_nano_patch8_32'):
-    """The file is where tools look for it, its figures are bare numbers, and they agree with the block."""
+    """The file is where tools look for it; its figures are bare numbers and agree with the block."""
     kind = script.split('_')[1]
     block = result(run)
     figures = summary(checkout, '%s_bs%d_%dp_%s' % (model, batch_size, devices, SUFFIX[kind]))
@@ -398,7 +398,7 @@ def check_summary(checkout, script, run, batch_size, devices, model='beit_nano_p
         assert figures['TrainAccuracy'] == 'n/a'  # nothing is evaluated
     else:
         assert 0 <= float(figures['TrainAccuracy']) <= 100
-    if kind != 'eval':  # there the last batch is smaller
+    if kind != 'eval':  # its last batch is smaller
         fps = float(figures['ActualFPS'])
         assert float(figures['TrainingTime']) \
             == pytest.approx(1000. * batch_size * devices / fps, rel=0.01 / fps + 1e-4)  # both are rounded
@@ -407,7 +407,7 @@ def check_summary(checkout, script, run, batch_size, devices, model='beit_nano_p
 
 
 def fails(run, *expected):
-    """A user's mistake: status 2, an error line with the expected words, no traceback, no result."""
+    """A user error: status 2, an error line with the expected words, no traceback, no result."""
     assert run.status == 2, run.out + run.err
     assert 'Final result' not in run.out
     assert 'Traceback' not in run.out + run.err
@@ -418,10 +418,10 @@ def fails(run, *expected):
 
 
 def fake_cann(tmp_path, package):
-    """CANN's folder with an environment script such as `package`/set_env.sh; gives the file that names the folder."""
+    """Write a CANN folder with an environment script such as `package`/set_env.sh. Returns the file that names it."""
     folder = tmp_path / 'opt' / 'my Ascend' / package
     (folder / 'latest').mkdir(parents=True)
-    (folder / 'set_env.sh').write_text(  # like the real one, it reads variables that may not be set
+    (folder / 'set_env.sh').write_text(  # like the real one, it reads variables that may be unset
         'export ASCEND_HOME_PATH="%s" FAKE_CANN=%s LD_LIBRARY_PATH=/cann:$LD_LIBRARY_PATH:$NOT_SET\n'
         % (folder / 'latest', package))
     info = tmp_path / 'ascend_cann_install.info'
@@ -436,7 +436,7 @@ def free_port():
 
 
 def start_launcher(*flags, nnodes=2, node_rank=0, port=None, address='127.0.0.1', processes=1, prefix=(), **env):
-    """Start the scripts' launcher as one of the machines."""
+    """Start the scripts' launcher as one of several machines."""
     options = ['--nnodes=%d' % nnodes, '--node_rank=%d' % node_rank, '--nproc_per_node=%d' % processes]
     options += ['--master_addr=' + address, '--master_port=%d' % port] if port else []
     env = environment(OMP_NUM_THREADS='1', **env)
@@ -446,7 +446,7 @@ def start_launcher(*flags, nnodes=2, node_rank=0, port=None, address='127.0.0.1'
 
 
 def ends(processes, seconds=60):
-    """What they came to; all within so many seconds."""
+    """The results of all processes, which must end within `seconds`."""
     until = time.time() + seconds
     try:
         return [Run(process.returncode, *streams) for process, streams in
@@ -457,7 +457,7 @@ def ends(processes, seconds=60):
 
 
 def launch(processes, *flags, timeout=240, preset=RUN):
-    """The scripts' launcher with so many processes: (exit status, standard output, standard error)."""
+    """The scripts' launcher with this many `processes`: (exit status, standard output, standard error)."""
     result = subprocess.run(
         [python()] + LAUNCHER + ['--nproc_per_node=%d' % processes, PROGRAM] + list(preset) + list(flags), cwd=ROOT,
         timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,

@@ -51,7 +51,7 @@ def imported_modules(tree, modules):
 
 
 def import_graph(root=ROOT):
-    """{module: sorted project modules that it imports}; packages without code of their own are left out."""
+    """{module: sorted project modules that it imports}, without packages that have no code."""
     files = {module_name(path): path for path in product_files(root)}
     return {module: sorted(imported_modules(parse(path, root), files) - {module}) for module, path in files.items()}
 

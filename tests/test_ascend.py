@@ -1,6 +1,6 @@
-"""The whole NPU path on an emulated NPU (tests/npu_emulator): figures against the CPU's, scripts, what goes wrong.
+"""The NPU path on an emulated NPU (tests/npu_emulator): figures against the CPU's, scripts, errors.
 
-The emulator says whether the code is right; it says nothing about an NPU's speed, memory or rounding.
+The emulator checks the code; it shows nothing about an NPU's speed, memory or rounding.
 """
 
 import json
@@ -54,7 +54,7 @@ def test_the_emulators_own_tests(emulator):
 # ---- numbers
 
 class Trained:
-    """What a run left: its words, the loss of each update, and its last checkpoint."""
+    """A finished run: its output, the loss of each update, and its last checkpoint."""
 
     def __init__(self, folder, flags, env):
         self.folder = str(folder)
@@ -98,7 +98,7 @@ def test_float32_computes_what_the_cpu_does_for_50_steps(train):
     assert 'Attention: fused' in npu.out and 'Attention: plain' in cpu.out and 'Device: npu:0' in npu.out
     assert len(cpu.losses()) == len(npu.losses()) == 50
     assert max(abs(one - other) for one, other in zip(cpu.losses(), npu.losses())) < 1e-5
-    assert cpu.losses()[-1] < cpu.losses()[0] - 0.05  # there was something to compute
+    assert cpu.losses()[-1] < cpu.losses()[0] - 0.05  # the run was not trivial
     for part in ('model', 'model_ema'):
         assert farthest(cpu.weights(part), npu.weights(part)) < 2e-5
     for one, other in zip(cpu.epochs(), npu.epochs()):
@@ -108,7 +108,7 @@ def test_float32_computes_what_the_cpu_does_for_50_steps(train):
 
 @pytest.fixture(scope='module')
 def half_learnt(tmp_path_factory):
-    """A checkpoint of ten epochs on the CPU, from which the loss goes down steeply."""
+    """A checkpoint of ten epochs on the CPU, after which the loss falls steeply."""
     run = Trained(tmp_path_factory.mktemp('half learnt'), ['--device=cpu', '--epochs=40', '--maxstep=220',
                                                            '--warmup_epochs=2', NO_EVAL], {'OMP_NUM_THREADS': '1'})
     assert run.epochs()[-1]['train_loss'] < 1.5
@@ -117,7 +117,7 @@ def half_learnt(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def in_float32(tmp_path_factory, emulator, half_learnt):
-    """Two epochs in float32 from there."""
+    """Two epochs in float32 from that checkpoint."""
     return Trained(tmp_path_factory.mktemp('float32'), ['--epochs=2', '--lr=1e-3', '--device=npu', FUSED, NO_EVAL,
                                                         '--finetune=' + half_learnt], emulator())
 
@@ -152,11 +152,11 @@ def test_apex_and_native_o2_agree(train, half_learnt):
     assert 'by PyTorch' in ours.out and 'by apex.amp' in theirs.out
     assert ours.losses() == pytest.approx(theirs.losses(), rel=2e-3)
     for part in ('model', 'model_ema'):
-        assert farthest(ours.weights(part), theirs.weights(part)) < 5e-3  # AdamW may go either way by lr
+        assert farthest(ours.weights(part), theirs.weights(part)) < 5e-3  # AdamW may step by lr in either direction
 
 
 @pytest.mark.parametrize('processes', [4, pytest.param(8, marks=pytest.mark.soak)])
-def test_processes_train_as_one_of_so_many_times_the_batch(emulator, tmp_path, image_folder, processes):
+def test_processes_train_as_one_with_the_total_batch(emulator, tmp_path, image_folder, processes):
     checkout = copy_checkout(str(tmp_path / 'my code' / 'beit'))
     data = image_folder(train=40)
     flags = ['--data_path=' + data, '--device=npu', FUSED, '--finetune=', '--model=beit_nano_patch8_32',
@@ -207,7 +207,7 @@ sys.exit(program.run(sys.argv[1:]))
                                                            ('910B', '65504', 'ascend'), ('910B', 'dynamic', None),
                                                            ('910B', 'dynamic', 'ascend')]])
 def test_an_overflow_is_skipped_counted_and_logged(emulator, tmp_path, soc, scale, apex):
-    """Twice in eight updates; on a 910A the gradients stay finite, and only its flag tells."""
+    """Twice in eight updates; on a 910A the gradients stay finite, and only its flag shows the overflow."""
     out = str(tmp_path / 'out')
     done = subprocess.run(
         [python(), '-c', OVERFLOW] + DIGITS + [
@@ -287,8 +287,8 @@ def test_the_scripts_on_npus(emulator, checkout, data, script, devices, apex, fl
 
 
 @pytest.mark.parametrize('last', [[], pytest.param(['--no_amp'], marks=pytest.mark.soak)])
-def test_training_and_evaluation_agree_and_another_device_goes_on(emulator, checkout, data, last):
-    """npu by apex, cpu, npu by PyTorch or in float32: each takes up the checkpoint of the one before."""
+def test_training_and_evaluation_agree_and_another_device_resumes(emulator, checkout, data, last):
+    """npu with apex, cpu, npu with PyTorch or in float32: each resumes the previous checkpoint."""
     flags = ['--data_path=' + data] + TINY + ['--save_ckpt_freq=1', '--model_ema']
     for epochs, (device, apex, more) in enumerate([('npu', 'ascend', []), ('cpu', None, []), ('npu', None, last)], 1):
         resume = ['--resume=./train_result'] if epochs > 1 else []
@@ -307,7 +307,7 @@ def test_training_and_evaluation_agree_and_another_device_goes_on(emulator, chec
 
 
 def test_a_run_that_changes_devices_computes_what_an_unbroken_one_does(train):
-    """In float32, epoch by epoch: npu, cpu, npu; the moments of the fused optimizer move to AdamW and back."""
+    """In float32, one epoch each on npu, cpu, npu: the fused optimizer's moments move to AdamW and back."""
     flags = ['--epochs=3', '--batch_size=128', '--save_ckpt_freq=1']
     unbroken = train(*flags, on='cpu')
     steps = unbroken.epochs()[-1]['epoch'] and len(unbroken.losses()) // 3
@@ -330,7 +330,7 @@ RESUMED = {
 @pytest.mark.parametrize('way', ['apex O2 dynamic'] + [
     pytest.param(way, marks=pytest.mark.soak) for way in ('float32', 'O2', 'apex O1', 'apex O2')])
 def test_a_run_resumed_on_npus_computes_what_an_unbroken_one_does(train, half_learnt, way):
-    """The masters, the moments, the scale and the device's random numbers come back."""
+    """Masters, moments, loss scale and the device's random numbers are restored."""
     more, apex, tolerance = RESUMED[way]
     flags = ['--epochs=2', '--batch_size=64', '--max_train_samples=704', '--save_ckpt_freq=1', '--lr=1e-3', FUSED,
              NO_EVAL] + more
@@ -342,12 +342,12 @@ def test_a_run_resumed_on_npus_computes_what_an_unbroken_one_does(train, half_le
     assert farthest(second.weights(), unbroken.weights()) <= (tolerance or 1e-7)
     assert second.weights('scaler') == unbroken.weights('scaler')
     weight = first.weights()['blocks.0.mlp.fc1.weight']
-    assert (weight.half().float() != weight).float().mean() > 0.9  # a master, not what float16 made of it
+    assert (weight.half().float() != weight).float().mean() > 0.9  # a master, not its float16 copy
 
 
 def test_apex_o1_with_a_scale_of_1_clips_and_its_checkpoint_is_read_without_an_npu(train):
-    """There apex unscales and combines nothing, so its own clipping has nothing to work on. The checkpoint is read by
-    PyTorch alone, as README.md says, in this process, which has no torch_npu."""
+    """apex then neither unscales nor combines gradients, so its own clipping can't work. PyTorch alone reads the
+    checkpoint, in this process without torch_npu."""
     run = train('--amp', '--opt-level=O1', '--loss_scale=1', '--clip_grad=1', FUSED, '--epochs=1', '--maxstep=3',
                 '--max_train_samples=128', apex='ascend')
     assert run.status == 0, run.err
@@ -356,7 +356,7 @@ def test_apex_o1_with_a_scale_of_1_clips_and_its_checkpoint_is_read_without_an_n
     assert {value.device.type for value in content['model'].values()} == {'cpu'}
 
 
-def test_a_checkpoint_of_an_npu_goes_on_with_cuda(train):
+def test_an_npu_checkpoint_resumes_on_cuda(train):
     if not torch.cuda.is_available():
         cannot_run('cuda', 'no CUDA GPU to resume an NPU checkpoint on')
     first = train('--epochs=2', '--maxstep=22', '--save_ckpt_freq=1', FUSED)
@@ -394,8 +394,8 @@ def test_a_fused_attention_that_treats_the_bias_wrongly_is_not_used(train, fault
     assert asked_for.status == 2 and '--attention fused: scaled_dot_product_attention: the output' in asked_for.err
 
 
-def test_without_the_probe_such_a_fault_would_pass_unseen(train, emulator, half_learnt, tmp_path):
-    """Why there is a probe: the run with a dropped bias ends well, and its losses are another model's."""
+def test_without_the_probe_the_fault_is_unnoticed(train, emulator, half_learnt, tmp_path):
+    """The reason for the probe: the run with a dropped bias succeeds, with losses of another model."""
     code = ('import sys; from beit.training import fused_attention; fused_attention.compare = lambda *arguments: None; '
             'import run_class_finetuning; sys.exit(run_class_finetuning.run(sys.argv[1:]))')
     flags = ['--epochs=1', '--maxstep=8', '--finetune=' + half_learnt, NO_EVAL]
@@ -425,7 +425,7 @@ def test_npu_fusion_attention_where_the_other_is_missing(emulator, tmp_path, pre
         scalars(str(tmp_path / 'b'))['loss/loss'], abs=2e-3 if precision else 1e-5)
 
 
-# ---- settings, and what goes wrong
+# ---- settings and errors
 
 def one_line(run, *expected):
     assert run.status == 2, run.out + run.err
@@ -461,7 +461,7 @@ def test_the_seed_reaches_the_device(emulator):
 
 
 def test_compile_mode_is_for_npus(refused):
-    refused(DIGITS + ['--device=cpu', '--jit_compile=on'], '--jit_compile on', 'only NPUs have it',
+    refused(DIGITS + ['--device=cpu', '--jit_compile=on'], '--jit_compile on', 'needs an NPU',
             'leave the flag out')
 
 
@@ -477,7 +477,7 @@ def test_cann_is_missing(train):
 
 
 def test_cann_of_another_version(train):
-    one_line(train(FAKE_NPU_CANN='7.0'), '--device npu', 'cannot be started', 'CANN', 'README.md')
+    one_line(train(FAKE_NPU_CANN='7.0'), '--device npu', 'cannot be started', 'CANN', 'docs/ascend.md')
 
 
 def test_no_device_and_one_too_few(train):
@@ -485,13 +485,13 @@ def test_no_device_and_one_too_few(train):
     one_line(train('--device=npu:3'), '--device npu:3', 'there are 1')
 
 
-def test_auto_says_why_it_passes_an_npu_over(train):
+def test_auto_reports_why_it_skips_an_npu(train):
     run = train('--device=auto', '--epochs=1', '--maxstep=2', NO_EVAL, FAKE_NPU_CANN='missing')
     assert run.status == 0 and 'Not using an NPU: torch_npu is installed but CANN is not set up' in run.out
 
 
-def test_each_way_gets_the_fused_optimizer_that_works_with_it(emulator):
-    """torch_npu's would never see the gradients that apex hands over; apex's works under apex only."""
+def test_each_precision_gets_the_fused_optimizer_that_works_with_it(emulator):
+    """torch_npu's never sees apex's combined gradients, and apex's works only under apex."""
     patch = ('build = program.build_optimizer\n'
              'program.build_optimizer = lambda *a: sys.exit("class %s" % type(build(*a)).__module__)')
     nvidia, = run_each([[FUSED, '--amp']], patch, emulator('nvidia'))
@@ -505,7 +505,7 @@ def test_each_way_gets_the_fused_optimizer_that_works_with_it(emulator):
     assert lookahead.startswith(error + '--opt lookahead_npufusedadamw') and 'use --opt npufusedadamw' in lookahead
 
 
-def test_a_probe_that_fails_on_one_process_leaves_fused_attention_to_none(emulator, tmp_path):
+def test_a_failed_probe_on_one_process_turns_fused_attention_off_on_all(emulator, tmp_path):
     program = tmp_path / 'program.py'
     program.write_text(
         "import os, sys\nsys.path.insert(0, %r)\nif os.environ['RANK'] == '1':\n"
@@ -528,7 +528,7 @@ def test_attention_dropout_and_fused_attention(train):
 
 @pytest.mark.parametrize('package', ['ascend-toolkit', pytest.param('nnae', marks=pytest.mark.soak)])
 def test_the_scripts_set_cann_up(emulator, checkout, data, tmp_path, package):
-    """Before it is set up torch_npu can't be imported; --device is left to find the NPU."""
+    """Without CANN torch_npu can't be imported; --device=auto finds the NPU."""
     info = fake_cann(tmp_path, package)
     with open(os.path.join(os.path.dirname(info), 'opt', 'my Ascend', package, 'set_env.sh'), 'a') as file:
         file.write('unset FAKE_NPU_CANN\n')
@@ -547,11 +547,11 @@ def test_the_scripts_set_cann_up(emulator, checkout, data, tmp_path, package):
 
 @pytest.mark.parametrize('flags, env, expected', [
     pytest.param([], {'FAKE_NPU_CANN': 'missing'}, 'CANN is not set up', marks=pytest.mark.soak),
-    ([], {'FAKE_NPU_CANN': '7.0'}, 'cannot be started'),  # found by each of them
+    ([], {'FAKE_NPU_CANN': '7.0'}, 'cannot be started'),  # each process finds it
     pytest.param(['--amp', '--amp_dtype=bfloat16'], {'FAKE_NPU_SOC': '910A'}, '--amp_dtype bfloat16',
                  marks=pytest.mark.soak),
     (['--nproc_per_node=3'], {}, 'there are 2; lower --nproc_per_node')])
-def test_what_goes_wrong_on_every_process_is_one_line_too(emulator, checkout, data, flags, env, expected):
+def test_an_error_on_every_process_is_one_line(emulator, checkout, data, flags, env, expected):
     started = time.time()
     run = run_script(checkout, 'train_full_8p', '--data_path=' + data, *ON_NPU, '--nproc_per_node=2', *flags,
                      MARK=checkout, **emulator(FAKE_NPU_COUNT='2', **env))

@@ -1,4 +1,4 @@
-"""The probe before fused attention: right kernels pass it, each known kind of wrong one is found out and unused."""
+"""The probe before fused attention: correct kernels pass, and each known kind of wrong kernel is rejected."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def model(**options):
 
 
 def kernel():
-    """PyTorch's own, or the plain arithmetic in its place where a PyTorch has none."""
+    """PyTorch's kernel, or plain arithmetic on a PyTorch without one."""
     return KERNELS.get('scaled_dot_product_attention', modeling_finetune.plain_attention)
 
 
@@ -33,7 +33,7 @@ def test_a_right_kernel_passes(dtype, options):
         cannot_run('current', 'this PyTorch has no bfloat16 training on a CPU')
     network, before = model(**options), torch.get_rng_state()
     assert fused_attention.compare(kernel(), network, CPU, dtype, 2) is None
-    assert torch.equal(torch.get_rng_state(), before)  # a run's random numbers stay as they are
+    assert torch.equal(torch.get_rng_state(), before)  # the probe draws no random numbers of the run
 
 
 def wrong(change):
@@ -59,7 +59,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize('kind', sorted(WRONG))
-def test_a_wrong_kernel_is_found_out_and_not_used(kind, monkeypatch):
+def test_a_wrong_kernel_is_detected_and_not_used(kind, monkeypatch):
     change, expected = WRONG[kind]
     monkeypatch.setattr(kernels, 'fused_attentions', lambda device: {'some_kernel': wrong(change)})
     network = model()
@@ -95,7 +95,7 @@ def test_a_fused_model_computes_what_the_plain_one_does(options):
 
 @pytest.mark.parametrize('tokens', (5, 16, 197))
 def test_a_bias_padded_for_cuda_gives_the_same(tokens, monkeypatch):
-    """Without gradients its rows lie a multiple of 8 apart; with them, and without a bias, nothing changes."""
+    """Without gradients the row stride is a multiple of 8; with gradients, or without a bias, nothing changes."""
     if not KERNELS:
         cannot_run('current', 'this PyTorch has no fused attention')
     plain, padded = [kernels.fused_attentions(torch.device(kind))['scaled_dot_product_attention']
@@ -124,7 +124,7 @@ def test_the_modes(monkeypatch):
         fused_attention.choose_attention(network, CPU, 'fused')
 
 
-def test_dropout_on_the_weights_takes_the_plain_way():
+def test_dropout_on_the_weights_uses_plain_attention():
     network = model(attn_drop_rate=0.5)
     for block in network.blocks:
         block.attn.fused = lambda *arguments: 1 / 0

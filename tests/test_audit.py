@@ -1,11 +1,11 @@
-"""Every name of torch_npu, torch.npu and apex that the project uses exists in the published torch_npu, and takes the
-arguments that it gets; and the emulator has nothing that the real torch_npu lacks.
+"""Every name of torch_npu, torch.npu and apex that the project uses exists in the published torch_npu and accepts the
+project's arguments. The emulator has no name that the real torch_npu lacks.
 
-No NPU is needed: names are collected from the project's syntax trees and looked up in the files of two wheels, the
-oldest supported and the newest that requirements.txt allows. What is followed: imports, importlib.import_module,
-assignments, loops and conditionals, getattr with a literal (also one passed in by a caller), functions of the project
-that return such a thing, and `getattr(torch, <type of a device>)`, which is torch.npu here. What isn't: dictionaries
-that are filled later, decorators, and attributes of objects that a caller hands over. For those there is a list below.
+No NPU is needed: names are collected from the project's syntax trees and looked up in two wheels, the oldest supported
+and the newest that requirements.txt allows. The audit follows imports, importlib.import_module, assignments, loops and
+conditionals, getattr with a literal (also from a caller), project functions that return such a name, and
+`getattr(torch, <type of a device>)`, which is torch.npu here. It doesn't follow dictionaries that are filled later,
+decorators, and attributes of objects from a caller. A list below has those.
 """
 
 import ast
@@ -31,9 +31,8 @@ TRACKED = re.compile(r'(torch_npu|torch\.npu|apex)(\.|$)')
 FOLLOWED = {'torch', 'torch_npu', 'apex', 'importlib'}
 GUARDS = {'AttributeError', 'ImportError', 'ModuleNotFoundError', 'Exception', 'BaseException', None}
 
-# There is no wheel of Ascend's apex. Its interface as https://gitee.com/ascend/apex gives it (README, patch/npu.patch,
-# src/apex/optimizers/npu_fused_adamw.py); what comes from NVIDIA's apex (master_params, state_dict, Fused*) as
-# https://github.com/NVIDIA/apex has it.
+# There is no wheel of Ascend's apex. Its interface follows https://gitee.com/ascend/apex (README, patch/npu.patch,
+# src/apex/optimizers/npu_fused_adamw.py), and https://github.com/NVIDIA/apex for master_params, state_dict, Fused*.
 APEX = {
     'apex/__init__.py': 'from . import amp, optimizers',
     'apex/amp.py': '''
@@ -70,8 +69,8 @@ class FusedSGD:
 }
 APEX_FACTS = Library.from_texts('Ascend\'s apex', APEX)
 
-# How the project calls what reaches it through an argument, so that no syntax tree shows what it is: name, number of
-# positional arguments, keywords.
+# The project's calls of objects that it gets as arguments, which no syntax tree shows: name, number of positional
+# arguments, keywords.
 HANDED_OVER = [
     ('torch_npu.optim.NpuFusedAdamW', 1, ('lr', 'betas', 'eps', 'weight_decay')),
     ('apex.optimizers.NpuFusedAdamW', 1, ('lr', 'betas', 'eps', 'weight_decay')),
@@ -88,12 +87,12 @@ HANDED_OVER = [
 
 # ---- what the project uses
 
-Use = collections.namedtuple('Use', 'where names guarded')  # names: alternatives, of which one has to exist
+Use = collections.namedtuple('Use', 'where names guarded')  # names: alternatives, at least one must exist
 Call = collections.namedtuple('Call', 'where name positional keywords complete')
 
 
 class Text(str):
-    """A string that the code holds. A plain str is the dotted name of something."""
+    """A string literal in the code. A plain str is a dotted name."""
 
 
 class Ours(str):
@@ -115,7 +114,7 @@ class Scope:
 
 
 class Usage:
-    """The tracked names in some sources, {file name: text}, after a few passes that carry values to where they go."""
+    """The tracked names in sources {file name: text}, after a few passes that propagate values."""
 
     PASSES = 4
 
@@ -197,7 +196,7 @@ class Usage:
                 values = frozenset([Ours(name.replace('.', '/'))])
             elif module in self.modules:
                 values = frozenset([Ours(module + '.' + last)])
-            else:  # what other packages give is not followed
+            else:  # results of other packages are not followed
                 values = frozenset([name] if name.partition('.')[0] in FOLLOWED else [])
             scope.add(alias.asname or name.rpartition('.')[2] or name, values)
 
@@ -214,7 +213,7 @@ class Usage:
                 self.bind(part, frozenset().union(*[v[index] for v in values if type(v) is tuple
                                                     and len(v) == len(target.elts)]), scope)
 
-    # expressions: what each may be, as a set of dotted names, Text, Ours, tuples and Bags
+    # expressions: their possible values, as a set of dotted names, Text, Ours, tuples and Bags
 
     def value(self, node, scope):
         if isinstance(node, ast.Name):
@@ -350,7 +349,7 @@ class Usage:
         return self.returns.get(function, frozenset())
 
     def keywords(self, node, scope):
-        """(names, complete) of a call's keywords; ** of a dictionary that the same function builds is looked into."""
+        """(names, complete) of a call's keywords, including ** of a dictionary that the same function builds."""
         names, complete = set(), not any(isinstance(a, ast.Starred) for a in node.args)
         for keyword in node.keywords:
             if keyword.arg:
@@ -378,7 +377,7 @@ class Usage:
 
 
 def elements(values):
-    """What a loop over these values may meet, and what a subscript may give."""
+    """The possible elements of these values, in a loop or subscript."""
     return frozenset().union(*[frozenset().union(*v) if type(v) is tuple else v.values if isinstance(v, Bag)
                                else frozenset() for v in values])
 
@@ -408,7 +407,7 @@ def first_absent(library, name):
 
 
 def absent_names(usage, libraries):
-    """One line for each name that doesn't exist: in any of the wheels, or, where the use is guarded, in all."""
+    """One line for each name that is missing from any wheel, or, for a guarded use, from all wheels."""
     problems = []
     for use in usage.uses:
         lacking = {}
@@ -431,7 +430,7 @@ def refused_calls(calls, libraries):
         for library in libraries:
             found = look_up(library, call.name)
             if found is None or found is wheels.OUTSIDE and '()' in call.name:
-                continue  # `absent_names` has said so; or it's the result of a call, with which anything may be done
+                continue  # `absent_names` reports it, or it's the result of a call, which is unknown
             name = APEX_FACTS.name if call.name.startswith('apex') else library.name
             signatures = (APEX_FACTS if call.name.startswith('apex') else library).signatures(found)
             if not signatures:
@@ -475,7 +474,7 @@ def test_calls_that_the_project_makes_are_accepted(usage, libraries):
 
 
 def test_methods_of_fused_optimizers_exist(usage, libraries):
-    """The project asks an optimizer whether it has clip_grad_norm_fused_ and such: somebody's has to."""
+    """The project checks an optimizer for clip_grad_norm_fused_ and others; at least one optimizer must have each."""
     unknown = []
     for node, path, name in usage.fused:
         real = [library.look_up('torch_npu.optim.NpuFusedAdamW().' + name) for library in libraries]
@@ -485,8 +484,8 @@ def test_methods_of_fused_optimizers_exist(usage, libraries):
     assert not unknown, '\n' + '\n'.join(unknown)
 
 
-def test_the_audit_sees_what_the_project_uses(usage):
-    """Else it would pass by looking at nothing: names that are reached in each of the ways it has to follow."""
+def test_the_audit_finds_names_reached_in_every_way(usage):
+    """Otherwise an audit that finds nothing would pass: one name for each way that it follows."""
     seen = {name for use in usage.uses for name in use.names}
     assert {'torch_npu', 'torch.npu', 'torch.npu.is_available', 'torch.npu.device_count', 'torch.npu.set_device',
             'torch.npu.manual_seed_all', 'torch_npu.profiler.profile', 'torch_npu.profiler.ProfilerActivity.NPU',
@@ -498,7 +497,7 @@ def test_the_audit_sees_what_the_project_uses(usage):
 
 
 def named_devices(tree):
-    """Line numbers where code, and not text for people, names torch.npu, torch.cuda, torch_npu or apex."""
+    """Line numbers where code, not a message, names torch.npu, torch.cuda, torch_npu or apex."""
     rooms = re.compile(r'(torch_npu|apex|torch\.npu|torch\.cuda)(\.|$)')
     for node in ast.walk(tree):
         names = []
@@ -526,7 +525,7 @@ def test_only_devices_names_npu_cuda_and_apex(usage):
 
 # ---- the doubles
 
-# What the emulator has for itself. Names in capitals are its settings, those with an underscore its own business.
+# Names that only the emulator has. Capitals are its settings, an underscore marks private names.
 EMULATOR_ONLY = ('torch_npu.load_extension', 'torch_npu.attention')
 
 
@@ -550,7 +549,7 @@ def surface(library, top):
 
 
 def parameters(library, name):
-    """The names of a function's or class's parameters, or None where it has none to tell or takes any keyword."""
+    """The parameter names of a function or class; None if unknown or if it takes any keyword."""
     found = library.look_up(name)
     signatures = library.signatures(found) if found else None
     if not signatures or any(p.kind == p.VAR_KEYWORD for s in signatures for p in s.parameters.values()):
@@ -559,7 +558,7 @@ def parameters(library, name):
 
 
 def too_generous(double, top, libraries, excepted=()):
-    """One line for each public name, and each parameter of one, that the double has and no library does."""
+    """One line for each public name or parameter of the double that no library has."""
     problems = []
     everyone = ', '.join(library.name for library in libraries)
     for name, _ in surface(double, top):
@@ -577,11 +576,11 @@ def too_generous(double, top, libraries, excepted=()):
 
 
 def test_tests_import_neither_each_other_nor_conftest():
-    """What they share is in helpers.py; fixtures come by their names."""
+    """Shared functions are in helpers.py; pytest injects fixtures by name."""
     for path in glob.glob(os.path.join(TEST_DIR, '**', '*.py'), recursive=True):
         with open(path, encoding='utf-8') as file:
             imported = re.findall(r'^ *(?:from|import) (conftest|test_\w+|cases_\w+)', file.read(), re.MULTILINE)
-        assert set(imported) <= {os.path.basename(path)[:-3]}, path  # a test may hand itself to a process
+        assert set(imported) <= {os.path.basename(path)[:-3]}, path  # a test may import itself in a process
 
 
 def test_emulator_has_nothing_that_torch_npu_lacks(libraries):
@@ -604,7 +603,7 @@ def test_apex_double_has_the_interface_of_ascends():
         assert arguments <= (parameters(double, name) or set()), '%s of the double lacks some of %s' % (name, arguments)
         assert arguments <= parameters(APEX_FACTS, name)
     assert 'max_norm' in [a.arg for a in methods['clip_optimizer_grad_norm_fused'].args.args]
-    positional = {'apex.amp.load_state_dict'}  # takes one argument, which nobody names
+    positional = {'apex.amp.load_state_dict'}  # takes one positional argument
     assert not too_generous(double, 'apex', [APEX_FACTS], positional)
 
 
@@ -666,19 +665,19 @@ def fake_library(path):
     return Library.from_wheel(str(path), 'fake')
 
 
-def test_the_audit_passes_what_is_right(tmp_path):
+def test_the_audit_accepts_correct_code(tmp_path):
     assert complaints(RIGHT, [fake_library(tmp_path / 'fake.whl')]) == []
 
 
 @pytest.mark.parametrize('line', WRONG)
-def test_the_audit_reports_what_is_wrong(line, tmp_path):
+def test_the_audit_reports_errors(line, tmp_path):
     found = complaints(RIGHT + line + '\n', [fake_library(tmp_path / 'fake.whl')])
     assert len(found) == 1 and found[0].startswith('fake.py:%d: ' % (RIGHT.count('\n') + 1)), found
     assert WRONG[line] in found[0]
 
 
 def test_the_audit_knows_the_real_wheels(libraries):
-    """The same on the real ones, so that a wheel laid out in another way can't blind it."""
+    """The same checks on real wheels detect a changed layout."""
     source = ('import torch\nimport torch_npu\ntorch.npu.no_such_thing()\ntorch.npu.set_compile_mode(jit=True)\n'
               'torch_npu.npu_no_such_operator()\ntorch_npu.npu_fusion_attention(1, 1, 1, 12, "BNSD", psi=None)\n'
               'torch_npu.npu_fusion_attention(1, 1, 1, 12, "BNSD", pse=None, scale=1., keep_prob=1.)\n'
@@ -700,7 +699,7 @@ def test_a_guarded_name_may_be_missing_in_one_wheel(tmp_path):
     assert complaints(tried, [fake, newer]) == [] and len(complaints(tried, [fake])) == 1
 
 
-def test_generous_doubles_are_reported(tmp_path):
+def test_extra_names_in_doubles_are_reported(tmp_path):
     double = Library.from_texts('double', dict(FAKE_WHEEL, **{
         'torch_npu/npu/npu_config.py': '__all__ = ["set_compile_mode", "more"]\nimport os\nLIMIT = 1\n'
                                        'def set_compile_mode(jit_compile=False, fast=True): ...\ndef more(): ...\n'}))
@@ -708,7 +707,7 @@ def test_generous_doubles_are_reported(tmp_path):
     assert len(problems) == 2 + 2 and any('takes fast' in problem for problem in problems), problems
 
 
-def test_devices_named_elsewhere_are_seen():
+def test_devices_named_elsewhere_are_reported():
     lines = ('import torch\nimport torch_npu\nfrom apex import amp\ntorch.npu.synchronize()\nx = torch.cuda\n'
              'importlib.import_module("torch_npu.optim")\nhasattr(torch, "npu")\n')
     assert sorted(set(named_devices(ast.parse(lines)))) == [2, 3, 4, 5, 6, 7]

@@ -1,4 +1,4 @@
-"""The average of several checkpoints: in float64, of one model only, and as usable as a checkpoint."""
+"""The average of checkpoints: in float64, only of one model, and usable as a checkpoint."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_the_best_of_a_folder_by_its_log(trained, tmp_path, capsys):
     refused(capsys, ['--inputs', str(folder), '--best=2', '--output', str(tmp_path / 'x.pth')], '--best 2', 'log.txt')
 
 
-def test_what_does_not_go_together_is_refused(trained, tmp_path, capsys):
+def test_incompatible_checkpoints_are_refused(trained, tmp_path, capsys):
     first, output = file_of(trained, 0), str(tmp_path / 'avg.pth')
     base = ['--output', output, '--inputs', first]
     content = weights_file.load_weights_file(first)
@@ -92,7 +92,7 @@ def test_what_does_not_go_together_is_refused(trained, tmp_path, capsys):
         torch.save(dict(content, **changes), path)
         return path
 
-    refused(capsys, base + [other(classes=['dog', 'cat'])], 'classes')  # not those of its model_spec
+    refused(capsys, base + [other(classes=['dog', 'cat'])], 'classes')  # unlike the classes of its model_spec
     spec = content['model_spec']
     refused(capsys, base + [other(classes=['dog', 'cat'], model_spec=dict(spec, classes=['dog', 'cat']))], 'classes is')
     images = dict(spec['preprocessing'], mean=[0.4, 0.5, 0.5])

@@ -1,8 +1,9 @@
-"""Whatever a user can get wrong ends in one clear line, exit status 2, and nothing lost.
+"""Every user error ends in one clear line and exit status 2, and loses no file.
 
-Most cases call the program inside this process, which takes milliseconds; a few start it as a user does.
+Most cases call the program in this process, which takes milliseconds; a few start it as a user does.
 """
 
+import functools
 import os
 import pickle
 import signal
@@ -29,13 +30,13 @@ EARLIER_RUN = {'log.txt': b'{"epoch": 0}\n', 'checkpoint-0.pth': b'not really we
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """A good data set, 16 + 8 images in two classes. Tests leave it as it is."""
+    """A good data set of 16 + 8 images in two classes. Tests don't change it."""
     return write_images(tmp_path_factory.mktemp('good data'))
 
 
 @pytest.fixture
 def own_data(tmp_path):
-    """Another one, for a test to spoil."""
+    """A copy that a test may change."""
     return write_images(tmp_path / 'own data', train=4, val=2)
 
 
@@ -51,10 +52,10 @@ def contents(folder):
 
 @pytest.fixture
 def refused(capsys, tmp_path, data):
-    """refused('--lr=x', says=['--lr', "'x'"]): the program refuses these flags as it should.
+    """refused('--lr=x', says=['--lr', "'x'"]): the program refuses these flags with these words.
 
-    The output folder holds an earlier run. It must stay as it is; a mistake that only training can find (late=True)
-    may move it aside, but neither lose nor add a file.
+    The output folder holds an earlier run, which must not change. An error found only in training (late=True) may move
+    it to a backup, but neither lose nor add a file.
     """
     output = tmp_path / 'results'
     output.mkdir()
@@ -68,7 +69,7 @@ def refused(capsys, tmp_path, data):
         with warnings.catch_warnings(record=True) as printed:
             warnings.simplefilter('always')
             status = run_class_finetuning.run(start + list(flags))
-        # pytest swallows warnings; in a process of its own these would be further lines on stderr.
+        # pytest captures warnings; in a separate process they would be additional lines on stderr.
         assert [str(w.message) for w in printed if w.category in (UserWarning, FutureWarning, RuntimeWarning)] == []
         assert_one_line(status, *capsys.readouterr(), says=says)
         after = {path: content for path, content in contents(tmp_path).items()
@@ -81,7 +82,7 @@ def refused(capsys, tmp_path, data):
 
 
 def test_the_good_data_passes(data, tmp_path, capsys):
-    """Else every other test here would pass for the wrong reason."""
+    """Otherwise the other tests could pass for a wrong reason."""
     assert run_class_finetuning.run(SHORT + ['--data_path', data, '--maxstep=1', '--output_dir',
                                              str(tmp_path / 'results')]) == 0
     out, err = capsys.readouterr()
@@ -89,15 +90,53 @@ def test_the_good_data_passes(data, tmp_path, capsys):
     assert {'checkpoint-0-step1.pth', 'checkpoint-best.pth'} <= set(os.listdir(str(tmp_path / 'results')))
 
 
+# ---- flags alone
+
+@pytest.mark.parametrize('flags, says', [
+    *[(['--data_path', path], ['--data_path', escape_text(path), 'no such folder'])
+      for path in ('/does/not/exist', 'dat a', 'Demo', 'two\nlines')],
+    (['--eval_data_path=/does/not/exist'], ['--eval_data_path', '/does/not/exist', 'no such folder']),
+    (['--nb_classes=1000'], ['--nb_classes 1000', '2 classes', 'leave the flag out']),
+    (['--batch_size=17'], ['--batch_size 17', '16 of the training set', 'lower']),
+    (['--update_freq=5'], ['--update_freq 5', '20 images', '16 of the training set', 'lower']),
+    (['--finetune=checkpoints/beit.pth'], ['--finetune checkpoints/beit.pth', 'checkpoints/README.md',
+                                           'train from scratch with --finetune=']),
+    (['--finetune=http://localhost/w.pth'], ['http://localhost/w.pth', 'https://', 'fetch the file yourself']),
+    (['--resume=./no_such_folder'], ['--resume ./no_such_folder', 'no such file or folder']),
+    (['--eval', '--resume=./no_such_folder'], ['--resume ./no_such_folder', 'no such file or folder']),
+    (['--eval'], ['--eval needs --resume', 'checkpoint']),
+    *[(['--device', name], ['--device', repr(name), 'auto, npu, cuda or cpu'])
+      for name in ('gpu', 'cuda:x', '', 'npu1')],
+    *[(['--amp', '--opt-level', level, '--amp_dtype=float16'],
+       ['--amp_dtype float16', 'bfloat16', 'leave the flag out']) for level in ('O1', 'O2')],
+    (['train'], ["'train' is not a flag", '--data_path=']),
+    (['--lr', '1e-4', '5'], ["'5' is not a flag"]),
+    (['--lr'], ['--lr', 'expected one argument']),
+    (['--cutmix_minmax', '0.1'], ['--cutmix_minmax', 'expected 2 arguments']),
+    *[(['--seed=%d' % seed], ['--seed', str(seed)]) for seed in (2 ** 64, 10 ** 20)],
+    *[(['--opt_betas'] + betas.split(), ['--opt_betas', betas, '2']) for betas in ('0.9', '0.9 0.99 0.999')],
+    (['--opt=sgd', '--opt_betas', '0.9', '0.99'], ['--opt_betas 0.9 0.99', '--opt sgd', 'leave the flag out']),
+    (['--cutmix_minmax', '0.9', '0.1'], ['--cutmix_minmax', '0.9', '0.1']),
+    (['--cutmix_minmax', '0.5', '0.5'], ['--cutmix_minmax', '0.5']),
+    *[(['--opt', opt, '--momentum=0'], ['--momentum', '--opt', '0']) for opt in ('sgd', 'nesterov')],
+    *[(['--input_size=%d' % size], ['--input_size %d' % size, 'patch size 8'] + use)
+      for size, use in ((36, ['32', '40']), (31, ['24', '32']), (4, ['8']))],
+    (['--model=beit_base_patch16_224', '--input_size=225'], ['--input_size 225', 'patch size 16', '224', '240']),
+    (['--warmup_epochs=3'], ['--warmup_epochs 3', '--epochs 2', '--warmup_epochs=2']),
+    (['--warmup_steps=9'], ['--warmup_steps 9', '8 steps', 'lower it']),
+    *[(['--batch_size=3'] + mix.split(), ['--batch_size 3', 'even'])
+      for mix in ('--mixup=0.8', '--cutmix=1', '--cutmix_minmax 0.2 0.8', '--mixup=0.8 --mixup_mode=pair')],
+    (['--resplit'], ['--resplit', 'leave it out']),
+    (['--world_size=2'], ['--world_size 2', 'launcher', '--nproc_per_node=2']),
+], ids=lambda value: ascii(' '.join(value)))
+def test_flags_that_are_refused(refused, flags, says):
+    refused(*flags, says=says)
+
+
 # ---- data
 
 def test_data_path_left_out(refused):
     refused(*SHORT, base=False, says=['--data_path is missing', 'train/ and val/', 'demo'])
-
-
-@pytest.mark.parametrize('path', ['/does/not/exist', 'dat a', 'Demo', 'two\nlines'])
-def test_data_path_that_is_not_there(refused, path):
-    refused('--data_path', path, says=['--data_path', escape_text(path), 'no such folder'])
 
 
 def test_data_path_that_is_a_file(refused, data):
@@ -115,10 +154,6 @@ def test_missing_val_for_evaluation(refused, own_data, weights):
     os.rename(os.path.join(own_data, 'val'), os.path.join(own_data, 'other'))
     refused('--data_path', own_data, '--eval', '--resume', weights['good'],
             says=['--data_path', os.path.join(own_data, 'val')])
-
-
-def test_eval_data_path_that_is_not_there(refused):
-    refused('--eval_data_path=/does/not/exist', says=['--eval_data_path', '/does/not/exist', 'no such folder'])
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -143,16 +178,12 @@ def test_no_class_folders(refused, tmp_path):
         os.makedirs(str(tmp_path / 'd' / split))
         photo(1, 32, 32).save(str(tmp_path / 'd' / split / 'a.png'))
     refused('--data_path', str(tmp_path / 'd'), says=[
-        '--data_path', str(tmp_path / 'd' / 'train'), 'no class folders', 'in a folder of its own'])
+        '--data_path', str(tmp_path / 'd' / 'train'), 'no class folders'])
 
 
 def test_classes_that_differ(refused, own_data):
     os.rename(os.path.join(own_data, 'val', 'dog'), os.path.join(own_data, 'val', 'wolf'))
     refused('--data_path', own_data, says=['same classes', 'only in train: dog', 'only in val: wolf'])
-
-
-def test_nb_classes_that_disagrees(refused):
-    refused('--nb_classes=1000', says=['--nb_classes 1000', '2 classes', 'leave the flag out'])
 
 
 def test_image_folder_without_eval_data_path(refused, data):
@@ -164,14 +195,9 @@ def test_cifar_without_its_archive(refused, data):
     refused('--data_set=CIFAR', says=['--data_path', data, 'cifar-100-python', 'unpack'])
 
 
-def test_batch_larger_than_the_data_set(refused):
-    refused('--batch_size=17', says=['--batch_size 17', '16 of the training set', 'lower'])
-    refused('--update_freq=5', says=['--update_freq 5', '20 images', '16 of the training set', 'lower'])
-
-
 @pytest.mark.parametrize('size', [(48, 40), (24, 24)])
 def test_unresized_images_of_another_size(refused, tmp_path, size):
-    """Up to 32 pixels the evaluation takes images as they are, so they must have that size."""
+    """Up to 32 pixels the evaluation doesn't resize, so images must have that size."""
     root = write_images(tmp_path / 'd', train=4, val=2, size=size)
     refused('--data_path', root, late=True, says=[os.path.join(root, ''), '32', '%dx%d' % size, '--input_size'])
 
@@ -201,14 +227,14 @@ def corrupt(own_data, split):
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_corrupt_image(refused, own_data, split):
     path = corrupt(own_data, split)
-    refused('--data_path', own_data, '--no_save_ckpt', late=True, says=[path, 'cannot be read', 'mend or remove it'])
+    refused('--data_path', own_data, '--no_save_ckpt', late=True, says=[path, 'cannot be read', '--bad_images skip'])
 
 
 @pytest.mark.slow
-def test_corrupt_image_met_by_a_worker(program, own_data, tmp_path):
+def test_corrupt_image_in_a_worker(program, own_data, tmp_path):
     path = corrupt(own_data, 'train')
     status, out, err = program(*SHORT, '--data_path', own_data, '--num_workers=2', '--output_dir', str(tmp_path / 'o'))
-    assert_one_line(status, out, err, [path, 'cannot be read', 'mend or remove it'])
+    assert_one_line(status, out, err, [path, 'cannot be read', '--bad_images skip'])
     assert contents(tmp_path / 'o') == {}
 
 
@@ -216,7 +242,7 @@ def test_corrupt_image_met_by_a_worker(program, own_data, tmp_path):
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    """weights('good.pth'): files with weights, and with what isn't."""
+    """weights('good.pth'): files with valid and invalid weights."""
     folder = tmp_path_factory.mktemp('weights')
     model = create_model('beit_nano_patch8_32', num_classes=2, img_size=32)
     narrow = create_model('beit_nano_patch8_32', num_classes=2, img_size=32, embed_dim=32)
@@ -241,39 +267,21 @@ def test_good_weights_are_taken(weights, data, capsys):
     assert 'Loaded ' in capsys.readouterr().out
 
 
-def test_missing_weights(refused):
-    refused('--finetune=checkpoints/beit.pth', says=[
-        '--finetune checkpoints/beit.pth', 'checkpoints/README.md', 'train from scratch with --finetune='])
-
-
-def test_folder_in_place_of_weights(refused, tmp_path):
+def test_folder_instead_of_weights(refused, tmp_path):
     refused('--finetune', str(tmp_path), says=['--finetune', str(tmp_path)])
 
 
 @pytest.mark.parametrize('flags', [['--finetune'], ['--resume'], ['--eval', '--resume']], ids=' '.join)
-@pytest.mark.parametrize('name', ['truncated', 'text', 'empty', 'zip'])
-def test_damaged_weights(refused, weights, flags, name):
-    refused(*flags, weights[name], says=[weights[name], 'not a weights file', 'again'])
-
-
-@pytest.mark.parametrize('flags', [['--finetune'], ['--resume'], ['--eval', '--resume']], ids=' '.join)
-@pytest.mark.parametrize('name', ['list', 'no weights'])
-def test_files_without_weights(refused, weights, flags, name):
-    refused(*flags, weights[name], says=[flags[-1], weights[name]])
-
-
-@pytest.mark.parametrize('flags', [['--finetune'], ['--resume'], ['--eval', '--resume']], ids=' '.join)
-def test_weights_of_another_width(refused, weights, flags):
-    refused(*flags, weights['narrow'], says=[
-        flags[-1], weights['narrow'], 'not the weights of this',
-        'patch_embed.proj.weight is (32, 3, 8, 8) in the file and (64, 3, 8, 8) in the model', 'more'])
-
-
-@pytest.mark.parametrize('flags', [['--finetune'], ['--resume'], ['--eval', '--resume']], ids=' '.join)
-def test_weights_of_another_kind_of_model(refused, weights, flags):
-    refused(*flags, weights['other'], says=[
-        flags[-1], weights['other'], 'not the weights of this',
-        'patch_embed.proj.weight' + ('' if '--eval' in flags else ' (64, 3, 8, 8)') + ' is missing in the file'])
+@pytest.mark.parametrize('name, says', [
+    *[(name, ['not a weights file', 'again']) for name in ('truncated', 'text', 'empty', 'zip')],
+    *[(name, ['FLAG']) for name in ('list', 'no weights')],
+    ('narrow', ['FLAG', 'not the weights of this', 'more',
+                'patch_embed.proj.weight is (32, 3, 8, 8) in the file and (64, 3, 8, 8) in the model']),
+    ('other', ['FLAG', 'not the weights of this', 'patch_embed.proj.weightSHAPE is missing in the file'])])
+def test_wrong_weights(refused, weights, flags, name, says):
+    shape = '' if '--eval' in flags else ' (64, 3, 8, 8)'
+    refused(*flags, weights[name], says=[weights[name]] + [
+        word.replace('FLAG', flags[-1]).replace('SHAPE', shape) for word in says])
 
 
 def test_the_flags_that_a_checkpoint_was_trained_with_are_named(refused, weights):
@@ -298,24 +306,16 @@ class Malicious:
 
 @pytest.mark.parametrize('flags', [['--finetune'], ['--resume'], ['--eval', '--resume'], ['--auto_resume']],
                          ids=' '.join)
-@pytest.mark.parametrize('plain', [False, True], ids=['torch.save', 'plain pickle'])
-def test_weights_that_carry_a_program(refused, tmp_path, flags, plain):
+@pytest.mark.parametrize('save', [
+    torch.save, functools.partial(torch.save, _use_new_zipfile_serialization=False), pickle.dump],
+    ids=['torch.save', 'old torch.save', 'plain pickle'])
+def test_weights_that_carry_a_program(refused, tmp_path, flags, save):
     marker = str(tmp_path / 'it ran')
     path = str(tmp_path / 'results' / 'checkpoint-1.pth')
     with open(path, 'wb') as file:
-        (pickle if plain else torch).__dict__['dump' if plain else 'save']({'model': Malicious(marker)}, file)
-    refused(*(flags if flags == ['--auto_resume'] else flags + [path]), says=[path])
+        save({'model': {'head.weight': Malicious(marker)}}, file)
+    refused(*(flags if flags == ['--auto_resume'] else flags + [path]), says=[path, 'refers to', 'mkdir'])
     assert not os.path.exists(marker)
-
-
-def test_only_https_addresses(refused):
-    refused('--finetune=http://localhost/w.pth',
-            says=['http://localhost/w.pth', 'https://', 'fetch the file yourself'])
-
-
-def test_resume_that_is_not_there(refused):
-    refused('--resume=./no_such_folder', says=['--resume ./no_such_folder', 'no such file or folder'])
-    refused('--eval', '--resume=./no_such_folder', says=['--resume ./no_such_folder', 'no such file or folder'])
 
 
 def test_resume_folder_without_checkpoints(refused, data):
@@ -326,22 +326,18 @@ def test_auto_resume_of_a_damaged_checkpoint(refused, tmp_path):
     refused('--auto_resume', says=[str(tmp_path / 'results' / 'checkpoint-0.pth'), 'not a weights file'])
 
 
-def test_eval_without_resume(refused):
-    refused('--eval', says=['--eval needs --resume', 'checkpoint'])
-
-
 # ---- device
 
 @pytest.fixture
 def fresh_devices():
-    """What is known of NPUs is found out again, in this test and after it."""
+    """Clear the cached NPU detection before and after this test."""
     accelerator.npu_problem.cache_clear()
     yield
     accelerator.npu_problem.cache_clear()
 
 
 def without(monkeypatch, *packages):
-    """As if these packages were not installed."""
+    """Hide these packages."""
     find_spec = accelerator.importlib.util.find_spec
     monkeypatch.setattr(accelerator.importlib.util, 'find_spec',
                         lambda name: None if name in packages else find_spec(name))
@@ -362,7 +358,7 @@ def test_torch_npu_that_sees_no_npu(refused, monkeypatch, fresh_devices):
 
 @pytest.mark.slow
 def test_npu_without_cann(program, data, tmp_path):
-    """torch_npu is installed, as a package that torch itself would load at once, but CANN's libraries are not found."""
+    """torch_npu is installed as a package that torch loads automatically, but CANN's libraries are missing."""
     if hasattr(torch, 'npu'):
         cannot_run('current', 'this PyTorch has NPUs built in: no torch_npu without CANN')
     site = tmp_path / 'site'
@@ -390,11 +386,6 @@ def test_more_devices_than_there_are(refused, monkeypatch):
     refused('--device=cuda:7', says=['--device cuda:7', 'there are 2'])
 
 
-@pytest.mark.parametrize('name', ['gpu', 'cuda:x', '', 'npu1'])
-def test_unknown_device(refused, name):
-    refused('--device', name, says=['--device', repr(name), 'auto, npu, cuda or cpu'])
-
-
 # ---- precision
 
 def test_o2_on_a_pytorch_that_cannot(refused, monkeypatch):
@@ -406,12 +397,6 @@ def test_o2_on_a_pytorch_that_cannot(refused, monkeypatch):
 def test_o1_without_autocast(refused, monkeypatch):
     monkeypatch.setattr(half_precision, 'has_autocast', lambda device_type, dtype: False)
     refused('--amp', '--opt-level=O1', says=['--opt-level O1', 'no autocast', 'leave --amp out'])
-
-
-@pytest.mark.parametrize('level', ['O1', 'O2'])
-def test_float16_on_a_cpu(refused, level):
-    refused('--amp', '--opt-level', level, '--amp_dtype=float16', says=['--amp_dtype float16', 'bfloat16',
-                                                                        'leave the flag out'])
 
 
 # ---- names
@@ -446,7 +431,7 @@ def test_unknown_name(refused, flag, value, near):
 
 
 @pytest.mark.parametrize('name, needs', [('npufusedadamw', 'torch_npu'), ('fusedlamb', 'apex')])
-def test_optimizer_whose_library_is_not_here(refused, monkeypatch, name, needs):
+def test_optimizer_without_its_library(refused, monkeypatch, name, needs):
     without(monkeypatch, 'torch_npu', 'apex')
     refused('--opt', name, says=['--opt ' + name, needs, 'not installed', '--opt adamw'])
 
@@ -457,16 +442,6 @@ def test_optimizer_whose_library_is_not_here(refused, monkeypatch, name, needs):
     ('--no_amp2', '--'), ('-x', '--help'), ('-lr=3', '--lr')])
 def test_unknown_flag(refused, flag, near):
     refused(flag, says=[flag.partition('=')[0].replace('-pth', '_pth') + ': unknown flag', near])
-
-
-def test_word_that_is_no_flag(refused):
-    refused('train', says=["'train' is not a flag", '--data_path='])
-    refused('--lr', '1e-4', '5', says=["'5' is not a flag"])
-
-
-def test_flag_without_its_value(refused):
-    refused('--lr', says=['--lr', 'expected one argument'])
-    refused('--cutmix_minmax', '0.1', says=['--cutmix_minmax', 'expected 2 arguments'])
 
 
 # ---- numbers
@@ -522,53 +497,6 @@ def test_fractions_where_a_whole_number_is_meant(refused, flag, value):
     refused('%s=%s' % (flag, value), says=[flag, repr(value), 'not a whole number'])
 
 
-@pytest.mark.parametrize('seed', [2 ** 64, 10 ** 20])
-def test_seed_beyond_what_the_generators_take(refused, seed):
-    refused('--seed=%d' % seed, says=['--seed', str(seed)])
-
-
-@pytest.mark.parametrize('betas', [['0.9'], ['0.9', '0.99', '0.999']], ids=' '.join)
-def test_wrong_number_of_betas(refused, betas):
-    refused('--opt_betas', *betas, says=['--opt_betas', ' '.join(betas), '2'])
-
-
-def test_betas_for_an_optimizer_without(refused):
-    refused('--opt=sgd', '--opt_betas', '0.9', '0.99', says=['--opt_betas 0.9 0.99', '--opt sgd', 'leave the flag out'])
-
-
-@pytest.mark.parametrize('bounds', [['0.9', '0.1'], ['0.5', '0.5']], ids=' '.join)
-def test_cutmix_bounds_in_the_wrong_order(refused, bounds):
-    refused('--cutmix_minmax', *bounds, says=['--cutmix_minmax', bounds[0], bounds[1]])
-
-
-@pytest.mark.parametrize('opt', ['sgd', 'nesterov'])
-def test_nesterov_without_momentum(refused, opt):
-    refused('--opt', opt, '--momentum=0', says=['--momentum', '--opt', '0'])
-
-
-@pytest.mark.parametrize('size, use', [(36, ['32', '40']), (31, ['24', '32']), (4, ['8'])])
-def test_input_size_that_is_no_multiple_of_the_patch(refused, size, use):
-    refused('--input_size=%d' % size, says=['--input_size %d' % size, 'patch size 8'] + use)
-    refused('--model=beit_base_patch16_224', '--input_size=225',
-            says=['--input_size 225', 'patch size 16', '224', '240'])
-
-
-def test_warm_up_longer_than_the_run(refused):
-    refused('--warmup_epochs=3', says=['--warmup_epochs 3', '--epochs 2', '--warmup_epochs=2'])
-    refused('--warmup_steps=9', says=['--warmup_steps 9', '8 steps', 'lower it'])
-
-
-@pytest.mark.parametrize('flags', [['--mixup=0.8'], ['--cutmix=1'], ['--cutmix_minmax', '0.2', '0.8'],
-                                   ['--mixup=0.8', '--mixup_mode=pair']], ids=' '.join)
-def test_mixing_an_odd_batch(refused, flags):
-    refused('--batch_size=3', *flags, says=['--batch_size 3', 'even'])
-
-
-def test_flags_that_do_not_apply(refused):
-    refused('--resplit', says=['--resplit', 'leave it out'])
-    refused('--world_size=2', says=['--world_size 2', 'launcher', '--nproc_per_node=2'])
-
-
 def test_open_mpi_without_mpirun(refused, monkeypatch):
     monkeypatch.delenv('OMPI_COMM_WORLD_RANK', raising=False)
     refused('--dist_on_itp', says=['--dist_on_itp', 'OMPI_COMM_WORLD_RANK', 'mpirun'])
@@ -593,7 +521,7 @@ def test_output_that_cannot_be_written(refused, tmp_path, flag):
     folder = tmp_path / 'locked'
     folder.mkdir()
     folder.chmod(0o555)
-    if os.access(str(folder), os.W_OK):  # root may write anywhere but where no files are kept
+    if os.access(str(folder), os.W_OK):  # root may write anywhere except in pseudo file systems
         folder = type(folder)('/proc')
         if not folder.is_dir():
             cannot_run('linux', 'root can write to every folder here')
@@ -605,7 +533,7 @@ def test_images_that_a_small_input_does_not_fit_are_found_before_training(refuse
     refused('--data_path', image_folder(size=(40, 50)), says=['is 40x50', '--input_size of 32', 'are not resized'])
 
 
-def test_looking_whether_it_can_be_written_leaves_nothing_even_killed(monkeypatch, tmp_path):
+def test_the_write_check_leaves_no_file_even_when_killed(monkeypatch, tmp_path):
     try:
         os.close(os.open(str(tmp_path), os.O_TMPFILE | os.O_RDWR))
     except (AttributeError, OSError):
@@ -624,7 +552,7 @@ def test_log_dir_without_tensorboardx(refused, monkeypatch, tmp_path):
 # ---- several processes
 
 def test_fewer_devices_than_processes(refused, monkeypatch):
-    """All find it, though only some have no device, and one says so."""
+    """Only some processes have no device, but all detect it; one reports it."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
@@ -633,7 +561,7 @@ def test_fewer_devices_than_processes(refused, monkeypatch):
 
 @pytest.mark.parametrize('flags, says', [
     (['--batch_size=many'], ['--batch_size', "'many'"]), (['--model=beit'], ['--model', "'beit'"])], ids=str)
-def test_an_error_of_all_processes_is_told_by_one(tmp_path, data, flags, says):
+def test_an_error_of_all_processes_is_reported_by_one(tmp_path, data, flags, says):
     status, out, err = launch(2, '--data_path', data, '--output_dir', str(tmp_path / 'o'), *flags, preset=())
     assert_one_line(status, out, err, says)
     assert out == '' and not (tmp_path / 'o').exists()
@@ -646,7 +574,7 @@ def test_an_index_for_several_processes(monkeypatch):
         accelerator.find_device('cuda:1', 0, processes=2)
 
 
-def test_an_unusable_npu_is_not_passed_over_in_silence(monkeypatch, tmp_path):
+def test_an_unusable_npu_is_reported(monkeypatch, tmp_path):
     import importlib.util
 
     import torch

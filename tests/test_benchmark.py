@@ -61,7 +61,7 @@ def test_summary_of_known_numbers():
 
 
 def test_ratios_are_of_neighbours():
-    """The machine became twice as slow half-way: each pair says 2, while the ratio of the medians is another."""
+    """The machine becomes twice as slow half-way: each pair gives 2, unlike the ratio of the medians."""
     left, right = [20, 20, 20, 10, 10.], [10, 10, 5, 5, 5.]
     assert benchmark.ratios(left, right)['samples'] == [2, 2, 4, 2, 2]
     assert benchmark.ratios(left, right)['median'] == 2
@@ -92,7 +92,7 @@ def test_table_in_markdown_and_in_text():
 @pytest.mark.parametrize('name, size', [('beit_nano_patch8_32', 32), ('beit_base_patch16_224', 224),
                                         ('beit_large_patch16_384', 384)])
 def test_flops_are_those_that_pytorch_counts(name, size):
-    """On the meta device, where nothing is computed; timm's model, so that the formula is not checked by its own."""
+    """On the meta device, without computing; timm's model makes the check of the formula independent."""
     if importlib.util.find_spec('torch.utils.flop_counter') is None:
         cannot_run('current', 'this PyTorch does not count operations')
     counter = importlib.import_module('torch.utils.flop_counter')
@@ -106,7 +106,7 @@ def test_flops_are_those_that_pytorch_counts(name, size):
         loss = model(images).sum()
     forward = counted.get_total_flops() / 2
     assert contenders.forward_flops(setting.architecture) == pytest.approx(forward, rel=0.02)
-    for block in model.blocks:  # a fused kernel computes its scores again in the backward pass, which doesn't count
+    for block in model.blocks:  # a fused kernel recomputes its scores in the backward pass, which doesn't count
         block.attn.fused_attn = False
     with counter.FlopCounterMode(display=False) as counted:
         loss = model(images).sum()
@@ -138,7 +138,7 @@ def test_timms_model_is_timms_though_ours_took_its_name():
 
 @pytest.mark.parametrize('kind', ['ours', 'timm', 'reference'])
 def test_a_contender_trains(kind):
-    """So many steps, each of which moves the weights."""
+    """It takes the requested steps, and each changes the weights."""
     if kind == 'timm' and not HAS_TIMM_BEIT:
         cannot_run('current', 'this timm is too old to have a BEiT')
     setting = contenders.Setting('beit_nano_patch8_32', 32, 2, 'cpu', classes=10)
@@ -188,8 +188,8 @@ def test_step(bench):
     assert 'n/a: --amp_dtype float16' in out and 'Fewer than 5 pairs' in out
 
 
-def test_a_contender_that_dies_in_a_sample_leaves_the_other_rows(bench, monkeypatch):
-    """The first of ours is killed behind its warm-up, as for want of memory."""
+def test_a_contender_that_dies_in_a_sample_keeps_the_other_rows(bench, monkeypatch):
+    """Our first process is killed after its warm-up, as if memory ran out."""
     rate, killed = benchmark.Apart.rate, []
 
     def dies(entry, steps):
@@ -206,7 +206,7 @@ def test_a_contender_that_dies_in_a_sample_leaves_the_other_rows(bench, monkeypa
 
 
 def test_memory_is_that_of_the_contender_alone():
-    """This process has had more, and its child is not charged with it."""
+    """This process has had more, which its child must not count."""
     if benchmark.peak_resident_mib() is None:
         cannot_run('linux', 'this system does not tell the peak of a process')
     more = torch.ones(2 ** 28)  # 1 GiB
@@ -256,7 +256,7 @@ def test_data(bench):
         'current', hasattr(torchvision.datasets.folder, 'find_classes'), 'this torchvision allows empty classes')),
     ('class001/000001.jpg', 'cannot identify image file')])
 def test_a_folder_that_the_baseline_cannot_read(tmp_path, damage, words, capfd):
-    """Ours passes over hidden folders, and over damaged files when asked to; torchvision has a traceback."""
+    """Ours skips hidden folders and, with a flag, damaged files; torchvision raises an error."""
     benchmark.make_photographs(str(tmp_path), 12, 2, classes=2)
     path = tmp_path / 'train' / damage
     if 'hidden' in damage:
@@ -273,8 +273,8 @@ def test_a_folder_that_the_baseline_cannot_read(tmp_path, damage, words, capfd):
 
 @pytest.mark.parametrize('workers, images, expected', [
     (1, 512, (2, 8)), (1, 3, (2, 1)), (3, 512, (2, 4)), (2, 640, (2, 5))])
-def test_all_workers_give_as_many(workers, images, expected):
-    """Rounds of all workers, in which as many batches come as the images ask for."""
+def test_all_workers_deliver_equally_many_batches(workers, images, expected):
+    """In each round all workers deliver; the images determine the number of batches."""
     options = benchmark.build_parser().parse_args(['data', '--workers=%d' % workers, '--images=%d' % images])
     assert benchmark.rounds(options) == expected
 
@@ -303,7 +303,7 @@ def test_a_tree_has_all_its_files(tmp_path):
 
 
 def test_script(bench):
-    """The script's own figure, from JPEG files, beside the step's."""
+    """The script's figure from JPEG files beside the step's."""
     report, out = bench('script', '--pairs=1', '--steps=7', '--workers=1', '--input_size=48', *NANO)
     row, = report['rows']
     assert row['ratio']['median'] == pytest.approx(row['script']['median'] / row['step']['median'])
@@ -323,14 +323,14 @@ def test_scaling(bench):
 
 
 def test_a_process_that_fails_ends_the_others():
-    """They would wait for it at the meeting, for minutes."""
+    """They would wait minutes for it at the rendezvous."""
     setting = contenders.Setting('beit_nano_patch8_32', 32, 2, 'cpu', extra=('--opt=adamv',))
     order = dict(setting=setting._asdict(), mode=['float32', False], warmup=1, steps=1, samples=1)
     with pytest.raises(benchmark.UserError, match='process [01] of 2 failed: --opt: unknown value .adamv.'):
         benchmark.run_processes(2, order, 1)
 
 
-def test_what_was_made_goes_away_with_a_signal(tmp_path):
+def test_a_signal_removes_temporary_files(tmp_path):
     with subprocess.Popen([sys.executable, os.path.join(ROOT, 'benchmarks', 'benchmark.py'), 'data', '--device=cpu',
                            '--distinct=5000'], stderr=subprocess.PIPE, universal_newlines=True,
                           env=dict(os.environ, TMPDIR=str(tmp_path))) as run:
@@ -348,9 +348,9 @@ def test_what_was_made_goes_away_with_a_signal(tmp_path):
 @pytest.mark.parametrize('argv, working', [
     (['step', '--precision=float32', '--warmup=1000000', '--against=reference', *NANO], '_entry'),
     (['script', '--pairs=1', '--steps=400', '--workers=1', '--input_size=48', *NANO], 'run_class_finetuning.py')])
-def test_what_was_started_goes_away_with_a_signal(tmp_path, argv, working):
-    """A warm-up, of hours here, and a script that trains: both are in other processes."""
-    def works(pid):  # PyTorch is there, and more
+def test_a_signal_ends_child_processes(tmp_path, argv, working):
+    """In other processes: a warm-up of hours, and a script that trains."""
+    def works(pid):  # PyTorch and more is loaded
         with contextlib.suppress(OSError):
             command = pathlib.Path('/proc/%d/cmdline' % pid).read_bytes().decode().split('\0')
             resident = int(pathlib.Path('/proc/%d/statm' % pid).read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
@@ -377,14 +377,14 @@ def test_what_was_started_goes_away_with_a_signal(tmp_path, argv, working):
     (['step', '--precision=float8'], 'float8'),
     (['step', '--model=beit_bass_patch16_224'], 'did you mean beit_base_patch16_224'),
     (['step', '--device=cpu', '--', '--attention=fussed'], 'fussed'),
-    (['step', '--device=cpu', '--', '--amp'], '--amp after --: the comparison rests on it'),
+    (['step', '--device=cpu', '--', '--amp'], '--amp after --'),
     (['scaling', '--device=cpu', '--', '--update-freq', '2'], '--update-freq after --'),
     (['data', '--', '--batch_size=3'], '--batch_size=3 after --'),
     (['data', '--input_size=32'], '--input_size: must be at least 33'),
     (['data', '--data_path=/nowhere/at all'], 'no such folder'),
     (['step', '--json=/nowhere/at all/figures.json'], 'cannot be written'),
     (['scaling', '--device=tpu'], '--device must be'),
-    ([], 'say what to measure'),
+    ([], 'step, eval, data, startup, script or scaling'),
 ])
 def test_a_mistake_is_one_line_and_status_2(argv, words, capfd):
     assert benchmark.main(argv) == 2

@@ -1,4 +1,4 @@
-"""CSV files, images of several classes, --loss bce, --class_weights, and what an evaluation reports besides."""
+"""CSV files, images of several classes, --loss bce, --class_weights, and additional figures of an evaluation."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ CPU = torch.device('cpu')
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A folder with 24 pictures of several classes, and what they show: red, green and blue, each or none of them."""
+    """A folder with 24 pictures and their classes: any subset of red, green and blue."""
     folder = tmp_path / 'my pictures'
     folder.mkdir()
     shown = {}
@@ -54,7 +54,7 @@ def write(path, rows, header=('path', 'label')):
 
 @pytest.fixture
 def several(pictures):
-    """(CSV file for training, for validation, with several classes an image)."""
+    """(training CSV file, validation CSV file) with several classes per image."""
     folder, shown = pictures
     rows = [[name, ';'.join(colours)] for name, colours in shown.items()]
     return write(folder / 'train.csv', rows[:16]), write(folder / 'val.csv', rows[16:])
@@ -62,7 +62,7 @@ def several(pictures):
 
 # ---- reading
 
-def test_a_csv_file_says_what_the_folders_said(image_folder, tmp_path, parse):
+def test_a_csv_file_gives_the_samples_of_the_folders(image_folder, tmp_path, parse):
     root = image_folder(train=5, val=3)
     flags = {}
     for split in ('train', 'val'):
@@ -112,10 +112,10 @@ def test_an_evaluation_of_several_labels_may_list_one_an_image(several, pictures
     (b'00.png,cat\n0\x001.png,cat\n', ('line 2', 'NUL')), ('00.png,cat\n'.encode('utf-16'), ('line 1', 'NUL')),
     (b'00.png,cat\n,dog\n', ('line 2', 'no path')), (b'00.png,cat\n01.png,\n', ('line 2', 'empty label')),
     (b'00.png,cat;dog\n01.png,cat;;dog\n', ('line 2', 'empty label')),
-    (b'00.png,cat;dog\n01.png,cat;cat\n', ('line 2', 'cat stands there twice')),
-    (b'00.png,cat\n01.png,dog\n00.png,dog\n', ('line 3', '00.png stands in line 1 already')),
+    (b'00.png,cat;dog\n01.png,cat;cat\n', ('line 2', 'cat', 'twice')),
+    (b'00.png,cat\n01.png,dog\n00.png,dog\n', ('line 3', '00.png', 'line 1')),
     (b'00.png,cat\nhere/not.png,dog\n', ('line 2', 'there is no file', 'here/not.png')),
-    (b'00.png,cat\n01.png,do\x07g\n', ('line 2', 'cannot be printed')),
+    (b'00.png,cat\n01.png,do\x07g\n', ('line 2', 'unprintable')),
     (b'00.png,' + b'x' * 200000 + b'\n', ('line 1', 'not CSV'))))
 def test_a_wrong_csv_file_is_refused_with_its_line(refused, pictures, content, words):  # noqa: F811
     path = pictures[0] / 'wrong.csv'
@@ -123,7 +123,7 @@ def test_a_wrong_csv_file_is_refused_with_its_line(refused, pictures, content, w
     refused(RUN + ['--train_csv', str(path), '--disable_eval_during_finetuning', '--epochs=1'], '--train_csv', *words)
 
 
-def test_csv_files_that_do_not_go_together(refused, pictures, several, image_folder):  # noqa: F811
+def test_csv_files_that_contradict_each_other(refused, pictures, several, image_folder):  # noqa: F811
     folder, shown = pictures
     one = write(folder / 'one.csv', [['00.png', 'green'], ['01.png', 'red']])
     base = RUN + ['--epochs=1', '--batch_size=2']
@@ -163,11 +163,11 @@ def test_separators_and_quotes_are_found(pictures, text):
     ('image_id,label\n00.png,cat\n', ('line 1', 'image_id,label', 'neither an image nor a header')),
     ('path;species\n00.png;cat\n', ('line 1', 'path;species', 'category')),
     ('path,red,green\n00.png,1,0\n01.png,0,1\n', ('line 1', 'path,red,green', 'path,label;label')),
-    ('cat,00.png\ndog,01.png\n', ('line 1', 'cat,00.png', 'label stands before the path', 'label,path')),
+    ('cat,00.png\ndog,01.png\n', ('line 1', 'cat,00.png', 'label,path')),
     ('00.png,cat\n01.png,nan\n', ('line 2', 'label nan', 'there is none')),
     ('00.png,cat\n01.png,<NA>\n', ('line 2', '<NA>')),
     ('path,label,split\n00.png,cat,train\n01.png,dog,3\n', ('line 3', "'3'", 'split', 'train, val or test')),
-    ('path,label,split\n00.png,cat,val\n', ('column split', 'no row of train'))])
+    ('path,label,split\n00.png,cat,val\n', ('column split', 'no row has the split train'))])
 @pytest.mark.parametrize('mode', ['error', 'skip'])
 def test_a_header_or_label_that_is_not_understood_is_quoted(refused, pictures, text, words, mode):
     path = pictures[0] / 'x.csv'
@@ -186,7 +186,7 @@ def test_a_header_gives_the_order_and_a_class_may_be_called_nan(pictures, image_
     assert [classes[label] for _, label in val.samples] == ['roti', 'nan']
 
 
-def test_paths_of_windows_and_of_macos_are_found_and_told(pictures, capsys):
+def test_paths_of_windows_and_of_macos_are_found_and_reported(pictures, capsys):
     folder, _ = pictures
     (folder / 'ros\u00e9').mkdir()
     (folder / 'e\u0301te\u0301').mkdir()
@@ -195,15 +195,15 @@ def test_paths_of_windows_and_of_macos_are_found_and_told(pictures, capsys):
     write(folder / 'x.csv', [['rose\u0301\\a.png', 'rose\u0301'], ['\u00e9t\u00e9\\b.png', 'ros\u00e9'],
                              ['plain.png', 'other']])
     assert read_rows(folder / 'x.csv') == {'a.png': 'ros\u00e9', 'b.png': 'ros\u00e9', 'plain.png': 'other'}
-    line, = [line for line in capsys.readouterr().out.splitlines() if 'spells' in line]
-    assert '--train_csv %s: spells 2 paths' % (folder / 'x.csv') in line
+    line, = [line for line in capsys.readouterr().out.splitlines() if 'spelling' in line]
+    assert '--train_csv %s: 2 paths' % (folder / 'x.csv') in line
     if os.sep == '/':  # a backslash may also be part of a name
         photo(3, 32, 32).save(str(folder / 'c\\d.png'))
         write(folder / 'x.csv', [['c\\d.png', 'x']])
-        assert read_rows(folder / 'x.csv') == {'c\\d.png': 'x'} and 'spells' not in capsys.readouterr().out
+        assert read_rows(folder / 'x.csv') == {'c\\d.png': 'x'} and 'spelling' not in capsys.readouterr().out
 
 
-def test_a_split_column_says_which_rows_are_whose(pictures, parse, capsys):
+def test_a_split_column_assigns_the_rows(pictures, parse, capsys):
     folder, _ = pictures
     rows = [['%02d.png' % index, 'ab'[index % 2], ('train', 'Validation', 'test')[index // 8]] for index in range(24)]
     path = write(folder / 'all.csv', rows, ('path', 'label', 'split'))
@@ -211,7 +211,7 @@ def test_a_split_column_says_which_rows_are_whose(pictures, parse, capsys):
     names = [[os.path.basename(name) for name, _ in part.samples] for part in (train, val)]
     assert names == [[row[0] for row in rows[:8]], [row[0] for row in rows[8:16]]]
     out = capsys.readouterr().out
-    assert 'takes the 8 of its 24 images whose split is train' in out and 'whose split is val' in out
+    assert 'using 8 of its 24 images, whose split is train' in out and 'whose split is val' in out
     only_test = write(folder / 'test.csv', rows[:8] + rows[16:], ('path', 'label', 'split'))
     _, val, _ = datasets.build_datasets(parse('--train_csv', path, '--val_csv', only_test, *RUN))
     assert len(val) == 8 and 'whose split is test' in capsys.readouterr().out
@@ -250,7 +250,7 @@ def test_a_long_list_takes_the_memory_of_its_text(tmp_path):
     out = subprocess.run([sys.executable, '-c', MEMORY % ROOT, str(tmp_path / 'x.csv'), 'unreadable'], check=True,
                          stdout=subprocess.PIPE, universal_newlines=True).stdout
     grew, count, label, classes = map(int, re.search(r'GREW (.*)', out).group(1).split())
-    # The text is read, and there are names, 2 x 8 bytes of offsets, and labels; while files are looked for, 3 x 8 more.
+    # Text, names, 2 x 8 bytes of offsets, and labels; 3 x 8 bytes more while files are looked up.
     assert (count, label, classes) == (200000, 999, 1000) and grew < 6 * os.path.getsize(str(tmp_path / 'x.csv')), grew
 
 
@@ -352,7 +352,7 @@ def test_weights_reach_the_loss(image_folder, tmp_path, monkeypatch, capsys, ref
                         ('cat,1\ndog,-2\n', ('entry 2', '-2')), ('cat,1\ndog,x\n', ('entry 2',)),
                         ('cat,0\ndog,0\n', ('all weights are 0',)), ('cat,1\ndog,nan\n', ('entry 2',)),
                         ('{"cat": [1]}', ('entry 1',)), ('{"cat"', ('neither CSV nor JSON',)),
-                        ('cat,1\ndog,1e39\n', ('too large',)), ('cat,1\ncat,2\n', ('entry 2', 'weight already'))):
+                        ('cat,1\ndog,1e39\n', ('too large',)), ('cat,1\ncat,2\n', ('entry 2', 'new class'))):
         (tmp_path / 'w.csv').write_text(text)
         refused(base + ['--class_weights', str(tmp_path / 'w.csv')], '--class_weights', *words)
     refused(base + ['--class_weights=balenced'], 'no such file; give balanced')
@@ -418,7 +418,7 @@ def test_an_evaluation_file_with_few_classes_is_read_with_the_checkpoints(pictur
 
 @pytest.fixture
 def imagenet_like(tmp_path):
-    """val/ with 12 images of three classes, named as ImageNet's."""
+    """val/ with 12 images of three classes, named as in ImageNet."""
     for index in range(12):
         folder = tmp_path / 'imagenet' / 'val' / 'abc'[index % 3]
         folder.mkdir(parents=True, exist_ok=True)
@@ -487,7 +487,7 @@ def timms_real_labels():
         return None
 
 
-@pytest.mark.needs('current', timms_real_labels() is not None, 'this timm has no real labels of its own')
+@pytest.mark.needs('current', timms_real_labels() is not None, 'this timm has no real labels')
 def test_real_labels_are_timms():
     from timm.data.real_labels import RealLabelsImagenet
     data = timms_real_labels()

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or gone: one line that says so, status 2, and whole older checkpoints."""
+"""A full, read-only or missing disk gives one error line and status 2, and older checkpoints stay complete."""
 
 import os
 import resource
@@ -47,7 +47,7 @@ def failed_in_one_line(status, err, *says):
 
 
 def goes_on(base, output):
-    """The folder's checkpoints are whole, and a run goes on from the newest."""
+    """The folder's checkpoints are complete, and a run resumes from the newest."""
     files = [path for _, path in discovery.list_checkpoints(output)]
     assert files
     for path in files:
@@ -68,17 +68,17 @@ def test_a_disk_that_fills_up_with_checkpoints(image_folder, small_disk, process
         status, _, err = run_program(*base)
     else:
         status, _, err = launch(2, *base, preset=())
-    failed_in_one_line(status, err, '--output_dir', 'cannot write', 'earlier checkpoints are whole')
+    failed_in_one_line(status, err, '--output_dir', 'cannot write', 'earlier checkpoints are intact')
     kept = [os.path.basename(path) for _, path in discovery.list_checkpoints(disk)]
     assert kept and kept[0] == 'checkpoint-0.pth' and 'checkpoint-3.pth' not in kept
-    if processes == 1:  # room again
+    if processes == 1:  # space is free again
         subprocess.run(['mount', '-o', 'remount,size=%d' % (8 * CHECKPOINT_BYTES), disk], check=True)
         goes_on(base, disk)
         assert [line['epoch'] for line in lines_of(disk)] == [0, 1, 2, 3]
 
 
 def test_a_limit_on_the_size_of_files(image_folder, tmp_path):
-    """RLIMIT_FSIZE, of a quota's kind: write() fails in the middle of the file."""
+    """RLIMIT_FSIZE acts like a quota: write() fails in the middle of the file."""
     output = str(tmp_path / 'out')
     base = RUN + ['--data_path=' + image_folder(), '--epochs=3', '--save_ckpt_freq=1', '--output_dir=' + output]
     assert run_program(*base, '--maxstep=4')[0] == 0
@@ -103,7 +103,7 @@ def test_a_disk_without_room_for_a_line(image_folder, small_disk, tmp_path, what
         with open(os.path.join(data, 'train', 'cat', '003.png'), 'w') as file:
             file.write('no image')
     if what != 'tensorboard':
-        # An empty file in the folder can still be made, so this is found when the line is to be written.
+        # An empty file can still be created in the folder, so writing the line fails first.
         status, _, err = run_program(*base, '--output_dir=' + disk)
         failed_in_one_line(status, err, os.path.join(disk, what), 'No space left on device')
         assert os.listdir(disk) == ['filler']
@@ -112,7 +112,7 @@ def test_a_disk_without_room_for_a_line(image_folder, small_disk, tmp_path, what
         failed_in_one_line(status, err, '--log_dir ' + disk, 'No space left')
 
 
-# Runs the program, and does something to its output folder between two epochs.
+# Runs the program and changes its output folder between two epochs.
 BETWEEN = textwrap.dedent('''
     import os, shutil, subprocess, sys
     sys.path.insert(0, %r)
@@ -130,7 +130,7 @@ HAPPENINGS = {
     'removed': 'shutil.rmtree(output)',
     'replaced by a file': 'os.rename(output, output + "-kept"); open(output, "w").close()',
     'moved away': 'os.rename(output, output + "-kept")',
-    # A mount of its own on top: the disk itself can't be remounted while a run holds its lock there.
+    # A second mount on top: the disk itself can't be remounted while a run holds its lock.
     'read-only': 'for how in (["--bind", output], ["-o", "remount,ro,bind"]): '
                  'subprocess.run(["mount"] + how + [output], check=True)',
 }

@@ -1,4 +1,4 @@
-"""Several processes on this machine over gloo: each image counted once, and errors that end all of them in one line."""
+"""Several local processes over gloo: each image counts once, and an error ends all of them with one line."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def trained(image_folder, tmp_path):
 
 def figures(out):
     """(images, accuracy line, loss) that an evaluation printed."""
-    assert out.count('* Acc@1') == 1, out  # by one process only
+    assert out.count('* Acc@1') == 1, out  # only one process prints them
     return (re.search(r'on the (\d+) test images', out).group(1), re.search(r'\* Acc@1.* Acc@5 [\d.]+', out).group(),
             float(re.search(r'Result: .* loss ([\d.]+)', out).group(1)))
 
@@ -72,7 +72,7 @@ def test_one_process_evaluates_all_without_dist_eval(trained):
     assert figures(out)[0] == '26'
 
 
-def test_only_the_first_process_speaks_and_writes(image_folder, tmp_path):
+def test_only_the_first_process_logs_and_writes(image_folder, tmp_path):
     output = str(tmp_path / 'out')
     status, out, err = launch(2, '--data_path=' + image_folder(), '--epochs=2', '--output_dir=' + output,
                               '--model_ema', '--clip_grad=1', '--update_freq=2', '--log_dir=' + str(tmp_path / 'tb'))
@@ -101,7 +101,7 @@ def test_resuming_on_another_number_of_processes(image_folder, tmp_path):
     assert [line['epoch'] for line in lines_of(output)] == [0, 1]
 
 
-# Evaluates 18 sets, of 0 to 17 images more than all processes share evenly, and prints the figures to the last bit.
+# Evaluates 18 sets with 0 to 17 images beyond equal shares, and prints the figures to the last bit.
 EVALUATE_LEFTOVERS = '''
 import json, os, sys
 sys.path.insert(0, %r)
@@ -128,7 +128,7 @@ process_group.shutdown()
 
 
 def test_evaluation_gives_the_same_bits_on_any_number_of_processes():
-    """On 1, 2, 3 and 8 processes, which leave 0 to 17 of the images over."""
+    """On 1, 2, 3 and 8 processes, with 0 to 17 images beyond equal shares."""
     found = {}
     for processes in (1, 2, 3, 8):
         port = free_port()
@@ -145,12 +145,12 @@ def test_evaluation_gives_the_same_bits_on_any_number_of_processes():
         if hasattr(torch, 'inference_mode'):
             assert found[processes] == found[1]
             continue
-        # The kernels of PyTorch 1.5 and 1.8 round by a row's place in the batch: equal counts, the loss to 1e-7.
+        # Kernels of PyTorch 1.5 and 1.8 round by a row's position in the batch: counts are equal, losses within 1e-7.
         for (one, other) in zip(found[processes], found[1]):
             assert one[:3] == other[:3] and float(one[3]) == pytest.approx(float(other[3]), rel=1e-7)
 
 
-# The model holds gloo's group to the end, and collectives have just ended.
+# The model keeps gloo's group until the exit, and collectives have just ended.
 END = '''
 import os, sys
 sys.path.insert(0, %r)
@@ -168,10 +168,10 @@ os.abort()
 '''
 
 
-def test_a_good_run_of_several_processes_ends_well():
-    """gloo's threads that let a tensor go while Python ends abort it, and while their group ends they wait for ever.
+def test_a_good_run_of_several_processes_exits_cleanly():
+    """gloo's threads abort Python if they free a tensor during its exit, and hang if they do so during their group's.
 
-    On a machine with more to do than it has cores one process in 12 was aborted.
+    On an overloaded machine one process in 12 was aborted.
     """
     for _ in range(30 if os.environ.get('BEIT_SOAK') else 1):
         started = []
@@ -185,8 +185,8 @@ def test_a_good_run_of_several_processes_ends_well():
         assert outputs == ['all is written'] * 4
 
 
-def test_a_process_started_anew_sees_nothing_of_those_before(monkeypatch, tmp_path):
-    """torchrun keeps one store; where a killed process listened must not be in it for the next."""
+def test_a_restarted_process_ignores_the_addresses_of_earlier_ones(monkeypatch, tmp_path):
+    """torchrun keeps one store over restarts; the next process must not see a killed one's address."""
     store = torch.distributed.FileStore(str(tmp_path / 'store'), 1)
 
     def arrivals(count, machines='1'):
@@ -195,4 +195,4 @@ def test_a_process_started_anew_sees_nothing_of_those_before(monkeypatch, tmp_pa
         return process_group._of_this_start(store).add('arrivals', 1)
 
     assert [arrivals('0'), arrivals('0'), arrivals('1'), arrivals('2')] == [1, 2, 1, 1]
-    assert [arrivals('0', '2'), arrivals('1', '2')] == [1, 2]  # machines may count otherwise
+    assert [arrivals('0', '2'), arrivals('1', '2')] == [1, 2]  # machines may have different counts

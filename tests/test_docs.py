@@ -1,4 +1,4 @@
-"""The worked example of docs/digits.md: each command is run in the page's order, and writes what the page shows."""
+"""The worked example of docs/digits.md: its commands, run in order, print the output that the page shows."""
 
 import csv
 import glob
@@ -27,7 +27,7 @@ NUMBER = r'\d+(?::\d+)*(?:\.\d+)?(?:e[-+]\d+)?'
 
 
 def steps():
-    """[(commands, the lines shown after them)] of the page: its bash blocks, and the text blocks that follow."""
+    """[(commands, the lines shown after them)]: the page's bash blocks and the text blocks that follow."""
     with open(os.path.join(ROOT, 'docs', 'digits.md'), encoding='utf-8') as file:
         blocks = re.findall(r'```(bash|text)\n(.*?)```', file.read(), re.S)
     found = []
@@ -40,7 +40,7 @@ def steps():
 
 
 def pattern(line):
-    """What the line may be on another machine: its figures are any; names and sizes stay."""
+    """A pattern of the line on any machine: figures may vary; names and sizes may not."""
     parts = re.split(FIXED, line)
     return ''.join(re.escape(part) if place % 2 else NUMBER.join(map(re.escape, re.split(NUMBER, part)))
                    for place, part in enumerate(parts))
@@ -61,7 +61,7 @@ def example(tmp_path_factory):
 
 
 @needs_extra('matplotlib', 'onnx', 'onnxscript', 'onnxruntime')
-def test_the_worked_example_does_what_it_shows(example, capfd):
+def test_the_worked_example_gives_the_output_shown(example, capfd):
     folder, outputs = example
     for lines, shown in steps():
         for line in lines:

@@ -1,16 +1,20 @@
-"""Whole runs: the digits from a fresh checkout to an accuracy, BEiT base on photographs, two processes against one."""
+"""Whole runs: the digits from a fresh checkout to an accuracy, BEiT base on photographs."""
 
+import glob
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from beit.files import weights_file
-from helpers import NANO, check_summary, copy_checkout, lines_of, photo, result, run_script
+from docs_commands import RUN_IN_ORDER, blocks
+from helpers import check_summary, copy_checkout, lines_of, needs_extra, photo, result, run_script
 
 PHOTO_SIZES = ((500, 375), (375, 500), (400, 400), (1600, 1200))  # ImageNet's usual ones, and a large one
+NUMBER = r'\d+(?:\.\d+)?(?:e[-+]\d+)?'
 
 
 # ---- the digits, by the README's two commands
@@ -36,6 +40,45 @@ def test_the_evaluation_script_prints_the_same_accuracy(digits_run):
     check_summary(checkout, 'train_eval_1p', evaluation, batch_size=64, devices=1)
     assert result(evaluation)['accuracy'] == result(run)['accuracy']
     assert 'on the 360 test images' in evaluation.out
+
+
+@pytest.fixture(scope='module')
+def scripts_venv(digits_run):
+    """The checkout with the .venv that the scripts make on a fresh machine; it sees this Python's packages."""
+    checkout, _ = digits_run
+    venv_dir = os.path.join(checkout, '.venv')
+    subprocess.run([sys.executable, '-m', 'venv', venv_dir], check=True)
+    packages = glob.glob(os.path.join(venv_dir, 'lib', '*', 'site-packages'))[0]
+    with open(os.path.join(packages, 'tests.pth'), 'w', encoding='utf-8') as file:
+        file.write(os.path.dirname(os.path.dirname(torch.__file__)))
+    shutil.copy(os.path.join(checkout, 'requirements.txt'), os.path.join(venv_dir, 'installed.txt'))
+    return checkout
+
+
+@pytest.mark.current_only
+@needs_extra('matplotlib', 'onnx', 'onnxscript', 'onnxruntime')
+@pytest.mark.parametrize('page', RUN_IN_ORDER)
+def test_the_commands_of_a_page_work_as_printed(scripts_venv, page):
+    """In a shell without this Python on its PATH, and with the results of README's first command."""
+    first, *others = blocks(page)
+    assert page != 'README.md' or first[1] == 'bash test/train_full_1p.sh --data_path=demo\n'  # digits_run ran it
+    lines, expected = ['set -e', 'source .venv/bin/activate' if page != 'README.md' else ''], []
+    for language, block in others if page == 'README.md' else [first] + others:
+        if language == 'bash':
+            lines.append(block)
+        elif language == 'python':
+            lines.append("python - <<'END'\n%sEND" % block)
+        elif language == 'text' and len(lines) > 2:
+            expected += block.splitlines()
+    env = {name: value for name, value in os.environ.items() if name not in ('PYTHON', 'VIRTUAL_ENV', 'PYTHONPATH')}
+    env['PATH'] = '/usr/local/bin:/usr/bin:/bin'
+    done = subprocess.run(['bash', '-c', '\n'.join(lines)], cwd=scripts_venv, env=env, timeout=900, check=False,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          universal_newlines=True)
+    assert done.returncode == 0, done.stdout
+    for line in expected:  # the figures vary
+        pattern = NUMBER.join(map(re.escape, re.split(NUMBER, line)))
+        assert re.search('(?m)^%s$' % pattern, done.stdout), (line, done.stdout)
 
 
 # ---- BEiT base on photographs
@@ -84,28 +127,3 @@ def test_beit_base_on_photographs(roomy_checkout, photographs):
     lines = lines_of(os.path.join(roomy_checkout, 'train_result'))
     assert [line['epoch'] for line in lines] == [0, 1]
     assert 0.5 < lines[1]['train_loss'] < 1.  # two classes, hardly trained: about log 2
-
-
-# ---- two processes and one
-
-def test_two_processes_train_as_one_of_twice_the_batch(tmp_path, image_folder):
-    """Same losses and weights, without augmentation: the processes share the data in the order that one reads it."""
-    checkout = copy_checkout(str(tmp_path / 'my code' / 'beit'))
-    flags = NANO + ['--data_path=' + image_folder(train=24), '--finetune=', '--epochs=2', '--warmup_epochs=1',
-                    '--lr=1e-3', '--init_scale=1', '--aa=none', '--reprob=0', '--color_jitter=0', '--drop_path=0',
-                    '--hflip=0']
-    one = run_script(checkout, 'train_full_1p', *flags, '--batch_size=8', '--output_dir=one')
-    two = run_script(checkout, 'train_full_8p', *flags, '--batch_size=4', '--output_dir=two', '--nproc_per_node=2')
-    assert result(one)['accuracy'] == result(two)['accuracy']
-
-    logs, weights = [], []
-    for name in ('one', 'two'):
-        logs.append(lines_of(os.path.join(checkout, name)))
-        weights.append(weights_file.load_weights_file(os.path.join(checkout, name, 'checkpoint-1.pth'))['model'])
-    assert [line['epoch'] for line in logs[0]] == [line['epoch'] for line in logs[1]] == [0, 1]
-    for first, second in zip(*logs):
-        assert first['train_loss'] == pytest.approx(second['train_loss'], abs=1e-5)
-        assert first['test_loss'] == pytest.approx(second['test_loss'], abs=1e-5)
-    assert logs[0][0]['train_loss'] != pytest.approx(logs[0][1]['train_loss'], abs=1e-3)  # something was learnt
-    for name, value in weights[0].items():
-        assert torch.allclose(value.double(), weights[1][name].double(), rtol=0, atol=2e-5), name

@@ -1,8 +1,9 @@
-"""What leaves this project is read by those it is made for, with equal logits; and their weights come in."""
+"""Other programs read the exports and give equal logits; their weights are loaded here."""
 
 import inspect
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -43,7 +44,7 @@ PLAIN = ('--disable_rel_pos_bias', '--abs_pos_emb', '--use_cls', '--layer_scale_
 
 
 def shake(model, seed=0):
-    """Give every weight a value that tells: tables and biases begin at zero, gammas all alike."""
+    """Give every weight a distinct value, because tables and biases start at zero and gammas are equal."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,7 +66,7 @@ def trained(tmp_path, parse):
 
 @pytest.fixture
 def export(capsys):
-    """export(*flags): what the program says; `fails`: its one line on standard error."""
+    """export(*flags): the program's output; with `fails` its one line on standard error."""
     def run(*flags, fails=False):
         capsys.readouterr()
         status = run_export.run([str(flag) for flag in flags])
@@ -93,14 +94,14 @@ def close(found, expected, share=1e-5):
 
 
 def is_told(about):
-    """Whether metadata has what a user must know."""
+    """Whether metadata has the information that a user needs."""
     preprocessing = json.loads(about['preprocessing'])
     return json.loads(about['classes']) == CLASSES and preprocessing['mean'] == [0.5] * 3 \
         and {'input_size', 'std', 'crop_pct', 'interpolation'} <= set(preprocessing) \
         and about['model'] in modeling_finetune.MODELS
 
 
-# ---- out
+# ---- exports
 
 @needs_extra('onnx', 'onnxscript', 'onnxruntime')
 @with_dynamo
@@ -110,8 +111,8 @@ def test_onnx(name, trained, export, tmp_path, monkeypatch):
     import onnxruntime
 
     monkeypatch.setitem(modeling_finetune.MODELS, name, dict(modeling_finetune.MODELS[name], depth=2 if 'nano' in name
-                                                             else 1))  # the other blocks would be the same again
-    side = {'beit_nano_patch8_32': 32, 'beit_base_patch16_224': 224}.get(name, 64)  # likewise
+                                                             else 1))  # the other blocks are the same
+    side = {'beit_nano_patch8_32': 32, 'beit_base_patch16_224': 224}.get(name, 64)  # the same
     path, model = trained('--model', name, '--input_size', str(side))
     said = export('--resume', path, '--format', 'onnx', '--output', tmp_path / 'x.onnx')
     assert 'Checked: logits differ by at most' in said and 'with onnxruntime' in said
@@ -161,7 +162,7 @@ def test_torch_export(trained, export, tmp_path):
 @pytest.mark.parametrize('flags', [NANO, NANO + PLAIN, ('--model', 'beit_base_patch16_224'), (
     '--model', 'beit_large_patch16_384', '--input_size', '64') + PLAIN])
 def test_timm_loads_it_with_the_printed_line(flags, trained, export, tmp_path, monkeypatch):
-    """And the logits are those of timm's own network."""
+    """Its logits equal timm's own network."""
     import timm
     from safetensors import safe_open
 
@@ -173,7 +174,7 @@ def test_timm_loads_it_with_the_printed_line(flags, trained, export, tmp_path, m
     assert 'Checked' in said and ', with timm ' in said
     line = [line for line in said.splitlines() if line.startswith('Load it: ')][0][len('Load it: '):]
     names = {'timm': timm}
-    monkeypatch.setitem(timm_registry._model_entrypoints, name,  # ours stands there in this process
+    monkeypatch.setitem(timm_registry._model_entrypoints, name,  # this process has ours registered
                         lambda **options: getattr(timm_beit, name)(**dict(shallow, **options)))
     exec(line, names)  # noqa: S102
     side = model.patch_embed.img_size[0]
@@ -235,17 +236,17 @@ def test_the_averaged_weights(trained, export, tmp_path, parse):
     assert close(logits_of(loaded, images_of(32)), logits_of(average, images_of(32)))
 
 
-# ---- nothing wrong leaves
+# ---- failed exports
 
 class ToyFormat:
-    """A folder of two files: all that somebody writes who adds an export format."""
+    """A folder of two files: the complete code of a new export format."""
 
     files = frozenset(('weights', 'about.json'))
 
     @staticmethod
     def make(trained, opset):
         content = {name: value.tolist() for name, value in trained.model.state_dict().items()}
-        return {'weights': json.dumps(content).encode(), 'about.json': b'{}'}, 'for nobody'
+        return {'weights': json.dumps(content).encode(), 'about.json': b'{}'}, 'for tests'
 
     @staticmethod
     def run(folder, trained, batches):
@@ -267,7 +268,7 @@ every_format = pytest.mark.parametrize(
 
 @every_format
 def test_a_format_is_written_checked_and_replaced(kind, trained, export, tmp_path, monkeypatch):
-    """What its entry in `FORMATS` says is enough for run_export.py."""
+    """Its entry in `FORMATS` is enough for run_export.py."""
     monkeypatch.setitem(export_formats.FORMATS, kind, EVERY[kind])
     path, _ = trained()
     said = export('--resume', path, '--format', kind)
@@ -287,7 +288,7 @@ def test_a_format_is_written_checked_and_replaced(kind, trained, export, tmp_pat
 
 @every_format
 def test_another_network_is_not_written(kind, trained, export, tmp_path, monkeypatch):
-    """A bias table gets lost on the way: the comparison says so."""
+    """The comparison detects a lost bias table."""
     monkeypatch.setitem(export_formats.FORMATS, kind, EVERY[kind])
     path, _ = trained()
     make = export_formats.FORMATS[kind].make
@@ -306,7 +307,7 @@ def test_another_network_is_not_written(kind, trained, export, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize('kind', ['torchscript', 'huggingface'])
-def test_a_full_disk_leaves_what_was_there(kind, trained, export, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_export(kind, trained, export, tmp_path, monkeypatch):
     path, _ = trained()
     output = tmp_path / 'output'
     if kind == 'huggingface':
@@ -325,7 +326,7 @@ def test_a_full_disk_leaves_what_was_there(kind, trained, export, tmp_path, monk
     assert sorted(os.listdir(str(tmp_path))) == ['output', 'weights.pth']
 
 
-def test_what_is_there_stays_without_overwrite(trained, export, tmp_path):
+def test_existing_files_stay_without_overwrite(trained, export, tmp_path):
     path, _ = trained()
     (tmp_path / 'x').write_text('mine')
     to = ('--resume', path, '--output', tmp_path / 'x', '--no_check', '--format')
@@ -365,9 +366,9 @@ def test_bad_flags_are_one_line(flags, says, trained, export):
 
 @pytest.mark.parametrize('kind, module, says', [
     ('onnx', 'onnx', 'needs onnx; run: pip install -r requirements-extra.txt'),
-    ('huggingface', 'transformers', 'Not checked: that needs transformers; run: pip install -r requirements-extra.txt'),
+    ('huggingface', 'transformers', 'Not checked: the check needs transformers; run: pip install -r'),
     pytest.param('onnx', 'onnxscript', 'needs onnxscript; run: pip', marks=[needs_extra('onnx'), with_dynamo]),
-    pytest.param('onnx', 'onnxruntime', 'Not checked: that needs onnxruntime; run: pip install -r',
+    pytest.param('onnx', 'onnxruntime', 'Not checked: the check needs onnxruntime; run: pip install -r',
                  marks=[needs_extra('onnx', 'onnxscript'), with_dynamo]),
 ])
 def test_a_missing_package_is_one_line(kind, module, says, trained, export, monkeypatch):
@@ -382,7 +383,7 @@ def test_help_ends_with_examples(capsys):
     assert 'examples:' in capsys.readouterr().out.split('--no_check')[-1]
 
 
-# ---- in
+# ---- imports
 
 def by_hand(model):
     """A state dict under Hugging Face's names, written out one by one."""
@@ -418,7 +419,7 @@ def finetuned(source, parse, *flags, classes=3):
 
 
 def test_names_of_hugging_face_on_every_pytorch(trained, export, parse, tmp_path, capsys):
-    """A folder as `from_pretrained` reads it, an old one with pytorch_model.bin; what is wrong is said."""
+    """A folder for `from_pretrained`, also an old one with pytorch_model.bin; errors are reported."""
     path, model = trained()
     theirs = by_hand(model)
     export('--resume', path, '--format', 'huggingface', '--output', tmp_path / 'new')
@@ -461,8 +462,8 @@ def test_names_of_hugging_face_on_every_pytorch(trained, export, parse, tmp_path
     (PLAIN, dict(use_absolute_position_embeddings=True, use_mean_pooling=False, layer_scale_init_value=0.), 1e-4),
     ((), dict(use_shared_relative_position_bias=True, use_mask_token=True), 1e-4),
 ])
-def test_weights_of_transformers_come_in(flags, options, share, parse, tmp_path):
-    """As it saves them, and its state dict, whose names are others since its version 5."""
+def test_weights_of_transformers_are_loaded(flags, options, share, parse, tmp_path):
+    """Its saved files, and its state dict, whose names changed in version 5."""
     from transformers import BeitConfig, BeitForImageClassification
 
     torch.manual_seed(0)
@@ -481,7 +482,7 @@ def test_weights_of_transformers_come_in(flags, options, share, parse, tmp_path)
 @with_timm
 @pytest.mark.parametrize('flags, options', [
     ((), dict(use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1)), (PLAIN, dict(global_pool='token'))])
-def test_weights_of_timm_come_in(flags, options, parse, tmp_path):
+def test_weights_of_timm_are_loaded(flags, options, parse, tmp_path):
     from safetensors.torch import save_file
 
     theirs = shake(timm_beit.Beit(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=3,
@@ -497,8 +498,8 @@ def test_weights_of_timm_come_in(flags, options, parse, tmp_path):
     assert opened.classes == ['0', '1', '2']
 
 
-def test_every_name_goes_both_ways(parse):
-    """The names alone, for each way of building the network; their numbers too, which re.match must not cut short."""
+def test_every_name_maps_both_ways(parse):
+    """Names of each kind of network, with numbers of several digits, which re.match must not truncate."""
     for flags in ((), PLAIN, ('--abs_pos_emb', '--use_cls')):
         model = create_model('beit_nano_patch8_32', depth=12, num_classes=3, use_rel_pos_bias=not flags,
                              use_abs_pos_emb=bool(flags), use_mean_pooling='--use_cls' not in flags,
@@ -512,7 +513,7 @@ def test_every_name_goes_both_ways(parse):
 
 
 @pytest.mark.parametrize('kind', ['safetensors', 'huggingface'])
-def test_what_was_exported_is_used_without_flags(kind, trained, export, tmp_path):
+def test_exports_are_used_without_flags(kind, trained, export, tmp_path):
     path, model = trained(*NANO, '--imagenet_default_mean_and_std', '--use_cls', activation='sigmoid')
     export('--resume', path, '--format', kind, '--output', tmp_path / 'out.safetensors')
     before = inference_model.load_for_inference(path)
@@ -530,11 +531,11 @@ def hostile(size, crop):
 @pytest.mark.parametrize('about', [{}, {'preprocessing': '['}, {'preprocessing': '{"input_size": 3}', 'model': 'x'},
                                    hostile('[3, Infinity, Infinity]', 1), hostile('[3, 1e9, 1e9]', 1),
                                    hostile('[3, 32, 32]', -1), hostile('[3, 32, 32]', 'NaN')])
-def test_metadata_that_says_nothing_asks_for_flags(about, trained, export, tmp_path):
+def test_empty_metadata_asks_for_flags(about, trained, export, tmp_path):
     from safetensors.numpy import load_file, save_file
     export('--resume', trained()[0], '--format', 'safetensors', '--output', tmp_path / 'out.safetensors')
     save_file(load_file(str(tmp_path / 'out.safetensors')), str(tmp_path / 'bare.safetensors'), about)
-    with pytest.raises(run_export.UserError, match='does not name its model; give --model'):
+    with pytest.raises(run_export.UserError, match='--model'):
         inference_model.load_for_inference(str(tmp_path / 'bare.safetensors'))
 
 
@@ -542,7 +543,7 @@ def test_metadata_that_says_nothing_asks_for_flags(about, trained, export, tmp_p
 def test_an_export_to_run_is_not_taken_for_weights(tmp_path, ending):
     path = tmp_path / ('model' + ending)
     path.write_bytes(b'whatever')
-    with pytest.raises(run_export.UserError, match='is an exported program, not weights;.*give the checkpoint'):
+    with pytest.raises(run_export.UserError, match='%s: .*the checkpoint' % re.escape(str(path))):
         pretrained.check_finetune(str(path))
-    with pytest.raises(run_export.UserError, match='--resume .* is an exported program, not weights'):
+    with pytest.raises(run_export.UserError, match='--resume %s: .*the checkpoint' % re.escape(str(path))):
         inference_model.load_for_inference(str(path))

@@ -1,4 +1,4 @@
-"""Figures say what they are: each against arithmetic of its own, wherever it is written, printed or drawn."""
+"""Each figure, wherever it is written, printed or drawn, equals an independent computation."""
 
 import contextlib
 import copy
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.computes
 # ---- means over the images that were read
 
 def batches_of(sizes, size=4, classes=3):
-    """(Batches of which so many of `size` images could be read, all that were read)."""
+    """(Batches of `size` images with `sizes` readable ones each, all readable images)."""
     generator = torch.Generator().manual_seed(5)
     read = sum(sizes)
     images = torch.randn(read, 3, 32, 32, generator=generator)
@@ -48,7 +48,7 @@ def batches_of(sizes, size=4, classes=3):
 
 
 def gradients_by_hand(model, images, targets):
-    """The gradients of the mean loss over these images, by name."""
+    """{name: gradient} of the mean loss over these images."""
     twin = copy.deepcopy(model).train()
     torch.nn.functional.cross_entropy(twin(images), targets).backward()
     return {name: parameter.grad for name, parameter in twin.named_parameters()}
@@ -65,7 +65,7 @@ def train(model, batches, optimizer=None, scaler=None, **options):
 
 
 class Amp:
-    """apex.amp's part in a step, with a static scale of 4."""
+    """The part of apex.amp in a step, with a static scale of 4."""
 
     def __init__(self, model):
         self.parameters = list(model.parameters())
@@ -84,7 +84,7 @@ class Amp:
 
 
 def test_half_of_the_files_bad_at_batch_one():
-    """Ten classes that a zero head takes for alike: ln 10 = 2.303 an image, not 1.151."""
+    """A zero head gives ten classes equal probabilities: ln 10 = 2.303 per image, not 1.151."""
     model, _ = toy(classes=10)
     torch.nn.init.zeros_(model.head.weight)
     batches, images, targets = batches_of((1, 0) * 4, size=1, classes=10)
@@ -97,7 +97,7 @@ def test_half_of_the_files_bad_at_batch_one():
 
 @pytest.mark.parametrize('sizes, size', [((1, 0) * 4, 1), ((4, 1), 4), ((3, 0, 4, 2), 4), ((0, 0, 0, 1), 4)])
 @pytest.mark.parametrize('scale', (1., 128., 'dynamic', 'fused', 'apex'))
-def test_an_accumulated_update_is_of_the_mean_over_the_images(sizes, size, scale):
+def test_an_accumulated_update_uses_the_mean_over_the_images(sizes, size, scale):
     model, _ = toy()
     batches, images, targets = batches_of(sizes, size)
     expected, before = gradients_by_hand(model, images, targets), copy.deepcopy(model.state_dict())
@@ -108,7 +108,7 @@ def test_an_accumulated_update_is_of_the_mean_over_the_images(sizes, size, scale
         optimizer = kernels.build_optimizer(torch.optim.SGD, list(model.parameters()), lr=1.)
         scaler = loss_scaler.LossScaler(128.)
     elif scale == 'apex':
-        scaler = loss_scaler.ApexScaler(Amp(model), [], scale=4.)
+        scaler = loss_scaler.AmpLibraryScaler(Amp(model), [], scale=4.)
     else:
         scaler = loss_scaler.LossScaler(scale)
     stats = train(model, batches, optimizer, scaler, update_freq=len(sizes))
@@ -122,7 +122,7 @@ def test_an_accumulated_update_is_of_the_mean_over_the_images(sizes, size, scale
 
 @pytest.mark.needs('current', half_precision._half_precision_problem(CPU, torch.bfloat16) is None,
                    'this PyTorch has no bfloat16 training on a CPU')
-def test_half_precision_has_that_mean_too():
+def test_half_precision_uses_the_same_mean():
     model, _ = toy()
     batches, images, targets = batches_of((3, 0, 4, 2))
     expected = norm_of(gradients_by_hand(model, images, targets))
@@ -135,7 +135,7 @@ def test_half_precision_has_that_mean_too():
     assert norm_of(moved) == pytest.approx(expected, rel=0.03)
 
 
-def test_clipping_is_of_the_mean_over_the_images():
+def test_clipping_uses_the_mean_over_the_images():
     model, _ = toy()
     batches, images, targets = batches_of((3, 1))
     expected, before = gradients_by_hand(model, images, targets), copy.deepcopy(model.state_dict())
@@ -145,8 +145,8 @@ def test_clipping_is_of_the_mean_over_the_images():
         assert torch.allclose(before[name] - model.state_dict()[name], gradient / 2, 1e-3, 1e-6), name
 
 
-def test_an_update_without_an_image_is_none(capsys):
-    """Weights, moments, average: as if it had not been; it is counted and told, and is no overflow."""
+def test_an_update_without_an_image_is_skipped(capsys):
+    """Weights, moments and average don't change; the update is counted and reported, and is no overflow."""
     model, _ = toy()
     finals = []
     for sizes in ((4, 4, 2, 2), (4, 4, 0, 0, 2, 2) + (0,) * 46):
@@ -164,7 +164,7 @@ def test_an_update_without_an_image_is_none(capsys):
         assert all(torch.equal(torch.as_tensor(mine[name]), torch.as_tensor(theirs[name])) for name in mine)
 
 
-# Trains two updates on each process's share of the same 24 files, of which many cannot be read; prints the weights.
+# Trains two updates on each process's share of the same 24 files, many of them unreadable, and prints the weights.
 TRAIN_WITH_GAPS = '''
 import argparse, json, sys
 sys.path[:0] = [%r, %r]
@@ -221,7 +221,7 @@ def test_two_and_four_processes_train_as_one():
 # ---- ties
 
 def test_ties_go_to_the_first_class_everywhere():
-    """A zero head takes all classes for alike: top-1 is the share of class 0, top-5 that of classes 0 to 4."""
+    """A zero head gives equal logits: top-1 is the share of class 0, top-5 the share of classes 0 to 4."""
     targets = torch.arange(40) % 8
     output = torch.zeros(40, 8)
     batch = Batch(None, targets, torch.arange(40), [])
@@ -248,7 +248,7 @@ def test_the_order_of_classes_by_a_stable_sort():
     assert metrics.top_classes(torch.zeros(2, 3), 5).tolist() == [[0, 1, 2]] * 2
 
 
-# ---- the loss that trains, and its probabilities
+# ---- the training loss and its probabilities
 
 def test_the_validation_loss_of_a_binary_criterion_is_binary():
     output, targets = torch.randn(20, 5), torch.randint(0, 5, (20,))
@@ -268,7 +268,7 @@ def test_the_validation_loss_of_a_binary_criterion_is_binary():
         assert image.target_probability == pytest.approx(shares[image.index][image.target], rel=1e-5)
 
 
-def test_one_label_an_image_is_evaluated_as_several_where_the_model_has_several():
+def test_a_multi_label_model_turns_class_indices_into_multi_label_targets():
     """A list without a ';': its targets are class indices."""
     torch.manual_seed(0)
     output, targets = torch.randn(30, 4), torch.randint(0, 4, (30,))
@@ -289,7 +289,7 @@ def test_one_label_an_image_is_evaluated_as_several_where_the_model_has_several(
         output, torch.from_numpy(ones).float())), rel=1e-6)
 
 
-# ---- the same figure wherever it is
+# ---- the same figure everywhere
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -331,7 +331,7 @@ def tiles_of(page):
 
 @pytest.mark.parametrize('loss', ('ce', 'bce'))
 def test_every_figure_is_the_same_everywhere(folder, tmp_path, capsys, loss):
-    """log.txt, the printed lines, TensorBoard, --results_file, summary.json and both reports, of the same weights."""
+    """log.txt, printed lines, TensorBoard, --results_file, summary.json and both reports of the same weights agree."""
     output, board, results = str(tmp_path / 'out'), str(tmp_path / 'tb'), str(tmp_path / 'results')
     base = RUN + ['--data_path', folder, '--output_dir', output, '--loss', loss, '--report', '--log_dir', board]
     assert run_class_finetuning.run(base + ['--epochs=3', '--lr=2e-3']) == 0
@@ -375,8 +375,8 @@ def test_every_figure_is_the_same_everywhere(folder, tmp_path, capsys, loss):
             round(100 * share, 3) for share in shares.max(axis=1)}
 
 
-def test_a_model_of_several_labels_is_evaluated_with_a_list_of_single_ones(folder, tmp_path, capsys):
-    """No row of the validation list has a ';': mAP all the same, of the classes that the checkpoint names."""
+def test_a_multi_label_model_is_evaluated_on_a_single_label_list(folder, tmp_path, capsys):
+    """No row of the validation list has a ';': mAP is still computed over the checkpoint's classes."""
     rows = {'train': [['a', 'b', 'a;b', 'c;a', '', 'c'][index % 6] for index in range(24)],
             'val': ['abc'[index % 3] for index in range(12)]}
     for name, labels in rows.items():
@@ -421,8 +421,8 @@ def test_the_speed_of_a_run_and_of_an_epoch():
     assert utils.Throughput(warmup_steps=2).since(1).warmup_steps == 1
 
 
-def test_a_resumed_run_says_the_whole_runs_figures(folder, tmp_path, monkeypatch):
-    """The first two of three epochs are slow; a line on an epoch says that epoch's speed, the summary the run's."""
+def test_a_resumed_run_reports_figures_of_the_whole_run(folder, tmp_path, monkeypatch):
+    """The first two of three epochs are slow. An epoch's line gives its own speed, the summary the run's."""
     output, lines, build = str(tmp_path / 'out'), [], run_class_finetuning.build_criterion
     base = RUN + ['--data_path', folder, '--output_dir', output, '--epochs=3', '--report', '--save_ckpt_freq=1']
     monkeypatch.setattr(run_class_finetuning.log, 'log_epoch', lambda *args: lines.append(args[-2:]))
@@ -436,13 +436,13 @@ def test_a_resumed_run_says_the_whole_runs_figures(folder, tmp_path, monkeypatch
             return json.load(file)
 
     monkeypatch.setattr(run_class_finetuning, 'build_criterion', slow)
-    assert run_class_finetuning.run(base + ['--maxstep=12']) == 0  # six updates an epoch, 0.3 s each
+    assert run_class_finetuning.run(base + ['--maxstep=12']) == 0  # six updates per epoch, 0.3 s each
     first = summary()
     monkeypatch.setattr(run_class_finetuning, 'build_criterion', build)
     assert run_class_finetuning.run(base + ['--auto_resume']) == 0
     whole = summary()
     assert whole['duration_seconds'] > 3.6 and whole['duration_seconds'] > first['duration_seconds'] - 1
-    assert whole['step_milliseconds'] > 150  # of the last epoch alone it would be a few
+    assert whole['step_milliseconds'] > 150  # the last epoch alone has a few milliseconds
     assert whole['images_per_second'] == pytest.approx(8000 / whole['step_milliseconds'])
     (second_speed, _), (third_speed, third_seconds) = lines[1:]
     assert second_speed < 8 / 0.3 and whole['images_per_second'] < third_speed  # two thirds of the run were slow

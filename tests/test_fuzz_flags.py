@@ -1,4 +1,4 @@
-"""Every flag with values out of range, of the wrong type, and empty: one line and status 2, or a run."""
+"""Every flag with values that are out of range, of the wrong type, or empty: one line and status 2, or a run."""
 
 import argparse
 import os
@@ -27,9 +27,9 @@ WRONG = (
     'cpu:0', 'auto', 'rand-m', 'rand-mX', 'augmix-x', 'v0', 'O3', 'float16', 'dynamic', 'static', 'lookahead_',
     'lookahead_lookahead_sgd', 'fusedadam', 'batch')
 
-# Sizes that are right as flags and that no machine of this size can run, each in its own way: not what is tried here.
+# Valid sizes that exceed this machine's memory: outside the scope of this test.
 TOO_LARGE = {'num_workers': 2, 'input_size': 64, 'recount': 100}
-WORKS = {'log_dir': 'tb', 'output_dir': 'out'}  # names in the folder where the test runs
+WORKS = {'log_dir': 'tb', 'output_dir': 'out'}  # names in the test's working folder
 
 
 def actions():
@@ -59,7 +59,7 @@ def try_flags(flags, capfd):
     assert len(lines) == (status == 2), (flags, err)
     assert 'Traceback' not in out + err, (flags, err)
     if status == 2:
-        assert 20 < len(lines[0]) < 12000, lines  # a path of 5000 letters may stand there twice
+        assert 20 < len(lines[0]) < 12000, lines  # a path of 5000 letters may appear twice
     return status
 
 
@@ -70,7 +70,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_every_flag_with_wrong_values(image_folder, folder, capfd, monkeypatch):
-    monkeypatch.setattr(kernels, 'compile_in_place', lambda model: None)  # it takes a minute; test_step.py compiles
+    monkeypatch.setattr(kernels, 'compile_in_place', lambda model: None)  # it takes a minute; test_step.py tests it
     data = image_folder(train=4, val=2)
     base = RUN + ['--data_path=' + data, '--epochs=1', '--maxstep=1', '--batch_size=2']
     tried, refused, failures = 0, 0, []
@@ -98,7 +98,7 @@ def test_every_flag_with_wrong_values(image_folder, folder, capfd, monkeypatch):
             continue
         attempt(flag)  # its value is missing
         for text in WRONG:
-            if sensible(action, text):  # noqa: B023  (called before the loop goes on)
+            if sensible(action, text):  # noqa: B023  (called within the iteration)
                 attempt('%s=%s' % (flag, text))  # noqa: B023
         number = st.one_of(st.integers(), st.floats(), st.text(max_size=12)).map(str)
 
@@ -106,7 +106,7 @@ def test_every_flag_with_wrong_values(image_folder, folder, capfd, monkeypatch):
                   suppress_health_check=list(HealthCheck))
         @given(number)
         def any_text(text):
-            if sensible(action, text):  # noqa: B023  (called before the loop goes on)
+            if sensible(action, text):  # noqa: B023  (called within the iteration)
                 attempt('%s=%s' % (flag, text))  # noqa: B023
 
         any_text()
@@ -114,10 +114,10 @@ def test_every_flag_with_wrong_values(image_folder, folder, capfd, monkeypatch):
     assert not list(folder.rglob('ran')) and not os.path.exists('ran')  # no value was run
     assert refused > tried / 3
     with capfd.disabled():
-        print('\ncommand line: %d values of %d flags tried, %d refused in one line' % (tried, len(actions()), refused))
+        print('\ncommand line: %d values of %d flags tried, %d refused on one line' % (tried, len(actions()), refused))
 
 
-def test_words_that_are_no_flags(image_folder, folder, capfd):
+def test_words_that_are_not_flags(image_folder, folder, capfd):
     base = RUN + ['--data_path=' + image_folder(train=4, val=2), '--epochs=1', '--maxstep=1', '--batch_size=2']
     for words in (['data'], ['--'], ['-'], ['---'], ['-x'], ['--lrr=1'], ['--=1'], ['='], [''], ['--lr'],
                   ['--lr', '--amp'], ['--opt_betas'], ['--opt_betas', '0.9'], ['--cutmix_minmax', '0.5'],

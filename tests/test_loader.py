@@ -1,4 +1,4 @@
-"""The loaders of bytes against timm's own transform, bit for bit; erasing on the device; the fast backend."""
+"""The byte loaders equal timm's transform bit for bit; erasing on the device; the fast backend."""
 
 import argparse
 import contextlib
@@ -50,7 +50,7 @@ needs_fast = pytest.mark.needs('current', has_fast(), 'this stack has no --data_
 
 @pytest.fixture
 def loaders(image_folder, parse):
-    """loaders('--reprob=1'): (training, validation) of 12 and 4 JPEG files of 90x70; a second call takes the same."""
+    """loaders('--reprob=1'): (training, validation) of 12 and 4 JPEG files of 90x70; later calls reuse them."""
     root = image_folder(train=6, val=2, size=(90, 70), suffix='.jpg')
 
     def build(*flags):
@@ -109,7 +109,7 @@ def test_validation_images_are_the_bits_of_torchvisions_transform(loaders):
             assert torch.equal(image, oracle(file.convert('RGB')))
 
 
-def test_every_byte_becomes_the_number_that_torchvision_makes_of_it():
+def test_every_byte_value_is_normalised_as_by_torchvision():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = np.stack((ramp, ramp[::-1], ramp.T), axis=2)
@@ -134,11 +134,11 @@ def test_the_boxes_are_timms(most):
             image[:, top:top + height, left:left + width] = 0
         assert torch.equal(image, expected)
         erased += bool(found)
-    assert 160 < erased < 240  # half of them, give or take four standard deviations
+    assert 160 < erased < 240  # half of them, within four standard deviations
 
 
 def erased_by(mode, images):
-    """What erasing the same box of 40x40 writes into so many images: (images, 3, 40, 40)."""
+    """The values that erasing writes into the same 40x40 box of `images` images: (images, 3, 40, 40)."""
     loader = PrefetchLoader(None, CPU, (0.5,) * 3, (0.5,) * 3, remode=mode)
     black = torch.zeros(48, 48, 3, dtype=torch.uint8)
     items = [Sample(black, 0, index, (index, [(2, 3, 40, 40)])) for index in range(images)]
@@ -151,7 +151,7 @@ def erased_by(mode, images):
 
 
 def test_erasing_writes_normal_noise():
-    """Mean and deviation within five standard errors, as timm's own `normal_` gives them."""
+    """Mean and deviation within five standard errors of timm's `normal_`."""
     pixels = erased_by('pixel', 20)
     assert abs(float(pixels.mean())) < 5 / math.sqrt(pixels.numel())
     assert abs(float(pixels.std()) - 1) < 5 / math.sqrt(2 * pixels.numel())
@@ -175,8 +175,8 @@ def test_erasing_changes_the_boxes_and_nothing_else(loaders):
         assert bool(inside.any()) and torch.equal((image != whole[index]).any(0), inside)
 
 
-def test_an_image_hangs_on_seed_epoch_and_index_alone(loaders, monkeypatch):
-    """Not on workers, batch size, number of processes, or what is drawn in between."""
+def test_an_image_depends_only_on_seed_epoch_and_index(loaders, monkeypatch):
+    """Workers, batch size, number of processes and other random draws have no effect."""
     flags = ('--reprob=0.6', '--recount=3')
     expected = samples_of(loaders(*flags)[0], epoch=2)
     torch.manual_seed(77)
@@ -195,7 +195,7 @@ def worker_pids(loader):
     return sorted(worker.pid for worker in loader.loader._iterator._workers) if PERSISTENT else []
 
 
-def test_a_loader_that_was_broken_off_starts_anew(loaders):
+def test_an_interrupted_loader_starts_again(loaders):
     loader = loaders('--num_workers=2', '--batch_size=2')[0]
     expected = samples_of(loaders('--batch_size=2')[0], epoch=1)
     loader.sampler.set_epoch(0)
@@ -215,7 +215,7 @@ def test_a_loader_that_was_broken_off_starts_anew(loaders):
         time.sleep(0.05)
 
 
-def test_a_device_loader_passes_for_the_loader(loaders):
+def test_a_device_loader_has_the_interface_of_a_loader(loaders):
     train, val = loaders('--dist_eval')
     assert (len(train), len(val)) == (3, 1) and (train.batch_size, val.batch_size) == (4, 6)
     assert len(train.dataset) == 12 and train.num_workers == 0
@@ -225,7 +225,7 @@ def test_a_device_loader_passes_for_the_loader(loaders):
 
 
 class FakeDevices:
-    """Streams that note who waits for whom, and on which one `move` runs."""
+    """Streams that record their waits, and on which stream `move` runs."""
 
     def __init__(self):
         self.log, self.on = [], 'main'
@@ -247,7 +247,7 @@ class FakeDevices:
         self.on = 'main'
 
 
-def test_the_next_batch_is_under_way_while_one_is_used(monkeypatch):
+def test_the_next_batch_is_prefetched(monkeypatch):
     devices = FakeDevices()
     monkeypatch.setattr(accelerator, 'device_module', lambda _: devices)
 
@@ -302,7 +302,7 @@ def test_fast_takes_the_same_crops_and_flips(loaders, monkeypatch):
 @needs_fast
 @pytest.mark.parametrize('drawn', [False, True])
 def test_fast_augments_by_the_same_policy(loaders, drawn, monkeypatch):
-    """Only turned, sheared and shifted images differ by more than a step: these ops sample bilinearly."""
+    """Only rotated, sheared and shifted images differ by more than one step, because these operations interpolate."""
     def policy(name):
         loader = loaders('--reprob=0', '--data_backend=' + name)[0]
         step = loader.dataset.dataset.transform.transforms[1 if on_device else 2]
@@ -310,7 +310,7 @@ def test_fast_augments_by_the_same_policy(loaders, drawn, monkeypatch):
         return loader, [(op.name, op.prob, op.magnitude, op.magnitude_std) for op in ops]
     on_device = False
     exact, theirs = policy('exact')
-    if drawn:  # as for an accelerator, though it is the CPU that carries it out
+    if drawn:  # as for an accelerator, but executed by the CPU
         monkeypatch.setattr(datasets, 'build_transform', lambda is_train, config, device: build_transform(
             is_train, config, torch.device('cuda')))
         on_device = True
@@ -327,7 +327,7 @@ RAND_AUGMENT = ('AutoContrast', 'Equalize', 'Invert', 'Rotate', 'PosterizeIncrea
 
 
 def one_operation(name):
-    """timm's RandAugment of this operation alone, always carried out, bilinear."""
+    """timm's RandAugment with only this operation, always applied, bilinear."""
     policy = rand_augment_transform('rand-m9-mstd0.5-inc1', dict(
         translate_const=100, img_mean=(124, 116, 104), interpolation=Image.BILINEAR))
     assert sorted(operation.name for operation in policy.ops) == sorted(RAND_AUGMENT)
@@ -357,8 +357,8 @@ def test_the_devices_operations_are_pillows(name):
 
 
 @needs_fast
-def test_operations_are_carried_out_in_their_order(monkeypatch):
-    """Two of an image, other ones of the next, none of the last: as Pillow does them one after the other."""
+def test_operations_run_in_order(monkeypatch):
+    """Two operations on the first image, others on the second, none on the last, as Pillow applies them in turn."""
     flip = transforms.RandomHorizontalFlip(1.)
     picture = np.uint8(np.random.RandomState(0).randint(0, 256, (3, 32, 32, 3)))
     chosen = [('SolarizeAdd', 'Invert'), ('Invert', 'ContrastIncreasing'), ()]
@@ -379,7 +379,7 @@ def test_operations_are_carried_out_in_their_order(monkeypatch):
 
 
 @needs_fast
-def test_fast_leaves_a_policy_that_the_device_does_not_know_to_the_worker(loaders):
+def test_fast_runs_an_unsupported_policy_in_the_worker(loaders):
     steps = loaders('--data_backend=fast', '--aa=augmix-m3-w3')[0].dataset.dataset.transform.transforms
     assert not any(isinstance(step, device_randaugment.DeferredRandAugment) for step in steps)
     assert len(samples_of(loaders('--data_backend=fast', '--aa=augmix-m3-w3')[0])) == 12
@@ -410,7 +410,7 @@ def test_fast_reads_what_load_image_reads(tmp_path, how):
         image.convert({'grey': 'L', 'CMYK': 'CMYK', 'palette png': 'P'}.get(how, 'RGB')).save(
             path, **{'progressive': dict(progressive=True), 'no subsampling': dict(subsampling=0)}.get(how, {}))
     expected = np.asarray(decode.load_image(path)).astype(int)
-    found = fast_decode.load_bytes(path)
+    found = fast_decode.load_tensor(path)
     assert found.dtype == torch.uint8 and found.shape == (3, 47, 61)
     difference = np.abs(found.permute(1, 2, 0).numpy() - expected).max()
     assert difference <= (2 if how in ('plain', 'progressive', 'no subsampling', 'turned by EXIF') else 0)
@@ -418,7 +418,7 @@ def test_fast_reads_what_load_image_reads(tmp_path, how):
 
 @needs_fast
 @pytest.mark.parametrize('how', ['half', 'head only', 'empty', 'text', 'folder', 'gone'])
-def test_fast_tells_of_a_bad_file_as_load_image_does(tmp_path, how):
+def test_fast_reports_a_bad_file_as_load_image_does(tmp_path, how):
     path = str(tmp_path / 'a.jpg')
     photo(3, 200, 150).save(path)
     with open(path, 'rb') as file:
@@ -431,7 +431,7 @@ def test_fast_tells_of_a_bad_file_as_load_image_does(tmp_path, how):
             file.write({'half': content[:len(content) // 2], 'head only': content[:700], 'empty': b'',
                         'text': b'no picture'}[how])
     messages = []
-    for load in (decode.load_image, fast_decode.load_bytes):
+    for load in (decode.load_image, fast_decode.load_tensor):
         with pytest.raises(decode.UnreadableImage) as caught:
             load(path)
         messages.append(str(caught.value).replace('BytesIO', 'file'))
@@ -445,7 +445,7 @@ def test_fast_refuses_a_bomb_before_it_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(fast_decode, 'decode_jpeg', lambda *_: pytest.fail('it was decoded'))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 2000)
     with pytest.raises(decode.UnreadableImage, match='decompression bomb'):
-        fast_decode.load_bytes(path)
+        fast_decode.load_tensor(path)
 
 
 @needs_fast
@@ -455,7 +455,7 @@ def test_small_inputs_are_the_same_with_fast(loaders):
     assert all(torch.equal(exact[index], fast[index]) for index in range(12))
 
 
-def test_as_many_workers_as_this_process_may_use_processors(monkeypatch):
+def test_the_number_of_workers_is_the_number_of_usable_processors(monkeypatch):
     for allowed, workers in ((1, 1), (3, 3), (64, 10)):
         monkeypatch.setattr(os, 'sched_getaffinity', lambda _, count=allowed: set(range(count)), raising=False)
         assert default_num_workers() == workers
@@ -465,7 +465,7 @@ def test_as_many_workers_as_this_process_may_use_processors(monkeypatch):
         assert default_num_workers() == workers
 
 
-def test_fast_is_refused_where_it_cannot_be(parse, monkeypatch):
+def test_fast_is_refused_where_unavailable(parse, monkeypatch):
     check_backend(parse())
     if has_fast():
         check_backend(parse('--data_backend=fast'))
@@ -480,8 +480,8 @@ def test_fast_is_refused_where_it_cannot_be(parse, monkeypatch):
 
 @pytest.mark.parametrize('error', (EOFError(), ConnectionResetError('reset'), FileNotFoundError('a socket')))
 @pytest.mark.parametrize('alive', (True, False))
-def test_a_worker_that_dies_while_it_hands_a_batch_over_is_told_of(error, alive):
-    """In Python 3.8 that came to light as an error of the connection."""
+def test_a_worker_that_dies_while_sending_a_batch_is_reported(error, alive):
+    """In Python 3.8 it appeared as a connection error."""
     class Batches:
         _workers = [argparse.Namespace(pid=7, is_alive=lambda: alive)]
 
@@ -489,5 +489,5 @@ def test_a_worker_that_dies_while_it_hands_a_batch_over_is_told_of(error, alive)
             raise error
 
     with pytest.raises(type(error) if alive else RuntimeError) as caught:
-        list(device_loader._or_worker_death(Batches()))
+        list(device_loader._detect_worker_death(Batches()))
     assert alive or 'a loader process (7) exited unexpectedly' in errors.worker_death_message(caught.value)

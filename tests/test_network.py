@@ -1,4 +1,4 @@
-"""What listens on the network while processes train, and what becomes of the bytes that a stranger sends there."""
+"""Open ports while processes train, and their reaction to untrusted bytes."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ JUNK = [b'{"rank": 0}\n{"rank": "\x1b[2J"}\n[]\n', b'GET / HTTP/1.1\r\nHost: x\r
 
 
 def listening(pids):
-    """{(address, port)} at which processes listen."""
+    """{(address, port)} on which processes listen."""
     inodes, found = set(), set()
     for pid in pids:
         for number in os.listdir('/proc/%d/fd' % pid):
@@ -41,7 +41,7 @@ def listening(pids):
 
 
 def send_junk(address, port):
-    """Connect, send, and go away or stay, as a scanner does. Gives the connections that stay."""
+    """Connect, send, and disconnect or stay, as a port scanner does. Returns the open connections."""
     kept = []
     for data in JUNK:
         for stays in (False, True):
@@ -65,7 +65,7 @@ def until_epoch(number, jobs):
 
 @pytest.fixture
 def started(image_folder, tmp_path):
-    """started(nnodes=2, …): the launchers of a job that trains, and the ids of all its processes."""
+    """started(nnodes=2, …): the launchers of a training job, and the ids of all its processes."""
     jobs = []
 
     def start(*flags, nnodes=1, **options):
@@ -81,7 +81,7 @@ def started(image_folder, tmp_path):
 
 
 def test_only_this_machine_can_reach_its_job(started):
-    """Neither does what a user of this machine sends there end the job, or show in its output."""
+    """Bytes from a local user neither end the job nor appear in its output."""
     jobs, pids = started('--dist_timeout=30')
     found = listening(pids)
     print(found)
@@ -102,8 +102,8 @@ def takes_a_socket():
     return 'master_listen_fd' in torch.distributed.TCPStore.__init__.__doc__
 
 
-def test_strangers_between_two_machines(started):
-    """There the store has to listen for the other one, and a stranger can send it what he likes."""
+def test_junk_between_two_machines(started):
+    """The store must listen for the other machine, so any host can send bytes to it."""
     jobs, pids = started('--dist_timeout=30', nnodes=2, port=free_port(), address=socket.gethostbyname(
         socket.gethostname()))
     kept = [connection for place in listening(pids) for connection in send_junk(*place)]
@@ -117,8 +117,8 @@ def test_strangers_between_two_machines(started):
     assert all(line.isprintable() for run in runs for line in (run.out + run.err).splitlines())
 
 
-def test_a_stranger_in_place_of_the_first_machine(image_folder):
-    """What answers at --master_addr is no store."""
+def test_master_addr_of_a_server_that_is_no_store(image_folder):
+    """A server that is no store answers at --master_addr."""
     with socket.socket() as server:
         server.bind(('127.0.0.1', 0))
         server.listen(8)

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: what is told, what is skipped, when it stops. And --deterministic."""
+"""Non-finite losses and gradients: reports, skipped updates, stops. Also --deterministic."""
 
 import json
 import math
@@ -19,11 +19,11 @@ from helpers import CPU, ROOT, RUN, Listener, Numbered, cannot_run, lines_of, to
 
 pytestmark = [pytest.mark.fast, pytest.mark.computes]
 
-POISON = 17  # the image, by its place in the training set, that breaks the loss
+POISON = 17  # index of the training image that breaks the loss
 
 
 class Poisoned(torch.nn.Module):
-    """A model whose output for one image is not a number."""
+    """A model whose output for one image is NaN."""
 
     def __init__(self, model, loader):
         super().__init__()
@@ -63,7 +63,7 @@ def test_a_loss_that_is_not_a_number_names_step_scale_norms_and_the_image():
 
 @pytest.mark.parametrize('update_freq', (1, 2))
 def test_skipping_leaves_exactly_that_update_out(update_freq, capsys):
-    """Against the same run with those batches left out of the list by hand."""
+    """Against the same run without these batches."""
     model, listener, run, batches, batch = poisoned_run('skip', update_freq)
     stats = engine.train_one_epoch(**run)
     bad = POISON // batch // update_freq
@@ -103,7 +103,7 @@ def test_gradients_that_are_not_finite_in_full_precision(policy):
     handle.remove()
 
 
-def test_a_scaled_loss_that_overflows_is_no_reason_to_stop():
+def test_an_overflow_of_the_scaled_loss_does_not_stop_the_run():
     model, loader = toy()
     handle = model.head.weight.register_hook(lambda gradient: gradient * float('inf'))
     scaler = loss_scaler.LossScaler(scale=128.)
@@ -115,7 +115,7 @@ def test_a_scaled_loss_that_overflows_is_no_reason_to_stop():
 
 @pytest.fixture
 def poisoned_program(monkeypatch):
-    """The program, in which one training image gives a loss that is not a number."""
+    """The program with one training image whose loss is NaN."""
     build = run_class_finetuning.build_criterion
 
     def build_poisoned(*how):
@@ -128,7 +128,7 @@ def poisoned_program(monkeypatch):
     monkeypatch.setattr(run_class_finetuning, 'build_criterion', build_poisoned)
 
 
-def test_the_program_writes_the_report_and_stops_or_goes_on(image_folder, tmp_path, poisoned_program, capsys):
+def test_the_program_writes_the_report_and_stops_or_continues(image_folder, tmp_path, poisoned_program, capsys):
     base = RUN + ['--data_path=' + image_folder(train=6), '--epochs=2', '--batch_size=2', '--clip_grad=1']
     stopped, skipping = str(tmp_path / 'stopped'), str(tmp_path / 'skipping')
     assert run_class_finetuning.run(base + ['--output_dir=' + stopped]) == 2
@@ -177,9 +177,9 @@ def test_deterministic_kernels_are_asked_for(image_folder):
         torch.backends.cudnn.deterministic = False
 
 
-# ---- resuming says what is exact
+# ---- messages on exact resuming
 
-def test_a_resumed_run_says_whether_it_is_exact(image_folder, tmp_path, capsys):
+def test_a_resumed_run_reports_whether_it_is_exact(image_folder, tmp_path, capsys):
     data, output = image_folder(), str(tmp_path / 'out')
     base = RUN + ['--data_path=' + data, '--output_dir=' + output, '--epochs=2']
     assert run_class_finetuning.run(base + ['--maxstep=2', '--num_workers=0']) == 0
@@ -187,7 +187,7 @@ def test_a_resumed_run_says_whether_it_is_exact(image_folder, tmp_path, capsys):
                                           'summary.json']
     capsys.readouterr()
     assert run_class_finetuning.run(base + ['--auto_resume', '--maxstep=3', '--num_workers=1']) == 0
-    assert 'Resumes exactly as if it had not been stopped' in capsys.readouterr().out
+    assert 'exactly as if it had not been stopped' in capsys.readouterr().out
     assert run_class_finetuning.run(base + ['--auto_resume', '--maxstep=4', '--seed=1', '--lr=1e-3']) == 0
     assert 'not with the same numbers as without a stop: --lr is 0.001 (was 0.0005); --seed is 1 (was 0)' \
         in capsys.readouterr().out
@@ -217,7 +217,7 @@ def test_checkpoints_in_mid_epoch_are_written_and_removed(image_folder, tmp_path
 
 
 @pytest.mark.parametrize('variable', ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT'))
-def test_a_restart_by_torchrun_or_slurm_goes_on(image_folder, tmp_path, monkeypatch, variable, capsys):
+def test_a_restart_by_torchrun_or_slurm_resumes(image_folder, tmp_path, monkeypatch, variable, capsys):
     data, output = image_folder(), str(tmp_path / 'out')
     base = RUN + ['--data_path=' + data, '--output_dir=' + output, '--epochs=2']
     monkeypatch.setenv(variable, '0')

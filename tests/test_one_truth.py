@@ -1,9 +1,8 @@
-"""Whatever a model was trained with, evaluation, prediction, averages and exports need no flag and agree with it.
+"""Evaluation, prediction, averages and exports need no flag of the training and give the same figures.
 
-Each draw is a configuration by chance: architecture, preprocessing, class names, split, loss. It trains two updates.
-Plain PyTorch, Pillow and NumPy then compute its figures of what the checkpoint says alone; they are compared with the
-training run's, and with what every program gives for the checkpoint, its average and its export. One thing is changed
-afterwards, and must be named.
+Each draw is a random configuration: architecture, preprocessing, class names, split, loss. It trains two updates. Plain
+PyTorch, Pillow and NumPy compute its figures from the checkpoint alone. The training run, and every program on the
+checkpoint, its average and its export, must give the same figures. Then one thing changes, and a message must name it.
 """
 
 import hashlib
@@ -78,7 +77,7 @@ def run(capsys, program, *flags):
 # ---- the same figures by other code
 
 def prepare(path, images, flip=False):
-    """What the network sees of a file: (1, 3, size, size), by Pillow and NumPy."""
+    """The network's input for a file, (1, 3, size, size), by Pillow and NumPy."""
     with Image.open(path) as file:
         image = file.convert('RGB')
     size = images['input_size']
@@ -96,7 +95,7 @@ def prepare(path, images, flip=False):
 
 
 class Reference:
-    """A checkpoint's network in plain PyTorch, of what the file says alone."""
+    """A checkpoint's network in plain PyTorch, built from the file alone."""
 
     def __init__(self, path, key='model'):
         content = torch.load(path, map_location='cpu', weights_only=True)
@@ -131,13 +130,13 @@ class Reference:
 
     @torch.no_grad()
     def predicted(self, path):
-        """Probabilities, float64 (classes,), as prediction gives them: without the mirror image."""
+        """Probabilities, float64 (classes,), as in prediction: without the mirrored image."""
         logits = self.model(prepare(path, self.images))[0]
         return (logits.sigmoid() if self.spec['loss'] == 'bce' else logits.softmax(-1)).numpy()
 
 
 def evaluated_files(draw, checkpoint):
-    """{path: class} of the images that the run evaluated: of val/, or those whose hashed names the checkpoint lists."""
+    """{path: class} of the evaluated images: val/, or the images whose hashed names the checkpoint lists."""
     part = 'train' if draw.split else 'val'
     found = {os.path.join(draw.data, part, name, each): name for name in draw.classes
              for each in sorted(os.listdir(os.path.join(draw.data, part, name)))}
@@ -152,7 +151,7 @@ def evaluated_files(draw, checkpoint):
 
 
 def evaluate(draw, capsys, source, *flags):
-    """(top-1, loss) in --results_file of each evaluated network, with no flag but where the data is."""
+    """(top-1, loss) in --results_file of each evaluated network, without flags except the data's location."""
     where = os.path.join(draw.folder, 'rows.json')
     status, text = run(capsys, run_class_finetuning, '--eval', '--resume', source, '--data_path', draw.data,
                        '--num_workers=0', '--results_file', where, *flags)
@@ -164,11 +163,11 @@ def evaluate(draw, capsys, source, *flags):
 # ---- a draw
 
 def check_figures(draw, best, capsys):
-    """The training's figures, those of --eval, and those of independent code."""
+    """The figures of the training, of --eval and of independent code."""
     files, logged = evaluated_files(draw, best), lines_of(draw.output)[-1]
     rows, text = evaluate(draw, capsys, best)
     assert 'Given on the command line' not in text and 'by position' not in text
-    assert rows == [(logged[name + 'acc1'], logged[name + 'loss'])  # to the last digit
+    assert rows == [(logged[name + 'acc1'], logged[name + 'loss'])  # equal to the last digit
                     for name in ('test_', 'test_ema_')[:1 + ('--model_ema' in draw.flags)]]
     for key, row in zip(('model', 'model_ema'), rows):
         accuracy, loss = Reference(best, key).figures(files)
@@ -202,14 +201,14 @@ def check_average_and_export(draw, best, rows, capsys):
     status, text = run(capsys, run_export, '--resume', best, '--format=safetensors', '--output', exported, '--no_check')
     assert status == 0, text
     flags = [flag for flag in draw.flags if flag.startswith(('--val_split', '--seed')) or flag == '--test_flip']
-    for source, given in ((average, []), (exported, flags)):  # an export says what the model is, not how it was trained
+    for source, given in ((average, []), (exported, flags)):  # an export describes the model, not its training
         assert evaluate(draw, capsys, source, *given)[0][0] == rows[0], source
     return exported
 
 
 def check_resuming(draw, capsys):
     status, text = run(capsys, run_class_finetuning, *draw.flags, '--maxstep=2', '--resume', draw.output)
-    assert status == 0 and 'Resumes exactly as if it had not been stopped' in text, text
+    assert status == 0 and 'exactly as if it had not been stopped' in text, text
 
 
 # ---- one thing changed
@@ -240,7 +239,7 @@ def changed_labels(draw, best, capsys):
     first, second = (os.path.join(draw.data, 'train', name) for name in draw.classes[:2])
     os.rename(os.path.join(first, '0.png'), os.path.join(second, 'moved.png'))
     status, text = run(capsys, run_class_finetuning, *draw.flags, '--maxstep=2', '--resume', draw.output)
-    named = 'training images: ' if draw.split else 'training images: other files, by their names'  # it was set apart
+    named = 'training images: ' if draw.split else 'training images: other files, by their names'  # it was held out
     assert 'exactly' not in text and named in text, text
 
 

@@ -1,4 +1,4 @@
-"""Outputs that somebody else reads: a spreadsheet, a terminal that is closed, a full disk behind standard output."""
+"""Readers of the outputs: a spreadsheet, a closed terminal, a full disk behind standard output."""
 
 import csv
 import io
@@ -42,7 +42,7 @@ def test_predictions_and_figures_hold_no_formula(tmp_path):
     assert (tmp_path / 'r.csv').read_text() == "checkpoint,loss\n'=a.pth,-0.5\n"
 
 
-# ---- a terminal or a log that goes away
+# ---- a closed terminal or log
 
 OUTPUTS = {'a full disk': '>/dev/full', 'closed': '>&-', 'a reader that leaves': '| head -n 1',
            'both closed': '>&- 2>&-', 'both full': '>/dev/full 2>&1'}
@@ -50,7 +50,7 @@ OUTPUTS = {'a full disk': '>/dev/full', 'closed': '>&-', 'a reader that leaves':
 
 @pytest.mark.parametrize('where', OUTPUTS)
 @pytest.mark.parametrize('processes', (1, 2))
-def test_training_goes_on_without_its_output(data, tmp_path, where, processes):
+def test_training_continues_without_its_output(data, tmp_path, where, processes):
     if not os.path.exists('/dev/full'):
         pytest.skip('no /dev/full')
     output = str(tmp_path / 'output')
@@ -70,7 +70,7 @@ def test_training_goes_on_without_its_output(data, tmp_path, where, processes):
         assert done.stderr == ''
 
 
-def test_a_script_writes_its_log_where_nobody_reads_its_output(data, tmp_path):
+def test_a_script_writes_its_log_when_its_output_is_closed(data, tmp_path):
     checkout = copy_checkout(str(tmp_path / 'beit'))
     done = subprocess.run(
         ['bash', '-c', 'bash test/train_full_1p.sh "$@" | head -n 1; exit "${PIPESTATUS[0]}"', 'bash',

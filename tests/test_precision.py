@@ -96,7 +96,7 @@ def test_dynamic_scale_grows_and_comes_back():
     assert (other.scale, other.skipped, other.good_updates) == (scaler.scale, 1, 3)
 
 
-def test_what_a_device_or_pytorch_cannot_do(monkeypatch):
+def test_unsupported_precisions_are_refused(monkeypatch):
     assert half_precision.check_precision(CPU, False, 'O2', None) is None
     assert half_precision.check_precision(CPU, True, 'O0', None) is None
     with pytest.raises(UserError, match='--amp_dtype float16: half precision on a CPU is bfloat16'):
@@ -113,7 +113,7 @@ def test_what_a_device_or_pytorch_cannot_do(monkeypatch):
     ({'apex/__init__.py': 'raise RuntimeError("built for another torch")'}, 'cannot be imported'),
     ({'apex/__init__.py': 'from . import amp, optimizers', 'apex/amp.py': 'def initialize(): pass',
       'apex/optimizers.py': 'class NpuFusedAdamW: pass'}, "apex.amp (Ascend's)")))
-def test_the_packages_called_apex_are_told_apart(tmp_path, monkeypatch, files, expected):
+def test_the_packages_called_apex_are_distinguished(tmp_path, monkeypatch, files, expected):
     import importlib
     import sys
     for name, text in files.items():

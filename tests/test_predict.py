@@ -41,7 +41,7 @@ CLASSES = ['cat', 'dog', 'a "quoted", name', '猫', 'e', 'f', 'g', 'h', 'i', 'j'
 
 
 def make_checkpoint(path, *flags, classes=CLASSES, ema=False, **more):
-    """A checkpoint of the nano model whose random weights give each image another answer; gives the model."""
+    """Write a checkpoint of the nano model whose random weights tell images apart. Returns the model."""
     args = run_class_finetuning.build_parser().parse_args(['--model=beit_nano_patch8_32'] + list(flags))
     torch.manual_seed(3)
 
@@ -69,14 +69,14 @@ def small(tmp_path):
 
 @pytest.fixture
 def large(tmp_path):
-    """The same for 48x48, where images are resized."""
+    """The same for 48x48, which resizes images."""
     path = tmp_path / 'large.pth'
     return str(path), make_checkpoint(path, '--input_size=48')
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of five photos of several sizes and kinds, at several depths."""
+    """A folder of five photos of several sizes and formats, at several depths."""
     root = tmp_path / 'photos'
     (root / 'b' / 'deep').mkdir(parents=True)
     for index, name in enumerate(['a.jpg', 'z.png', 'b/c.JPG', 'b/deep/d.webp', 'b/e.png']):
@@ -96,7 +96,7 @@ def rows(path):
 
 
 def by_hand(path, size, resized):
-    """What a model for size x size is shown of a file, float32 (1, 3, size, size): by Pillow and arithmetic alone."""
+    """The input of a model for size x size, float32 (1, 3, size, size), by Pillow and arithmetic alone."""
     image = Image.open(path).convert('RGB')
     width, height = image.size
     if width < height:
@@ -109,7 +109,7 @@ def by_hand(path, size, resized):
     return pixels, torch.from_numpy((pixels.astype(np.float32) / 255 - 0.5) / 0.5).permute(2, 0, 1)[None]
 
 
-# ---- what is predicted
+# ---- predictions
 
 @pytest.mark.needs('current', beit is not None, 'this timm has no BEiT')
 def test_probabilities_are_those_of_timm_on_images_that_pillow_prepared(large, photos, tmp_path):
@@ -131,10 +131,10 @@ def test_probabilities_are_those_of_timm_on_images_that_pillow_prepared(large, p
             share = float(row['probability_%d' % rank])
             assert share == pytest.approx(float(expected[CLASSES.index(row['class_%d' % rank])]), abs=2e-5)
             assert rank == 1 or share <= float(row['probability_%d' % (rank - 1)])
-    assert len({row['class_1'] for row in found}) > 1  # or the weights would tell nothing
+    assert len({row['class_1'] for row in found}) > 1  # otherwise the weights would prove nothing
 
 
-def test_each_class_has_a_probability_of_its_own_where_it_was_trained_so(photos, tmp_path):
+def test_a_binary_model_gives_each_class_its_own_probability(photos, tmp_path):
     model = make_checkpoint(tmp_path / 'labels.pth', '--input_size=48', activation='sigmoid')
     assert predict('--resume', tmp_path / 'labels.pth', photos, '--output', tmp_path / 'out.csv', '--top_k=10') == 0
     for row in rows(tmp_path / 'out.csv'):
@@ -165,7 +165,7 @@ def test_the_digits_accuracy_and_loss_are_those_of_the_evaluation(tmp_path, capf
 def test_other_sizes_are_resized_for_a_small_model_with_one_note(small, photos, tmp_path, capfd):
     photo(9, 32, 32).save(os.path.join(photos, 'exact.png'))
     assert predict('--resume', small[0], photos, '--output', tmp_path / 'out.csv', '--top_k=1', '--batch_size=2') == 0
-    assert capfd.readouterr().err.count('Note: images that are not 32x32 are resized') == 1
+    assert capfd.readouterr().err.count('Note: the model was trained on images of exactly 32x32') == 1
     found = rows(tmp_path / 'out.csv')
     assert len(found) == 6
     for row in found:
@@ -199,7 +199,7 @@ def test_half_precision_gives_nearly_the_same(large, photos, tmp_path):
 
 @pytest.fixture
 def one_thread():
-    """On several, PyTorch 1.5 rounds the last bit by how many images a batch has."""
+    """With several threads, PyTorch 1.5 rounds the last bit by the batch size."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -235,7 +235,7 @@ def test_two_processes_write_the_file_of_one(large, tmp_path, one_thread):
 
 # ---- results
 
-def test_every_format_says_the_same(large, photos, tmp_path, capfdbinary):
+def test_every_format_has_the_same_content(large, photos, tmp_path, capfdbinary):
     flags = ['--resume', large[0], photos, '--top_k=3']
     for name in ('out.csv', 'out.json', 'out.jsonl'):
         assert predict('--output', tmp_path / name, *flags) == 0
@@ -249,7 +249,7 @@ def test_every_format_says_the_same(large, photos, tmp_path, capfdbinary):
     assert sorted(os.listdir(str(tmp_path))) == ['large.pth', 'out.csv', 'out.json', 'out.jsonl', 'photos']  # no .tmp
 
     capfdbinary.readouterr()
-    for name in ('csv', 'json', 'jsonl'):  # nothing but the results is on standard output
+    for name in ('csv', 'json', 'jsonl'):  # standard output has only the results
         assert predict('--output=-', '--format', name, *flags) == 0
         assert capfdbinary.readouterr().out == (tmp_path / ('out.' + name)).read_bytes()
     assert predict(*flags) == 0
@@ -260,7 +260,7 @@ def test_every_format_says_the_same(large, photos, tmp_path, capfdbinary):
 
 
 @pytest.mark.needs('linux', sys.platform.startswith('linux'), 'names of other systems are text')
-def test_names_that_are_no_text_or_hold_newlines(large, tmp_path, capfd):
+def test_names_that_are_not_text_or_hold_newlines(large, tmp_path, capfd):
     folder = tmp_path / 'odd'
     folder.mkdir()
     names = [b'a\nb.png', b'bytes\xff.png', '猫, "quoted".png'.encode(), b'zz\r.png']
@@ -284,7 +284,7 @@ def test_names_that_are_no_text_or_hold_newlines(large, tmp_path, capfd):
         name + b'.attention.png' for name in names)
 
 
-def test_unreadable_images_end_it_or_are_left_out(large, photos, tmp_path, capfd):
+def test_unreadable_images_stop_the_program_or_are_skipped(large, photos, tmp_path, capfd):
     with open(os.path.join(photos, 'b', 'broken.jpg'), 'w') as file:
         file.write('broken')
     out = tmp_path / 'out.csv'
@@ -320,7 +320,7 @@ def test_ctrl_c_leaves_no_half_file(large, photos, tmp_path, capfd, monkeypatch)
     assert sorted(os.listdir(str(tmp_path))) == ['large.pth', 'photos']
 
 
-def test_a_reader_that_has_seen_enough_and_a_full_disk(large, photos, monkeypatch, capfd):
+def test_a_closed_pipe_and_a_full_disk(large, photos, monkeypatch, capfd):
     reading, writing = os.pipe()
     os.close(reading)
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(os.fdopen(writing, 'wb'), encoding='utf-8'))
@@ -332,8 +332,8 @@ def test_a_reader_that_has_seen_enough_and_a_full_disk(large, photos, monkeypatc
         assert 'cannot write to standard output (No space left on device)' in capfd.readouterr().err
 
 
-def test_an_output_that_is_no_file_is_written_to_and_stays(large, photos, tmp_path):
-    """A link's target is replaced and the link stays; a pipe stays, too: who reads from it gets the results."""
+def test_an_output_link_or_pipe_is_written_to_and_stays(large, photos, tmp_path):
+    """A link stays and its target is replaced; a pipe stays and its reader gets the results."""
     assert predict('--resume', large[0], photos, '--output', tmp_path / 'out.csv') == 0
     expected = (tmp_path / 'out.csv').read_bytes()
     (tmp_path / 'far').mkdir()
@@ -357,7 +357,7 @@ def test_the_name_of_standard_output(large, photos, tmp_path):
                '--resume', large[0], photos, '--output']
     with open(str(tmp_path / 'shown'), 'wb') as file:
         subprocess.run(command + ['/proc/self/fd/1'], stdout=file, check=True)
-        file.write(b'and more\n')  # to the file that the shell opened, not to one that another took the place of
+        file.write(b'and more\n')  # to the file that the shell opened, not to a replacement
     shown = (tmp_path / 'shown').read_bytes()
     assert shown.startswith(b'file,') and len(shown.splitlines()) == 7 and shown.endswith(b'\nand more\n')
 
@@ -373,7 +373,7 @@ def test_ctrl_c_while_pytorch_is_imported(program):
     assert process.communicate(timeout=60) == (b'', b'') and process.returncode == -signal.SIGINT
 
 
-# ---- where the model looks
+# ---- attention maps
 
 def slow_weights(attention, x, shared_bias=None):
     """softmax of q k / sqrt(d) + bias, one number at a time: (heads, N, N) of one image's tokens (N, D)."""
@@ -408,7 +408,7 @@ def test_attention_weights_by_a_slow_loop(shared):
     with torch.no_grad():
         plain = model(images)
         recorders = [attention_maps.AttentionHook(model, *which) for which in ((1, None), (2, 'cls'), (2, 'mean'))]
-        assert torch.equal(model(images), plain)  # looking changes nothing
+        assert torch.equal(model(images), plain)  # recording attention doesn't change the result
         assert recorders[0].kind == ('cls' if shared else 'mean')
         x = model.patch_embed(images)
         x = torch.cat((model.cls_token.expand(2, -1, -1), x), 1) + model.pos_embed
@@ -428,7 +428,7 @@ def test_attention_weights_by_a_slow_loop(shared):
             x = block(x, bias)
 
 
-def test_pictures_show_the_very_crop_and_the_heat(large, photos, tmp_path, monkeypatch):
+def test_heat_maps_show_the_crop_and_the_weights(large, photos, tmp_path, monkeypatch):
     painted = []
 
     def paint(picture, heat):
@@ -457,7 +457,7 @@ def test_colours_mean_attention():
     heat = np.zeros((4, 4), dtype=np.float32)
     heat[1, 2] = 1.
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
-    picture[..., 0] = 200  # a red picture, of which only grey may remain
+    picture[..., 0] = 200  # the red picture becomes grey
     pixels = np.asarray(attention_maps.paint(picture, heat)).astype(int)
     assert pixels.shape == (256, 256, 3)
     red, green, blue = pixels[96, 160]  # the middle of that patch
@@ -468,7 +468,7 @@ def test_colours_mean_attention():
     assert (flat.max(-1) - flat.min(-1)).max() <= 1  # no difference, no colour
 
 
-def test_pictures_of_attention_are_no_inputs(large, photos):
+def test_heat_maps_are_not_inputs(large, photos):
     looks = os.path.join(photos, 'attention')
     flags = ['--resume', large[0], '--attention', '--attention_dir', looks, '--batch_size=1']
     for given in (photos, os.path.join(photos, '*'), os.path.join(photos, '**', '*.*')):
@@ -504,18 +504,18 @@ def test_order_and_which_files_count(tmp_path):
     assert names_of(prediction_inputs.find_images([str(tmp_path / '[a-z]*')]), tmp_path) == found
     everything = names_of(prediction_inputs.find_images([str(tmp_path / '**' / '[!_]*')]), tmp_path)
     assert {name for name in everything if not name.startswith(('linked', '__MACOSX'))} == set(images)
-    assert len(everything) == len(set(everything))  # ** finds folders, too, and what is in them
-    given = [str(tmp_path / 'e'), str(tmp_path / 'c/readme.md'), str(tmp_path / 'b.png')]  # named: whatever its ending
+    assert len(everything) == len(set(everything))  # ** matches folders, too
+    given = [str(tmp_path / 'e'), str(tmp_path / 'c/readme.md'), str(tmp_path / 'b.png')]  # any ending
     assert names_of(prediction_inputs.find_images(given), tmp_path) == ['e/y.bmp', 'c/readme.md', 'b.png']
     make_tree(tmp_path, ['photo[1].jpg'])
     found = prediction_inputs.find_images([str(tmp_path / 'photo[1].jpg')])
-    assert len(list(found)) == 1  # a name before it is a pattern
+    assert len(list(found)) == 1  # an existing name is not used as a pattern
     os.symlink('..', str(tmp_path / 'c' / 'round'))
-    with pytest.raises(UserError, match='round and round'):
+    with pytest.raises(UserError, match='one of its parent folders'):
         list(prediction_inputs.walk_images(str(tmp_path)))
 
 
-def test_what_is_no_image_is_told_and_the_rest_is_read(tmp_path, capsys):
+def test_files_that_are_not_images_are_reported_and_the_rest_is_read(tmp_path, capsys):
     make_tree(tmp_path, ['a.txt', 'b.TXT', 'sub/.DS_Store', 'sub/@eaDir/x.png', 'sub/empty', 'sub/c.mp4'])
     for name, kind in (('a.jfif', 'JPEG'), ('b.gif', 'GIF'), ('sub/c.jpe', 'JPEG'), ('sub/none', 'PNG')):
         Image.new('RGB', (8, 8)).save(str(tmp_path / name), kind)
@@ -533,7 +533,7 @@ def test_what_is_no_image_is_told_and_the_rest_is_read(tmp_path, capsys):
     assert '6 files or folders' in capsys.readouterr().out
 
 
-def test_a_large_folder_begins_at_once_and_is_never_held(tmp_path, monkeypatch):
+def test_a_large_folder_is_streamed(tmp_path, monkeypatch):
     make_tree(tmp_path, ['%03d.jpg' % number for number in range(100)] + ['sub/%d.png' % number for number in range(7)])
     whole = list(prediction_inputs.walk_images(str(tmp_path)))
     seen = []
@@ -562,7 +562,7 @@ def test_a_large_folder_begins_at_once_and_is_never_held(tmp_path, monkeypatch):
     assert sorted(first + list(walk)) == sorted(whole)
 
 
-def test_the_stream_is_shared_out_and_its_images_are_read_as_they_are_asked_for(tmp_path):
+def test_the_stream_is_split_between_processes_and_read_lazily(tmp_path):
     make_tree(tmp_path, ['%02d.jpg' % number for number in range(11)])
     shares = [prediction_inputs.PathSampler([str(tmp_path)], (), rank, 3) for rank in range(3)]
     taken = [list(share) for share in shares]
@@ -577,7 +577,7 @@ def test_the_stream_is_shared_out_and_its_images_are_read_as_they_are_asked_for(
 
 
 def test_results_of_a_long_stream_are_not_kept(large, tmp_path, monkeypatch):
-    """With 30 times the images the number of answers alive at once is the same."""
+    """With 30 times the images, equally many predictions are alive at once."""
     alive, most = collections.Counter(), [0]
 
     class Counted(prediction_writers.CsvWriter):
@@ -606,7 +606,7 @@ def test_results_of_a_long_stream_are_not_kept(large, tmp_path, monkeypatch):
     (['photos'], '--resume is missing'),
     (['--resume=large.pth'], 'no image is named'),
     (['--resume=large.pth', 'nothing.jpg'], 'nothing.jpg: no such file or folder'),
-    (['--resume=large.pth', 'photos', '*.gif'], '*.gif: no file has such a name'),
+    (['--resume=large.pth', 'photos', '*.gif'], '*.gif: no file matches'),
     (['--resume=large.pth', 'empty'], 'empty: there is no image in it'),
     (['--resume=missing.pth', 'photos'], '--resume missing.pth: no such file or folder'),
     (['--resume=photos/a.jpg', 'photos'], '--resume photos/a.jpg: not a weights file'),
@@ -624,7 +624,7 @@ def test_results_of_a_long_stream_are_not_kept(large, tmp_path, monkeypatch):
     (['--resume=large.pth', 'photos', '--attention', '--attention_dir=photos'], '--attention_dir photos holds inputs'),
     (['--resume=large.pth', 'photos', '--attention', '--attention_dir=large.pth'], '--attention_dir large.pth'),
     (['--resume=large.pth', 'photos', '--model=beit_nano'], '--model'),
-    (['--resume=weights.pth', 'photos'], 'does not name its model; give --model'),
+    (['--resume=weights.pth', 'photos'], 'give --model'),
 ])
 def test_a_mistake_is_one_line(large, photos, tmp_path, monkeypatch, capfd, flags, expected):
     monkeypatch.chdir(str(tmp_path))
@@ -637,7 +637,7 @@ def test_a_mistake_is_one_line(large, photos, tmp_path, monkeypatch, capfd, flag
     assert out == '' and sorted(os.listdir(str(tmp_path))) == before
 
 
-def test_weights_that_say_nothing_take_flags(large, photos, tmp_path, capfd):
+def test_weights_without_metadata_take_flags(large, photos, tmp_path, capfd):
     torch.save({'model': large[1].state_dict()}, str(tmp_path / 'weights.pth'))
     path = os.path.join(photos, 'a.jpg')
     assert predict('--resume', tmp_path / 'weights.pth', path, '--model=beit_nano_patch8_32', '--input_size=48',
@@ -648,7 +648,7 @@ def test_weights_that_say_nothing_take_flags(large, photos, tmp_path, capfd):
     assert said == '%s: %d %.1f %%\n' % (path, best.indices, 100 * best.values)  # a class without a name is a number
 
 
-def test_images_may_stand_anywhere_among_the_flags():
+def test_images_may_be_anywhere_among_the_flags():
     parse = run_predict.build_parser().parse_args
     args = parse(['a.jpg', '--attention', 'b.jpg', '--top-k', '3', 'c.jpg', '--input', 'd.jpg', 'e', '--input=f'])
     assert args.images == ['a.jpg', 'b.jpg', 'c.jpg'] and args.input == [['d.jpg', 'e'], ['f']] and args.top_k == 3
@@ -657,18 +657,15 @@ def test_images_may_stand_anywhere_among_the_flags():
     assert parse(['x', '--attention']).attention == 'auto' and parse(['--attention=cls']).attention == 'cls'
 
 
-def test_every_flag_stands_in_help_and_both_readmes(capfd):
+def test_every_flag_is_in_help(capfd):
     parser = run_predict.build_parser()
     with pytest.raises(SystemExit):
         run_predict.run(['--help'])
     shown = capfd.readouterr().out
     assert 'examples:' in shown
-    for name in ('README.md', 'README.zh-CN.md'):
-        with open(os.path.join(ROOT, name), encoding='utf-8') as file:
-            section = re.search(r'\n### (?:Predict|预测).*?(?=\n## |\n### )', file.read(), re.S).group()
-        for action in parser._actions:
-            if action.option_strings and action.help != '==SUPPRESS==' and action.dest not in ('help',):
-                assert '`%s' % action.option_strings[0] in section, (name, action.option_strings[0])
+    for action in parser._actions:
+        if action.option_strings and action.help != '==SUPPRESS==' and action.dest not in ('help',):
+            assert '  %s' % action.option_strings[0] in shown, action.option_strings[0]
 
 
 # ---- from Python

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: a bar, one line an epoch; what a log gets: every line, as ever."""
+"""A terminal shows a bar and one line per epoch; a log gets every line."""
 
 import os
 import pty
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.current_only
 
 
 def on_a_terminal(*command, **env):
-    """(exit status, what was shown) of a command whose standard streams are a terminal that does not tell its size."""
+    """(exit status, output) of a command whose standard streams are a terminal of unknown size."""
     shown = []
 
     def read(terminal):
@@ -43,7 +43,7 @@ TRAINING = ['--epochs=2', '--warmup_epochs=0', '--batch_size=8']
 
 
 def check_terminal(shown):
-    """A bar for each epoch and validation, one line after each epoch, a table before, and no line of the log's."""
+    """A table first, a bar for each epoch and validation, one line after each epoch, and no lines of the log."""
     assert re.search(r'\rEpoch 1  +\d+%\|.*\| \d/4 \[\d\d:\d\d<', shown), shown
     for number in (1, 2):
         assert '\rEpoch %d ' % number in shown
@@ -83,7 +83,7 @@ def test_a_script_on_a_terminal_shows_the_bar_and_keeps_the_log(data, tmp_path):
     assert '%|' not in log and 'Epoch 1/2' not in log and '\r' not in log
 
 
-def test_what_stands_behind_a_bar():
+def test_the_text_after_a_bar():
     meters = utils.MetricLogger()
     meters.update(loss=2., class_acc=0.25)
     meters.update(loss=1., class_acc=0.75)
@@ -91,7 +91,7 @@ def test_what_stands_behind_a_bar():
     assert format_metrics(meters.meters, 123.4) == 'loss 1.500, accuracy 50.0 %, 123 images/s'
 
 
-def test_an_error_on_a_terminal_is_on_a_line_of_its_own(data):
+def test_an_error_on_a_terminal_starts_a_new_line(data):
     status, shown = on_a_terminal(sys.executable, os.path.join(ROOT, 'run_class_finetuning.py'), '--data_path=' + data,
                                   '--lr=1e30', '--on_nonfinite=stop', *NANO + TRAINING)
     assert status == 2

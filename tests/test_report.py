@@ -1,4 +1,4 @@
-"""What a run leaves to look at: args.yaml and --config, summary.json, curves.png, report.html, TensorBoard's images."""
+"""Output files of a run: args.yaml and --config, summary.json, curves.png, report.html, TensorBoard's images."""
 
 import ast
 import base64
@@ -61,11 +61,11 @@ FLAGS = ['--lr=1e-3', '--opt_betas', '0.9', '0.95', '--cutmix_minmax', '0.1', '0
          '--finetune=a "b\n\udcff\u2028\x85\x7f\U0001f600: #x', '--model_key=']
 
 
-def test_flags_come_back_from_their_file(tmp_path, parse):
+def test_flags_are_restored_from_their_file(tmp_path, parse):
     path, args = str(tmp_path / 'args.yaml'), parse(*FLAGS)
     args_yaml.write(path, vars(args))
     with open(path, encoding='utf-8') as file:
-        read = yaml.safe_load(file)  # what others will make of it
+        read = yaml.safe_load(file)  # as other YAML readers see it
     assert read['opt_betas'] == [0.9, 0.95] and read['finetune'] == args.finetune and read['clip_grad'] is None
     assert parse('--config', path) == args
     both = parse('--lr=2', '--config=' + path, '--curves', '--opt_betas', '0.5', '0.6')
@@ -98,7 +98,7 @@ def test_a_file_written_by_hand(tmp_path, parse):
     ('opt_betas: 0.9', 'opt_betas: it takes a list of numbers'),
     ('amp: maybe', "amp: it must be true or false, got 'maybe'"),
     ('jit_compile: maybe', "wrong.yaml: jit_compile: unknown value 'maybe'; it must be one of auto, on, off"),
-    ('lr: 1\nlr: 2', 'lr stands there twice'),
+    ('lr: 1\nlr: 2', ': lr '),
     ('lr: 1\nseed: {a: 1}', 'line 2'),
     ('- lr', 'flag: value'),
     ('a: [', 'line 1'),
@@ -106,7 +106,7 @@ def test_a_file_written_by_hand(tmp_path, parse):
     ('epochs: ' + '[' * 1500, '--config'),
     ('x: ' + 'x' * 2 ** 20, 'larger than 1 MiB'),
 ], ids=lambda value: value[:20])
-def test_what_is_wrong_in_a_file_is_one_line(tmp_path, parse, text, says):
+def test_an_error_in_a_file_is_one_line(tmp_path, parse, text, says):
     path = tmp_path / 'wrong.yaml'
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -115,7 +115,7 @@ def test_what_is_wrong_in_a_file_is_one_line(tmp_path, parse, text, says):
     assert '\n' not in str(caught.value)
 
 
-def test_files_that_are_none(tmp_path, capsys):
+def test_files_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / 'binary').write_bytes(b'\xff\xfe\x00')
     for name, says in (('missing', 'No such file'), ('', 'Is a directory'), ('binary', 'not a text file')):
         assert run_class_finetuning.run(['--config=%s' % (tmp_path / name)]) == 2
@@ -129,17 +129,17 @@ def test_config_without_pyyaml(tmp_path, parse, monkeypatch):
         parse('--config=%s' % (tmp_path / 'args.yaml'))
 
 
-def test_somebodys_own_file_is_not_overwritten(tmp_path, capsys):
+def test_a_users_own_file_is_not_overwritten(tmp_path, capsys):
     (tmp_path / 'args.yaml').write_text('lr: 1\n')
     args_yaml.write(str(tmp_path / 'args.yaml'), {'lr': 2})
-    assert (tmp_path / 'args.yaml').read_text() == 'lr: 1\n' and 'stays as it is' in capsys.readouterr().out
+    assert (tmp_path / 'args.yaml').read_text() == 'lr: 1\n' and 'args.yaml' in capsys.readouterr().out
 
 
-# ---- one run with everything, and what it leaves
+# ---- the files of one run with every output
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    """A run of two epochs with classes of odd names: (its folder, data, TensorBoard's folder, what it printed)."""
+    """A run of two epochs with odd class names: (its folder, data, TensorBoard's folder, output)."""
     root = tmp_path_factory.mktemp('look')
     for split, count in (('train', 16), ('val', 9)):
         for label, name in enumerate(('cat', NASTY, 'x' * 40)):
@@ -160,7 +160,7 @@ def run(tmp_path_factory):
     return out, str(root / 'data'), str(root / 'tb'), printed.getvalue()
 
 
-def test_what_was_left_out_is_counted(run, tmp_path):
+def test_skipped_images_are_counted(run, tmp_path):
     out, data, _, _ = run
     shutil.copytree(data, str(tmp_path / 'data'))
     for name in ('cat/000$x<i>.png', 'cat/001$x<i>.png'):
@@ -182,7 +182,7 @@ def test_the_same_flags_again(run, tmp_path, capsys):
     assert [line.replace(str(tmp_path / 'again'), out).replace('--log_dir=%s' % tmp_path, '--log_dir=' + run[2])
             for line in again] == lines(printed, 'Flags: ')
     with open(os.path.join(out, 'log.txt'), 'rb') as one, open(str(tmp_path / 'again' / 'log.txt'), 'rb') as other:
-        assert one.read() == other.read()  # and so the same run
+        assert one.read() == other.read()  # and therefore the same run
 
 
 def test_summary_has_the_results_figures_and_versions(run):
@@ -200,7 +200,7 @@ def test_summary_has_the_results_figures_and_versions(run):
     assert summary['versions']['python'] == '%d.%d.%d' % sys.version_info[:3] and summary['versions']['beit']
 
 
-def test_what_is_not_finite_is_null(tmp_path):
+def test_nonfinite_values_are_null(tmp_path):
     write_summary(str(tmp_path / 'new'), {
         'loss': math.nan, 'list': [math.inf, 1, {'a': -math.inf}], 'text': 'NaN', 'on': True})
     written = loaded(tmp_path, 'new', 'summary.json')
@@ -216,7 +216,7 @@ def test_the_version_is_that_of_the_changelog(tmp_path, monkeypatch):
     assert project_version() is None
 
 
-def test_an_evaluation_does_not_write_over_the_trainings_files(run, tmp_path, capsys):
+def test_an_evaluation_does_not_overwrite_the_trainings_files(run, tmp_path, capsys):
     out, data, _, _ = run
     copy = str(tmp_path / 'copy')
     shutil.copytree(out, copy)
@@ -237,7 +237,7 @@ def test_an_evaluation_does_not_write_over_the_trainings_files(run, tmp_path, ca
     assert heat_map_of(page) == heat_map_of(page_of(out))  # the same weights, evaluated twice
 
 
-def test_a_new_run_moves_them_aside(run, tmp_path):
+def test_a_new_run_moves_them_to_a_backup(run, tmp_path):
     copy = tmp_path / 'out'
     shutil.copytree(run[0], str(copy))
     (copy / 'report.html.tmp-12').write_text('half')
@@ -261,7 +261,7 @@ def test_curves_are_the_logs_figures():
                            ('Accuracy (%)', 'top-1'), ('Accuracy (%)', 'top-5'), ('Learning rate', 'highest'),
                            ('Learning rate', 'lowest')}
     assert curves['Accuracy (%)', 'top-1'] == ((1, 2, 3, 4), (0., 10., 20., 30.))
-    assert curves['Accuracy (%)', 'training top-1'] == ((1, 3, 4), (50., 50., 50.))  # without what is no number
+    assert curves['Accuracy (%)', 'training top-1'] == ((1, 3, 4), (50., 50., 50.))  # missing values are left out
 
 
 @needs_matplotlib
@@ -289,7 +289,7 @@ def test_curves_are_drawn_seldom_and_at_the_end(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('failure, says', ((ImportError('no'), 'curves.png needs matplotlib; run: pip install -r'),
                                            (RuntimeError('odd\nfont'), 'not drawn (RuntimeError: odd font)')))
-def test_a_plot_that_fails_is_one_line_and_no_more(image_folder, tmp_path, monkeypatch, capsys, failure, says):
+def test_a_failed_plot_is_only_one_line(image_folder, tmp_path, monkeypatch, capsys, failure, says):
     def fail(*_):
         raise failure
     monkeypatch.setattr(curves_module, 'draw_curves', fail)
@@ -313,7 +313,7 @@ def test_without_matplotlib(run, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('name', sorted(name for name in os.listdir(ROOT) if name.endswith('.py')))
 def test_optional_packages_are_imported_where_they_are_needed(name):
-    """Inside functions: they may be missing, and matplotlib takes half a second."""
+    """Inside functions: they are optional, and importing matplotlib takes half a second."""
     with open(os.path.join(ROOT, name), encoding='utf-8') as file:
         tree = ast.parse(file.read())
     imported = {alias.name.split('.')[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
@@ -373,7 +373,7 @@ def test_predictions_of_several_processes_are_those_of_one(monkeypatch):
         return [torch.cat([each for each in parts if each is not None]) for parts in zip(*told)]
     monkeypatch.setattr(collectives, 'all_gather_rows', gather)
     shares = [collected([[column[rank::3] for column in columns]]) for rank in range(3)] + [ConfusionMatrix(7)]
-    for share in shares:  # the last one got no image, and has now heard of all
+    for share in shares:  # the last process got no image, and has now received all
         share.compute(True, None)
     assert shares[-1].counts == whole.counts
     again = ConfusionMatrix(7)
@@ -435,7 +435,7 @@ def page_of(folder):
 
 
 def heat_map_of(page):
-    """The numbers of its rows, 0 for a dot."""
+    """The numbers in its rows; a dot is 0."""
     table = re.search(r'<table class="heat">.*?</table>', page, re.S).group()
     return [[0 if cell == '·' else int(cell) for cell in re.findall(r'<td[^>]*>([^<]*)</td>', row)]
             for row in re.findall(r'<tr>(.*?)</tr>', table, re.S)[1:]]
@@ -482,7 +482,7 @@ def test_the_report_tells_what_the_best_weights_do(run):
 
 
 def test_a_resumed_run_reports_the_best_epoch_before(run, tmp_path):
-    """The fifth epoch ruins the weights; figures, confusions and images stay those of checkpoint-best.pth."""
+    """The fifth epoch ruins the weights; figures, confusions and images stay the values of checkpoint-best.pth."""
     out, data, _, _ = run
     copy = str(tmp_path / 'copy')
     shutil.copytree(out, copy)
@@ -628,7 +628,7 @@ def test_the_report_in_a_browser(run, tmp_path, width, height, scheme):
     ground = pixels[2, 2]
     assert ground.min() > 240 if scheme == 'light' else ground.max() < 40
     rows = (np.abs(pixels - ground).max(axis=2) > 60).any(axis=1)
-    assert rows[:height // 2].mean() > 0.3  # something stands there, and all the way down
+    assert rows[:height // 2].mean() > 0.3  # text fills the whole page
     text = pixels[:height // 20].sum(axis=2)
     assert text.max() - text.min() > 500  # the title can be read
     assert ((np.abs(pixels - [47, 126, 216]).max(axis=2)) < 12).sum() > 50  # the curves' blue
@@ -636,7 +636,7 @@ def test_the_report_in_a_browser(run, tmp_path, width, height, scheme):
 
 @needs_browser
 def test_nothing_scrolls_sideways_in_a_narrow_window(run, tmp_path):
-    """The page in frames of these widths tells its own; nothing in it has to be cut off, or it would be wider."""
+    """In frames of these widths the page's own width fits, so no content is cut off."""
     widths = (320, 390, 768, 1280)
     asks = '<script>parent.postMessage([innerWidth, document.documentElement.scrollWidth], "*")</script></body>'
     (tmp_path / 'page.html').write_text(page_of(run[0]).replace('</body>', asks), encoding='utf-8')
@@ -677,7 +677,7 @@ def test_tensorboard_shows_images_and_confusions(run, parse):
     matrix = confusion_matrix(*by_hand(out, data)[2:4], labels=range(3))
     shares = matrix / matrix.sum(axis=1, keepdims=True)
     side = picture.shape[0] // 3
-    shades = picture[side // 2::side, side // 2::side, 0].astype(float)  # red falls as the share grows
+    shades = picture[side // 2::side, side // 2::side, 0].astype(float)  # red decreases with the share
     assert shades == pytest.approx(255 - np.sqrt(shares) * (255 - 23), abs=1)
 
 

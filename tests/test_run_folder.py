@@ -1,4 +1,4 @@
-"""The folder that a run writes into: one run at a time, going back to an earlier checkpoint, --config into another."""
+"""The output folder: its lock, resuming from an earlier checkpoint, --config with another folder."""
 
 import contextlib
 import errno
@@ -26,11 +26,11 @@ from helpers import COLD, LAUNCHER, LONG, PROGRAM, RUN, environment, launch, lin
 pytestmark = pytest.mark.fast
 
 
-# ---- the lock, held by a process that is forked here
+# ---- the lock, held by a forked process
 
 @contextlib.contextmanager
 def holder(folder, with_child=False):
-    """The id of a process that holds a folder's lock until it is killed, and of a child that it has forked."""
+    """The ids of a process that holds a folder's lock until it is killed, and of its child."""
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
@@ -71,14 +71,14 @@ def test_a_killed_process_leaves_no_lock_behind_though_its_child_lives(tmp_path)
     with holder(folder, with_child=True) as (pid, child):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        os.kill(child, 0)  # it lives, with the file open
+        os.kill(child, 0)  # the child is alive and has the file open
         assert os.listdir(folder) == [run_folder.LOCK]
         with run_folder.locked(folder):
             pass
-    assert os.listdir(folder) == []  # it was there before, and stays
+    assert os.listdir(folder) == []  # it existed before, and stays
 
 
-def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+def test_a_refused_run_creates_no_folder(tmp_path):
     with pytest.raises(KeyError), run_folder.locked(str(tmp_path / 'new' / 'er')):
         raise KeyError
     assert os.listdir(str(tmp_path)) == []
@@ -86,15 +86,15 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
         assert os.listdir(str(tmp_path)) == []
 
 
-def test_two_never_hold_it_at_once(tmp_path):
-    """Each end removes the file, which another process may just have opened."""
+def test_the_lock_is_exclusive(tmp_path):
+    """Each exit removes the lock file, which another process may just have opened."""
     folder, inside = str(tmp_path), str(tmp_path / 'inside')
 
     def work():
         held = 0
         while held < 200:
             with contextlib.suppress(UserError), run_folder.locked(folder):
-                os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # an error where another one is in here
+                os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # an error while another process is inside
                 os.remove(inside)
                 held += 1
 
@@ -123,7 +123,7 @@ def test_nothing_is_written_through_a_planted_link(tmp_path, kind):
     assert victim.read_text() == 'whole' and os.path.lexists(lock)
 
 
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
     def lockf(*_):
         raise OSError(errno.ENOLCK, 'No locks available')
     monkeypatch.setattr(fcntl, 'lockf', lockf)
@@ -136,7 +136,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
 
 @contextlib.contextmanager
 def running(flags, processes=1):
-    """A run in processes of its own, which trains; its main process is the one that is killed at the end."""
+    """A training run in separate processes; its main process is killed at the end."""
     command = [sys.executable, '-u', PROGRAM] if processes == 1 else \
         [sys.executable] + LAUNCHER + ['--nproc_per_node=%d' % processes, PROGRAM]
     process = subprocess.Popen(command + flags, cwd=os.path.dirname(PROGRAM),
@@ -165,11 +165,11 @@ def test_a_second_run_in_a_folder_stops_and_changes_nothing(image_folder, tmp_pa
             refused(base + flags + ['--output_dir=' + output], *words)
         begun = time.monotonic()
         status, out, err = launch(2, '--data_path=' + data, '--epochs=1', '--output_dir=' + output)
-        assert status == 2 and time.monotonic() - begun < 100  # the others are told, and do not wait for it
+        assert status == 2 and time.monotonic() - begun < 100  # it informs the others, which don't wait for it
         assert len(err.splitlines()) == 1 and all(word in err for word in words), out + err
         assert sorted(os.listdir(output)) == names and not [
             name for name in os.listdir(str(tmp_path)) if name.startswith('out-')]
-    # Killed, and free at once; what it left is moved aside, its dead lock not.
+    # The lock of a killed run is free immediately. Its files move to a backup folder, except the lock file.
     assert run_class_finetuning.run(base + ['--epochs=1', '--output_dir=' + output]) == 0
     aside, = [name for name in os.listdir(str(tmp_path)) if name.startswith('out-')]
     assert 'log.txt' in os.listdir(str(tmp_path / aside))
@@ -184,15 +184,14 @@ def test_the_first_of_several_processes_holds_the_folder(image_folder, tmp_path,
         refused(base + ['--epochs=1', '--output_dir=' + output], '--output_dir ' + output, 'process ', ', since 20')
 
 
-# ---- going back
+# ---- resuming from an earlier checkpoint
 
-def test_what_was_saved_later_is_moved_aside_when_a_run_goes_back(image_folder, tmp_path, capsys):
+def test_later_checkpoints_are_moved_to_a_backup_when_a_run_goes_back(image_folder, tmp_path, capsys):
     base, output = RUN + ['--data_path=' + image_folder(), '--save_ckpt_freq=1', '--epochs=4', '--model_ema',
                           '--report'], tmp_path / 'out'
     base += ['--output_dir=' + str(output)]
     assert run_class_finetuning.run(base) == 0
-    for name in (discovery.BEST, discovery.BEST_EMA):  # one is later than where the run will go on from, one is not
-        os.remove(str(output / name))  # a link
+    for name in (discovery.BEST, discovery.BEST_EMA):  # one is later than the resumed checkpoint, one is not
         shutil.copy(str(output / ('checkpoint-%d.pth' % (3 if name == discovery.BEST else 0))), str(output / name))
     (output / 'notes.txt').write_text('mine')
     log = (output / 'log.txt').read_text()
@@ -200,8 +199,7 @@ def test_what_was_saved_later_is_moved_aside_when_a_run_goes_back(image_folder, 
 
     back = base + ['--resume=' + str(output / 'checkpoint-1.pth'), '--smoothing=0.3']
     assert run_class_finetuning.run(back + ['--maxstep=12', '--val_interval=9']) == 0  # of 4 epochs of 4 updates 3
-    said = re.search(r'^Moved what the earlier run saved later in %s aside, to (\S+) ' % output,
-                     capsys.readouterr().out, re.M)
+    said = re.search(r'^Moved .* in %s\b.* to (\S+) ' % output, capsys.readouterr().out, re.M)
     assert sorted(os.listdir(said.group(1))) == ['checkpoint-2.pth', 'checkpoint-3.pth', 'checkpoint-best.pth',
                                                  'log.txt', 'report.html', 'summary.json']
     with open(os.path.join(said.group(1), 'log.txt')) as file:
@@ -216,12 +214,12 @@ def test_what_was_saved_later_is_moved_aside_when_a_run_goes_back(image_folder, 
     for epoch, smoothing in ((1, 0.1), (2, 0.3), (3, 0.3)):
         content = weights_file.load_weights_file(str(output / ('checkpoint-%d.pth' % epoch)))
         assert content['args']['smoothing'] == smoothing
-    # From its newest, or from what somebody put there, nothing is later.
+    # Nothing is later than its newest checkpoint, or than a file from elsewhere.
     assert run_class_finetuning.run(base + ['--resume=' + str(output / 'checkpoint-3.pth'), '--epochs=5']) == 0
-    assert ' aside, to ' not in capsys.readouterr().out
+    assert not re.search('^Moved ', capsys.readouterr().out, re.M)
 
 
-def test_weights_alone_begin_anew_and_keep_themselves(image_folder, tmp_path):
+def test_resuming_bare_weights_starts_a_new_run_and_keeps_the_file(image_folder, tmp_path):
     output = tmp_path / 'out'
     base = RUN + ['--data_path=' + image_folder(), '--output_dir=' + str(output)]
     assert run_class_finetuning.run(base + ['--epochs=2', '--save_ckpt_freq=1']) == 0
@@ -235,8 +233,8 @@ def test_weights_alone_begin_anew_and_keep_themselves(image_folder, tmp_path):
 
 # ---- --auto_resume beside --resume
 
-def test_auto_resume_takes_no_other_run_than_that_of_the_resumed_file(image_folder, tmp_path, capsys):
-    """test_faults.py has the restarts; here the folder holds a run that began otherwise, and was further."""
+def test_auto_resume_ignores_runs_that_began_with_another_file(image_folder, tmp_path, capsys):
+    """Here the folder holds a run that began with another file and is further; test_faults.py tests restarts."""
     base = RUN + ['--data_path=' + image_folder(), '--save_ckpt_freq=1']
     first, output = str(tmp_path / 'first'), str(tmp_path / 'out')
     assert run_class_finetuning.run(base + ['--epochs=1', '--output_dir=' + first]) == 0
@@ -247,15 +245,15 @@ def test_auto_resume_takes_no_other_run_than_that_of_the_resumed_file(image_fold
     assert run_class_finetuning.run(again + ['--resume=' + file]) == 0
     out = capsys.readouterr().out
     assert 'Resumed %s: ' % file in out and 'Moved the earlier run in ' in out
-    for more in ([], ['--resume=' + output]):  # on the way somebody goes on by hand
+    for more in ([], ['--resume=' + output]):  # meanwhile a user resumes another checkpoint
         assert run_class_finetuning.run(again + ['--epochs=3'] + more) == 0
     assert 'Resumed %s: ' % os.path.join(output, 'checkpoint-1.pth') in capsys.readouterr().out
     assert run_class_finetuning.run(again + ['--epochs=4', '--resume=' + os.path.relpath(file)]) == 0
     out = capsys.readouterr().out
     newest = os.path.join(output, 'checkpoint-2.pth')
-    assert 'Resumed %s: ' % newest in out and 'aside' not in out
-    assert re.search('^--auto_resume: loading %s, which continues --resume ' % newest, out, re.M)
-    os.remove(file)  # of which the rest of the job has no need
+    assert 'Resumed %s: ' % newest in out and 'Moved ' not in out
+    assert re.search('^--auto_resume: %s .*--resume ' % newest, out, re.M)
+    os.remove(file)  # the rest of the job doesn't need it
     assert run_class_finetuning.run(again + ['--epochs=5', '--resume=' + file]) == 0
     assert [line['epoch'] for line in lines_of(output)] == [1, 2, 3, 4]
 
@@ -301,7 +299,7 @@ def config(tmp_path):
 
 
 @pytest.mark.parametrize('other', ['another', ''])
-def test_flags_of_a_folder_do_not_go_into_another(config, parse, capsys, other):
+def test_config_drops_the_folder_flags_for_another_folder(config, parse, capsys, other):
     args, default = parse('--config', config, '--output_dir=' + other), parse()
     assert (args.output_dir, args.lr, args.epochs) == (other, 0.25, 7)
     assert set(THEIRS) == set(OF_FOLDER)
@@ -313,7 +311,7 @@ def test_flags_of_a_folder_do_not_go_into_another(config, parse, capsys, other):
         assert words in out
 
 
-def test_flags_of_a_folder_stay_where_it_is_the_same_or_they_are_given(config, parse, capsys, tmp_path):
+def test_config_keeps_the_folder_flags_for_the_same_folder_or_when_given(config, parse, capsys, tmp_path):
     for flags in ([], ['--output_dir', str(tmp_path / 'x' / '..' / 'out') + os.sep]):
         args = parse('--config', config, *flags)
         assert {name: getattr(args, name) for name in THEIRS} == THEIRS
@@ -322,7 +320,7 @@ def test_flags_of_a_folder_stay_where_it_is_the_same_or_they_are_given(config, p
     assert (args.log_dir, args.auto_resume, args.resume) == ('mine', True, '')
 
 
-def test_what_an_evaluation_evaluates_goes_with_it(config, parse, capsys):
+def test_config_keeps_the_checkpoint_of_an_evaluation(config, parse, capsys):
     with open(config, 'a') as file:
         file.write('eval: true\n')
     args = parse('--config', config, '--output_dir=another')
@@ -330,7 +328,7 @@ def test_what_an_evaluation_evaluates_goes_with_it(config, parse, capsys):
     assert '--resume' not in capsys.readouterr().out
 
 
-def test_one_process_of_several_tells_it(config, parse, capsys, monkeypatch):
+def test_only_one_process_reports_dropped_flags(config, parse, capsys, monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '1')
     assert parse('--config', config, '--output_dir=another').log_dir is None
     assert capsys.readouterr().out == ''

@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -72,7 +71,7 @@ def trained(tmp_path_factory, data):
 
 @pytest.fixture
 def after_training(trained, tmp_path):
-    """A copy of its own of that checkout, with what the run left there."""
+    """A separate copy of that checkout with the run's files."""
     result(trained[1])
     shutil.copytree(trained[0], str(tmp_path / 'a copy' / 'beit'))
     return str(tmp_path / 'a copy' / 'beit')
@@ -99,7 +98,7 @@ def test_help_is_readable(checkout, script, where):
     assert not os.path.exists(output(checkout))
 
 
-# ---- what a script hands to Python, read by a stand-in for it
+# ---- the arguments that a script passes to Python, read by a substitute
 
 STAND_IN = """#!/usr/bin/env bash
 if [ "$1" = -c ]; then
@@ -119,8 +118,8 @@ exit "${STATUS:-0}"
 
 @pytest.fixture
 def stand_in(tmp_path, checkout):
-    """stand_in('train_full_1p', …): (run, the arguments that Python would have got)."""
-    program, record = tmp_path / 'stand in', tmp_path / 'record'
+    """stand_in('train_full_1p', …): (run, the arguments for Python)."""
+    program, record = tmp_path / 'fake python', tmp_path / 'record'
     program.write_text(STAND_IN)
     program.chmod(0o755)
 
@@ -132,13 +131,13 @@ def stand_in(tmp_path, checkout):
 
 
 def needs(script):
-    """What a script can't do without, beside data."""
+    """The flags that a script requires besides data."""
     return ['--resume=README'] if script == 'train_eval_1p' else []
 
 
 @pytest.fixture
 def weights(checkout):
-    """Something for --resume and --finetune to find, where only the scripts look."""
+    """A file for --resume and --finetune in a folder that only the scripts search."""
     for name in ('README', 'checkpoints/beit_base_patch16_224_pt22k_ft22k.pth'):
         os.makedirs(os.path.join(checkout, os.path.dirname(name)), exist_ok=True)
         with open(os.path.join(checkout, name), 'w', encoding='utf-8'):
@@ -162,7 +161,7 @@ def test_the_published_hyper_parameters_are_the_defaults(stand_in, weights, pars
     kind = script.split('_')[1]
     assert (args.data_path, args.model, args.batch_size) == (data, 'beit_base_patch16_224', 64)
     assert (args.epochs, args.warmup_epochs, args.update_freq) == (30, 5, 1)
-    if kind == 'eval':  # its checkpoint says what it is of
+    if kind == 'eval':  # its checkpoint names its model
         assert args.given == {'data_path', 'batch_size', 'epochs', 'device', 'output_dir', 'eval', 'warmup_epochs',
                               'resume'}
     else:
@@ -226,7 +225,7 @@ def test_a_failing_run_is_a_failing_script(stand_in, weights, checkout, data, sc
     assert run.status == 7
     assert 'The stand-in ran' in run.out and 'Final result' not in run.out
     assert 'failed with exit status 7; the log is ' + output(checkout) in run.err
-    assert os.listdir(output(checkout)) == [LOG[script.split('_')[1]] + '.log']  # no summary of a run that failed
+    assert os.listdir(output(checkout)) == [LOG[script.split('_')[1]] + '.log']  # a failed run has no summary
 
 
 @pytest.mark.parametrize('figure, shown', [('null', 'n/a'), ('7e-5', '0.000')])
@@ -235,7 +234,7 @@ def test_a_figure_that_a_run_does_not_have(stand_in, weights, checkout, data, fi
     assert result(run)['accuracy'] == shown == summary(checkout, 'beit_base_patch16_224_bs64_1p_acc')['TrainAccuracy']
 
 
-def test_a_run_without_a_result_of_its_own_shows_none(stand_in, weights, checkout, data):
+def test_a_run_without_a_result_shows_none(stand_in, weights, checkout, data):
     result(stand_in('train_full_1p', '--data_path=' + data)[0])
     run, _ = stand_in('train_full_1p', '--data_path=' + data, '--auto_resume', ACCURACY='')
     assert run.status == 0 and 'Finished without a new result' in run.out and 'Final result' not in run.out
@@ -258,7 +257,7 @@ def waiting(checkout, env, gate, *flags, **more):
 
 
 @pytest.mark.parametrize('flags', [[], ['--auto_resume']])
-def test_two_scripts_at_once_have_logs_and_results_of_their_own(stand_in, weights, checkout, data, tmp_path, flags):
+def test_two_scripts_at_once_have_separate_logs_and_results(stand_in, weights, checkout, data, tmp_path, flags):
     logs, case, gate = output(checkout), 'beit_base_patch16_224_bs64_1p_acc', tmp_path / 'gate'
     with waiting(checkout, stand_in.env, gate, '--data_path=' + data, ACCURACY='11.111', FAKE_CANN='one') as first:
         second, _ = stand_in('train_full_1p', '--data_path=' + data, *flags, ACCURACY='22.222', FAKE_CANN='two')
@@ -272,7 +271,7 @@ def test_two_scripts_at_once_have_logs_and_results_of_their_own(stand_in, weight
     for number, mine, accuracy in (('', 'one', '11.111'), ('-2', 'two', '22.222')):
         assert re.findall('CANN: (.*)', text(os.path.join(logs, 'train_0%s.log' % number))) == [mine]
         assert summary(checkout, case + number)['TrainAccuracy'] == accuracy
-    third, _ = stand_in('train_full_1p', '--data_path=' + data)  # now the first name is free, and its log is kept
+    third, _ = stand_in('train_full_1p', '--data_path=' + data)  # now the first name is free, and its log stays
     assert 'Another run ' not in third.out and "Kept the earlier run's logs" in third.out
     assert len(os.listdir(logs)) == 6 and text(os.path.join(logs, 'train_0-2.log'))
 
@@ -280,7 +279,7 @@ def test_two_scripts_at_once_have_logs_and_results_of_their_own(stand_in, weight
 def test_a_log_belongs_to_a_run_whose_script_was_killed(stand_in, weights, checkout, data, tmp_path):
     with waiting(checkout, stand_in.env, tmp_path / 'gate', '--data_path=' + data) as first:
         first.kill()
-        first.wait()  # its run goes on, and writes
+        first.wait()  # its run continues and writes
         assert 'Another run ' in stand_in('train_full_1p', '--data_path=' + data)[0].out
     until = time.monotonic() + 20
     while 'Result: ' not in text(output(checkout, 'train_0.log')) and time.monotonic() < until:
@@ -291,7 +290,7 @@ def test_a_log_belongs_to_a_run_whose_script_was_killed(stand_in, weights, check
 
 @has_proc
 def test_two_scripts_do_not_share_an_output_folder(checkout, data):
-    real = {'PYTHON': sys.executable}  # the lock of the log is handed on to it
+    real = {'PYTHON': sys.executable}  # it inherits the lock of the log
     first = start_script(checkout, 'train_full_1p', '--data_path=' + data, *TINY, '--epochs=100000', MARK=checkout,
                          **real)
     try:
@@ -308,7 +307,7 @@ def test_two_scripts_do_not_share_an_output_folder(checkout, data):
             os.kill(pid, signal.SIGKILL)
 
 
-# ---- mistakes that the scripts find themselves
+# ---- errors that the scripts detect themselves
 
 @pytest.mark.parametrize('where', ['', 'test'])
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -330,13 +329,11 @@ def test_a_mistake_ends_in_one_line_and_status_2(checkout, data, tmp_path, scrip
     assert not os.path.exists(output(checkout))
 
 
-def test_evaluation_asks_for_the_checkpoint(checkout, data):
-    fails(run_script(checkout, 'train_eval_1p', '--data_path=' + data), '--resume is missing')
-
-
-def test_a_python_that_is_not_there(checkout, data):
-    fails(run_script(checkout, 'train_full_1p', '--data_path=' + data, PYTHON='/no/such/python'),
-          'PYTHON=/no/such/python: no such program')
+@pytest.mark.parametrize('script, env, expected', [
+    ('train_eval_1p', {}, '--resume is missing'),
+    ('train_full_1p', {'PYTHON': '/no/such/python'}, 'PYTHON=/no/such/python: no such program')])
+def test_a_missing_checkpoint_or_python(checkout, data, script, env, expected):
+    fails(run_script(checkout, script, '--data_path=' + data, **env), expected)
 
 
 # ---- real runs on one device
@@ -345,7 +342,7 @@ def test_full_1p_trains_and_evaluates(trained):
     checkout, run = trained
     figures = check_summary(checkout, 'train_full_1p', run, batch_size=4, devices=1)
     log = text(output(checkout, 'train_0.log'))
-    assert log in run.out  # what was shown is what is logged
+    assert log in run.out  # the output equals the log
     assert 'Epoch: [0]  [7/8]' in log
     assert 'Max accuracy: %s%%' % figures['TrainAccuracy'] in log
     assert set(os.listdir(os.path.join(checkout, 'train_result'))) \
@@ -356,7 +353,7 @@ def test_full_1p_trains_and_evaluates(trained):
     assert not glob.glob(os.path.join(checkout, '*' + '-2*'))
 
 
-def test_a_new_run_moves_the_earlier_one_aside(after_training, data):
+def test_a_new_run_moves_the_earlier_one_to_a_backup(after_training, data):
     logs, results = output(after_training), os.path.join(after_training, 'train_result')
     case = 'beit_nano_patch8_32_bs4_1p_acc'
     before = contents(logs), contents(results)
@@ -380,7 +377,7 @@ def test_a_new_run_moves_the_earlier_one_aside(after_training, data):
     assert len(text(os.path.join(results, 'log.txt')).splitlines()) == 1
 
 
-def test_resume_goes_on_in_place(after_training, data):
+def test_resume_continues_in_the_same_folder(after_training, data):
     logs, results = output(after_training), os.path.join(after_training, 'train_result')
     log, epochs = text(os.path.join(logs, 'train_0.log')), text(os.path.join(results, 'log.txt'))
     first = contents(results)['checkpoint-0.pth']
@@ -420,7 +417,7 @@ def test_performance_1p_measures_50_steps(checkout, data):
 
 
 def test_performance_1p_from_test_with_accumulation(after_training, data):
-    """One step is one micro-step of batch_size images; nothing of an earlier training is touched."""
+    """One step is one micro-step of batch_size images; files of an earlier training don't change."""
     before = contents(os.path.join(after_training, 'train_result'))
     run = run_script(after_training, 'train_performance_1p', '--data_path=' + data, *TINY, '--maxstep=3',
                      '--update_freq=2', where='test')
@@ -430,8 +427,8 @@ def test_performance_1p_from_test_with_accumulation(after_training, data):
     assert 'earlier run' not in run.out
 
 
-def test_paths_for_python_are_meant_from_the_calling_folder_too(checkout, data):
-    """--eval_data_path beside --data_path: both lie in test/, where the script is called."""
+def test_paths_for_python_are_relative_to_the_calling_folder(checkout, data):
+    """--eval_data_path and --data_path are both in test/, where the script is called."""
     shutil.copytree(data, os.path.join(checkout, 'test', 'my data'))
     run = run_script(checkout, 'train_full_1p', '--data_path=my data/train', '--eval_data_path=my data/val',
                      '--data_set=image_folder', '--output_dir=my result', *TINY, '--maxstep=2', where='test')
@@ -471,30 +468,10 @@ def test_the_8p_scripts_over_gloo(checkout, data, script, where, flags):
         assert os.path.isfile(os.path.join(checkout, 'train_result', 'checkpoint-best.pth'))
 
 
-def test_two_machines(checkout, data):
-    """Two launches of one process each, which meet at a port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    flags = TINY + ['--data_path=' + data, '--nproc_per_node=1', '--nnodes=2', '--master_addr=127.0.0.1',
-                    '--master_port=%d' % port, '--maxstep=3']
-    nodes = [start_script(checkout, 'train_full_8p', *flags, '--node_rank=%d' % rank) for rank in (0, 1)]
-    try:
-        runs = [Run(node.returncode, *streams) for node, streams in [(n, n.communicate(timeout=200)) for n in nodes]]
-    finally:
-        for node in nodes:
-            node.kill()
-    check_summary(checkout, 'train_full_8p', runs[0], batch_size=4, devices=2)
-    assert runs[1].status == 0, runs[1].out + runs[1].err
-    assert 'Final result' not in runs[1].out and 'node 0' in runs[1].out
-    assert set(os.listdir(output(checkout))) \
-        == {'train_0.log', 'train_0_node1.log', 'beit_nano_patch8_32_bs4_2p_acc.log'}
-
-
 @has_proc
 @pytest.mark.parametrize('damaged', ['003.png', '004.png'])
 def test_one_process_that_fails_ends_the_run(checkout, image_folder, damaged):
-    """A damaged image, which only one of the two processes reads; the other loses its partner, and is quiet."""
+    """Only one of the two processes reads a damaged image; the other loses its connection without output."""
     folder = image_folder()
     with open(os.path.join(folder, 'train', 'cat', damaged), 'wb') as file:
         file.write(b'no image')
@@ -535,7 +512,7 @@ def test_a_script_that_is_stopped_stops_its_processes(checkout, data, tmp_path, 
                        MARK=str(tmp_path), **COLD)
     try:
         assert any('Epoch: [2]' in line for line in run.stdout)
-        run.send_signal(number)  # to the shell alone, as kill, docker stop or a scheduler do
+        run.send_signal(number)  # only to the shell, as kill, docker stop or a scheduler does
         out, err = run.communicate(timeout=60)
     finally:
         run.kill()
@@ -558,26 +535,32 @@ def source_env_npu(**env):
 
 
 @pytest.mark.parametrize('package', ['ascend-toolkit', 'nnae', 'cann'])
-def test_env_npu_finds_cann_where_its_installer_says(tmp_path, package):
-    status, env, errors = source_env_npu(ASCEND_INSTALL_INFO=fake_cann(tmp_path, package))
+@pytest.mark.parametrize('recorded', [True, False])
+def test_env_npu_finds_cann(tmp_path, package, recorded):
+    """In the folder that its installer recorded, or in the usual one."""
+    info = fake_cann(tmp_path, package)
+    where = {'ASCEND_INSTALL_INFO': info} if recorded else {
+        'ASCEND_INSTALL_INFO': '/nowhere', 'ASCEND_FOLDER': str(tmp_path / 'opt' / 'my Ascend')}
+    status, env, errors = source_env_npu(**where)
     assert (status, errors) == (0, '')
     assert (env['FAKE_CANN'], env['TASK_QUEUE_ENABLE']) == (package, '1')
     assert 120 <= int(env['HCCL_CONNECT_TIMEOUT']) <= 7200
 
 
-def test_env_npu_takes_the_toolkit_before_nnae(tmp_path):
+def test_env_npu_prefers_the_toolkit_to_nnae(tmp_path):
     fake_cann(tmp_path, 'nnae')
     assert source_env_npu(ASCEND_INSTALL_INFO=fake_cann(tmp_path, 'ascend-toolkit'))[1]['FAKE_CANN'] == 'ascend-toolkit'
 
 
-def test_env_npu_takes_a_path_that_ends_in_the_package(tmp_path):
+@pytest.mark.parametrize('ending', ['/nnae\n', '\r\n'], ids=['path of the package', 'Windows line end'])
+def test_env_npu_reads_the_installers_file(tmp_path, ending):
     info = fake_cann(tmp_path, 'nnae')
-    with open(info, 'w', encoding='utf-8') as file:
-        file.write('Install_Path=%s\n' % (tmp_path / 'opt' / 'my Ascend' / 'nnae'))
+    with open(info, 'w', encoding='utf-8', newline='') as file:
+        file.write('Install_Path=%s%s' % (tmp_path / 'opt' / 'my Ascend', ending))
     assert source_env_npu(ASCEND_INSTALL_INFO=info)[1]['FAKE_CANN'] == 'nnae'
 
 
-def test_env_npu_leaves_what_is_set(tmp_path):
+def test_env_npu_keeps_variables_that_are_set(tmp_path):
     info = fake_cann(tmp_path, 'ascend-toolkit')
     status, env, errors = source_env_npu(ASCEND_INSTALL_INFO=info, ASCEND_HOME_PATH=str(tmp_path),
                                          HCCL_CONNECT_TIMEOUT='1200')
@@ -585,15 +568,6 @@ def test_env_npu_leaves_what_is_set(tmp_path):
     assert (env['ASCEND_HOME_PATH'], env['HCCL_CONNECT_TIMEOUT']) == (str(tmp_path), '1200')
     assert 'FAKE_CANN' not in env
     assert source_env_npu(ASCEND_INSTALL_INFO=info, ASCEND_HOME_PATH='/gone')[1]['FAKE_CANN'] == 'ascend-toolkit'
-
-
-def test_env_npu_reads_a_file_with_windows_line_ends(tmp_path):
-    info = fake_cann(tmp_path, 'nnae')
-    with open(info, 'rb+') as file:
-        lines = file.read().replace(b'\n', b'\r\n')
-        file.seek(0)
-        file.write(lines)
-    assert source_env_npu(ASCEND_INSTALL_INFO=info)[1]['FAKE_CANN'] == 'nnae'
 
 
 @pytest.mark.parametrize('options', ['u', 'eu', ''])
@@ -605,18 +579,10 @@ def test_env_npu_leaves_the_shells_options(tmp_path, options):
     assert ('u' in done.stdout, 'e' in done.stdout) == ('u' in options, 'e' in options)
 
 
-def test_env_npu_in_another_shell_says_so(tmp_path):
+def test_env_npu_in_another_shell_is_an_error(tmp_path):
     done = subprocess.run(['sh', '-c', '. "$0"; echo status $?', os.path.join(ROOT, 'test', 'env_npu.sh')],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     assert 'status 2' in done.stdout and 'this shell is not bash' in done.stderr or 'status 0' in done.stdout
-
-
-@pytest.mark.parametrize('package', ['ascend-toolkit', 'nnae', 'cann'])
-def test_env_npu_finds_cann_in_its_usual_place(tmp_path, package):
-    fake_cann(tmp_path, package)
-    status, env, errors = source_env_npu(ASCEND_INSTALL_INFO='/nowhere',
-                                         ASCEND_FOLDER=str(tmp_path / 'opt' / 'my Ascend'))
-    assert (status, errors, env['FAKE_CANN']) == (0, '', package)
 
 
 def test_env_npu_without_cann_warns_in_one_line(tmp_path):
@@ -637,7 +603,7 @@ def test_env_npu_keeps_compiled_operators(tmp_path):
 
 @pytest.mark.parametrize('there', [False, True])
 def test_env_npu_with_and_without_msnpureport(tmp_path, there):
-    """Without it nothing is said; one that fails, or that needs rights which a user lacks, stops nothing."""
+    """Without it there is no message; a failing one, or one without the necessary rights, stops nothing."""
     folder = tmp_path / 'bin'
     folder.mkdir()
     for name in ('bash', 'sed', 'tail', 'tr', 'env', 'mkdir'):

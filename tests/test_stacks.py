@@ -1,8 +1,8 @@
-"""PyTorch 1.5, 1.8 and the current one train alike, read one another's files, and say what they can't do.
+"""PyTorch 1.5, 1.8 and the current one train alike, read each other's files, and refuse unsupported settings.
 
-The test_across_… run with the current PyTorch only, and start the Pythons of the other two: those that run_tests.sh
---stack made (.venv-1.5, .venv-1.8), or those that STACKS names, as in STACKS=/path/to/python:/path/to/another. The last
-tests are about whichever PyTorch runs them.
+The test_across_… tests run only with the current PyTorch and start the Pythons of the other two: from run_tests.sh
+--stack (.venv-1.5, .venv-1.8), or from STACKS=/path/to/python:/path/to/another. The other tests cover the PyTorch that
+runs them.
 """
 
 import json
@@ -20,13 +20,13 @@ from helpers import ROOT, RUN, assert_one_line, cannot_run, launch, lines_of, wr
 pytestmark = pytest.mark.computes
 
 OLD = ('1.5', '1.8')
-# 40 pixels: for them the crops are timm's, which draws alike everywhere; torchvision's of 32 pixels don't.
+# At 40 pixels timm crops, with equal random numbers everywhere; torchvision's crops at 32 pixels differ.
 PLAIN = RUN + ['--input_size=40', '--reprob=0', '--color_jitter=0', '--drop_path=0', '--hflip=0', '--opt=adamw',
                '--lr=1e-3', '--seed=3', '--save_ckpt_freq=1']
 EMA = ['--model_ema', '--model_ema_decay=0.9']
 
-# Runs the program once for each of its arguments, a JSON list of flags, in one process: most of the time goes into
-# imports. With two plain paths, it takes the weights out of a checkpoint as anyone would, with torch.save.
+# Runs the program once for each argument, a JSON list of flags, in one process, because imports are slow. Two plain
+# paths extract a checkpoint's weights with torch.save.
 RUNS = """import json, sys
 import run_class_finetuning, torch; from beit.files import weights_file
 for flags in map(json.loads, sys.argv[1:]):
@@ -39,7 +39,7 @@ for flags in map(json.loads, sys.argv[1:]):
 
 
 def in_stack(python, *runs):
-    """What each of the runs, lists of flags, printed in a process of this Python."""
+    """The output of each run (a list of flags) in one process of this Python."""
     done = subprocess.run([python, '-c', RUNS] + [json.dumps(flags) for flags in runs], cwd=ROOT, timeout=300,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
                           env=dict(os.environ, OMP_NUM_THREADS='1'))
@@ -51,7 +51,7 @@ def stack_of(version):
     return '.'.join(version.split('.')[:2])
 
 
-# ---- across the three
+# ---- across the three stacks
 
 @pytest.fixture(scope='module')
 def pythons():
@@ -80,7 +80,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def first(pythons, data, tmp_path_factory):
-    """{stack: folder} after the first of two epochs there; weights.pth: its weights, by its own torch.save."""
+    """{stack: folder} after the first of two epochs; weights.pth has the weights, saved by that stack's torch.save."""
     folders = {}
     for stack, python in pythons.items():
         folders[stack] = folder = str(tmp_path_factory.mktemp('first') / stack)
@@ -136,20 +136,20 @@ def test_across_stacks_an_epoch_is_the_same(first, stack):
 
 @pytest.mark.parametrize('writer', OLD + ('current',))
 @pytest.mark.parametrize('reader', OLD + ('current',))
-def test_across_stacks_a_checkpoint_goes_on(second, first, reader, writer):
-    """As it does in the stack that wrote it: optimizer, averages, order and random numbers come along."""
+def test_across_stacks_a_checkpoint_resumes(second, first, reader, writer):
+    """As in the stack that wrote it: optimizer, averages, order and random numbers are restored."""
     folder, own = second[writer, reader][0], second[writer, writer][0]
     line, = lines_of(folder)
     assert line['epoch'] == 1
     assert_alike(line, lines_of(own)[-1])
     assert_near(weights_of(folder), weights_of(own), tolerance=2e-5)
     moved = weights_of(own)['head.weight'] - weights_of(first[writer], 'checkpoint-0.pth')['head.weight']
-    assert moved.abs().max() > 5e-4  # else the tolerance would say nothing
+    assert moved.abs().max() > 5e-4  # else the tolerance would prove nothing
 
 
 @pytest.mark.parametrize('writer', OLD + ('current',))
-def test_across_stacks_a_checkpoint_is_worth_the_same(second, first, writer):
-    """Evaluated by each stack as by the one that trained it, and its average too."""
+def test_across_stacks_a_checkpoint_evaluates_the_same(second, first, writer):
+    """Each stack evaluates it, and its average, as the stack that trained it."""
     trained, = lines_of(first[writer])
     for reader in OLD + ('current',):
         text = second[writer, reader][1]
@@ -167,7 +167,7 @@ def test_across_stacks_weights_are_fine_tuned_the_same(second, writer):
         assert_alike(line, lines[2])
 
 
-# ---- what the PyTorch that runs this can't do
+# ---- limits of the PyTorch that runs this
 
 # Measured: (autocast to bfloat16 on a CPU, training in bfloat16 on a CPU).
 CAN = {'1.5': {'O1': False, 'O2': False}, '1.8': {'O1': False, 'O2': False}}
@@ -177,7 +177,7 @@ THIS = CAN.get(stack_of(torch.__version__), {'O1': True, 'O2': True})
 @pytest.mark.parametrize('flags, level', [(['--amp'], 'O2'), (['--amp', '--opt-level=O1'], 'O1'),
                                           (['--amp', '--opt-level=O2', '--amp_dtype=bfloat16'], 'O2')], ids=str)
 def test_half_precision_trains_or_is_refused(program, data, tmp_path, flags, level):
-    """In a process as a user starts it; on PyTorch 1.5 and 1.8 refused before anything is written."""
+    """In an ordinary process. PyTorch 1.5 and 1.8 refuse before any file is written."""
     output = str(tmp_path / 'o')
     status, out, err = program(*RUN + flags + ['--data_path=' + data, '--epochs=1', '--maxstep=2',
                                                '--output_dir=' + output])
@@ -191,7 +191,7 @@ def test_half_precision_trains_or_is_refused(program, data, tmp_path, flags, lev
 
 
 def test_half_precision_of_several_processes(data):
-    """Each finds that it cannot be, and one says so."""
+    """Every process finds that it is unsupported, and one reports it."""
     status, out, err = launch(2, '--data_path=' + data, '--epochs=1', '--maxstep=1', '--amp')
     if THIS['O2']:
         assert status == 0, err
@@ -208,7 +208,7 @@ DIGITS = RUN + ['--data_path=demo', '--batch_size=16', '--lr=1e-3', '--layer_dec
 
 @pytest.mark.soak
 def test_the_lowest_versions_install_and_train(tmp_path):
-    """PyTorch 2.1: its environment is made, the model's tests pass there, and the digits are trained and evaluated."""
+    """PyTorch 2.1 in a new environment: the model's tests pass, and the digits are trained and evaluated."""
     environment = {name: value for name, value in os.environ.items()
                    if name not in ('MUST_RUN', 'BEIT_SOAK', 'PYTHON') and not name.startswith('PYTEST_')}
     done = subprocess.run(['bash', os.path.join(ROOT, 'test', 'run_tests.sh'), '--stack=2.1', '-n', '0',
@@ -221,4 +221,4 @@ def test_the_lowest_versions_install_and_train(tmp_path):
     trained, evaluated = in_stack(python, DIGITS + ['--epochs=3', '--output_dir=' + folder],
                                   DIGITS + ['--eval', '--resume=' + folder])
     accuracy = [re.search(r'Result: .* accuracy ([\d.]+)', text).group(1) for text in (trained, evaluated)]
-    assert accuracy[0] == accuracy[1] and float(accuracy[0]) > 20  # by chance it would be 10
+    assert accuracy[0] == accuracy[1] and float(accuracy[0]) > 20  # chance is 10

@@ -1,4 +1,4 @@
-"""Machines on which a program cannot run, or not as it would like: one line says so, and none hangs."""
+"""On an unsuitable machine the programs print one line, and none hangs."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def test_a_python_without_the_packages(program, flags, tmp_path):
 
 
 def test_a_package_that_is_missing_alone(tmp_path):
-    """Of a Python that has the others, in a checkout with a space in its path."""
+    """The Python has the other packages; the checkout has a space in its path."""
     checkout = copy_checkout(str(tmp_path / 'my code'))
     (tmp_path / 'sitecustomize.py').write_text(
         'import importlib.util\nfind = importlib.util.find_spec\n'
@@ -50,7 +50,7 @@ def test_a_package_that_is_missing_alone(tmp_path):
 
 # ---- file descriptors
 
-def test_few_files_are_said_and_not_waited_for(data, tmp_path):
+def test_too_few_file_descriptors_are_an_immediate_error(data, tmp_path):
     done = run(sys.executable, 'run_class_finetuning.py', '--data_path=' + data, *NANO[:-2], '--device=cpu',
                '--num_workers=2', limit=(32, 32), timeout=60)
     assert (done.returncode, done.stdout) == (2, '')
@@ -60,7 +60,7 @@ def test_few_files_are_said_and_not_waited_for(data, tmp_path):
 
 
 def test_a_limit_that_may_be_raised_is_raised(data, tmp_path):
-    """As most systems have it: 256 or 1,024 for a process that does not ask, and many for one that does."""
+    """As on most systems: a soft limit of 256 or 1,024 and a high hard limit."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     output = str(tmp_path / 'output')
     done = run(sys.executable, 'run_class_finetuning.py', '--data_path=' + data, *NANO[:-2], '--device=cpu',
@@ -82,7 +82,7 @@ def test_the_fewest_files_that_are_allowed_are_enough(data, tmp_path):
 
 @pytest.fixture
 def small_shm():
-    """small_shm(kilobytes): the words in front of a command that give it a /dev/shm of that size."""
+    """small_shm(kilobytes): a command prefix that gives the command a /dev/shm of that size."""
     def prefix(kilobytes):
         mount = 'mount -t tmpfs -o size=%dk none /dev/shm && exec "$@"' % kilobytes
         words = ['unshare', '-m', 'sh', '-c', mount, 'sh']
@@ -95,7 +95,7 @@ def small_shm():
 @pytest.mark.parametrize('processes', (1, 2))
 @pytest.mark.parametrize('kilobytes, workers', [(2048, 1), (16, 0)])
 def test_fewer_loader_processes_where_shared_memory_is_small(data, tmp_path, small_shm, kilobytes, workers, processes):
-    """Docker gives 64 MB, which ten of the default batch don't fit into; they were killed by a bus error."""
+    """Docker's 64 MB are too small for ten loader processes with the default batch, which die with a bus error."""
     output = str(tmp_path / 'output')
     launcher = ['-m', 'beit.distributed.launcher', '--nproc_per_node=2'] if processes == 2 else []
     done = run(*small_shm(kilobytes * processes), sys.executable, *launcher, 'run_class_finetuning.py', *NANO,
@@ -117,10 +117,10 @@ def test_enough_shared_memory_changes_nothing(monkeypatch, capsys):
     assert capsys.readouterr().out == ''
 
 
-# ---- a checkout that cannot be written
+# ---- a read-only checkout
 
 def test_a_read_only_checkout(tmp_path):
-    """Mounted so, as from a snapshot or an image: digits, logs and results go to the user's cache folder."""
+    """Mounted read-only, as from a snapshot or an image: digits, logs and results go to the user's cache folder."""
     checkout, cache = copy_checkout(str(tmp_path / 'my code')), tmp_path / 'cache'
     mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
     prefix = ['unshare', '-m', 'sh', '-c', mount, checkout]

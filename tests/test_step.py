@@ -1,4 +1,4 @@
-"""What makes a step fast leaves what it computes alone: late reading, dropped images, checkpointing, compiling."""
+"""Optimisations of a step don't change its result: late reading, dropped images, checkpointing, compiling."""
 
 import copy
 import math
@@ -23,12 +23,12 @@ needs_fused = pytest.mark.needs('current', FUSED, 'this PyTorch has no fused Ada
 
 @pytest.fixture
 def far_device(monkeypatch):
-    """The CPU, as if reading from it meant waiting for it."""
+    """The CPU as a device whose reads have to wait."""
     monkeypatch.setattr(accelerator, 'is_synchronous', lambda device: False)
 
 
 def train(batches=24, poison=(), on_nonfinite='skip', scale=1., ema=False, **options):
-    """(model, its average, statistics, pilot) of an epoch; the loss of the batches in `poison` is not a number."""
+    """(model, its average, statistics, pilot) after an epoch; the loss of the batches in `poison` is NaN."""
     torch.manual_seed(0)
     model, loader = toy()
     loader = Numbered([loader[number % len(loader)] for number in range(batches)])
@@ -55,7 +55,7 @@ def assert_equal_weights(one, other, tolerance=0.):
 
 @needs_fused
 def test_the_host_reads_nothing_between_two_lines(far_device, monkeypatch):
-    """Of 24 updates: what a tensor's value is asked for, and how often the device is waited for, by step."""
+    """Records over 24 updates in which steps tensor values are read and the device is synchronised."""
     from torch.utils._python_dispatch import TorchDispatchMode
     asked, waited, reads = [], [], []
 
@@ -73,15 +73,15 @@ def test_the_host_reads_nothing_between_two_lines(far_device, monkeypatch):
     with Watch():
         _, _, stats, _ = train(24, max_norm=1., scale=128., throughput=utils.Throughput(warmup_steps=2))
     assert asked == []
-    assert waited == [0, 1, 10, 20, 23]  # the first two, which are timed by themselves, and at each line
+    assert waited == [0, 1, 10, 20, 23]  # the first two steps, which are timed separately, and each printed line
     assert sorted(set(reads)) == [0, 10, 20, 23]
     assert math.isfinite(stats['loss'])
 
 
 @needs_fused
 @pytest.mark.parametrize('scale', (1., 128.))
-def test_reading_late_gives_the_same(scale, monkeypatch):
-    """Weights, statistics and reports, with two updates that cannot be used; the average but for rounding."""
+def test_late_reading_gives_the_same_results(scale, monkeypatch):
+    """Equal weights, statistics and reports, with two skipped updates; the average is equal up to rounding."""
     options = dict(poison=(3, 15), scale=scale, ema=True, max_norm=0.5)
     at_once = train(**options)
     monkeypatch.setattr(accelerator, 'is_synchronous', lambda device: False)
@@ -101,7 +101,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_next_line(far_device):
 
 @needs_fused
 def test_the_fused_step_is_that_of_clipping_and_adamw():
-    """Against PyTorch's own loop over tensors, gradients unscaled and clipped by hand."""
+    """Against PyTorch's loop over tensors, with gradients unscaled and clipped by hand."""
     fused, _, _, _ = train(12, max_norm=0.1, scale=128.)
     torch.manual_seed(0)
     plain, loader = toy()
@@ -125,7 +125,7 @@ def block(drop_path, gamma=0.5):
 @pytest.mark.parametrize('kept', ((), (1,), (0, 2, 3, 5), tuple(range(6))))
 @pytest.mark.parametrize('gamma', (None, 0.5))
 def test_skipping_dropped_images_computes_what_a_mask_does(kept, gamma, monkeypatch):
-    """Output and gradients, with the same images dropped; none and all of them too."""
+    """Output and gradients with the same dropped images, including none and all."""
     keep = torch.zeros(6, dtype=torch.bool)
     keep[list(kept)] = True
     one, other = block(0.25, gamma), block(0.25, gamma)
@@ -147,8 +147,8 @@ def test_skipping_dropped_images_computes_what_a_mask_does(kept, gamma, monkeypa
 
 
 @pytest.mark.parametrize('skips', (True, False))
-def test_as_many_images_are_dropped_as_the_rate_says(skips):
-    """Both branches, each for itself; 4,000 images at 0.25, three standard deviations of 0.0068."""
+def test_the_share_of_dropped_images_is_the_rate(skips):
+    """Each branch separately; 4,000 images at 0.25, within three standard deviations of 0.0068."""
     each = block(0.25, gamma=None)
     each.skips_dropped = skips
     each.attn = torch.nn.Identity()
@@ -199,7 +199,7 @@ def test_gradient_checkpointing_computes_the_blocks_twice():
 
 @pytest.mark.slow
 def test_a_compiled_model_is_one_graph_and_trains_as_the_reference(golden):
-    """Over the recorded two epochs, a graph each to train and to evaluate, and none anew for the second epoch."""
+    """Over the two recorded epochs: one graph for training and one for evaluation, without recompilation."""
     if not hasattr(torch.nn.Module, 'compile'):
         cannot_run('current', 'this PyTorch cannot compile')
     try:
@@ -238,11 +238,11 @@ def test_average_of_the_weights_in_one_call():
         assert torch.equal(value, kept[name])
 
 
-# ---- which of the two is the limit
+# ---- the bottleneck
 
 @pytest.mark.parametrize('seconds, limit', ((0.2, 'loader'), (0., 'device')))
-def test_a_run_says_which_of_loader_and_device_is_the_limit(seconds, limit):
-    """A loader that takes 200 ms for a batch, and one that takes none beside a model that takes 200 ms."""
+def test_a_run_reports_whether_loader_or_device_is_the_limit(seconds, limit):
+    """A loader with 200 ms per batch; then a model with 200 ms per batch and an instant loader."""
     model, loader = toy()
 
     class Slow(Numbered):
@@ -265,7 +265,7 @@ def test_a_run_says_which_of_loader_and_device_is_the_limit(seconds, limit):
 
 @pytest.mark.parametrize('sizes, counted', [
     ((24, 1), (24, 1)), ((24, 24), (24,)), ((8, 8, 8, 4), (8, 8, 4)), ((5,), (5,))])
-def test_the_speed_is_not_that_of_what_is_left_over(sizes, counted):
+def test_the_speed_leaves_a_smaller_last_batch_out(sizes, counted):
     throughput = utils.Throughput(warmup_steps=1)
     for size in sizes:
         throughput.update(size, 1. + (size == 1))

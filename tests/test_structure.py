@@ -1,4 +1,4 @@
-"""The structure that CONTRIBUTING.md describes: what stands where, and which way imports point."""
+"""The structure that CONTRIBUTING.md describes: the files' places and the direction of imports."""
 
 import ast
 import os
@@ -42,7 +42,7 @@ def test_imports_point_one_way():
 
 def test_modules_do_not_import_one_another_in_a_circle():
     assert circles(import_graph()) == []
-    assert circles({'a': ['b'], 'b': ['c'], 'c': ['b']}) == [['b', 'c']]  # it would be seen
+    assert circles({'a': ['b'], 'b': ['c'], 'c': ['b']}) == [['b', 'c']]  # a circle is detected
 
 
 def test_the_network_imports_nothing_of_ours():
@@ -65,7 +65,7 @@ def test_functions_are_short_and_take_few_parameters():
 
 
 def test_public_functions_have_type_annotations():
-    """mypy asks for all or none of a function's. `python tests/structure.py --untyped` lists what is missing."""
+    """mypy requires all annotations of a function or none. `python tests/structure.py --untyped` lists missing ones."""
     found = ['%s:%d: %s: %s' % (path, line, name, ', '.join(lacks)) for path in product_files()
              for line, name, lacks in untyped(parse(path))]
     assert found == []
@@ -73,8 +73,8 @@ def test_public_functions_have_type_annotations():
     assert list(untyped(seen)) == [(2, 'A.b', ['c']), (4, 'g', ['return'])]
 
 
-def test_the_project_stands_by_itself():
-    """Nothing of a machine's own paths, and every package has an `__init__.py` that says what it holds."""
+def test_the_project_is_self_contained():
+    """No file has a machine's paths, and every package has an `__init__.py` that describes its content."""
     for folder, _, names in os.walk(os.path.join(ROOT, 'beit')):
         if '__pycache__' not in folder:
             assert '__init__.py' in names, folder

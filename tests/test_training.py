@@ -1,4 +1,4 @@
-"""The optimizer, the schedules and the loop against recorded figures of the reference, and against slow arithmetic."""
+"""Optimizer, schedules and loop against recorded figures of the reference and against slow arithmetic."""
 
 import argparse
 import json
@@ -73,7 +73,7 @@ def test_warmup_in_steps_and_too_long():
     schedule = optim_factory.cosine_scheduler(1., 0., 2, 10, warmup_epochs=0, warmup_steps=4)
     assert schedule[:4] == pytest.approx([0., 1 / 3, 2 / 3, 1.])
     assert schedule[4] == 1. and len(schedule) == 20
-    assert optim_factory.cosine_scheduler(1., 0., 2, 10, warmup_epochs=2)[-1] == 1.  # all of it warm-up
+    assert optim_factory.cosine_scheduler(1., 0., 2, 10, warmup_epochs=2)[-1] == 1.  # only warm-up
     with pytest.raises(ValueError, match='longer than the run'):
         optim_factory.cosine_scheduler(1., 0., 2, 10, warmup_epochs=3)
 
@@ -111,7 +111,7 @@ def fused(model):
 
 
 def skipping(model):
-    """Nothing is dropped in the recording, so the rate is so small that nothing is here."""
+    """The recording drops nothing, so this rate is too small to drop anything."""
     for block in model.blocks:
         block.skips_dropped, block.drop_path.drop_prob = True, 1e-9
 
@@ -170,7 +170,7 @@ def test_average_of_the_weights_by_slow_arithmetic():
         if value.is_floating_point():
             assert torch.allclose(value.double(), expected[name], atol=1e-6), name
         else:
-            assert torch.equal(value, model.state_dict()[name]), name  # timm's average would have changed it
+            assert torch.equal(value, model.state_dict()[name]), name  # timm's average would change it
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
@@ -245,7 +245,7 @@ def test_evaluation_with_fewer_than_five_classes():
 
 
 def test_the_references_call_trains():
-    """Positional as in the reference's run_class_finetuning.py: the scaler, clipping, EMA and mixup; then by name."""
+    """Positional as in the reference's run_class_finetuning.py: scaler, clipping, EMA and mixup; then by name."""
     model, loader = toy()
     average = utils.ModelEma(model, 0.5)
     before = average.ema.head.weight.clone()
@@ -257,7 +257,7 @@ def test_the_references_call_trains():
 
 
 class Confidence(metrics.Metric):
-    """The mean of the highest logit: all that somebody writes who adds a metric."""
+    """The mean of the highest logit: the complete code of a new metric."""
 
     specs = (metrics.MetricSpec('confidence', 'confidence %.3f', 'Confidence'),)
 
@@ -318,7 +318,7 @@ def test_throughput_leaves_the_first_steps_out():
 def test_maxstep_is_exact(image_folder, tmp_path, monkeypatch):
     steps = []
     monkeypatch.setattr(torch.optim.AdamW, 'step', counted(torch.optim.AdamW.step, steps))
-    for maxstep, update_freq in ((3, 1), (5, 2), (4, 1)):  # 32 images: 4 or 2 updates an epoch
+    for maxstep, update_freq in ((3, 1), (5, 2), (4, 1)):  # 32 images: 4 or 2 updates per epoch
         steps.clear()
         assert run_class_finetuning.run(RUN + ['--data_path=' + image_folder(train=16, name='d%d' % maxstep),
                                                '--epochs=9', '--maxstep=%d' % maxstep,

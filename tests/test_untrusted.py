@@ -1,7 +1,7 @@
-"""A file or a server that means harm gets one line in answer: no code run, no memory given away, nothing left behind.
+"""A hostile file or server causes one error line: it runs no code, allocates no memory, and leaves no file.
 
-The hostile files are written by hand, opcode by opcode; the rest are whole ones that hypothesis damages. BEIT_SOAK=1
-tries ten times as many.
+The hostile files are written opcode by opcode; hypothesis damages valid files for the others. BEIT_SOAK=1 tries ten
+times as many.
 """
 
 import argparse
@@ -45,13 +45,13 @@ TRIED = collections.Counter()
 
 
 def fuzz(examples):
-    """Settings of a test by hypothesis: the same examples in every run, and a failed one shown as it is."""
+    """Settings for hypothesis: the same examples in every run, and failed examples are not shrunk."""
     return settings(max_examples=examples * SOAK, derandomize=True, deadline=None, database=None,
                     phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 
 
 def attempt(data, path, what):
-    """What these bytes are read as: (content, ''), or (None, line) where they are refused. Any other error fails."""
+    """(content, '') of these bytes, or (None, line) if they are refused. Any other error fails."""
     TRIED[what] += 1
     with open(path, 'wb') as file:
         file.write(data)
@@ -75,13 +75,13 @@ def read(data, path):
 
 
 def refusal(data, path, what='hostile'):
-    """The line with which a file is refused."""
+    """The error line of a refused file."""
     content, line = attempt(data, path, what)
     assert content is None and line
     return line
 
 
-# ---- pickles by hand
+# ---- pickles written by hand
 
 def text(string):
     encoded = string.encode('utf-8', 'surrogatepass')
@@ -152,12 +152,12 @@ def as_pickle(body):
 
 
 def model_of(body):
-    """A weights file's outermost dict, with `body` where the weights should be."""
+    """A weights file's outermost dict with `body` instead of the weights."""
     return dict_of(text('model'), body)
 
 
-def test_what_the_hand_writes_is_read(tmp_path):
-    """Else the files below could be refused for another reason than the one that they are about."""
+def test_good_files_written_by_hand_are_read(tmp_path):
+    """Otherwise the files below could be refused for another reason."""
     body = dict_of(text('weight'), tensor(numbers(2, 2), numbers(2, 1)), text('epoch'), number(3), text('a'), b'N',
                    text('args'), name('argparse', 'Namespace') + b')\x81' + dict_of(text('lr'), b'G' + bytes(8)) + b'b')
     for data in (as_zip(body), as_legacy(body)):
@@ -182,7 +182,7 @@ def stack_global(module, attribute, *arguments):
 
 PYTHON = text('__import__("os").system("%s")' % COMMAND)
 INNER = b'cos\nsystem\n(S\'%s\'\ntR.' % COMMAND.encode()
-# {module and name: arguments}: each is refused, and the line says the name.
+# {module and name: arguments}: each is refused, and the line has the name.
 CALLED = {
     **dict.fromkeys((
         'os system', 'posix system', 'nt system', 'os popen', 'subprocess getoutput', 'marshal loads',
@@ -216,7 +216,7 @@ CALLED = {
     'torch.utils.cpp_extension load_inline': (text('x'), PYTHON),
     'torch FloatTensor': (number(2 ** 40),), 'torch zeros': (number(2 ** 40),),
 }
-# The same in other ways: (pickle, the name that the refusal must say).
+# Other ways to call: (pickle, the name that the line must have).
 NAMED = {
     'getattr': (call(called('builtins', 'getattr', called('builtins', '__import__', text('os')), text('system')), RUN),
                 'builtins.getattr'),
@@ -239,7 +239,7 @@ NAMED = {
 }
 NAMED.update((each, (called(*each.split(' '), *arguments), each.replace(' ', '.')))
              for each, arguments in CALLED.items())
-# Without a name of their own: what allowed names and opcodes can be made to do.
+# Attacks that use only allowed names and opcodes.
 TERABYTES = called('torch', 'FloatStorage', number(2 ** 40))
 UNNAMED = {
     'EXT1': b'\x82\xf0' + tuple_of(RUN) + b'R',
@@ -347,7 +347,7 @@ def watch(event, arguments):
 
 @pytest.fixture(scope='module')
 def auditing():
-    sys.addaudithook(watch)  # Python's own record of what is run; it can't be taken out again
+    sys.addaudithook(watch)  # an audit hook records executed code; it can't be removed
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ def harmless(auditing, tmp_path, monkeypatch):
                 lines.append(refusal(data, path, 'tricks'))
             finally:
                 seen, SEEN = SEEN, None
-            assert [each for each in seen if each[1][:1] != (path,)] == []  # which this test writes itself
+            assert [each for each in seen if each[1][:1] != (path,)] == []  # the test writes this file
         assert os.listdir(str(tmp_path)) == ['weights.pth']
         return lines
     return refused
@@ -453,7 +453,7 @@ def patched(data, *changes):
 
 
 def zip64(data, offset_of_end=None, **fields):
-    """An archive with the 64-bit end records that torch.save writes, or what `fields` makes of them."""
+    """An archive with torch.save's 64-bit end records, changed by `fields`."""
     start, end = directory_of(data)
     count, = struct.unpack_from('<H', data, end + 10)
     length = fields.get('length', end - start)
@@ -472,7 +472,7 @@ def hostile_archives():
     length, = struct.unpack_from('<L', good, first + 20)
     names = as_zip(model_of(tensor()), (('data/0', bytes(16)), ('DATA.PKL', pickled(called('os', 'system')))))
     header, = struct.unpack_from('<L', good, third + 42)
-    hidden = good[header:header + 30 + len('archive/data/0')] + bytes(16)  # a record within another
+    hidden = good[header:header + 30 + len('archive/data/0')] + bytes(16)  # overlapping records
     nested = as_zip(model_of(tensor()), (('data/0', bytes(16)), ('pad', hidden)))
     place = directory_of(nested)[0] + third - start + 42
     return {
@@ -485,7 +485,7 @@ def hostile_archives():
         'one record inside another': patched(nested, (place, '<L', nested.index(hidden, header + 1))),
         'a gap before its end': good[:end] + b'gap' + good[end:],
         'the pickle over all': patched(good, (first + 20, '<L', start - 60), (first + 24, '<L', start - 60)),
-        'a record behind the end': patched(good, (third + 20, '<L', 2 ** 31), (third + 24, '<L', 2 ** 31)),
+        'a record after the end': patched(good, (third + 20, '<L', 2 ** 31), (third + 24, '<L', 2 ** 31)),
         'a record of 2**32 - 1': patched(good, (third + 20, '<L', 2 ** 32 - 1), (third + 24, '<L', 2 ** 32 - 1)),
         'a record longer than packed': patched(good, (third + 24, '<L', 2 ** 31)),
         'a pickle longer than packed': patched(good, (first + 24, '<L', 2 ** 31)),
@@ -500,7 +500,7 @@ def hostile_archives():
         'one record fewer': patched(good, (end + 10, '<H', 2)),
         'no record': patched(good, (end + 10, '<H', 0)),
         'text before it': b'PK\3\4' + good,
-        'text behind it': good + b'text',
+        'text after it': good + b'text',
         'a comment': patched(good, (end + 20, '<H', 4)) + b'text',
         'two archives': good + as_zip(called('os', 'system')),
         'a directory of 2**62, in 64 bits': zip64(good, length=2 ** 62),
@@ -556,7 +556,7 @@ def test_old_files_with_wrong_storages(harmless, tmp_path):
 
 
 def test_a_tar_archive_is_not_unpacked(tmp_path, monkeypatch):
-    """torch.load takes a file that is a tar archive for one of its oldest format, and unpacks it."""
+    """torch.load treats a tar archive as its oldest format, and unpacks it."""
     import tarfile
     start = len(pickled(number(torch.serialization.MAGIC_NUMBER)) + pickled(number(1001))) + 2 + 5
     header = bytearray(512)
@@ -614,7 +614,7 @@ BOMBS = """
 
 
 def test_bombs_take_no_memory(tmp_path):
-    """In a process that may have 400 MiB more than it started with; what it asked for beyond would be an error."""
+    """In a process limited to 400 MiB of additional memory; a larger allocation raises an error."""
     if not os.path.isfile('/proc/self/status'):
         cannot_run('linux', 'no /proc to learn the size of a process from')
     done = subprocess.run([sys.executable, '-c', textwrap.dedent(BOMBS % (ROOT, os.path.join(ROOT, 'tests'))),
@@ -627,7 +627,7 @@ def test_bombs_take_no_memory(tmp_path):
     assert grown < 300 << 10, '%d MiB' % (grown >> 10)
 
 
-# ---- what isn't a file of torch.save
+# ---- files of other formats
 
 def test_pipes_devices_and_folders(tmp_path):
     pipe = str(tmp_path / 'pipe')
@@ -653,10 +653,10 @@ def test_other_files(tmp_path, data):
     assert 'not a weights file, or damaged' in refusal(data, str(tmp_path / 'w.pth'), 'others')
 
 
-# ---- what must go on working
+# ---- valid files
 
 def everything():
-    """One of each thing that a checkpoint of the reference, of timm or of this project holds."""
+    """One object of each kind in checkpoints of the reference, of timm and of this project."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.randn(4, 3)).sum().backward()
@@ -692,11 +692,11 @@ def test_good_files_are_read_whole(tmp_path, legacy):
         == [content[key] for key in ('epoch', 'scaler', 1, 'numbers')]
     assert found['view'].stride() == content['view'].stride()
     found['again'][3] = 7.
-    assert found['view'][2, 0] == found['other view'][0] == 7.  # still one storage
+    assert found['view'][2, 0] == found['other view'][0] == 7.  # a shared storage stays shared
 
 
 def test_files_with_any_name_are_read(tmp_path):
-    """PyTorch 1.6 to 2.0 give the folder in the archive the file's own name."""
+    """PyTorch 1.6 to 2.0 name the folder in the archive after the file."""
     for each in ('Größe 1.pth', 'a.b.c', '模型.pth', 'UPPER.PTH', '\'quoted\'.pth'):
         path = str(tmp_path / each)
         torch.save({'weight': torch.ones(2)}, path, _use_new_zipfile_serialization=True)
@@ -714,7 +714,7 @@ def test_numpy_scalars_of_either_numpy_are_read(tmp_path):
 
 
 def test_numbers_in_the_other_byte_order_are_refused(tmp_path):
-    """As a machine with a big-endian processor writes them: they would be read as other numbers."""
+    """A big-endian machine writes them; they would be read as other numbers."""
     swapped = as_zip(model_of(tensor()), (('data/0', bytes(16)), ('byteorder', b'big')))
     assert 'its bytes are swapped' in refusal(swapped, str(tmp_path / 'w.pth'))
     read(as_zip(model_of(tensor()), (('data/0', bytes(16)), ('byteorder', b'little'))), str(tmp_path / 'w.pth'))
@@ -748,7 +748,7 @@ def test_safetensors_are_read(tmp_path):
     if hasattr(torch, 'frombuffer'):
         assert torch.equal(read(half, path)['weight'], torch.ones(8, dtype=torch.bfloat16))
     else:
-        assert 'holds bfloat16 tensors, which need PyTorch 1.10 or newer' in refusal(half, path)
+        assert 'bfloat16 tensors in this format need PyTorch 1.10 or newer' in refusal(half, path)
 
 
 def test_safetensors_of_a_model_are_loaded(tmp_path):
@@ -787,7 +787,7 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
     for module in ('safetensors', 'safetensors.torch', 'safetensors.numpy'):
         monkeypatch.setitem(sys.modules, module, None)
     line = refusal(safetensors(one(), bytes(16)), str(tmp_path / 'w.safetensors'))
-    assert line.endswith('a safetensors file, and the package that reads it is missing; run: pip install safetensors')
+    assert line.endswith('a safetensors file needs the package safetensors; run: pip install safetensors')
 
 
 # ---- fuzz
@@ -806,7 +806,7 @@ def adamw(model):
 
 
 def state_of(model):
-    """What a small checkpoint of this project holds, after one update."""
+    """The content of a small checkpoint of this project after one update."""
     optimizer = adamw(model)
     optimizer.step()
     flags = dict(model='beit_nano_patch8_32', input_size=32, lr=1e-3, opt='adamw')
@@ -817,7 +817,7 @@ def state_of(model):
 
 
 def data_of_a_run():
-    """As `fingerprint.of_data` gives it."""
+    """In the form of `fingerprint.of_data`."""
     each = {'images': 16, 'names': 'a' * 32, 'order': 'b' * 32, 'labels': 'c' * 32, 'sizes': 'd' * 32,
             'sample': [['e' * 16, 'f' * 16, 500, '0' * 16]]}
     return {'train': dict(each), 'val': dict(each, images=4)}
@@ -837,7 +837,7 @@ def whole():
 
 @pytest.fixture
 def fuzzed(tmp_path):
-    """fuzzed(data, what): reads damaged bytes; what is read in spite of the damage must load into a model, or not."""
+    """fuzzed(data, what): reads damaged bytes. Content that passes must load into a model or be refused."""
     path, model = str(tmp_path / 'w.pth'), nano()
 
     def check(data, what):
@@ -852,11 +852,11 @@ def fuzzed(tmp_path):
 def test_files_cut_off_at_every_kilobyte(whole, tmp_path):
     for data in whole:
         for length in itertools.chain(range(0, len(data), 1024), range(len(data) - 100, len(data), 7)):
-            refusal(data[:length], str(tmp_path / 'w.pth'), 'truncations')
+            assert 'not a weights file' in refusal(data[:length], str(tmp_path / 'w.pth'), 'truncations')
 
 
 def places(data):
-    """Where to damage a file: anywhere, and as often in its pickle, headers and directory as in all of its tensors."""
+    """Positions to damage: anywhere; pickle, headers and directory as often as all tensors together."""
     return st.one_of(st.integers(0, len(data) - 1), st.integers(0, min(len(data), 20000) - 1),
                      st.integers(max(0, len(data) - 4000), len(data) - 1))
 
@@ -875,7 +875,7 @@ def test_flipped_bits(whole, fuzzed, form):
 
 @pytest.mark.parametrize('form', (0, 1), ids=('zip', 'legacy'))
 def test_spliced_bytes(whole, fuzzed, form):
-    """Pieces are cut out, doubled, swapped, zeroed, or replaced by others."""
+    """Pieces are removed, doubled, swapped, zeroed or replaced."""
     data = whole[form]
 
     @fuzz(150)
@@ -915,8 +915,8 @@ def test_random_pickles(tmp_path, form):
     assert os.listdir(str(tmp_path)) == ['w.pth']
 
 
-def test_random_calls_of_what_is_allowed(tmp_path):
-    """Programs that are whole: nested calls of the allowed names with arguments of every type."""
+def test_random_calls_of_allowed_names(tmp_path):
+    """Complete pickle programs: nested calls of the allowed names with arguments of every type."""
     path = str(tmp_path / 'w.pth')
     plain = st.one_of(PIECES.filter(lambda piece: piece[:1] in b'XG\x8aN}]' and piece[-1:] not in b'uesb'),
                       st.sampled_from([storage(), tensor(), ORDERED, numbers(4), numbers(1), number(0), b'\x89']))
@@ -963,9 +963,7 @@ def good():
 
 @pytest.fixture
 def take_up(tmp_path, parse):
-    """take_up(content): all that the program does with a file's content, up to the first update; or a UserError.
-
-    It gives the errors' lines.
+    """take_up(content): use a file's content as the program does, up to the first update. Returns the error lines.
     """
     path, model, args = str(tmp_path / 'checkpoint-3.pth'), nano(depth=1), parse()
 
@@ -973,7 +971,7 @@ def take_up(tmp_path, parse):
         TRIED['wrong types'] += 1
         loads, lines = (resume, tune) if tuning else (resume,), []
         torch.save(content, path)
-        for load in loads:  # each reads the file as the program does
+        for load in loads:  # each function reads the file as the program does
             try:
                 load()
             except UserError as error:
@@ -1021,14 +1019,14 @@ def test_wrong_types_in_the_fingerprints_are_one_line(good, take_up, key):
         take_up(dict(good, data=data, args=dict(args, **({key: value} if key in args else {}))), tuning=False)
 
 
-def test_wrong_types_in_place_of_everything(good, take_up):
-    assert take_up(good) == []  # else the others would prove nothing
+def test_wrong_types_instead_of_the_content(good, take_up):
+    assert take_up(good) == []  # otherwise the others would prove nothing
     for value in WRONG:
         assert len(take_up(value)) == 2
 
 
 def everywhere(value, path=()):
-    """The path of every value inside, outermost first."""
+    """The path of every nested value, outermost first."""
     yield path
     if isinstance(value, (dict, list, tuple)):
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
@@ -1047,7 +1045,7 @@ def replaced(value, path, new):
 
 def test_wrong_types_anywhere(good, take_up):
     inside = {key: [(key,) + path for path in everywhere(good[key]) if path] for key in good if key != 'model'}
-    # All parameters are alike, so that one of each is enough.
+    # The parameters have equal types, so one is enough.
     inside['optimizer'] = [path for path in inside['optimizer'] if path[1:2] != ('state',) or path[2:3] in ((), (0,))]
     inside['model'] = [('model', each) for each in list(good['model'])[:8]]
     changes = st.tuples(st.one_of([st.sampled_from(paths) for paths in inside.values() if paths]),
@@ -1082,7 +1080,7 @@ def chunk(data):
 
 
 LENGTH, CHUNKED = {'Content-Length': len(BODY)}, {'Transfer-Encoding': 'chunked'}
-# By the address's name: what the server answers, (status, headers, what it sends).
+# {name in the URL: (status, headers, body) of the answer}
 ANSWERS = {
     'whole': (200, LENGTH, [BODY]), 'broken': (200, LENGTH, [BODY[:-10]]), 'silent': (200, LENGTH, [BODY[:-10]]),
     'chunked': (200, CHUNKED, [chunk(BODY[:100]), chunk(BODY[100:]), chunk(b'')]),
@@ -1097,7 +1095,7 @@ ANSWERS = {
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves BODY in as many ways as there are to go wrong; what was asked for is noted in `asked`."""
+    """Serves BODY with every kind of fault, and records the requests in `asked`."""
 
     protocol_version = 'HTTP/1.1'
 
@@ -1123,7 +1121,7 @@ class Quiet(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_):
-        pass  # a client that goes away is what these tests are about
+        pass  # these tests disconnect clients
 
 
 @pytest.fixture(scope='module')
@@ -1142,10 +1140,10 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def address(server, tmp_path, monkeypatch):
-    """address('whole.pth'): the URL under which the server answers in that way."""
+    """address('whole.pth'): the URL of that answer."""
     monkeypatch.setenv('SSL_CERT_FILE', server.certificate)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
-    monkeypatch.setattr(download, 'SILENCE', 1.)
+    monkeypatch.setattr(download, 'TIMEOUT', 1.)
     monkeypatch.setattr(download, 'MAX_DOWNLOAD', 1 << 20)
     server.asked.clear()
     return lambda path: 'https://localhost:%d/%s' % (server.server_port, path)
@@ -1159,7 +1157,7 @@ def files_below(folder):
                                   'whole.pth#sha256=' + DIGEST, 'whole.pth#sha256=' + DIGEST.upper(),
                                   'lengthless.pth#sha256=' + DIGEST, 'whole-%s.pth' % DIGEST[:8],
                                   'lengthless-%s.pth' % DIGEST[:16]])
-def test_what_is_downloaded_is_kept(server, address, tmp_path, path, capsys):
+def test_downloads_are_cached(server, address, tmp_path, path, capsys):
     for _ in range(2):
         found = download.resolve_url(address(path))
         with open(found, 'rb') as file:
@@ -1170,6 +1168,17 @@ def test_what_is_downloaded_is_kept(server, address, tmp_path, path, capsys):
     assert os.stat(found).st_mode & 0o444 == 0o444 & ~current_umask()
 
 
+def test_pretrained_weights_are_downloaded(address, tmp_path, monkeypatch):
+    model, file = nano(), io.BytesIO()
+    torch.save({'model': model.state_dict()}, file)
+    data = file.getvalue()
+    monkeypatch.setitem(ANSWERS, 'model', (200, {'Content-Length': len(data)}, [data]))
+    target = nano()
+    torch.nn.init.zeros_(target.head.weight)
+    pretrained.load_pretrained(target, address('model.pth'))
+    assert torch.equal(target.head.weight, model.head.weight)
+
+
 def current_umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -1178,20 +1187,20 @@ def current_umask():
 
 @pytest.mark.parametrize('path, says', [
     ('missing.pth', '404'),
-    ('broken.pth', r'it broke off after \d+ of %d bytes' % len(BODY)),
+    ('broken.pth', r'after \d+ of %d bytes' % len(BODY)),
     ('halfchunk.pth', 'download failed'),
     ('silent.pth', 'timed out'),
-    ('lengthless.pth', 'does not say how long it is; add its #sha256='),
+    ('lengthless.pth', '#sha256='),
     ('large.pth', 'larger than'),
     ('endless.pth', 'larger than'),
     ('endless.pth#sha256=' + DIGEST, 'larger than'),
     ('absurd.pth', 'download failed'),
-    ('unsafe.pth', 'redirected to http://localhost.*only https:// addresses'),
+    ('unsafe.pth', 'redirects to http://localhost.*not to an https:// address'),
     ('local.pth', 'download failed.*file:///etc/passwd'),
     ('circle.pth', 'download failed'),
     ('garbage.pth', 'download failed'),
     ('whole.pth#sha256=' + '0' * 64, 'sha256 %s, not the one asked for' % DIGEST),
-    ('broken.pth#sha256=' + DIGEST, 'it broke off'),
+    ('broken.pth#sha256=' + DIGEST, r'after \d+ of %d bytes' % len(BODY)),
     ('whole-00000000.pth', 'sha256 %s, not the one asked for' % DIGEST),
     ('whole.pth#sha256=1234', 'sha256= and 64 hex digits'),
     ('whole.pth#md5=' + '0' * 64, 'sha256= and 64 hex digits'),
@@ -1245,7 +1254,7 @@ def test_a_cached_file_is_checked_too(address, tmp_path):
     found = download.resolve_url(address('whole.pth'))
     with open(found, 'ab') as file:
         file.write(b'more')
-    with pytest.raises(UserError, match='not the one asked for; delete it'):
+    with pytest.raises(UserError, match='has another sha256, .*; delete it'):
         download.resolve_url(address('whole.pth#sha256=' + DIGEST))
 
 
@@ -1267,11 +1276,11 @@ def test_the_other_processes_wait_for_the_first(server, address, monkeypatch, tm
     assert server.asked == ['/whole.pth']
 
 
-def test_how_many_were_tried(record_property, capsys):
-    """The last of this file: says how many files the others made."""
+def test_number_of_tried_files(record_property, capsys):
+    """The last test of this file prints how many files the others made."""
     TRIED.pop('good', None)
     tried = sum(TRIED.values())
     record_property('files tried', tried)
-    with capsys.disabled():  # standard error, for a worker of pytest-xdist has no other way to the terminal
+    with capsys.disabled():  # only standard error of a pytest-xdist worker reaches the terminal
         print('\ncheckpoint reader: %d damaged or hostile files tried (%s)' % (
             tried, ', '.join('%d %s' % (count, what) for what, count in TRIED.most_common())), file=sys.stderr)

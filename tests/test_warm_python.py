@@ -1,4 +1,4 @@
-"""What tests/warm_python.py starts behaves as what Python starts: the same command, by both."""
+"""tests/warm_python.py runs a command as Python does: each test compares both."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ ENDS = {'well': 'pass', 'a number': 'import sys; sys.exit(7)', 'words': 'import 
 
 
 def both(*command, **options):
-    """What a Python of its own and a forked one gave: (exit status, standard output, standard error) of each."""
+    """(exit status, standard output, standard error) of an ordinary and of a forked Python."""
     for start in (sys.executable, python()):
         done = subprocess.run([start] + list(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               universal_newlines=True, timeout=100, **options)
@@ -35,7 +35,7 @@ def both(*command, **options):
 
 
 @pytest.mark.parametrize('kind', ['-c', '-m', 'a file'])
-def test_it_has_all_that_a_command_gives(tmp_path, kind):
+def test_it_inherits_everything_that_a_command_sets(tmp_path, kind):
     (tmp_path / 'program.py').write_text(SAYS)
     command = {'-c': ['-c', SAYS], '-m': ['-m', 'program'], 'a file': ['-u', 'program.py']}[kind]
     mine, forked = both(*command, 'one', 'two words', cwd=str(tmp_path), input='typed', env=environment(X='ä'),
@@ -60,7 +60,7 @@ def test_a_signal_is_passed_on_and_a_killed_command_leaves_nothing():
             assert command.wait() == status
 
 
-def test_it_is_a_python_of_its_own_where_a_fork_could_not_be():
+def test_a_separate_python_starts_where_a_fork_would_differ():
     code = 'import os, sys; print("torch" in sys.modules, os.getppid())'
     forked, *others = (
         subprocess.run([python(), '-c', code], stdout=subprocess.PIPE, universal_newlines=True, env=environment(**env)

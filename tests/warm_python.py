@@ -1,17 +1,16 @@
 """A Python that starts at once, for tests that start the program: PyTorch, torchvision and timm are imported already.
 
-A start of the program spends four seconds on imports, and the tests start it many hundred times. Here a server imports
-the packages once, and forks a process for each start. The forked process has the command's arguments, environment,
-folder, standard streams and ignored signals, and imports the project's own modules anew.
+Importing takes four seconds, and the tests start the program many hundred times. A server imports the packages once and
+forks a process for each start. The forked process has the command's arguments, environment, folder, standard streams
+and ignored signals, and imports the project's modules itself.
 
-`start` gives a program that takes Python's command line. It passes signals on to the forked process and ends as that
-one does. It starts a Python of its own where something differs that only the start of a process reads, or that a
-forked process doesn't inherit from the command: limits, user, namespaces.
+`start` returns a program that takes Python's command line. It forwards signals to the forked process and exits with its
+status. It starts an ordinary Python for settings that a fork can't apply or inherit: limits, user, namespaces.
 
-What differs from a Python of its own: the process is the server's child, in a session of its own, so that what is sent
-to the command's group reaches it only once; /proc/PID/environ is the server's (`environment_of` reads its own); and
-what is to be set before PyTorch is imported has no effect. Tests of these things, of signals and of processes that are
-killed use sys.executable.
+Differences from an ordinary Python: the process is the server's child in a new session, so a signal to the command's
+group reaches it only once; /proc/PID/environ is the server's (`environment_of` reads the right one); settings that must
+precede PyTorch's import have no effect. Tests of these differences, of signals and of killed processes use
+sys.executable.
 """
 
 import array
@@ -41,11 +40,11 @@ READ_AT_START = ('OMP_', 'MKL_', 'KMP_', 'OPENBLAS_', 'LD_', 'LC_', 'LANG', 'MAL
                  'TORCH_SHOW')
 FORKED_READ = ('PYTHON', 'PYTHONPATH', 'PYTHON_EXEC', 'PYTHONUNBUFFERED', 'PYTHON38')
 ENVIRON = 'environ of warm_python'  # a file in memory, which a forked process holds open
-HEAD = 12  # bytes that say how many follow
+HEAD = 12  # bytes of the length prefix
 
 
 def surroundings():
-    """What a process has from its start, and a forked one from the server."""
+    """The settings that a process has from its start; a forked one has the server's."""
     env = {name: value for name, value in os.environ.items()
            if name.startswith(READ_AT_START) and name not in FORKED_READ}
     limits = {name: list(resource.getrlimit(getattr(resource, name))) for name in dir(resource)
@@ -57,7 +56,7 @@ def surroundings():
 # ---- the program that tests start: warm_python.py SOCKET ARGUMENT…
 
 def run_client(path, arguments):
-    """Have the server run Python's command line; ends as that ends."""
+    """Have the server run Python's command line, and exit with its status."""
     command = arguments[1:] if arguments[:1] == ['-u'] else arguments
     folders = os.environ.get('PYTHONPATH', '').split(os.pathsep)
     with open(path + '.env', encoding='utf-8') as file:
@@ -86,7 +85,7 @@ def run_client(path, arguments):
         signal.signal(number, lambda number, _: send_signal(pid, number))
     for number in early:
         send_signal(pid, number)
-    for handle in (0, 1, 2):  # or who reads from the forked process would wait for this one too
+    for handle in (0, 1, 2):  # else a reader of the forked process would wait for this one too
         os.close(handle)
     answer = connection.recv(HEAD)
     status = int(answer) if answer else 70
@@ -105,7 +104,7 @@ def send_signal(pid, number):
 # ---- the server: warm_python.py SOCKET
 
 def serve(path):
-    """Fork a process for each order: gives the order there, and None here when whoever started this has ended."""
+    """Fork a process for each order. Returns the order in the child, and None in the server after its starter's end."""
     for name in PACKAGES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -126,7 +125,7 @@ def serve(path):
     print('ready', flush=True)
     while True:
         ready = select.select([0, listener, reader] + list(running), [], [])[0]
-        for connection in set(ready) & set(running):  # its client was killed: it says nothing else
+        for connection in set(ready) & set(running):  # its client was killed and sends nothing else
             send_signal(running[connection], signal.SIGKILL)
             os.waitpid(running.pop(connection), 0)
             connection.close()
@@ -182,7 +181,7 @@ def receive(connection):
 
 
 def become(order, streams):
-    """In the forked process: what a new one of that command has."""
+    """In the forked process: take the settings of a new process of that command."""
     os.setsid()
     for number in FORWARDED + (signal.SIGCHLD,):
         signal.signal(number, signal.SIG_IGN if number in order['ignored'] else
@@ -205,11 +204,11 @@ def become(order, streams):
         setattr(sys, name, stream)
         setattr(sys, '__%s__' % name, stream)
     if 'numpy' in sys.modules:
-        sys.modules['numpy'].random.seed()  # the random module does it by itself
+        sys.modules['numpy'].random.seed()  # the random module reseeds itself
 
 
 def run(order):
-    """Python's command line, in the way of runpy and Python's own main."""
+    """Run Python's command line as runpy and Python's main do."""
     kind, rest = order['command'][0], order['command'][1:]
     sys.path[1:1] = [folder for folder in os.environ.get('PYTHONPATH', '').split(os.pathsep) if folder]
     main = types.ModuleType('__main__')
@@ -229,7 +228,7 @@ def run(order):
 
 
 def environment_of(pid):
-    """{name: value} of the environment that a living process was started with, forked or not."""
+    """{name: value}: the initial environment of a living process, forked or not."""
     path = '/proc/%s/environ' % pid
     for handle in os.listdir('/proc/%s/fd' % pid):
         with contextlib.suppress(OSError):
@@ -240,7 +239,7 @@ def environment_of(pid):
 
 
 def start(folder):
-    """Start a server: (its process, the program to start in Python's place). It ends when its standard input does."""
+    """Start a server: (its process, the program to run instead of Python). It exits when its standard input closes."""
     path, program = os.path.join(folder, 'socket'), os.path.join(folder, 'python')
     with open(program, 'w', encoding='utf-8') as file:
         file.write('#!/bin/sh\nexec "%s" -IS "%s" --client "%s" "$@"\n' % (
@@ -255,7 +254,7 @@ def start(folder):
 
 
 def end(order):
-    """Run the command and end as Python does, but for the modules, which it would take apart one by one."""
+    """Run the command and exit as Python does, but without tearing the modules down."""
     status = 0
     try:
         run(order)
@@ -275,7 +274,7 @@ def end(order):
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):  # closed, or nobody reads
+        except (OSError, ValueError):  # closed, or without a reader
             status = status or 120
     os._exit(status & 255)
 

@@ -1,5 +1,5 @@
-"""The published torch_npu wheels, downloaded once and read without importing them: which names there are, and how each
-may be called. Importing needs CANN, which needs an NPU's machine.
+"""Names and signatures in the published torch_npu wheels, downloaded once and read without importing them. Importing
+needs CANN, which needs an NPU's machine.
 """
 
 import ast
@@ -16,13 +16,13 @@ import tempfile
 import zipfile
 
 OLDEST = '2.1.0.post17'
-NEWEST_KNOWN = ['2.13.0', '2.14.0']  # where the registry's list can't be read
-PYTHONS = ('3.11', '3.10', '3.12', '3.13')  # of the wheel, whichever runs this; its Python files are the same
+NEWEST_KNOWN = ['2.13.0', '2.14.0']  # used when the registry's list can't be read
+PYTHONS = ('3.11', '3.10', '3.12', '3.13')  # the wheel's, not this Python's; its Python files don't depend on it
 PLATFORMS = ('manylinux_2_28_x86_64', 'manylinux_2_17_x86_64', 'manylinux2014_x86_64')
 
 
 class OutOfReach(Exception):
-    """Neither the registry nor the cache has a wheel that is needed."""
+    """Neither the registry nor the cache has the wheel."""
 
 
 # ---- download
@@ -39,9 +39,9 @@ def numbers(version):
 
 
 def newest(versions, requirements):
-    """The newest for each of the two newest PyTorch that requirements.txt allows: torch_npu's begin with their torch's.
+    """The newest torch_npu, by its version prefix, for each of the two newest PyTorch that requirements.txt allows.
 
-    A list, oldest first; [] where none fits.
+    Returns a list, oldest first.
     """
     at_least, below = re.search(r'^torch>=([\d.]+),<([\d.]+)', requirements, re.MULTILINE).groups()
     fitting = [v for v in versions if numbers(v) and numbers(at_least)[:-1] <= numbers(v) < numbers(below)[:-1]]
@@ -62,7 +62,7 @@ def _pip(*words, timeout):
 
 
 def published():
-    """The versions that the registry lists, or [] where it can't be asked."""
+    """The versions in the registry, or [] if it can't be reached."""
     listed, _ = _pip('index', 'versions', 'torch_npu', '--python-version=' + PYTHONS[0], timeout=60)
     match = re.search(r'^Available versions: (.*)$', listed, re.MULTILINE)
     return match.group(1).split(', ') if match else []
@@ -88,7 +88,7 @@ def wheel(version):
             _, problem = _pip('download', 'torch_npu==' + version, '--dest=' + folder, '--python-version=' + python,
                               timeout=300)
             for name in os.listdir(folder):
-                os.replace(os.path.join(folder, name), os.path.join(cache_folder(), name))  # all of it, or nothing
+                os.replace(os.path.join(folder, name), os.path.join(cache_folder(), name))  # a complete file or none
                 return os.path.join(cache_folder(), name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -104,8 +104,8 @@ def wheels(requirements):
 
 # ---- names
 
-# kind: module, class, method, function, value, operator (node: its schemas), compiled, or outside: of another package,
-# or the result of a call, of which nothing can be said. home: the module where it is defined.
+# kind: module, class, method, function, value, operator (node: its schemas), compiled, or outside (of another package,
+# or the unknown result of a call). home: the module where it is defined.
 Found = collections.namedtuple('Found', 'kind node home')
 OUTSIDE = Found('outside', None, None)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -123,8 +123,8 @@ class Library:
     """Packages as text: a wheel, a folder, or a dictionary from path to source.
 
     Names are resolved by files and syntax trees: definitions, assignments, imports, star imports, `__all__`, base
-    classes; for torch_npu also what it puts into itself while it is imported: `torch_npu.x = torch.ops.npu.x`, its
-    lazy exports, and torch.npu, which is torch_npu.npu. Names of the compiled part are looked for among its strings.
+    classes; for torch_npu also the names that it adds during its import: `torch_npu.x = torch.ops.npu.x`, its
+    lazy exports, and torch.npu, which is torch_npu.npu. Names of the compiled part are searched among its strings.
     """
 
     def __init__(self, name, paths, read):
@@ -202,7 +202,7 @@ class Library:
                     found[name] = base + '.' + name
 
     def public(self, module):
-        """What `from module import *` brings."""
+        """The names that `from module import *` imports."""
         names = self.bindings(module)
         listed = names.get('__all__')
         if isinstance(listed, (ast.List, ast.Tuple)):
@@ -210,7 +210,7 @@ class Library:
         return [name for name in names if not name.startswith('_')]
 
     def look_up(self, name):
-        """The `Found` of a dotted name, or None where it doesn't exist. 'a.B().c' is an attribute of an instance."""
+        """The `Found` of a dotted name, or None if it doesn't exist. 'a.B().c' is an attribute of an instance."""
         if name == 'torch.npu' or name.startswith('torch.npu.'):
             name = 'torch_npu.npu' + name[len('torch.npu'):]
         if name.startswith('torch.ops.npu.'):
@@ -267,7 +267,7 @@ class Library:
         return found or Found('value', node, module)
 
     def _resolve(self, name, module):
-        """A dotted name as the code of that module means it."""
+        """Resolve a dotted name in that module's scope."""
         first, _, rest = name.partition('.')
         bound = self.bindings(module).get(first)
         if bound is None and not self.file_of(module + '.' + first):
@@ -287,7 +287,7 @@ class Library:
         for node in ast.walk(owner.node):
             if isinstance(node, ast.Attribute) and dotted(node) == 'self.' + name and isinstance(node.ctx, ast.Store):
                 return Found('value', None, owner.home)
-        for method in ('__getattr__', '__setattr__'):  # which compare the names that they know with literals
+        for method in ('__getattr__', '__setattr__'):  # they compare known names with literals
             if method in inside and any(
                     isinstance(n, ast.Constant) and n.value == name for n in ast.walk(inside[method])):
                 return Found('value', None, owner.home)
@@ -304,7 +304,7 @@ class Library:
                 return found
         return unknown
 
-    # ---- what torch_npu puts into itself
+    # ---- names that torch_npu adds to itself
 
     @property
     @functools.lru_cache(maxsize=None)  # noqa: B019  (there are three libraries, for as long as the tests run)
@@ -339,7 +339,7 @@ class Library:
 
     @functools.lru_cache(maxsize=None)  # noqa: B019
     def _is_compiled(self, name):
-        # A linker lets a string be the tail of another, so nothing can be asked of what stands before it.
+        # A linker may store a string as the tail of another, so any character may precede it.
         return any(name.encode() + b'\0' in self._binary(path) for path in sorted(self.paths)
                    if path.startswith(('torch_npu/_C.', 'torch_npu/lib/libtorch_npu')))
 
@@ -350,7 +350,7 @@ class Library:
     # ---- signatures
 
     def signatures(self, found):
-        """[inspect.Signature, …], one that fits is enough; or None where the wheel doesn't say."""
+        """[inspect.Signature, …], of which one must fit; None if the wheel has none."""
         if found.kind in ('function', 'method'):
             return [_signature(found.node, drop_first=found.kind == 'method')]
         if found.kind == 'operator':
@@ -391,7 +391,7 @@ def _schema_signature(schema):
 
 
 def refusal(signatures, positional, keywords, complete):
-    """None where one of the signatures takes such a call, else why the last doesn't. `complete`: no * or ** in it."""
+    """None if a signature accepts the call, else the last one's error. `complete`: the call has no * or **."""
     problem = None
     for signature in signatures:
         try:

@@ -91,24 +91,15 @@ FACTS: Tuple[Fact, ...] = (
 
 # ---- reading a checkpoint
 
-def _args(content):
-    return saved_args(content) if isinstance(content, dict) else {}
-
-
 def saved_data(content: Any) -> Dict[str, Any]:
     """The fingerprints of a checkpoint's training and validation images; {} if it holds none."""
     data = content.get('data') if isinstance(content, dict) else None
     return data if isinstance(data, dict) and isinstance(data.get('train'), dict) else {}
 
 
-def _saved_run(content):
-    progress = content.get('progress') if isinstance(content, dict) else None
-    return progress.get('run') if isinstance(progress, dict) else None
-
-
 def _split_flags(content):
     """(--val_split, --seed) of a checkpoint's run; None without --val_split."""
-    share, seed = (_args(content).get(name) for name in ('val_split', 'seed'))
+    share, seed = (saved_args(content).get(name) for name in ('val_split', 'seed'))
     return (share, seed) if isinstance(share, float) and share > 0 and isinstance(seed, int) else None
 
 
@@ -149,7 +140,8 @@ def resume_differences(content: Dict[str, Any], run: Run, ignored: Container[str
     Args:
         ignored: the flags that affect no number.
     """
-    theirs, before, data = _args(content), _saved_run(content), saved_data(content)
+    theirs, progress, data = saved_args(content), content.get('progress'), saved_data(content)
+    before = progress.get('run') if isinstance(progress, dict) else None
     if not theirs or not isinstance(before, dict):
         return [Difference('the checkpoint does not record its flags', None)]
     found = [Difference(_change('--%s is %s (was %s)', name, value, theirs[name]), name == 'seed')
@@ -269,7 +261,7 @@ def check_evaluation(source: str, content: Any, val_set: Any, classes: Sequence[
     if isinstance(theirs.get('val'), dict):
         found = _data_differences(fingerprint.of_data(None, val_set, classes, device), theirs, 'val.')
         if found:
-            log_main('Not what the training evaluated: %s' % '; '.join(each.text for each in found))
+            log_main('Not the validation images of the training: %s' % '; '.join(each.text for each in found))
 
 
 # ---- averaging

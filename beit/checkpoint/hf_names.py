@@ -7,7 +7,7 @@ separate weights for query, key and value.
 import json
 import os
 import re
-from typing import Dict, Iterable, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
@@ -65,11 +65,7 @@ def _rename(name, pattern, target):
 
 
 def _first(name, pairs):
-    for pattern, target in pairs:
-        renamed = _rename(name, pattern, target)
-        if renamed is not None:
-            return renamed
-    return None
+    return next(filter(None, (_rename(name, pattern, target) for pattern, target in pairs)), None)
 
 
 _PARTS = [(ours, theirs) for ours, theirs in HUGGING_FACE if isinstance(theirs, tuple)]
@@ -99,14 +95,9 @@ def to_hugging_face(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return renamed
 
 
-def has_hf_names(names: Iterable[str]) -> bool:
-    """Whether these names belong to a BEiT of transformers, with or without a head."""
-    return any(re.match(r'(beit\.)?embeddings\.(cls_token|patch_embeddings\.)', name) for name in names)
-
-
 def to_native(state: Dict[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], str]:
     """A state dict of any library under this project's names, and that library's name or ''. Unknown names stay."""
-    if not has_hf_names(state):
+    if not any(re.match(r'(beit\.)?embeddings\.(cls_token|patch_embeddings\.)', name) for name in state):
         return state, ''
     if not any(name.startswith('beit.') for name in state):  # a plain BeitModel, without the prefix
         state = {name if name.startswith(('classifier.', 'lm_head.')) else 'beit.' + name: value
@@ -200,12 +191,12 @@ def hf_preprocessing(path: str) -> Optional[EvalTransform]:
         if not squashes and int(crop / crop_pct) != side:  # rounding
             crop_pct = crop / (side + 0.5)
         mean, std = (tuple(map(float, found[name])) for name in ('image_mean', 'image_std'))
-        made = EvalTransform(
+        transform = EvalTransform(
             side if squashes else crop, crop_pct,
             {1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}.get(found.get('resample', 3), 'unknown'), mean, std,
             'squash' if squashes else 'center')
-        made.check()
-        return made
+        transform.check()
+        return transform
     except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError, RecursionError) as error:
         raise UserError('%s: unsupported (%s); remove the file and give --input_size, --crop_pct'
                         % (escape_text(config), escape_text(str(error))[:200])) from None

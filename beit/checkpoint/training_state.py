@@ -6,9 +6,10 @@ load as well.
 
 import collections
 import contextlib
+import dataclasses
 import os
 import time
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 
@@ -65,25 +66,20 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
     return content
 
 
+@dataclasses.dataclass
 class RunState:
-    """The progress of a run.
-
-    Attributes:
-        epoch (int): the current epoch, from 0; steps (int): its finished updates.
-        meters (list): for each process, the state of that epoch's averages; [] at its start.
-        best (dict): the best accuracies so far, in percent.
-        run (dict): see `comparison.facts_of`.
-        data (dict): the fingerprints of the data, see `comparison.data_to_save`.
-        stale (int): consecutive evaluations without a new best.
-        spent (list): seconds of the run; images, seconds, seconds waiting for data, and number of the timed steps.
-        origin (str): the --resume that the run started with, or ''; --auto_resume compares it.
-        files (list of str): the checkpoints to write after an epoch, in order; [] in mid-epoch.
-    """
-
-    def __init__(self, epoch=0, steps=0, meters=(), best=None, run=None):
-        self.epoch, self.steps, self.meters, self.files = epoch, steps, list(meters), []
-        self.best, self.run, self.stale, self.data = dict(best or {}), dict(run or {}), 0, {}
-        self.spent, self.origin = [0.] * 5, ''
+    """The progress of a run."""
+    epoch: int = 0  # the current one
+    steps: int = 0  # its finished updates
+    meters: List[Dict[str, Any]] = dataclasses.field(default_factory=list)  # its averages, of each process
+    best: Dict[str, float] = dataclasses.field(default_factory=dict)  # the best accuracies so far, in percent
+    run: Dict[str, Any] = dataclasses.field(default_factory=dict)  # see `comparison.facts_of`
+    data: Dict[str, Any] = dataclasses.field(default_factory=dict)  # see `comparison.data_to_save`
+    stale: int = 0  # consecutive evaluations without a new best
+    # Seconds of the run; images, seconds, seconds waiting for data, and number of the timed steps.
+    spent: List[float] = dataclasses.field(default_factory=lambda: [0.] * 5)
+    origin: str = ''  # the --resume that the run started with; --auto_resume compares it
+    files: List[str] = dataclasses.field(default_factory=list)  # checkpoints to write after an epoch, in order
 
     def meters_of(self, rank: int, processes: int) -> Optional[Dict[str, Any]]:
         """The state of a process's averages; if the number of processes changed, the first gets the sum of all."""
@@ -290,10 +286,10 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
         meters = [{'meters': {str(name): [int(count), float(total)] for name, (count, total) in each['meters'].items()},
                    'skipped_before': int(each['skipped_before']), 'counts_images': bool(each.get('counts_images'))}
                   for each in inside.get('meters', ())]
-        run_state = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
-        run_state.stale, run_state.origin = int(inside.get('stale', 0)), str(inside.get('origin', ''))
-        seconds, images, step_seconds, data_seconds, steps = map(float, inside.get('spent', run_state.spent))
-        run_state.spent = [seconds, images, step_seconds, data_seconds, steps]
+        seconds, images, step_seconds, data_seconds, steps = map(float, inside.get('spent', [0.] * 5))
+        run_state = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, dict(inside.get('run') or {}),
+                             stale=int(inside.get('stale', 0)), origin=str(inside.get('origin', '')),
+                             spent=[seconds, images, step_seconds, data_seconds, steps])
         if run_state.steps < 0 or bool(run_state.steps) != bool(meters):
             raise ValueError('its averages do not fit %d steps' % run_state.steps)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:

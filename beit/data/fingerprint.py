@@ -172,7 +172,7 @@ def count_shared_files(train: Any, val: Any) -> int:
     folders = [_folders(part.samples) for part in (train, val)]
     real = [{path for path, _ in part.values()} for part in folders]
     linked = any(has_links for part in folders for _, has_links in part.values())
-    if not linked and (not real[0] & real[1] or _is_one_list(train.samples, val.samples, *folders)):
+    if not linked and not real[0] & real[1]:
         return 0
     evaluated = collections.Counter(_real_paths(val.samples, folders[1], None if linked else real[0]))
     trained = {path for path in _real_paths(train.samples, folders[0], None if linked else real[1])
@@ -204,14 +204,6 @@ def _folders(samples):
             path = os.path.join(root, folder)
             found[folder] = os.path.realpath(path), os.path.islink(os.path.join(path, name))
     return found
-
-
-def _is_one_list(train, val, *folders):
-    """Whether both are parts of one list whose folders all differ: then its files differ too."""
-    if getattr(train, 'samples', train) is not getattr(val, 'samples', val):
-        return False
-    real = {folder: path for part in folders for folder, (path, _) in part.items()}
-    return len(set(real.values())) == len(real)
 
 
 def _real_paths(samples, folders, wanted):

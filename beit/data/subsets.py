@@ -5,7 +5,6 @@ hash of their names, and the first are selected. An added or removed image moves
 at most, so it changes a split by few images.
 """
 
-import collections
 import hashlib
 import os
 import unicodedata
@@ -26,12 +25,9 @@ def is_multi_label(samples: Any) -> bool:
 
 def class_counts(samples: Any, classes: int) -> np.ndarray:
     """int64 (classes,): the number of images of each."""
-    if is_multi_label(samples):
-        counts = np.zeros(classes, dtype=np.int64)
-        for index in range(len(samples)):
-            counts[samples.labels_of(index)] += 1
-        return counts
-    return np.bincount(np.asarray(samples.targets), minlength=classes)
+    labels = np.concatenate([samples.labels_of(index) for index in range(len(samples))]) \
+        if is_multi_label(samples) else np.asarray(samples.targets)
+    return np.bincount(labels, minlength=classes)
 
 
 # ---- names
@@ -183,12 +179,10 @@ def _from_each(targets, taken, order):
 
 
 def _without_loss_of_a_class(samples, wanted, order):
-    left, chosen = collections.Counter(), []
-    for index in range(len(samples)):
-        left.update(samples.labels_of(index).tolist())
+    left, chosen = class_counts(samples, samples.classes), []
     for index in order.tolist():
-        labels = samples.labels_of(index).tolist()
-        if len(chosen) < wanted and all(left[label] > 1 for label in labels):
-            left.subtract(labels)
+        labels = samples.labels_of(index)
+        if len(chosen) < wanted and (left[labels] > 1).all():
+            left[labels] -= 1
             chosen.append(index)
     return np.array(chosen, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What a 910A does, in a process of its own: test_switches.py runs this file under FAKE_NPU_SOC=910A."""
+"""The behaviour of a 910A: test_switches.py runs this file in a process with FAKE_NPU_SOC=910A."""
 
 import socket
 
@@ -26,7 +26,7 @@ def full(value, dtype=torch.float16, shape=(2, 2)):
     return torch.full(shape, value, dtype=dtype, device='npu')
 
 
-def test_what_it_is():
+def test_properties_of_the_device():
     assert torch.npu.get_device_name() == torch.npu.get_device_properties().name == 'Ascend (emulated on CPU)'
     assert not torch.npu.is_bf16_supported() and torch.npu.get_amp_supported_dtype() == [torch.float16]
     assert not utils.is_support_inf_nan() and torch.npu._compile_mode is True
@@ -98,7 +98,7 @@ def test_flag_functions():
     assert torch.npu.get_npu_overflow_flag() is False and not utils.npu_check_overflow(full(1.0))
     full(60000.0) * 2
     assert torch_npu.npu_get_float_status(full(0.0)).tolist() == [1] + [0] * 7
-    assert utils.npu_check_overflow(full(1.0)) and not utils.npu_check_overflow(1.0)  # it clears what it found
+    assert utils.npu_check_overflow(full(1.0)) and not utils.npu_check_overflow(1.0)  # it clears the flag
     full(60000.0) * 2
     torch_npu.npu_clear_float_status(full(0.0))
     assert torch.npu.get_npu_overflow_flag() is False
@@ -122,7 +122,7 @@ def test_a_dynamic_scaler_skips_what_saturated(make_optimizer, make_scaler):
         before = p.tolist()
         optimizer.zero_grad(set_to_none=False)
         scaler.scale((p * factor).sum()).backward()
-        assert p.grad.isfinite().all()  # so that nothing but the flag tells
+        assert p.grad.isfinite().all()  # so only the flag shows the overflow
         scaler.step(optimizer)
         scaler.update()
         assert (p.tolist() != before) == moves and scaler.get_scale() == scale

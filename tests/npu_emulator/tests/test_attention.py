@@ -1,4 +1,4 @@
-"""Fused attention: exact, and with the faults that FAKE_NPU_SDPA gives it."""
+"""Fused attention: exact, and with the faults of FAKE_NPU_SDPA."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_other_attention_is_exact_in_every_mode(monkeypatch, mode):
             assert (out.cpu() - F.scaled_dot_product_attention(q, k, v, **options)).abs().max() < 1e-5
 
 
-def test_a_mode_that_is_not_there(monkeypatch):
+def test_an_unknown_mode(monkeypatch):
     monkeypatch.setenv('FAKE_NPU_SDPA', 'drop')
     with pytest.raises(ValueError, match='must be exact, drop_bias or scale_bias'):
         F.scaled_dot_product_attention(*on_npu(make())[:3])

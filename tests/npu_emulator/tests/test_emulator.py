@@ -89,7 +89,7 @@ def test_fused_adamw_does_not_see_replaced_gradients():
     before = p.item()
     p.grad = torch.full_like(p, -100.0)  # as model.zero_grad() and a new backward do
     opt.step()
-    assert p.item() < before  # the moments go on with the old, zeroed gradient
+    assert p.item() < before  # the moments continue with the old, zeroed gradient
 
 
 def test_fused_adamw_resumes():

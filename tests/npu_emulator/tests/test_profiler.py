@@ -15,7 +15,7 @@ def work():
 
 
 def traces(folder):
-    """The operator names of each trace below `folder`, by the name of its own folder."""
+    """{folder name: operator names} of the traces below `folder`."""
     found = {}
     for name in os.listdir(folder):
         with open(os.path.join(folder, name, 'ASCEND_PROFILER_OUTPUT', 'trace_view.json')) as file:

@@ -1,4 +1,4 @@
-"""The environment switches and the build, each in a process of its own."""
+"""The environment switches and the build, each in a separate process."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def run(*command, **environment):
 
 
 def last_line(code, **environment):
-    """The last line that a program says, which has failed."""
+    """The last line of a failed program."""
     status, _, err = run('-c', code, **environment)
     assert status == 1
     return err.splitlines()[-1]
@@ -75,7 +75,7 @@ def test_a_count_of_zero():
 
 
 @pytest.mark.parametrize('name', ['FAKE_NPU_SOC', 'FAKE_NPU_SDPA'])
-def test_a_value_that_is_not_there(name):
+def test_an_unknown_value(name):
     line = last_line('import torch_npu', **{name: '310P'})
     assert line.startswith('ImportError: %s must be one of ' % name) and line.endswith(', not \'310P\'')
 
@@ -103,7 +103,7 @@ def test_no_compiler(tmp_path):
 
 
 def fake_compiler(folder, last_words):
-    """A compiler that notes each call and then does `last_words`, with the name of its output in $out."""
+    """A compiler that records each call and then runs `last_words`, with the name of its output in $out."""
     script = folder / 'compiler'
     script.write_text('#!/bin/sh\necho "$@" >> %s/calls\nfor word; do out=$word; done\n%s\n' % (folder, last_words))
     script.chmod(0o755)
@@ -111,14 +111,14 @@ def fake_compiler(folder, last_words):
 
 
 def test_a_compiler_that_fails(tmp_path):
-    compiler = fake_compiler(tmp_path, 'echo "npu.h:1: error: what is this"; exit 1')
+    compiler = fake_compiler(tmp_path, 'echo "npu.h:1: error: unknown type"; exit 1')
     line = last_line('import torch_npu', **compiler)
-    assert line.startswith('ImportError: the NPU emulator could not be built by ') and 'error: what is this' in line
-    assert 'error: what is this' in Path(line.split('(all of it: ')[1].rstrip(')')).read_text()
+    assert line.startswith('ImportError: the NPU emulator could not be built by ') and 'error: unknown type' in line
+    assert 'error: unknown type' in Path(line.split('(all of it: ')[1].rstrip(')')).read_text()
 
 
 def test_one_of_several_processes_builds(tmp_path):
-    """A compiler that copies the library built before, slowly. A killed build has left something behind."""
+    """The compiler slowly copies the existing library. A killed build has left a file."""
     ready = _build.build_directory() / (_build.NAME + '.so')
     environment = fake_compiler(tmp_path, 'sleep 0.3; cp %s $out' % ready)
     scratch = tmp_path / 'build' / _build.build_directory().name / 'scratch'

@@ -16,9 +16,9 @@ LAYOUTS = {
 
 
 def _attend(query, key, value, heads, layout, pse, atten_mask, scale, keep_prob, sparse_mode, pse_type):
-    """All of npu_fusion_attention that is emulated; the tuple that it gives.
+    """The emulated part of npu_fusion_attention; returns its tuple.
 
-    pse_type 1 is scale * (QK^T + pse): whoever wants softmax(scale * QK^T + bias) hands in bias / scale.
+    pse_type 1 is scale * (QK^T + pse): for softmax(scale * QK^T + bias) pass bias / scale.
     pse_type 0 is scale * QK^T + pse.
     """
     if any(t is not None and t.device.type != 'npu' for t in (query, key, value, pse, atten_mask)):
@@ -51,7 +51,7 @@ def _attend(query, key, value, heads, layout, pse, atten_mask, scale, keep_prob,
             scores = scores.masked_fill(atten_mask.bool(), torch.finfo(torch.float32).min)
         weights = scores.softmax(-1)
         out = outward(F.dropout(weights, 1 - keep_prob).to(value.dtype) @ value)
-        # what the real backward would need, eight times each; here autograd has its own
+        # inputs of the real backward, eight values each; autograd doesn't need them
         top = scores.detach().amax(-1, keepdim=True)
         total = (scores.detach() - top).exp().sum(-1, keepdim=True)
     dropped = scores.numel() if keep_prob < 1 else 0
@@ -63,7 +63,7 @@ def npu_fusion_attention(query, key, value, head_num, input_layout, pse=None, pa
                          scale=1., keep_prob=1., pre_tockens=2147483647, next_tockens=2147483647, inner_precise=0,
                          prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0,
                          gen_mask_parallel=True, sync=False, softmax_layout=''):
-    """softmax(scale * (QK^T + pse)) V, as the first of seven results. Only what `_attend` takes is emulated."""
+    """softmax(scale * (QK^T + pse)) V as the first of seven results. Only `_attend`'s arguments are emulated."""
     return _attend(query, key, value, head_num, input_layout, pse, atten_mask, scale, keep_prob, sparse_mode, 1)
 
 
@@ -72,5 +72,5 @@ def npu_fusion_attention_v2(query, key, value, head_num, input_layout, *, pse=No
                             pre_tokens=2147483647, next_tokens=2147483647, inner_precise=0, prefix=None,
                             actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0, gen_mask_parallel=True,
                             sync=False, pse_type=1, q_start_idx=None, kv_start_idx=None):
-    """`npu_fusion_attention` with a choice of the pse's place, see `_attend`."""
+    """`npu_fusion_attention` with a selectable pse_type, see `_attend`."""
     return _attend(query, key, value, head_num, input_layout, pse, atten_mask, scale, keep_prob, sparse_mode, pse_type)

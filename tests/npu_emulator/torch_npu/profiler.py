@@ -47,7 +47,7 @@ class ExportType:
 
 
 class _ExperimentalConfig(SimpleNamespace):
-    """What an NPU would measure besides: kept, and without effect."""
+    """Additional measurements of an NPU: stored without effect."""
 
     def __init__(self, profiler_level=ProfilerLevel.Level0, aic_metrics=AiCMetrics.AiCoreNone, l2_cache=False,
                  msprof_tx=False, mstx=False, data_simplification=True, record_op_args=False, op_attr=False,

@@ -1,6 +1,6 @@
-"""A double of Ascend's apex 0.1+ascend, for tests: `apex.amp` and `apex.optimizers` with its interface and its habits.
+"""A test double of Ascend's apex 0.1+ascend: `apex.amp` and `apex.optimizers` with its interface and behaviour.
 
-It runs on any device that has float16 (the emulated NPU); on real hardware the real one belongs in its place.
+It runs on any device with float16, such as the emulated NPU. Real hardware needs the real apex.
 """
 
 from . import amp, optimizers  # noqa: F401

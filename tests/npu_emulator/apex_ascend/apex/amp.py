@@ -1,13 +1,13 @@
 """`apex.amp`: O0, O1 and O2 with float16 weights, float32 masters, static and dynamic loss scale, combined gradients.
 
-The habits of the real one that a program can stumble over are kept:
+It keeps the pitfalls of the real one:
 
-* `initialize` casts the model in place and replaces the optimizer's `step` and `zero_grad`; the masters come into the
-  optimizer with the first `zero_grad` or `scale_loss`, not before;
+* `initialize` casts the model in place and replaces the optimizer's `step` and `zero_grad`; the first
+  `zero_grad` or `scale_loss` puts the masters into the optimizer;
 * O1 with a static scale of 1 changes nothing: no gradient is unscaled, none combined;
-* a static scale never looks for an overflow; a dynamic one makes the next `step` do nothing and halves itself;
-* gradients reach the masters when `scale_loss` is left, unless `delay_unscale` says that more are to come;
-* with `combine_grad` gradients live in one buffer: one that is replaced is never seen again.
+* a static scale never looks for an overflow; a dynamic one skips the next `step` and halves itself;
+* gradients reach the masters at the end of `scale_loss`, unless `delay_unscale` is set;
+* with `combine_grad` gradients are in one buffer: a replaced gradient is never read.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class _LossScaler:
         self.unskipped, self.overflow = 0, False
 
     def update(self):
-        """Change a dynamic scale after a step; gives whether that step has to be skipped."""
+        """Change a dynamic scale after a step; returns whether to skip that step."""
         skip = self.overflow and self.dynamic
         if skip:
             self.scale = self.scale / 2 if self.smallest is None else max(self.smallest, self.scale / 2)
@@ -44,7 +44,7 @@ class _LossScaler:
 
 
 def _overflow_flag(tensor):
-    """What an NPU that saturates has noted; None where overflow gives inf, as elsewhere."""
+    """The overflow flag of an NPU that saturates; None on devices whose overflow gives inf."""
     module = getattr(torch, tensor.device.type, None)
     supports = getattr(getattr(module, 'utils', None), 'is_support_inf_nan', None)
     if supports is None or supports():
@@ -140,7 +140,7 @@ def _prepare(optimizer, with_masters, combine):
 
 
 def _make_masters(optimizer):
-    """What the real one calls its lazy initialisation."""
+    """The lazy initialisation of the real one."""
     stash = optimizer._amp_stash
     if stash.prepared:
         return
@@ -166,7 +166,7 @@ def _forget(parameter, in_place):
 
 
 def _combine(stash):
-    """Put the gradients that the optimizer reads into one buffer, once; what isn't in it afterwards is never seen."""
+    """Put the optimizer's gradients into one buffer, once; later gradients outside it are never read."""
     owners = [master if stash.masters else parameter
               for parameter, master in (stash.pairs or [(p, p) for p in stash.model_params])
               if parameter.grad is not None]
@@ -182,7 +182,7 @@ def _combine(stash):
 
 
 def _unscale(stash, scaler):
-    """Model gradients, times the scale, to the optimizer's, without it. Only a dynamic scale looks for overflow."""
+    """Unscale the model's gradients into the optimizer's. Only a dynamic scale checks for overflow."""
     found = [p.grad for p in stash.model_params if p.grad is not None]
     if not found:
         raise RuntimeError('no gradients: backward was not called inside scale_loss')
@@ -206,7 +206,7 @@ def _unscale(stash, scaler):
 
 @contextlib.contextmanager
 def scale_loss(loss, optimizers, loss_id=0, model=None, delay_unscale=False, delay_overflow_check=False):
-    """The scaled loss, to call backward on; leaving unscales the gradients, or prepares a step to be skipped."""
+    """The scaled loss for backward; the exit unscales the gradients or prepares a skipped step."""
     if not _scalers:
         raise RuntimeError('Invoked `with amp.scale_loss`, but internal Amp state has not been initialized. '
                            'model, optimizer = amp.initialize(model, optimizer, opt_level=...) must be called first')

@@ -4,7 +4,7 @@ import torch
 
 
 class NpuFusedAdamW(torch.optim.AdamW):
-    """The double computes PyTorch's AdamW; what it refuses is what the real one refuses."""
+    """The double computes PyTorch's AdamW, and refuses the same calls as the real one."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)

@@ -1,3 +1,3 @@
-"""A double of today's NVIDIA apex, for tests: it has fused optimizers and normalisation, and no `amp` any more."""
+"""A test double of the current NVIDIA apex, with fused optimizers and normalisation but without `amp`."""
 
 from . import normalization, optimizers, parallel  # noqa: F401

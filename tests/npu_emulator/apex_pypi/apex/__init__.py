@@ -1,3 +1,3 @@
-"""A double of PyPI's package named `apex`, for tests: a toolkit for web sites; nothing to train with."""
+"""A test double of PyPI's `apex`, an unrelated toolkit for web sites."""
 
 VERSION = '0.9.10.dev0'
