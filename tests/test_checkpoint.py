@@ -3,6 +3,7 @@
 import argparse
 import os
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import utils
 from beit.checkpoint import discovery, pretrained
 from beit.errors import UserError
 from beit.files import weights_file
+from beit.training.step_control import CheckpointMonitor
 from helpers import RUN, lines_of
 
 pytestmark = [pytest.mark.fast, pytest.mark.computes]

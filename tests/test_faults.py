@@ -368,7 +368,6 @@ def _content(path, *_):
     content['args'] = {name: value for name, value in content['args'].items()
                        if name not in ('output_dir', 'num_workers', 'auto_resume')}
     content['progress'].pop('spent')  # durations
-    content.pop('checksum', None)
     # PyTorch 1.5 names the parameters by their addresses.
     order = [key for group in content['optimizer']['param_groups'] for key in group['params']]
     for part in {'state', 'slow_state'} & set(content['optimizer']):
@@ -554,7 +553,7 @@ ASKS = [  # where each start gets the signal, and the (epochs, updates) at which
     (dies('beit.files.run_folder.append_log'), (1, 1)),
     (dies('beit.training.loss_scaler.LossScaler._finish', nth=2), (1, 4)),
     (dies(STEPS + 'CheckpointMonitor.after_step', nth=2), (1, 6)),  # the evaluation is interrupted
-    (dies('os.replace', r'checkpoint-1\.pth'), (2, 1)),
+    (dies(STEPS + 'CheckpointMonitor.save_epoch', when='after'), (2, 1)),
 ]
 
 
