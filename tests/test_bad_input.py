@@ -546,7 +546,7 @@ def test_the_write_check_leaves_no_file_even_when_killed(monkeypatch, tmp_path):
 
 def test_log_dir_without_tensorboardx(refused, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'tensorboardX', None)
-    refused('--log_dir', str(tmp_path / 'tb'), late=True, says=['--log_dir', 'pip install tensorboardX'])
+    refused('--log_dir', str(tmp_path / 'tb'), late=True, says=['--log_dir', '-m pip install tensorboardX'])
 
 
 # ---- several processes

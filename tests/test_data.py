@@ -476,7 +476,7 @@ def test_every_pillow_format_is_read_and_other_files_are_reported(image_folder, 
     assert line.startswith('%s/train: %d files or folders are not used (7 hidden' % (root, len(rest)))
     for part in ('--check_data', '2 .txt', '1 .mp4', '2 beside the class folders'):
         assert part in line
-    assert unreadable.check_data((train, val), 0, '') == 0
+    assert unreadable.check_data((train, val), 0, '') == (0, 0)
     lines = capsys.readouterr().out.splitlines()
     assert dict(line.split('\tnot used: ') for line in lines[:-1]) == {
         os.path.join(root, name): reason for name, reason in rest.items()}

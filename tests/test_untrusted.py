@@ -787,7 +787,8 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
     for module in ('safetensors', 'safetensors.torch', 'safetensors.numpy'):
         monkeypatch.setitem(sys.modules, module, None)
     line = refusal(safetensors(one(), bytes(16)), str(tmp_path / 'w.safetensors'))
-    assert line.endswith('a safetensors file needs the package safetensors; run: pip install safetensors')
+    assert line.endswith('reading a safetensors file needs the package safetensors; run: %s -m pip install '
+                         'safetensors' % sys.executable)
 
 
 # ---- fuzz

@@ -20,7 +20,7 @@ from beit.devices import accelerator, kernels
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text, one_line
 from beit.files import run_folder
-from beit.log import log_main
+from beit.log import log_main, pluralize
 from beit.model_spec import ModelSpec, saved_args
 
 run_folder.register_output(r'checkpoint-.*\.pth', proves_run=True)
@@ -295,7 +295,7 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise UserError('--resume %s: its scaler, accuracy or progress is invalid (%s); give its weights to --finetune '
                         'instead' % (escape_text(source), one_line(error)[:200])) from None
-    log_main('Resumed %s: %s%s' % (escape_text(source), 'epoch %d is done' % epoch if not run_state.steps else
-                                   '%d updates of epoch %d are done' % (run_state.steps, epoch + 1),
+    log_main('Resumed %s: %s%s' % (escape_text(source), 'epoch %d is done' % run_state.epoch if not run_state.steps else
+                                   '%s of epoch %d' % (pluralize(run_state.steps, 'update'), run_state.epoch + 1),
                                    ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
     return run_state

@@ -11,6 +11,7 @@ import warnings
 
 import torch
 
+from beit import startup
 from beit.errors import UserError, escape_text, worker_death_message
 from beit.files import untrusted_pickle
 from beit.files.atomic_write import atomic_write, link_atomic
@@ -30,8 +31,8 @@ def _read_safetensors(path: str, header: bytes, name: str) -> typing.Dict[str, t
             from safetensors.numpy import load_file as load_arrays
             content = {name: torch.from_numpy(array) for name, array in load_arrays(path).items()}
     except ImportError:
-        raise UserError('%s: reading a safetensors file needs the package safetensors; run: pip install safetensors'
-                        % name) from None
+        raise UserError('%s: reading a safetensors file needs the package safetensors; %s'
+                        % (name, startup.pip_install('safetensors'))) from None
     for key in content:
         untrusted_pickle.check_key(key)
     return content
