@@ -140,7 +140,7 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
                        **training)
         return
     monitor = build_monitor(args, output, signals, run_state, data, learner)
-    with signals.deferred():
+    with signals.deferred(), monitor:
         train(args, training, data, learner, monitor, report)
 
 
@@ -594,6 +594,7 @@ def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learne
         state.epoch, state.steps, state.meters = epochs, 0, []
         is_last = is_last or should_stop_early(args, state, learner.device)
         monitor.save_epoch(improved, numbered=is_last or epochs % args.save_ckpt_freq == 0)
+    monitor.wait_for_save()
     if writer is not None:
         writer.close()
     finish(args, learner, monitor, report, throughput, train_stats, first, epochs, started)

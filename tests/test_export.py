@@ -426,7 +426,7 @@ def test_names_of_hugging_face_on_every_pytorch(trained, export, parse, tmp_path
     path, model = trained()
     theirs = by_hand(model)
     export('--resume', path, '--format', 'huggingface', '--output', tmp_path / 'new')
-    written = weights_file.load_untrusted(str(tmp_path / 'new' / 'model.safetensors'))
+    written = weights_file.load_weights_file(str(tmp_path / 'new' / 'model.safetensors'))
     assert {name: value.tolist() for name, value in written.items()} == {
         name: value.tolist() for name, value in theirs.items()}
     folder = tmp_path / 'old'

@@ -368,7 +368,6 @@ def _content(path, *_):
     content['args'] = {name: value for name, value in content['args'].items()
                        if name not in ('output_dir', 'num_workers', 'auto_resume')}
     content['progress'].pop('spent')  # durations
-    content.pop('checksum', None)
     # PyTorch 1.5 names the parameters by their addresses.
     order = [key for group in content['optimizer']['param_groups'] for key in group['params']]
     for part in {'state', 'slow_state'} & set(content['optimizer']):
@@ -502,14 +501,14 @@ POINTS = {
         ('between fsync and rename of log.txt', dies('os.replace', r'log\.txt')),
         ('between log.txt and the checkpoints', dies('beit.files.run_folder.append_log', when='after')),
         ('half of the best', dies('os.fsync', r'checkpoint-best\.pth', when='half')),
-        ('half of the numbered one', dies('os.fsync', r'checkpoint-0\.pth', when='half')),
+        ('between the link and the name of the numbered one', dies('os.link', r'checkpoint-0\.pth', when='after')),
         ('between rename and fsync of the folder', dies('os.replace', r'checkpoint-1\.pth$', when='after')),
         ('between log.txt and the last checkpoints', dies('beit.files.run_folder.append_log', when='after')),
         ('when all is done', dies('run_class_finetuning.print_result'))],
     'between two best checkpoints': [
         ('', dies('beit.files.weights_file.save', r'checkpoint-best\.pth', when='after')),
         ('while that is made good', dies('os.replace', r'checkpoint-best-ema\.pth'))],
-    'between the best and the first': [('', dies('beit.files.weights_file.save', r'checkpoint-0\.pth'))],
+    'between the best and the first': [('', dies('beit.files.weights_file.save_copy', r'checkpoint-0\.pth'))],
     'between the best and the last': [('', dies('beit.files.weights_file.save', r'checkpoint-2\.pth'))],
     'removing old ones': [
         ('before', dies('os.remove', r'checkpoint-0-step2\.pth$')),
@@ -548,13 +547,13 @@ NOT_BEGUN = None
 ASKS = [  # where each start gets the signal, and the (epochs, updates) at which the run stops
     (dies('datasets.build_datasets'), NOT_BEGUN),
     (dies('beit.files.run_folder.prepare_folder', when='after'), NOT_BEGUN),
-    (dies('os.fsync', r'checkpoint-0-step4'), (0, 5)),
+    (dies(STEPS + 'CheckpointMonitor.save', nth=2, when='after'), (0, 5)),
     (dies(STEPS + 'CheckpointMonitor.begin_sync'), (0, 6)),
     (dies('engine_for_finetuning.evaluate', nth=2), (0, 6)),
     (dies('beit.files.run_folder.append_log'), (1, 1)),
     (dies('beit.training.loss_scaler.LossScaler._finish', nth=2), (1, 4)),
     (dies(STEPS + 'CheckpointMonitor.after_step', nth=2), (1, 6)),  # the evaluation is interrupted
-    (dies('os.replace', r'checkpoint-1\.pth'), (2, 1)),
+    (dies(STEPS + 'CheckpointMonitor.save_epoch', when='after'), (2, 1)),
 ]
 
 

@@ -251,7 +251,6 @@ def changed_batch(draw, best, capsys):
 
 def changed_average(draw, best, capsys):
     content = torch.load(best, weights_only=True)
-    content.pop('checksum')
     content['model_spec']['classes'] = content['classes'] = content['classes'][::-1]
     other = os.path.join(draw.folder, 'other.pth')
     torch.save(content, other)

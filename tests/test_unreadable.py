@@ -404,7 +404,7 @@ def test_a_nul_in_a_name(parse, tmp_path):
 def test_names_that_the_locale_cannot_encode(monkeypatch):
     monkeypatch.setattr(os, 'fsencode', lambda path: path.encode('ascii', 'surrogateescape'))
     with pytest.raises(UserError, match='my photos ü/nein.pth: no such file'):
-        weights_file.load_untrusted('my photos ü/nein.pth')
+        weights_file.load_weights_file('my photos ü/nein.pth')
 
 
 def test_samples_have_names(sets):

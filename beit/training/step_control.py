@@ -1,6 +1,7 @@
 """Actions between two updates, which all processes agree on: save, stop, report unusable images and losses."""
 
 import collections
+import functools
 import json
 import math
 import os
@@ -180,9 +181,18 @@ class CheckpointMonitor(StepMonitor):
         self.saves = bool(output.output_dir and output.save_ckpt)
         self.timer = training_state.SaveTimer(output.save_ckpt_steps, output.save_ckpt_minutes)
         self.spent: Callable[[], List[float]] = lambda: run_state.spent  # of the whole run, until now
+        self.saving, self.host = weights_file.BackgroundSave(), training_state.HostCopies()
         self.epoch_state: Optional[Dict[str, Any]] = None  # the averages of the last complete epoch
 
+    def __enter__(self) -> 'CheckpointMonitor':
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Whatever ends the training, a save that has begun is completed."""
+        self.saving.join()
+
     def local_requests(self, update_step: int) -> Tuple[int, bool]:
+        self.saving.check()
         return self.signals.stop_signal, self.saves and self.timer.due(update_step)
 
     def unreadable(self, pairs: List[Tuple[str, str]]) -> None:
@@ -221,17 +231,30 @@ class CheckpointMonitor(StepMonitor):
             watchdog.enter_stage('saving a checkpoint')
             self.run_state.meters = collectives.all_gather_json(state, device)
             self._write([self.run_state.file_name()])
-            process_group.barrier()  # wait until the file is complete before any rank exits
 
     def _write(self, names: List[str]) -> None:
+        """Copy what is saved, and start to write it: the same content under each of the names."""
         self.run_state.spent = self.spent()
         if process_group.is_main_process():
-            content = training_state.build_checkpoint(self.output.flags, self.run_state, **self.parts)
-            for name in names:
-                weights_file.save(os.path.join(self.output.output_dir, name), content)
-            training_state.remove_old_checkpoints(self.output.output_dir, self.output.keep_checkpoints)
+            self.saving.wait()
+            content = training_state.build_checkpoint(self.output.flags, self.run_state, host=self.host, **self.parts)
+            self.saving.start(functools.partial(self._write_files, content, names))
         watchdog.mark_waiting()
         self.timer.restart()
+
+    def _write_files(self, content: Dict[str, Any], names: List[str]) -> None:
+        first, *others = [os.path.join(self.output.output_dir, name) for name in names]
+        weights_file.save(first, content)
+        for path in others:
+            weights_file.save_copy(path, first, content)
+        training_state.remove_old_checkpoints(self.output.output_dir, self.output.keep_checkpoints)
+
+    def wait_for_save(self) -> None:
+        """Wait, in every process, until the last save is complete."""
+        watchdog.enter_stage('saving a checkpoint')
+        self.saving.wait()
+        watchdog.mark_waiting()
+        process_group.barrier()
 
     def save_epoch(self, improved: List[str], numbered: bool) -> None:
         """After an epoch and its evaluation: write the new bests, and the numbered checkpoint if it is due."""
@@ -249,6 +272,7 @@ class CheckpointMonitor(StepMonitor):
     def stop(self, number: int, epoch: int, steps: int) -> None:
         outcome = 'nothing was saved, without --output_dir or with --no_save_ckpt'
         if self.saves:
+            self.wait_for_save()
             outcome = 'saved %s; the same command%s continues from there' % (
                 os.path.join(self.output.output_dir, self.run_state.file_name()),
                 '' if self.output.auto_resume else ' with --auto_resume')
