@@ -210,7 +210,7 @@ def test_nonfinite_values_are_null(tmp_path):
 
 def test_the_version_is_that_of_the_changelog(tmp_path, monkeypatch):
     with open(os.path.join(ROOT, 'CHANGELOG.md'), encoding='utf-8') as file:
-        newest = re.search(r'^## \[(\d.+?)\]', file.read(), re.M).group(1)
+        newest = re.search(r'^## (\d\S+)', file.read(), re.M).group(1)
     assert project_version() == newest
     monkeypatch.setattr(summary_module, 'project_root', lambda: str(tmp_path))
     assert project_version() is None

@@ -75,5 +75,5 @@ def project_version() -> Optional[str]:
     """The newest version in CHANGELOG.md; None without one."""
     path = os.path.join(project_root(), 'CHANGELOG.md')
     with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as file:
-        return next((line.split(']')[0][4:] for line in file if re.match(r'## \[\d', line)), None)
+        return next((line.split()[1] for line in file if re.match(r'## \d', line)), None)
     return None
