@@ -18,7 +18,7 @@ import pytest
 import run_class_finetuning
 from beit.checkpoint import discovery
 from beit.checkpoint.inference_model import load_for_inference
-from beit.cli import OF_FOLDER
+from beit.parser import OF_FOLDER
 from beit.errors import UserError
 from beit.files import run_folder, weights_file
 from helpers import COLD, LAUNCHER, LONG, PROGRAM, RUN, environment, launch, lines_of

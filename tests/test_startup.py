@@ -155,3 +155,30 @@ def test_a_read_only_checkout(tmp_path):
     assert len(lines_of(os.path.join(own, 'train_result'))) == 1
     assert sorted(os.listdir(os.path.join(own, 'data', 'digits'))) == ['train', 'val']
     assert not {'data', 'train_result'} & set(os.listdir(checkout))
+
+
+# ---- --help and wrong flags take no time
+
+@pytest.mark.parametrize('program', PROGRAMS)
+@pytest.mark.parametrize('flags, status', [(['--help'], 0), (['--no_such_flag=1'], 2)])
+def test_help_and_wrong_flags_come_before_the_slow_imports(program, flags, status, tmp_path):
+    done = run(sys.executable, '-X', 'importtime', os.path.join(ROOT, program), *flags, cwd=str(tmp_path))
+    imported = set(re.findall(r'^import time:.*\| +(\w+)', done.stderr, re.M))
+    assert done.returncode == status and 'flags' in imported
+    assert not imported & {'torch', 'numpy', 'PIL', 'torchvision', 'timm', 'yaml'}
+    if status == 0:
+        assert '--resume' in done.stdout or '--inputs' in done.stdout
+    else:
+        line = done.stderr.splitlines()[-1]
+        assert line.startswith('%s: error: --no_such_flag: unknown flag' % program)
+
+
+def test_the_tables_that_flags_reads_are_those_of_the_modules():
+    import flags
+    import modeling_finetune
+    import optim_factory
+    from beit.outputs import export_formats, prediction_writers
+
+    assert flags.MODELS == tuple(modeling_finetune.MODELS) and flags.OPTIMIZERS == tuple(optim_factory.OPTIMIZERS)
+    assert flags.EXPORT_FORMATS == tuple(export_formats.FORMATS) and flags.NEWEST_OPSET == export_formats.OPSETS[0]
+    assert flags.PREDICTION_FORMATS == tuple(sorted(prediction_writers.FORMATS))
