@@ -145,17 +145,6 @@ def test_the_flags_page_has_each_flag_with_its_default(program):
             assert names.count('`--') == 2, names
 
 
-def test_the_flags_page_can_be_translated():
-    class Reversed(dict):
-        __contains__ = __getitem__ = get = lambda self, text, default=None: text[::-1]
-
-    chinese = flags_page.page(Reversed())
-    assert '# ' + flags_page.TITLE[::-1] in chinese and '| `--seed` | `0` | %s |' % 'random seed'[::-1] in chinese
-    assert chinese.count('\n') == flags_page.page().count('\n')
-    with pytest.raises(KeyError, match='random seed'):
-        flags_page.page({'flag': '标志'})
-
-
 # ---- pages and links
 
 def test_readme_is_short():
