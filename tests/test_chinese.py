@@ -24,16 +24,15 @@ ADAPTATION_TITLES = ['概述', '简述', '准备训练环境', '准备环境', '
                      '训练结果展示', '版本说明', '变更', 'FAQ']
 ADAPTATION_FLAGS = {
     'model', 'data_path', 'finetune', 'output_dir', 'batch_size', 'lr', 'update_freq', 'warmup_epochs', 'epochs',
-    'layer_decay', 'drop_decay', 'weight_decay', 'nb_classes', 'amp', 'device', 'opt_level', 'nproc_per_node'}
+    'layer_decay', 'drop_decay', 'weight_decay', 'nb_classes', 'amp', 'device', 'opt_level', 'nproc_per_node', 'resume'}
 LITERAL_TURNS = ('丢失衰减', '重复训练次数', '热身', '以其路径', '没有启动器', '说出图片', '数字随机器')
 NUMBER_WORDS = {'1': 'one', '2': 'two', '4': 'four', '8': 'eight'}
-
 
 
 def split_sections(page):
     """{title: text up to the next heading} of a page, in order."""
     hidden = re.sub(r'(?ms)^[ \t]*```.*?^[ \t]*```', lambda block: re.sub(r'[^\n]', ' ', block.group()), page)
-    found = list(re.finditer(r'(?m)^#+ (.*?)\s*$', hidden))
+    found = list(re.finditer(r'(?m)^#+ (.*)$', hidden))
     ends = [match.start() for match in found[1:]] + [len(page)]
     return {match.group(1): page[match.end():end] for match, end in zip(found, ends)}
 
@@ -51,8 +50,9 @@ def facts(name, text):
     without = without_code(text)
     prose = re.sub(r'\]\([^)\s]+\)', ']', re.sub(r'`[^`]+`', '``', without))
     targets = [resolve(name, target) for target in re.findall(r'\]\(([^)\s]+)\)', without)]
-    return {'code blocks': [re.sub(r'(?m)(?<=\S)\s{2,}\S.*$', '', block)  # without comments
-                            for block in re.findall(r'(?ms)^```\w*\n(.*?)^```', text)],
+    return {'code blocks': [re.sub(r'(?m)(?<=\w) {3,}\S.*$', '', block)  # without the comments behind a line
+                            for block in re.findall(r'(?ms)^(```\w*\n.*?)^```', text)],
+            'paragraphs': len(re.findall(r'\S(?:.|\n(?!\n))*', without)),
             'tables': [[len(row) for row in rows(table)] for table in re.findall(r'(?m)(?:^\|.*\n)+', without)],
             'list items': len(re.findall(r'(?m)^- ', without)),
             'code': collections.Counter(' '.join(found.split()) for found in re.findall(r'`([^`]+)`', without)),
@@ -88,10 +88,10 @@ def differences(pages):
     anchors['docs/faq.md', ''] = README, 'faq'
     for page, title, chinese, name in pairs:
         expected, shown = facts(page, sections[page][title]), facts(chinese, sections[chinese][name])
-        expected['links'] = collections.Counter({
-            anchors.get(target, (CHINESE_PAGE.get(target[0], target[0]), target[1])): count
-            for target, count in expected['links'].items()})
-        for kind in ('code blocks', 'tables', 'list items'):
+        expected['links'] = collections.Counter(
+            anchors.get(target, (CHINESE_PAGE.get(target[0], target[0]), target[1]))
+            for target in expected['links'].elements())
+        for kind in ('code blocks', 'paragraphs', 'tables', 'list items'):
             if shown[kind] != expected[kind]:
                 found.append('%s, %s: %s: %s, not %s' % (chinese, name, kind, shown[kind], expected[kind]))
         for kind in ('code', 'links', 'figures'):
@@ -116,7 +116,8 @@ def test_chinese_pages_have_what_the_english_have():
 @pytest.mark.parametrize('page, old, new', [
     (README, '## 使用模型\n', ''), (README, '## FAQ\n', ''), (ASCEND, '### 4. Python 包\n', ''),
     (ASCEND, '### 3. CANN', '## 3. CANN'), (README, 'source .venv/bin/activate\n', ''),
-    (README, ' --top_k 2', ' --top_k 3'), (ASCEND, 'npu-smi info\n```', '```'), (README, '`--val_split 0.1`', ''),
+    (README, ' --top_k 2', ' --top_k 3'), (README, '└── val\n', ''), (README, '`--val_split 0.1`', ''),
+    (ASCEND, 'npu-smi info\n```', '```'), (ASCEND, '```sh\nnpu-smi', '```bash\nnpu-smi'),
     (README, '1,797', '1,798'), (ASCEND, '| 9.1.x | 未找到 | |\n', ''), (ASCEND, '，120 至 7200', ''),
     (README, '（[如何配套](docs/ascend.zh-CN.md#版本配套表)）', ''), (README, '#版本配套表', '#精度'),
     (README, '- 您的任务可能中途被终止，需要从中断的那一步继续。\n', ''), (README, '| `lost the connection', '| `lost'),
@@ -149,6 +150,7 @@ def test_the_chinese_readme_has_the_sections_of_the_adaptation():
     assert [title for title in titles if title in ADAPTATION_TITLES] == ADAPTATION_TITLES
     top = [title for level, title in headings(README) if level == '#'][1:]
     assert re.findall(r'(?m)^-   \[(.*?)\]', read(README)) == top
+    assert re.findall(r'(?m)^  (\w+)=', read(README)) == ['url', 'commit_id', 'url', 'code_path']
 
 
 def test_the_training_parameters_have_the_defaults_and_presets():
