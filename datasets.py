@@ -1,9 +1,10 @@
 """The reference's build_transform, build_datasets and build_loaders: class folders, CSV files, CIFAR-100.
 
-A `config` may be any object with these attributes, such as the parsed flags.
+A `config` can be any object with these attributes, such as the parsed flags.
 """
 
 import contextlib
+import os
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torchvision import datasets as torchvision_datasets
 
 from beit.config import DataConfig, InputConfig
 from beit.data import csv_dataset, locations, subsets
-from beit.data.class_folders import tell_similar_names
+from beit.data.class_folders import log_similar_names
 from beit.data.decode import UnreadableImage
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
 from beit.data.image_dataset import ImageDataset, ImageFolder, label_source
@@ -26,7 +27,7 @@ from beit.errors import UserError, escape_text
 # ---- data sets
 
 def _reading(is_train: bool, config: InputConfig, device: Optional[torch.device] = None) -> Dict[str, Any]:
-    """How an `ImageDataset` reads its images."""
+    """The arguments of an `ImageDataset` for reading its images."""
     return dict(transform=build_transform(is_train, config, device), fits=small_input_rule(is_train, config),
                 read=image_reader(is_fast(is_train, config), config.max_image_pixels))
 
@@ -47,7 +48,7 @@ def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.de
 
 def build_class_folders(is_train: bool, config: InputConfig, device: Optional[torch.device]) -> ImageFolder:
     flag, root = locations.split_root(is_train, config)
-    return ImageFolder(root, flag, device, **_reading(is_train, config, device))
+    return ImageFolder(root, flag, device, config.check_data, **_reading(is_train, config, device))
 
 
 def build_cifar(is_train: bool, config: InputConfig, device: Optional[torch.device]) -> torchvision_datasets.CIFAR100:
@@ -61,7 +62,7 @@ def build_cifar(is_train: bool, config: InputConfig, device: Optional[torch.devi
     return dataset
 
 
-# Of each --data_set, what builds one of its two sets: an `ImageDataset`, or another with `classes` and `targets`.
+# For each --data_set a function that builds a set: an `ImageDataset`, or another data set with `classes` and `targets`.
 BUILDERS = {'IMNET': build_class_folders, 'image_folder': build_class_folders, 'CIFAR': build_cifar}
 
 
@@ -77,19 +78,19 @@ def read_csv(is_train: bool, config: DataConfig, device: Optional[torch.device],
 def build_datasets(config: InputConfig, device: Optional[torch.device] = None, classes: Optional[List[str]] = None,
                    multi_label: Optional[bool] = None, held_out: Optional[np.ndarray] = None
                    ) -> Tuple[Any, Any, List[str]]:
-    """(training set or None, validation set or None, class names), checked against one another and --nb_classes.
+    """(training set or None, validation set or None, class names), consistent with each other and --nb_classes.
 
     Args:
-        device (torch.device): of this process, where all of a job call this; then the first one looks for the files.
-        classes, multi_label: without a training set, the classes that --val_csv may name, and whether an image may be
-            of several; None finds out.
-        held_out (uint64 array): the images for --val_split to take, by their `subsets.name_keys`; None: to choose them.
+        device (torch.device): this process's, if all processes of a job call this; then only the first finds the files.
+        classes, multi_label: without a training set, the classes that --val_csv may name, and whether an image can have
+            several; None reads them from the data.
+        held_out (uint64 array): `subsets.name_keys` of the images that --val_split holds out; None selects them.
     """
     train = train_classes = val = val_classes = None
     if not config.eval:
         train, train_classes = build_dataset(True, config, device)
         multi_label = subsets.is_multi_label(label_source(train))
-    elif config.train_csv and config.val_csv and classes is None:  # it names the classes
+    elif config.train_csv and config.val_csv and classes is None:  # the training CSV names the classes
         listed, classes = read_csv(True, config, device, missing='ignored')
         multi_label = listed.multi_label if multi_label is None else multi_label
     if config.val_split:
@@ -97,28 +98,31 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
     elif locations.needs_validation(config):
         val, val_classes = build_dataset(False, config, device, train_classes or classes, multi_label)
     if train is not None and val is not None and subsets.is_multi_label(label_source(val)) != multi_label:
-        raise UserError('--train_csv %s: it gives images several classes, and class folders give one; give --val_csv'
+        raise UserError('--train_csv %s: its images have several classes, and class folders give one; give --val_csv'
                         % escape_text(config.train_csv))
     if train_classes and val_classes and train_classes != val_classes:
-        only = [('train', set(train_classes) - set(val_classes)), ('val', set(val_classes) - set(train_classes))]
+        empty = {os.path.basename(path) for part in (train, val) for path in getattr(part, 'empty', ())}  # --check_data
+        only = [('train', set(train_classes) - set(val_classes) - empty),
+                ('val', set(val_classes) - set(train_classes) - empty)]
         differ = '; '.join('only in %s: %s' % (split, ', '.join(map(escape_text, sorted(names)[:5])))
                            for split, names in only if names)
         if config.train_csv and not config.val_csv:
-            raise UserError('--train_csv %s: its classes are not those of the validation folders (%s); give --val_csv, '
-                            'the images to evaluate with these' % (escape_text(config.train_csv), differ))
-        raise UserError('--data_path: train and val must name the same classes; %s' % differ)
+            raise UserError('--train_csv %s: its classes differ from the validation folders (%s); list the validation '
+                            'images with --val_csv' % (escape_text(config.train_csv), differ))
+        if differ or not empty:
+            raise UserError('--data_path: train and val must name the same classes; %s' % differ)
     classes = train_classes or val_classes or []
-    tell_similar_names(classes)
+    log_similar_names(classes)
     if train is not None and config.max_train_samples:
         train = limit_samples(train, config)
     if config.nb_classes and config.nb_classes != len(classes):
-        raise UserError('--nb_classes %d: the data has %d classes; leave the flag out, or mend the folders'
+        raise UserError('--nb_classes %d: the data has %d classes; leave the flag out, or correct the data'
                         % (config.nb_classes, len(classes)))
     return train, val, classes
 
 
 def check_fits(val_set: Any) -> None:
-    """Raise a `UserError` where the first image does not fit: it shall not be found after an epoch of training."""
+    """Raise a `UserError` where the first image has a wrong size, before an epoch of training."""
     if getattr(val_set, 'fits', None) is not None and len(val_set):
         with contextlib.suppress(UnreadableImage):
             val_set.load(val_set.samples[0][0])
@@ -127,10 +131,10 @@ def check_fits(val_set: Any) -> None:
 def split_validation(train: Optional[ImageFolder], config: InputConfig, device: Optional[torch.device] = None,
                      held_out: Optional[np.ndarray] = None
                      ) -> Tuple[Optional[ImageDataset], Optional[ImageDataset], List[str]]:
-    """(the training set without what --val_split takes, or None; that part or None, classes). The files are found once.
+    """(the training set without the held-out images, or None; the held-out images, or None; classes) for --val_split.
 
     Args:
-        train (ImageFolder): all images; None where only the validation part is wanted.
+        train (ImageFolder): all images; None if only the validation set is needed.
     """
     dataset = train if train is not None else build_dataset(False, config, device)[0]
     keys = subsets.name_keys(dataset.samples)
@@ -144,7 +148,7 @@ def split_validation(train: Optional[ImageFolder], config: InputConfig, device: 
 
 
 def limit_samples(train: Any, config: DataConfig) -> Any:
-    """At most --max_train_samples of the training set: the same ones in every epoch."""
+    """At most --max_train_samples of the training set, the same in every epoch."""
     indices = subsets.subsample(label_source(train), config.max_train_samples, config.seed)
     if hasattr(train, 'subset'):
         return train.subset(indices)
@@ -153,11 +157,11 @@ def limit_samples(train: Any, config: DataConfig) -> Any:
     return subset
 
 
-def relabel(dataset: Any, places: Sequence[int], classes: List[str]) -> Any:
-    """A data set whose class k is class `places[k]` of `classes`."""
+def relabel(dataset: Any, new_labels: Sequence[int], classes: List[str]) -> Any:
+    """A data set in which label k is `new_labels[k]`, an index of `classes`."""
     if hasattr(dataset, 'relabel'):
-        return dataset.relabel(places, classes)
-    dataset.targets, dataset.classes = [places[label] for label in dataset.targets], classes
+        return dataset.relabel(new_labels, classes)
+    dataset.targets, dataset.classes = [new_labels[label] for label in dataset.targets], classes
     return dataset
 
 
@@ -165,17 +169,16 @@ def relabel(dataset: Any, places: Sequence[int], classes: List[str]) -> Any:
 
 def build_loaders(config: InputConfig, train: Any, val: Any, device: Optional[torch.device] = None
                   ) -> Tuple[Optional[PrefetchLoader], Optional[PrefetchLoader]]:
-    """(training loader or None, validation loader or None) for this process; both give a `Batch` on `device` at a time.
+    """(training loader or None, validation loader or None) of `Batch`es on `device` (the CPU) for this process.
 
-    Without a device it is the CPU. The validation batch is 1.5 times the training batch. Without --dist_eval each
-    process evaluates the whole set.
+    The validation batch is 1.5 times the training batch. Without --dist_eval each process evaluates the whole set.
     """
     skip_unreadable = config.bad_images == 'skip'
     erasing = RandomErasingBoxes(config.reprob, config.recount) if config.reprob > 0 else None
     evaluation, device = EvalTransform.from_config(config), device or torch.device('cpu')
     train_loader = val_loader = None
 
-    # Those of training stay while the others load, whose batches are larger.
+    # Workers of training stay alive while the others load their larger batches: together 2.5 times the batch size.
     num_workers = workers_that_fit(config.num_workers, int(2.5 * config.batch_size) * 3 * config.input_size ** 2)
 
     def load(samples: SampleDataset, **options: Any) -> torch.utils.data.DataLoader:

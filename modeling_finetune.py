@@ -4,7 +4,7 @@ Paper: https://arxiv.org/abs/2106.08254. The relative position bias is that of S
 eq. 4) with three more rows for the class token; layer scale is CaiT's (https://arxiv.org/abs/2103.17239).
 
 Shapes below: B images, C channels, a grid of H x W patches, N = H*W + 1 tokens (class token first), D = embed_dim.
-This file imports none of the project's modules: it can be copied into another project as it is.
+This file imports no other module of the project: it can be copied into another one.
 """
 
 import inspect
@@ -26,7 +26,7 @@ except ImportError:  # timm before 0.9
     from timm.models.layers import DropPath, trunc_normal_
     from timm.models.registry import register_model
 
-# The newer way works with autocast, hooks and inputs without gradients; old PyTorch doesn't have it.
+# The non-reentrant kind works with autocast, hooks and inputs without gradients; old PyTorch doesn't have it.
 _CHECKPOINTING = {'use_reentrant': False} if 'use_reentrant' in inspect.signature(checkpoint).parameters \
     else {}  # type: Dict[str, Any]
 
@@ -40,10 +40,10 @@ def _pair(value: Pixels) -> Tuple[int, int]:
 
 
 def relative_position_index(grid: Tuple[int, int]) -> Tensor:
-    """Row of the bias table for each pair of tokens, as an int64 tensor (N, N).
+    """The row of the bias table for each pair of tokens, as an int64 tensor (N, N).
 
-    The table has (2H-1)(2W-1) rows for the offsets between patches, then one each for class token to patch,
-    patch to class token, and class token to itself.
+    The table has (2H-1)(2W-1) rows for the offsets between patches, then one row each for class token to patch, patch
+    to class token, and class token to itself.
     """
     height, width = grid
     row = torch.arange(height).repeat_interleave(width)
@@ -61,7 +61,7 @@ def relative_position_index(grid: Tuple[int, int]) -> Tensor:
 
 
 def _add_relative_position(module: nn.Module, grid: Tuple[int, int], num_heads: int) -> None:
-    """Give a module the bias table, a parameter ((2H-1)(2W-1)+3, heads), and its index, a buffer (N, N)."""
+    """Add the bias table, a parameter ((2H-1)(2W-1)+3, heads), and its index, a buffer (N, N), to a module."""
     rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
     module.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
     module.register_buffer('relative_position_index', relative_position_index(grid))
@@ -70,13 +70,13 @@ def _add_relative_position(module: nn.Module, grid: Tuple[int, int], num_heads: 
 def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     """The bias to add to the attention scores, (heads, N, N), from a table (rows, heads) and an index (N, N).
 
-    Selected from the transposed table it comes out as it is needed; the gradient of `table[index]` is far slower.
+    Selecting from the transposed table gives the needed layout; the gradient of `table[index]` is far slower.
     """
     return table.t().contiguous().index_select(1, index.view(-1)).view(-1, *index.shape)
 
 
 class RelativePositionBias(nn.Module):
-    """One bias table that all blocks share. `forward()` gives (heads, N, N)."""
+    """One bias table that all blocks share. `forward()` returns (heads, N, N)."""
 
     relative_position_bias_table: Tensor
     relative_position_index: Tensor
@@ -105,8 +105,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sca
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) to (B, N, D); query and value have a bias, the key's is fixed at zero.
 
-    `fused` is a kernel with `plain_attention`'s first five arguments to use in its place, where there is no dropout on
-    the attention weights.
+    `fused` is a kernel with the first five arguments of `plain_attention`, which it replaces except in training with
+    dropout on the attention weights.
     """
 
     fused = None  # type: Optional[Callable]
@@ -129,7 +129,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def bias(self, shared_bias: Optional[Tensor] = None) -> Optional[Tensor]:
-        """What is added to the scores: this block's relative bias and the shared one, (1, heads, N, N), or None."""
+        """The bias for the scores: this block's relative bias plus the shared one, (1, heads, N, N), or None."""
         if not self.has_relative_position:
             return None if shared_bias is None else shared_bias[None]
         bias = gather_bias(self.relative_position_bias_table, self.relative_position_index)
@@ -144,7 +144,7 @@ class Attention(nn.Module):
         return rearrange(qkv, 'b n (three h d) -> three b h n d', three=3, h=self.num_heads).unbind(0)
 
     def weights(self, x: Tensor, shared_bias: Optional[Tensor] = None) -> Tensor:
-        """What `forward` weighs the values with for the same arguments, (B, heads, N, N); for people to look at."""
+        """The attention weights of `forward` for the same arguments, (B, heads, N, N), for visualization."""
         q, k, _ = self.queries_keys_values(x)
         return attention_weights(q, k, self.bias(shared_bias), self.scale)
 
@@ -173,10 +173,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, with layer scale where `init_values` is above 0.
+    """A pre-norm transformer block, with layer scale if `init_values` is above 0.
 
-    With `skips_dropped` stochastic depth leaves out the work on the samples that it drops, instead of throwing its
-    result away. The same distribution; the shapes inside vary from call to call.
+    With `skips_dropped` stochastic depth does not compute the samples that it drops. The distribution is the same; the
+    shapes inside vary between calls.
     """
 
     skips_dropped = False
@@ -199,11 +199,11 @@ class Block(nn.Module):
         return self._add(x, lambda kept: self.mlp(self.norm2(kept)), self.gamma_2)
 
     def _add(self, x: Tensor, branch: Callable, gamma: Optional[Tensor]) -> Tensor:
-        """x + drop_path(gamma * branch(x)), in as few passes over the tokens as it takes."""
+        """x + drop_path(gamma * branch(x)), with few passes over the tokens."""
         drop = getattr(self.drop_path, 'drop_prob', 0.) if self.training else 0.
         factor = gamma
         if drop and self.skips_dropped:
-            kept = (torch.rand(len(x)) >= drop).nonzero().flatten()  # drawn on the host: no device is waited for
+            kept = (torch.rand(len(x)) >= drop).nonzero().flatten()  # on the host: no wait for the device
             factor = torch.full_like(x[0, 0], 1. / (1. - drop)) if gamma is None else gamma * (1. / (1. - drop))
             if len(kept) < len(x):
                 kept = kept.to(x.device, non_blocking=True)
@@ -238,11 +238,11 @@ class VisionTransformer(nn.Module):
     """BEiT: images (B, in_chans, height, width) to logits (B, num_classes), or features (B, D) when that is 0.
 
     Args:
-        img_size, patch_size: in pixels; `ValueError` where an image is not a whole number of patches each way.
+        img_size, patch_size: in pixels; `ValueError` if an image is not a whole number of patches in each direction.
         qk_scale: factor on the query, by default head_dim ** -0.5.
         drop_rate, attn_drop_rate: dropout on projections and on attention weights.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        init_values: start of layer scale; None or 0 leaves layer scale out.
+        init_values: initial layer scale; None or 0 for none.
         use_mean_pooling: pool by the mean of the patch tokens (`fc_norm`); else the class token (`norm`).
         init_scale: factor on the head's initial weight and bias.
     """
@@ -299,15 +299,15 @@ class VisionTransformer(nn.Module):
         return len(self.blocks)
 
     def no_weight_decay(self) -> Set[str]:
-        """Names of the parameters that weight decay must leave alone, besides vectors and biases."""
+        """Names of the parameters without weight decay, besides vectors and biases."""
         return {'pos_embed', 'cls_token'}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs for the backward pass, and compute the rest again there: less memory, slower."""
+        """Keep only the blocks' inputs for the backward pass, and recompute the rest: less memory, slower."""
         self.grad_checkpointing = enable
 
     def freeze_backbone(self, freeze: bool = True) -> None:
-        """Train the head alone, on features without dropout or stochastic depth; or all again."""
+        """Train only the head, on features without dropout or stochastic depth; or, with False, everything again."""
         self.backbone_frozen = freeze
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not freeze or name.startswith('head.'))
@@ -360,14 +360,14 @@ MODELS = {
 
 
 def _entry_point(name: str) -> Callable:
-    """The function that builds a registered model: its architecture, and whatever the caller sets over it."""
+    """The function that builds a registered model from its architecture and the caller's arguments."""
     def create(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
         if pretrained:
             raise ValueError('pretrained=True: give the weights file to --finetune, or call '
                              'beit.checkpoint.pretrained.load_pretrained')
         settings = dict(MODELS[name], qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))  # type: Dict[str, Any]
         settings.update((key, value) for key, value in kwargs.items()
-                        if not key.startswith('pretrained_cfg') and key != 'cache_dir')  # what timm's create_model adds
+                        if not key.startswith('pretrained_cfg') and key != 'cache_dir')  # from timm's create_model
         model = VisionTransformer(**settings)
         model.default_cfg = dict(
             url='', num_classes=model.num_classes, input_size=(3,) + model.patch_embed.img_size, pool_size=None,
@@ -379,7 +379,7 @@ def _entry_point(name: str) -> Callable:
     return create
 
 
-# Registered under the reference's names. timm has models of the same names; here, ours take their place.
+# Registered under the reference's names. timm has models of the same names, which these replace.
 __all__ = ['VisionTransformer', 'RelativePositionBias', 'relative_position_index', 'MODELS'] + list(MODELS)
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', UserWarning)  # timm warns that a name is taken over

@@ -30,10 +30,10 @@ def layer_id(name: str, num_layers: int) -> int:
 
 def get_parameter_groups(model: Any, weight_decay: float = 1e-5, layer_decay: float = 1.0,
                          skip_list: Collection[str] = ()) -> List[Dict[str, Any]]:
-    """Parameters grouped by layer and by whether weight decay acts on them, in the model's order.
+    """Parameters grouped by layer and by weight decay, in the model's order.
 
-    Vectors, names that end in .bias and names in `skip_list` are not decayed. Layer i of n blocks learns at
-    layer_decay ** (n + 1 - i) times the rate.
+    Vectors, names that end in .bias and names in `skip_list` have no weight decay. The learning rate of layer i of n
+    blocks is multiplied by layer_decay ** (n + 1 - i).
     """
     num_layers = model.get_num_layers()
     groups: Dict[str, Dict[str, Any]] = {}
@@ -50,7 +50,7 @@ def get_parameter_groups(model: Any, weight_decay: float = 1e-5, layer_decay: fl
 
 
 def weight_decay_skip_list(model: Any, disable_weight_decay_on_rel_pos_bias: bool = False) -> Set[str]:
-    """Names that weight decay leaves alone, besides vectors and biases."""
+    """Names without weight decay, besides vectors and biases."""
     skip = set(model.no_weight_decay())
     if disable_weight_decay_on_rel_pos_bias:
         skip |= {name for name, _ in model.named_parameters() if name.endswith('relative_position_bias_table')}
@@ -72,7 +72,7 @@ def _fused(name, **fixed):
     return lambda under_apex: (kernels.fused_optimizer(name, under_apex), fixed)
 
 
-# Name to a function of `under_apex` that gives (class, fixed arguments). 'momentum' stands for the flag of that name.
+# Name to a function from `under_apex` to (class, fixed arguments).
 OPTIMIZERS = {
     'adamw': _torch('AdamW'),
     'adam': _torch('Adam'),
@@ -101,35 +101,35 @@ OPTIMIZERS = {
 
 
 def optimizer_class(name: str, under_apex: Optional[bool] = None) -> Tuple[Any, Dict[str, Any], bool]:
-    """(class, fixed arguments, whether Lookahead goes around it) of a value of --opt.
+    """(class, fixed arguments, whether to wrap it in Lookahead) of a value of --opt.
 
     Args:
         under_apex (bool): see `kernels.fused_optimizer`.
 
     Raises:
-        UserError: the name is unknown, or its library isn't here.
+        UserError: the name is unknown, or its library is missing.
     """
     lookahead, _, base = name.lower().rpartition('lookahead_')
     if base not in OPTIMIZERS or lookahead:
         raise unknown_value_error('--opt', name, list(OPTIMIZERS) + ['lookahead_adamw'])
     cls, fixed = OPTIMIZERS[base](under_apex)
     if cls is None:
-        raise UserError('--opt %s: neither this PyTorch nor this timm has it; use adamw' % name)
+        raise UserError('--opt %s: neither this PyTorch nor this timm has it; use --opt adamw' % name)
     return cls, fixed, name.lower().startswith('lookahead_')
 
 
 def check_optimizer(name: str, momentum: float) -> None:
-    """Raise a `UserError` for a value of --opt that can't be had, or that the momentum doesn't suit."""
+    """Raise a `UserError` for a value of --opt that is not available, or that needs momentum."""
     if optimizer_class(name)[1].get('nesterov') and momentum == 0:
         raise UserError('--momentum 0: --opt %s needs momentum; use --opt momentum for plain descent' % name)
 
 
 def create_optimizer(model: nn.Module, config: Optional[OptimizerConfig] = None, under_apex: Optional[bool] = None,
                      **settings: Any) -> torch.optim.Optimizer:
-    """The optimizer over layer-decay groups. Every optimizer gets all the settings that it takes.
+    """The optimizer over layer-decay groups. It gets all settings that it has arguments for.
 
     Args:
-        config: its settings; or some of its fields by name, and then without layer decay unless that is one of them.
+        config: the settings; None builds them from `settings`, its fields by name, by default without layer decay.
         under_apex: whether apex.amp will prepare the optimizer.
     """
     config = config or OptimizerConfig(**dict({'layer_decay': 1.}, **settings))
@@ -137,8 +137,8 @@ def create_optimizer(model: nn.Module, config: Optional[OptimizerConfig] = None,
     cls, fixed, lookahead = optimizer_class(opt, under_apex)
     cls = kernels.patched_optimizer(cls)
     if lookahead and under_apex and 'fused' in opt.lower():
-        raise UserError('--opt %s: apex works on the fused optimizer itself, which lookahead hides; use --opt %s or '
-                        'lookahead_adamw' % (opt, opt.lower().replace('lookahead_', '')))
+        raise UserError('--opt %s: apex needs the fused optimizer without lookahead; use --opt %s or lookahead_adamw'
+                        % (opt, opt.lower().replace('lookahead_', '')))
     groups = get_parameter_groups(model, config.weight_decay, config.layer_decay,
                                   weight_decay_skip_list(model, config.disable_weight_decay_on_rel_pos_bias))
     accepted = inspect.signature(cls.__init__).parameters
@@ -149,7 +149,7 @@ def create_optimizer(model: nn.Module, config: Optional[OptimizerConfig] = None,
     if betas is not None:
         chosen['betas'] = tuple(betas)
     if cls.__name__ == 'Adafactor':
-        chosen.pop('eps')  # it has two, and finds its own
+        chosen.pop('eps')  # Adafactor has two, with their own defaults
     chosen.update(fixed)
     chosen = {name: value for name, value in chosen.items() if name in accepted}
     optimizer = cls(groups, **chosen) if under_apex else kernels.build_optimizer(cls, groups, **chosen)
@@ -157,14 +157,16 @@ def create_optimizer(model: nn.Module, config: Optional[OptimizerConfig] = None,
 
 
 def complete_momenta(optimizer: torch.optim.Optimizer) -> None:
-    """Give the parameters of SGD that had no gradient yet, beside some that had, a momentum of 0, as they begin anyway:
-    PyTorch's fused kernel takes groups of which all or none have begun."""
+    """Add a momentum of 0 to parameters of SGD that have none, in groups where others have one.
+
+    PyTorch's fused kernel needs a momentum for all parameters of a group or for none.
+    """
     inner = kernels.base_optimizer(optimizer)
     for group in inner.param_groups if isinstance(inner, torch.optim.SGD) else ():
-        begun = [inner.state.get(parameter, {}).get('momentum_buffer') is not None for parameter in group['params']]
-        for parameter, has_momentum in zip(group['params'], begun):
-            if any(begun) and not has_momentum:
-                inner.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+        missing = [parameter for parameter in group['params']
+                   if inner.state.get(parameter, {}).get('momentum_buffer') is None]
+        for parameter in missing if len(missing) < len(group['params']) else ():
+            inner.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
 
 
 # ---- schedules

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write a trained BEiT in the form that other programs read: ONNX, TorchScript, torch.export, timm, Hugging Face.
+"""Export a trained BEiT for other programs: ONNX, TorchScript, torch.export, timm, Hugging Face.
 
-Classes, input size, pooling and how images are prepared come from the checkpoint, and go into what is written. It is
-compared with the checkpoint's own network first; where the two differ, nothing is written.
+Classes, input size, pooling and preprocessing come from the checkpoint and are part of the export. The export is first
+compared with the checkpoint's network; if they differ, nothing is written.
 """
 
 if __name__ == '__main__':
@@ -34,23 +34,23 @@ EXAMPLES = """examples:
     python run_export.py --resume out/checkpoint-29.pth --use_ema --format safetensors --output beit.safetensors
   a folder for transformers' from_pretrained:
     python run_export.py --resume out --format huggingface --output my_model
-  weights of timm or Hugging Face, which do not say whose they are:
+  weights of timm or Hugging Face, which do not name their model:
     python run_export.py --resume model.safetensors --model beit_base_patch16_224 --format onnx
 """
 BATCHES = (1, 2, 5)  # images at a time in the comparison
-TOLERANCE = 1e-3  # of the largest logit: rounding stays far below, and a lost position bias does not
+TOLERANCE = 1e-3  # of the largest logit: rounding stays far below; a lost position bias is above
 
 
 # ---- the comparison
 
 def compare(chosen: Format, written: Any, trained: LoadedModel) -> str:
-    """Run what was made, on batches of several sizes, beside the checkpoint's network; gives one sentence.
+    """Compare the export with the checkpoint's network on batches of several sizes. Returns a line for the log.
 
     Raises:
         UserError: the logits differ by more than rounding.
     """
     if import_optional(chosen.reader) is None:
-        return 'Not checked: that needs %s; %s' % (chosen.reader, EXTRA)
+        return 'Not checked: the check needs %s; %s' % (chosen.reader, EXTRA)
     batches = [example_images(trained, count) for count in BATCHES]
     try:
         found = chosen.run(written, trained, batches)
@@ -58,14 +58,14 @@ def compare(chosen: Format, written: Any, trained: LoadedModel) -> str:
         return 'Not checked: %s' % reason
     expected = [trained.model(images) for images in batches]
     largest = max(logits.abs().max().item() for logits in expected)
-    difference = max((there - here).abs().max().item() if there.shape == here.shape else float('nan')
-                     for there, here in zip(found, expected))
-    about = 'logits differ by at most %.2g (the largest is %.3g) for batches of %s, with %s %s' % (
+    difference = max((exported - logits).abs().max().item() if exported.shape == logits.shape else float('nan')
+                     for exported, logits in zip(found, expected))
+    result = 'logits differ by at most %.2g (the largest is %.3g) for batches of %s, with %s %s' % (
         difference, largest, ', '.join(map(str, BATCHES)), chosen.reader, package_version(chosen.reader))
     if not difference <= TOLERANCE * largest:
-        raise UserError('the export is not the checkpoint\'s network: %s; nothing was written (--no_check would)'
-                        % about)
-    return 'Checked: ' + about
+        raise UserError('the export is not the checkpoint\'s network: %s; nothing was written (--no_check writes it)'
+                        % result)
+    return 'Checked: ' + result
 
 
 # ---- the program
@@ -77,7 +77,7 @@ def build_parser() -> OneLineParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """What can be found wrong before the checkpoint is read. Raises `UserError`."""
+    """Check the flags before the checkpoint is read. Raises `UserError`."""
     if not args.resume:
         raise UserError('--resume: name the checkpoint to export, or the folder that holds it')
     if args.format not in FORMATS:
@@ -94,13 +94,13 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def default_output(source: str, ending: str) -> str:
-    """The checkpoint's name with another ending; beside it, or of an address here."""
+    """The checkpoint's path with another ending; for a URL in the current folder."""
     name = source.partition('#')[0].partition('?')[0].rpartition('/')[2] if '://' in source else source
     return os.path.splitext(name.rstrip('/'))[0] + ending
 
 
 def check_output(args: argparse.Namespace, path: str) -> None:
-    """Raise a `UserError` where the output cannot be written, or would replace what nobody said to."""
+    """Raise a `UserError` where the output cannot be written, or would replace other files."""
     shown, files = '--output %s' % escape_text(path), FORMATS[args.format].files
     run_folder.check_writable('--output', os.path.dirname(os.path.abspath(path)))
     if not os.path.lexists(path):
@@ -112,7 +112,7 @@ def check_output(args: argparse.Namespace, path: str) -> None:
         raise UserError('%s: the folder holds other files (%s), which would be lost; name a new one' % (
             shown, escape_text(sorted(set(os.listdir(path)) - files)[0])))
     if not args.overwrite and (not files or os.listdir(path)):
-        raise UserError('%s: already there; give --overwrite, or another name' % shown)
+        raise UserError('%s: it exists already; give --overwrite, or another name' % shown)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -123,26 +123,27 @@ def main(args: argparse.Namespace) -> None:
     path = args.output or default_output(trained.source, ('-ema' if args.use_ema else '') + chosen.ending)
     check_output(args, path)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of tracing: which sizes are fixed is known, and is compared below
-        made, about = chosen.make(trained, args.opset)
+        warnings.simplefilter('ignore')  # of tracing, about fixed sizes, which `compare` checks
+        content, description = chosen.make(trained, args.opset)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        if isinstance(made, dict):
-            told = write_folder(path, made, lambda folder: None if args.no_check else compare(chosen, folder, trained))
+        if isinstance(content, dict):
+            result = write_folder(path, content, lambda folder: None if args.no_check else
+                                  compare(chosen, folder, trained))
         else:
-            told = None if args.no_check else compare(chosen, made, trained)
-            atomic_write.write_bytes(path, made, is_given=True)
-    size = sum(map(len, made.values())) if isinstance(made, dict) else len(made)
+            result = None if args.no_check else compare(chosen, content, trained)
+            atomic_write.write_bytes(path, content, is_given=True)
+    size = sum(map(len, content.values())) if isinstance(content, dict) else len(content)
     print_line('Exported %s, %d classes, input %dx%d, from %s' % (
         trained.config.model, len(trained.classes), trained.config.input_size, trained.config.input_size,
         escape_text(trained.source)))
-    print_line(told or 'Not checked, as --no_check says')
-    print_line('Wrote %s (%s, %s, %.1f MB)' % (escape_text(path), args.format, about, size / 1e6))
+    print_line(result or 'Not checked (--no_check)')
+    print_line('Wrote %s (%s, %s, %.1f MB)' % (escape_text(path), args.format, description, size / 1e6))
     for line in chosen.usage(trained, path):
         print_line(line)
 
 
 def write_folder(path: str, files: Dict[str, bytes], check: Callable[[str], Any]) -> Any:
-    """Write files into a new folder, call `check` with its path, then give it its name; what `check` gave."""
+    """Write files into a new folder, call `check` with its path, then rename it. Returns the result of `check`."""
     try:
         with atomic_write.atomic_directory(path) as folder:
             for name, data in files.items():
@@ -155,7 +156,7 @@ def write_folder(path: str, files: Dict[str, bytes], check: Callable[[str], Any]
 
 
 def run(argv: Optional[Sequence[str]] = None) -> int:
-    """Parse, export, and turn what the user can mend into one line and exit status 2."""
+    """Parse and export; a user error is one line and exit status 2."""
     return run_interruptible(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
 
 

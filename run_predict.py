@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Classify images with a checkpoint that run_class_finetuning.py wrote.
+"""Classify images with a checkpoint of run_class_finetuning.py.
 
-Classes, input size, mean and deviation, pooling: all comes from the checkpoint. Results are printed, or written with
---output; --attention writes pictures of where the model looks.
+Classes, input size, mean and deviation, and pooling come from the checkpoint. Results are printed, or written with
+--output; --attention writes pictures of the model's attention.
 """
 
 if __name__ == '__main__':
@@ -54,7 +54,7 @@ EXAMPLES = """examples:
 # ---- flags
 
 class Parser(OneLineParser):
-    """Takes images in any place among the flags, and --attention with or without a value."""
+    """Accepts images anywhere among the flags, and --attention with or without a value."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else list(args)
@@ -65,7 +65,7 @@ class Parser(OneLineParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Tuple[Any, List[str]]:
         parsed, rest = super().parse_known_args(args, namespace)
-        if rest and not any(flag.startswith('-') for flag in rest):  # argparse takes only the first of several groups
+        if rest and not any(flag.startswith('-') for flag in rest):  # argparse takes only the first group of images
             parsed.images, rest = parsed.images + rest, []
         return parsed, rest
 
@@ -79,7 +79,7 @@ def build_parser() -> OneLineParser:
 
 
 def _is_standard_output(path):
-    """Whether it is /dev/stdout, or the file that a shell opened for that."""
+    """Whether a path is /dev/stdout, or the file that standard output is redirected to."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(1))
     except (OSError, ValueError):
@@ -87,10 +87,10 @@ def _is_standard_output(path):
 
 
 def check_args(args: argparse.Namespace) -> argparse.Namespace:
-    """Everything that can be found wrong before anything slow starts. Raises `UserError`.
+    """Check the flags before any slow work. Raises `UserError`.
 
     Returns:
-        A Namespace of the flags in which inputs, output, format and attention_dir are settled.
+        A Namespace of the flags with the final inputs, output, format and attention_dir.
     """
     args = argparse.Namespace(inputs=args.images + list(itertools.chain(*args.input)), **vars(args))
     if not args.resume:
@@ -122,8 +122,8 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         args.attention_dir = args.attention_dir or os.path.join(beside, 'attention')
         folder = os.path.join(os.path.realpath(args.attention_dir), '')
         if any(os.path.join(os.path.realpath(each), '').startswith(folder) for each in args.inputs):
-            raise UserError('--attention_dir %s holds inputs, and its pictures would become some; choose another folder'
-                            % escape_text(args.attention_dir))
+            raise UserError('--attention_dir %s holds inputs, and its pictures would become inputs too; choose another '
+                            'folder' % escape_text(args.attention_dir))
         run_folder.check_writable('--attention_dir', args.attention_dir)
     if args.data_backend == 'fast':
         fast_decode.check_available()
@@ -137,11 +137,11 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
 # ---- predicting
 
 class Predictor:
-    """The network with what it needs to predict this process's images.
+    """Predicts this process's images.
 
     Args:
-        loader: of a `PathDataset`, in the order of `sampler`.
-        activation: 'softmax' or 'sigmoid', which makes probabilities of the network's outputs.
+        loader: loads a `PathDataset` in the order of `sampler`.
+        activation: 'softmax' or 'sigmoid', from the network's outputs to probabilities.
     """
 
     def __init__(self, model: torch.nn.Module, loader: PrefetchLoader, sampler: PathSampler, top_k: int,
@@ -150,15 +150,15 @@ class Predictor:
         self.activation = activation
 
     def predictions(self) -> Iterator[List[Prediction]]:
-        """Yield a list for each batch, read while the device computes the next one."""
-        before = None
+        """Yield a list for each batch; the device computes the next batch meanwhile."""
+        previous = None
         for batch in self.loader:
             computed = self.compute(batch)
-            if before is not None:
-                yield self.read(*before)
-            before = computed
-        if before is not None:
-            yield self.read(*before)
+            if previous is not None:
+                yield self.read(*previous)
+            previous = computed
+        if previous is not None:
+            yield self.read(*previous)
 
     @torch.no_grad()
     def compute(self, batch: Any) -> Tuple[Any, List[Tuple[int, str]], Any, Any]:
@@ -166,7 +166,7 @@ class Predictor:
         entries = self.sampler.take(len(batch.images) + len(batch.unreadable))
         if not len(batch.images):
             return batch, entries, None, None
-        # Filled up as in an evaluation: kernels round otherwise for another number of rows.
+        # Padded as in an evaluation: kernels may round differently for another number of rows.
         output = self.model(engine.pad_batch(batch.images, self.loader))[:len(batch.images)].float()
         probabilities = output.sigmoid() if self.activation == 'sigmoid' else output.softmax(-1)
         classes = metrics.top_classes(output, self.top_k)
@@ -174,12 +174,12 @@ class Predictor:
         return batch, entries, top, None if self.heatmaps is None else self.heatmaps.hook.take()
 
     def read(self, batch: Any, entries: Sequence[Tuple[int, str]], top: Any, attended: Any) -> List[Prediction]:
-        """The `Prediction`s of a batch that `compute` began."""
+        """The `Prediction`s of a batch, from the result of `compute`."""
         rows, unreadable = {}, iter(batch.unreadable)
         if top is not None:
             rows = {number: row for row, number in enumerate(batch.indices[0].tolist())}
             probabilities, classes, resized = top[0].tolist(), top[1].tolist(), batch.targets.tolist()
-        pictures = None if self.heatmaps is None or not rows else self.loader.as_bytes(batch.images)
+        pictures = None if self.heatmaps is None or not rows else self.loader.denormalize(batch.images)
         predictions = []
         for number, path in entries:
             if number not in rows:
@@ -195,9 +195,9 @@ class Predictor:
 
 
 def gather_ordered(predictions: Iterable[List[Prediction]], device: torch.device) -> Iterator[List[Prediction]]:
-    """Yield the lists of all processes, joined batch by batch, in the order of the inputs.
+    """Yield the lists of all processes, merged batch by batch into the order of the inputs.
 
-    The k-th batches of all processes are neighbours: process r of w has every w-th image.
+    Process r of w has every w-th image, so the k-th batches of all processes are adjacent.
     """
     if process_group.world_size() == 1:
         yield from predictions
@@ -214,28 +214,28 @@ def gather_ordered(predictions: Iterable[List[Prediction]], device: torch.device
 
 
 def check_same_inputs(sampler: PathSampler, device: torch.device) -> None:
-    """Raise a `UserError` where the processes did not pass the same images."""
+    """Raise a `UserError` where the processes have read different images."""
     if any(state != sampler.state for state in collectives.all_gather_json(sampler.state, device)):
-        raise UserError('the processes did not find the same images; every machine needs the same files, and they '
-                        'must stay as they are for the time')
+        raise UserError('the processes did not find the same images; give every machine the same files, and do not '
+                        'change them during the run')
 
 
 def write_predictions(predictor: Predictor, writer: LineWriter, input_size: int, shows_progress: bool,
                       device: torch.device) -> Tuple[int, int]:
-    """Write the results and report files that were left out; gives (images read, files left out).
+    """Write the results and report files that were left out. Returns (images read, files left out).
 
     Args:
-        shows_progress: with a bar, on a terminal; otherwise each batch is written out at once.
+        shows_progress: show a bar on a terminal; otherwise flush after each batch.
     """
-    from tqdm import tqdm  # slow to import, and of no use to --help
+    from tqdm import tqdm  # slow to import, and not needed for --help
 
-    tqdm.monitor_interval = 0  # its thread must not be there when processes are forked
+    tqdm.monitor_interval = 0  # no thread may run when processes are forked
     read = left_out = resized = 0
     with tqdm(desc='Predicting', unit=' images', disable=None if shows_progress else True) as bar:
         for predictions in gather_ordered(predictor.predictions(), device):
             if any(each.resized for each in predictions) and not resized:
-                log.log_main('Note: images that are not %dx%d are resized and cropped to that; the model was '
-                             'trained on images of just that size' % (input_size, input_size))
+                log.log_main('Note: the model was trained on images of exactly %dx%d; others are resized and cropped'
+                             % (input_size, input_size))
             for each in predictions if process_group.is_main_process() else ():
                 if each.reason:
                     bar.write('Left out: %s cannot be read as an image (%s)'
@@ -249,7 +249,7 @@ def write_predictions(predictor: Predictor, writer: LineWriter, input_size: int,
                 writer.file.flush()
         check_same_inputs(predictor.sampler, device)
     if not read:
-        raise UserError('none of the %d images can be read' % left_out)
+        raise UserError('none of the %d images can be read; give other images' % left_out)
     writer.end()
     writer.file.flush()
     return read, left_out
@@ -259,9 +259,9 @@ def write_predictions(predictor: Predictor, writer: LineWriter, input_size: int,
 
 def build_loader(sampler: PathSampler, preprocessing: EvalTransform, data_backend: str, config: LoaderConfig,
                  device: torch.device) -> PrefetchLoader:
-    """Batches of the sampler's images; where there are fewer than a batch, batches are that small.
+    """A loader of the sampler's images; the batch size is at most the number of images.
 
-    Without --num_workers a single batch is loaded here, before new processes would have begun.
+    Without --num_workers this process loads a single batch itself, which is faster than starting workers.
     """
     found, workers = sampler.first(config.batch_size), config.num_workers
     if workers is None:
@@ -270,7 +270,7 @@ def build_loader(sampler: PathSampler, preprocessing: EvalTransform, data_backen
     workers = workers_that_fit(workers, found * 3 * preprocessing.input_size ** 2)
     options = loader_kwargs(workers, config.pin_mem, preprocessing.input_size, device)
     if 'persistent_workers' in options:
-        options['persistent_workers'] = False  # there is one pass
+        options['persistent_workers'] = False  # a single pass
     images = PathDataset(preprocessing, data_backend, config.max_image_pixels)
     samples = SampleDataset(images, config.bad_images == 'skip')
     return PrefetchLoader(torch.utils.data.DataLoader(samples, batch_size=found, sampler=sampler, **options), device,
@@ -278,7 +278,7 @@ def build_loader(sampler: PathSampler, preprocessing: EvalTransform, data_backen
 
 
 def main(args: argparse.Namespace, stdout: TextIO) -> None:
-    """Predict; the results go to `stdout`, a text file, or to where the flags say."""
+    """Predict, and write the results to `stdout`, a text file, or to --output."""
     args = check_args(args)
     device = process_group.init_distributed_mode(flags.config_from(args, DistributedConfig))
     watchdog.start(process_group.rendezvous_store(), args.dist_timeout)
@@ -322,12 +322,12 @@ def run(argv: Optional[Sequence[str]] = None) -> int:
         with contextlib.redirect_stdout(stdout):  # --help
             args = build_parser().parse_args(argv)
         main(args, stdout)
-        stdout.flush()  # several processes end without doing that
+        stdout.flush()  # several processes exit without flushing
 
     try:
-        with preemption.Signals(), contextlib.redirect_stdout(sys.stderr):  # so that only results are on stdout
+        with preemption.Signals(), contextlib.redirect_stdout(sys.stderr):  # only results go to stdout
             return run_with_error_report(PROGRAM, work, 'lower --batch_size')
-    except BrokenPipeError:  # whoever read the results has seen enough
+    except BrokenPipeError:  # the reader of the results has closed the pipe
         return exit_process(128 + signal.SIGPIPE)
     except preemption.Stopped as stop:
         watchdog.stop()

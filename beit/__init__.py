@@ -1,16 +1,16 @@
-"""What the programs at the root are made of.
+"""The library of the programs at the root.
 
-Imports go one way: cli, outputs, training, checkpoint, data, files, log, distributed, devices, errors. Each may use
-those after it.
+Each package imports only from itself and the later ones: cli, outputs, training, checkpoint, model_spec, data, files,
+log, distributed, devices, config, paths, startup, errors.
 """
 
 import os
 from typing import Any
 
-# From 2.5 on, torch imports torch_npu by itself and fails with a traceback where CANN is not set up. `beit.devices`
-# imports it when it is needed, and explains its failure.
+# From 2.5 on, torch imports torch_npu automatically and fails with a traceback if CANN is not set up. `beit.devices`
+# imports it when needed, and explains its failure.
 os.environ.setdefault('TORCH_DEVICE_BACKEND_AUTOLOAD', '0')
-# PyTorch would tell of connections that break off, or that a stranger made, in many lines; the programs say it in one.
+# PyTorch logs many lines about a broken or unexpected connection; the programs write a single one.
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'FATAL')
 
 

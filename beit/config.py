@@ -11,14 +11,14 @@ MAX_INPUT_SIZE = 8192  # pixels a side
 
 
 def default_num_workers() -> int:
-    """As many as this process may use processors, at most 10."""
+    """The number of processors that this process can use, at most 10."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return min(10, allowed)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which images to read, and how they are labelled."""
+    """The images to read, and their labels."""
     data_path: str = ''
     eval_data_path: Optional[str] = None
     data_set: str = 'IMNET'
@@ -28,7 +28,7 @@ class DataConfig:
     max_train_samples: int = 0  # 0: all
     nb_classes: int = 0  # 0: as many as the data has
     seed: int = 0
-    loss: str = 'auto'  # 'bce' or several labels an image: see csv_dataset
+    loss: str = 'auto'  # with 'bce' an image can have several labels, see csv_dataset
     bad_images: str = 'error'  # or 'skip'
     eval: bool = False  # no training set is needed
     disable_eval_during_finetuning: bool = False
@@ -37,11 +37,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TransformConfig:
-    """What is done to one image, in training and in evaluation."""
+    """The transforms of one image, in training and in evaluation."""
     input_size: int = 224  # pixels a side
     imagenet_default_mean_and_std: bool = False
     crop_pct: Optional[float] = None  # None: the reference's for this input size
-    evaluation: Any = None  # the EvalTransform of a checkpoint, which wins over these flags
+    evaluation: Any = None  # the EvalTransform of a checkpoint, which takes precedence over these flags
     color_jitter: float = 0.4
     aa: str = 'rand-m9-mstd0.5-inc1'
     hflip: float = 0.5
@@ -55,7 +55,7 @@ class TransformConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MixupConfig:
-    """What is done to a batch."""
+    """Mixup and cutmix of a batch."""
     mixup: float = 0.
     cutmix: float = 0.
     cutmix_minmax: Optional[Sequence[float]] = None
@@ -67,24 +67,24 @@ class MixupConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoaderConfig:
-    """How batches are made and shared among processes."""
-    batch_size: int = 64  # of training, per process; evaluation takes 1.5 times as many
+    """The loading of batches, and their distribution among processes."""
+    batch_size: int = 64  # of training, per process; evaluation uses 1.5 times as many
     num_workers: int = dataclasses.field(default_factory=default_num_workers)
     pin_mem: bool = True
     dist_eval: bool = False
     seed: int = 0
     bad_images: str = 'error'
-    max_image_pixels: int = 0  # of an image that is decoded; 0: Pillow's limit
+    max_image_pixels: int = 0  # the limit for decoding; 0: Pillow's
 
 
 @dataclasses.dataclass(frozen=True)
 class InputConfig(DataConfig, TransformConfig, LoaderConfig):
-    """All that determines the batches: which images, their transforms, the loaders."""
+    """Everything that determines the batches: images, transforms, loaders."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which network to build."""
+    """The network to build."""
     model: str = 'beit_base_patch16_224'
     input_size: int = 224
     drop: float = 0.
@@ -112,7 +112,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OutputConfig:
-    """What a run writes, and where."""
+    """The files that a run writes."""
     output_dir: str = ''
     log_dir: Optional[str] = None
     save_ckpt: bool = True
@@ -122,12 +122,12 @@ class OutputConfig:
     curves: bool = True
     report: bool = False
     auto_resume: bool = False
-    flags: Dict[str, object] = dataclasses.field(default_factory=dict)  # all of the run, for args.yaml and checkpoints
+    flags: Dict[str, object] = dataclasses.field(default_factory=dict)  # the run's, for args.yaml and checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Which device to use, and how the processes meet."""
+    """The device, and the rendezvous of the processes."""
     device: str = 'auto'
     dist_url: str = 'env://'
     dist_on_itp: bool = False

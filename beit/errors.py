@@ -1,4 +1,4 @@
-"""The failures that a user can cause and mend: one exception type and how its one line is worded."""
+"""User errors: the exception type, and functions for its one-line messages."""
 
 import contextlib
 import difflib
@@ -9,12 +9,12 @@ from typing import Iterable, List, Optional, Union
 
 
 class UserError(Exception):
-    """A wrong flag, file or machine. Its text is one line: the flag or file, the value, the cure.
+    """A wrong flag, file or machine. Its text is one line: the flag or file, the value, the remedy.
 
-    `run_class_finetuning.py` prints that line and exits with status 2.
+    The programs print that line and exit with status 2.
 
     Attributes:
-        rank (int or None): where all processes raise it together, the one that it is about; it speaks for all.
+        rank (int or None): if all processes raise the error together, the rank of the process that reports it.
     """
 
     def __init__(self, text: str, rank: Optional[int] = None) -> None:
@@ -23,24 +23,24 @@ class UserError(Exception):
 
 
 def print_error(text: str) -> None:
-    """Print a line on standard error, if anybody is there to read it."""
+    """Print a line on standard error; ignore a closed stream."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 def print_line(text: str) -> None:
-    """Print a line at once. Where standard output cannot be written to any more, say so once and go on without it."""
+    """Print a line and flush. If standard output fails, report that once and discard later output."""
     try:
         print(text, flush=True)
     except (OSError, ValueError) as error:
         with contextlib.suppress(OSError, ValueError):
-            # Or Python would try again at its end, and fail.
+            # Otherwise Python would flush again at exit, and fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print_error('standard output is gone (%s); the program goes on without it' % error)
+            print_error('standard output is gone (%s); the program continues without it' % error)
 
 
 def one_line(error: BaseException) -> str:
-    """The error's own line, without the traceback text that a DataLoader worker wraps around it."""
+    """The error's message as one line, without the traceback that a DataLoader worker adds."""
     text = str(error)
     if 'Original Traceback' in text:
         text = re.split(r'\w*UserError: ', text)[-1]
@@ -48,43 +48,37 @@ def one_line(error: BaseException) -> str:
 
 
 def worker_death_message(error: BaseException) -> str:
-    """One line, where a RuntimeError says that a loader process was killed, else ''."""
+    """One line for PyTorch's error about a killed loader process; '' for other errors."""
     found = re.search(r'DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (exited unexpectedly|is killed by signal: [^.]*)',
                       str(error))
-    return '' if not found else 'a loader process (%s) %s: most often for want of memory, see dmesg; lower ' \
+    return '' if not found else 'a loader process (%s) %s, probably by lack of memory (see dmesg); lower ' \
         '--num_workers' % found.groups()
 
 
 def escape_text(path: Union[str, bytes, 'os.PathLike[str]']) -> str:
-    """A path as it can be shown in one line: control characters and bytes that aren't text become escapes."""
+    """A path or text as one printable line: control characters and bytes that aren't text become escapes."""
     try:
         text = os.fsencode(path).decode('utf-8', 'backslashreplace')
-    except UnicodeEncodeError:  # a text that the locale has no name for
+    except UnicodeEncodeError:  # characters that the file system's encoding lacks
         text = str(path)
     return ''.join(each if each.isprintable() else each.encode('unicode_escape').decode() for each in text)
 
 
 def guard_cell(value: object) -> object:
-    """A value of a CSV file, which a spreadsheet does not take for a formula; numbers stay as they are."""
+    """A value for a CSV file, quoted if a spreadsheet would evaluate it as a formula; numbers stay unchanged."""
     is_formula = isinstance(value, str) and value[:1] in ('=', '+', '-', '@') and not re.match(
         r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\Z', value, re.IGNORECASE)
     return "'%s" % value if is_formula else value
 
 
 def nearest(name: str, known: Iterable[str]) -> List[str]:
-    """Up to three of `known` that look like `name`, the likeliest first."""
+    """Up to three names of `known` that are similar to `name`, the closest first."""
     by_lower = {each.lower(): each for each in sorted(known)}
     return [by_lower[each] for each in difflib.get_close_matches(str(name).lower(), by_lower, n=3, cutoff=0.6)]
 
 
 def unknown_value_error(flag: str, name: str, known: Iterable[str]) -> UserError:
-    """A `UserError` for a name that is none of `known`; it says which known ones come near.
-
-    Args:
-        flag (str): the command-line flag, with its dashes.
-        name (str): what the user gave.
-        known (iterable of str): the names that would have been right.
-    """
+    """A `UserError` for a flag's value that is not in `known`; it suggests similar values."""
     near = nearest(name, known)
-    cure = 'did you mean %s?' % ' or '.join(near) if near else 'it must be one of %s' % ', '.join(sorted(known))
-    return UserError('%s: unknown value %r; %s' % (flag, name, cure))
+    remedy = 'did you mean %s?' % ' or '.join(near) if near else 'it must be one of %s' % ', '.join(sorted(known))
+    return UserError('%s: unknown value %r; %s' % (flag, name, remedy))

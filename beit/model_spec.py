@@ -1,13 +1,13 @@
-"""What a model is: its architecture, how its images are prepared, what its outputs mean, and where it came from.
+"""Describes a model: its architecture, preprocessing, classes, loss and origin.
 
-A training run builds one `ModelSpec` from its flags and data. Every checkpoint, average and export holds it, and
-evaluation, prediction, averaging and the exports take from it what they know of a model.
+A training run builds one `ModelSpec` from its flags and data. Every checkpoint, average and export holds it;
+evaluation, prediction, averaging and export read it from there.
 """
 
 import argparse
 import dataclasses
 import json
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import modeling_finetune
 from beit.config import ModelConfig, TransformConfig
@@ -18,21 +18,20 @@ from beit.files import regular_file
 
 KEY = 'model_spec'  # in a checkpoint, and in the metadata of an export
 VERSION = 1
-READING = {'exif': 'ignored', 'transparency': 'dropped'}  # what `decode.load_image` does with them
+READING = {'exif': 'ignored', 'transparency': 'dropped'}  # by `decode.load_image`
 LARGEST_NAMES_FILE = 1 << 26  # bytes
-Kind = TypeVar('Kind')
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """What must be known of a network's weights to use them.
+    """A network's description, complete enough to use its weights.
 
     Attributes:
         architecture: the registered name and every argument that shapes the network.
         classes: the names of the outputs, in order; their numbers where `has_class_names` is false.
-        loss: 'ce', whose outputs are classes that exclude one another (softmax), or 'bce', each for itself (sigmoid).
-        multi_label: whether an image may be of several classes, or none.
-        origin: what the weights were made of, for people: the program's version, --finetune, averaged files.
+        loss: 'ce' (softmax, one class an image) or 'bce' (sigmoid, each class independently).
+        multi_label: whether an image can have several classes, or none.
+        origin: for people: the program's version, --finetune, averaged files.
     """
     architecture: ModelConfig
     preprocessing: EvalTransform
@@ -44,11 +43,11 @@ class ModelSpec:
 
     @property
     def activation(self) -> str:
-        """What makes probabilities of the outputs."""
+        """The function from logits to probabilities."""
         return 'sigmoid' if self.loss == 'bce' else 'softmax'
 
     def to_dict(self) -> Dict[str, Any]:
-        """Numbers, strings, lists and dicts only, as checkpoints and JSON hold them. Names are printable text."""
+        """Plain numbers, strings, lists and dicts, for checkpoints and JSON. Names are escaped to printable text."""
         preprocessing = dict(dataclasses.asdict(self.preprocessing), **READING)
         preprocessing.update(mean=list(self.preprocessing.mean), std=list(self.preprocessing.std))
         return {'version': VERSION, 'architecture': dataclasses.asdict(self.architecture),
@@ -58,34 +57,34 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, content: Any) -> 'ModelSpec':
-        """From `to_dict`'s result. Raises ValueError, saying what is wrong, for anything else."""
+        """The inverse of `to_dict`. Raises ValueError, with the reason, for any other content."""
         content = _expect(content, dict, KEY)
         if content.get('version') != VERSION:
-            raise ValueError('it is of version %.20r, and this program reads version %d' % (content.get('version'),
-                                                                                           VERSION))
+            raise ValueError('it has version %.20r, and this program reads version %d'
+                             % (content.get('version'), VERSION))
         content = {name: value for name, value in content.items() if name != 'version'}
         preprocessing = dict(_expect(content.get('preprocessing'), dict, 'preprocessing'))
         for name, value in READING.items():
             if preprocessing.pop(name, value) != value:
-                raise ValueError('its images are read with %s other than %s' % (name, value))
+                raise ValueError('its images are read with %s not %s' % (name, value))
         content.update(architecture=_dataclass_from(ModelConfig, content.get('architecture')),
                        preprocessing=_dataclass_from(EvalTransform, preprocessing),
                        classes=tuple(_names(content.get('classes'))))
         spec = _dataclass_from(cls, content)
         if spec.loss not in ('ce', 'bce') or not all(isinstance(each, str) for each in spec.origin.values()):
-            raise ValueError('its loss or origin is not what a program writes')
+            raise ValueError('its loss or origin is invalid')
         spec.preprocessing.check()
         return spec
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any], classes: Optional[Sequence[str]], outputs: int,
                    **known: Any) -> 'ModelSpec':
-        """From the flags of a training run, as older checkpoints and the reference's hold them.
+        """From a training run's flags, which older checkpoints and the reference's hold.
 
         Args:
-            classes: the names; None takes numbers.
-            outputs: how many classes the network has.
-            known: fields that something else tells.
+            classes: the names; None for numbers.
+            outputs: the network's number of classes.
+            known: fields to set instead of the flags'.
 
         Raises:
             ValueError: a flag's value is of another type.
@@ -98,7 +97,7 @@ class ModelSpec:
                                has_class_names=classes is not None, loss=loss), **known))
 
     def replace(self, **changes: Any) -> 'ModelSpec':
-        """A copy in which the flags `changes` (by name, without None) win; another input size takes its own crop."""
+        """A copy with these flags, by name; None changes nothing. Another input size gets the crop of that size."""
         changes = {name: value for name, value in changes.items() if value is not None}
         shape, images = self.architecture, self.preprocessing
         shape = dataclasses.replace(shape, **_of_kind(ModelConfig, changes))
@@ -114,14 +113,14 @@ class ModelSpec:
         return dataclasses.replace(self, architecture=shape, preprocessing=images, loss=loss)
 
     def with_class_names(self, names: Sequence[str], where: str) -> 'ModelSpec':
-        """A copy with these names. Raises `UserError`, naming `where` they are from, for another number of them."""
+        """A copy with these names. Raises `UserError`, which begins with `where`, if their number differs."""
         if len(names) != len(self.classes):
-            raise UserError('%s: it names %d classes, and the model has %d outputs; give a name for each, in order'
+            raise UserError('%s: it names %d classes, and the model has %d outputs; give one name per output, in order'
                             % (where, len(names), len(self.classes)))
         return dataclasses.replace(self, classes=tuple(names), has_class_names=True)
 
     def differences(self, other: 'ModelSpec') -> List[str]:
-        """What differs from another model's in a way that makes weights or figures not comparable, in words."""
+        """The differences from another model that make weights or figures incomparable, as text."""
         rows = [('--' + field.name, getattr(self.architecture, field.name), getattr(other.architecture, field.name))
                 for field in dataclasses.fields(ModelConfig) if field.name in SHAPING]
         rows += [('preprocessing: ' + field.name, getattr(self.preprocessing, field.name),
@@ -138,7 +137,7 @@ SHAPING = ('model', 'input_size', 'use_mean_pooling', 'rel_pos_bias', 'abs_pos_e
 
 
 def check_architecture(model: str, input_size: int) -> None:
-    """Raise a `UserError` for an unknown name, or an input of no whole number of patches."""
+    """Raise a `UserError` for an unknown name, or an input size that is no multiple of the patch size."""
     if model not in modeling_finetune.MODELS:
         raise unknown_value_error('--model', model, modeling_finetune.MODELS)
     patch = modeling_finetune.MODELS[model]['patch_size']
@@ -151,47 +150,46 @@ def check_architecture(model: str, input_size: int) -> None:
 # ---- classes, matched by name
 
 def match_classes(spec: ModelSpec, source: str, found: Sequence[str], trains: bool = False) -> Tuple[List[int], str]:
-    """(which output each class of the data is, what to tell people or '').
+    """(the index of the output for each class of the data, a line to log or '').
 
     Args:
         source: the checkpoint, for messages.
         found: the classes of the data, in its order.
-        trains: all classes of the model must be there.
+        trains: the data must have every class of the model.
 
     Raises:
-        UserError: the data has a class that the model does not know, or without names another number of them.
+        UserError: the data has a class that the model does not know, or the model has no names and another number.
     """
     shown = '--resume %s' % escape_text(source)
     found = [class_folders.normalize(escape_text(name)) for name in found]
     if spec.has_class_names:
-        places = {class_folders.normalize(name): place for place, name in enumerate(spec.classes)}
-        unknown = [name for name in found if name not in places]
+        indices = {class_folders.normalize(name): index for index, name in enumerate(spec.classes)}
+        unknown = [name for name in found if name not in indices]
         if unknown:
             raise UserError('%s: the data has classes that the checkpoint does not know: %s; it knows %s; rename the '
                             'folders, or train on these classes with --finetune %s' % (
                                 shown, shorten_names(unknown), shorten_names(spec.classes), escape_text(source)))
-        missing = [name for name in places if name not in set(found)] if trains else []
+        missing = [name for name in indices if name not in set(found)] if trains else []
         if missing:
             raise UserError('%s: the data lacks classes of the checkpoint: %s; add them, or train on these classes '
                             'with --finetune %s' % (shown, shorten_names(missing), escape_text(source)))
-        return [places[name] for name in found], ''
+        return [indices[name] for name in found], ''
     if len(found) != len(spec.classes):
-        raise UserError('%s: it has %d outputs and does not name them, and the data has %d classes; name all of its '
-                        'classes, in order, with --class_names FILE' % (shown, len(spec.classes), len(found)))
+        raise UserError('%s: it has %d outputs without names, and the data has %d classes; name all of its classes, '
+                        'in order, with --class_names FILE' % (shown, len(spec.classes), len(found)))
     numeric = class_folders.numeric_order(found) is not None
     return [int(name) for name in found] if numeric else list(range(len(found))), \
-        '%s does not name its classes: its outputs are taken to be the data\'s classes %s, by position; ' \
-        '--class_names FILE makes sure' % (escape_text(source), 'in the order of their numbers' if numeric
-                                           else 'in sorted order')
+        '%s does not name its classes; they are matched with the data\'s classes by position, %s; name them with ' \
+        '--class_names FILE' % (escape_text(source), 'in the order of their numbers' if numeric else 'in sorted order')
 
 
 def read_class_names(path: str) -> List[str]:
-    """The names in a --class_names file, in order: one a line; or JSON, a list or an object with keys from "0".
+    """The names in a --class_names file, in order: one per line; or JSON, a list or an object with keys from "0".
 
-    Where JSON gives several words for a class, as ImageNet's index does, the first is its name.
+    If JSON has a list of words for a class, as ImageNet's index does, the first is its name.
 
     Raises:
-        UserError: the file can't be read, or is not such a list.
+        UserError: the file can't be read, or has another form.
     """
     shown = '--class_names %s' % escape_text(path)
     try:
@@ -207,37 +205,37 @@ def read_class_names(path: str) -> List[str]:
     except OSError as error:
         raise UserError('%s: %s' % (shown, error.strerror or error)) from None
     except (ValueError, LookupError, RecursionError):
-        raise UserError('%s: neither a name on each line nor JSON (a list, or an object with keys "0", "1", …)'
-                        % shown) from None
+        raise UserError('%s: not a list of names; write one per line, or JSON (a list, or an object with keys "0", '
+                        '"1", …)' % shown) from None
     twice = sorted(name for name in set(names) if names.count(name) > 1) if len(set(names)) < len(names) else []
     if twice or not names:
         raise UserError('%s: %s' % (shown, 'it holds %s twice' % escape_text(twice[0]) if twice else 'it is empty'))
     return [escape_text(name) for name in names]
 
 
-def shorten_names(names: Sequence[str], most: int = 6) -> str:
-    """The first names, printable, and how many more there are."""
-    shown = [escape_text(name) for name in names[:most]]
-    return ', '.join(shown) + (', … and %d more' % (len(names) - most) if len(names) > most else '')
+def shorten_names(names: Iterable[str], most: int = 6, divider: str = ', ') -> str:
+    """The first `most` names, escaped, and the number of the others."""
+    shown = list(map(escape_text, names))
+    return divider.join(shown[:most] + ['… and %d more' % (len(shown) - most)] * (len(shown) > most))
 
 
-# ---- what a checkpoint holds
+# ---- reading checkpoints
 
 def saved_args(content: Any) -> Dict[str, Any]:
-    """The flags that a checkpoint was trained with, by name; {} where it says none."""
+    """The flags of a checkpoint's run, by name; {} if it holds none."""
     args = content.get('args') if isinstance(content, dict) else None
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return args if isinstance(args, dict) else {}
 
 
 def spec_in(content: Any, source: str, outputs: int) -> Optional[ModelSpec]:
-    """The spec that a checkpoint holds, or that its flags amount to; None where it says nothing.
+    """The spec in a checkpoint, or one built from its flags; None if it holds neither.
 
     Args:
-        outputs: how many classes its head has.
+        outputs: the number of classes of its head.
 
     Raises:
-        UserError: what it says is damaged, or does not fit its head.
+        UserError: the spec or the flags are damaged, or do not fit the head.
     """
     flags = saved_args(content)
     try:
@@ -247,7 +245,7 @@ def spec_in(content: Any, source: str, outputs: int) -> Optional[ModelSpec]:
                 raise ValueError('it names %d classes, and the head has %d outputs' % (len(spec.classes), outputs))
             if content.get('classes', list(spec.classes)) != list(spec.classes) or \
                     content.get('activation', spec.activation) != spec.activation:
-                raise ValueError('its classes or activation are not those of its %s' % KEY)
+                raise ValueError('its classes or activation contradict its %s' % KEY)
             return spec
         if 'model' not in flags:
             return None
@@ -258,11 +256,11 @@ def spec_in(content: Any, source: str, outputs: int) -> Optional[ModelSpec]:
         return ModelSpec.from_flags(flags, names, outputs, loss='bce' if sigmoid else 'ce',
                                     multi_label=sigmoid and 'mAP' in (content.get('accuracy') or ()))
     except ValueError as error:
-        raise UserError('--resume %s: what it says of its model cannot be used (%s); give its weights to --finetune'
+        raise UserError('--resume %s: its model description cannot be used (%s); give its weights to --finetune'
                         % (escape_text(source), error)) from None
 
 
-# ---- reading what a stranger may have written
+# ---- reading untrusted values
 
 def _of_kind(kind: Any, values: Mapping[str, Any]) -> Dict[str, Any]:
     names = {field.name for field in dataclasses.fields(kind)}
@@ -280,12 +278,12 @@ def _names(value: Any) -> List[str]:
 
 
 def _dataclass_from(kind: Any, values: Any) -> Any:
-    """A dataclass of these values, each of its default's type. Raises ValueError."""
+    """A dataclass of these values, each of the type of its default. Raises ValueError."""
     values, fields = _expect(values, dict, 'a part'), {field.name: field for field in dataclasses.fields(kind)}
-    made = {}
+    converted = {}
     for name, value in values.items():
         if name not in fields:
-            raise ValueError('%.40r is no part of it; a newer version wrote it' % (name,))
+            raise ValueError('%.40r is unknown; a newer version wrote it' % (name,))
         default = fields[name].default
         if isinstance(default, tuple) and isinstance(value, (list, tuple)):
             value = tuple(float(_expect(each, (int, float), name)) for each in value)  # type: ignore[arg-type]
@@ -293,8 +291,8 @@ def _dataclass_from(kind: Any, values: Any) -> Any:
             value = float(value)
         elif default is not None and default is not dataclasses.MISSING and type(value) is not type(default):
             raise ValueError('%s is %.40r' % (name, value))
-        made[name] = value
+        converted[name] = value
     try:
-        return kind(**made)
+        return kind(**converted)
     except TypeError as error:
         raise ValueError(str(error)) from None

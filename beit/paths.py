@@ -1,4 +1,4 @@
-"""Where the project lies, and what it may write beside itself."""
+"""The project's folder and the user's cache folder."""
 
 import os
 
@@ -9,7 +9,7 @@ def project_root() -> str:
 
 
 def cache_folder() -> str:
-    """The user's folder for what the project keeps where its own cannot be written."""
+    """The user's cache folder, for files that do not fit into a read-only project folder."""
     caches = os.environ.get('XDG_CACHE_HOME', '')
     if not os.path.isabs(caches):
         caches = os.path.join(os.path.expanduser('~'), '.cache')

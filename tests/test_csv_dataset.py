@@ -110,12 +110,12 @@ def test_an_evaluation_of_several_labels_may_list_one_an_image(several, pictures
     (b'00.png,cat\n01.png\n', ('line 2', '1 column, not 2')), (b'00.png,cat\n01.png,a,b\n', ('line 2', '3 columns')),
     (b'00.png,cat\n01.png,"dog\n', ('line 2', 'not CSV')), (b'00.png,cat\n\xff.png,cat\n', ('line 2', 'not UTF-8')),
     (b'00.png,cat\n0\x001.png,cat\n', ('line 2', 'NUL')), ('00.png,cat\n'.encode('utf-16'), ('line 1', 'NUL')),
-    (b'00.png,cat\n,dog\n', ('line 2', 'no path')), (b'00.png,cat\n01.png,\n', ('line 2', 'empty label')),
-    (b'00.png,cat;dog\n01.png,cat;;dog\n', ('line 2', 'empty label')),
+    (b'00.png,cat\n,dog\n', ('line 2', 'path is empty')), (b'00.png,cat\n01.png,\n', ('line 2', 'label is empty')),
+    (b'00.png,cat;dog\n01.png,cat;;dog\n', ('line 2', 'label is empty')),
     (b'00.png,cat;dog\n01.png,cat;cat\n', ('line 2', 'cat', 'twice')),
     (b'00.png,cat\n01.png,dog\n00.png,dog\n', ('line 3', '00.png', 'line 1')),
     (b'00.png,cat\nhere/not.png,dog\n', ('line 2', 'there is no file', 'here/not.png')),
-    (b'00.png,cat\n01.png,do\x07g\n', ('line 2', 'cannot be printed')),
+    (b'00.png,cat\n01.png,do\x07g\n', ('line 2', 'unprintable')),
     (b'00.png,' + b'x' * 200000 + b'\n', ('line 1', 'not CSV'))))
 def test_a_wrong_csv_file_is_refused_with_its_line(refused, pictures, content, words):  # noqa: F811
     path = pictures[0] / 'wrong.csv'
@@ -164,10 +164,10 @@ def test_separators_and_quotes_are_found(pictures, text):
     ('path;species\n00.png;cat\n', ('line 1', 'path;species', 'category')),
     ('path,red,green\n00.png,1,0\n01.png,0,1\n', ('line 1', 'path,red,green', 'path,label;label')),
     ('cat,00.png\ndog,01.png\n', ('line 1', 'cat,00.png', 'label,path')),
-    ('00.png,cat\n01.png,nan\n', ('line 2', 'label nan', 'there is none')),
+    ('00.png,cat\n01.png,nan\n', ('line 2', 'label nan')),
     ('00.png,cat\n01.png,<NA>\n', ('line 2', '<NA>')),
     ('path,label,split\n00.png,cat,train\n01.png,dog,3\n', ('line 3', "'3'", 'split', 'train, val or test')),
-    ('path,label,split\n00.png,cat,val\n', ('column split', 'no row of train'))])
+    ('path,label,split\n00.png,cat,val\n', ('column split', 'no row has the split train'))])
 @pytest.mark.parametrize('mode', ['error', 'skip'])
 def test_a_header_or_label_that_is_not_understood_is_quoted(refused, pictures, text, words, mode):
     path = pictures[0] / 'x.csv'
@@ -195,12 +195,12 @@ def test_paths_of_windows_and_of_macos_are_found_and_reported(pictures, capsys):
     write(folder / 'x.csv', [['rose\u0301\\a.png', 'rose\u0301'], ['\u00e9t\u00e9\\b.png', 'ros\u00e9'],
                              ['plain.png', 'other']])
     assert read_rows(folder / 'x.csv') == {'a.png': 'ros\u00e9', 'b.png': 'ros\u00e9', 'plain.png': 'other'}
-    line, = [line for line in capsys.readouterr().out.splitlines() if 'spells' in line]
-    assert '--train_csv %s: spells 2 paths' % (folder / 'x.csv') in line
+    line, = [line for line in capsys.readouterr().out.splitlines() if 'spelling' in line]
+    assert '--train_csv %s: 2 paths' % (folder / 'x.csv') in line
     if os.sep == '/':  # a backslash may also be part of a name
         photo(3, 32, 32).save(str(folder / 'c\\d.png'))
         write(folder / 'x.csv', [['c\\d.png', 'x']])
-        assert read_rows(folder / 'x.csv') == {'c\\d.png': 'x'} and 'spells' not in capsys.readouterr().out
+        assert read_rows(folder / 'x.csv') == {'c\\d.png': 'x'} and 'spelling' not in capsys.readouterr().out
 
 
 def test_a_split_column_assigns_the_rows(pictures, parse, capsys):
@@ -211,7 +211,7 @@ def test_a_split_column_assigns_the_rows(pictures, parse, capsys):
     names = [[os.path.basename(name) for name, _ in part.samples] for part in (train, val)]
     assert names == [[row[0] for row in rows[:8]], [row[0] for row in rows[8:16]]]
     out = capsys.readouterr().out
-    assert 'takes the 8 of its 24 images whose split is train' in out and 'whose split is val' in out
+    assert 'using 8 of its 24 images, whose split is train' in out and 'whose split is val' in out
     only_test = write(folder / 'test.csv', rows[:8] + rows[16:], ('path', 'label', 'split'))
     _, val, _ = datasets.build_datasets(parse('--train_csv', path, '--val_csv', only_test, *RUN))
     assert len(val) == 8 and 'whose split is test' in capsys.readouterr().out
@@ -352,7 +352,7 @@ def test_weights_reach_the_loss(image_folder, tmp_path, monkeypatch, capsys, ref
                         ('cat,1\ndog,-2\n', ('entry 2', '-2')), ('cat,1\ndog,x\n', ('entry 2',)),
                         ('cat,0\ndog,0\n', ('all weights are 0',)), ('cat,1\ndog,nan\n', ('entry 2',)),
                         ('{"cat": [1]}', ('entry 1',)), ('{"cat"', ('neither CSV nor JSON',)),
-                        ('cat,1\ndog,1e39\n', ('too large',)), ('cat,1\ncat,2\n', ('entry 2', 'weight already'))):
+                        ('cat,1\ndog,1e39\n', ('too large',)), ('cat,1\ncat,2\n', ('entry 2', 'new class'))):
         (tmp_path / 'w.csv').write_text(text)
         refused(base + ['--class_weights', str(tmp_path / 'w.csv')], '--class_weights', *words)
     refused(base + ['--class_weights=balenced'], 'no such file; give balanced')

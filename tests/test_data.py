@@ -327,7 +327,7 @@ def test_twelve_bits_and_white_as_zero(tmp_path):
 @pytest.mark.parametrize('name, mode', [('a.tif', 'F'), ('a.tif', 'I'), ('a.im', 'F')])
 def test_numbers_of_no_known_range_are_refused_by_name(tmp_path, name, mode):
     Image.new(mode, (8, 8), 1).save(str(tmp_path / name))
-    with pytest.raises(decode.UnreadableImage, match='%s: .*%s of no known range.*SMinSampleValue' % (
+    with pytest.raises(decode.UnreadableImage, match='%s: .*%s of unknown range.*SMinSampleValue' % (
             name, {'F': 'floats', 'I': 'integers'}[mode])):
         decode.load_image(str(tmp_path / name))
 
@@ -348,7 +348,7 @@ def test_a_png_with_much_text_is_read(tmp_path):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_the_first_of_several_pages_is_used_and_reported_once(image_folder, parse, capsys, monkeypatch, workers):
-    monkeypatch.setattr(PrefetchLoader, 'has_told_first_page', False)
+    monkeypatch.setattr(PrefetchLoader, 'logged_first_page', False)
     root, first = image_folder(train=1, val=4), np.full((32, 32, 3), RGB, np.uint8)
     pages = [Image.new('RGB', (32, 32), (9, 9, 9 + number)) for number in range(3)]
     for name in ('1.tif', '2.tif', '3.gif'):
@@ -362,7 +362,7 @@ def test_the_first_of_several_pages_is_used_and_reported_once(image_folder, pars
     shown = [pixels_of(seen[index]) for index, (path, _) in enumerate(val.samples) if not path.endswith('.png')]
     assert len(shown) == 3 and all(np.abs(each - first).max() <= 2 for each in shown)
     line, = capsys.readouterr().out.splitlines()
-    assert line.startswith(os.path.join(root, 'val', 'cat')) and 'the first is used' in line
+    assert line.startswith(os.path.join(root, 'val', 'cat')) and 'only the first' in line
 
 
 def test_transparent_images_keep_their_colours(tmp_path):
@@ -476,7 +476,7 @@ def test_every_pillow_format_is_read_and_other_files_are_reported(image_folder, 
     assert line.startswith('%s/train: %d files or folders are not used (7 hidden' % (root, len(rest)))
     for part in ('--check_data', '2 .txt', '1 .mp4', '2 beside the class folders'):
         assert part in line
-    assert unreadable.check_data((train, val), 0, '') == 0
+    assert unreadable.check_data((train, val), 0, '') == (0, 0)
     lines = capsys.readouterr().out.splitlines()
     assert dict(line.split('\tnot used: ') for line in lines[:-1]) == {
         os.path.join(root, name): reason for name, reason in rest.items()}
@@ -534,7 +534,7 @@ def test_other_layouts_name_the_flags_that_read_them(image_folder, refused, caps
     os.rename(root + ' 2', root + ' 3/train/pets/kinds')
     assert datasets.ImageFolder(root + ' 3/train').classes == ['pets']
     out = capsys.readouterr().out
-    assert 'pets/kinds/cat, pets/kinds/dog: all images of the class pets' in out and '--train_csv' in out
+    assert 'pets/kinds/dog: subfolders hold all images of the class pets' in out and '--train_csv' in out
 
 
 def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):
@@ -685,7 +685,7 @@ def test_one_process_scans_and_broadcasts(tmp_path):
     classes, samples, _ = class_folders.scan_classes(tree)
     assert len(samples) == 7
     error = main[2][1]
-    assert error.startswith('%s/cat/link: cannot look for images there' % lost)
+    assert error.startswith('%s/cat/link: cannot be listed' % lost)
     assert main == [[1, [classes, [list(pair) for pair in samples]]]] * 2 + [[1, error]] * 2
     assert other == [[0, result] for _, result in main]
 

@@ -68,7 +68,7 @@ def test_a_disk_that_fills_up_with_checkpoints(image_folder, small_disk, process
         status, _, err = run_program(*base)
     else:
         status, _, err = launch(2, *base, preset=())
-    failed_in_one_line(status, err, '--output_dir', 'cannot write', 'earlier checkpoints are whole')
+    failed_in_one_line(status, err, '--output_dir', 'cannot write', 'earlier checkpoints are intact')
     kept = [os.path.basename(path) for _, path in discovery.list_checkpoints(disk)]
     assert kept and kept[0] == 'checkpoint-0.pth' and 'checkpoint-3.pth' not in kept
     if processes == 1:  # space is free again

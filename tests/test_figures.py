@@ -108,7 +108,7 @@ def test_an_accumulated_update_uses_the_mean_over_the_images(sizes, size, scale)
         optimizer = kernels.build_optimizer(torch.optim.SGD, list(model.parameters()), lr=1.)
         scaler = loss_scaler.LossScaler(128.)
     elif scale == 'apex':
-        scaler = loss_scaler.ApexScaler(Amp(model), [], scale=4.)
+        scaler = loss_scaler.AmpLibraryScaler(Amp(model), [], scale=4.)
     else:
         scaler = loss_scaler.LossScaler(scale)
     stats = train(model, batches, optimizer, scaler, update_freq=len(sizes))

@@ -410,7 +410,7 @@ def test_fast_reads_what_load_image_reads(tmp_path, how):
         image.convert({'grey': 'L', 'CMYK': 'CMYK', 'palette png': 'P'}.get(how, 'RGB')).save(
             path, **{'progressive': dict(progressive=True), 'no subsampling': dict(subsampling=0)}.get(how, {}))
     expected = np.asarray(decode.load_image(path)).astype(int)
-    found = fast_decode.load_bytes(path)
+    found = fast_decode.load_tensor(path)
     assert found.dtype == torch.uint8 and found.shape == (3, 47, 61)
     difference = np.abs(found.permute(1, 2, 0).numpy() - expected).max()
     assert difference <= (2 if how in ('plain', 'progressive', 'no subsampling', 'turned by EXIF') else 0)
@@ -431,7 +431,7 @@ def test_fast_reports_a_bad_file_as_load_image_does(tmp_path, how):
             file.write({'half': content[:len(content) // 2], 'head only': content[:700], 'empty': b'',
                         'text': b'no picture'}[how])
     messages = []
-    for load in (decode.load_image, fast_decode.load_bytes):
+    for load in (decode.load_image, fast_decode.load_tensor):
         with pytest.raises(decode.UnreadableImage) as caught:
             load(path)
         messages.append(str(caught.value).replace('BytesIO', 'file'))
@@ -445,7 +445,7 @@ def test_fast_refuses_a_bomb_before_it_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(fast_decode, 'decode_jpeg', lambda *_: pytest.fail('it was decoded'))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 2000)
     with pytest.raises(decode.UnreadableImage, match='decompression bomb'):
-        fast_decode.load_bytes(path)
+        fast_decode.load_tensor(path)
 
 
 @needs_fast
@@ -489,5 +489,5 @@ def test_a_worker_that_dies_while_sending_a_batch_is_reported(error, alive):
             raise error
 
     with pytest.raises(type(error) if alive else RuntimeError) as caught:
-        list(device_loader._or_worker_death(Batches()))
+        list(device_loader._detect_worker_death(Batches()))
     assert alive or 'a loader process (7) exited unexpectedly' in errors.worker_death_message(caught.value)

@@ -101,7 +101,7 @@ def test_machines_that_do_not_see_the_same_checkpoints(tmp_path, image_folder):
                  for node, machine in enumerate(machines)])
     assert [run.status for run in runs] in ([2, 2], [2, 1], [1, 2]), runs
     told = [line for run in runs for line in (run.out + run.err).splitlines() if 'error: ' in line]
-    assert any('the processes did not find the same checkpoint' in line and 'every machine needs the same files' in line
+    assert any('the processes found different checkpoints' in line and 'give every machine the same files' in line
                for line in told), runs
     assert 'Traceback' not in ''.join(run.out + run.err for run in runs)
 

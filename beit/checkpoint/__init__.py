@@ -1,1 +1,1 @@
-"""Checkpoints and pretrained weights: what they hold, and how they are loaded."""
+"""The content and the loading of checkpoints and pretrained weights."""

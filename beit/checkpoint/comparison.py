@@ -1,7 +1,7 @@
-"""What a checkpoint says of its run, compared with the run or the evaluation that goes on from it.
+"""Compares data and settings of a checkpoint and of a resumed run, an evaluation or an average.
 
-`FACTS` lists everything besides the flags that the numbers of a training run depend on; docs/reliability.md has the
-table for people.
+`FACTS` lists everything besides the flags that affects the numbers of a training run; docs/reliability.md has the
+table for users.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from beit.errors import UserError, escape_text
 from beit.log import log_main
 from beit.model_spec import saved_args
 
-RNG_VERSION = 2  # another number whenever the same seed gives a run other random numbers than before
+RNG_VERSION = 2  # increased whenever the same seed gives other random numbers than before
 
 
 class Run(NamedTuple):
-    """What the facts of a training run are taken from."""
+    """The source of a training run's facts."""
     flags: Dict[str, Any]
     device: torch.device
     data: Dict[str, Any]  # see `fingerprint.of_data`
@@ -32,15 +32,15 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """Something that the numbers of a training run depend on, and that a resumed run compares.
+    """Something that affects the numbers of a training run, and that a resumed run compares.
 
     Attributes:
-        name: a checkpoint keeps it in `progress['run']` under this name, or, as 'train.images', in `data`.
-        now: gives its value, a plain one, of a `Run`; None for what is in the data's fingerprints.
-        title: what people call it; the line is '<title>: <value> (was <value>)'.
-        says: a line of its own instead, where the value is a hash.
-        changes_order: whether the order of the data changes with it.
-        unless: facts whose difference explains that of this one, which is then not named.
+        name: its key in the checkpoint's `progress['run']` or, such as 'train.images', in `data`.
+        now: a function from a `Run` to its value, a plain one; None if it is part of the data's fingerprints.
+        title: its name in the line '<title>: <value> (was <value>)'.
+        says: a line instead of that, where the value is a hash.
+        changes_order: whether it affects the order of the data.
+        unless: facts whose difference explains a difference of this one, which is then not reported.
     """
     name: str
     now: Optional[Callable[[Run], Any]] = None
@@ -59,7 +59,7 @@ def _version(package, run):
 
 
 def _facts_of_a_set(name, title):
-    """Of the training set the order counts as well; the figures of an evaluation do not depend on it."""
+    """The order counts for the training set only: an evaluation's figures do not depend on it."""
     trained, names = name == 'train', '%s.names' % name
     images = Fact(name + '.images', None, title, changes_order=trained)
     other = (images.name, names)
@@ -89,38 +89,29 @@ FACTS: Tuple[Fact, ...] = (
           ) + _facts_of_a_set('train', 'training images') + _facts_of_a_set('val', 'validation images')
 
 
-# ---- what a checkpoint says
-
-def _args(content):
-    return saved_args(content) if isinstance(content, dict) else {}
-
+# ---- reading a checkpoint
 
 def saved_data(content: Any) -> Dict[str, Any]:
-    """The fingerprints of the images that a checkpoint was trained on; {} where it says none."""
+    """The fingerprints of a checkpoint's training and validation images; {} if it holds none."""
     data = content.get('data') if isinstance(content, dict) else None
     return data if isinstance(data, dict) and isinstance(data.get('train'), dict) else {}
 
 
-def _saved_run(content):
-    progress = content.get('progress') if isinstance(content, dict) else None
-    return progress.get('run') if isinstance(progress, dict) else None
-
-
 def _split_flags(content):
-    """(--val_split, --seed) that a checkpoint was trained with; None without --val_split."""
-    share, seed = (_args(content).get(name) for name in ('val_split', 'seed'))
+    """(--val_split, --seed) of a checkpoint's run; None without --val_split."""
+    share, seed = (saved_args(content).get(name) for name in ('val_split', 'seed'))
     return (share, seed) if isinstance(share, float) and share > 0 and isinstance(seed, int) else None
 
 
 def held_out_keys(content: Any) -> Optional[np.ndarray]:
-    """uint64: `subsets.name_keys` of the images that --val_split set apart in a checkpoint's run, or None."""
+    """uint64: `subsets.name_keys` of the images that --val_split held out in a checkpoint's run, or None."""
     keys = saved_data(content).get('held_out')
     return keys.numpy().view(np.uint64) if torch.is_tensor(keys) and keys.dtype == torch.int64 and keys.dim() == 1 \
         else None
 
 
 def data_to_save(data: Dict[str, Any], held_out: Optional[np.ndarray]) -> Dict[str, Any]:
-    """What a checkpoint holds as `data`: fingerprints, and the images that --val_split set apart.
+    """A checkpoint's `data`: the fingerprints, and the images that --val_split held out.
 
     Args:
         held_out: uint64, their `subsets.name_keys`; None without --val_split.
@@ -133,37 +124,38 @@ def data_to_save(data: Dict[str, Any], held_out: Optional[np.ndarray]) -> Dict[s
 # ---- resuming a training
 
 def facts_of(run: Run) -> Dict[str, Any]:
-    """What a checkpoint holds as `progress['run']`."""
+    """A checkpoint's `progress['run']`."""
     return {fact.name: fact.now(run) for fact in FACTS if fact.now is not None}
 
 
 class Difference(NamedTuple):
-    """What makes a resumed run compute other numbers than an unbroken one would."""
+    """A reason why a resumed run computes other numbers than an uninterrupted one."""
     text: str
-    changes_order: Optional[bool] = False  # None: that isn't known
+    changes_order: Optional[bool] = False  # None: unknown
 
 
 def resume_differences(content: Dict[str, Any], run: Run, ignored: Container[str]) -> List[Difference]:
-    """All differences between a run and the one that a checkpoint is of; [] where every number will be the same.
+    """All differences between a run and a checkpoint's; [] if every number will be the same.
 
     Args:
-        ignored: the flags on which no number depends.
+        ignored: the flags that affect no number.
     """
-    theirs, before, data = _args(content), _saved_run(content), saved_data(content)
+    theirs, progress, data = saved_args(content), content.get('progress'), saved_data(content)
+    before = progress.get('run') if isinstance(progress, dict) else None
     if not theirs or not isinstance(before, dict):
-        return [Difference('the checkpoint does not say with which flags it was made', None)]
+        return [Difference('the checkpoint does not record its flags', None)]
     found = [Difference(_change('--%s is %s (was %s)', name, value, theirs[name]), name == 'seed')
              for name, value in sorted(run.flags.items())
              if name in theirs and name not in ignored and repr(theirs[name]) != repr(value)]
     found += _differing([fact for fact in FACTS if fact.now is not None], facts_of(run).get,
                         lambda name: before.get(name, 'of another version'))
     if not data:
-        return found + [Difference('the checkpoint does not say on which images it was trained', None)]
+        return found + [Difference('the checkpoint does not record its training images', None)]
     return found + _data_differences(run.data, data)
 
 
 def _differing(facts, now, before):
-    """The `Difference` of each fact whose values, which two functions give by its name, differ; not if explained."""
+    """The `Difference`s of facts, unless others explain them; `now` and `before` are functions of a fact's name."""
     different, found = set(), []
     for fact in facts:
         if repr(now(fact.name)) != repr(before(fact.name)):
@@ -176,7 +168,7 @@ def _differing(facts, now, before):
 
 
 def _data_differences(data, before, part=''):
-    """The `Difference`s of two data's fingerprints; `part` 'val' is the validation set alone."""
+    """The `Difference`s of two data's fingerprints; `part` 'val.' compares the validation set alone."""
     return _differing([fact for fact in FACTS if fact.now is None and fact.name.startswith(part)],
                       functools.partial(_look_up, data), functools.partial(_look_up, before))
 
@@ -186,57 +178,56 @@ def _change(text, name, now, before):
 
 
 def _look_up(data, name):
-    """The value of 'train.images' there; 'none' where there is no such set."""
+    """The value of a fact such as 'train.images'; 'none' if there is no such set."""
     part, _, key = name.partition('.')
     part = data.get(part)
     return part.get(key) if isinstance(part, dict) else 'none'
 
 
 def resume_message(differences: List[Difference]) -> str:
-    """The line that says how a resumed run goes on."""
+    """The line that compares a resumed run with an uninterrupted one."""
     if not differences:
-        return 'Goes on exactly as if it had not been stopped'
+        return 'Resumes exactly as if it had not been stopped'
     orders = {difference.changes_order for difference in differences}
     order, joint = ('another', 'and') if True in orders else ('perhaps another', 'and') if None in orders \
         else ('the same', 'but')
-    return 'Goes on in %s order of the data, %s not with the same numbers as without a stop: %s' % (
+    return 'Resumes in %s order of the data, %s not with the same numbers as without a stop: %s' % (
         order, joint, '; '.join(difference.text for difference in differences))
 
 
-# ---- images that were trained on are not evaluated
+# ---- no evaluation on training images
 
 def held_out_before(source: str, content: Any, val_split: float, seed: int) -> Optional[np.ndarray]:
-    """uint64: the images that the checkpoint's run set apart, for this --val_split to take again; None: to take any.
+    """uint64: the images that the checkpoint's run held out, for this --val_split to reuse; None for a new split.
 
     Raises:
-        UserError: the checkpoint was trained with another --val_split or --seed, or by a version that split otherwise.
+        UserError: the run had another --val_split or --seed, or an earlier version's split.
     """
     theirs = _split_flags(content)
     if not val_split or theirs is None:
         return None
     for name, value, other in zip(('val_split', 'seed'), (val_split, seed), theirs):
         if value != other:
-            raise UserError('--%s %s: %s was trained with --%s %s, so it knows some of the images that would be '
-                            'evaluated; give its --seed and --val_split'
-                            % (name, value, escape_text(source), name, other))
+            raise UserError('--%s %s: %s was trained with --%s %s, on some of the images to evaluate; give its --seed '
+                            'and --val_split' % (name, value, escape_text(source), name, other))
     keys = held_out_keys(content)
     if keys is None:
-        raise UserError('--val_split %g: %s was made by an earlier version, which set other images apart, so it knows '
-                        'some of those that would be evaluated; evaluate it on images of their own (--eval_data_path '
-                        'or --val_csv)' % (val_split, escape_text(source)))
+        raise UserError('--val_split %g: an earlier version, with another split, trained %s on some of the images to '
+                        'evaluate; evaluate separate images (--eval_data_path or --val_csv)'
+                        % (val_split, escape_text(source)))
     return keys
 
 
 def check_unseen(source: str, content: Any, val_set: Any, val_split: float) -> None:
-    """Compare the images to evaluate with those that a checkpoint was trained on, of which it knows some by content.
+    """Compare the images to evaluate with a checkpoint's sample of its training images, by size and content.
 
-    Where there are such among them, a line says so, with the flags to give where the training used --val_split.
+    A line reports shared ones and, if the training used --val_split, its flags.
 
     Raises:
-        UserError: that is so, and --val_split is given, and wasn't in the training.
+        UserError: there are some, and --val_split is given, but was not in the training.
     """
     if val_split and held_out_keys(content) is not None:
-        return  # the images set apart are taken again; some may be copies of others, which is no reason to stop
+        return  # the same images are held out again; copies among them are no reason to stop
     train = saved_data(content).get('train', {})
     sample = [row for row in train.get('sample', ()) if _is_row(row)] if isinstance(train.get('sample'), list) else []
     known = fingerprint.count_known(val_set, sample) if val_set is not None and sample else 0
@@ -244,13 +235,12 @@ def check_unseen(source: str, content: Any, val_set: Any, val_split: float) -> N
         return
     share = '%d of %d training images of %s (a sample)' % (known, len(sample), escape_text(source))
     if val_split:
-        raise UserError('--val_split %g: %s are among the images that would be evaluated; leave it out and name images '
-                        'to evaluate (--eval_data_path or --val_csv), or start anew with --finetune'
-                        % (val_split, share))
+        raise UserError('--val_split %g: %s are among the images to evaluate; leave the flag out and name other images '
+                        '(--eval_data_path or --val_csv), or start again with --finetune' % (val_split, share))
     theirs = _split_flags(content)
     log_main('Trained on: %s are among the %d to evaluate; the figures are too good for new images%s' % (
         share, len(val_set), '' if theirs is None else
-        ': those that were set apart are evaluated with --val_split %s --seed %s' % theirs))
+        '; evaluate the held-out images with --val_split %s --seed %s' % theirs))
 
 
 def _is_row(row):
@@ -260,44 +250,42 @@ def _is_row(row):
 
 def check_evaluation(source: str, content: Any, val_set: Any, classes: Sequence[str], val_split: float,
                      device: Optional[torch.device] = None) -> None:
-    """`check_unseen`, and say where the images to evaluate are not those that the checkpoint's training evaluated.
+    """`check_unseen`, and log how the images differ from the validation images of the checkpoint's training.
 
     Args:
         classes: the names of the classes.
-        device: of this process, where all of a job call this.
+        device: this process's, if all processes of a job call this.
     """
     check_unseen(source, content, val_set, val_split)
     theirs = saved_data(content)
     if isinstance(theirs.get('val'), dict):
         found = _data_differences(fingerprint.of_data(None, val_set, classes, device), theirs, 'val.')
         if found:
-            log_main('Not what the training evaluated: %s' % '; '.join(each.text for each in found))
+            log_main('Not the validation images of the training: %s' % '; '.join(each.text for each in found))
 
 
 # ---- averaging
 
 def check_same_data(first_source: str, first: Dict[str, Any], source: str, content: Any) -> None:
-    """Compare the data of two checkpoints to average. Where they were trained on other images, a line says so.
+    """Compare the data of two checkpoints to average. A line reports different training images.
 
     Args:
-        first: a dict with what the first checkpoint holds as `args` and as `data`.
+        first: a dict with `args` and `data` of the first checkpoint.
 
     Raises:
-        UserError: their --val_split set other images apart. Each was then trained on images that the other one's
-            figures are of, and no split is left to evaluate the average on.
+        UserError: their --val_split held out different images: each was trained on images that the other held out.
     """
     keys, others = held_out_keys(first), held_out_keys(content)
     mine, theirs = _split_flags(first), _split_flags(content)
     if mine != theirs or (keys is None) != (others is None) or (
             keys is not None and others is not None and not np.array_equal(keys, others)):
-        raise UserError('--inputs %s: its run set other images apart for validation (%s) than that of %s (%s), so the '
-                        'average would know images that it is evaluated on; average checkpoints of one split' % (
-                            escape_text(source), _describe_split(theirs, others), escape_text(first_source),
-                            _describe_split(mine, keys)))
+        raise UserError('--inputs %s: its run held out other images (%s) than %s (%s); average checkpoints of one '
+                        'split' % (escape_text(source), _describe_split(theirs, others), escape_text(first_source),
+                                   _describe_split(mine, keys)))
     data, before = saved_data(content), saved_data(first)
     found = _data_differences(data, before, 'train.') if data and before else []
     if found:
-        log_main('%s: not the data of %s: %s' % (escape_text(source), escape_text(first_source),
+        log_main('%s: other data than %s: %s' % (escape_text(source), escape_text(first_source),
                                                  '; '.join(each.text for each in found)))
 
 

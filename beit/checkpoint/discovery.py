@@ -1,4 +1,4 @@
-"""Which checkpoint of a folder is meant: the newest, or the best."""
+"""Finds the checkpoint to resume or evaluate: the newest or the best of a folder."""
 
 import contextlib
 import glob
@@ -19,17 +19,15 @@ from beit.log import log_main
 BEST, BEST_EMA = 'checkpoint-best.pth', 'checkpoint-best-ema.pth'
 
 
-# ---- which file to resume
-
 def list_checkpoints(folder: str) -> List[Tuple[Tuple[int, int], str]]:
-    """((epochs done, updates done of the next), path) of a folder's checkpoints, oldest first; not the best ones."""
+    """((finished epochs, finished updates of the next), path) of a folder's numbered checkpoints, oldest first."""
     found = [(position_in_name(path), path)
              for path in glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth'))]
     return sorted((position, path) for position, path in found if position is not None)
 
 
 def position_in_name(path: str) -> Optional[Tuple[int, int]]:
-    """(epochs done, updates done of the next) by a checkpoint's name, or None."""
+    """(finished epochs, finished updates of the next) from a checkpoint's name, or None."""
     found = re.search(r'checkpoint-(\d+)(?:-step(\d+))?\.pth$', path)
     if not found:
         return None
@@ -37,28 +35,24 @@ def position_in_name(path: str) -> Optional[Tuple[int, int]]:
 
 
 def position_in_content(content: Dict[str, Any]) -> Tuple[int, int]:
-    """The same by what a file holds; a file that says nothing of it comes last."""
+    """The same from a file's content; (-1, 0) if it holds no epoch."""
     epoch, progress = content.get('epoch'), content.get('progress')
     steps = progress.get('steps') if isinstance(progress, dict) else 0
     return (epoch + 1, steps) if isinstance(epoch, int) and isinstance(steps, int) else (-1, 0)
 
 
 def last_epoch(content: Any) -> int:
-    """The number of the last epoch that a checkpoint is of, or 0 where it says none."""
+    """The index of a checkpoint's last finished epoch; 0 if it holds none."""
     return min(max(0, position_in_content(content)[0] - 1), 2 ** 31 - 1)
 
 
-def is_url(source: str) -> bool:
-    return re.match(r'[a-z]+://', source) is not None
-
-
 def candidates(source: str) -> List[str]:
-    """The files that --resume may mean: itself or a URL; in a folder its checkpoints, numbered ones newest first.
+    """The files that --resume can refer to: a file or URL itself; a folder's checkpoints, numbered ones newest first.
 
     Raises:
-        UserError: there's none.
+        UserError: there is none.
     """
-    if is_url(source) or os.path.isfile(source):
+    if re.match(r'[a-z]+://', source) or os.path.isfile(source):
         return [source]
     if not os.path.isdir(source):
         raise UserError('--resume %s: no such file or folder' % escape_text(source))
@@ -66,34 +60,34 @@ def candidates(source: str) -> List[str]:
     found += [os.path.join(source, name) for name in (BEST, BEST_EMA) if os.path.isfile(os.path.join(source, name))]
     if not found:
         raise UserError('--resume %s: the folder holds no checkpoint-<epoch>.pth or %s; give %s' % (
-            escape_text(source), BEST, "Hugging Face's folders with --finetune, --eval too" if os.path.isfile(
+            escape_text(source), BEST, 'a Hugging Face folder to --finetune, with --eval as well' if os.path.isfile(
                 os.path.join(source, 'config.json')) else 'the --output_dir of a run, or a file'))
     return found
 
 
 def later_checkpoints(source: str, position: Tuple[int, int]) -> List[str]:
-    """Paths of the checkpoints beside the file `source` that are of later than `position`, without that file.
+    """Paths of other checkpoints in the folder of `source` that are later than `position`.
 
     Args:
-        position: (epochs done, updates done of the next).
+        position: (finished epochs, finished updates of the next).
     """
     folder = os.path.dirname(source)
     later = [path for reached, path in list_checkpoints(folder or '.') if reached > position]
     for path in (os.path.join(folder, name) for name in (BEST, BEST_EMA)):
-        with contextlib.suppress(UserError):  # missing, or damaged, and so never taken up
+        with contextlib.suppress(UserError):  # missing, or damaged and therefore never resumed
             content = load_weights_file(path)
             later += [path] if isinstance(content, dict) and position_in_content(content) > position else []
     return [path for path in later if not os.path.samefile(path, source)]
 
 
 def load_best_or_latest(source: str, prefer_best: bool = False, use_ema: bool = False) -> Tuple[str, Any]:
-    """(path, content) of the checkpoint to resume: of a folder's the one that got furthest, or to evaluate the best.
+    """(path, content) of a file or URL; of a folder, the furthest checkpoint, or with `prefer_best` the best.
 
-    Of a folder, a damaged file is passed over, and a line says so. A best checkpoint may be further than the newest
-    numbered one, which come each few epochs only.
+    Damaged files of a folder are skipped, with a log line each. The best checkpoint can be further than the newest
+    numbered one.
 
     Args:
-        use_ema (bool): with `prefer_best`, the one whose averaged weights are the best.
+        use_ema (bool): with `prefer_best`, prefer the checkpoint with the best averaged weights.
 
     Raises:
         UserError: the file, or every file of the folder, is damaged or missing.
@@ -116,12 +110,12 @@ def load_best_or_latest(source: str, prefer_best: bool = False, use_ema: bool = 
                 chosen = best
     if chosen is not None:
         return chosen
-    raise UserError('--resume %s: each of its checkpoints (%d) is damaged: %s; move them away to start anew'
+    raise UserError('--resume %s: all %d checkpoints are damaged: %s; move them away to start again'
                     % (escape_text(source), len(paths), reasons[0]))
 
 
 def _first_whole(paths):
-    """((path, content) of the first that can be read, or None; what is wrong with those before it)."""
+    """((path, content) of the first readable file, or None; the reasons why the files before it failed)."""
     reasons = []
     for path in paths:
         try:
@@ -131,9 +125,9 @@ def _first_whole(paths):
             reasons.append('%s: holds no weights' % escape_text(path))
         except UserError as error:
             if 'refused, because' in str(error):
-                raise  # not damaged, but a stranger's
-            reasons.append(str(error).rpartition('; ')[0])  # without advice for a file that came from elsewhere
-        log_main('%s; passed over' % reasons[-1])
+                raise  # not damaged but untrusted
+            reasons.append(str(error).rpartition('; ')[0])  # without the remedy, which is for a single file
+        log_main('%s; skipped' % reasons[-1])
     return None, reasons
 
 
@@ -143,25 +137,24 @@ def is_inside(path: str, folder: str) -> bool:
 
 def load_agreed(resume: str, output: OutputConfig, device: torch.device,
                 for_evaluation: bool = False) -> Tuple[str, Optional[Dict[str, Any]]]:
-    """(path, content) of what --auto_resume or --resume name, the same on every process; ('', None) where nothing is.
+    """(path, content) of the checkpoint for --auto_resume or --resume, the same on every process; ('', None) if none.
 
-    Where one process's copy of the newest file is damaged or missing, all take the older one that it found. To
-    evaluate, the best checkpoint of a folder is taken.
+    If a process finds the newest file damaged or missing, all load the older one that it found. An evaluation loads
+    the best checkpoint of a folder.
     """
     own = None if for_evaluation else _load_own(resume, output)
     source, path, content = output.output_dir if own is not None else resume, '', None
     if source:
         path, content = own or load_best_or_latest(source, prefer_best=for_evaluation)
     mine = _name_and_position(path, content)
-    oldest = min(collectives.all_gather_json(mine, device), key=lambda word: word[1:])
+    oldest = min(collectives.all_gather_json(mine, device), key=lambda found: found[1:])
     if mine != oldest and oldest[0] and os.path.isfile(os.path.join(source, oldest[0])):
         path = os.path.join(source, oldest[0])
         content = load_weights_file(path, '--resume')
         mine = _name_and_position(path, content)
-    words = collectives.all_gather_json(mine, device)
-    if any(word != words[0] for word in words):
-        raise UserError('--%s: the processes did not find the same checkpoint (this one %s); every machine needs the '
-                        'same files there' % ('resume ' + resume if resume else 'output_dir '
+    if any(found != mine for found in collectives.all_gather_json(mine, device)):
+        raise UserError('--%s: the processes found different checkpoints (this one: %s); give every machine the same '
+                        'files there' % ('resume ' + resume if resume else 'output_dir '
                                               + output.output_dir, path or 'none'))
     if is_inside(path, output.output_dir) and output.save_ckpt and not for_evaluation \
             and process_group.is_main_process():
@@ -170,33 +163,32 @@ def load_agreed(resume: str, output: OutputConfig, device: torch.device,
 
 
 def _load_own(resume, output):
-    """(path, content) of the checkpoint of output_dir that --auto_resume takes; None where it takes none.
+    """(path, content) of the checkpoint in output_dir that --auto_resume loads; None for none.
 
-    With --resume it takes one only of a run that began with the same --resume, so that the same command goes on when
-    it is started again. Any other run there is not this one.
+    With --resume, only if that run started with the same --resume: then the same command resumes when it is repeated.
     """
     if not (output.auto_resume and output.output_dir
             and glob.glob(os.path.join(glob.escape(output.output_dir), 'checkpoint-*.pth'))):
         return None
     if not resume:
         return load_best_or_latest(output.output_dir)
-    if os.path.realpath(resume) == os.path.realpath(output.output_dir):  # --resume says it already
+    if os.path.realpath(resume) == os.path.realpath(output.output_dir):
         return None
     try:
         path, content = load_best_or_latest(output.output_dir)
-    except UserError:  # each of them is damaged
+    except UserError:  # all are damaged
         return None
     progress = content.get('progress')
     origin = progress.get('origin') if isinstance(progress, dict) else None
     if not (isinstance(origin, str) and origin and os.path.realpath(origin) == os.path.realpath(resume)):
         return None
-    log_main('--auto_resume: %s goes on from --resume %s, and is taken; leave --auto_resume out to begin there again'
+    log_main('--auto_resume: loading %s, which continues --resume %s; leave --auto_resume out to start from that again'
              % (escape_text(path), escape_text(resume)))
     return path, content
 
 
 def finish_save(path: str, content: Any) -> None:
-    """Write the files that were to come after a best checkpoint in its save, which a kill broke off."""
+    """Write the files that were due after a best checkpoint, if a kill interrupted that save."""
     progress = content.get('progress')
     files = progress.get('files') if isinstance(progress, dict) else None
     name = os.path.basename(path)

@@ -1,26 +1,26 @@
-"""How other libraries name these weights: one table, read in both directions.
+"""Translates between this project's weight names and Hugging Face's, with one table for both directions.
 
-timm's BEiT and the reference's have this project's own names. Hugging Face's `BeitForImageClassification` has others,
-and keeps query, key and value apart.
+timm's BEiT and the reference's use this project's names. Hugging Face's `BeitForImageClassification` uses others, and
+separate weights for query, key and value.
 """
 
 import json
 import os
 import re
-from typing import Dict, Iterable, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text
 
-CONFIG, PREPROCESSOR = 'config.json', 'preprocessor_config.json'  # what a Hugging Face folder holds
+CONFIG, PREPROCESSOR = 'config.json', 'preprocessor_config.json'  # in a Hugging Face folder
 WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
 
 _BLOCK, _LAYER = 'blocks.{n}.', 'beit.encoder.layer.{n}.'
 _QUERY, _KEY, _VALUE = (_LAYER + 'attention.attention.' + part for part in ('query.', 'key.', 'value.'))
-# This project's name, and Hugging Face's as its files have it. A pair that ends in a dot stands for all that begins so;
-# three names are those of the parts, one below the other.
+# This project's name, and Hugging Face's in its files. Names that end in a dot or underscore are prefixes. Three names
+# are parts, concatenated along the first dimension.
 HUGGING_FACE = (
     ('cls_token', 'beit.embeddings.cls_token'),
     ('pos_embed', 'beit.embeddings.position_embeddings'),
@@ -41,7 +41,7 @@ HUGGING_FACE = (
     ('fc_norm.', 'beit.pooler.layernorm.'),
     ('head.', 'classifier.'),
 )
-# Names inside a model of transformers 5, which its files do not have unless they were written with torch.save.
+# Names inside a model of transformers 5; its files have them only if torch.save wrote them.
 _SINCE_5 = (
     (r'^beit\.shared_position_bias\.', 'beit.encoder.relative_position_bias.'),
     (r'^beit\.layers\.', 'beit.encoder.layer.'),
@@ -56,7 +56,7 @@ _SINCE_5 = (
 
 
 def _rename(name, pattern, target):
-    """`name` with `pattern` at its beginning changed to `target`, or None where it does not match."""
+    """`name` with the prefix `pattern` replaced by `target`, or None if it does not match."""
     escaped = re.escape(pattern).replace(re.escape('{n}'), r'(\d+)')
     found = re.match(escaped + (r'(.*)\Z' if pattern[-1] in '._' else r'()\Z'), name)
     if found is None:
@@ -65,11 +65,7 @@ def _rename(name, pattern, target):
 
 
 def _first(name, pairs):
-    for pattern, target in pairs:
-        renamed = _rename(name, pattern, target)
-        if renamed is not None:
-            return renamed
-    return None
+    return next(filter(None, (_rename(name, pattern, target) for pattern, target in pairs)), None)
 
 
 _PARTS = [(ours, theirs) for ours, theirs in HUGGING_FACE if isinstance(theirs, tuple)]
@@ -77,10 +73,10 @@ _PAIRS = [(ours, theirs) for ours, theirs in HUGGING_FACE if not isinstance(thei
 
 
 def to_hugging_face(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """A state dict of this project under Hugging Face's names; the tensors are views, but for those cut in parts.
+    """A state dict of this project under Hugging Face's names, without the indices of bias tables, which it computes.
 
     Raises:
-        KeyError: a weight has no name there. Indices of bias tables are left out, since both sides compute them.
+        KeyError: a weight has no name there.
     """
     renamed = {}
     for name, value in state.items():
@@ -99,19 +95,11 @@ def to_hugging_face(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return renamed
 
 
-def has_hf_names(names: Iterable[str]) -> bool:
-    """Whether these are the names of a BEiT of transformers, with or without a head."""
-    return any(re.match(r'(beit\.)?embeddings\.(cls_token|patch_embeddings\.)', name) for name in names)
-
-
 def to_native(state: Dict[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], str]:
-    """A state dict under this project's names, whichever library it comes from, and that library's name or ''.
-
-    What has no name here stays as it is, so that it can be reported.
-    """
-    if not has_hf_names(state):
+    """A state dict of any library under this project's names, and that library's name or ''. Unknown names stay."""
+    if not any(re.match(r'(beit\.)?embeddings\.(cls_token|patch_embeddings\.)', name) for name in state):
         return state, ''
-    if not any(name.startswith('beit.') for name in state):  # of BeitModel, which the others have inside
+    if not any(name.startswith('beit.') for name in state):  # a plain BeitModel, without the prefix
         state = {name if name.startswith(('classifier.', 'lm_head.')) else 'beit.' + name: value
                  for name, value in state.items()}
     for pattern, older in _SINCE_5:
@@ -121,18 +109,17 @@ def to_native(state: Dict[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], 
     backwards = [(theirs, ours) for ours, theirs in _PAIRS]
     for name, value in state.items():
         for ours, theirs in _PARTS:
-            places = [place for place, part in enumerate(theirs) if _rename(name, part, '') is not None]
-            if places:
-                whole = _rename(name, theirs[places[0]], ours)
-                parts.setdefault(whole, {})[places[0]] = (name, value)
+            index = next((index for index, part in enumerate(theirs) if _rename(name, part, '') is not None), None)
+            if index is not None:
+                parts.setdefault(_rename(name, theirs[index], ours), {})[index] = (name, value)
                 break
         else:
             renamed[_first(name, backwards) or name] = value
     for whole, pieces in parts.items():
         shapes = {tuple(value.shape) for _, value in pieces.values()}
         if len(pieces) == 3 and len(shapes) == 1 and () not in shapes:
-            renamed[whole] = torch.cat([pieces[place][1] for place in range(3)])
-        else:  # it will be reported as missing, and these as what the file has instead
+            renamed[whole] = torch.cat([pieces[index][1] for index in range(3)])
+        else:  # the caller reports the whole as missing and these names as unused
             renamed.update(pieces.values())
     return renamed, 'Hugging Face'
 
@@ -141,28 +128,27 @@ def hf_weights_path(folder: str, flag: str) -> str:
     """The weights file of a Hugging Face folder.
 
     Raises:
-        UserError: it holds none, or its config.json is another model's.
+        UserError: there is none, or config.json names another kind of model.
     """
     name = '%s %s' % (flag, escape_text(folder))
-    config = os.path.join(folder, CONFIG)
     found = [os.path.join(folder, each) for each in WEIGHTS if os.path.isfile(os.path.join(folder, each))]
-    if not found or not os.path.isfile(config):
-        raise UserError('%s: a folder without %s, so not one of Hugging Face\'s; give a file' % (
+    if not found or not os.path.isfile(os.path.join(folder, CONFIG)):
+        raise UserError('%s: not a Hugging Face folder: it has no %s; give a weights file' % (
             name, CONFIG if found else ' or '.join(WEIGHTS)))
     try:
-        with open(config, encoding='utf-8') as file:
-            kind = json.loads(file.read(1 << 24))['model_type']
+        kind = _read_beside(found[0], CONFIG)['model_type']
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError('%s: its %s cannot be read; fetch or copy it again' % (name, CONFIG)) from None
     if kind != 'beit':
-        raise UserError('%s: its %s says model_type %s; only beit fits' % (name, CONFIG, escape_text(str(kind))[:40]))
+        raise UserError('%s: its %s has model_type %s; give a folder with model_type beit'
+                        % (name, CONFIG, escape_text(str(kind))[:40]))
     return found[0]
 
 
 def hf_labels(path: str) -> List[str]:
-    """The class names, in order, of the config.json beside a Hugging Face folder's weights; [] where it has none.
+    """The class names, in order, in the config.json beside Hugging Face's weights; [] if it has none.
 
-    LABEL_0, LABEL_1 … are what transformers writes where nobody named them.
+    Names LABEL_0, LABEL_1 … do not count: transformers writes them by default.
     """
     try:
         names = _read_beside(path, CONFIG)['id2label']
@@ -173,7 +159,7 @@ def hf_labels(path: str) -> List[str]:
 
 
 def hf_is_multi_label(path: str) -> bool:
-    """Whether the config.json beside the weights says that an image may be of several classes."""
+    """Whether the config.json beside the weights declares a multi-label problem."""
     try:
         return _read_beside(path, CONFIG).get('problem_type') == 'multi_label_classification'
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -181,13 +167,13 @@ def hf_is_multi_label(path: str) -> bool:
 
 
 def hf_preprocessing(path: str) -> Optional[EvalTransform]:
-    """What the preprocessor_config.json beside a Hugging Face folder's weights says; None where there is none.
+    """The transform in the preprocessor_config.json beside Hugging Face's weights; None without that file.
 
     Raises:
-        UserError: it says what this program does not compute.
+        UserError: the file is damaged, or asks for steps that this program does not have.
     """
-    where = os.path.join(os.path.dirname(path), PREPROCESSOR)
-    if os.path.basename(path) not in WEIGHTS or not os.path.isfile(where):
+    config = os.path.join(os.path.dirname(path), PREPROCESSOR)
+    if os.path.basename(path) not in WEIGHTS or not os.path.isfile(config):
         return None
     try:
         found = _read_beside(path, PREPROCESSOR)
@@ -195,29 +181,29 @@ def hf_preprocessing(path: str) -> Optional[EvalTransform]:
         side, crop = (_side(found.get(name), name) for name in ('size', 'crop_size'))
         if not found.get('do_resize', True) or not found.get('do_normalize', True) or (
                 abs(found.get('rescale_factor', 1 / 255) * 255 - 1) > 1e-6):
-            raise ValueError('images are not resized, or not scaled and normalised as usual')
+            raise ValueError('images are not resized, scaled or normalised as usual')
         squashes = not isinstance(found['size'], dict) or 'shortest_edge' not in found['size']
-        if squashes and crops and crop != side:  # resized to a square, of which the centre is cut
+        if squashes and crops and crop != side:  # resized to a square, then cropped
             raise ValueError('a square of %d is cropped to %d' % (side, crop))
         if not squashes and not crops:
             raise ValueError('images are not cropped to a square')
-        share = 1.0 if squashes else crop / side
-        if not squashes and int(crop / share) != side:  # rounding
-            share = crop / (side + 0.5)
+        crop_pct = 1.0 if squashes else crop / side
+        if not squashes and int(crop / crop_pct) != side:  # rounding
+            crop_pct = crop / (side + 0.5)
         mean, std = (tuple(map(float, found[name])) for name in ('image_mean', 'image_std'))
-        made = EvalTransform(
-            side if squashes else crop, share,
-            {1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}.get(found.get('resample', 3), 'another one'), mean, std,
+        transform = EvalTransform(
+            side if squashes else crop, crop_pct,
+            {1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}.get(found.get('resample', 3), 'unknown'), mean, std,
             'squash' if squashes else 'center')
-        made.check()
-        return made
+        transform.check()
+        return transform
     except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError, RecursionError) as error:
-        raise UserError('%s: it cannot be followed (%s); take the file away and give --input_size, --crop_pct'
-                        % (escape_text(where), escape_text(str(error))[:200])) from None
+        raise UserError('%s: unsupported (%s); remove the file and give --input_size, --crop_pct'
+                        % (escape_text(config), escape_text(str(error))[:200])) from None
 
 
 def _side(size, name):
-    """Pixels a side, of a number or of a dict of height and width or shortest_edge."""
+    """Pixels a side, from a number or a dict of height and width or shortest_edge."""
     if size is None:
         return 0
     sides = set(size.values()) if isinstance(size, dict) else {size}

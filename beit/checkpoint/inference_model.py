@@ -1,7 +1,4 @@
-"""Builds the network that a checkpoint describes, with its weights.
-
-A checkpoint of this project is enough to use it: evaluation, `run_predict.py` and `run_export.py` need no other flag.
-"""
+"""Builds the network that a checkpoint describes, for evaluation, `run_predict.py` and `run_export.py`."""
 
 import dataclasses
 import json
@@ -32,7 +29,7 @@ def build_model(config: ModelConfig, nb_classes: int) -> torch.nn.Module:
 
 
 class LoadedModel(NamedTuple):
-    """A trained network and what is needed to use it."""
+    """A trained network with its description."""
     model: Any  # a modeling_finetune.VisionTransformer, in evaluation mode, float32, on the CPU
     spec: ModelSpec
     source: str  # the file
@@ -55,13 +52,13 @@ class LoadedModel(NamedTuple):
 
 
 class CheckpointWeights(NamedTuple):
-    """A checkpoint that was read: its weights, and what it says of its model."""
+    """The weights in a checkpoint, with the description of their model."""
     source: str
     content: Dict[str, Any]
     state: Dict[str, torch.Tensor]  # under this project's names
-    spec: Any  # a ModelSpec; None where it does not say, and is read for training
-    is_bare: bool  # weights that do not say what they are of
-    is_resized: bool  # to another input size than they were trained at
+    spec: Any  # a ModelSpec; None if a training resumes from weights without one
+    has_no_spec: bool  # `spec` comes from flags or files beside the weights
+    is_resized: bool  # the input size differs from that of the training
 
     def averaged(self) -> 'CheckpointWeights':
         """The averaged weights (EMA) of the same checkpoint."""
@@ -69,108 +66,105 @@ class CheckpointWeights(NamedTuple):
         return self._replace(state=hf_names.to_native(state)[0])
 
 
-def load_for_inference(source: str, use_ema: bool = False, class_names: str = '', **given: Any) -> LoadedModel:
-    """Build the network that a checkpoint holds; all it needs to know comes from the file.
+def load_for_inference(source: str, use_ema: bool = False, class_names: str = '', **overrides: Any) -> LoadedModel:
+    """Build the network of a checkpoint and load its weights.
 
     Args:
-        source (str): a file, an https URL or a folder, of which the best checkpoint is taken; what `run_export.py`
-            wrote as safetensors or for Hugging Face; or other weights of timm and Hugging Face, where `model` is given.
-        use_ema (bool): take the averaged weights.
+        source (str): a file, an https URL or a folder, whose best checkpoint is loaded; safetensors or a Hugging Face
+            folder of `run_export.py`; or other weights of timm and Hugging Face, with `model`.
+        use_ema (bool): use the averaged weights.
         class_names (str): a file of names, see `model_spec.read_class_names`.
-        given: flags such as `model`, `input_size` and `crop_pct`; they win over the file.
+        overrides: flags such as `model`, `input_size` and `crop_pct`, which take precedence over the file.
 
     Raises:
-        UserError: the file can't be read, does not say what it is of, or holds other weights than it says.
+        UserError: the file can't be read, does not describe its model, or its weights contradict the description.
     """
     refuse_exports('--resume', source)
-    if given.get('model') not in (None, *modeling_finetune.MODELS):
-        raise unknown_value_error('--model', given['model'], modeling_finetune.MODELS)
+    if overrides.get('model') not in (None, *modeling_finetune.MODELS):
+        raise unknown_value_error('--model', overrides['model'], modeling_finetune.MODELS)
     if os.path.isfile(os.path.join(source, hf_names.CONFIG)):
         source = hf_names.hf_weights_path(source, '--resume')
     path, content = discovery.load_best_or_latest(source, prefer_best=True, use_ema=use_ema)
-    found = read_weights(path, content, use_ema, class_names, **given)
-    model = build_model_or_refuse(found)
+    found = read_weights(path, content, use_ema, class_names, **overrides)
+    try:
+        model = build_model(found.spec.architecture, len(found.spec.classes))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError('--resume %s: its description fits no model (%s)' % (escape_text(path), error)) from None
     load_state(model, found)
     return LoadedModel(model.eval(), found.spec, path)
 
 
 def read_weights(path: str, content: Any, use_ema: bool = False, class_names: str = '',
                  model_key: str = DEFAULT_KEYS, model_prefix: str = '', defaults: Optional[Mapping[str, Any]] = None,
-                 trains: bool = False, **given: Any) -> CheckpointWeights:
-    """What a checkpoint holds, for `load_state`. Other arguments and errors as `load_for_inference` has them.
+                 trains: bool = False, **overrides: Any) -> CheckpointWeights:
+    """The weights in a checkpoint, for `load_state`. Other arguments and errors: see `load_for_inference`.
 
     Args:
         model_key, model_prefix: see `find_state_dict`.
-        defaults: flags of weights that do not say what they are of; `given` and the weights' own names win over them.
-        trains: it is for a training, whose own flags say what the model is.
+        defaults: flags for weights without a description; `overrides` and the weights take precedence.
+        trains: a training resumes, whose own flags describe the model.
     """
     _, state = find_state_dict(content, '--resume', path, model_key, model_prefix, use_ema)
     state = hf_names.to_native(state)[0]
     outputs = len(state['head.weight']) if 'head.weight' in state else 0
     spec = model_spec.spec_in(content, path, outputs) if outputs else None
-    is_bare = spec is None
+    has_no_spec = spec is None
     if trains:
-        return CheckpointWeights(path, content, state, spec, is_bare, False)
+        return CheckpointWeights(path, content, state, spec, has_no_spec, False)
     if 'patch_embed.proj.weight' not in state:
-        raise UserError('--resume %s: these are not the weights of this kind of model: patch_embed.proj.weight is '
-                        'missing in the file' % escape_text(path))
+        raise UserError('--resume %s: no weights of a BEiT: the file has no patch_embed.proj.weight; give another file'
+                        % escape_text(path))
     if not outputs:
-        raise UserError('--resume %s: it has no head, so it names no class; fine-tune it first' % escape_text(path))
-    spec = spec or spec_beside(path, outputs, state, defaults or {}, given)
+        raise UserError('--resume %s: it has no classification head; fine-tune it first' % escape_text(path))
+    spec = spec or spec_beside(path, outputs, state, defaults or {}, overrides)
     if spec is None:
-        raise UserError('--resume %s: it does not say which model it is of; give --model, and --input_size where it is '
-                        'not 224' % escape_text(path))
+        raise UserError('--resume %s: the file does not name its model; give --model, and --input_size if it is not '
+                        '224' % escape_text(path))
     trained_size = spec.architecture.input_size
-    spec = tell_changes(spec, given, path)
+    spec = override_spec(spec, overrides, path)
     if class_names:
         names = model_spec.read_class_names(class_names)
         if spec.has_class_names and list(spec.classes) != names:
-            raise UserError('--class_names %s: %s names its classes itself (%s), and these are not the same; leave the '
-                            'flag out' % (escape_text(class_names), escape_text(path),
-                                          model_spec.shorten_names(spec.classes)))
+            raise UserError('--class_names %s: %s has other class names (%s); leave the flag out' % (
+                escape_text(class_names), escape_text(path), model_spec.shorten_names(spec.classes)))
         spec = spec.with_class_names(names, '--class_names %s' % escape_text(class_names))
     try:
         model_spec.check_architecture(spec.architecture.model, spec.architecture.input_size)
     except UserError as error:
-        if given.get('model') or given.get('input_size'):
+        if overrides.get('model') or overrides.get('input_size'):
             raise
-        raise UserError('--resume %s: no model can be built of what it says: %s' % (escape_text(path), error)) from None
-    return CheckpointWeights(path, content, state, spec, is_bare, spec.architecture.input_size != trained_size)
+        raise UserError('--resume %s: its description fits no model: %s' % (escape_text(path), error)) from None
+    return CheckpointWeights(path, content, state, spec, has_no_spec, spec.architecture.input_size != trained_size)
 
 
-def tell_changes(spec: ModelSpec, given: Dict[str, Any], path: str) -> ModelSpec:
-    """The spec in which flags that were given win; a line names those that differ from what the checkpoint says."""
-    changed = spec.replace(**given)
+def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str) -> ModelSpec:
+    """The spec with the flags of the command line; a line names the flags that differ from the checkpoint's."""
+    changed = spec.replace(**overrides)
     before = dict(dataclasses.asdict(spec.architecture), crop_pct=spec.preprocessing.crop_pct, loss=spec.loss)
-    differ = ['--%s %s (the checkpoint: %s)' % (name, value, before[name]) for name, value in given.items()
+    differ = ['--%s %s (the checkpoint: %s)' % (name, value, before[name]) for name, value in overrides.items()
               if value is not None and name in before and value != before[name]]
-    if 'imagenet_default_mean_and_std' in given and changed.preprocessing.mean != spec.preprocessing.mean:
+    if 'imagenet_default_mean_and_std' in overrides and changed.preprocessing.mean != spec.preprocessing.mean:
         differ.append('mean %s (the checkpoint: %s)' % (changed.preprocessing.mean, spec.preprocessing.mean))
     if differ:
-        log_main('Given on the command line, and not as in %s: %s' % (escape_text(path), ', '.join(differ)))
+        log_main('Flags that override %s: %s' % (escape_text(path), ', '.join(differ)))
     return changed
 
 
-def build_model_or_refuse(found: CheckpointWeights) -> torch.nn.Module:
-    try:
-        return build_model(found.spec.architecture, len(found.spec.classes))
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError('--resume %s: no model can be built of what it says (%s)'
-                        % (escape_text(found.source), error)) from None
-
-
-def load_state(model: torch.nn.Module, found: CheckpointWeights) -> None:
+def load_state(model: torch.nn.Module, found: CheckpointWeights, quiet: bool = False) -> None:
     """Load a checkpoint's weights; tables are resized to the model's input size, as --finetune does.
 
+    Args:
+        quiet: log nothing: the same was logged for other weights of the file.
+
     Raises:
-        UserError: they are another model's.
+        UserError: they belong to another model.
     """
     state, shown = dict(found.state), escape_text(found.source)
-    if found.is_bare or found.is_resized:
-        adapt_state_dict(state, model)
-    unused = sorted(set(state) - set(model.state_dict())) if found.is_bare else []  # such as pretraining's mask token
-    if unused:
-        log_main('Unused names in %s: %s' % (shown, ', '.join(unused[:8])))
+    if found.has_no_spec or found.is_resized:
+        adapt_state_dict(state, model, quiet)
+    unused = sorted(set(state) - set(model.state_dict())) if found.has_no_spec else []  # such as a mask token
+    if unused and not quiet:
+        log_main('Unused names in %s: %s' % (shown, model_spec.shorten_names(unused)))
     state = {name: value for name, value in state.items() if name not in unused}
     problems = mismatches(state, model.state_dict())
     if problems:
@@ -181,11 +175,11 @@ def load_state(model: torch.nn.Module, found: CheckpointWeights) -> None:
 
 
 def spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], defaults: Mapping[str, Any],
-                given: Mapping[str, Any]) -> Optional[ModelSpec]:
-    """The spec of weights that hold none: of an export's metadata, of Hugging Face's files beside, of flags.
+                overrides: Mapping[str, Any]) -> Optional[ModelSpec]:
+    """A spec from an export's metadata, Hugging Face's files beside the weights, or flags; None without a model's name.
 
     Args:
-        defaults, given: flags that yield to what the weights say, and that win over it.
+        defaults, overrides: flags of lower and of higher precedence than the weights and their files.
 
     Raises:
         UserError: the metadata is damaged, or contradicts the files beside it.
@@ -207,14 +201,14 @@ def spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], default
         images = hf_names.hf_preprocessing(path)
         if images is not None:
             flags.update(input_size=images.input_size)
-    flags.update((name, value) for name, value in given.items() if value is not None)
+    flags.update((name, value) for name, value in overrides.items() if value is not None)
     if not flags.get('model'):
         return None
     if images is not None:
         known['preprocessing'] = images
-    elif given.get('crop_pct') is None and 'imagenet_default_mean_and_std' not in given:
-        log_main('%s does not say how its images are prepared: a mean and deviation of 0.5 and the crop of --help are '
-                 'taken' % escape_text(path))
+    elif overrides.get('crop_pct') is None and 'imagenet_default_mean_and_std' not in overrides:
+        log_main('%s does not describe its preprocessing; using a mean and deviation of 0.5 and the default --crop_pct'
+                 % escape_text(path))
     sigmoid = metadata.get('activation') == 'sigmoid' or hf_names.hf_is_multi_label(path) or flags.get('loss') == 'bce'
     spec = ModelSpec.from_flags(flags, names if names and len(names) == outputs else None, outputs,
                                 loss='bce' if sigmoid else 'ce', multi_label=sigmoid, **known)
@@ -224,7 +218,7 @@ def spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], default
 
 
 def _check_beside(path, spec, names):
-    """Raise a `UserError` where the files of a Hugging Face folder say something else than its weights' header."""
+    """Raise a `UserError` where the JSON files of a Hugging Face folder contradict the header of its weights."""
     images, mine = hf_names.hf_preprocessing(path), spec.preprocessing
     differ = [] if images is None else [
         field for field in ('input_size', 'shorter_side', 'interpolation', 'mean', 'std', 'crop_mode')
@@ -232,12 +226,12 @@ def _check_beside(path, spec, names):
     if names and names != list(spec.classes):
         differ.append('classes')
     if differ:
-        raise UserError('--resume %s: the header of the weights and the folder\'s JSON files say something else of %s; '
-                        'export the model again, or remove what is wrong' % (escape_text(path), ', '.join(differ)))
+        raise UserError('--resume %s: the header of the weights and the folder\'s JSON files differ in %s; export the '
+                        'model again, or remove the wrong file' % (escape_text(path), ', '.join(differ)))
 
 
 def _flags_of_weights(state):
-    """The flags that a state dict tells: positions, layer scale and pooling of the network, and its input size."""
+    """The flags for positions, layer scale, pooling and input size that a state dict implies."""
     size, tables = {}, [value for name, value in state.items() if name.endswith('relative_position_bias_table')]
     patches = len(state['pos_embed'][0]) - 1 if 'pos_embed' in state and state['pos_embed'].dim() == 3 else 0
     grid = (round((len(tables[0]) - 3) ** 0.5) + 1) // 2 if tables and len(tables[0]) > 3 else round(patches ** 0.5)
@@ -245,4 +239,4 @@ def _flags_of_weights(state):
         size = {'input_size': grid * state['patch_embed.proj.weight'].shape[-1]}
     return dict(size, rel_pos_bias=any('relative_position_bias_table' in name for name in state),
                 abs_pos_emb='pos_embed' in state, use_mean_pooling='fc_norm.weight' in state,
-                layer_scale_init_value=0.1 if 'blocks.0.gamma_1' in state else 0.)  # its start
+                layer_scale_init_value=0.1 if 'blocks.0.gamma_1' in state else 0.)

@@ -1,7 +1,6 @@
-"""Pretrained weights made to fit: another class count, input size or kind of bias table (--finetune)."""
+"""Adapts pretrained weights to another class count, input size or kind of bias table (--finetune)."""
 
 import collections
-import math
 import os
 import re
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -22,30 +21,30 @@ OTHER_KEYS, AVERAGED_KEYS = ('state_dict', 'model_state_dict'), ('model_ema', 's
 
 
 def refuse_exports(flag: str, source: str) -> None:
-    """Raise a `UserError` for a file of run_export.py that other programs run, by its ending."""
+    """Raise a `UserError` for an exported program (ONNX, torch.export, TorchScript), by its ending."""
     exported = next((ending for ending in ('.onnx', '.pt2', '.torchscript.pt') if source.endswith(ending)), '')
     if exported:
-        raise UserError('%s %s: %s is a network to be run, not weights to go on from; give the checkpoint that it was '
-                        'made of, a .safetensors file or a Hugging Face folder' % (flag, escape_text(source), exported))
+        raise UserError('%s %s: %s is an exported program, not weights; give the checkpoint that it was exported '
+                        'from, a .safetensors file or a Hugging Face folder' % (flag, escape_text(source), exported))
 
 
 def check_finetune(source: str) -> None:
-    """Raise a `UserError` where --finetune names a file that isn't there. Cheap, so that it can come first."""
+    """Raise a `UserError` where --finetune names a missing file. Cheap, so it runs first."""
     refuse_exports('--finetune', source)
     if source and os.path.isdir(source):
         hf_names.hf_weights_path(source, '--finetune')
     elif source and not re.match(r'[a-z]+://', source) and not os.path.isfile(source):
-        raise UserError('--finetune %s: no such file; put the pretrained weights there (checkpoints/README.md says '
-                        'where to get them), or train from scratch with --finetune=' % source)
+        raise UserError('--finetune %s: no such file; put the pretrained weights there (checkpoints/README.md lists '
+                        'the sources), or train from scratch with --finetune=' % source)
 
 
 def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAULT_KEYS, model_prefix: str = '',
                     classes: Optional[Sequence[str]] = None) -> None:
     """Load pretrained weights into a model of any input size and class count.
 
-    The head is dropped where its shape differs, a shared bias table is given to every block, bias tables and absolute
-    positions are resized to the model's grid (the reference's rules). Where the file names its classes, a row of the
-    head is kept for each class of the same name.
+    The reference's rules: a head of another shape is dropped, a shared bias table is copied to every block, bias tables
+    and absolute positions are resized to the model's grid. If the file names its classes, the head keeps the row of
+    each class that the model has too.
 
     Args:
         source (str): a file, an https URL or a Hugging Face folder; of the reference, timm or Hugging Face.
@@ -53,7 +52,7 @@ def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAUL
         classes: the names of the model's classes.
 
     Raises:
-        UserError: the file can't be read, or its weights are another model's; then it lists names and shapes.
+        UserError: the file can't be read, or belongs to another model; the message lists names and shapes.
     """
     check_finetune(source)
     path = hf_names.hf_weights_path(source, '--finetune') if os.path.isdir(source) \
@@ -74,26 +73,26 @@ def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAUL
                         for names in (target, result.missing_keys))
     log_main('Loaded %d of %d weights from %s%s' % (len(weights) - len(missing), len(weights), source,
                                                     ' (%s)' % key if key else ''))
-    for what, names in (('Not in the file, left at their start', missing), ('Left out of the file', dropped),
-                        ('Unused names in the file', sorted(result.unexpected_keys))):
+    for title, names in (('Not in the file, left at their initial values', missing), ('Not loaded', dropped),
+                         ('Unused names in the file', sorted(result.unexpected_keys))):
         if names:
-            log_main('%s: %s' % (what, _shorten(names)))
+            log_main('%s: %s' % (title, model_spec.shorten_names(names)))
 
 
 def find_state_dict(content: Any, flag: str, source: str, model_key: str = DEFAULT_KEYS, model_prefix: str = '',
                     use_ema: bool = False) -> Tuple[str, Dict[str, torch.Tensor]]:
-    """(the key of the weights in a file, or ''; the weights by name, without what wrappers put in front).
+    """(the key of the weights in a file, or ''; the weights by name, without the prefixes of wrappers).
 
     Args:
         flag, source: for messages.
-        model_key (str): names divided by |; the first that the file holds is taken. The default goes on with those
-            that other programs use, then the file itself.
-        model_prefix (str): what the names have in front, such as 'encoder.'; names without it are left out. Without it
-            what DistributedDataParallel, Lightning and torch.compile put there is removed, in any order.
-        use_ema (bool): take the averaged weights.
+        model_key (str): keys separated by |; the first that the file holds is used. The default continues with the
+            keys of other programs, then the file itself.
+        model_prefix (str): keep only names with this prefix, such as 'encoder.', and remove it. '' removes the prefixes
+            of DistributedDataParallel, Lightning and torch.compile, in any order.
+        use_ema (bool): use the averaged weights.
 
     Raises:
-        UserError: it holds no such weights; the message names what it does hold.
+        UserError: the file holds no such weights; the message names its keys.
     """
     shown = '%s %s' % (flag, escape_text(source))
     keys = AVERAGED_KEYS if use_ema else tuple(model_key.split('|'))
@@ -111,14 +110,13 @@ def find_state_dict(content: Any, flag: str, source: str, model_key: str = DEFAU
                                            for name, value in tensors.items() if name.startswith(prefix))
         if stripped:
             if key in AVERAGED_KEYS and not use_ema:
-                log_main('%s: holds averaged weights only (%s), which are taken' % (escape_text(source), key))
+                log_main('%s: using the averaged weights (%s); it holds no others' % (escape_text(source), key))
             return key, stripped
         raise UserError('%s: no weight has the prefix %r (--model_prefix); their names are %s'
-                        % (shown, model_prefix, escape_text(_shorten(tensors))))
-    names = _shorten([str(name) for name in content]) if isinstance(content, dict) else type(content).__name__
+                        % (shown, model_prefix, model_spec.shorten_names(tensors)))
+    names = model_spec.shorten_names(map(str, content)) if isinstance(content, dict) else type(content).__name__
     raise UserError('%s: no weights were found under %s; it holds %s; name their key with --model_key'
-                    % (shown, ', '.join(keys), escape_text(names) or 'nothing'))
-
+                    % (shown, ', '.join(keys), names or 'nothing'))
 
 
 def _wrapper(name):
@@ -131,7 +129,7 @@ def _tensors(state):
 
 
 def known_class_names(content: Any, path: str) -> List[str]:
-    """The class names that a file holds, or that stand beside it; [] where nothing names them."""
+    """The class names in a file, or in the config.json beside it; [] if neither has any."""
     spec = content.get(model_spec.KEY) if isinstance(content, dict) else None
     names = content.get('classes') if isinstance(content, dict) else None
     if isinstance(spec, dict) and spec.get('has_class_names') is False:
@@ -142,29 +140,29 @@ def known_class_names(content: Any, path: str) -> List[str]:
 
 def keep_head_rows(state: Dict[str, torch.Tensor], model: torch.nn.Module, theirs: Sequence[str],
                    classes: Sequence[str]) -> None:
-    """Give the model's head the file's rows of the classes that both name; the other rows stay at their start.
+    """Copy the head's rows of the classes that both name; the other rows keep their initial values.
 
-    Without names in the file nothing is changed: then the head's shape decides.
+    If the file names no classes, nothing changes, and `adapt_state_dict` decides by the head's shape.
     """
     heads = {name: state[name] for name in ('head.weight', 'head.bias') if name in state}
     classes = [escape_text(name) for name in classes]
     if not theirs or list(theirs) == classes or any(len(value) != len(theirs) for value in heads.values()):
         return
     target = model.state_dict()
-    rows = [(place, theirs.index(name)) for place, name in enumerate(classes) if name in theirs]
+    rows = [(index, theirs.index(name)) for index, name in enumerate(classes) if name in theirs]
     for name, value in heads.items():
         head = target[name].clone()
         if head.shape[1:] != value.shape[1:]:
             return
-        for place, row in rows:
-            head[place] = value[row]
+        for index, row in rows:
+            head[index] = value[row]
         state[name] = head
     log_main('Head: the rows of %d of %d classes come from the file, by name' % (len(rows), len(classes)) if rows else
-             'Head: left at its start; the file is of other classes (%s)' % escape_text(_shorten(theirs, 4)))
+             'Head: left at its initial values; the file has other classes (%s)' % model_spec.shorten_names(theirs, 4))
 
 
-def adapt_state_dict(state: Dict[str, torch.Tensor], model: Any) -> List[str]:
-    """Change a state dict in place so that it fits the model's classes, depth and grid; gives the names it dropped."""
+def adapt_state_dict(state: Dict[str, torch.Tensor], model: Any, quiet: bool = False) -> List[str]:
+    """Adapt a state dict, in place, to the model's classes, depth and grid. Returns the names that it dropped."""
     target = model.state_dict()
     dropped = []
     if any(name in state and name in target and state[name].shape != target[name].shape
@@ -182,24 +180,25 @@ def adapt_state_dict(state: Dict[str, torch.Tensor], model: Any) -> List[str]:
         if name not in target or state[name].shape == target[name].shape:
             continue
         if name.endswith('relative_position_bias_table') and state[name].shape[1:] == target[name].shape[1:]:
-            state[name] = _resize_table(name, state[name], grid)
+            state[name] = _resize_table(name, state[name], grid, quiet)
         elif name == 'pos_embed' and state[name].shape[::2] == target[name].shape[::2]:
             state[name] = resize_pos_embed(state[name], grid)
     return dropped
 
 
-def _resize_table(name, table, grid):
+def _resize_table(name, table, grid, quiet):
     if grid[0] != grid[1]:
         raise UserError('%s: tables are resized to square grids only, not to %dx%d patches' % ((name,) + tuple(grid)))
-    side = math.isqrt(table.shape[0] - 3) if hasattr(math, 'isqrt') else int((table.shape[0] - 3) ** 0.5)
+    side = round(max(table.shape[0] - 3, 0) ** 0.5)
     if side * side != table.shape[0] - 3:
-        raise UserError('%s: %d rows are not those of a square grid' % (name, table.shape[0]))
-    log_main('%s: resized from %dx%d to %dx%d offsets' % (name, side, side, 2 * grid[0] - 1, 2 * grid[0] - 1))
+        raise UserError('%s: %d rows do not fit a square grid' % (name, table.shape[0]))
+    if not quiet:
+        log_main('%s: resized from %dx%d to %dx%d offsets' % (name, side, side, 2 * grid[0] - 1, 2 * grid[0] - 1))
     return resize_rel_pos_bias(table, 2 * grid[0] - 1)
 
 
 def resize_rel_pos_bias(table: torch.Tensor, dst_size: int) -> torch.Tensor:
-    """Resize a relative position bias table, by the reference's spline on a geometric series of positions.
+    """Resize a relative position bias table with the reference's spline on a geometric series of positions.
 
     Args:
         table (Tensor): (S*S+3, heads), S = 2 * source grid - 1; the three extra rows are kept.
@@ -227,7 +226,7 @@ def resize_rel_pos_bias(table: torch.Tensor, dst_size: int) -> torch.Tensor:
 
 
 def _geometric_positions(src_size, dst_size):
-    """Source positions 0, ±1, ±(1+q), … ; q is bisected so that the outermost reaches dst_size // 2."""
+    """Source positions 0, ±1, ±(1+q), …; bisects q until the outermost position reaches dst_size // 2."""
     half = src_size // 2
     low, high = 1.01, 1.5
     while high - low > 1e-6:
@@ -239,42 +238,34 @@ def _geometric_positions(src_size, dst_size):
 
 
 def resize_pos_embed(pos_embed: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    """Resize absolute positions (1, 1+S*S, D) to (1, 1+H*W, D): bicubic, the class token's kept."""
+    """Resize absolute positions (1, 1+S*S, D) to (1, 1+H*W, D): bicubic; the class token's row is kept."""
     extra, patches = pos_embed[:, :1], pos_embed[:, 1:]
     side = int(patches.shape[1] ** 0.5)
     if side * side != patches.shape[1]:
-        raise UserError('pos_embed: %d positions are not those of a square grid' % patches.shape[1])
+        raise UserError('pos_embed: %d positions do not fit a square grid' % patches.shape[1])
     patches = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
     patches = F.interpolate(patches, size=tuple(grid), mode='bicubic', align_corners=False)
     return torch.cat((extra, patches.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)), dim=1)
 
 
-# Weights that a model cannot do without; norms, gammas, position tables and the head may be left at their start.
+# Weights that a file must hold; norms, gammas, position tables and the head may keep their initial values.
 _ESSENTIAL = re.compile(r'patch_embed\.proj\.|blocks\.\d+\.(attn\.(qkv\.|proj\.|[qv]_bias)|mlp\.fc\d\.)|cls_token')
 
 
 def mismatches(state: Dict[str, torch.Tensor], target: Dict[str, torch.Tensor], essential_only: bool = False) -> str:
-    """How a state dict differs from the model's, in words; '' where it fits."""
+    """The differences between a state dict and the model's, as text; '' if it fits."""
     problems = ['%s is %s in the file and %s in the model' % (name, _shape(state[name]), _shape(target[name]))
                 for name in target if name in state and state[name].shape != target[name].shape]
     problems += ['%s %s is missing in the file' % (name, _shape(target[name])) for name in target
                  if name not in state and not name.endswith('relative_position_index')
                  and (not essential_only or _ESSENTIAL.match(name))]
-    if essential_only:  # of another kind of network, such as a plain ViT's bias of the keys
-        problems += ['%s %s is not in the model' % (name, _shape(state[name])) for name in state
-                     if name not in target and re.match(r'blocks\.\d+\.(attn|mlp)\..*(weight|bias)$', name)
-                     and not name.endswith('k_bias')]
-    else:
-        problems += ['%s %s is not in the model' % (name, _shape(state[name])) for name in state
-                     if name not in target and not name.endswith('relative_position_index')]
-    return _shorten(problems, 6, '; ')
+    # With `essential_only`, names of another kind of network, such as a plain ViT's qkv.bias.
+    unwanted = r'blocks\.\d+\.(attn|mlp)\..*(weight|(?<!k_)bias)$' if essential_only \
+        else r'(?!.*relative_position_index$)'
+    problems += ['%s %s is not in the model' % (name, _shape(state[name])) for name in state
+                 if name not in target and re.match(unwanted, name)]
+    return model_spec.shorten_names(problems, divider='; ')
 
 
 def _shape(tensor):
     return '(%s)' % ', '.join(map(str, tensor.shape))
-
-
-def _shorten(names, most=8, divider=', '):
-    names = list(names)
-    more = divider + '… and %d more' % (len(names) - most) if len(names) > most else ''
-    return divider.join(names[:most]) + more

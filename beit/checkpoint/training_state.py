@@ -1,52 +1,53 @@
-"""What a checkpoint holds, and how a run resumes from one.
+"""The content of a checkpoint, and how a run resumes from one.
 
-Files of the reference, of timm and of this project load alike, on any device and in any precision: what is written is
-always float32 on the CPU.
+Tensors are written as float32 on the CPU, so every device and precision reads them. Files of the reference and of timm
+load as well.
 """
 
 import collections
 import contextlib
+import dataclasses
 import os
 import time
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 
 from beit import model_spec
 from beit.checkpoint import discovery
 from beit.checkpoint.pretrained import DEFAULT_KEYS, find_state_dict, mismatches
-from beit.devices import kernels
+from beit.devices import accelerator, kernels
 from beit.distributed import process_group
-from beit.errors import UserError, escape_text
+from beit.errors import UserError, escape_text, one_line
 from beit.files import run_folder
-from beit.log import log_main
+from beit.log import log_main, pluralize
 from beit.model_spec import ModelSpec, saved_args
 
 run_folder.register_output(r'checkpoint-.*\.pth', proves_run=True)
-UNTOLD = ('nb_classes', 0)  # as the data has them
 MODEL_FLAGS = ('model', 'input_size', 'nb_classes', 'rel_pos_bias', 'abs_pos_emb', 'layer_scale_init_value',
-               'use_mean_pooling')  # which flags decide the names and shapes of the weights
+               'use_mean_pooling')  # they determine the names and shapes of the weights
 
 
 # ---- saving
 
 def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.nn.Module,
                      optimizer: torch.optim.Optimizer, scaler: Any, ema: Any = None,
-                     spec: Optional[ModelSpec] = None) -> Dict[str, Any]:
-    """The dict that a checkpoint holds: model, optimizer, epoch, scaler, args, model_spec, with an average model_ema.
+                     spec: Optional[ModelSpec] = None, host: Optional['HostCopies'] = None) -> Dict[str, Any]:
+    """The dict to save: model, optimizer, epoch, scaler, args, model_spec and, with an average, model_ema.
 
-    `classes` and `activation` in it say again what model_spec does, for other programs.
-
-    There is no state of random numbers in it: those of a step follow from seed, step and process (`utils.seed_step`).
+    `classes` and `activation` repeat parts of model_spec for other programs. Random states are not saved: a step's
+    random numbers depend on seed, step and process (`utils.seed_step`).
 
     Args:
-        flags (dict): all of the run, by name.
-        run_state (RunState): how far the run has come. `epoch` in the file is the last finished one, as in the
-            reference's; where an epoch is under way, `progress` in the file says how much of it is done.
+        flags (dict): all flags of the run, by name.
+        run_state (RunState): the run's progress. `epoch` in the file is the last finished epoch, as in the reference's
+            files; `progress` describes an unfinished one.
+        host (HostCopies): receives the tensors; the dict is valid until it is used again.
     """
+    host = host or HostCopies()
     content = {
-        'model': _to_cpu(scaler.fp32_state_dict(model)),
-        'optimizer': _portable(optimizer),
+        'model': host.weights('model', scaler.fp32_state_dict(model)),
+        'optimizer': host.optimizer(optimizer),
         'epoch': run_state.epoch - 1,
         'scaler': scaler.state_dict(),
         'args': dict(flags),
@@ -60,32 +61,28 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
         content[model_spec.KEY] = spec.to_dict()
         content.update(classes=content[model_spec.KEY]['classes'], activation=spec.activation)
     if ema is not None:
-        content['model_ema'] = _to_cpu(ema.ema.state_dict())
+        content['model_ema'] = host.weights('model_ema', ema.ema.state_dict())
+    host.finish()
     return content
 
 
+@dataclasses.dataclass
 class RunState:
-    """How far a run has come: so many epochs are finished, and so many updates of the next.
-
-    Attributes:
-        epoch (int): the epoch under way, from 0; steps (int): its finished updates.
-        meters (list): of each process, the state of that epoch's averages; [] at its start.
-        best (dict): the best accuracies so far, in percent.
-        run (dict): see `comparison.facts_of`.
-        data (dict): the fingerprints of the data, see `comparison.data_to_save`.
-        stale (int): evaluations in a row that gave no new best.
-        spent (list): seconds of the run; images, seconds, of those waiting for data, and steps.
-        origin (str): the --resume that the run began with, '' for none; by it --auto_resume knows the run again.
-        files (list of str): the checkpoints that are written after an epoch, in this order; [] in mid-epoch.
-    """
-
-    def __init__(self, epoch=0, steps=0, meters=(), best=None, run=None):
-        self.epoch, self.steps, self.meters, self.files = epoch, steps, list(meters), []
-        self.best, self.run, self.stale, self.data = dict(best or {}), dict(run or {}), 0, {}
-        self.spent, self.origin = [0.] * 5, ''
+    """The progress of a run."""
+    epoch: int = 0  # the current one
+    steps: int = 0  # its finished updates
+    meters: List[Dict[str, Any]] = dataclasses.field(default_factory=list)  # its averages, of each process
+    best: Dict[str, float] = dataclasses.field(default_factory=dict)  # the best accuracies so far, in percent
+    run: Dict[str, Any] = dataclasses.field(default_factory=dict)  # see `comparison.facts_of`
+    data: Dict[str, Any] = dataclasses.field(default_factory=dict)  # see `comparison.data_to_save`
+    stale: int = 0  # consecutive evaluations without a new best
+    # Seconds of the run; images, seconds, seconds waiting for data, and number of the timed steps.
+    spent: List[float] = dataclasses.field(default_factory=lambda: [0.] * 5)
+    origin: str = ''  # the --resume that the run started with; --auto_resume compares it
+    files: List[str] = dataclasses.field(default_factory=list)  # checkpoints to write after an epoch, in order
 
     def meters_of(self, rank: int, processes: int) -> Optional[Dict[str, Any]]:
-        """The state of the averages for a process; with another number of processes the first takes all of them."""
+        """The state of a process's averages; if the number of processes changed, the first gets the sum of all."""
         if not self.meters or len(self.meters) == processes:
             return self.meters[rank] if self.meters else None
         merged: Dict[str, Any] = {}
@@ -96,16 +93,16 @@ class RunState:
         return dict(self.meters[0], meters=merged)
 
     def file_name(self) -> str:
-        """checkpoint-<finished epoch>.pth, or in mid-epoch checkpoint-<epoch>-step<its finished updates>.pth."""
+        """checkpoint-<finished epoch>.pth, or in mid-epoch checkpoint-<epoch>-step<finished updates>.pth."""
         return 'checkpoint-%d-step%d.pth' % (self.epoch, self.steps) if self.steps \
             else 'checkpoint-%d.pth' % (self.epoch - 1)
 
 
-STEP_FILES_KEPT = 2  # of those in mid-epoch, without --keep_checkpoints: the newest, and one in case it is damaged
+STEP_FILES_KEPT = 2  # mid-epoch checkpoints, without --keep_checkpoints: the newest, and one in case it is damaged
 
 
 def remove_old_checkpoints(folder: str, keep: int) -> None:
-    """Remove the oldest numbered checkpoints, beyond the `keep` newest of each kind (0: all epochs, 2 in mid-epoch)."""
+    """Keep the `keep` newest numbered checkpoints of each kind (0: all of epochs, `STEP_FILES_KEPT` of mid-epoch)."""
     files = discovery.list_checkpoints(folder)
     for kind, most in ((0, keep), (1, keep or STEP_FILES_KEPT)):
         of_kind = [path for (_, steps), path in files if bool(steps) == kind]
@@ -115,13 +112,13 @@ def remove_old_checkpoints(folder: str, keep: int) -> None:
 
 
 class SaveTimer:
-    """When to save in mid-epoch: each so many updates, each so many minutes (0: never)."""
+    """Decides when to save in mid-epoch: every `steps` updates and every `minutes` (0: never)."""
 
     def __init__(self, steps=0, minutes=0.):
         self.steps, self.seconds, self.saved = steps, 60 * minutes, time.monotonic()
 
     def due(self, update_step: int) -> bool:
-        """Whether to save after this update of the run, counted from 0; the clock is the first process's."""
+        """Whether to save after this update of the run, counted from 0. Only the first process reads the clock."""
         by_steps = self.steps and (update_step + 1) % self.steps == 0
         by_clock = self.seconds and process_group.is_main_process() and time.monotonic() - self.saved >= self.seconds
         return bool(by_steps or by_clock)
@@ -130,34 +127,61 @@ class SaveTimer:
         self.saved = time.monotonic()
 
 
-def _to_cpu(state):
-    return collections.OrderedDict(
-        (name, value.detach().to('cpu', torch.float32 if value.is_floating_point() else value.dtype))
-        for name, value in state.items())
+class HostCopies:
+    """Copies of tensors in the host's memory, where a save in the background reads them while training changes the
+    tensors. The next save overwrites them: memory that is allocated once costs no time again.
+    """
 
+    def __init__(self) -> None:
+        self.buffers: Dict[Any, torch.Tensor] = {}
+        self.used: Dict[Any, torch.Tensor] = {}
+        self.device: Optional[torch.device] = None
 
-def _portable(optimizer):
-    """Optimizer state that any machine and version reads: tensors on the CPU, `step` as a number."""
-    def portable(name, value):
+    def copy(self, key: Any, value: torch.Tensor, dtype: Optional[torch.dtype] = None) -> torch.Tensor:
+        """A copy of `value` on the CPU; it is complete after `finish`."""
+        buffer, dtype = self.buffers.get(key), dtype or value.dtype
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != dtype:
+            buffer = torch.empty(value.shape, dtype=dtype)
+            if accelerator.can_pin_memory(value.device):
+                buffer = buffer.pin_memory()
+        self.device = value.device if value.device.type != 'cpu' else self.device
+        self.used[key] = buffer.copy_(value.detach(), non_blocking=True)
+        return buffer
+
+    def finish(self) -> None:
+        """Wait for the copies, and forget buffers that this save did not need."""
+        if self.device is not None:
+            accelerator.synchronize(self.device)
+        self.buffers, self.used = self.used, {}
+
+    def weights(self, part: str, state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """A state dict, with floating-point tensors in float32."""
+        return collections.OrderedDict(
+            (name, self.copy((part, name), value, torch.float32 if value.is_floating_point() else None))
+            for name, value in state.items())
+
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
+        """Optimizer state for any machine and version: tensors on the CPU, `step` as a number."""
+        state = optimizer.state_dict()
+        if 'slow_state' in state:  # timm 0.4's Lookahead uses the parameters' addresses as keys
+            names = {id(parameter): name for group, saved in zip(optimizer.param_groups, state['param_groups'])
+                     for parameter, name in zip(group['params'], saved['params'])}
+            state['slow_state'] = {names.get(key, key): values for key, values in state['slow_state'].items()}
+        for part in ('state', 'slow_state'):
+            if part in state:
+                state[part] = {key: {name: self._portable((part, key, name), value) for name, value in values.items()}
+                               for key, values in state[part].items()}
+        if hasattr(kernels.base_optimizer(optimizer), 'generator'):  # Adahessian's
+            state['generator'] = kernels.base_optimizer(optimizer).generator.get_state()
+        return state
+
+    def _portable(self, key: Any, value: Any) -> Any:
         if not torch.is_tensor(value):
             return value
-        return float(value) if name == 'step' else value.detach().to('cpu')
-
-    state = optimizer.state_dict()
-    if 'slow_state' in state:  # timm 0.4's Lookahead names the parameters by their addresses there
-        names = {id(parameter): name for group, saved in zip(optimizer.param_groups, state['param_groups'])
-                 for parameter, name in zip(group['params'], saved['params'])}
-        state['slow_state'] = {names.get(key, key): values for key, values in state['slow_state'].items()}
-    for part in ('state', 'slow_state'):
-        if part in state:
-            state[part] = {key: {name: portable(name, value) for name, value in values.items()}
-                           for key, values in state[part].items()}
-    if hasattr(kernels.base_optimizer(optimizer), 'generator'):  # Adahessian draws numbers of its own
-        state['generator'] = kernels.base_optimizer(optimizer).generator.get_state()
-    return state
+        return float(value) if key[-1] == 'step' else self.copy(key, value)
 
 
-# ---- taking it up
+# ---- resuming
 
 def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any, ema: Any = None,
                  model_key: str = DEFAULT_KEYS, model_prefix: str = '') -> None:
@@ -173,39 +197,38 @@ def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any,
             tensor.copy_(state[name])
     scaler.sync_model_weights()
     if ema is not None:
-        # Without an average in the file, the average starts again from the weights just read.
+        # Without an average in the file, the average restarts from the loaded weights.
         average = find_state_dict(content, '--resume', source, use_ema=True)[1] if content.get('model_ema') \
             else scaler.fp32_state_dict(model)
         problems = mismatches(average, ema.ema.state_dict())
         if problems:
-            raise UserError('--resume %s: its model_ema is not of this model: %s' % (escape_text(source), problems))
+            raise UserError('--resume %s: its model_ema does not fit this model: %s' % (escape_text(source), problems))
         ema.ema.load_state_dict({**ema.ema.state_dict(), **average})
 
 
-
-
 def _trained_with(content, source):
-    """' (it was trained with --model …)', if the file says so, and where its run left all flags, if that's there."""
+    """' (it was trained with --model …)', with the run's args.yaml if it exists; '' if the file holds no flags."""
     args = saved_args(content)
-    flags = ['--%s %s' % (name, args[name]) for name in MODEL_FLAGS if name in args and (name, args[name]) != UNTOLD]
-    every = os.path.join(os.path.dirname(source), 'args.yaml')
-    if flags and os.path.isfile(every):
-        flags[-1] += '; --config %s gives all of its flags' % escape_text(every)
+    flags = ['--%s %s' % (name, args[name]) for name in MODEL_FLAGS
+             if name in args and (name, args[name]) != ('nb_classes', 0)]
+    config = os.path.join(os.path.dirname(source), 'args.yaml')
+    if flags and os.path.isfile(config):
+        flags[-1] += '; --config %s gives all of its flags' % escape_text(config)
     return ' (it was trained with %s)' % ' '.join(flags) if flags else ''
 
 
-COUNTERS = ('step', 'lookahead_step')  # what some optimizers count in their groups instead of in each parameter's state
+COUNTERS = ('step', 'lookahead_step')  # some optimizers keep them in their groups, not in each parameter's state
 
 
 def load_optimizer(source: str, optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
-    """Load an optimizer's moments. Rates and other settings stay this run's: the file's would outlive its flags."""
-    kinds = {'betas', 'momentum', 'rho', 'alpha'}  # what tells the families of optimizers apart
+    """Load an optimizer's moments. Learning rates and other settings keep the values of this run's flags."""
+    kinds = {'betas', 'momentum', 'rho', 'alpha'}  # they distinguish the families of optimizers
     try:
         theirs = state['param_groups']
         if kinds & set(theirs[0] if theirs else ()) != kinds & set(optimizer.param_groups[0]):
             raise ValueError('another kind of optimizer wrote it')
         if len(theirs) != len(optimizer.param_groups):
-            raise ValueError('it has %d groups of parameters, this run %d' % (len(theirs), len(optimizer.param_groups)))
+            raise ValueError('it has %d parameter groups, this run %d' % (len(theirs), len(optimizer.param_groups)))
         groups = [dict({name: value for name, value in mine.items() if name != 'params'}, params=group['params'],
                        **{name: group[name] for name in COUNTERS if type(group.get(name)) is int})
                   for mine, group in zip(optimizer.param_groups, theirs)]
@@ -217,47 +240,44 @@ def load_optimizer(source: str, optimizer: torch.optim.Optimizer, state: Dict[st
             inner.generator = torch.Generator(inner.param_groups[0]['params'][0].device)
             inner.generator.set_state(state['generator'])
         if hasattr(inner, '_momentum_initialized') and state['state']:
-            inner._momentum_initialized = True  # or timm 0.4's NovoGrad would begin anew
+            inner._momentum_initialized = True  # otherwise timm 0.4's NovoGrad starts again
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError('--resume %s: its optimizer state does not fit this run (%s); use the --opt and model flags of '
-                        'that run, or give the file to --finetune' % (escape_text(source), shorten(error))) from None
+                        'that run, or give the file to --finetune'
+                        % (escape_text(source), one_line(error)[:200])) from None
 
 
 def _check_moments(optimizer, groups, state):
-    """Raise a ValueError where a moment has another shape than its parameter: PyTorch looks at the number only."""
+    """Raise a ValueError where a moment's shape differs from its parameter's; PyTorch compares only their number."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
     keys = [key for group in groups for key in group['params']]
     for key, parameter in zip(keys, parameters):
         for name, value in state.get(key, {}).items():
             moment = name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer')
             if moment and not (name == 'momentum_buffer' and value is None) and tuple(value.shape) not in (
-                    tuple(parameter.shape), () if name == 'exp_avg_sq' else None):  # NovoGrad's is a number
+                    tuple(parameter.shape), () if name == 'exp_avg_sq' else None):  # NovoGrad's has no dimension
                 raise ValueError('%s is %s for a parameter of %s' % (name, tuple(value.shape), tuple(parameter.shape)))
             if name == 'step' and not 0 <= float(value) < 2 ** 53:
                 raise ValueError('step is %r' % (value,))
 
 
-def shorten(error: BaseException) -> str:
-    return ' '.join(str(error).split())[:200]
-
-
 def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: Any,
                     ema: Any = None, **keys: str) -> RunState:
-    """Take up a run where a checkpoint left it. `keys`: model_key and model_prefix, see `pretrained.find_state_dict`.
+    """Resume a run. `keys`: model_key and model_prefix, see `pretrained.find_state_dict`.
 
     Returns:
-        RunState. A file with weights only gives that of a start: training starts from them.
+        RunState. For a file that holds only weights, the state of a new run.
     """
     load_weights(source, content, model, scaler, ema, **keys)
     if not isinstance(content.get('optimizer'), dict) or 'epoch' not in content:
-        log_main('Resumed the weights of %s; it holds no optimizer state, so the schedule starts anew'
+        log_main('Resumed the weights of %s; it holds no optimizer state, so the schedule starts again'
                  % escape_text(source))
         return RunState()
     load_optimizer(source, optimizer, content['optimizer'])
     epoch = content['epoch']
     if not isinstance(epoch, int) or not -1 <= epoch < 2 ** 31:  # the reference's best checkpoint says 'best'
-        raise UserError('--resume %s: it does not say after which epoch it was saved (epoch is %.40r); '
-                        'give its weights to --finetune instead' % (escape_text(source), epoch))
+        raise UserError('--resume %s: its epoch is %.40r, not a number; give its weights to --finetune instead'
+                        % (escape_text(source), epoch))
     try:
         if isinstance(content.get('scaler'), dict):
             scaler.load_state_dict(content['scaler'])
@@ -266,16 +286,16 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
         meters = [{'meters': {str(name): [int(count), float(total)] for name, (count, total) in each['meters'].items()},
                    'skipped_before': int(each['skipped_before']), 'counts_images': bool(each.get('counts_images'))}
                   for each in inside.get('meters', ())]
-        run_state = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, inside.get('run'))
-        run_state.stale, run_state.origin = int(inside.get('stale', 0)), str(inside.get('origin', ''))
-        seconds, images, step_seconds, data_seconds, steps = map(float, inside.get('spent', run_state.spent))
-        run_state.spent = [seconds, images, step_seconds, data_seconds, steps]
+        seconds, images, step_seconds, data_seconds, steps = map(float, inside.get('spent', [0.] * 5))
+        run_state = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, dict(inside.get('run') or {}),
+                             stale=int(inside.get('stale', 0)), origin=str(inside.get('origin', '')),
+                             spent=[seconds, images, step_seconds, data_seconds, steps])
         if run_state.steps < 0 or bool(run_state.steps) != bool(meters):
-            raise ValueError('%d steps do not fit its averages' % run_state.steps)
+            raise ValueError('its averages do not fit %d steps' % run_state.steps)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
-        raise UserError('--resume %s: its scaler, accuracy or progress is not what a checkpoint holds (%s); give its '
-                        'weights to --finetune instead' % (escape_text(source), shorten(error))) from None
-    log_main('Resumed %s: %s%s' % (escape_text(source), 'epoch %d is done' % epoch if not run_state.steps else
-                                   '%d updates of epoch %d are done' % (run_state.steps, epoch + 1),
+        raise UserError('--resume %s: its scaler, accuracy or progress is invalid (%s); give its weights to --finetune '
+                        'instead' % (escape_text(source), one_line(error)[:200])) from None
+    log_main('Resumed %s: %s%s' % (escape_text(source), 'epoch %d is done' % run_state.epoch if not run_state.steps else
+                                   '%s of epoch %d' % (pluralize(run_state.steps, 'update'), run_state.epoch + 1),
                                    ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
     return run_state

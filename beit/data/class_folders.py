@@ -1,4 +1,4 @@
-"""Finding the image files of class folders."""
+"""Finds the image files of class folders."""
 
 import array
 import collections
@@ -16,35 +16,37 @@ from beit.distributed import collectives
 from beit.errors import UserError, escape_text
 from beit.log import log_main
 
-# What file managers, archives and NAS systems put beside files, besides names that begin with a dot.
+# Files and folders of file managers, archives and NAS systems, besides names that begin with a dot.
 NOT_DATA = {'__MACOSX', '@eaDir', '@tmp', '@Recycle', '#recycle', '#snapshot', '$RECYCLE.BIN', 'lost+found',
             'System Volume Information', 'Thumbs.db', 'desktop.ini'}
 
-PassOver = Callable[[str, str], None]  # of the path of a file or folder that is not used, and why
+OnSkip = Callable[[str, str], None]  # receives the path of an unused file or folder, and the reason
 
 
 def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List[str], SampleList, List]:
-    """(class names, images, [path, reason] of what is not used), in the order of torchvision's `DatasetFolder`.
+    """(class names, images, [path, reason] of unused files), in the order of torchvision's `DatasetFolder`.
 
-    Every folder in `root` is a class, with the image files in it at any depth; links are followed. A file is an image
-    by its name's ending or, without one, by its content. Paths are as the operating system gives them, with surrogates
-    for bytes that aren't text; class names are in `normalize`'s form.
+    Every folder in `root` is a class, with the image files in it at any depth; links are followed. A file's ending or,
+    without one, its content makes it an image. Paths have surrogates for bytes that aren't text; class names are in
+    `normalize`'s form.
 
     Args:
-        device: of this process, if all of a job call this: the main process broadcasts what it found. None: each looks.
+        device: this process's, if all processes of a job call this: the main process broadcasts its result. None: each
+            process scans the folders.
 
     Raises:
-        UserError: a folder can't be listed, a link leads nowhere or to a folder that it lies in. Each would silently
-            lose images or add some twice. (A link named like an image is a file that can't be read.)
+        UserError: a folder can't be listed, or a link is broken or leads to one of its parents: images would be missing
+            or counted twice. (A broken link named like an image is an unreadable file.)
     """
     packed = collectives.broadcast_from_main(lambda keep_alive: _scan(root, keep_alive), device)
     found, unused = json.loads(packed.decode())
     filled = {folder for folder, files in found if files}
     nested = sorted(folder for folder in filled if os.sep in folder and folder.split(os.sep)[0] not in filled)
     if nested:
-        log_main('%s: %s: all images of the class %s lie in folders below it. For classes of their own, list them in a '
-                 'CSV file (--train_csv, --val_csv)' % (escape_text(root), ', '.join(map(escape_text, nested[:3])),
-                                                         escape_text(nested[0].split(os.sep)[0])))
+        log_main('%s: %s: subfolders hold all images of the class %s. To make them separate classes, list the images '
+                 'in a CSV file (--train_csv, --val_csv)' % (
+                     escape_text(root), ', '.join(map(escape_text, nested[:3])),
+                     escape_text(nested[0].split(os.sep)[0])))
     classes = sorted(normalize(folder) for folder, _ in found if os.sep not in folder)
     for name, following in zip(classes, classes[1:]):
         if name == following:
@@ -63,7 +65,7 @@ def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List
 
 
 def _scan(root: str, keep_alive: Callable[[], None]) -> bytes:
-    """JSON of [(folder relative to root, sorted names of its images with / between)] and of what is not used."""
+    """JSON of [(folder relative to root, sorted names of its images joined by /)] and of [(unused path, reason)]."""
     found, unused = [], []  # type: List[Tuple[str, str]], List[Tuple[str, str]]
     for folder, names in walk_folders(root, lambda *item: unused.append(item)):
         found.append((folder, '/'.join(sorted(names))))
@@ -73,15 +75,15 @@ def _scan(root: str, keep_alive: Callable[[], None]) -> bytes:
     return json.dumps([found, sorted(unused)]).encode()
 
 
-def walk_folders(root: str, pass_over: PassOver, exclude: Collection[str] = ()) -> Iterator[Tuple[str, Iterator[str]]]:
-    """Yield (path relative to `root`, names of the images in it) of `root`, as '', and of every folder below it.
+def walk_folders(root: str, on_skip: OnSkip, exclude: Collection[str] = ()) -> Iterator[Tuple[str, Iterator[str]]]:
+    """Yield (path relative to `root`, names of the images in it) for `root`, as '', and for every folder below it.
 
-    Folders come depth first, sorted; a folder's names come unsorted, while it is listed, and all must be taken. Links
-    are followed.
+    Folders come depth first, sorted. A folder's names come unsorted, during its listing; the caller must take them all.
+    Links are followed.
 
     Args:
-        pass_over: called for what is no image or hidden.
-        exclude: real paths of folders to pass over.
+        on_skip: called for hidden files and files that are no images.
+        exclude: real paths of folders to skip.
 
     Raises:
         UserError: see `scan_classes`.
@@ -96,32 +98,32 @@ def walk_folders(root: str, pass_over: PassOver, exclude: Collection[str] = ()) 
         folders: List[str] = []
         try:
             with os.scandir(path) as entries:
-                yield folder, _image_names(entries, path, folders, pass_over)
+                yield folder, _image_names(entries, path, folders, on_skip)
         except OSError as error:
             raise _listing_error(error, path) from None
         pending += [(os.path.join(folder, name), ancestors) for name in sorted(folders, reverse=True)]
 
 
-def _image_names(entries: Iterable[os.DirEntry], path: str, folders: List[str], pass_over: PassOver) -> Iterator[str]:
-    """Yield the names of images among a folder's entries; add names of folders, and of links to such, to `folders`."""
+def _image_names(entries: Iterable[os.DirEntry], path: str, folders: List[str], on_skip: OnSkip) -> Iterator[str]:
+    """Yield the names of images among a folder's entries; append names of folders, also linked ones, to `folders`."""
     try:
         for entry in entries:
             if entry.name.startswith('.') or entry.name in NOT_DATA:
-                pass_over(entry.path, 'hidden')
+                on_skip(entry.path, 'hidden')
             elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 folders.append(entry.name)
             elif is_image_name(entry.name, entry.path):
                 yield entry.name
             else:
                 if entry.is_symlink():
-                    os.stat(entry.path)  # a link that leads nowhere may be to a folder of images
-                pass_over(entry.path, extension_of(entry.name))
+                    os.stat(entry.path)  # an OSError for a broken link: its target may be a folder of images
+                on_skip(entry.path, extension_of(entry.name))
     except OSError as error:
         raise _listing_error(error, path) from None
 
 
 def is_image_name(name: str, path: str = '') -> bool:
-    """Whether a name's ending is an image's or, where there is none, the content of `path`."""
+    """Whether a name's ending or, without one, the content of `path` is an image's."""
     extension = os.path.splitext(name)[1].lower()
     return extension in image_extensions() if extension else bool(path) and is_image_file(path)
 
@@ -139,43 +141,43 @@ def describe_unused(reasons: Iterable[str]) -> str:
         total, *(('s', 's are') if total > 1 else ('', ' is')), ', '.join(kinds + ['…'] * (len(counts) > 6)))
 
 
-def tell_similar_names(classes: Sequence[str]) -> None:
-    """Log a line where names differ in upper and lower case or blanks only: most often they are one class."""
+def log_similar_names(classes: Sequence[str]) -> None:
+    """Log classes whose names differ only in case or blanks: they are usually one class."""
     groups = collections.defaultdict(list)
     for name in classes:
         groups[''.join(name.casefold().split())].append(escape_text(name))
     similar = [group for group in groups.values() if len(group) > 1]
     if similar:
-        log_main('Classes whose names differ in upper and lower case or blanks only: %s%s' % (
+        log_main('Classes whose names differ only in case or blanks: %s%s' % (
             '; '.join(map(', '.join, similar[:3])), ' …' if len(similar) > 3 else ''))
 
 
 def normalize(name: str) -> str:
-    """The Unicode form that class names are compared in: macOS writes accents as characters of their own."""
+    """A class name in Unicode's NFC form, for comparisons: macOS writes accents as separate characters."""
     return unicodedata.normalize('NFC', name)
 
 
 def numeric_order(classes: Sequence[str]) -> Optional[List[int]]:
-    """Where the classes are named 0 … N-1, in any order and with leading zeros or without: the index of each number."""
+    """The index of each number in classes named 0 … N-1, in any order and with any zeros; None for other names."""
     numbers = {int(name): index for index, name in enumerate(classes) if re.fullmatch('[0-9]{1,9}', name)}
     return [numbers[number] for number in range(len(classes))] if set(numbers) == set(range(len(classes))) else None
 
 
 def _listing_error(error: OSError, path: str) -> UserError:
-    return UserError('%s: cannot look for images there (%s); mend or remove it, or let this user read it'
+    return UserError('%s: cannot be listed (%s); repair or remove it, or let this user read it'
                      % (escape_text(error.filename or path), error.strerror))
 
 
 def _resolve_link(folder: str, ancestors: Tuple[str, ...]) -> Tuple[str, ...]:
-    """The real folders on the way to `folder` and it: the last before each link, and where it is now.
+    """The real paths to compare links with: the last folder before each link on the way, and `folder` itself.
 
     Raises:
-        UserError: the link leads to one of its ancestors.
+        UserError: the link leads to one of its parents.
     """
     if not os.path.islink(folder):
         return ancestors[:-1] + (os.path.join(ancestors[-1], os.path.basename(folder)),)
     target = os.path.realpath(folder)
     if any(os.path.join(each, '').startswith(os.path.join(target, '')) for each in ancestors):
-        raise UserError('%s: this link leads to %s, a folder that it lies in, round and round; remove it'
+        raise UserError('%s: this link leads to %s, one of its parent folders; remove it'
                         % (escape_text(folder), escape_text(target)))
     return ancestors + (target,)

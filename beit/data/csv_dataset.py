@@ -1,6 +1,6 @@
-"""CSV files that list images with their labels (--train_csv, --val_csv), one label an image or several.
+"""Reads CSV files that list images with one label or several (--train_csv, --val_csv).
 
-A million rows are read one at a time into a few arrays; only one process looks for the files.
+Rows go one by one into a few arrays, to save memory; only one process checks that the files exist.
 """
 
 import array
@@ -29,10 +29,10 @@ PATHS = ('path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_pa
 LABELS = ('label', 'labels', 'class', 'classes', 'category')
 SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val',
           'test': 'test', 'testing': 'test'}
-DOUBTFUL = ('na', 'n/a', 'none', 'null', 'nat', '-nan')  # classes, or values that are not there
-MISSING = ('nan', '<na>', '#n/a')  # what pandas and spreadsheets write for a value that is not there
+DOUBTFUL = ('na', 'n/a', 'none', 'null', 'nat', '-nan')  # classes or missing values
+MISSING = ('nan', '<na>', '#n/a')  # missing values of pandas and spreadsheets
 SEVERAL = re.compile(r'(?<!\\);')  # between the labels of an image; \; is a semicolon in a name
-FORM = 'it must be path,label (with several labels: path,label;label), and what holds a comma stands in double quotes'
+FORM = 'write path,label (with several labels: path,label;label), and quote a value that holds a comma'
 
 
 def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]] = None,
@@ -42,17 +42,17 @@ def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]
 
     Args:
         flag: the flag that named the file; loss: --loss.
-        root: the folder that relative paths begin at; '' is the file's own.
-        classes: the names that labels may be; None takes those of the file, sorted.
-        multi_label: whether images have several labels; None: if one of them has.
-        device: where all processes of a job call this, so that one looks for the images; or None.
-        missing: what an image that isn't there is: 'error', 'unreadable' (kept), or 'ignored' (not looked for).
+        root: the base of relative paths; '' for the file's folder.
+        classes: the allowed labels; None for the file's labels, sorted.
+        multi_label: whether images have several labels; None: whether any row has.
+        device: this process's, if all processes of a job call this: only the first checks the files. None: each does.
+        missing: the treatment of a missing image: 'error', 'unreadable' (kept), or 'ignored' (not checked).
 
     Returns:
         (images, class names).
 
     Raises:
-        UserError: the file, its form, a label or an image is not what it must be; it names the line.
+        UserError: the file, its form, a label or an image is invalid; the message names the line.
     """
     file, root = CsvFile(flag, path), root or os.path.dirname(path)
     file.check_first_row(root)
@@ -60,13 +60,13 @@ def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]
     names, ends, lines = bytearray(), array.array('q', [0]), array.array('q')
     for line, name, cell in file.rows():
         if not name:
-            raise file.error(line, 'there is no path beside the label')
+            raise file.error(line, 'the path is empty; %s' % FORM)
         names += os.fsencode(name)
         ends.append(len(names))
         lines.append(line)
         labels.add(line, cell)
     if labels.is_multi and loss == 'ce':
-        raise UserError('--loss ce: %s gives images several labels; use --loss bce' % file.name)
+        raise UserError('--loss ce: %s has images with several labels; use --loss bce' % file.name)
     flat, label_ends, known = labels.finish()
     samples = SampleList(root, bytes(names), ends, flat, label_ends, len(known))
     file.data = b''
@@ -111,7 +111,7 @@ class CsvFile:
         return csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=True)
 
     def _find_delimiter(self) -> str:
-        """That of a header; else the one that makes two columns everywhere, or at least in the first row."""
+        """The header's; else the one that gives two columns in every row, or several in the first."""
         first_rows: Dict[str, List[List[str]]] = {}
         for delimiter in ',\t;':
             rows = first_rows[delimiter] = []
@@ -125,7 +125,7 @@ class CsvFile:
         return splits[0] if splits else ','
 
     def _find_columns(self, row: Sequence[str]) -> bool:
-        """Take a header's columns, if this is one."""
+        """Whether the row is a header; then set the columns."""
         titles = [cell.strip().lower() for cell in row]
         found = [next((column for column, title in enumerate(titles) if title in known), -1)
                  for known in (PATHS, LABELS, ('split',))]
@@ -148,23 +148,23 @@ class CsvFile:
             raise self.error(reader.line_num, 'is not CSV (%s)' % error) from None
 
     def check_first_row(self, root: str) -> None:
-        """Raise a `UserError` where the first row is a header that isn't understood, or the columns are swapped."""
+        """Raise a `UserError` where the first row is an unknown header, or the columns are swapped."""
         line, row = next(self.cells(), (0, []))
         if not line:
-            raise UserError('%s: lists no image; give one path,label a line' % self.name)
+            raise UserError('%s: lists no image; write one path,label per line' % self.name)
         if self.has_header or len(row) < 2:
             return
         is_path = [is_image_name(cell) or os.path.lexists(os.path.join(root, cell))
                    for cell in (each.strip() for each in row)]
         quoted = escape_text(self.delimiter.join(row))
         if not is_path[0] and is_path[1]:
-            raise self.error(line, '%s: the label stands before the path; write a first line label,path' % quoted)
+            raise self.error(line, '%s: the label comes before the path; add a header label,path' % quoted)
         if not is_path[0]:
-            raise self.error(line, '%s: it is neither an image nor a header with a column path (or %s) and a column '
-                             'label (or %s); %s' % (quoted, ', '.join(PATHS[1:]), ', '.join(LABELS[1:]), FORM))
+            raise self.error(line, '%s: neither an image nor a header with a column path (or %s) and a column label '
+                             '(or %s); %s' % (quoted, ', '.join(PATHS[1:]), ', '.join(LABELS[1:]), FORM))
 
     def rows(self) -> Iterator[Tuple[int, str, str]]:
-        """Yield (line, path, label cell). A column `split` says which rows are for this flag."""
+        """Yield (line, path, label cell) of the rows whose column `split`, if there is one, fits this flag."""
         split = '' if self.split < 0 else self._choose_split()
         for line, row in self.cells():
             self._check_columns(line, row)
@@ -182,13 +182,14 @@ class CsvFile:
             self._check_columns(line, row)
             split = row[self.split].strip().lower()
             if split not in SPLITS:
-                raise self.error(line, '%r stands in the column split; it must be train, val or test (or give the '
-                                 'column another name)' % escape_text(split))
+                raise self.error(line, 'the column split holds %r; write train, val or test, or rename the column'
+                                 % escape_text(split))
             counts[SPLITS[split]] += 1
         wanted = 'train' if self.flag == '--train_csv' else 'val' if counts['val'] else 'test'
         if not counts[wanted]:
-            raise UserError('%s: its column split has no row of %s' % (self.name, wanted.replace('test', 'val')))
-        log_main('%s: takes the %d of its %d images whose split is %s'
+            raise UserError('%s: no row has the split %s; add some, or rename the column split'
+                            % (self.name, wanted.replace('test', 'val')))
+        log_main('%s: using %d of its %d images, whose split is %s'
                  % (self.name, counts[wanted], sum(counts.values()), wanted))
         return wanted
 
@@ -225,46 +226,46 @@ class _Labels:
         names = [cell] if cell in self.index_of else [
             each.strip().replace('\\;', ';') for each in SEVERAL.split(cell)]
         if not all(names):
-            raise self.file.error(line, 'there is an empty label; write path,label, or path,label;label')
+            raise self.file.error(line, 'a label is empty; write path,label, or path,label;label')
         if len(names) > 1 and self.multi_label is False:
-            raise self.file.error(line, '%s are several labels, and the training images have one each (a semicolon in '
-                                  'a name is written \\;)' % escape_text(cell))
+            raise self.file.error(line, '%s are several labels, and the training images have one each (write a '
+                                  'semicolon in a name as \\;)' % escape_text(cell))
         for name in names:
             if not name.isprintable():
-                raise self.file.error(line, 'the label %s holds characters that cannot be printed' % escape_text(name))
+                raise self.file.error(line, 'the label %s has unprintable characters; rename it' % escape_text(name))
             if names.count(name) > 1:
-                raise self.file.error(line, 'the label %s stands there twice' % name)
+                raise self.file.error(line, 'the label %s is there twice' % name)
             if name not in self.index_of:
                 self._add_class(line, name)
         return [self.index_of[name] for name in names]
 
     def _add_class(self, line: int, name: str) -> None:
         if name.lower() in MISSING:
-            raise self.file.error(line, 'the label %s means that there is none; leave the line out, or give one' % name)
+            raise self.file.error(line, 'the label %s stands for a missing value; remove the line, or give one' % name)
         if self.classes is not None:
             near = ' or '.join(map(escape_text, nearest(name, self.classes)))
             raise self.file.error(line, 'the label %r is none of the %d classes of the training images or the '
                                   'checkpoint; %s' % (
                                       escape_text(name), len(self.classes), 'did you mean %s?' % near if near else
-                                      'list training images of it, or mend it'))
+                                      'list training images of it, or correct it'))
         self.index_of[name] = len(self.index_of)
 
     def finish(self) -> Tuple[np.ndarray, Optional[np.ndarray], List[str]]:
-        """(class indices of all images, where each image's end or None if each has one, class names)."""
+        """(class indices of all images, the end of each image's indices or None if each has one, class names)."""
         if self.empty_line and not self.is_multi:
-            raise self.file.error(self.empty_line, 'there is an empty label; write path,label')
+            raise self.file.error(self.empty_line, 'the label is empty; write path,label')
         known = sorted(self.index_of) if self.classes is None else list(self.classes)
         if not known:
-            raise UserError('%s: none of its images has a label' % self.file.name)
+            raise UserError('%s: no image has a label; write path,label' % self.file.name)
         doubtful = [name for name in known if name.lower() in DOUBTFUL]
         if doubtful and self.classes is None:
-            log_main('%s: %s counts as a class; leave such lines out where it means that there is no label'
+            log_main('%s: %s counts as a class; remove such lines if it stands for a missing label'
                      % (self.file.name, ', '.join(doubtful)))
         flat = np.array(self.flat)
-        if self.classes is None:  # names were numbered as they came
+        if self.classes is None:  # names were numbered in the order of the rows
             flat = np.argsort([self.index_of[name] for name in known])[flat]
         if self.several_rows:
-            log_main('%s: %d images have several labels, with ; between them (a semicolon in a name is written \\;)'
+            log_main('%s: %d images have several labels, separated by ; (write a semicolon in a name as \\;)'
                      % (self.file.name, self.several_rows))
         return flat, np.array(self.ends) if self.is_multi else None, known
 
@@ -275,19 +276,19 @@ def _check_duplicates(file: CsvFile, samples: SampleList, lines: Sequence[int], 
     for position in np.flatnonzero(np.diff(hashes[order]) == 0).tolist():
         first, second = order[position:position + 2].tolist()
         if samples.name(first) == samples.name(second):
-            raise file.error(lines[second], '%s stands in line %d already; list each image once%s' % (
+            raise file.error(lines[second], '%s is in line %d already; list each image once%s' % (
                 escape_text(samples.name(first)), lines[first],
                 '' if is_multi else ', with all of its labels: label;label'))
 
 
 def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_exist: bool,
                 keep_alive: Callable[[], None]) -> bytes:
-    """JSON of {index: name}: the names of those files that the CSV file spells otherwise than the file system.
+    """JSON of {index: name}: the file system's names of files that the CSV file spells differently.
 
-    Folders are listed, each once: files are not looked at.
+    Each folder is listed once, instead of a look-up for each file.
 
     Raises:
-        UserError: a file isn't there, and `must_exist`.
+        UserError: a file is missing, and `must_exist`.
     """
     folders: Dict[str, array.array] = {}
     for index in range(len(samples)):
@@ -295,11 +296,11 @@ def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_e
     renamed, absent = {}, []
     for folder, indices in folders.items():
         keep_alive()
-        there = np.zeros(0, dtype=np.int64)
+        listed = np.zeros(0, dtype=np.int64)
         with contextlib.suppress(OSError), os.scandir(folder or '.') as entries:
-            there = np.fromiter((hash(entry.name) for entry in entries), np.int64)
+            listed = np.fromiter((hash(entry.name) for entry in entries), np.int64)
         hashes = np.fromiter((hash(os.path.basename(samples.path(index))) for index in indices), np.int64, len(indices))
-        for index in np.array(indices)[~np.isin(hashes, there)].tolist():
+        for index in np.array(indices)[~np.isin(hashes, listed)].tolist():
             name = os.fsdecode(samples.name(index))
             spelling = next((each for each in _spellings(name)
                              if os.path.lexists(os.path.join(samples.root, each))), None)
@@ -309,16 +310,15 @@ def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_e
                 renamed[index] = spelling
     if absent and must_exist:
         others = ', and %d more are missing' % (len(absent) - 1) if len(absent) > 1 else ''
-        raise file.error(lines[absent[0]], 'there is no file %s%s; paths begin at %s (--data_path names another folder)'
-                         % (escape_text(samples.path(absent[0])), others, escape_text(samples.root) or '.'))
+        raise file.error(lines[absent[0]], 'there is no file %s%s; paths are relative to %s (--data_path names another '
+                         'folder)' % (escape_text(samples.path(absent[0])), others, escape_text(samples.root) or '.'))
     if renamed:
-        log_main('%s: spells %d paths otherwise than the file system (\\ for /, or accents); their files were found'
-                 % (file.name, len(renamed)))
+        log_main('%s: %d paths were found under another spelling (\\ for /, or accents)' % (file.name, len(renamed)))
     return json.dumps(renamed).encode()
 
 
 def _spellings(name: str) -> List[str]:
-    """A path as it is, with slashes for backslashes, and in the other Unicode forms; each once."""
+    """A path, the path with slashes for backslashes, and both in the Unicode forms NFC and NFD; each once."""
     slashed = [name, name.replace('\\', '/')]
     return list(dict.fromkeys(slashed + [unicodedata.normalize(form, each) for each in slashed
                                          for form in ('NFC', 'NFD')]))

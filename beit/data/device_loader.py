@@ -1,4 +1,4 @@
-"""Batches on the device: copied there as bytes ahead of their use, and there made float32, normalised and erased."""
+"""Copies batches to the device as bytes, ahead of their use, and there converts, normalises and erases them."""
 
 import contextlib
 import random
@@ -15,11 +15,11 @@ from beit.log import log_main
 
 
 class RandomErasingBoxes(RandomErasing):
-    """timm's choice of what to erase, without the erasing: drawn in a loader's worker, applied on the device.
+    """Draws timm's boxes to erase, in a loader's worker; the device applies them.
 
     Args:
         probability (float): the share of images.
-        max_count (int): the largest number of boxes of one image.
+        max_count (int): the largest number of boxes per image.
     """
 
     def __init__(self, probability: float, max_count: int = 1) -> None:
@@ -27,14 +27,14 @@ class RandomErasingBoxes(RandomErasing):
         super().__init__(probability, mode='const', max_count=max_count, device='cpu')
 
     def __call__(self, height: int, width: int) -> tuple:  # type: ignore[override]
-        """(seed of the noise, [(top, left, height, width)]), or () for an image that is left alone."""
+        """(seed of the noise, [(top, left, height, width)]), or () for no erasing."""
         boxes = _Boxes()
         self._erase(boxes, 3, height, width, torch.float32)
         return (random.getrandbits(63), list(boxes)) if boxes else ()
 
 
 class _Boxes(list):
-    """In place of an image: notes where timm writes."""
+    """Stands for an image and records where timm writes."""
 
     def __setitem__(self, index: Any, _: Any) -> None:
         _, rows, columns = index
@@ -42,25 +42,24 @@ class _Boxes(list):
 
 
 class PrefetchLoader:
-    """What a DataLoader of bytes gives, on `device`: images float32, normalised as timm does it, and erased.
+    """Yields a DataLoader's batches on `device`, with images in float32, normalised and erased.
 
-    Its attributes are the DataLoader's. On a CPU and on CUDA images are the bits that torchvision's ToTensor and
-    Normalize give. The noise of an erased image depends only on its seed and the
-    kind of device.
+    Its other attributes are the DataLoader's. On a CPU and on CUDA images have the same bits as torchvision's ToTensor
+    and Normalize. The noise of an erased image depends only on its seed and the kind of device.
 
     Args:
         loader (DataLoader): gives `loader.Batch`es of uint8 (B, 3, H, W).
         mean, std (sequence of 3 float): of images between 0 and 1.
-        remode (str): what erasing writes: 'const' 0, 'rand' one normal colour a box, 'pixel' normal noise.
+        remode (str): erases with 'const' 0, 'rand' one normal colour per box, 'pixel' normal noise.
     """
 
-    has_told_first_page = False  # of this process: once is enough
+    logged_first_page = False  # in this process
 
     def __init__(self, loader: Any, device: torch.device, mean: Sequence[float],
                  std: Sequence[float], remode: str = 'pixel') -> None:
         self.loader, self.device, self.remode = loader, device, remode
         self.generator = accelerator.noise_generator(device)
-        # 255 too: by a number CUDA multiplies with 1/255 instead, which rounds otherwise.
+        # 255 too is a tensor: CUDA divides by a Python number by multiplying with 1/255, which rounds differently.
         self.white, self.mean, self.std = (torch.tensor(value, dtype=torch.float32, device=device).view(1, -1, 1, 1)
                                            for value in ([255.], mean, std))
 
@@ -71,20 +70,20 @@ class PrefetchLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator:
-        with _signals_wait():
+        with _block_signals():
             batches = iter(self.loader)
         try:
-            yield from accelerator.prefetch(_or_worker_death(batches), self.prepare, self.device)
+            yield from accelerator.prefetch(_detect_worker_death(batches), self.prepare, self.device)
         finally:  # PyTorch 1.5 hangs if the garbage collector ends the workers
             if hasattr(batches, '_shutdown_workers') and not getattr(self.loader, 'persistent_workers', False):
                 batches._shutdown_workers()
 
     def prepare(self, batch: Any) -> Any:
-        """The batch on the device; nothing waits for it to be there."""
-        if batch.first_page_only and not PrefetchLoader.has_told_first_page:
-            PrefetchLoader.has_told_first_page = True
-            log_main('%s has several pages or frames: of such files the first is used' % batch.first_page_only[0])
-        images = batch.images.permute(0, 2, 3, 1).to(self.device, non_blocking=True)  # as they lie: one plain copy
+        """Copy a batch to the device and convert it there, without waiting."""
+        if batch.first_page_only and not PrefetchLoader.logged_first_page:
+            PrefetchLoader.logged_first_page = True
+            log_main('%s has several pages or frames: only the first of such files is used' % batch.first_page_only[0])
+        images = batch.images.permute(0, 2, 3, 1).to(self.device, non_blocking=True)  # in memory order: one plain copy
         images = images.permute(0, 3, 1, 2).contiguous()
         device_randaugment.apply(images, batch.augmenting)
         images = images.float()
@@ -96,12 +95,12 @@ class PrefetchLoader:
         return batch._replace(images=images, targets=batch.targets.to(self.device, non_blocking=True), erasing=[],
                               augmenting=[])
 
-    def as_bytes(self, images: torch.Tensor) -> torch.Tensor:
-        """What `prepare` normalised, as uint8 (B, H, W, 3) on the CPU: the pixels that the model was shown."""
+    def denormalize(self, images: torch.Tensor) -> torch.Tensor:
+        """The pixels of images from `prepare`, as uint8 (B, H, W, 3) on the CPU."""
         return ((images * self.std + self.mean) * self.white).round().byte().permute(0, 2, 3, 1).cpu()
 
     def pixels(self, height: int, width: int) -> torch.Tensor:
-        """What erasing writes into a box: (3, height, width), or (3, 1, 1)."""
+        """The pixels that erase a box: (3, height, width), or (3, 1, 1)."""
         if self.remode == 'const':
             return torch.zeros(3, 1, 1, device=self.device)
         shape = (3, height, width) if self.remode == 'pixel' else (3, 1, 1)
@@ -109,14 +108,14 @@ class PrefetchLoader:
         return noise.to(self.device)
 
 
-def _or_worker_death(batches: Iterator) -> Iterator:
-    """The batches. A worker that is killed while it hands one over raises the error that PyTorch has for others."""
+def _detect_worker_death(batches: Iterator) -> Iterator:
+    """Yield the batches. If a worker was killed while it sent one, raise PyTorch's error for a killed worker."""
     try:
         yield from batches
     except (EOFError, ConnectionError, FileNotFoundError) as error:
         dead: List[str] = []
-        until = time.monotonic() + 2  # its connection may end before the worker is seen to be dead
-        while not dead and 'Caught ' not in str(error) and time.monotonic() < until:  # Caught: in a worker that lives
+        until = time.monotonic() + 2  # the connection may end before the worker counts as dead
+        while not dead and 'Caught ' not in str(error) and time.monotonic() < until:  # Caught: by a living worker
             dead = [str(worker.pid) for worker in getattr(batches, '_workers', ()) if not worker.is_alive()]
             time.sleep(0.05)
         if not dead:
@@ -125,8 +124,8 @@ def _or_worker_death(batches: Iterator) -> Iterator:
 
 
 @contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Workers that start in here cannot be ended by a signal to all processes of a job; see `loader.worker_init`."""
+def _block_signals() -> Iterator[None]:
+    """Protect workers that start inside from signals to all processes of a job; see `loader.worker_init`."""
     if not hasattr(signal, 'pthread_sigmask'):
         yield
         return

@@ -1,8 +1,8 @@
-"""RandAugment in two halves, for `--data_backend fast`: drawn in a loader's worker, applied on the device.
+"""RandAugment for `--data_backend fast`: drawn in a loader's worker, applied on the device.
 
-For accelerators: a CPU would take longer over it than Pillow in the worker. A worker lets timm draw, from the same
-random numbers and by timm's own code, but on a stand-in that records what would be done to an image. Pixels are
-Pillow's but where it rounds otherwise, and turns, shears and shifts are bilinear.
+It is for accelerators only; a CPU is slower than Pillow in the worker. timm's own code draws the operations, from the
+same random numbers, on a stand-in for the image that records them. The pixels match Pillow's except for rounding;
+rotation, shear and translation are bilinear.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.data.auto_augment import RandAugment
 from torchvision.transforms import RandomHorizontalFlip
 
-# Operations that timm carries out with a table or an affine matrix, which are recorded; others go by their name.
+# Operations recorded as the table or affine matrix that timm computes; others are recorded by name.
 RECORDED = {'Invert', 'Posterize', 'PosterizeIncreasing', 'PosterizeOriginal', 'Solarize', 'SolarizeIncreasing',
             'SolarizeAdd', 'Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY', 'TranslateXRel', 'TranslateYRel'}
 OPERATIONS = RECORDED | {'ColorIncreasing', 'ContrastIncreasing', 'BrightnessIncreasing', 'SharpnessIncreasing',
@@ -23,14 +23,14 @@ OPERATIONS = RECORDED | {'ColorIncreasing', 'ContrastIncreasing', 'BrightnessInc
 # ---- in the worker
 
 class DeferredImage(NamedTuple):
-    """An image, and what is to be done to it on the device."""
+    """An image with the operations to apply to it on the device."""
     image: torch.Tensor  # uint8 (H, W, 3)
-    mirrored: bool  # before all else
+    mirrored: bool  # before the other operations
     operations: list  # of (kind, arguments), in order
 
 
 class DeferredRandAugment:
-    """torchvision's flip and timm's RandAugment up to their drawing: a uint8 tensor (3, H, W) to a `DeferredImage`."""
+    """Draws torchvision's flip and timm's RandAugment: a uint8 tensor (3, H, W) to a `DeferredImage`."""
 
     def __init__(self, flip: RandomHorizontalFlip, policy: RandAugment) -> None:
         self.mirrors, self.policy = flip.p, policy
@@ -44,13 +44,13 @@ class DeferredRandAugment:
 
 
 def can_defer(steps: Sequence) -> bool:
-    """Whether these steps of a transform are a flip and a RandAugment of which the device has all operations."""
+    """Whether these steps of a transform are a flip and a RandAugment whose operations the device has."""
     return len(steps) == 2 and isinstance(steps[0], RandomHorizontalFlip) and isinstance(steps[1], RandAugment) \
         and {operation.name for operation in steps[1].ops} <= OPERATIONS
 
 
 class _RecordedOp:
-    """In place of timm's function of an operation: records it."""
+    """Replaces timm's function of an operation and records it."""
 
     def __init__(self, name: str, function: Callable) -> None:
         self.name, self.function = name, function
@@ -63,7 +63,7 @@ class _RecordedOp:
 
 
 class _RecordingImage:
-    """In place of an image: records what timm and Pillow would do to it."""
+    """Stands for an image and records the operations of timm and Pillow."""
 
     mode = 'RGB'
 
@@ -81,7 +81,7 @@ class _RecordingImage:
         return self
 
     def rotate(self, degrees: float, resample: Any = None, fillcolor: Any = None) -> '_RecordingImage':
-        """About the centre, counter-clockwise, as Pillow turns."""
+        """Around the centre, counter-clockwise, like Pillow."""
         cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         x, y = self.size[0] / 2, self.size[1] / 2
         return self.transform(self.size, None, (cosine, -sine, x - cosine * x + sine * y,
@@ -89,11 +89,12 @@ class _RecordingImage:
 
 
 def collate_ops(deferred: Sequence[Optional[DeferredImage]]) -> List[Tuple]:
-    """[(kind, indices in the batch int64 (n,), arguments (n, ...))] of what is to be done to a batch, in order.
+    """[(kind, indices in the batch int64 (n,), arguments (n, ...))]: the operations for a batch, in order.
+
+    Groups images with the same kind of first operation, then of second operation, and so on.
 
     Args:
-        deferred (list of DeferredImage or None): of each image. What they have in common at their first operation comes
-            first, then at their second.
+        deferred (list of DeferredImage or None): one for each image.
     """
     mirrored = [index for index, each in enumerate(deferred) if each and each.mirrored]
     packed = [('mirror', torch.tensor(mirrored), torch.zeros(0))] if mirrored else []
@@ -114,7 +115,7 @@ def collate_ops(deferred: Sequence[Optional[DeferredImage]]) -> List[Tuple]:
 # ---- on the device
 
 def apply(images: torch.Tensor, packed: Sequence[Tuple]) -> None:
-    """Do to uint8 images (B, 3, H, W), in place, what `collate_ops` gave."""
+    """Apply the result of `collate_ops` to uint8 images (B, 3, H, W), in place."""
     for kind, indices, arguments in packed:
         indices = indices.to(images.device, non_blocking=True)
         arguments = arguments.to(images.device, non_blocking=True)
@@ -122,14 +123,14 @@ def apply(images: torch.Tensor, packed: Sequence[Tuple]) -> None:
 
 
 def apply_lut(images: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Each channel's values by its table. images: uint8 (n, 3, H, W); tables: uint8 (n, 768)."""
+    """Look up each channel's values in its table. images: uint8 (n, 3, H, W); tables: uint8 (n, 768)."""
     return tables.view(len(images) * 3, 256).gather(1, images.reshape(len(images) * 3, -1).long()).view_as(images)
 
 
 def affine(images: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
     """out(x, y) = in(a x + b y + c, d x + e y + f), bilinear, the colour outside; arguments (n, 9): a to f, colour.
 
-    Coordinates are of pixel centres, the first at 0.5, as Pillow has them.
+    Coordinates refer to pixel centres, the first at 0.5, as in Pillow.
     """
     height, width = images.shape[2:]
     a, b, c, d, e, f = (value.view(-1, 1, 1) for value in arguments[:, :6].unbind(1))
@@ -143,13 +144,13 @@ def affine(images: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
 
 
 def blend(degenerate: torch.Tensor, images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """degenerate + factor * (images - degenerate), cut off to whole numbers; factors (n, 1)."""
+    """degenerate + factor * (images - degenerate), truncated to whole numbers; factors (n, 1)."""
     images = images.float()
     return (degenerate + factors.view(-1, 1, 1, 1) * (images - degenerate)).clamp_(0, 255).to(torch.uint8)
 
 
 def grey(images: torch.Tensor) -> torch.Tensor:
-    """ITU-R 601 luma as Pillow rounds it, float32 (n, 1, H, W) of whole numbers."""
+    """ITU-R 601 luma with Pillow's rounding, float32 (n, 1, H, W) of whole numbers."""
     red, green, blue = images.int().unbind(1)
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).float()[:, None]
 
@@ -159,7 +160,7 @@ def contrast(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def sharpness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Blended with its smoothing by 3 x 3: the middle counts 5, its neighbours 1; the border is left as it is."""
+    """Blend with a 3 x 3 smoothing: the centre has weight 5, its neighbours 1; the border is unchanged."""
     smooth = images.float()
     rows = smooth[:, :, :-2] + smooth[:, :, 1:-1] + smooth[:, :, 2:]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * smooth[:, :, 1:-1, 1:-1]
@@ -177,7 +178,7 @@ def autocontrast(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
 
 
 def equalize(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    """Each channel's histogram made even, by Pillow's whole-number arithmetic."""
+    """Equalize each channel's histogram with Pillow's integer arithmetic."""
     flat = images.view(len(images) * 3, -1).long()
     counts = torch.zeros(len(flat), 256, device=images.device).scatter_add_(1, flat, torch.ones_like(flat).float())
     newest = flat.max(1, keepdim=True).values

@@ -1,4 +1,4 @@
-"""`--data_backend fast`: JPEG files by torchvision's libjpeg-turbo, resized as bytes by PyTorch's kernels."""
+"""`--data_backend fast`: decodes JPEG with torchvision's libjpeg-turbo and resizes bytes with PyTorch's kernels."""
 
 import inspect
 import io
@@ -21,13 +21,13 @@ try:
 except ImportError:
     decode_jpeg = None
 
-RESIZES = ('bilinear', 'bicubic', 'random')  # that there are kernels for; lanczos is Pillow's alone
+RESIZES = ('bilinear', 'bicubic', 'random')  # PyTorch has no lanczos
 
 
 def check_available(flag: str = '--data_backend') -> None:
-    """Raise a `UserError` where this torchvision or PyTorch can't do what the flag asks for."""
+    """Raise a `UserError` where this torchvision or PyTorch lacks the functions for --data_backend fast."""
     missing = 'torchvision cannot decode JPEG files' if decode_jpeg is None else \
-        'PyTorch cannot resize bytes as Pillow does' if not _resizes_bytes() else None
+        'PyTorch cannot resize bytes like Pillow' if not _resizes_bytes() else None
     if missing:
         raise UserError('%s fast: this %s; use a newer one, or %s exact' % (flag, missing, flag))
 
@@ -42,10 +42,10 @@ def _resizes_bytes() -> bool:
     return True
 
 
-def load_bytes(path: str) -> torch.Tensor:
-    """The image as a uint8 tensor (3, H, W) whose channels lie together; `load_image` reads what is no plain JPEG.
+def load_tensor(path: str) -> torch.Tensor:
+    """The image as a uint8 tensor (3, H, W), channels last in memory. `load_image` reads other files than RGB JPEG.
 
-    Errors are those of `load_image`. The size is checked before decoding.
+    The size is checked before decoding.
 
     Raises:
         UnreadableImage: the file can't be read as an image.
@@ -53,29 +53,29 @@ def load_bytes(path: str) -> torch.Tensor:
     try:
         with open_file(path) as file:
             content = bytearray(file.read())
-        image = Image.open(io.BytesIO(content))  # reads the head alone, and refuses bombs
+        image = Image.open(io.BytesIO(content))  # reads the header only, and refuses decompression bombs
         if image.format == 'JPEG' and image.mode == 'RGB' and 0 not in image.size:
             return decode_jpeg(torch.from_numpy(np.frombuffer(content, dtype=np.uint8)))
-    except Exception:  # as in load_image; that is asked next, and has the last word
+    except Exception:  # any, as in load_image, which raises the final error
         pass
-    return as_bytes(load_image(path))
+    return to_tensor(load_image(path))
 
 
-def as_bytes(image: Union[Image.Image, torch.Tensor]) -> torch.Tensor:
-    """A Pillow image as a uint8 tensor (3, H, W) whose channels lie together; such a tensor as it is."""
+def to_tensor(image: Union[Image.Image, torch.Tensor]) -> torch.Tensor:
+    """A Pillow image as a uint8 tensor (3, H, W), channels last in memory; a tensor unchanged."""
     return image if torch.is_tensor(image) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def resize(image: torch.Tensor, size: Tuple[int, int], interpolation: str) -> torch.Tensor:
-    """uint8 (3, H, W) resized to (height, width), channels together: there the kernels are quickest."""
+    """uint8 (3, H, W) resized to (height, width), in channels-last memory, where the kernels are fastest."""
     image = image[None].contiguous(memory_format=torch.channels_last)
     return F.interpolate(image, size=size, mode=interpolation, antialias=True)[0]
 
 
 class RandomCrop(RandomResizedCropAndInterpolation):
-    """timm's random resized crop, the same boxes from the same random numbers.
+    """timm's random resized crop, with the same boxes for the same random numbers.
 
-    Gives a Pillow image or, where `as_tensor`, uint8 (3, H, W).
+    Returns a Pillow image or, with `as_tensor`, uint8 (3, H, W).
     """
 
     def __init__(self, size: int, interpolation: str, as_tensor: bool = False) -> None:
@@ -83,7 +83,7 @@ class RandomCrop(RandomResizedCropAndInterpolation):
         self.as_tensor = as_tensor
 
     def __call__(self, image: Union[Image.Image, torch.Tensor]) -> Union[Image.Image, torch.Tensor]:
-        image = as_bytes(image)
+        image = to_tensor(image)
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
         interpolation = self.interpolation
         if isinstance(interpolation, (tuple, list)):
@@ -93,7 +93,7 @@ class RandomCrop(RandomResizedCropAndInterpolation):
 
 
 class CentreCrop:
-    """The evaluation's resizing of the shorter side, and its crop of the centre; gives a Pillow image.
+    """The evaluation's resizing of the shorter side and centre crop; returns a Pillow image.
 
     Args:
         resized (int): the shorter side before the crop.
@@ -104,7 +104,7 @@ class CentreCrop:
         self.resized, self.crop, self.interpolation = resized, transforms.CenterCrop(size), interpolation
 
     def __call__(self, image: Union[Image.Image, torch.Tensor]) -> Image.Image:
-        image = as_bytes(image)
+        image = to_tensor(image)
         height, width = image.shape[1:]
         shorter = min(height, width)
         new = (int(self.resized * height / shorter), int(self.resized * width / shorter))

@@ -1,12 +1,11 @@
-"""What identifies the images of a run: their number, names, labels, the sizes and the first bytes of some of the files.
+"""Identifies the images of a set by their number, names, labels, and the sizes and first bytes of some files.
 
-A checkpoint holds the fingerprints of its run's data (`beit.checkpoint.comparison` compares them). They are the same on
-every machine and in every process that has the same data, wherever that lies: names are relative to the folder of the
-set, see `subsets.portable_names`.
+A checkpoint holds the fingerprints of its run's data (`beit.checkpoint.comparison` compares them). They do not depend
+on the machine or the path of the data: names are relative to the innermost folder that holds the whole set.
 
-A fingerprint must not take long, so not every file is looked at: 1.3 M sizes take 3 s on a local disk, and minutes on
-a network's. `SIZES` files are asked for their size, and `CONTENTS` of these are read, chosen by the hashes of their
-names. Where one file in a hundred was replaced by one of another size, the chance to miss that is 2e-9.
+A fingerprint must be fast: 1.3 M file sizes take 3 s on a local disk, and minutes on a network's. So it reads the sizes
+of `SIZES` files, and the contents of `CONTENTS` of these, chosen by the hashes of their names. If one file in a hundred
+is replaced by one of another size, the chance to miss that is 2e-9.
 """
 
 import collections
@@ -24,20 +23,20 @@ from beit.distributed import collectives
 from beit.files.regular_file import open_file
 from beit.log import log_main
 
-SIZES, CONTENTS = 2000, 64  # files of a set whose size is asked for, and whose first bytes are read
+SIZES, CONTENTS = 2000, 64  # files of a set whose sizes and first bytes are read
 FIRST_BYTES = 1 << 16
-CANDIDATES = 10000  # files that `count_known` looks at, at most
+CANDIDATES = 10000  # files that `count_known` reads at most
 
-Row = Tuple[str, str, int, str]  # of a sample: hashes of the name and of its last part, bytes, hash of the first ones
+Row = Tuple[str, str, int, str]  # of a sample: hashes of name and base name, size in bytes, hash of the first bytes
 
 
 def of_data(train: Any, val: Any, classes: Sequence[str], device: Optional[torch.device] = None) -> Dict[str, Any]:
-    """{'train': the fingerprint of the training set or None, 'val': that of the validation set}: plain values.
+    """{'train': fingerprint or None, 'val': fingerprint or None}, of plain values.
 
     Args:
         train, val: data sets, or None.
         classes: the names of the classes.
-        device: of this process, where all of a job call this; then the first one looks at the files.
+        device: this process's, if all processes of a job call this; then only the first one reads the files.
     """
     def make(keep_alive):
         return json.dumps({name: None if part is None else of_set(part, classes, keep_alive)
@@ -50,14 +49,14 @@ def of_set(dataset: Any, classes: Sequence[str], keep_alive: Callable[[], None] 
     """The fingerprint of a data set.
 
     Returns:
-        images (int): how many there are.
-        names (str): a hash of the images' names, in whatever order; order (str): of the same names in their order.
-        labels (str): of the pairs of name and label; labels count by their class's name.
-        sizes (str): of the sizes of `SIZES` files, or of all.
-        sample (list of `Row`): of `CONTENTS` files, or of all.
+        images (int): their number.
+        names (str): a hash of the images' names, independent of their order; order (str): one that depends on it.
+        labels (str): a hash of the pairs of name and class name.
+        sizes (str): a hash of the sizes of at most `SIZES` files.
+        sample (list of `Row`): of at most `CONTENTS` files.
     """
     samples = label_source(dataset)
-    keys = subsets.name_keys(samples)
+    keys = subsets.name_keys(samples, len(_common_folder(samples)))
     keep_alive()
     chosen = np.argsort(keys, kind='stable')[:SIZES]
     sizes = []
@@ -71,8 +70,16 @@ def of_set(dataset: Any, classes: Sequence[str], keep_alive: Callable[[], None] 
                        for index, size in zip(chosen.tolist()[:CONTENTS], sizes)]}
 
 
+def _common_folder(samples):
+    """The folder, with its slash, in which all portable names lie: a CSV file may list a folder's images from above."""
+    starts = range(0, len(samples), subsets.NAMES_AT_ONCE)
+    chunks = (subsets.portable_names(samples, start, start + subsets.NAMES_AT_ONCE) for start in starts)
+    folder, slash, _ = os.path.commonprefix([os.path.commonprefix(names) for names in chunks]).rpartition(b'/')
+    return folder + slash
+
+
 def _hash(*arrays):
-    """SHA-256, 32 digits of it, of arrays of numbers as little-endian bytes."""
+    """32 hex digits of the SHA-256 of numeric arrays as little-endian bytes."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(array.astype(array.dtype.newbyteorder('<')).tobytes())
@@ -80,7 +87,7 @@ def _hash(*arrays):
 
 
 def _label_keys(samples, classes):
-    """uint64 (images,): the hash of each image's class name, or the sum of those of its classes."""
+    """uint64 (images,): the hash of each image's class name, or the sum of its classes' hashes."""
     of_class = subsets.hash_names([subsets.portable_text(name) for name in classes])
     if not subsets.is_multi_label(samples):
         return of_class[np.asarray(samples.targets, dtype=np.int64)]
@@ -91,14 +98,14 @@ def _label_keys(samples, classes):
 # ---- files
 
 def _array(dataset, index):
-    """The pixels of an image that has no file of its own (CIFAR), or None."""
+    """The pixels of an image without a separate file (CIFAR), or None."""
     if hasattr(dataset, 'indices'):  # torch's Subset
         return _array(dataset.dataset, dataset.indices[index])
     return None if hasattr(dataset, 'samples') else np.ascontiguousarray(dataset.data[index])
 
 
 def _size(dataset, index):
-    """Bytes; -1 where the file isn't there."""
+    """Bytes; -1 if the file is missing."""
     pixels = _array(dataset, index)
     try:
         return pixels.nbytes if pixels is not None else os.stat(dataset.samples[index][0]).st_size
@@ -107,7 +114,7 @@ def _size(dataset, index):
 
 
 def _digest(dataset, index):
-    """A hash of an image's first bytes; '' where it can't be read."""
+    """A hash of an image's first bytes; '' if the file can't be read."""
     pixels = _array(dataset, index)
     try:
         if pixels is not None:
@@ -130,25 +137,21 @@ def _tail_keys(names):
     return subsets.hash_names([name.rpartition(b'/')[2] for name in names])
 
 
-# ---- what two sets have in common
+# ---- images in two sets
 
 def count_known(dataset: Any, sample: Sequence[Row]) -> int:
-    """How many images of another set's sample are in this one: files of the same last name, size and first bytes.
-
-    The folders may be others, as where one set was given by folders and the other by a CSV file.
-    """
+    """The number of images of another set's sample in this one: the same base name, size and first bytes."""
     rows: Dict[int, List[Row]] = {}
     for row in sample:
         rows.setdefault(int(row[1], 16), []).append(row)
     samples, tails = label_source(dataset), np.array(sorted(rows), dtype=np.uint64)
     found: Set[str] = set()
-    looked_at = 0
+    candidates = 0
     for start in range(0, len(samples), subsets.NAMES_AT_ONCE):
-        names = subsets.portable_names(samples, start, min(start + subsets.NAMES_AT_ONCE, len(samples)))
-        keys = _tail_keys(names)
+        keys = _tail_keys(subsets.portable_names(samples, start, start + subsets.NAMES_AT_ONCE))
         for index in np.flatnonzero(np.isin(keys, tails)).tolist():
-            looked_at += 1
-            if looked_at > CANDIDATES:
+            candidates += 1
+            if candidates > CANDIDATES:
                 return len(found)
             size, digest = _size(dataset, start + index), None
             for row in rows[int(keys[index])]:
@@ -160,16 +163,16 @@ def count_known(dataset: Any, sample: Sequence[Row]) -> int:
 
 
 def count_shared_files(train: Any, val: Any) -> int:
-    """How many validation images are training images, too: the same files, by their real paths.
+    """The number of validation images that are training images too: the same files, by their real paths.
 
-    Links to folders are followed; links to files where the first image of their folder is one.
+    Links to folders are followed; links to files only if the first image of their folder is a link.
     """
     if not (hasattr(train, 'samples') and hasattr(val, 'samples')):
         return 0
     folders = [_folders(part.samples) for part in (train, val)]
     real = [{path for path, _ in part.values()} for part in folders]
     linked = any(has_links for part in folders for _, has_links in part.values())
-    if not linked and (not real[0] & real[1] or _is_one_list(train.samples, val.samples, *folders)):
+    if not linked and not real[0] & real[1]:
         return 0
     evaluated = collections.Counter(_real_paths(val.samples, folders[1], None if linked else real[0]))
     trained = {path for path in _real_paths(train.samples, folders[0], None if linked else real[1])
@@ -178,23 +181,23 @@ def count_shared_files(train: Any, val: Any) -> int:
 
 
 def report_shared_files(train: Any, val: Any) -> None:
-    """Say how many images are evaluated although they are trained on, if there are any."""
+    """Log the number of validation images that are training images too, if any."""
     shared = count_shared_files(train, val) if train is not None and val is not None else 0
     if shared:
-        log_main('The same files: %d of the %d validation images are training images, too; the figures are too good '
-                 'for new images' % (shared, len(val)))
+        log_main('The same files: %d of the %d validation images are training images, too; the figures will be too '
+                 'good' % (shared, len(val)))
 
 
 def _names(samples):
-    """(folder, name in it) of every image, bytes; the folder is as it was given, relative or not."""
+    """(folder, name in it) of every image, bytes; the folder is relative or absolute, as listed."""
     for start in range(0, len(samples), subsets.NAMES_AT_ONCE):
-        for path in samples.relative_names(start, min(start + subsets.NAMES_AT_ONCE, len(samples))):
+        for path in samples.relative_names(start, start + subsets.NAMES_AT_ONCE):
             folder, _, name = path.rpartition(b'/')
             yield folder, name
 
 
 def _folders(samples):
-    """{folder: (its real path, whether its first image is a link)} of all images."""
+    """{folder: (its real path, whether its first image is a link)}."""
     root, found = os.fsencode(samples.root), {}
     for folder, name in _names(samples):
         if folder not in found:
@@ -203,16 +206,8 @@ def _folders(samples):
     return found
 
 
-def _is_one_list(train, val, *folders):
-    """Whether both are parts of one list in which no folder stands twice: then no file does."""
-    if getattr(train, 'samples', train) is not getattr(val, 'samples', val):
-        return False
-    real = {folder: path for part in folders for folder, (path, _) in part.items()}
-    return len(set(real.values())) == len(real)
-
-
 def _real_paths(samples, folders, wanted):
-    """The real path of every image whose folder's real path is in `wanted` (None: of all)."""
+    """Yield the real path of every image whose folder's real path is in `wanted` (None: of all)."""
     for folder, name in _names(samples):
         real, linked = folders[folder]
         if wanted is None or real in wanted:

@@ -1,4 +1,4 @@
-"""Data sets of image files with their classes, and parts of them."""
+"""Data sets of image files with their classes, and subsets of them."""
 
 import copy
 import os
@@ -20,30 +20,29 @@ class ImageDataset(torch.utils.data.Dataset):
     Args:
         samples (SampleList): the paths and labels.
         classes (list of str): their names.
-        fits (function): of an image's (width, height), where images aren't resized; see
-            `transforms.small_input_rule`.
-        read (function): of a path; gives what the transform takes.
+        fits (function): whether an image's (width, height) is allowed; see `transforms.small_input_rule`.
+        read (function): from a path to the transform's input.
 
     Raises:
-        UserError: on reading, an image that can't be read (`UnreadableImage`) or doesn't fit.
+        UserError: on reading: an image can't be read (`UnreadableImage`) or has a size that is not allowed.
     """
 
     def __init__(self, samples: Any, classes: List[str], transform: Optional[Callable] = None,
                  fits: Optional[Callable[[int, int], bool]] = None, read: Callable = load_image) -> None:
         self.samples, self.classes, self.transform, self.fits, self.read = samples, classes, transform, fits, read
-        self.held_out: Optional[np.ndarray] = None  # what --val_split took: `subsets.name_keys`
+        self.held_out: Optional[np.ndarray] = None  # `subsets.name_keys` of the images of --val_split
 
     def subset(self, indices: Any, **changes: Any) -> 'ImageDataset':
-        """A copy with those samples only; `changes` replace its transform, fits or read."""
+        """A copy with only the samples `indices`; `changes` replace its transform, fits or read."""
         subset = copy.copy(self)
         subset.samples = self.samples.select(indices)
         vars(subset).update(changes)
         return subset
 
-    def relabel(self, places: Sequence[int], classes: List[str]) -> 'ImageDataset':
-        """A copy whose class k is class `places[k]` of `classes`."""
+    def relabel(self, new_labels: Sequence[int], classes: List[str]) -> 'ImageDataset':
+        """A copy in which label k is `new_labels[k]`, an index of `classes`."""
         changed = copy.copy(self)
-        changed.samples, changed.classes = self.samples.relabel(places, len(classes)), classes
+        changed.samples, changed.classes = self.samples.relabel(new_labels, len(classes)), classes
         return changed
 
     def __len__(self) -> int:
@@ -57,8 +56,8 @@ class ImageDataset(torch.utils.data.Dataset):
     def load(self, path: str) -> Any:
         image = self.read(path)
         if self.fits is not None and not self.fits(*image.size):
-            raise UserError('%s is %dx%d; with --input_size of %d and less images are not resized, so give their own '
-                            'size, or a larger --input_size' % ((escape_text(path),) + image.size + (SMALL_INPUT,)))
+            raise UserError('%s is %dx%d; with --input_size of %d and less images are not resized; set it to the '
+                            'size of the images, or larger' % ((escape_text(path),) + image.size + (SMALL_INPUT,)))
         return image
 
 
@@ -67,25 +66,27 @@ class ImageFolder(ImageDataset):
 
     Args:
         device, reading: see `class_folders.scan_classes` and `ImageDataset`.
+        allow_empty: for --check_data; `empty` lists the class folders without an image.
 
     Raises:
-        UserError: the folder is missing, has no class folders, or one of them has no image.
+        UserError: the folder is missing, has no class folders, or a class folder has no image.
     """
 
     def __init__(self, root: str, flag: str = '--data_path', device: Optional[torch.device] = None,
-                 **reading: Any) -> None:
+                 allow_empty: bool = False, **reading: Any) -> None:
         shown = escape_text(root)
         if not os.path.isdir(root):
             raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
         classes, samples, self.unused = scan_classes(root, device)
         super().__init__(samples, classes, **reading)
         if not classes:
-            raise UserError('%s: %s has no class folders; put the images of each class in a folder of its own'
+            raise UserError('%s: %s has no class folders; put the images of each class in a separate folder'
                             % (flag, shown))
         counts = np.bincount(samples.targets, minlength=len(classes)).tolist()
         empty = [escape_text(os.path.join(root, name)) for name, count in zip(classes, counts) if not count]
+        self.empty = empty
         reasons = [reason for _, reason in self.unused]
-        if empty:
+        if empty and not allow_empty:
             raise UserError('%s: no image in the class folder%s %s%s; add images or remove the folder' % (
                 flag, 's' if len(empty) > 1 else '', ', '.join(empty[:3]),
                 '; ' + describe_unused(reasons) if reasons else ''))
@@ -94,7 +95,7 @@ class ImageFolder(ImageDataset):
 
 
 def image_name(dataset: Any, index: int) -> str:
-    """The name of a sample in messages: its printable path, or its number if it has no separate file."""
+    """The name of a sample for messages: its escaped path, or its index if it has no separate file."""
     samples = getattr(dataset, 'samples', None)
     return 'image %d' % index if samples is None else escape_text(samples[index][0])
 

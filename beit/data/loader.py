@@ -1,7 +1,6 @@
-"""The order of images, their random numbers and how batches are collated; what a DataLoader's worker does.
+"""The order of images, their random seeds, the collation of batches, and the set-up of loader workers.
 
-A sample depends only on the seed, the epoch and the image's index: not on the number of workers, nor on how many
-processes share the data.
+A sample depends only on the seed, the epoch and the image's index, not on the number of workers or processes.
 """
 
 import functools
@@ -26,10 +25,10 @@ from beit.errors import UserError
 
 
 class EpochSampler(torch.utils.data.Sampler):
-    """This process's share of one permutation per epoch; gives (epoch, index) pairs.
+    """This process's share of one permutation per epoch; yields (epoch, index) pairs.
 
-    Process r of w takes positions r, r+w, r+2w, … so that the k-th batches of all processes together are the k-th batch
-    of one process with w times the batch size. The last positions that don't go round are left out.
+    Process r of w takes positions r, r+w, r+2w, …: the k-th batches of all processes together are the k-th batch of one
+    process with w times the batch size. The last len % w positions are dropped.
     """
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
@@ -37,11 +36,11 @@ class EpochSampler(torch.utils.data.Sampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Give this epoch, from this process's `start`-th sample on."""
+        """Continue with this epoch, from this process's `start`-th sample."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        """The samples that the epoch still has."""
+        """The number of remaining samples of the epoch."""
         return max(self.length // self.world_size - self.start, 0)
 
     def __iter__(self) -> Iterator[Tuple[int, int]]:
@@ -65,20 +64,20 @@ class OrderedDistributedSampler(torch.utils.data.Sampler):
 
 
 class Unreadable(NamedTuple):
-    """A file that was left out; its path is printable."""
+    """A file that was left out; its path is escaped."""
     path: str
     reason: str
 
 
 class Batch(NamedTuple):
-    """What the loaders give. B is smaller by the files that were left out; it can be 0."""
+    """A batch of the loaders. Files that were left out reduce B, down to 0."""
     images: torch.Tensor  # float32 (B, 3, H, W), normalised; from a worker uint8
     targets: torch.Tensor  # int64 (B,), class indices
     indices: torch.Tensor  # int64 (B,), of the data set; see `image_dataset.image_name`
     unreadable: list  # of Unreadable
-    erasing: Sequence = ()  # still to be erased: (position in the batch, seed, boxes), see `RandomErasingBoxes`
-    augmenting: Sequence = ()  # still to be applied to the bytes, see `device_randaugment.collate_ops`
-    first_page_only: Sequence = ()  # printable paths, see `decode.take_first_page_only`
+    erasing: Sequence = ()  # pending: (position in the batch, seed, boxes), see `RandomErasingBoxes`
+    augmenting: Sequence = ()  # pending operations, see `device_randaugment.collate_ops`
+    first_page_only: Sequence = ()  # escaped paths, see `decode.take_first_page_only`
 
 
 class Sample(NamedTuple):
@@ -91,10 +90,10 @@ class Sample(NamedTuple):
 
 
 class SampleDataset(torch.utils.data.Dataset):
-    """A `Sample` by index; where `skip_unreadable`, an `Unreadable` for a bad file.
+    """A `Sample` by index; with `skip_unreadable`, an `Unreadable` for a bad file.
 
     Args:
-        erasing (RandomErasingBoxes): draws its numbers behind all others of an image; None erases nothing.
+        erasing (RandomErasingBoxes): draws an image's last random numbers; None for no erasing.
     """
 
     def __init__(self, dataset: Any, skip_unreadable: bool = False,
@@ -113,11 +112,11 @@ class SampleDataset(torch.utils.data.Dataset):
         except UnreadableImage as error:
             if self.skip_unreadable:
                 return Unreadable(error.path, error.reason)
-            raise UserError(str(error)) from None  # the name by which `one_line` knows it, coming from a worker
+            raise UserError(str(error)) from None  # `one_line` searches for this name in a worker's traceback
 
 
 class SeededDataset(SampleDataset):
-    """Samples by (epoch, index), the augmentation's random numbers drawn from (seed, epoch, index)."""
+    """Samples by (epoch, index); the augmentation is seeded with (seed, epoch, index)."""
 
     def __init__(self, dataset: Any, seed: int = 0, skip_unreadable: bool = False,
                  erasing: Optional[RandomErasingBoxes] = None) -> None:
@@ -132,10 +131,10 @@ class SeededDataset(SampleDataset):
             seeds = np.random.SeedSequence([self.seed, epoch, index]).generate_state(3).tolist()
             random.seed(seeds[0])
             np.random.seed(seeds[1])
-            torch.default_generator.manual_seed(seeds[2])  # torch.manual_seed would go to every device too
+            torch.default_generator.manual_seed(seeds[2])  # torch.manual_seed would seed every device too
             return super().__getitem__(index)
         finally:
-            if saved is not None:  # the training loop's own numbers must not notice
+            if saved is not None:  # the training loop's random numbers
                 random.setstate(saved[0])
                 np.random.set_state(saved[1])
                 torch.set_rng_state(saved[2])
@@ -155,36 +154,36 @@ def collate(items: Sequence, size: int) -> Batch:
 
 
 def worker_init(_: int) -> None:
-    """Make a loader's worker one that only the main process ends: by SIGTERM, as PyTorch does, or by its own end.
+    """Let only the main process end a worker: by SIGTERM, as PyTorch does, or by its own end.
 
-    A signal to all processes of a job must not take the workers from a main process that is about to save.
+    A main process that is about to save needs its workers, so they ignore signals to all processes of the job.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = _unless_connection_is_lost
+    sys.excepthook = _hide_lost_connection
     process_group.end_with_parent()
-    if hasattr(signal, 'sigwaitinfo'):  # on Linux; a handler wouldn't learn who sent the signal
+    if hasattr(signal, 'sigwaitinfo'):  # Linux; a signal handler does not get the sender
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_exit_when_parent_asks, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
 
 
-def _unless_connection_is_lost(kind: Any, error: BaseException, traceback: Any) -> None:
-    """The hook of a worker, whose thread that hands batches over meets this where the main process is killed."""
+def _hide_lost_connection(kind: Any, error: BaseException, traceback: Any) -> None:
+    """A worker's excepthook: if the main process is killed, the thread that sends batches loses its connection."""
     if not isinstance(error, (EOFError, ConnectionError)):
         sys.__excepthook__(kind, error, traceback)
 
 
-def _exit_when_parent_asks(parent: int) -> None:
+def _exit_on_sigterm_of(parent: int) -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
     os._exit(0)
 
 
 def loader_kwargs(num_workers: int, pin_mem: bool, input_size: int, device: torch.device) -> Dict[str, Any]:
-    """A DataLoader's arguments. Its workers stay from one epoch to the next, where PyTorch has that."""
+    """A DataLoader's arguments, as far as this PyTorch has them. Workers persist between epochs."""
     wanted = dict(
         num_workers=num_workers, pin_memory=pin_mem and accelerator.can_pin_memory(device),
         worker_init_fn=worker_init, collate_fn=functools.partial(collate, size=input_size),
         persistent_workers=num_workers > 0,
-        generator=torch.Generator())  # seeds of new workers must not come from the run's own numbers
+        generator=torch.Generator())  # seeds of new workers must not use the run's random numbers
     known = inspect.signature(torch.utils.data.DataLoader.__init__).parameters
     return {name: value for name, value in wanted.items() if name in known}

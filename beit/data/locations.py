@@ -1,4 +1,4 @@
-"""Which folders and files the flags name, and the digits that --data_path demo means."""
+"""Finds the folders and files that the flags name, and writes the digits of --data_path demo."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ from typing import List, Optional, Tuple
 import numpy as np
 from PIL import Image
 
+from beit import startup
 from beit.config import DataConfig, InputConfig
 from beit.data import csv_dataset
 from beit.data.class_folders import is_image_name
@@ -18,9 +19,9 @@ from beit.paths import cache_folder, project_root
 
 
 def write_digits(root: str) -> None:
-    """Write scikit-learn's UCI handwritten digits as an image folder: 1,797 scans, 10 classes, stratified 80/20.
+    """Write scikit-learn's UCI handwritten digits as class folders: 1,797 scans, 10 classes, stratified 80/20.
 
-    The 8x8 scans become 32x32 PNG files. The folder appears whole or not at all.
+    The 8x8 scans become 32x32 PNG files. The folder appears complete or not at all.
     """
     from sklearn.datasets import load_digits  # slow to import, for the demo only
     from sklearn.model_selection import train_test_split
@@ -41,7 +42,7 @@ def write_digits(root: str) -> None:
         os.chmod(temporary, 0o755)
         os.rename(temporary, root)
     except OSError:
-        if not os.path.isdir(os.path.join(root, 'val')):  # another process may have been first
+        if not os.path.isdir(os.path.join(root, 'val')):  # else another process wrote it
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -61,7 +62,7 @@ def resolve_data_path(data_path: str) -> str:
             log_main('Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s' % escape_text(root))
             return root
         except ImportError:
-            raise UserError('--data_path demo needs scikit-learn; run: pip install scikit-learn') from None
+            raise UserError('--data_path demo needs scikit-learn; ' + startup.pip_install('scikit-learn')) from None
         except OSError as error:
             reason = error.strerror or error
     raise UserError('--data_path demo: the digits can be written neither to %s nor to %s (%s)'
@@ -69,7 +70,7 @@ def resolve_data_path(data_path: str) -> str:
 
 
 def check_paths(config: InputConfig) -> None:
-    """Raise a `UserError` where a flag names a folder or file that is missing or contradicts another. Cheap."""
+    """Raise a `UserError` where a flag names a missing folder or file, or contradicts another. Cheap."""
     if config.data_set not in DATA_SETS:
         raise unknown_value_error('--data_set', config.data_set, DATA_SETS)
     check_split(config)
@@ -78,12 +79,12 @@ def check_paths(config: InputConfig) -> None:
 
 
 def check_class_folders(config: InputConfig) -> None:
-    """`check_paths` of class folders, and of the images that CSV files list."""
+    """`check_paths` for class folders, and for images that CSV files list."""
     in_folders = [is_train for is_train in needed_subsets(config) if csv_of(is_train, config) is None]
     if not config.data_path and any(is_train or not config.eval_data_path for is_train in in_folders):
         raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo'
                         if not config.train_csv else '--train_csv %s: there are no validation images; give --val_csv, '
-                        'or --val_split 0.1 to take a tenth of these' % escape_text(config.train_csv))
+                        'or --val_split 0.1 to hold out a tenth of these' % escape_text(config.train_csv))
     for flag, path in (('--data_path', config.data_path), ('--eval_data_path', config.eval_data_path)):
         if path and (path, flag) != ('demo', '--data_path') and not os.path.isdir(path):
             raise UserError('%s %s: no such folder' % (flag, escape_text(path)))
@@ -94,11 +95,11 @@ def check_class_folders(config: InputConfig) -> None:
             raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s' % (
                 flag, escape_text(folder), escape_text(root), _layout_remedy(folder, is_train)
                 + ('' if is_train or config.eval_data_path else
-                   '; or --val_split 0.1 takes a tenth of the training images for it')))
+                   '; or --val_split 0.1 holds out a tenth of the training images')))
 
 
 def _layout_remedy(folder: str, is_train: bool) -> str:
-    """Which flags read what lies in --data_path instead of train/ and val/."""
+    """The flags that read other folders in --data_path than train/ and val/."""
     if os.path.basename(os.path.normpath(folder)) in ('train', 'val'):
         return '; or give the folder above, if that holds train/ and val/'
     with os.scandir(folder) as entries:
@@ -118,17 +119,17 @@ def _layout_remedy(folder: str, is_train: bool) -> str:
 
 
 def check_cifar(config: InputConfig) -> None:
-    """`check_paths` of CIFAR-100."""
+    """`check_paths` for CIFAR-100."""
     if not config.data_path:
         raise UserError('--data_path is missing; give the folder that holds cifar-100-python')
     cifar_root(config.data_path)
     if config.input_size < SMALL_INPUT:
-        raise UserError('--input_size %d: the images of CIFAR are 32x32 and are not made smaller; use 32 or more'
+        raise UserError('--input_size %d: the images of CIFAR are 32x32 and cannot be made smaller; use 32 or more'
                         % config.input_size)
 
 
 def check_split(config: DataConfig) -> None:
-    """Raise a `UserError` where --val_split is given although there are validation images."""
+    """Raise a `UserError` where --val_split is given and there are validation images already."""
     if not config.val_split:
         return
     prefix = '--val_split %g: ' % config.val_split
@@ -136,7 +137,7 @@ def check_split(config: DataConfig) -> None:
         if getattr(config, flag):
             raise UserError(prefix + '--%s names the validation images; leave one of the two out' % flag)
     if config.data_set == 'CIFAR':
-        raise UserError(prefix + 'CIFAR has a test set of its own; leave the flag out')
+        raise UserError(prefix + 'CIFAR has a test set; leave the flag out')
     val = os.path.join(resolve_data_path(config.data_path), 'val')
     if config.data_set == 'IMNET' and config.data_path and not config.train_csv and os.path.lexists(val):
         raise UserError(prefix + 'there is a folder %s with validation images; leave the flag out, or name the class '
@@ -148,7 +149,7 @@ def check_csv_flags(config: DataConfig) -> None:
     """Raise a `UserError` where --train_csv or --val_csv names no file, or contradicts another flag."""
     for flag, path in (('--train_csv', config.train_csv), ('--val_csv', config.val_csv)):
         if path and not os.path.isfile(path):
-            raise UserError('%s %s: %s; give a CSV file with a path,label a line' % (
+            raise UserError('%s %s: %s; give a CSV file with one path,label per line' % (
                 flag, escape_text(path), 'is a folder' if os.path.isdir(path) else 'no such file'))
         if path and config.data_set == 'CIFAR':
             raise UserError('%s %s: --data_set CIFAR has no image files to list; leave one of the two out'
@@ -159,7 +160,7 @@ def check_csv_flags(config: DataConfig) -> None:
 
 
 def needed_subsets(config: DataConfig) -> List[bool]:
-    """[True, False] for the training and the validation set, without a set that the run doesn't need."""
+    """The sets that a run needs: True for training, False for validation."""
     return ([] if config.eval else [True]) + ([False] if needs_validation(config) else [])
 
 
@@ -174,7 +175,7 @@ def needs_validation(config: DataConfig) -> bool:
 
 
 def split_root(is_train: bool, config: DataConfig) -> Tuple[str, str]:
-    """(flag, folder) of the class folders for training or validation; with --val_split these are the same."""
+    """(flag, folder) of the class folders for training or validation; --val_split uses one folder for both."""
     is_train = is_train or config.val_split > 0
     if config.data_set == 'image_folder':
         if is_train:
@@ -189,7 +190,7 @@ def split_root(is_train: bool, config: DataConfig) -> Tuple[str, str]:
 
 
 def cifar_root(data_path: str) -> str:
-    """The folder that holds cifar-100-python, the archive's own folder; that folder itself will do as well."""
+    """The folder that holds cifar-100-python; the user may also name that folder itself."""
     path = os.path.normpath(data_path)
     for root in (path, os.path.dirname(path)):
         if os.path.isfile(os.path.join(root, 'cifar-100-python', 'train')):
@@ -198,5 +199,5 @@ def cifar_root(data_path: str) -> str:
                     % escape_text(data_path))
 
 
-# The values of --data_set, and what checks the flags that name its files; `datasets.BUILDERS` opens them.
+# The values of --data_set, with the function that checks its flags; `datasets.BUILDERS` opens the files.
 DATA_SETS = {'IMNET': check_class_folders, 'image_folder': check_class_folders, 'CIFAR': check_cifar}

@@ -1,6 +1,6 @@
-"""Images of files, folders and patterns, one after another: what `run_predict.py` reads.
+"""Reads the images of files, folders and patterns for `run_predict.py`.
 
-Folders of any size begin at once and take no more memory than small ones: nothing is listed before it is needed.
+Folders of any size start at once and need no more memory than small ones: they are listed while the images are read.
 """
 
 import collections
@@ -12,7 +12,7 @@ from typing import Collection, Deque, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 
-from beit.data.class_folders import PassOver, describe_unused, extension_of, is_image_name, walk_folders
+from beit.data.class_folders import OnSkip, describe_unused, extension_of, is_image_name, walk_folders
 from beit.data.transforms import EvalTransform, image_reader
 from beit.errors import UserError, escape_text
 from beit.log import log_main
@@ -21,13 +21,13 @@ SORTED_AT_ONCE = 1 << 16  # names; they bound the memory
 
 
 def walk_images(root: str, exclude: Collection[str] = (),
-                pass_over: PassOver = lambda path, reason: None) -> Iterator[str]:
+                on_skip: OnSkip = lambda path, reason: None) -> Iterator[str]:
     """Yield the path of every image in a folder, at any depth: a folder's files, then its folders.
 
-    Names come sorted; a folder with more than `SORTED_AT_ONCE` is sorted in parts of that size. For errors see
+    Names are sorted; a folder with more than `SORTED_AT_ONCE` is sorted in parts of that size. Errors: see
     `walk_folders`.
     """
-    for folder, names in walk_folders(root, pass_over, exclude):
+    for folder, names in walk_folders(root, on_skip, exclude):
         for name in in_order(names):
             yield os.path.join(root, folder, name)
 
@@ -43,23 +43,23 @@ def in_order(names: Iterable[str]) -> Iterator[str]:
 
 
 def check_inputs(inputs: Sequence[str]) -> None:
-    """Raise a `UserError` for one that names nothing."""
+    """Raise a `UserError` for an input without a file."""
     for name in inputs:
         if not os.path.lexists(name) and next(glob.iglob(name, recursive=True), None) is None:
-            raise UserError('%s: %s' % (escape_text(name), 'no file has such a name' if glob.has_magic(name) else
+            raise UserError('%s: %s' % (escape_text(name), 'no file matches' if glob.has_magic(name) else
                                         'no such file or folder'))
 
 
 def find_images(inputs: Sequence[str], exclude: Collection[str] = (),
-                pass_over: PassOver = lambda path, reason: None) -> Iterator[str]:
-    """Yield the path of each image that files, folders and patterns name, in their order.
+                on_skip: OnSkip = lambda path, reason: None) -> Iterator[str]:
+    """Yield the path of each image of files, folders and patterns, in their order.
 
-    A named file counts as an image whatever its ending. A pattern's files count by their endings, and its folders with
-    all images in them, unless the pattern itself is recursive (**).
+    A file that the user names counts as an image with any ending. The files of a pattern count by their endings; its
+    folders count with all images in them, unless the pattern is recursive (**).
     """
     for name in inputs:
         if os.path.isdir(name):
-            yield from walk_images(name, exclude, pass_over)
+            yield from walk_images(name, exclude, on_skip)
         elif os.path.lexists(name):
             yield name
         else:
@@ -67,15 +67,15 @@ def find_images(inputs: Sequence[str], exclude: Collection[str] = (),
                 if any(os.path.join(os.path.realpath(path), '').startswith(os.path.join(each, '')) for each in exclude):
                     continue
                 if os.path.isdir(path):
-                    yield from () if '**' in name else walk_images(path, exclude, pass_over)
+                    yield from () if '**' in name else walk_images(path, exclude, on_skip)
                 elif is_image_name(path, path):
                     yield path
                 else:
-                    pass_over(path, extension_of(path))
+                    on_skip(path, extension_of(path))
 
 
 def common_folder(inputs: Sequence[str]) -> str:
-    """The innermost folder, an absolute path, that holds all that the inputs name."""
+    """The innermost folder, an absolute path, that holds all inputs."""
     folders = []
     for name in inputs:
         path = os.path.abspath(name)
@@ -92,9 +92,8 @@ class PathSampler(torch.utils.data.Sampler):
     """This process's share of the images, every `processes`-th, as (number, path); it has no length.
 
     Attributes:
-        requested (deque): images that the loader asked for and `take` did not return yet, in order.
-        state (list): how many images of all processes were passed, and a checksum of their paths. Processes that
-            passed the same ones have the same.
+        requested (deque): images requested by the loader and not yet returned by `take`, in order.
+        state (list): the number of images of all processes so far, and a checksum of their paths, to compare processes.
     """
 
     def __init__(self, inputs: Sequence[str], exclude: Collection[str] = (), rank: int = 0, processes: int = 1) -> None:
@@ -113,30 +112,28 @@ class PathSampler(torch.utils.data.Sampler):
             log_main(describe_unused(unused.elements()))
 
     def take(self, count: int) -> List[Tuple[int, str]]:
-        """The next `count` that were requested."""
+        """The next `count` requested images."""
         return [self.requested.popleft() for _ in range(count)]
 
     def first(self, count: int) -> int:
-        """How many images there are, `count` at most.
+        """The number of images, at most `count`.
 
         Raises:
-            UserError: there's none.
+            UserError: there is none.
         """
         unused: collections.Counter = collections.Counter()
         images = find_images(self.inputs, self.exclude, lambda _, why: unused.update([why]))
         found = sum(1 for _ in itertools.islice(images, count))
         if not found:
-            raise UserError('%s: there is no image in it%s' % (
+            raise UserError('%s: there is no image in it%s; name image files or folders with images' % (
                 ', '.join(map(escape_text, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else ''),
                 '; ' + describe_unused(unused.elements()) if unused else ''))
         return found
 
 
 class PathDataset(torch.utils.data.Dataset):
-    """(image uint8 (size, size, 3), whether it was resized although training resizes none) by (number, path).
-
-    A model for small inputs was trained on images of exactly that size. The shorter side of others is resized, and the
-    centre cropped.
+    """(image uint8 (size, size, 3), whether it was resized for a model that was trained without resizing) by (number,
+    path). For such a model of small inputs, the shorter side of larger images is resized and the centre cropped.
     """
 
     def __init__(self, evaluation: EvalTransform, data_backend: str = 'exact', max_pixels: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Image paths and their labels in a few arrays, which loader processes share: there is no object for each image."""
+"""Stores image paths and labels in a few arrays, which loader processes share, without an object for each image."""
 
 import collections.abc
 import copy
@@ -15,12 +15,12 @@ class SampleList(collections.abc.Sequence):
     """(path, class index) of every image; with several labels (path, float32 (classes,) of ones and zeros).
 
     Args:
-        root: what names begin at, unless they are absolute.
-        names: of all images, one after another, in the file system's encoding.
+        root: the base of relative names.
+        names: the names of all images, concatenated, in the file system's encoding.
         ends: int64 (images + 1,), 0 and the offset of each name's end.
-        labels: int64 array, the class index of each image; with several labels those of one image after another.
-        label_ends: likewise of `labels`; None where each image has one.
-        classes: how many there are; needed with several labels.
+        labels: int64 array, the class indices of all images, concatenated.
+        label_ends: the same as `ends` for `labels`; None if each image has one.
+        classes: their number; needed with several labels.
     """
 
     def __init__(self, root: str, names: bytes, ends: Integers, labels: Integers,
@@ -31,7 +31,6 @@ class SampleList(collections.abc.Sequence):
 
     @classmethod
     def from_names(cls, root: str, names: Sequence[bytes], *more: Any) -> 'SampleList':
-        """With a list of names."""
         return cls(root, b''.join(names), np.cumsum([0] + list(map(len, names))), *more)
 
     def __len__(self) -> int:
@@ -40,7 +39,7 @@ class SampleList(collections.abc.Sequence):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
-        index = range(len(self))[index]  # negative ones count from the end, and there is an IndexError
+        index = range(len(self))[index]  # for negative indices and IndexError
         if self.label_spans is None:
             return self.path(index), int(self.labels[index])
         target = torch.zeros(self.classes)
@@ -48,7 +47,7 @@ class SampleList(collections.abc.Sequence):
         return self.path(index), target
 
     def name(self, index: int) -> bytes:
-        """The path as it was listed."""
+        """The path as listed."""
         start, end = self.spans[index].tolist()
         return self.names[start:end]
 
@@ -56,7 +55,7 @@ class SampleList(collections.abc.Sequence):
         return os.path.join(self.root, os.fsdecode(self.name(index)))
 
     def select(self, indices: Any) -> 'SampleList':
-        """Those images only, in the order of `indices` (int array)."""
+        """A copy with only the images `indices` (int array), in this order."""
         selected = copy.copy(self)
         selected.spans = self.spans[indices]
         if self.label_spans is None:
@@ -65,28 +64,28 @@ class SampleList(collections.abc.Sequence):
             selected.label_spans = self.label_spans[indices]
         return selected
 
-    def relabel(self, places: Sequence[int], classes: int) -> 'SampleList':
-        """The same images, in which class k is `places[k]` of `classes` others."""
+    def relabel(self, new_labels: Sequence[int], classes: int) -> 'SampleList':
+        """A copy in which label k is `new_labels[k]`, of `classes` classes."""
         changed = copy.copy(self)
-        changed.labels, changed.classes = np.asarray(places, dtype=np.int64)[self.labels], classes
+        changed.labels, changed.classes = np.asarray(new_labels, dtype=np.int64)[self.labels], classes
         return changed
 
     def relative_names(self, start: int, stop: int) -> List[bytes]:
-        """The paths as they were listed, of the images from start up to stop."""
+        """The paths of the images [start:stop], as listed."""
         return [self.names[begin:end] for begin, end in self.spans[start:stop].tolist()]
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image may have several labels, or none."""
+        """Whether an image can have several labels, or none."""
         return self.label_spans is not None
 
     @property
     def targets(self) -> np.ndarray:
-        """int64 (images,): the class of each, where every image has one."""
+        """int64 (images,): the class of each image, if every image has one."""
         return self.labels
 
     def labels_of(self, index: int) -> np.ndarray:
-        """int64 array: the class indices of an image that may have several."""
+        """int64 array: the class indices of an image that can have several."""
         start, end = self.label_spans[index].tolist()  # type: ignore[index]
         return self.labels[start:end]
 

@@ -1,11 +1,10 @@
-"""Which images of a training set are held out for validation, and which ones a smaller run uses.
+"""Selects the images to hold out for validation, and the images of a smaller run.
 
-Both depend only on the names of the images, their classes and the seed: each class's images are put in the order of a
-hash of their names, and the first of them are taken. An image that is added or removed moves the others of its class by
-one place at most, so a split changes by the images that the counts ask for.
+Both selections depend only on the names of the images, their classes and the seed: each class's images are sorted by a
+hash of their names, and the first are selected. An added or removed image moves the others of its class by one place
+at most, so it changes a split by few images.
 """
 
-import collections
 import hashlib
 import os
 import unicodedata
@@ -15,32 +14,29 @@ import numpy as np
 
 from beit.errors import UserError
 
-VALIDATION, SUBSAMPLE = 1, 2  # beside the seed, so that the two draws are independent
-NAMES_AT_ONCE = 1 << 14  # so many are in memory as Python objects
+VALIDATION, SUBSAMPLE = 1, 2  # they make the two draws of a seed independent
+NAMES_AT_ONCE = 1 << 14  # in memory as Python objects
 
 
 def is_multi_label(samples: Any) -> bool:
-    """Whether an image may be of several classes, or none."""
+    """Whether an image can have several classes, or none."""
     return getattr(samples, 'multi_label', False)
 
 
 def class_counts(samples: Any, classes: int) -> np.ndarray:
-    """int64 (classes,): how many images are of each."""
-    if is_multi_label(samples):
-        counts = np.zeros(classes, dtype=np.int64)
-        for index in range(len(samples)):
-            counts[samples.labels_of(index)] += 1
-        return counts
-    return np.bincount(np.asarray(samples.targets), minlength=classes)
+    """int64 (classes,): the number of images of each."""
+    labels = np.concatenate([samples.labels_of(index) for index in range(len(samples))]) \
+        if is_multi_label(samples) else np.asarray(samples.targets)
+    return np.bincount(labels, minlength=classes)
 
 
 # ---- names
 
 def portable_names(samples: Any, start: int, stop: int) -> List[bytes]:
-    """The names of the images from start up to stop, in UTF-8, the same on every machine that has the same data.
+    """The names of the images [start:stop], in UTF-8, the same on every machine with the same data.
 
-    They are relative to the folder of the data set, in Unicode's NFC form, and / stands between folders. Where images
-    have no names, these are their numbers.
+    They are relative to the folder of the data set, in Unicode's NFC form, with / between folders. Images without
+    names have their numbers.
     """
     if not hasattr(samples, 'relative_names'):
         numbers = getattr(samples, 'indices', range(len(samples)))
@@ -61,51 +57,51 @@ def _portable(name, root):
 
 
 def portable_text(text: str) -> bytes:
-    """UTF-8 of the text's NFC form; bytes that aren't text stay as they are."""
+    """UTF-8 of the text's NFC form; bytes that aren't text stay unchanged."""
     return unicodedata.normalize('NFC', text).encode('utf-8', 'surrogateescape')
 
 
-def name_keys(samples: Any) -> np.ndarray:
-    """uint64 (images,): a hash of each image's portable name, 8 bytes of BLAKE2b. It takes 1.3 s for 1.3 M images."""
+def name_keys(samples: Any, skip: int = 0) -> np.ndarray:
+    """uint64 (images,): a hash of each image's portable name from byte `skip` on. It takes 1.3 s for 1.3 M images."""
     keys = np.empty(len(samples), dtype=np.uint64)
     for start in range(0, len(samples), NAMES_AT_ONCE):
-        names = portable_names(samples, start, min(start + NAMES_AT_ONCE, len(samples)))
-        keys[start:start + len(names)] = hash_names(names)
+        names = portable_names(samples, start, start + NAMES_AT_ONCE)
+        keys[start:start + len(names)] = hash_names([name[skip:] for name in names])
     return keys
 
 
 def hash_names(names: List[bytes]) -> np.ndarray:
-    """uint64 (names,): 8 bytes of the BLAKE2b of each, as a little-endian number."""
+    """uint64 (names,): 8 bytes of each name's BLAKE2b, as a little-endian number."""
     return np.frombuffer(b''.join([hashlib.blake2b(name, digest_size=8).digest() for name in names]), dtype='<u8')
 
 
 def mix_bits(values: np.ndarray) -> np.ndarray:
-    """uint64: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), which is one to one."""
+    """uint64: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), a bijection."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xbf58476d1ce4e5b9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94d049bb133111eb)
     return values ^ (values >> np.uint64(31))
 
 
 def _hash_order(keys, seed, purpose):
-    """The indices of all images, in the order of their names' hashes under this seed."""
+    """The indices of all images, sorted by their names' hashes under this seed."""
     salt = np.random.SeedSequence([seed, 0, purpose]).generate_state(1, np.uint64)
     return np.argsort(mix_bits(keys ^ salt), kind='stable')
 
 
-# ---- parts
+# ---- subsets
 
 def split(samples: Any, share: float, seed: int, keys: Optional[np.ndarray] = None) -> Tuple[np.ndarray, np.ndarray]:
     """(indices of the training images, of the validation images), each in order.
 
-    Stratified: every class gives its share, rounded so that all together give `share` of all. Each keeps at least one
-    image for training and, where the share is large enough for that, gives at least one. Where an image may be of
-    several classes, they are drawn at random, but for those without which a class would have none left.
+    Stratified: every class gives its share, rounded to a total of `share` of all images. Each keeps at least one image
+    for training and, if the share is large enough, gives at least one. With several classes per image, images are
+    drawn at random; the last training image of a class is never drawn.
 
     Args:
-        keys: the `name_keys` of the samples, where they are known already.
+        keys: the `name_keys` of the samples, if already computed.
 
     Raises:
-        UserError: so no image is left for validation.
+        UserError: no image is left for validation.
     """
     order = _hash_order(name_keys(samples) if keys is None else keys, seed, VALIDATION)
     wanted = max(1, int(round(share * len(samples))))
@@ -118,7 +114,7 @@ def split(samples: Any, share: float, seed: int, keys: Optional[np.ndarray] = No
         rng = np.random.default_rng([seed, 0, VALIDATION])
         chosen = _from_each(samples.targets, _in_proportion(counts, wanted, least, most, rng), order)
     if not len(chosen):
-        raise UserError('--val_split %g: each class has one image only, and needs it for training; add images, or give '
+        raise UserError('--val_split %g: each class has one image only, which training needs; add images, or give '
                         '--eval_data_path' % share)
     held_out = np.zeros(len(samples), dtype=bool)
     held_out[chosen] = True
@@ -126,29 +122,28 @@ def split(samples: Any, share: float, seed: int, keys: Optional[np.ndarray] = No
 
 
 def split_as_recorded(keys: np.ndarray, held_out: np.ndarray, share: float) -> Tuple[np.ndarray, np.ndarray]:
-    """(indices of the training images, of the validation images), as a checkpoint's run had them.
+    """(indices of the training images, of the validation images), as in a checkpoint's run.
 
-    Images that are new since then are for training: none that was trained on can so be evaluated.
+    New images go to training, so no training image is ever evaluated.
 
     Args:
         keys: the `name_keys` of all images.
-        held_out: the `name_keys` of those that the run set apart.
+        held_out: the `name_keys` of the images that the run held out.
 
     Raises:
-        UserError: none of these is there, or nothing else.
+        UserError: all or none of the images are held out.
     """
     chosen = np.isin(keys, held_out)
     if not chosen.any() or chosen.all():
-        raise UserError('--val_split %g: of the %d images that the checkpoint set apart %s; it was trained on other '
-                        'data, or its images have other names now: start from its weights with --finetune, or name '
-                        'images to evaluate with --eval_data_path or --val_csv' % (
-                            share, len(held_out), 'none is among these %d' % len(keys) if not chosen.any() else
-                            '%d are here, and nothing else' % len(keys)))
+        raise UserError('--val_split %g: the checkpoint held out %d images: %s; its data or their names were others: '
+                        'start from its weights with --finetune, or name images to evaluate with --eval_data_path or '
+                        '--val_csv' % (share, len(held_out), 'none is among these %d' % len(keys)
+                                       if not chosen.any() else 'the data has no others'))
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
 def subsample(samples: Any, most: int, seed: int) -> np.ndarray:
-    """The indices of `most` images, in order, each class in proportion and, if possible, present."""
+    """The indices of `most` images, in order, stratified; every class is present if `most` allows it."""
     if most >= len(samples):
         return np.arange(len(samples))
     order = _hash_order(name_keys(samples), seed, SUBSAMPLE)
@@ -162,12 +157,12 @@ def subsample(samples: Any, most: int, seed: int) -> np.ndarray:
 
 
 def _in_proportion(counts, wanted, least, most, rng):
-    """int64 (classes,): how many to take of each, from least to most; the largest remainders are rounded up."""
+    """int64 (classes,): the number to take of each, between least and most; the largest remainders are rounded up."""
     exact = counts * (wanted / max(counts.sum(), 1))
     taken = np.clip(np.floor(exact + 1e-9).astype(np.int64), least, most)
     while taken.sum() != wanted:
         step = 1 if taken.sum() < wanted else -1
-        order = rng.permutation(len(counts))  # equal remainders: chance decides
+        order = rng.permutation(len(counts))  # a random order for equal remainders
         order = order[(taken < most)[order] if step > 0 else (taken > least)[order]]
         if not len(order):
             break
@@ -177,19 +172,17 @@ def _in_proportion(counts, wanted, least, most, rng):
 
 
 def _from_each(targets, taken, order):
-    """The first so many images of each class, in this order."""
+    """The first `taken` images of each class, in this order."""
     targets = np.asarray(targets)
     by_class = np.split(order[np.argsort(targets[order], kind='stable')], np.cumsum(np.bincount(targets))[:-1])
     return np.concatenate([indices[:number] for indices, number in zip(by_class, taken)])
 
 
 def _without_loss_of_a_class(samples, wanted, order):
-    left, chosen = collections.Counter(), []
-    for index in range(len(samples)):
-        left.update(samples.labels_of(index).tolist())
+    left, chosen = class_counts(samples, samples.classes), []
     for index in order.tolist():
-        labels = samples.labels_of(index).tolist()
-        if len(chosen) < wanted and all(left[label] > 1 for label in labels):
-            left.subtract(labels)
+        labels = samples.labels_of(index)
+        if len(chosen) < wanted and (left[labels] > 1).all():
+            left[labels] -= 1
             chosen.append(index)
     return np.array(chosen, dtype=np.int64)

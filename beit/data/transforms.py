@@ -1,7 +1,4 @@
-"""Transforms of an image before the model sees it; mixup and cutmix of a batch.
-
-`loader` seeds the random numbers.
-"""
+"""The transforms of an image, and mixup and cutmix of a batch. `loader` seeds their random numbers."""
 
 import dataclasses
 import functools
@@ -13,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
-from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import mixup_target
 from torchvision import transforms
@@ -31,7 +28,7 @@ except ImportError:  # torchvision before 0.9 takes Pillow's constants
 
 INTERPOLATIONS = ('random', 'bilinear', 'bicubic', 'lanczos')
 BACKENDS = ('exact', 'fast')
-SMALL_INPUT = 32  # up to this size images are taken as they are: no resizing, random crops with padding
+SMALL_INPUT = 32  # up to this size images are not resized, and random crops have padding
 PADDING = 4
 
 
@@ -39,21 +36,19 @@ PADDING = 4
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """How evaluation prepares an image: its shorter side is resized, the centre cropped, and pixels are normalised.
-
-    Training's validation, prediction, the report and every export ask this class. Images for inputs of `SMALL_INPUT`
-    and less are not resized: they must have that size, see `fits`.
+    """The transform of evaluation, prediction, the report and every export: resize the shorter side, crop the centre,
+    normalise. Images for inputs of `SMALL_INPUT` and less are not resized: they must have that size, see `fits`.
     """
     input_size: int = 224  # pixels a side of the crop
     crop_pct: float = 224 / 256  # input_size / the shorter side
     interpolation: str = 'bicubic'
     mean: Tuple[float, ...] = INPUT_MEAN  # of pixels between 0 and 1
     std: Tuple[float, ...] = INPUT_STD
-    crop_mode: str = 'center'  # as timm names it; squash resizes to the square itself, whatever the image's shape
+    crop_mode: str = 'center'  # timm's name; 'squash' resizes any shape to the square
 
     @classmethod
     def from_config(cls, config: TransformConfig) -> 'EvalTransform':
-        """As the flags have it; without --crop_pct as the reference takes it for this input size."""
+        """From the flags; without --crop_pct, the reference's crop for this input size."""
         if getattr(config, 'evaluation', None) is not None:
             return config.evaluation
         mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if config.imagenet_default_mean_and_std else (
@@ -61,27 +56,27 @@ class EvalTransform:
         return cls(mean=tuple(mean), std=tuple(std)).at_size(config.input_size, config.crop_pct)
 
     def at_size(self, input_size: int, crop_pct: Optional[float] = None) -> 'EvalTransform':
-        """A copy for another input size; without `crop_pct` it takes the reference's for that size."""
+        """A copy for another input size; without `crop_pct`, the reference's crop for that size."""
         crop_pct = crop_pct or (224 / 256 if input_size < 384 else 1.0)
         squashes = self.crop_mode == 'squash' or input_size <= SMALL_INPUT
         return dataclasses.replace(self, input_size=input_size, crop_pct=1.0 if squashes else crop_pct)
 
     @classmethod
     def from_timm(cls, settings: Dict[str, Any]) -> 'EvalTransform':
-        """From `to_timm`'s result. Raises ValueError, TypeError or LookupError for anything else."""
+        """The inverse of `to_timm`. Raises ValueError, TypeError or LookupError for other content."""
         _, height, width = settings['input_size']
         if height != width:
             raise ValueError('not the preprocessing of a square input')
         mean, std = (tuple(map(float, settings[name])) for name in ('mean', 'std'))
-        made = cls(height, float(settings['crop_pct']), settings['interpolation'], mean, std,
-                   settings.get('crop_mode', 'center'))
-        made.check()
-        return made
+        transform = cls(height, float(settings['crop_pct']), settings['interpolation'], mean, std,
+                        settings.get('crop_mode', 'center'))
+        transform.check()
+        return transform
 
     def check(self) -> None:
-        """Raise a ValueError where the values are none that this program computes with."""
+        """Raise a ValueError for values that this program does not support."""
         if type(self.input_size) is not int or not 1 <= self.input_size <= MAX_INPUT_SIZE or not 0 < self.crop_pct <= 1:
-            raise ValueError('input size %.20r, crop share %.20r' % (self.input_size, self.crop_pct))
+            raise ValueError('input size %.20r, crop_pct %.20r' % (self.input_size, self.crop_pct))
         if self.interpolation not in INTERPOLATIONS[1:] or self.crop_mode not in ('center', 'squash'):
             raise ValueError('interpolation %.20r, crop mode %.20r' % (self.interpolation, self.crop_mode))
         if not len(self.mean) == len(self.std) == 3 or not all(map(math.isfinite, self.mean + self.std)) \
@@ -89,7 +84,7 @@ class EvalTransform:
             raise ValueError('mean %.60r, std %.60r' % (self.mean, self.std))
 
     def to_timm(self) -> Dict[str, Any]:
-        """As timm names them: input_size (3, H, W), interpolation, mean, std, crop_pct and crop_mode."""
+        """timm's data config: input_size (3, H, W), interpolation, mean, std, crop_pct and crop_mode."""
         return {'input_size': (3, self.input_size, self.input_size), 'interpolation': self.interpolation,
                 'mean': self.mean, 'std': self.std, 'crop_pct': self.crop_pct, 'crop_mode': self.crop_mode}
 
@@ -99,19 +94,19 @@ class EvalTransform:
 
     @property
     def shorter_side(self) -> int:
-        """Pixels of the resized image's shorter side."""
+        """The resized image's shorter side, in pixels."""
         return int(self.input_size / self.crop_pct) if self.resizes else self.input_size
 
     def fits(self, width: int, height: int) -> bool:
-        """Whether an image of this size can be taken."""
+        """Whether an image of this size is allowed."""
         return self.resizes or (width, height) == (self.input_size, self.input_size)
 
     def is_fast(self, data_backend: str) -> bool:
-        """Whether `data_backend` gives other pixels; images that are not resized stay exact."""
+        """Whether `data_backend` changes the pixels; images that are not resized stay exact."""
         return data_backend == 'fast' and self.resizes and self.crop_mode == 'center'
 
     def resize_and_crop(self, fast: bool = False) -> Callable:
-        """Of a Pillow image; `fast` takes what `fast_decode.load_bytes` gives too. Gives a Pillow image."""
+        """The transform from a Pillow image, or with `fast` also a `fast_decode.load_tensor`, to a Pillow image."""
         if fast:
             return fast_decode.CentreCrop(self.shorter_side, self.input_size, self.interpolation)
         mode = getattr(InterpolationMode, self.interpolation.upper())
@@ -121,7 +116,7 @@ class EvalTransform:
                                    transforms.CenterCrop(self.input_size)])
 
     def build(self, data_backend: str = 'exact') -> Callable:
-        """The worker's part: an image to uint8 (input_size, input_size, 3)."""
+        """The worker's part: a function from an image to uint8 (input_size, input_size, 3)."""
         steps = [self.resize_and_crop(self.is_fast(data_backend))] if self.resizes else []
         return transforms.Compose(steps + [to_uint8])
 
@@ -131,15 +126,14 @@ class EvalTransform:
 def build_transform(is_train: bool, config: TransformConfig, device: Optional[torch.device] = None) -> Callable:
     """The worker's part of the reference's transform: a Pillow image to uint8 (input_size, input_size, 3).
 
-    Training is timm's `create_transform`; inputs of 32 pixels and less use random crops with 4 pixels of padding.
-    Evaluation is `EvalTransform`. What follows, normalising and random erasing, is `PrefetchLoader`'s. Where `is_fast`,
-    it takes what `fast_decode.load_bytes` gives too, and leaves flips and RandAugment to a `device` that is not the
-    CPU, where the loop has better to do.
+    Training uses timm's `create_transform`; inputs of 32 pixels and less use random crops with 4 pixels of padding.
+    Evaluation uses `EvalTransform`. `PrefetchLoader` normalises and erases afterwards. If `is_fast`, the transform also
+    takes a `fast_decode.load_tensor`, and leaves flips and RandAugment to a `device` other than the CPU.
     """
     evaluation, fast = EvalTransform.from_config(config), is_fast(is_train, config)
     if not is_train:
         return evaluation.build(config.eval_data_backend)
-    # RandAugment turns and shears with the same interpolation; in Pillow's hands bilinear takes half the time.
+    # RandAugment rotates and shears with the same interpolation; Pillow's bilinear takes half the time of bicubic.
     interpolation = 'bilinear' if fast and config.train_interpolation != 'random' else config.train_interpolation
     transform = create_transform(
         input_size=config.input_size, is_training=True, color_jitter=config.color_jitter,
@@ -150,7 +144,7 @@ def build_transform(is_train: bool, config: TransformConfig, device: Optional[to
             and device_randaugment.can_defer(transform.transforms[1:-1])
         transform.transforms[0] = fast_decode.RandomCrop(config.input_size, interpolation=config.train_interpolation,
                                                          as_tensor=deferred)
-        if deferred:  # the rest is the device's
+        if deferred:
             transform.transforms[1:] = [device_randaugment.DeferredRandAugment(*transform.transforms[1:-1])]
             return transform
     elif not evaluation.resizes:
@@ -160,23 +154,23 @@ def build_transform(is_train: bool, config: TransformConfig, device: Optional[to
 
 
 def to_uint8(image: Image.Image) -> torch.Tensor:
-    """A Pillow image as uint8 (H, W, 3). Turned to (3, H, W), as timm's own last step does, takes longer to collate."""
+    """A Pillow image as uint8 (H, W, 3), which collates faster than (3, H, W), the result of timm's last step."""
     return torch.from_numpy(np.array(image))
 
 
 def is_fast(is_train: bool, config: TransformConfig) -> bool:
-    """Whether --data_backend fast, or --eval_data_backend, asks for other pixels; what isn't resized stays exact."""
+    """Whether --data_backend, or for evaluation --eval_data_backend, changes the pixels."""
     return EvalTransform.from_config(config).is_fast(config.data_backend if is_train else config.eval_data_backend)
 
 
 def image_reader(fast: bool, max_pixels: int = 0) -> Callable:
-    """The function that reads the image of a path for these transforms; for `max_pixels` see `decode.read_up_to`."""
-    read = fast_decode.load_bytes if fast else load_image
+    """The function that reads an image from a path for these transforms; for `max_pixels` see `decode.read_up_to`."""
+    read = fast_decode.load_tensor if fast else load_image
     return functools.partial(read_up_to, max_pixels, read) if max_pixels else read
 
 
 def check_backend(config: TransformConfig) -> None:
-    """Raise a `UserError` where --data_backend fast isn't to be had."""
+    """Raise a `UserError` where --data_backend fast is not available."""
     for flag in ('data_backend', 'eval_data_backend'):
         if getattr(config, flag) == 'fast':
             fast_decode.check_available('--' + flag)
@@ -186,11 +180,11 @@ def check_backend(config: TransformConfig) -> None:
 
 
 def small_input_rule(is_train: bool, config: TransformConfig) -> Optional[Callable[[int, int], bool]]:
-    """Which images (width, height) the transform of a small input can take, or None where it resizes them."""
+    """A function of (width, height): whether the transform of a small input allows them. None if it resizes images."""
     evaluation = EvalTransform.from_config(config)
     if evaluation.resizes:
         return None
-    # No lambda: workers may get it pickled.
+    # A lambda could not be pickled for the workers.
     return functools.partial(_fits_padded, config.input_size) if is_train else evaluation.fits
 
 
@@ -208,14 +202,10 @@ def check_policy(policy: Optional[str]) -> None:
     policy = policy_or_none(policy)
     if policy is None:
         return
+    build = rand_augment_transform if policy.startswith('rand') else \
+        augment_and_mix_transform if policy.startswith('augmix') else auto_augment_transform
     try:
-        if policy.startswith('rand'):
-            rand_augment_transform(policy, {})
-        elif policy.startswith('augmix'):
-            from timm.data.auto_augment import augment_and_mix_transform
-            augment_and_mix_transform(policy, {})
-        else:
-            auto_augment_transform(policy, {})
+        build(policy, {})
     except (AssertionError, ValueError, KeyError, IndexError, TypeError):
         raise unknown_value_error('--aa', policy, ['rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', 'originalr',
                                                    'v0', 'v0r', 'none']) from None
@@ -224,10 +214,9 @@ def check_policy(policy: Optional[str]) -> None:
 # ---- a batch
 
 class DeviceMixup(Mixup):
-    """timm's Mixup for batches of any size, with the targets where the images are.
+    """timm's Mixup for batches of any size, with the targets on the images' device.
 
-    The last image of an odd batch is not mixed; timm refuses such a batch. timm 0.4 puts the targets on CUDA whatever
-    the device.
+    The last image of an odd batch is not mixed; timm refuses such batches. timm 0.4 always puts the targets on CUDA.
     """
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -254,7 +243,7 @@ def uses_mixup(config: MixupConfig) -> bool:
 def build_mixup(config: MixupConfig, nb_classes: int) -> Optional[DeviceMixup]:
     """A function that mixes a batch in place, (images, targets) to (images, soft targets (B, classes)); or None.
 
-    Targets are class indices (B,), or ones and zeros (B, classes) where images have several classes.
+    Targets are class indices (B,), or ones and zeros (B, classes) if images have several classes.
     """
     if not uses_mixup(config):
         return None

@@ -1,4 +1,4 @@
-"""Devices (npu, cuda, cpu): which there are, and synchronizing, seeding and timing them."""
+"""Finds, selects, synchronizes, seeds and times devices (npu, cuda, cpu)."""
 
 import functools
 import importlib
@@ -23,7 +23,7 @@ CANN_MISMATCH = ('the NPU cannot be started (%s); are these the CANN and the dri
 
 @functools.lru_cache(maxsize=None)
 def npu_problem() -> Optional[str]:
-    """None where NPUs can be used, else the reason, with its cure."""
+    """None if NPUs can be used, else the reason with its remedy."""
     if not hasattr(torch, 'npu'):  # Ascend's PyTorch 1.5 has it built in
         if importlib.util.find_spec('torch_npu') is None:
             return 'torch_npu is not installed; install the torch_npu of your PyTorch, or use --device cuda or cpu'
@@ -35,7 +35,7 @@ def npu_problem() -> Optional[str]:
                 return CANN_MISMATCH % reason
             if 'cannot open shared object' in reason:
                 return 'torch_npu is installed but CANN is not set up (%s); run: source test/env_npu.sh' % reason
-            return 'torch_npu cannot be imported (%s); install the one that belongs to this PyTorch' % reason
+            return 'torch_npu cannot be imported (%s); install the torch_npu of this PyTorch' % reason
     try:
         available = torch.npu.is_available()  # type: ignore[attr-defined]
     except RuntimeError as error:
@@ -59,14 +59,14 @@ _PROBLEM: Dict[str, Callable[[], Optional[str]]] = {'npu': npu_problem, 'cuda': 
 
 
 def find_device(name: str = 'auto', local_rank: int = 0, processes: int = 1) -> torch.device:
-    """The `torch.device` that a process is to use, not yet touched.
+    """The `torch.device` for a process, not yet initialized.
 
     Args:
-        name (str): auto (npu, cuda, cpu: the first that works), npu, cuda, cpu, or one of them with an index, cuda:1.
-        local_rank (int): the device's index where `name` has none.
+        name (str): auto (npu, cuda, cpu: the first that works), npu, cuda, cpu, or one with an index such as cuda:1.
+        local_rank (int): the device's index if `name` has none.
 
     Raises:
-        UserError: the device can't be used, or has fewer devices than processes.
+        UserError: the device can't be used, or there are fewer devices than processes.
     """
     kind, _, index = name.partition(':')
     if kind == 'auto':
@@ -88,7 +88,7 @@ def find_device(name: str = 'auto', local_rank: int = 0, processes: int = 1) -> 
 
 
 def select_device(name: str = 'auto', local_rank: int = 0, processes: int = 1) -> torch.device:
-    """`find_device`, which becomes the current one, and a `UserError` where it doesn't start."""
+    """`find_device`, and make it the current device. Raises `UserError` if it doesn't start."""
     device = find_device(name, local_rank, processes)
     if device_module(device):
         try:
@@ -106,7 +106,7 @@ def device_module(device: Any) -> Any:
 
 
 def npu_unused_reason(name: str, device: torch.device) -> str:
-    """One line, where --device auto leaves torch_npu unused, or ''. Nobody should train on a CPU without noticing."""
+    """One line if --device auto does not use an installed torch_npu, else ''."""
     if name != 'auto' or device.type == 'npu' or importlib.util.find_spec('torch_npu') is None:
         return ''
     return 'Not using an NPU: %s\n' % npu_problem()
@@ -118,13 +118,13 @@ def device_name(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all work."""
     if device_module(device):
         device_module(device).synchronize()
 
 
 def record_event(device: torch.device) -> Any:
-    """A moment in a device's work, for `elapsed_seconds` once the device has been waited for; on a CPU, now."""
+    """A point in a device's work, for `elapsed_seconds` after a synchronization; on a CPU the current time."""
     if hasattr(device_module(device), 'Event'):
         event = device_module(device).Event(enable_timing=True)
         event.record()
@@ -133,12 +133,12 @@ def record_event(device: torch.device) -> Any:
 
 
 def elapsed_seconds(start: Any, end: Any) -> float:
-    """Seconds between two of `record_event`."""
+    """Seconds between two results of `record_event`."""
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000.
 
 
 def max_memory_mb(device: torch.device) -> float:
-    """Peak memory that tensors took on the device, in MiB; 0 on a CPU, where nobody counts it."""
+    """Peak memory of tensors on the device, in MiB; 0 on a CPU."""
     return device_module(device).max_memory_allocated() / 2 ** 20 if device_module(device) else 0.
 
 
@@ -148,53 +148,53 @@ def reset_max_memory(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device, or the machine, has no more memory."""
+    """Whether an error means that the device or the machine has no more memory."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in (
         'out of memory', 'not enough memory', 'can\'t allocate memory'))
 
 
 def seed_device(seed: int) -> None:
-    """Seed every device's generator. torch.manual_seed has seeded those of the CPU and of CUDA already."""
+    """Seed the NPUs' generators; torch.manual_seed seeds only the CPU's and CUDA's."""
     if hasattr(torch, 'npu') and npu_problem() is None:
         torch.npu.manual_seed_all(seed)
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Only deterministic kernels, and an error where there is none; a `UserError` where PyTorch can't promise it."""
+    """Use deterministic kernels only, with an error where there is none. Raises `UserError` if PyTorch can't ensure it.
+    """
     if hasattr(torch, 'use_deterministic_algorithms'):
         torch.use_deterministic_algorithms(True)
     elif hasattr(torch, 'set_deterministic'):
         torch.set_deterministic(True)
     elif device.type != 'cpu':
-        raise UserError('--deterministic: this PyTorch cannot promise it on %s; use a newer one, or a CPU'
-                        % device.type)
+        raise UserError('--deterministic: this PyTorch cannot ensure it on %s; use a newer one, or a CPU' % device.type)
     if hasattr(torch.backends, 'cudnn'):
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
 def prepare_determinism() -> None:
-    """What has to be set before the device starts."""
+    """Set the environment variables for deterministic kernels, before the device starts."""
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     os.environ.setdefault('HCCL_DETERMINISTIC', 'true')
 
 
 def set_compile_mode(device: torch.device, mode: str) -> None:
-    """Whether an NPU compiles operators for the shapes it meets: 'on', 'off', or 'auto', what it does by itself."""
+    """Let an NPU compile operators for each new shape: 'on', 'off', or 'auto', torch_npu's default."""
     if mode == 'auto':
         return
     if not hasattr(device_module(device), 'set_compile_mode'):
-        raise UserError('--jit_compile %s: only NPUs have it, with a newer torch_npu, and this runs on %s; leave the '
+        raise UserError('--jit_compile %s: this needs an NPU with a newer torch_npu, and the device is %s; leave the '
                         'flag out' % (mode, device.type))
     device_module(device).set_compile_mode(jit_compile=mode == 'on')
 
 
 def can_pin_memory(device: torch.device) -> bool:
-    """Whether batches can be put in page-locked memory for this device."""
+    """Whether page-locked memory makes sense for batches of this device."""
     return device.type != 'cpu'
 
 
 def noise_generator(device: torch.device) -> torch.Generator:
-    """A random generator of the device, or of the CPU where this PyTorch has none for it."""
+    """A random generator of the device, or of the CPU if this PyTorch has none for the device."""
     try:
         generator = torch.Generator(device=device)
         torch.empty(1, device=device).normal_(generator=generator)
@@ -204,10 +204,10 @@ def noise_generator(device: torch.device) -> torch.Generator:
 
 
 def prefetch(items: Iterable, move: Callable[[Any], Any], device: torch.device) -> Iterator:
-    """Yield move(item) of each, on npu and cuda while the next is under way on a stream of its own.
+    """Yield move(item) for each item; on npu and cuda, a side stream moves the next one meanwhile.
 
     Args:
-        move (function): takes an item to the device, without waiting.
+        move (function): copies an item to the device, without waiting.
     """
     module = device_module(device)
     if not hasattr(module, 'Stream'):
@@ -215,19 +215,19 @@ def prefetch(items: Iterable, move: Callable[[Any], Any], device: torch.device) 
         return
     side, ready = module.Stream(), None
     for item in items:
-        side.wait_stream(module.current_stream())  # what it has used so far may have been freed, for `move` to reuse
+        side.wait_stream(module.current_stream())  # `move` may reuse memory that this stream used and freed
         with module.stream(side):
-            coming = move(item)
+            following = move(item)
         if ready is not None:
             yield ready
         module.current_stream().wait_stream(side)
-        ready = coming
+        ready = following
     if ready is not None:
         yield ready
 
 
 def is_synchronous(device: torch.device) -> bool:
-    """Whether a number can be read from the device without waiting for work that it has yet to do."""
+    """Whether reading a number from the device never waits for pending work."""
     return device.type == 'cpu'
 
 
@@ -236,8 +236,8 @@ def is_synchronous(device: torch.device) -> bool:
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """The model in DistributedDataParallel.
 
-    Every parameter gets a gradient, so unused ones needn't be looked for. The buffers are constant; sending them at
-    each call would hang an evaluation in which one process has a batch more than another.
+    Every parameter gets a gradient, so `find_unused_parameters` is not needed. Buffers are constant and not broadcast:
+    that would hang an evaluation in which one process has more batches than another.
     """
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     name = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # before PyTorch 2.14
@@ -246,7 +246,7 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The model itself, out of DistributedDataParallel and the casting wrappers of `beit.training.loss_scaler`."""
+    """The model inside DistributedDataParallel and the casting wrappers of `beit.training.loss_scaler`."""
     while hasattr(model, 'module'):
         model = model.module
     return model

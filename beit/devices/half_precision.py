@@ -1,4 +1,4 @@
-"""What half precision there is: autocast, apex, the dtype to use, and overflow on devices that saturate."""
+"""Half precision: autocast, apex, the choice of dtype, and overflow on devices that saturate."""
 
 import functools
 import importlib
@@ -18,14 +18,14 @@ OPT_LEVELS = ('O0', 'O1', 'O2')
 
 @functools.lru_cache(maxsize=None)
 def saturates(device: torch.device) -> bool:
-    """Whether overflow gives the largest finite value on this device instead of inf, as on an Ascend 910A."""
+    """Whether overflow on this device gives the largest finite value instead of inf, as on an Ascend 910A."""
     if device.type != 'npu':
         return False
     return bool(torch.isfinite(torch.full((1,), 6e4, dtype=torch.float16, device=device) * 2).all())
 
 
 def read_overflow(device: torch.device) -> bool:
-    """Whether anything overflowed on a device that `saturates` since the last call; there the numbers don't show it."""
+    """Whether a device that `saturates` had an overflow since the last call, by its overflow flag."""
     module = accelerator.device_module(device)
     if not hasattr(module, 'get_npu_overflow_flag'):
         return False
@@ -46,14 +46,14 @@ def has_autocast(device_type: str, dtype: torch.dtype) -> bool:
 
 
 def find_apex() -> Tuple[Any, str]:
-    """(apex.amp or None, one sentence for people). Three packages carry the name; only some have `amp`."""
+    """(apex.amp or None, a description). Three packages have the name apex; only some have `amp`."""
     spec = importlib.util.find_spec('apex')
     if spec is None:
         return None, 'apex is not installed'
     try:
         apex = importlib.import_module('apex')
         amp = importlib.import_module('apex.amp')
-    except Exception as error:  # an apex built for another PyTorch can fail in any way; the native path always works
+    except Exception as error:  # an apex built for another PyTorch can raise anything; PyTorch's amp always works
         if not isinstance(error, ModuleNotFoundError) or error.name != 'apex.amp':
             return None, 'the installed apex cannot be imported (%s)' % ' '.join(str(error).split())
         if any(os.path.isdir(os.path.join(folder, 'optimizers')) for folder in spec.submodule_search_locations or ()):
@@ -66,16 +66,16 @@ def find_apex() -> Tuple[Any, str]:
 
 
 def apex_amp(device: torch.device, dtype: Optional[torch.dtype]) -> Any:
-    """apex.amp, where it is to do the half precision: float16 on an accelerator, with an apex that has it; or None."""
+    """apex.amp if it is installed, for float16 on an accelerator; else None."""
     return find_apex()[0] if device.type != 'cpu' and dtype == torch.float16 else None
 
 
 def check_precision(device: torch.device, amp: bool, opt_level: str, amp_dtype: Optional[str]
                     ) -> Optional[torch.dtype]:
-    """The half-precision `torch.dtype` to use, or None for float32; by itself: float16, on a CPU bfloat16.
+    """The half-precision `torch.dtype`, or None for float32. The default is float16, on a CPU bfloat16.
 
     Raises:
-        UserError: this device or this PyTorch can't do what is asked for.
+        UserError: this device or this PyTorch does not support the flags.
     """
     if not amp or opt_level == 'O0':
         return None
@@ -99,13 +99,13 @@ def check_precision(device: torch.device, amp: bool, opt_level: str, amp_dtype: 
 
 @functools.lru_cache(maxsize=None)
 def _half_precision_problem(device: torch.device, dtype: torch.dtype) -> Optional[str]:
-    """None, or why the model's kinds of layer don't run forward and backward in this dtype: they are tried out."""
+    """None, or the error of a forward and backward pass through the model's kinds of layers in this dtype."""
     try:
         layers = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Flatten(2), nn.LayerNorm(4), nn.Linear(4, 4), nn.GELU(),
                                nn.Softmax(-1), nn.Dropout(0.1)).to(device=device, dtype=dtype)
         (layers(torch.ones(2, 3, 4, 4, device=device, dtype=dtype)) @ torch.ones(
             2, 4, 4, device=device, dtype=dtype)).float().sum().backward()
-        accelerator.synchronize(device)  # an NPU refuses an operator when it comes to it
+        accelerator.synchronize(device)  # an NPU reports an unsupported operator late
     except (RuntimeError, TypeError) as error:
         return ' '.join(str(error).split())[:100]
     return None

@@ -1,4 +1,4 @@
-"""Fused optimizers, foreach arithmetic, fused attention and compilation, where a device has them."""
+"""Fused optimizers, foreach arithmetic, fused attention and compilation, as far as the device has them."""
 
 import contextlib
 import functools
@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 import os
 import shutil
-
 from typing import Any, Callable, Dict, Iterable, List, Optional
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from beit.devices import accelerator
 from beit.errors import UserError
 
-# By `under_apex`: where NpuFusedAdamW comes from, and that place in words.
+# By `under_apex`: the modules that may have NpuFusedAdamW, and their name for messages.
 NPU_FUSED_HOMES = {True: (('apex.optimizers',), 'Ascend\'s apex under apex.amp'),
                    False: (('torch_npu.optim',), 'torch_npu outside apex.amp'),
                    None: (('torch_npu.optim', 'apex.optimizers'), 'torch_npu or Ascend\'s apex')}
@@ -27,8 +26,8 @@ def fused_optimizer(name: str, under_apex: Optional[bool] = None) -> Any:
     """The class of a fused optimizer: NpuFusedAdamW from torch_npu or Ascend's apex, Fused* from NVIDIA's apex.
 
     Args:
-        under_apex: whether apex.amp will prepare the optimizer; None where that isn't known yet. The two NpuFusedAdamW
-            are no substitutes: apex's works under apex.amp only, and torch_npu's would not see apex.amp's gradients.
+        under_apex: whether apex.amp will prepare the optimizer; None if unknown. The two NpuFusedAdamW differ: apex's
+            works only under apex.amp, and torch_npu's does not see apex.amp's gradients.
     """
     homes, where = NPU_FUSED_HOMES[under_apex] if name.startswith('Npu') else (('apex.optimizers',), 'NVIDIA\'s apex')
     for home in homes:
@@ -44,7 +43,7 @@ def fused_optimizer(name: str, under_apex: Optional[bool] = None) -> Any:
 
 @functools.lru_cache(maxsize=None)
 def _has_fused_step(cls: Any, device: torch.device) -> bool:
-    """Whether a fused step works there. It is tried: PyTorch 2.1's AdamW accepts a CPU, and its step then fails."""
+    """Whether a trial of a fused step succeeds: PyTorch 2.1's AdamW accepts a CPU, and its step fails then."""
     if 'fused' not in inspect.signature(cls.__init__).parameters:
         return False
     parameter = nn.Parameter(torch.zeros(1, device=device))
@@ -57,22 +56,22 @@ def _has_fused_step(cls: Any, device: torch.device) -> bool:
 
 
 def build_optimizer(cls: Any, groups: Iterable[Any], **settings: Any) -> Any:
-    """An optimizer, with its fused kernel where it and the device have one: one pass over the weights, not ten."""
+    """An optimizer, with its fused kernel if it and the device have one: one pass over the weights, not ten."""
     groups = list(groups)
     parameters = list(groups[0]['params']) if groups and isinstance(groups[0], dict) else groups
     if parameters and _has_fused_step(cls, parameters[0].device):
-        with contextlib.suppress(RuntimeError):  # not for these settings
+        with contextlib.suppress(RuntimeError):  # unsupported settings
             return cls(groups, fused=True, **settings)
     return cls(groups, **settings)
 
 
 def base_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside timm's Lookahead; itself where there is none around it."""
+    """The optimizer inside timm's Lookahead, or the optimizer itself."""
     return getattr(optimizer, '_base_optimizer', getattr(optimizer, 'base_optimizer', optimizer))
 
 
 def patched_optimizer(cls: Any) -> Any:
-    """The class of an optimizer, or one in its place: PyTorch 1.8's AdamW fails where a group has no gradient."""
+    """The class of an optimizer, or a subclass: PyTorch 1.8's AdamW fails if a group has no gradient."""
     return _AdamWOfGroupsWithGradients if cls is torch.optim.AdamW and not hasattr(torch, '_foreach_copy_') else cls
 
 
@@ -87,12 +86,12 @@ class _AdamWOfGroupsWithGradients(torch.optim.AdamW):
 
 
 def supports_grad_scale(optimizer: Any) -> bool:
-    """Whether an optimizer's step divides the gradients by `grad_scale`, and does nothing where `found_inf` is 1."""
+    """Whether an optimizer's step divides the gradients by `grad_scale`, and does nothing if `found_inf` is 1."""
     return getattr(optimizer, '_step_supports_amp_scaling', False)
 
 
 def step_scaled(optimizer: Any, divisor: Optional[torch.Tensor] = None, skip: Optional[torch.Tensor] = None) -> None:
-    """A step where `supports_grad_scale`: gradients divided by a 0-dim tensor, and none where `skip` is true."""
+    """A step of an optimizer that `supports_grad_scale`; `divisor` and `skip` are 0-dim tensors."""
     optimizer.grad_scale = divisor
     optimizer.found_inf = None if skip is None else skip.float()
     optimizer.step()
@@ -103,7 +102,7 @@ _HAS_FOREACH = hasattr(torch, '_foreach_copy_')
 
 
 def foreach_mul(tensors: List[torch.Tensor], factor: float) -> None:
-    """Multiply each in place by a number."""
+    """Multiply each tensor in place by a number."""
     if _HAS_FOREACH:
         torch._foreach_mul_(tensors, factor)
         return
@@ -112,7 +111,7 @@ def foreach_mul(tensors: List[torch.Tensor], factor: float) -> None:
 
 
 def foreach_add(tensors: List[torch.Tensor], others: List[torch.Tensor]) -> None:
-    """Add to each in place the other of its place, which may be of another dtype."""
+    """tensor += other for each pair, in place; dtypes may differ."""
     others = [other.to(tensor.dtype) for tensor, other in zip(tensors, others)]
     if _HAS_FOREACH and tensors:
         torch._foreach_add_(tensors, others)
@@ -122,7 +121,7 @@ def foreach_add(tensors: List[torch.Tensor], others: List[torch.Tensor]) -> None
 
 
 def foreach_copy(tensors: List[torch.Tensor], others: List[torch.Tensor]) -> None:
-    """Copy into each the other of its place, which may be of another dtype."""
+    """Copy other into tensor for each pair; dtypes may differ."""
     if _HAS_FOREACH and tensors:
         torch._foreach_copy_(tensors, others)
         return
@@ -134,7 +133,7 @@ def foreach_lerp(averages: List[torch.Tensor], values: List[torch.Tensor], decay
     """average = decay * average + (1 - decay) * value for each, in place, unless `skip`, a bool or 0-dim tensor."""
     if skip is True:
         return
-    if skip is not False:  # it is on the device: a step of length 0
+    if skip is not False:  # a tensor on the device: a step of length 0 skips
         length = ((1 - decay) * (~skip).float()).to(averages[0].device)
         if _HAS_FOREACH:
             steps = torch._foreach_sub(values, averages)
@@ -163,9 +162,9 @@ def _torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Op
 
 def _cuda_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Optional[torch.Tensor], scale: float
                     ) -> torch.Tensor:
-    """Without gradients PyTorch expands a bias whose rows aren't a multiple of 8 long to every image, and pads that.
+    """Without gradients, pad the rows of a bias to a multiple of 8 before PyTorch expands it to every image.
 
-    Padded here, before it is expanded: a block of base takes 0.15 ms instead of 0.26 ms (H100, batch 128, bfloat16).
+    A block of base takes 0.15 ms instead of 0.26 ms (H100, batch 128, bfloat16).
     """
     if bias is not None and not torch.is_grad_enabled():
         tokens = bias.shape[-1]
@@ -176,8 +175,8 @@ def _cuda_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Opt
 def fused_attentions(device: torch.device) -> Dict[str, Attention]:
     """Fused kernels to try on a device, best first: {name: function of (q, k, v, bias, scale)}.
 
-    q, k, v are (B, heads, N, head_dim), bias (1, heads, N, N) or None; softmax(scale * q @ k.T + bias) @ v comes out.
-    Kernels differ in what they do with the bias, some lose it: `fused_attention` proves one before it is used.
+    They compute softmax(scale * q @ k.T + bias) @ v of q, k, v (B, heads, N, head_dim) and bias (1, heads, N, N) or
+    None. Some kernels lose the bias, so `fused_attention` tests them before use.
     """
     found: Dict[str, Attention] = {}
     if hasattr(F, 'scaled_dot_product_attention'):
@@ -194,7 +193,7 @@ def _npu_fusion_attention() -> Any:
 
 def _npu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Optional[torch.Tensor], scale: float
                    ) -> torch.Tensor:
-    """It computes softmax(scale * (q @ k.T + pse)) @ v, so the bias is divided by the scale first."""
+    """The kernel computes softmax(scale * (q @ k.T + pse)) @ v, so pse is bias / scale."""
     pse = None if bias is None else (bias / scale).to(q.dtype).expand(len(q), -1, -1, -1).contiguous()
     return _npu_fusion_attention()(q, k, v, q.shape[1], 'BNSD', pse=pse, scale=scale)[0]
 
@@ -202,7 +201,7 @@ def _npu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Opti
 # ---- compilation
 
 def check_compile(device: torch.device) -> None:
-    """Raise a `UserError` where torch.compile can't be had."""
+    """Raise a `UserError` where torch.compile is not available."""
     if not hasattr(torch, 'compile') or not hasattr(nn.Module, 'compile'):
         raise UserError('--compile: this PyTorch cannot compile a model in place; use 2.2 or newer, or leave it out')
     compiler = os.environ.get('CXX', 'g++')
@@ -211,7 +210,7 @@ def check_compile(device: torch.device) -> None:
 
 
 def compile_in_place(model: nn.Module) -> None:
-    """Compile a module's forward and backward pass for the shapes that it meets, as one graph each; names stay."""
+    """Compile a module's forward and backward pass, one graph for each new shape; the names of weights stay."""
     limits = importlib.import_module('torch._dynamo').config
     name = 'recompile_limit' if hasattr(limits, 'recompile_limit') else 'cache_size_limit'
     setattr(limits, name, max(getattr(limits, name), 64))  # --bad_images skip gives batches of several sizes

@@ -1,4 +1,4 @@
-"""Profiles a few updates through PyTorch or CANN."""
+"""Profiles a few updates with PyTorch or CANN."""
 
 import contextlib
 import importlib
@@ -14,10 +14,10 @@ from beit.errors import UserError
 
 @contextlib.contextmanager
 def profiler(device: torch.device, folder: str, rank: int = 0, cann: bool = False) -> Iterator[None]:
-    """Record what runs inside, and write it into `folder`.
+    """Profile the code inside, and write the result into `folder`.
 
     Args:
-        cann (bool): through torch_npu's profiler (for Ascend's tools); else a Chrome trace, trace_rank<N>.json.
+        cann (bool): with torch_npu's profiler, for Ascend's tools; else a Chrome trace, trace_rank<N>.json.
     """
     os.makedirs(folder, exist_ok=True)
     if cann:
@@ -41,7 +41,7 @@ def profiler(device: torch.device, folder: str, rank: int = 0, cann: bool = Fals
 
 
 def check_cann_profiler() -> None:
-    """Raise a `UserError` where torch_npu's profiler isn't to be had."""
+    """Raise a `UserError` where torch_npu's profiler is not available."""
     problem = accelerator.npu_problem()
     if problem is None and not hasattr(importlib.import_module('torch_npu'), 'profiler'):
         problem = 'this torch_npu has no profiler; use --prof'

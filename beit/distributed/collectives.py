@@ -1,4 +1,4 @@
-"""What processes tell one another."""
+"""Exchanges numbers, JSON, tensors and bytes between processes."""
 
 import json
 import time
@@ -11,12 +11,12 @@ import torch.distributed as dist
 from beit.distributed import process_group
 from beit.errors import UserError
 
-ALIVE_SECONDS = 0.3  # between two signs of life; less than any --dist_timeout
-BLOCK = 1 << 26  # bytes that are sent at once; they go as int32, which HCCL surely knows
+ALIVE_SECONDS = 0.3  # between two keep-alive messages; less than any --dist_timeout
+BLOCK = 1 << 26  # bytes per message; sent as int32, which HCCL supports
 
 
 def _gather(tensor: torch.Tensor) -> List[torch.Tensor]:
-    """The tensor of every process, in their order and on the CPU; all have one shape."""
+    """The tensor of every process, by rank and on the CPU; all have the same shape."""
     gathered = [torch.zeros_like(tensor) for _ in range(process_group.world_size())]
     with process_group.waiting():
         dist.all_gather(gathered, tensor)
@@ -25,17 +25,17 @@ def _gather(tensor: torch.Tensor) -> List[torch.Tensor]:
 
 def all_gather_numbers(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
                        ) -> List[List[Any]]:
-    """The numbers of every process, in their order: one list each."""
+    """A list of numbers for every process, by rank."""
     if process_group.world_size() == 1:
         return [list(numbers)]
     return [each.tolist() for each in _gather(torch.tensor(numbers, dtype=dtype, device=device))]
 
 
 def all_gather_async(numbers: Sequence[int], device: torch.device) -> Callable[[], List[List[Any]]]:
-    """Begin to gather whole numbers of every process between their hosts: what a device is doing is not waited for.
+    """Start to gather whole numbers of every process over the hosts' network, without waiting for devices.
 
     Returns:
-        A function to call once, which waits for the answers and gives one list for each process.
+        A function to call once, which waits for the numbers and returns a list for each process.
     """
     if not process_group.host_groups:
         return lambda: all_gather_numbers(numbers, device)
@@ -51,14 +51,14 @@ def all_gather_async(numbers: Sequence[int], device: torch.device) -> Callable[[
 
 
 def _to_int32(data: bytes, device: torch.device) -> torch.Tensor:
-    """Bytes, filled up with zeros to a multiple of four, as numbers."""
+    """Bytes, padded with zeros to a multiple of four, as an int32 tensor."""
     numbers = np.frombuffer(data.ljust(len(data) + 3 & ~3, b'\0'), np.int32)
-    # Not memory of NumPy's: gloo's thread would free it through Python, and a loader forked in that moment hang (3.8).
+    # Cloned out of NumPy's memory: gloo's thread would free that through Python, and a loader forked just then hangs.
     return torch.from_numpy(numbers.copy()).clone().to(device)
 
 
 def all_gather_json(value: Any, device: torch.device) -> List[Any]:
-    """A value that JSON can hold, of every process, in their order. For what is told seldom: two collectives."""
+    """A JSON value of every process, by rank. It takes two collectives, so it is for rare use."""
     if process_group.world_size() == 1:
         return [value]
     text = json.dumps(value).encode()
@@ -68,13 +68,11 @@ def all_gather_json(value: Any, device: torch.device) -> List[Any]:
 
 
 def all_gather_rows(columns: Sequence[Optional[torch.Tensor]], device: torch.device) -> List[torch.Tensor]:
-    """Tensors of all processes, one behind the other: (n, …) each, n another on each process, the same in all columns.
+    """Concatenate the rows of all processes: a tensor (rows, …) for each column, on the CPU.
 
     Args:
-        columns (list of float32 or int64 tensors, or None): None where this process has no row; some process has one.
-
-    Returns:
-        list of tensors on the CPU.
+        columns (list of float32 or int64 tensors (n, …), or None): n may differ between processes, not between columns.
+            None if this process has no row; at least one process has rows.
     """
     shapes = all_gather_json([None if column is None else [str(column.dtype), list(column.shape)]
                               for column in columns], device)
@@ -90,8 +88,8 @@ def all_gather_rows(columns: Sequence[Optional[torch.Tensor]], device: torch.dev
 
 
 def any_process(flag: float, device: torch.device) -> bool:
-    """Whether `flag` is true in at least one process; all learn it together."""
-    return any(vote > 0 for vote, in all_gather_numbers([float(flag)], device))
+    """Whether `flag` is true in at least one process; every process must call it."""
+    return any(value > 0 for value, in all_gather_numbers([float(flag)], device))
 
 
 def _broadcast(tensor: torch.Tensor) -> torch.Tensor:
@@ -101,12 +99,12 @@ def _broadcast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_from_main(make: Callable[[Callable[[], None]], bytes], device: Optional[torch.device]) -> bytes:
-    """Return on every process the bytes that `make` returns on the main one, or raise the `UserError` of there.
+    """Return the bytes from `make` on the main process on every process, or raise its `UserError` everywhere.
 
-    `make` may take long. Its argument is a function to call now and then, so that the process isn't taken for hung.
+    `make` can take long: it gets a function to call often, which shows the watchdog that the process is alive.
 
     Args:
-        device (torch.device or None): None for each process to make its own.
+        device (torch.device or None): None: each process calls `make` itself.
     """
     if process_group.world_size() == 1 or device is None:
         return make(lambda: None)
@@ -144,17 +142,14 @@ def broadcast_from_main(make: Callable[[Callable[[], None]], bytes], device: Opt
 
 
 def all_reduce_sum(counts: Sequence[int], total: float, device: torch.device) -> Tuple[Any, ...]:
-    """Add up whole numbers, exactly, and a float over all processes; no float64, which HCCL can't reduce.
-
-    Returns:
-        The counts and the total, in one tuple.
+    """(*counts, total) summed over all processes; whole numbers exactly, and without float64, which HCCL can't reduce.
     """
     if process_group.world_size() == 1:
         return tuple(counts) + (total,)
     whole = torch.tensor(counts, dtype=torch.int64, device=device)
     with process_group.waiting():
         dist.all_reduce(whole)
-    # A float64 as the sum of two float32 keeps 48 of its 53 bits; each process adds the parts in the same order.
+    # A float64 as the sum of two float32 keeps 48 of its 53 bits; every process adds the parts in the same order.
     high = torch.tensor(total, dtype=torch.float32).item()
     parts = all_gather_numbers([high, total - high], device)
     return tuple(whole.tolist()) + (sum(value for pair in parts for value in pair),)

@@ -1,7 +1,7 @@
-"""torchrun for the scripts: a failed job ends with its own error line and exit status, and a signal lets it save first.
+"""Runs torchrun, or torch.distributed.launch for PyTorch 1.5 and 1.8, with their options, for the scripts.
 
-By itself torchrun, or torch.distributed.launch where this PyTorch has none (1.5, 1.8), answers a failure with a
-traceback and status 1, and kills processes that save for longer than 30 s. The options are theirs.
+A failed job ends with the failed process's error line and exit status, not with a traceback and status 1. After a
+signal the processes have as long as they need to save, not 30 s.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from beit import startup
 from beit.distributed import preemption, process_group
 from beit.errors import UserError, print_error
 
-IGNORED = [number for number in preemption.NUMBERS if signal.getsignal(number) == signal.SIG_IGN]  # as nohup has it
+IGNORED = [number for number in preemption.NUMBERS if signal.getsignal(number) == signal.SIG_IGN]  # under nohup
 started: List['Rank'] = []
 failed: List['Rank'] = []  # the first
 
@@ -30,10 +30,10 @@ def signal_all(number: int, _: Any = None) -> None:
 
 
 class Rank(subprocess.Popen):
-    """One process of the job, as torchrun starts it. The first that fails ends the others: they could only wait."""
+    """A process of the job, in place of torchrun's Popen. The first failure kills the others, which would only wait."""
 
     def __init__(self, *args: Any, env: Any = None, **kwargs: Any) -> None:
-        for number in preemption.NUMBERS:  # now: torchrun has set its own handlers before
+        for number in preemption.NUMBERS:  # not earlier: torchrun has set its own handlers
             signal.signal(number, signal.SIG_IGN if number in IGNORED else signal_all)
         kwargs.update(env=env, preexec_fn=process_group.end_with_parent)
         super().__init__(*args, **kwargs)
@@ -50,17 +50,17 @@ class Rank(subprocess.Popen):
         return status
 
     def wait(self, timeout: Any = None) -> Any:
-        """PyTorch 1.5's launcher waits for one process after the other; a failed one ends the wait for any."""
+        """Poll all processes, since PyTorch 1.5's launcher waits for one after the other."""
         while timeout is None and [rank.poll() for rank in started] and self.returncode is None:
             time.sleep(0.2)
         return super().wait(timeout)
 
 
 def main() -> int:
-    """Run the job of the command line. The status is that of the process that failed first, 0 where none did."""
+    """Run the job of the command line. Returns the status of the process that failed first, or 0."""
     own = sys.argv[1:]
-    vars(subprocess)['Popen'] = Rank  # in this process, which does nothing else
-    logging.disable(logging.CRITICAL)  # of a failure the processes say more
+    vars(subprocess)['Popen'] = Rank  # in this process, which has no other purpose
+    logging.disable(logging.CRITICAL)  # the processes report failures better
     try:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument('--nnodes', default='1')
@@ -78,7 +78,7 @@ def main() -> int:
             if any(each.startswith('--max_restarts') for each in own):
                 raise UserError('--max_restarts needs torchrun, which this PyTorch does not have; leave it out')
         sys.argv += own
-        with contextlib.redirect_stdout(io.StringIO()):  # what PyTorch 1.8 prints of the processes that it ends
+        with contextlib.redirect_stdout(io.StringIO()):  # PyTorch 1.8 prints lines about processes that it ends
             run()
     except BaseException as error:
         if isinstance(error, (UserError, RuntimeError, OSError)) and not started:
@@ -86,12 +86,12 @@ def main() -> int:
             error = process_group.rendezvous_error(address, 'machines did not meet', error)
             print_error('run_class_finetuning.py: error: %s' % error)
             return 2
-        if hasattr(error, 'sigval'):  # a signal, before there are processes to pass it on to
+        if hasattr(error, 'sigval'):  # a signal before the processes exist
             return 128 + error.sigval
         if not failed:
             raise
     status = failed[0].returncode if failed else 0
-    if status not in (0, 1, 2) and status - 128 not in preemption.NUMBERS:  # else it has said why itself
+    if status not in (0, 1, 2) and status - 128 not in preemption.NUMBERS:  # else the process reported it
         end = signal.Signals(-status).name if status < 0 else 'exit status %d' % status
         print_error('process %s ended with %s; the others were stopped' % (failed[0].number, end))
     return status if status >= 0 else 128 - status

@@ -1,4 +1,4 @@
-"""A signal becomes a request to stop: the step under way is finished and saved first; a second one ends at once."""
+"""Turns a signal into a request to stop after the current step and a save; a second signal exits immediately."""
 
 import contextlib
 import os
@@ -10,19 +10,19 @@ from typing import Any, Iterator, Optional
 from beit.distributed import process_group
 
 NUMBERS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name))
-SAME_EVENT_SECONDS = 1.  # a terminal, SLURM and a launcher may each deliver the same one
-UNHEARD_SECONDS = 5.  # how long a signal that has to end the program at once may wait for the interpreter
+SAME_EVENT_SECONDS = 1.  # a terminal, SLURM and a launcher can each deliver the same signal
+FORCE_EXIT_SECONDS = 5.  # after a signal outside `deferred` that the main thread did not handle
 
-_owner: Optional[int] = None  # the process whose signals these are, and not those of what it forks off
+_owner: Optional[int] = None  # the process that handles the signals; its forks do not
 if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=lambda: _owner and signal.set_wakeup_fd(-1))
 
 
 class Stopped(BaseException):
-    """The program ends because of a signal. Its text, if any, says what was saved.
+    """The program ends because of a signal. Its text, if any, names the saved file.
 
     Attributes:
-        number (int): the signal's; the exit status is 128 + number, so 143 for SIGTERM and 130 for SIGINT.
+        number (int): the signal's; the exit status is 128 + number: 143 for SIGTERM, 130 for SIGINT.
     """
 
     def __init__(self, number: int, text: str = '') -> None:
@@ -35,13 +35,13 @@ def name(number: int) -> str:
 
 
 class Signals:
-    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 while the program runs; a context manager around all of it.
+    """A context manager around the program that handles SIGTERM, SIGINT, SIGHUP and SIGUSR1.
 
-    Outside `deferred` a signal raises `Stopped` at once. Inside, the first becomes `stop_signal`, which the loop looks
-    at; the second ends the process, even one that waits inside a collective: a thread hears it.
+    Outside `deferred` a signal raises `Stopped` at once. Inside, the first sets `stop_signal`, which the loop checks;
+    the second exits, by a thread, because the main thread may wait inside a collective.
 
     Attributes:
-        stop_signal (int): the number of the signal that asked to stop, or 0.
+        stop_signal (int): the number of the signal that requested a stop, or 0.
     """
 
     def __init__(self) -> None:
@@ -51,14 +51,14 @@ class Signals:
     def __enter__(self) -> 'Signals':
         global _owner
         if threading.current_thread() is not threading.main_thread():
-            return self  # only there can signals be handled
+            return self  # only the main thread can handle signals
         _owner, self.entered = os.getpid(), True
         self.read_fd, write_fd = os.pipe()
         os.set_blocking(write_fd, False)
         self.write_fd, self.before = write_fd, {}
         self.wakeup = signal.set_wakeup_fd(write_fd)
         for number in NUMBERS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 self.before[number] = signal.signal(number, self.on_signal)
         threading.Thread(target=self.read_wakeup_fd, args=(self.read_fd,), daemon=True, name='signals').start()
         return self
@@ -71,13 +71,14 @@ class Signals:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.wakeup)
         _owner = None
-        os.close(self.write_fd)  # the thread reads the end of the file, and ends
+        os.close(self.write_fd)  # ends the thread
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a signal waits for the end of the step. Behind it all is saved and told, and none is heard.
+        """Inside, a signal waits for the end of the step. Afterwards everything is saved, and signals are ignored.
 
-        Nor does it matter then that a loader process is killed, of which PyTorch's handler would tell in a traceback.
+        PyTorch's SIGCHLD handler is removed then: it raises an error for a killed loader process, which no longer
+        matters.
         """
         self.defers = True
         try:
@@ -89,7 +90,7 @@ class Signals:
             self.defers = self.over
 
     def on_signal(self, number: int, _: Any) -> None:
-        """In the main thread, between two of Python's instructions."""
+        """The handler, which Python calls in the main thread."""
         if os.getpid() != _owner or self.stop_signal or self.over:
             return
         self.stop_signal = number
@@ -99,13 +100,13 @@ class Signals:
             say_now('%s: finishing this step, then saving; once more ends at once' % name(number))
 
     def read_wakeup_fd(self, read_fd: int) -> None:
-        """In a thread of its own, which runs while the main one waits in a library."""
+        """The thread that sees signals while the main thread waits in a library."""
         while True:
-            news = os.read(read_fd, 64)
-            if not news:
+            numbers = os.read(read_fd, 64)
+            if not numbers:
                 os.close(read_fd)
                 return
-            for number in news:
+            for number in numbers:
                 if number not in NUMBERS:
                     continue
                 now = time.monotonic()
@@ -117,8 +118,8 @@ class Signals:
                     end_at_once(number)
 
     def force_exit_later(self, number: int) -> None:
-        time.sleep(UNHEARD_SECONDS)
-        if not self.stop_signal:  # the main thread is stuck in a library, and the handler has not come to its turn
+        time.sleep(FORCE_EXIT_SECONDS)
+        if not self.stop_signal:  # the main thread is stuck in a library, so the handler did not run
             end_at_once(number)
 
 
@@ -129,6 +130,6 @@ def end_at_once(number: int) -> None:
 
 
 def say_now(text: str) -> None:
-    """Past Python's buffer, which the interrupted code may be writing to."""
-    with contextlib.suppress(OSError):  # nobody is there to read it
+    """Write a line to standard error without Python's buffer, which the interrupted code may be using."""
+    with contextlib.suppress(OSError):  # the stream is closed
         os.write(2, (text + '\n').encode())

@@ -1,4 +1,4 @@
-"""Which processes there are, how they meet and how they part."""
+"""Process ranks, the set-up of the process groups, and the end of a process."""
 
 import contextlib
 import ctypes
@@ -40,18 +40,18 @@ _wait_hook: Callable[[], Any] = contextlib.nullcontext
 
 
 def set_wait_hook(hook: Callable[[], Any]) -> None:
-    """Enter `hook()`, a context manager, around each collective; `watchdog` notes by it who waits."""
+    """Enter `hook()`, a context manager, around each collective; `watchdog` uses it to see which ranks wait."""
     global _wait_hook
     _wait_hook = hook
 
 
-_last_wait = 0.  # when the last collective ended
+_last_wait = 0.  # time of the end of the last collective
 FORK_PAUSE = 0.02  # seconds
 
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """Around each collective."""
+    """A context manager around each collective."""
     global _last_wait
     with _wait_hook():
         yield
@@ -59,7 +59,7 @@ def waiting() -> Iterator[None]:
 
 
 def _pause_before_fork() -> None:
-    """gloo's threads take Python's lock a moment after a collective; a child forked then waits for it for ever."""
+    """Shortly after a collective, gloo's threads take Python's lock; a child forked then waits for it forever."""
     time.sleep(max(0., _last_wait + FORK_PAUSE - time.monotonic()))
 
 
@@ -70,14 +70,14 @@ def barrier() -> None:
 
 
 def launch_environment(config: DistributedConfig) -> Tuple[int, int, int]:
-    """(rank, world_size, local_rank) as torchrun, Open MPI (--dist_on_itp) or SLURM set them; (0, 1, 0) without."""
+    """(rank, world_size, local_rank) from torchrun, Open MPI (--dist_on_itp) or SLURM; (0, 1, 0) without them."""
     def number(name: str, default: Optional[str] = None) -> int:
         text = os.environ.get(name, default)
         if text is None:
             raise UserError('--dist_on_itp: %s is not set; start the program with mpirun, or leave the flag out' % name)
         if not text.isdigit():
-            raise UserError('%s=%s in the environment is not a whole number; a launcher sets it, or unset it'
-                            % (name, text))
+            raise UserError('%s=%s in the environment is not a whole number; unset it, or start the program with a '
+                            'launcher, which sets it' % (name, text))
         return int(text)
 
     if config.dist_on_itp:
@@ -90,28 +90,28 @@ def launch_environment(config: DistributedConfig) -> Tuple[int, int, int]:
 
 
 def wait_seconds(default: int) -> int:
-    """How long to wait for the other processes or machines at the start: DIST_WAIT_SECONDS, or the default."""
+    """The seconds to wait for the other processes or machines at the start: DIST_WAIT_SECONDS, or the default."""
     text = os.environ.get('DIST_WAIT_SECONDS') or str(default)
     if not text.isdigit() or not 0 < int(text) <= 10 ** 6:
         raise UserError('DIST_WAIT_SECONDS=%s in the environment is not a whole number of seconds; unset it' % text)
     return int(text)
 
 
-rendezvous_stores: List[Any] = []  # the store in which the processes met
+rendezvous_stores: List[Any] = []  # the store of the rendezvous
 LOOPBACK = ('127.0.0.1', 'localhost')
-_daemons: List[Any] = []  # stores of others that listen in this process
-host_groups: List[Any] = []  # a group for `all_gather_async`, whose collectives never touch a device
+_daemons: List[Any] = []  # keeps stores alive that listen in this process
+host_groups: List[Any] = []  # a group for `all_gather_async`, whose collectives never use a device
 
 
 def rendezvous_store() -> Any:
-    """The store in which the processes met, or None where there's one process."""
+    """The store of the rendezvous, or None for a single process."""
     return rendezvous_stores[-1] if rendezvous_stores else None
 
 
 def listen_on_loopback(port: int = 0) -> int:
-    """Let the store at this port, or at a free one, listen on 127.0.0.1 only. Gives the port.
+    """Let a store listen at this port, or at a free one (0), of 127.0.0.1 only. Returns the port.
 
-    A PyTorch whose TCPStore takes no socket, as 1.5 and 1.8, listens on all addresses of the machine.
+    Older PyTorch, such as 1.5 and 1.8, cannot pass a socket to its TCPStore, which then listens on all addresses.
     """
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -120,7 +120,7 @@ def listen_on_loopback(port: int = 0) -> int:
     store_type: Any = getattr(dist, 'TCPStore', None)  # not in every build of PyTorch
     if 'master_listen_fd' in str(vars(store_type or object)['__init__'].__doc__):
         listener.listen(1024)
-        # One at the same port, made by PyTorch, is the same one.
+        # PyTorch reuses this store if it creates another at the same port.
         _daemons.append(store_type(LOOPBACK[0], port, None, True, wait_for_workers=False, multi_tenant=True,
                                    master_listen_fd=listener.detach()))
     listener.close()
@@ -128,7 +128,7 @@ def listen_on_loopback(port: int = 0) -> int:
 
 
 def rendezvous_error(address: str, problem: str, error: Exception) -> UserError:
-    """What to say where the processes, or the launchers of several machines, do not meet at an address."""
+    """The error for processes, or launchers of several machines, that do not meet at an address."""
     if isinstance(error, UserError):
         return error
     if 'in use' in str(error):
@@ -140,10 +140,10 @@ def rendezvous_error(address: str, problem: str, error: Exception) -> UserError:
 
 
 def init_distributed_mode(config: DistributedConfig) -> torch.device:
-    """Choose the device and join the other processes, where there are any.
+    """Select the device and join the other processes, if any.
 
-    The meeting has a limit of its own, DIST_WAIT_SECONDS (300); collectives have --dist_timeout and a little more, so
-    that `watchdog`, which knows more, comes first.
+    The rendezvous has the time limit DIST_WAIT_SECONDS (300). Collectives have --dist_timeout plus 10 s: `watchdog`
+    reports a hang earlier, and with more details.
 
     Returns:
         The `torch.device` of this process.
@@ -183,44 +183,45 @@ def init_distributed_mode(config: DistributedConfig) -> torch.device:
 
 
 def _of_this_start(store: Any) -> Any:
-    """The store, without what processes wrote that torchrun has started anew: they would be looked for where they were.
+    """The store with a prefix for this restart of torchrun: keys of the previous processes hold outdated addresses.
 
-    Only on one machine, where all are told the same count.
+    For one machine only, where all processes get the same restart count.
     """
     count = os.environ.get('TORCHELASTIC_RESTART_COUNT', '')
     return dist.PrefixStore('start %s' % count, store) if count and os.environ.get('GROUP_WORLD_SIZE') == '1' else store
 
 
 def shutdown() -> None:
-    """End this process, one of several, at the end of a good run; where there is only one, return.
+    """Exit one of several processes after a successful run; return in a single process.
 
-    No group is destroyed and Python does not end in its orderly way: gloo's threads need Python's lock where they let a
-    tensor go, and would abort it then, or wait for ever. All files must be closed by now.
+    It destroys no group and skips Python's own exit, during which gloo's threads would abort or wait forever for
+    Python's lock when they free a tensor. All files must be closed.
     """
     if world_size() > 1:
         dist.barrier(group=host_groups[-1])
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # it is gone
+            with contextlib.suppress(OSError, ValueError):  # closed
                 stream.flush()
         os._exit(0)
 
 
 def is_error_reporter() -> bool:
-    """Whether an error that every process may meet is this one's to tell; before they have met, one of each machine."""
+    """Whether this process reports a shared error: the main process; before the rendezvous, one per machine."""
     return is_main_process() if _initialized() else os.environ.get('LOCAL_RANK', '0') == '0'
 
 
 def defer_error_report(first: bool = False) -> None:
-    """Before an error's line: several processes often meet the same error, or one meets the end of another.
+    """Wait before an error's line, unless this process is the `first` to report it.
 
-    The process that the line comes from best (`first`) speaks at once; a launcher then ends the others, who wait.
+    Several processes often have the same error, or one loses its connection to a failed one. After the first line, the
+    launcher ends the waiting processes.
     """
     if not first and int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        time.sleep(5 if _initialized() else 20)  # while they start, one may be far behind another
+        time.sleep(5 if _initialized() else 20)  # start-up times differ
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error is a collective's, that another process has left."""
+    """Whether an error is a collective's, because another process has exited."""
     kinds = tuple(getattr(dist, name) for name in ('DistBackendError', 'DistNetworkError', 'DistStoreError')
                   if hasattr(dist, name))
     return world_size() > 1 and (isinstance(error, kinds) or re.search(
@@ -231,9 +232,9 @@ PRCTL = ctypes.CDLL(None).prctl if sys.platform.startswith('linux') else None
 
 
 def end_with_parent() -> None:
-    """From here on this process is killed when its parent ends, however that ends. Linux only."""
+    """Let the kernel kill this process when its parent ends in any way. Linux only."""
     if PRCTL:
         PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         parent = multiprocessing.parent_process()
-        if parent is not None and parent.pid != os.getppid():  # it ended before
+        if parent is not None and parent.pid != os.getppid():  # it has ended already
             os._exit(1)

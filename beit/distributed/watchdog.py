@@ -1,9 +1,9 @@
-"""Ends the job when a process hangs, and names that process: what it was doing, and for how long.
+"""Ends the job when a process hangs, and names that process, its activity and the time.
 
-A collective only knows that somebody has not come. So each process notes where it is (`enter_stage`, `mark_item`, each
-wait for others), a thread of its own tells the others once a second through the store in which they met, and another
-thread watches the clock. Where a process has got no further for --dist_timeout seconds, it compares: who is furthest
-behind, or has fallen silent? The first to know tells all, and all end.
+A collective cannot tell which process is missing. So each process records its position (`enter_stage`, `mark_item`,
+each wait for others). One thread publishes it once a second in the store of the rendezvous, another watches the clock.
+A process that makes no progress for --dist_timeout seconds searches for the rank that is furthest behind or silent. The
+first verdict goes to all processes, and all exit.
 """
 
 import contextlib
@@ -21,43 +21,42 @@ import torch.distributed as dist
 from beit.distributed import preemption, process_group
 from beit.errors import escape_text
 
-LAST = 10 ** 12  # the item of a process that has done its part of a stage and waits for the others
+LAST = 10 ** 12  # the item of a process that has finished its part of a stage and waits for the others
 PHASES = ('waiting for data', 'computing', 'waiting for the other processes')
-SPEAKER_SECONDS = 4.  # that the others give to the one who speaks first; a launcher ends them in that time
+REPORT_SECONDS = 4.  # the other processes wait this long for the first report; the launcher ends them meanwhile
 
 
 class _Position:
-    """Where the main thread is, which alone changes it."""
+    """The position of the main thread, which is the only writer."""
 
     def __init__(self) -> None:
-        self.place, self.doing = (0, 0, 0), 'starting'  # (stage, item, number of the phase), and that in words
-        self.what = self.doing  # also while it waits for others
-        # Before the first stage only who waits for others is timed: there, nobody knows how long the rest takes.
+        self.index, self.work = (0, 0, 0), 'starting'  # (stage, item, number of the phase), and the work as text
+        self.activity = self.work  # the work, or waiting for others
+        # Before the first stage only waiting for others is timed: the duration of other work is unknown.
         self.since: Optional[float] = None
 
-    def set(self, place: Tuple[int, int, int], what: str) -> None:
-        self.place, self.what, self.since = place, what, time.monotonic()
+    def set(self, index: Tuple[int, int, int], activity: str) -> None:
+        self.index, self.activity, self.since = index, activity, time.monotonic()
 
 
 _position = _Position()
-_watchdog: Optional['_Watchdog'] = None  # where there are several processes
+_watchdog: Optional['_Watchdog'] = None  # with several processes
 
 
 class _Watchdog:
-
     def __init__(self, store: Any, seconds: float) -> None:
         self.rank, self.processes = process_group.rank(), process_group.world_size()
-        # Only the processes know the keys: the store answers everybody who connects to it.
+        # Random keys, which only these processes know: the store answers every connection.
         token = torch.tensor([secrets.randbits(62)])
         dist.broadcast(token, 0, group=process_group.host_groups[-1])
         self.store, self.seconds = dist.PrefixStore('beit %d' % token.item(), store), seconds
         self.beat_seconds = max(0.1, min(1., seconds / 20.))
-        self.patience = max(3 * self.beat_seconds, min(5., seconds / 3))  # with one that doesn't answer
+        self.patience = max(3 * self.beat_seconds, min(5., seconds / 3))  # a rank without news for longer is silent
         self.beats = 0
-        self.last_beats: Dict[int, Tuple[float, List[Any]]] = {}  # when each one's newest came, and what it said
-        self.reached = time.monotonic()  # when the store last answered
+        self.last_beats: Dict[int, Tuple[float, List[Any]]] = {}  # time and content of each rank's newest beat
+        self.reached = time.monotonic()  # time of the store's last answer
         self.probing, self.terminating, self.closing = False, False, False
-        self.message, self.received = '', ''  # this process's verdict, and that which another one told
+        self.message, self.received = '', ''  # this process's verdict, and the published one
         self.stopped = threading.Event()
         self.main_thread = threading.main_thread().ident
         if self.rank == 0:
@@ -67,20 +66,19 @@ class _Watchdog:
                         for task in (self.exchange_heartbeats, self.watch)]
 
     def state(self) -> List[Any]:
-        """The place, what it is doing, and at which line of the code, as the others read it."""
+        """[index, activity, line of code] for the other processes."""
         frame = sys._current_frames().get(self.main_thread or 0)
         line = 'its end' if frame is None else '%s in %s:%d' % (
             frame.f_code.co_name, escape_text(os.path.basename(frame.f_code.co_filename)), frame.f_lineno)
-        return [list(_position.place), _position.what, line]
+        return [list(_position.index), _position.activity, line]
 
     def beat(self) -> None:
         self.beats += 1
         self.store.set(str(self.rank), json.dumps([self.beats] + self.state()))
 
-    # ---- a thread that may hang on a dead connection
-
     def exchange_heartbeats(self) -> None:
-        with contextlib.suppress(Exception):  # whatever a store raises when process 0, which holds it, is gone
+        """The thread that uses the store, where a dead connection can block it."""
+        with contextlib.suppress(Exception):  # a store raises anything after the exit of process 0, which holds it
             while not (self.stopped.is_set() or self.received):
                 self.beat()
                 if self.message:
@@ -93,18 +91,17 @@ class _Watchdog:
                 self.reached = time.monotonic()
                 self.stopped.wait(self.beat_seconds)
 
-    # ---- a thread that only looks at the clock
-
     def watch(self) -> None:
-        looked = awake = time.monotonic()
+        """The thread that only reads the clock."""
+        last = awake = time.monotonic()
         while not self.stopped.wait(self.beat_seconds / 2):
             now = time.monotonic()
-            if now - looked > self.seconds / 2:
-                awake = now  # this process, or all its machine, was stopped: the others had no chance
-            looked, since = now, _position.since
+            if now - last > self.seconds / 2:
+                awake = now  # this process or its machine was suspended: the others are not late
+            last, since = now, _position.since
             if self.received:
                 self.terminating = True
-                time.sleep(SPEAKER_SECONDS)
+                time.sleep(REPORT_SECONDS)
                 self.end(self.received)
             elif since is not None and not self.closing:
                 age = now - max(since, awake)
@@ -113,50 +110,50 @@ class _Watchdog:
                     self.terminate(age)
 
     def terminate(self, age: float) -> None:
-        guilty, can_speak, message = self.diagnose(age)
-        others = [rank for rank in range(self.processes) if rank not in guilty]
+        blamed, can_report, message = self.diagnose(age)
+        others = [rank for rank in range(self.processes) if rank not in blamed]
         since, self.terminating = _position.since, True
-        if self.rank != (guilty[0] if can_speak else (others or guilty)[0]):
-            time.sleep(SPEAKER_SECONDS)
+        if self.rank != (blamed[0] if can_report else (others or blamed)[0]):
+            time.sleep(REPORT_SECONDS)
             if _position.since != since and not self.received:
                 self.terminating = False
-                return  # it goes on
+                return  # there is progress again
         self.end(message)
 
     def end(self, message: str) -> None:
-        """Tell the others, who may be in no state to find out, print the one line, and end the process."""
+        """Publish the verdict for the others, print its line, and exit."""
         self.message = self.received or message
         if self.stopped.is_set():
             return
         preemption.say_now('run_class_finetuning.py: error: %s (--dist_timeout %g)' % (self.message, self.seconds))
         until = time.monotonic() + 4 * self.beat_seconds
-        while not self.received and time.monotonic() < until:  # by this process's other thread
+        while not self.received and time.monotonic() < until:  # set by the other thread
             time.sleep(self.beat_seconds / 4)
         if self.rank == 0:
-            time.sleep(2 * self.beat_seconds)  # the others hear it of the store, which ends with this process
+            time.sleep(2 * self.beat_seconds)  # the others read it from the store, which ends with this process
         os._exit(1)
 
     def diagnose(self, age: float) -> Tuple[List[int], bool, str]:
-        """(the processes that hold up the others, whether they can say so themselves, one message)."""
+        """(the ranks that block the others, whether they can report it, the message)."""
         silent = self.silent()
         if silent:
             return silent, False, self.silence(silent, age)
         states = {rank: beat[1:] for rank, (_, beat) in self.last_beats.items()}
         states[self.rank] = self.state()
-        first = min(place for place, _, _ in states.values())
+        first = min(index for index, _, _ in states.values())
         behind = [rank for rank in sorted(states) if states[rank][0] == first]
-        what = '%s for %d s (%s)' % (states[behind[0]][1], age, ', '.join(
+        activity = '%s for %d s (%s)' % (states[behind[0]][1], age, ', '.join(
             'at ' + states[rank][2] for rank in behind[:3]))
         if len(behind) == self.processes:
-            return [], False, 'all processes have been %s; is the network between them, or a device, stuck?' % what
-        # Before the first stage it doesn't know that it is late.
-        return behind, first[0] > 0, '%s behind: %s, and the others wait' % (_processes(behind, 'is', 'are'), what)
+            return [], False, 'all processes have been %s; is the network between them, or a device, stuck?' % activity
+        # Before the first stage a process doesn't know that it is late.
+        return behind, first[0] > 0, '%s behind: %s, and the others wait' % (_processes(behind, 'is', 'are'), activity)
 
     def silent(self) -> List[int]:
-        """The processes that have not been heard of for a while."""
+        """The ranks without news for longer than `patience`."""
         now = time.monotonic()
         if self.rank == 0 and now - self.reached > self.patience:
-            return list(range(1, self.processes))  # the store is here: it hangs on one that broke off in mid-word
+            return list(range(1, self.processes))  # a broken connection blocks the store, which is in this process
         newest = now if self.rank == 0 else self.reached
         silent = [rank for rank, (came, _) in sorted(self.last_beats.items())
                   if newest - came > self.patience and rank != self.rank]
@@ -164,7 +161,7 @@ class _Watchdog:
 
     def silence(self, silent: List[int], seconds: float) -> str:
         return '%s no answer for %d s, while process %d was %s; %s' % (
-            _processes(silent, 'gives', 'give'), seconds, self.rank, _position.what,
+            _processes(silent, 'gives', 'give'), seconds, self.rank, _position.activity,
             'it was stopped or hangs, or its machine or the network is gone' if len(silent) == 1
             else 'they were stopped or hang, or their machines or the network are gone')
 
@@ -175,11 +172,11 @@ def _processes(ranks: List[int], verb: str, plural: str) -> str:
 
 
 def start(store: Any, seconds: float) -> None:
-    """Watch from here on. `store` is where the processes met; a single process needs no watching."""
+    """Start to watch, if there are several processes. `store` is the store of the rendezvous."""
     global _watchdog
     if process_group.world_size() > 1:
         watchdog = _Watchdog(store, seconds)
-        process_group.barrier()  # so that each finds the others' words
+        process_group.barrier()  # every first beat is in the store afterwards
         _watchdog = watchdog
         process_group.set_wait_hook(_waiting)
         for thread in watchdog.threads:
@@ -187,30 +184,30 @@ def start(store: Any, seconds: float) -> None:
 
 
 def stop() -> None:
-    """Nothing more to watch: the last steps, which wait for nobody."""
+    """Stop watching before the last steps, which wait for no other process."""
     global _watchdog
     if _watchdog is not None:
         watchdog, _watchdog = _watchdog, None
         watchdog.stopped.set()
-        for thread in watchdog.threads:  # one that comes back from the store into a Python that ends would abort it
+        for thread in watchdog.threads:  # a thread that returns from the store while Python ends would abort it
             thread.join(watchdog.patience)
 
 
 def enter_stage(stage: str) -> None:
-    """The next stage, which all processes go through in the same order: an epoch, an evaluation, a save."""
-    _position.doing = stage
-    _position.set((_position.place[0] + 1, 0, 0), stage)
+    """Enter the next stage, such as an epoch, an evaluation or a save; all processes have the same order."""
+    _position.work = stage
+    _position.set((_position.index[0] + 1, 0, 0), stage)
 
 
 def mark_item(item: int, phase: int, stage: str) -> None:
-    """Where in the stage: at item number so and so, in one of `PHASES` (its index)."""
+    """Record the item of the stage, and the phase as an index of `PHASES`; `stage` has a %d for the item."""
     stage = stage % item if item != LAST else ''
-    _position.doing = PHASES[1] + stage
-    _position.set((_position.place[0], item, phase), PHASES[phase] + stage)
+    _position.work = PHASES[1] + stage
+    _position.set((_position.index[0], item, phase), PHASES[phase] + stage)
 
 
 def track(iterable: Iterable[Any], stage: str, start: int = 0) -> Iterator[Any]:
-    """Yield from `iterable`, and mark at which item of the stage this process is."""
+    """Enter a stage, yield from `iterable`, and mark each item."""
     enter_stage(stage)
     form = ' (%s step %%d)' % stage.replace('%', '%%')
     mark_item(start, 0, form)
@@ -221,27 +218,27 @@ def track(iterable: Iterable[Any], stage: str, start: int = 0) -> Iterator[Any]:
     mark_item(LAST, 2, form)
 
 
-def mark_waiting(what: str = PHASES[2]) -> None:
-    """The other processes are waited for, at the item last marked."""
-    stage, item, phase = _position.place
-    _position.set((stage, item, phase + 1), what)
+def mark_waiting(activity: str = PHASES[2]) -> None:
+    """Record that this process waits for the others, at the last marked item."""
+    stage, item, phase = _position.index
+    _position.set((stage, item, phase + 1), activity)
 
 
 @contextlib.contextmanager
 def _waiting() -> Iterator[None]:
     mark_waiting()
     yield
-    mark_waiting(_position.doing)
-    if _position.place[0] == 0:
+    mark_waiting(_position.work)
+    if _position.index[0] == 0:
         _position.since = None
 
 
 def silent_ranks() -> List[int]:
-    """The numbers of the processes that have fallen silent, for the message after a broken connection."""
+    """The ranks that are silent, for the message after a broken connection."""
     if _watchdog is None:
         return []
     _watchdog.probing = _watchdog.closing = True
     time.sleep(_watchdog.patience + 2 * _watchdog.beat_seconds)
     if _watchdog.terminating:
-        _watchdog.threads[1].join()  # it knows more, and ends this process
+        _watchdog.threads[1].join()  # it has a verdict, and ends this process
     return _watchdog.silent()

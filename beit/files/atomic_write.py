@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all: a name never holds half of one."""
+"""Writes files and folders atomically: completely or not at all."""
 
 import contextlib
 import errno
@@ -12,14 +12,13 @@ from beit.errors import UserError, escape_text
 
 @contextlib.contextmanager
 def atomic_write(path: str, is_given: bool = False) -> typing.Iterator[typing.BinaryIO]:
-    """A file to write bytes to, which takes the name `path` only when it is whole and on the disk.
+    """A file to write bytes to, which gets the name `path` only when it is complete and on the disk.
 
-    Whenever the process is killed, the name holds what it held before or all of the new; a kill can leave
-    <path>.tmp-<process>.
+    After a kill at any moment, `path` is the old file or the new one; a temporary <path>.tmp-<process> can remain.
 
     Args:
-        is_given (bool): the user chose the name. A link then stays, and what it leads to is replaced; a pipe or a
-            device stays, and is written to.
+        is_given (bool): the user chose the name. Then a link stays and its target is replaced; a pipe or a device
+            stays and receives the bytes.
     """
     if is_given:
         path = os.path.realpath(path) if os.path.islink(path) else path
@@ -30,8 +29,8 @@ def atomic_write(path: str, is_given: bool = False) -> typing.Iterator[typing.Bi
     temporary = '%s.tmp-%d' % (path, os.getpid())
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISREG(os.lstat(temporary).st_mode):
-            os.remove(temporary)  # of an earlier process of this number, which was killed
-    file = open(temporary, 'xb')  # O_EXCL: an error where anything has the name, even a link to nowhere
+            os.remove(temporary)  # of a killed process with the same number
+    file = open(temporary, 'xb')  # O_EXCL: an error if anything has the name, even a broken link
     try:
         with file:
             yield file
@@ -41,14 +40,28 @@ def atomic_write(path: str, is_given: bool = False) -> typing.Iterator[typing.Bi
         _fsync_folder(os.path.dirname(path) or '.')
     finally:
         with contextlib.suppress(OSError):
-            os.remove(temporary)  # still there only where something failed, or the user interrupted
+            os.remove(temporary)  # it exists only after a failure or an interrupt
+
+
+def link_atomic(original: str, path: str) -> None:
+    """Give a file the further name `path`, as `atomic_write` gives it. Raises OSError where the disk has no links."""
+    temporary = '%s.tmp-%d' % (path, os.getpid())
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(temporary)
+    os.link(original, temporary)
+    try:
+        os.replace(temporary, path)  # nothing happens where both are the same file already
+        _fsync_folder(os.path.dirname(path) or '.')
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str) -> typing.Iterator[str]:
-    """A new folder to write files to, which takes the name `path` only when all of them are whole and on the disk.
+    """A new folder to write files to, which gets the name `path` only when all of them are complete and on the disk.
 
-    A folder that stood there is removed: a kill between the two renames leaves it whole, as <path>.old-<process>.
+    It replaces an earlier folder; a kill between the two renames leaves that as <path>.old-<process>.
     """
     path = path.rstrip(os.sep)
     temporary, old = '%s.tmp-%d' % (path, os.getpid()), '%s.old-%d' % (path, os.getpid())
@@ -79,14 +92,14 @@ def _fsync_folder(folder: str) -> None:
         try:
             os.fsync(handle)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems can't
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of some network file systems
                 raise
         finally:
             os.close(handle)
 
 
 def write_bytes(path: str, data: bytes, is_given: bool = False) -> None:
-    """Write a small file whole or not at all, as `atomic_write`; a `UserError` where it can't be written."""
+    """Write a small file with `atomic_write`. Raises `UserError` on failure."""
     try:
         with atomic_write(path, is_given) as file:
             file.write(data)

@@ -1,4 +1,4 @@
-"""Opening a file whose name a stranger may have chosen."""
+"""Opens files with untrusted names."""
 
 import os
 import stat
@@ -8,7 +8,7 @@ KINDS = ((stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a pipe'), (stat.S_ISCHR, '
 
 
 def open_file(path: str) -> typing.BinaryIO:
-    """Open a regular file that isn't empty for reading. A pipe doesn't make it wait, nor a device fill the memory."""
+    """Open a regular, non-empty file for reading. Raises ValueError for others, such as a pipe, which could block."""
     handle = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0))
     try:
         status = os.fstat(handle)

@@ -1,18 +1,21 @@
-"""Reads files of torch.save without trusting them: no code runs, and nothing is allocated beyond the file's own size.
+"""Reads untrusted files of torch.save: no code runs, and no allocation exceeds the file's size.
 
-torch.load with `weights_only` runs no code either, but allocates what a file claims to hold. Here, the unpickler takes
-its few names from a table, and each storage is compared with the file's bytes before there is memory for it.
+torch.load with `weights_only` runs no code either, but allocates any size that a file claims. This unpickler resolves
+names from a short table, and compares each storage with the file's bytes before it allocates memory.
 """
 
 import argparse
 import collections
 import ctypes
 import io
+import os
 import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, Callable, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
@@ -20,15 +23,16 @@ import torch
 
 from beit.errors import escape_text
 
-MAX_PICKLE = 4 << 20  # bytes of names and plain values; the largest BEiT's checkpoint, optimizer and all, has 1 MiB
+MAX_PICKLE = 4 << 20  # bytes of names and plain values; the largest BEiT's checkpoint with its optimizer has 1 MiB
 MAX_DIRECTORY = 16 << 20  # bytes of a zip archive's directory: 200,000 tensors
-MAX_NODES = 10 ** 6  # values in a file, each counted once for every way that leads to it
+MAX_NODES = 10 ** 6  # values in a file; shared values count once per reference
 MAX_DEPTH = 100
-CALL_BYTES = 1000  # at most what a tensor takes without its values
+CRC_THREADS = 4  # a checksum is compared while the next storage is read
+CALL_BYTES = 1000  # upper bound for a tensor's memory without its values
 
 
 class UnsafeFileError(Exception):
-    """A file holds what no weights file needs; the text says what, after 'refused, because'."""
+    """A file holds something that no weights file needs; its text completes 'refused, because …'."""
 
 
 def require(condition: Any, reason: str, error: type = UnsafeFileError) -> None:
@@ -37,13 +41,13 @@ def require(condition: Any, reason: str, error: type = UnsafeFileError) -> None:
 
 
 def check_key(key: Any) -> None:
-    """A key must be printable text, a whole number or None: none can be made to collide, or take long to hash."""
+    """A key must be printable text, a whole number or None: their hashes cannot be forced to collide or to be slow."""
     require(type(key) is str and len(key) <= 1000 and key.isprintable()
             or key is None or type(key) in (bool, int) and abs(key) < 2 ** 63,
-            'it holds a dict with a key that is not a name or whole number')
+            'it holds a dict with a key that is neither a name nor a whole number')
 
 
-# ---- what a pickle may refer to, by module and name
+# ---- the names that a pickle may refer to, as 'module name'
 
 _Name = collections.namedtuple('_Name', 'text')  # stands for a function or class
 _Storage = collections.namedtuple('_Storage', 'values')  # a tensor of one dimension
@@ -57,7 +61,7 @@ _NUMPY_DTYPES = {code: np.dtype(code) for code in re.findall('..', 'f2f4f8i1i2i4
 
 
 def _of(kind: type, value: Any) -> Any:
-    require(type(value) is kind, 'it makes something of a %s' % type(value).__name__)
+    require(type(value) is kind, 'it calls a function with a %s' % type(value).__name__)
     return value
 
 
@@ -68,13 +72,13 @@ def _is_whole(*numbers: Any) -> bool:
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, hooks: Any = None
             ) -> torch.Tensor:
     require(type(storage) is _Storage and type(size) is type(stride) is tuple and len(size) == len(stride) <= 64
-            and _is_whole(offset, *size, *stride), 'it holds a tensor whose shape is none')
+            and _is_whole(offset, *size, *stride), 'it holds a tensor with an invalid shape')
     numel, last = 1, offset
     for length, step in zip(size, stride):
         numel *= length
         last += (length - 1) * step
     held = len(storage.values)
-    # No element may lie outside the storage or, as one that is expanded would, be there twice and more.
+    # No element may lie outside the storage or, as in an expanded tensor, be repeated.
     require(numel <= held and (not numel or last < held) and max(size, default=0) < 2 ** 40,
             'it holds a tensor of shape (%s) and only %d values for it' % (', '.join(map(str, size[:8])), held))
     return storage.values.as_strided(size, stride, offset).requires_grad_(requires_grad)
@@ -84,7 +88,7 @@ def _scalar(dtype: Any, data: Any) -> Any:
     return np.frombuffer(_of(bytes, data), _NUMPY_DTYPES[dtype.str[1:]]).reshape(())[()]
 
 
-# Other arguments end in a KeyError or TypeError, and so in the message about damaged files.
+# Other arguments raise a KeyError or TypeError, which becomes the message about damaged files.
 _CALLS: Dict[str, Callable[..., Any]] = {
     '_codecs encode': lambda text, encoding: text.encode({'latin1': 'latin1', 'latin-1': 'latin1'}[encoding]),
     'argparse Namespace': lambda: argparse.Namespace(),
@@ -103,7 +107,7 @@ ALLOWED = {*_CALLS, *_STORAGES, *_DTYPES}
 
 # ---- the pickle
 
-# What torch.save writes, and what else a foreign pickle needs to name what it calls, so that the error can say it.
+# The opcodes of torch.save, and others of foreign pickles up to the name of their function, for the error message.
 _OPCODES = {getattr(pickle, name)[0] for name in re.findall(r'\w+', '''
     PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING EMPTY_LIST
     EMPTY_DICT EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS BINPUT LONG_BINPUT BINGET
@@ -116,8 +120,8 @@ class Unpickler(_PythonUnpickler):
 
     Args:
         size (int): the file's, in bytes.
-        storages (dict): receives tensors of one dimension, by key; their values are still to be read.
-        record_sizes (dict): {key: bytes in the file}; None where the sizes stand behind the pickle.
+        storages (dict): receives uninitialized tensors of one dimension, by key.
+        record_sizes (dict): {key: bytes in the file}; None if the sizes follow the pickle.
     """
 
     dispatch = {code: step for code, step in _PythonUnpickler.dispatch.items() if code in _OPCODES}
@@ -144,7 +148,7 @@ class Unpickler(_PythonUnpickler):
         kind, storage, key, _, numel, *view = reference
         require(kind == 'storage' and view in ([], [None]) and type(storage) is _Name and storage.text in _STORAGES
                 and type(key) is str and re.match(r'[0-9]{1,30}\Z', key) and _is_whole(numel),
-                'it refers to something beside it that is not a storage')
+                'it refers to something other than a storage')
         dtype = _STORAGES[storage.text]
         if key not in self.storages:
             length = numel * torch.empty(0, dtype=dtype).element_size()
@@ -153,24 +157,24 @@ class Unpickler(_PythonUnpickler):
                     'storage %s does not have its %d bytes' % (key, length), ValueError)
             self.storages[key] = torch.empty(numel, dtype=dtype)
         values = self.storages[key]
-        require((values.dtype, len(values)) == (dtype, numel), 'it gives storage %s two sizes' % key)
+        require((values.dtype, len(values)) == (dtype, numel), 'storage %s has two sizes' % key)
         return _Storage(values)
 
     def load_frame(self) -> None:
-        require(struct.unpack('<Q', self.read(8))[0] <= MAX_PICKLE, 'it has a frame of more than its bytes')
+        require(struct.unpack('<Q', self.read(8))[0] <= MAX_PICKLE, 'it has an oversized frame')
 
     def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         require(type(function) is _Name and function.text in _CALLS and type(arguments) is tuple,
-                'it calls what is not to be called')
+                'it calls an unknown function')
         self.hooks += [each for each in arguments if type(each) is OrderedDict]
         self.called_bytes += CALL_BYTES + sum(len(each) for each in arguments if type(each) in (str, tuple))
-        require(self.called_bytes <= self.max_bytes, 'it makes the same values again and again')
+        require(self.called_bytes <= self.max_bytes, 'it creates too many values for its size')
         self.stack.append(_CALLS[function.text](*arguments))
 
     def set_items(self, items: List[Any]) -> None:
         target = self.stack[-1]
-        require(type(target) in (dict, OrderedDict), 'it sets the items of what is not a dict')
+        require(type(target) in (dict, OrderedDict), 'it sets items of something other than a dict')
         for key, value in zip(items[::2], items[1::2]):
             check_key(key)
             target[key] = value
@@ -187,7 +191,7 @@ class Unpickler(_PythonUnpickler):
         if isinstance(target, np.dtype):
             require(state in [(3, order, None, None, None, -1, -1, 0) for order in '<|='], 'it changes a NumPy type')
             return
-        # A name with underscores could replace an object's methods.
+        # A name with double underscores could replace an object's methods.
         require(type(target) in (OrderedDict, argparse.Namespace) and not vars(target) and type(state) is dict and all(
             name == '_metadata' if type(target) is OrderedDict else type(name) is str and not name.startswith('__')
             for name in state), 'it sets the state of an object')
@@ -197,15 +201,14 @@ class Unpickler(_PythonUnpickler):
                      pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.BUILD[0]: load_build})
 
 
-def count_nodes(value: Any, known: Dict[int, Tuple[int, int, int]], depth: int = 0
-                ) -> Tuple[int, int, int]:
-    """(values, bytes, height) of what a pickle holds, as a walk finds it that comes past what is shared each time anew.
+def count_nodes(value: Any, known: Dict[int, Tuple[int, int, int]], depth: int = 0) -> Tuple[int, int, int]:
+    """(values, bytes, height) of an unpickled value; shared values count at every reference.
 
     Args:
-        known (dict): the results for values that were met before, by id.
+        known (dict): the results of values that were counted before, by id.
 
     Raises:
-        UnsafeFileError: it holds anything but tensors and plain values, or such a walk would take too long.
+        UnsafeFileError: it holds other values than tensors and plain ones, or too many of them.
     """
     if id(value) not in known:
         require(depth <= MAX_DEPTH, 'it is nested more than %d deep' % MAX_DEPTH)
@@ -213,7 +216,7 @@ def count_nodes(value: Any, known: Dict[int, Tuple[int, int, int]], depth: int =
         for each in inside:
             more = count_nodes(each, known, depth + 1)
             nodes, size, height = nodes + more[0], size + more[1], max(height, more[2] + 1)
-            require(nodes <= MAX_NODES, 'it holds more than %d values, or some of them again and again' % MAX_NODES)
+            require(nodes <= MAX_NODES, 'it holds more than %d values, or repeats some too often' % MAX_NODES)
         known[id(value)] = nodes, size, height
     require(depth + known[id(value)][2] <= MAX_DEPTH, 'it is nested more than %d deep' % MAX_DEPTH)
     return known[id(value)]
@@ -227,7 +230,7 @@ def _size_and_parts(value: Any) -> Tuple[int, Iterable[Any]]:
         return 0, [*value, *value.values(), *getattr(value, '__dict__', {}).values()]
     if kind is argparse.Namespace:
         return 0, vars(value).values()
-    if kind in (str, bytes):  # half a character, which nothing could print, is an error
+    if kind in (str, bytes):  # encoding a lone surrogate, which cannot be printed, raises an error
         return len(value if kind is bytes else value.encode('utf-8')), ()
     if isinstance(value, torch.Tensor):
         return _nbytes(value), ()
@@ -238,7 +241,7 @@ def _size_and_parts(value: Any) -> Tuple[int, Iterable[Any]]:
 
 
 def _max_bytes(size: int) -> int:
-    return 16 * size + (64 << 20)  # what a file holds is there once, or a few times: as 'model' and as 'module', say
+    return 16 * size + (64 << 20)  # a file can refer to its values several times, such as under 'model' and 'module'
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
@@ -248,14 +251,14 @@ def _nbytes(tensor: torch.Tensor) -> int:
 # ---- the file
 
 def _open_zip(file: BinaryIO, size: int) -> Tuple[zipfile.ZipFile, Dict[str, Any]]:
-    """(zipfile.ZipFile, {name inside its folder: ZipInfo}) of an archive that is as torch.save writes it.
+    """(zipfile.ZipFile, {name inside its folder: ZipInfo}) of an archive in torch.save's form.
 
-    Python's zipfile forgives text before and behind an archive, wrong counts, and records that lie over one another.
+    It refuses bytes before and after the archive, wrong counts and overlapping records, which Python's zipfile accepts.
     """
     file.seek(size - 42)
     locator, end_64, signature, count, length, start, comment = struct.unpack('<4s4xQ4x4s6xH2LH', file.read(42))
     end = size - 22
-    if locator == b'PK\6\7':  # the numbers follow in 64 bits
+    if locator == b'PK\6\7':  # zip64
         end = size - 98
         file.seek(end)
         count, length, start = struct.unpack('<32x3Q', file.read(56))
@@ -269,9 +272,9 @@ def _open_zip(file: BinaryIO, size: int) -> Tuple[zipfile.ZipFile, Dict[str, Any
             'its directory is damaged, or names a record twice', ValueError)
     for info, end in zip(infos, [info.header_offset for info in infos[1:]] + [start]):
         require(info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
-                and not info.flag_bits & ~0x808, 'its record %s is compressed or encrypted, as torch.save never does'
+                and not info.flag_bits & ~0x808, 'its record %s is compressed or encrypted, which torch.save never does'
                 % escape_text(info.filename)[:100])
-        require(info.header_offset + 30 + info.file_size <= end, 'records in it lie over one another')
+        require(info.header_offset + 30 + info.file_size <= end, 'its records overlap')
     return archive, {info.filename[len(folder):]: info for info in infos}
 
 
@@ -281,50 +284,62 @@ def _load_zip(file: BinaryIO, size: int) -> List[Any]:
             'it is a TorchScript archive, a program')
     require(records['data.pkl'].file_size <= MAX_PICKLE, 'its pickle has %d bytes' % records['data.pkl'].file_size)
     require('byteorder' not in records or archive.read(records['byteorder']) == b'little', 'its bytes are swapped')
-    records['data.pkl'].CRC = records['data.pkl'].CRC or None  # 0: left out
+    for info in records.values():
+        info.CRC = info.CRC or None  # 0: not written
     sizes = {name[len('data/'):]: info.file_size for name, info in records.items() if name.startswith('data/')}
     storages: Dict[str, torch.Tensor] = {}
     content = Unpickler(io.BytesIO(archive.read(records['data.pkl'])), size, storages, sizes).load()
-    for key, values in storages.items():
-        records['data/' + key].CRC = None  # torch.load compares none either; a checkpoint has a checksum of its own
-        with archive.open(records['data/' + key]) as record:
-            _read_values(record, values, key)
+    with ThreadPoolExecutor(CRC_THREADS) as pool:
+        checks = []
+        for key, values in storages.items():
+            info = records['data/' + key]
+            archive.open(info).close()  # compares the directory with the record's header
+            file.seek(info.header_offset + 26)
+            file.seek(sum(struct.unpack('<2H', file.read(4))), os.SEEK_CUR)  # name and padding
+            buffer = _read_values(file, values, key)
+            if info.CRC is not None and buffer is not None:
+                checks.append((key, info.CRC, pool.submit(zlib.crc32, buffer)))
+        for key, expected, found in checks:
+            require(found.result() == expected, 'storage %s does not match its checksum' % key, ValueError)
     return [content]
 
 
 def _load_legacy(file: BinaryIO, size: int) -> List[Any]:
-    """What torch.save wrote up to PyTorch 1.5: five pickles, the last with the keys of the storages behind it."""
+    """Read the format up to PyTorch 1.5: five pickles, the last with the keys of the storages that follow."""
     file.seek(0)
     head = io.BytesIO(file.read(2 * MAX_PICKLE))
     storages: Dict[str, torch.Tensor] = {}
     magic, version, system, content, keys = (Unpickler(head, size, storages).load() for _ in range(5))
-    require(magic == torch.serialization.MAGIC_NUMBER, 'it is a pickle, and not one of torch.save', ValueError)
+    require(magic == torch.serialization.MAGIC_NUMBER, 'it is a pickle, but not of torch.save', ValueError)
     require(version == torch.serialization.PROTOCOL_VERSION, 'its version is unknown', ValueError)
     require(type(keys) is list and all(type(key) is str for key in keys) and sorted(keys) == sorted(storages),
-            'its list of storages is not of those that it uses', ValueError)
+            'its list of storages is wrong', ValueError)
     file.seek(head.tell())
     for key in keys:
-        require(struct.unpack('<q', file.read(8))[0] == len(storages[key]), 'storage %s is not whole' % key, ValueError)
+        require(struct.unpack('<q', file.read(8))[0] == len(storages[key]), 'storage %s is cut' % key, ValueError)
         _read_values(file, storages[key], key)
     return [content, system]
 
 
-def _read_values(file: Any, values: torch.Tensor, key: str) -> None:
-    if len(values):
-        buffer = (ctypes.c_char * _nbytes(values)).from_address(values.data_ptr())
-        require(file.readinto(buffer) == _nbytes(values), 'storage %s is not whole' % key, ValueError)
+def _read_values(file: Any, values: torch.Tensor, key: str) -> Any:
+    """Read a storage's values from the file's position; returns their memory, or None for an empty storage."""
+    if not len(values):
+        return None
+    buffer = (ctypes.c_char * _nbytes(values)).from_address(values.data_ptr())
+    require(file.readinto(buffer) == _nbytes(values), 'storage %s is cut' % key, ValueError)
+    return buffer
 
 
 def load(file: BinaryIO, size: int) -> Any:
     """The content of an open file of torch.save, `size` bytes long, its tensors on the CPU.
 
     Raises:
-        UnsafeFileError: it holds anything but tensors and plain values, or more of them than its bytes can be.
+        UnsafeFileError: it holds other values than tensors and plain ones, or more than its size allows.
         ValueError and others: it is damaged.
     """
     file.seek(0)
     start = file.read(4)
-    require(start == b'PK\3\4' or start[:1] == b'\x80', 'it starts like none', ValueError)
+    require(start == b'PK\3\4' or start[:1] == b'\x80', 'unknown format', ValueError)
     contents = _load_zip(file, size) if start[:1] == b'P' else _load_legacy(file, size)
-    require(count_nodes(contents, {})[1] <= _max_bytes(size), 'it holds the same values again and again')
+    require(count_nodes(contents, {})[1] <= _max_bytes(size), 'it repeats the same values too often')
     return contents[0]

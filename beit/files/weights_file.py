@@ -1,60 +1,62 @@
-"""Weights files: read without trusting them, written with a checksum of their content."""
+"""Weights files: untrusted ones are read safely, checkpoints are written atomically.
 
-import argparse
-import hashlib
+The zip archive of torch.save holds a checksum of each tensor; reading compares it.
+"""
+
 import json
 import os
+import threading
 import typing
 import warnings
 
-import numpy as np
 import torch
 
+from beit import startup
 from beit.errors import UserError, escape_text, worker_death_message
 from beit.files import untrusted_pickle
-from beit.files.atomic_write import atomic_write
+from beit.files.atomic_write import atomic_write, link_atomic
 from beit.files.untrusted_pickle import MAX_PICKLE, UnsafeFileError
 
 
 def _read_safetensors(path: str, header: bytes, name: str) -> typing.Dict[str, torch.Tensor]:
-    # The package checks that shapes, offsets and the file's length agree before it makes a tensor.
+    # The package compares shapes, offsets and the file's length before it allocates a tensor.
     try:
         if hasattr(torch, 'frombuffer'):
             from safetensors.torch import load_file
             content = load_file(path)
         elif b'"BF16"' in header:
-            raise UserError('%s: holds bfloat16 tensors, which need PyTorch 1.10 or newer in this format; store them '
-                            'as float32' % name)
+            raise UserError('%s: bfloat16 tensors in this format need PyTorch 1.10 or newer; store them as float32'
+                            % name)
         else:
             from safetensors.numpy import load_file as load_arrays
             content = {name: torch.from_numpy(array) for name, array in load_arrays(path).items()}
     except ImportError:
-        raise UserError('%s: a safetensors file, and the package that reads it is missing; run: pip install '
-                        'safetensors' % name) from None
+        raise UserError('%s: reading a safetensors file needs the package safetensors; %s'
+                        % (name, startup.pip_install('safetensors'))) from None
     for key in content:
         untrusted_pickle.check_key(key)
     return content
 
 
-def load_untrusted(path: str, flag: str = '') -> typing.Any:
-    """What a weights file holds, its tensors on the CPU: one of torch.save, in either format, or safetensors.
+def load_weights_file(path: str, flag: str = '') -> typing.Any:
+    """The content of a weights file, its tensors on the CPU: of torch.save, in either format, or safetensors.
 
     Args:
-        flag (str): the flag that named it, for the error's line.
+        flag (str): the flag that named the file, for messages.
 
     Returns:
-        Nested dicts, lists and tuples of tensors and plain values, with an argparse.Namespace where one was saved. The
-        keys are strings that can be printed, whole numbers or None.
+        Nested dicts, lists and tuples of tensors and plain values, and argparse.Namespace. The keys are printable
+        strings, whole numbers or None.
 
     Raises:
-        UserError: the file is missing, damaged, or holds anything but tensors and plain values.
+        UserError: the file is missing, damaged, or holds other values.
     """
     name = ('%s %s' % (flag, escape_text(path))).strip()
     if not os.path.isfile(path):
         raise UserError('%s: %s' % (name, 'a folder or device, not a file' if os.path.exists(path) else 'no such file'))
     try:
         with warnings.catch_warnings(), open(path, 'rb') as file:
-            warnings.simplefilter('ignore')  # what is wrong with a file is said once, below
+            warnings.simplefilter('ignore')  # errors are reported below
             size = os.fstat(file.fileno()).st_size
             start = file.read(9)
             header_size = int.from_bytes(start[:8], 'little')
@@ -67,24 +69,14 @@ def load_untrusted(path: str, flag: str = '') -> typing.Any:
     except UnsafeFileError as error:
         raise UserError('%s: refused, because %s; a weights file holds tensors and plain values only'
                         % (name, error)) from None
-    except Exception as error:  # a file made for it can raise anything
+    except Exception as error:  # a malicious file can raise anything
         reason = escape_text(' '.join(str(error).encode('utf-8', 'backslashreplace').decode().split()))[:120] \
             or type(error).__name__
         raise UserError('%s: not a weights file, or damaged (%s); fetch or copy it again' % (name, reason)) from None
 
 
-def load_weights_file(path: str, flag: str = '') -> typing.Any:
-    """`load_untrusted`, and a `UserError` too where the checksum that the file has is another."""
-    content = load_untrusted(path, flag)
-    if isinstance(content, dict) and 'checksum' in content and content.pop('checksum') != checksum(content):
-        raise UserError('%s: damaged, its content does not match its checksum; take another copy (or, where you '
-                        'changed it yourself, leave its "checksum" out)'
-                        % ('%s %s' % (flag, escape_text(path))).strip())
-    return content
-
-
 def read_metadata(path: str) -> typing.Dict[str, str]:
-    """The metadata of a safetensors file, str by str; {} where it has none, or is another file."""
+    """The metadata of a safetensors file; {} for none, or for another file."""
     try:
         with open(path, 'rb') as file:
             start = file.read(8)
@@ -96,23 +88,70 @@ def read_metadata(path: str) -> typing.Dict[str, str]:
 
 
 def save(path: str, content: typing.Dict[str, typing.Any]) -> None:
-    """Write a checkpoint, a dict, with torch.save and a checksum of its content; whole, or a `UserError`."""
-    content = dict(content, checksum=content.get('checksum') or checksum(content))
+    """Write a checkpoint with torch.save, atomically. Raises `UserError` on failure."""
     try:
         with atomic_write(path) as file:
             latch = ErrorLatch(file)
-            torch.save(content, typing.cast(typing.BinaryIO, latch))
+            torch.save(content, typing.cast(typing.BinaryIO, latch), _use_new_zipfile_serialization=True)
             if latch.error is not None:
                 raise latch.error
     except (OSError, RuntimeError) as error:
-        if worker_death_message(error):  # PyTorch raises that in whatever the main thread is doing
+        if worker_death_message(error):  # PyTorch raises it anywhere in the main thread
             raise
-        raise UserError('--output_dir: cannot write %s (%s); earlier checkpoints are whole'
+        raise UserError('--output_dir: cannot write %s (%s); earlier checkpoints are intact'
                         % (escape_text(path), ' '.join(str(error).split()))) from None
 
 
+def save_copy(path: str, original: str, content: typing.Dict[str, typing.Any]) -> None:
+    """Give the checkpoint `original` a second name: a hard link, or a second file where the disk has no links."""
+    try:
+        link_atomic(original, path)
+    except OSError:
+        save(path, content)
+
+
+class BackgroundSave:
+    """Writes one checkpoint at a time in a thread, while training continues.
+
+    The next call of `start`, `wait` or `check` raises the error of a failed write.
+    """
+
+    def __init__(self) -> None:
+        self.thread: typing.Optional[threading.Thread] = None
+        self.error: typing.Optional[BaseException] = None
+
+    def start(self, write: typing.Callable[[], None]) -> None:
+        """Call `write` in a thread, after the previous write has ended."""
+        self.wait()
+        self.thread = threading.Thread(target=self._run, args=(write,), name='save')
+        self.thread.start()
+
+    def _run(self, write: typing.Callable[[], None]) -> None:
+        try:
+            write()
+        except BaseException as error:
+            self.error = error
+
+    def join(self) -> None:
+        """Wait until the file is complete; raises nothing."""
+        if self.thread is not None:
+            self.thread.join()
+
+    def wait(self) -> None:
+        """Wait until the file is complete."""
+        self.join()
+        self.thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise the error of a save that failed, if any."""
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+
 class ErrorLatch:
-    """A file to write to that keeps its error to itself: PyTorch 1.8 aborts the process where a write fails."""
+    """A file that stores the first write error: PyTorch 1.8 aborts the process if a write raises it."""
 
     def __init__(self, file: typing.BinaryIO) -> None:
         self.file = file
@@ -127,36 +166,4 @@ class ErrorLatch:
         return len(data)
 
     def flush(self) -> None:
-        pass  # `atomic_write` does it
-
-
-def checksum(content: typing.Dict[str, typing.Any]) -> str:
-    """SHA-256, in hex, of what a checkpoint holds: names, plain values, and the tensors' types, shapes and bytes.
-
-    It is of the content, not of the file, so that it survives another PyTorch's way of writing.
-    """
-    digest = hashlib.sha256()
-
-    def add(value: typing.Any) -> None:
-        if torch.is_tensor(value):
-            digest.update(('%s %s;' % (value.dtype, tuple(value.shape))).encode())
-            value = value.detach().cpu().contiguous().reshape(-1)
-            digest.update((value.float() if value.dtype == torch.bfloat16 else value).numpy().tobytes())
-        elif isinstance(value, (dict, argparse.Namespace)):
-            items = value if isinstance(value, dict) else vars(value)
-            digest.update(b'{')
-            for key in items:
-                add(key)
-                add(items[key])
-            digest.update(b'}')
-        elif isinstance(value, (list, tuple)):
-            digest.update(b'[')
-            for each in value:
-                add(each)
-            digest.update(b']')
-        else:
-            value = value.item() if isinstance(value, np.generic) else value
-            digest.update(('%r;' % (value,)).encode('utf-8', 'surrogatepass'))
-
-    add({key: content[key] for key in content if key != 'checksum'})
-    return digest.hexdigest()
+        pass  # done by `atomic_write`

@@ -1,4 +1,4 @@
-"""Confusion matrix, hardest and most confident images of an evaluation."""
+"""The confusion matrix, and the hardest and most confident images, of an evaluation."""
 
 import collections
 import math
@@ -11,11 +11,11 @@ from beit.distributed import collectives
 from beit.training import losses, metrics
 
 KEPT = 24  # images of each kind
-LARGEST_IMAGE = 2048  # classes; a picture of more confusions nobody can look at
+LARGEST_IMAGE = 2048  # classes; a larger picture is unreadable
 
 
 class EvaluatedImage(NamedTuple):
-    index: int  # type: ignore[assignment]  # in the data set; hides tuple.index, which nobody calls
+    index: int  # type: ignore[assignment]  # in the data set; hides tuple.index
     target: int
     predicted: int
     probability: float  # of the predicted class
@@ -24,12 +24,12 @@ class EvaluatedImage(NamedTuple):
 
 
 class ConfusionMatrix(metrics.Metric):
-    """A metric without a figure, of images with one class each; six numbers an image stay on the device until the end.
+    """A metric without a figure, for images with one class each. It keeps six numbers per image on the device.
 
-    Attributes, once computed:
+    Attributes after `compute`:
         counts (Counter): {(target, predicted class): images}.
-        hardest, most_confident (list of EvaluatedImage): wrong ones by falling loss, right ones by falling probability;
-            `KEPT` at most.
+        hardest, most_confident (list of EvaluatedImage): wrong images by decreasing loss, right images by decreasing
+            probability; at most `KEPT`.
     """
 
     def __init__(self, nb_classes: int, activation: str = 'softmax') -> None:
@@ -48,7 +48,7 @@ class ConfusionMatrix(metrics.Metric):
                              losses.image_losses(output, targets, self.activation)))
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
-        """Sort and count, on every process the images of all; {}, for it adds no figure."""
+        """Sort and count the images of all processes, on each. Returns {}, since it adds no figure."""
         columns: List[Any] = [torch.cat([each.cpu() for each in column]) for column in zip(*self.batches)] or [None] * 6
         if sharded:
             columns = collectives.all_gather_rows(columns, device)
@@ -64,7 +64,7 @@ class ConfusionMatrix(metrics.Metric):
         return {}
 
     def state(self) -> Dict[str, Any]:
-        """What was computed, as JSON can hold it."""
+        """The results as JSON values, for `load_state`."""
         return {'counts': [list(pair) + [count] for pair, count in self.counts.items()],
                 'hardest': self.hardest, 'most_confident': self.most_confident}
 
@@ -75,7 +75,7 @@ class ConfusionMatrix(metrics.Metric):
             for kind in ('hardest', 'most_confident'))
 
     def per_class(self) -> Tuple[np.ndarray, np.ndarray]:
-        """(right, images) of each class: two int64 (classes,)."""
+        """(right images, images) of each class: two int64 (classes,)."""
         right, images = np.zeros((2, self.nb_classes), np.int64)
         for (target, predicted), count in self.counts.items():
             images[target] += count
@@ -90,23 +90,23 @@ class ConfusionMatrix(metrics.Metric):
         return matrix
 
     def most_confused(self, most: int = 20) -> List[Tuple[int, int, int]]:
-        """[(target, predicted, images)] of the wrong ones, the most frequent first."""
+        """[(target, predicted, images)] of wrong predictions, the most frequent first."""
         wrong = [pair + (count,) for pair, count in self.counts.items() if pair[0] != pair[1]]
         return sorted(wrong, key=lambda each: (-each[2],) + each[:2])[:most]
 
     def image(self, pixels: int = 480) -> Optional[np.ndarray]:
-        """The matrix as a picture, uint8 (H, W, 3), dark where more of a target (row) went; None for too many."""
+        """The matrix as a picture, uint8 (H, W, 3), darker for a larger share of the row; None for too many classes."""
         if self.nb_classes > LARGEST_IMAGE or not self.counts:
             return None
         matrix = self.matrix()
         shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-        shade = 255. - np.sqrt(shares)[..., None] * (255. - np.array([23., 62., 122.]))  # a root, to see rare ones
+        shade = 255. - np.sqrt(shares)[..., None] * (255. - np.array([23., 62., 122.]))  # the root shows rare ones
         side = max(pixels // self.nb_classes, 1)
         return np.rint(shade).astype(np.uint8).repeat(side, axis=0).repeat(side, axis=1)
 
 
 def _first(columns: List[np.ndarray], mask: np.ndarray, order: np.ndarray) -> List[EvaluatedImage]:
-    """The `KEPT` of the masked images that are first in `order`; of equal ones those first in the data set."""
+    """The first `KEPT` masked images by `order`, then by their index in the data set."""
     rows = np.flatnonzero(mask)
     rows = rows[np.lexsort((columns[0][rows], order[rows]))][:KEPT]
     return [EvaluatedImage(*(column[row].item() for column in columns)) for row in rows]

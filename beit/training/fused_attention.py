@@ -1,8 +1,8 @@
-"""Which attention a model computes: a fused kernel where it has been proven on this device, else the plain one.
+"""Chooses a fused attention kernel after a test on this device, or plain attention.
 
-A kernel is proven by computing this model's own attention both ways, in the run's dtype: the output, with and without
-gradients, and the gradients of query, key, value and bias table. An NPU kernel has silently dropped the additive bias
-(github.com/huggingface/transformers/pull/48843), and kernels differ in where they add it.
+The test computes this model's attention both ways, in the run's dtype: the output, with and without gradients, and the
+gradients of query, key, value and bias table. An NPU kernel has silently dropped the additive bias
+(github.com/huggingface/transformers/pull/48843), and kernels scale it differently.
 """
 
 from typing import Any, Callable, Dict, Optional
@@ -14,27 +14,26 @@ from beit.devices import accelerator, kernels
 from beit.distributed import collectives
 from beit.errors import UserError
 
-# How far a result may be from the plain one, as a share of its norm: rounding, with room; a lost bias is far beyond.
+# The largest distance from the plain result, relative to its norm. Rounding stays below; a lost bias is far above.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-
-LARGEST = 2 ** 26  # scores that plain attention may hold for the comparison: 256 MiB in float32, and a few times that
+LARGEST = 2 ** 26  # scores of plain attention in the comparison: 256 MiB in float32, of which it needs several copies
 
 
 def choose_attention(model: Any, device: torch.device, mode: str = 'auto', dtype: Optional[torch.dtype] = None,
                      batch_size: int = 2) -> str:
-    """Put a fused attention into the model's blocks, or leave the plain one there; returns a sentence for people.
+    """Set a fused attention in the model's blocks, or keep the plain one. Returns a description for the log.
 
     Args:
-        mode: 'plain'; 'fused', which raises a `UserError` where no kernel passes; or 'auto': fused on npu and cuda,
-            where a kernel passes.
+        mode: 'plain'; 'fused', with a `UserError` if no kernel passes; or 'auto', fused on npu and cuda if a kernel
+            passes.
         dtype: of the run's half precision; None is float32.
-        batch_size: images at a time, to try the very shapes of the run.
+        batch_size: the run's, to test its shapes.
     """
     if mode == 'plain' or (mode == 'auto' and device.type == 'cpu'):
         return 'plain'
     drop = model.blocks[0].attn.attn_drop.p
     if mode == 'fused' and drop > 0:
-        raise UserError('--attention fused: with --attn_drop_rate %g training takes plain attention; leave one of them '
+        raise UserError('--attention fused: with --attn_drop_rate %g training uses plain attention; leave one of them '
                         'out' % drop)
     reasons = []
     for name, kernel in kernels.fused_attentions(device).items():
@@ -52,9 +51,9 @@ def choose_attention(model: Any, device: torch.device, mode: str = 'auto', dtype
 
 
 def compare(kernel: Callable, model: Any, device: torch.device, dtype: torch.dtype, batch_size: int) -> Optional[str]:
-    """None where a kernel computes the attention of this model's blocks, else what differs.
+    """None if a kernel computes the attention of this model's blocks, else the difference.
 
-    The inputs are random, from a generator of their own, so that a run's random numbers stay as they are.
+    The inputs are random, from a separate generator: the run's random numbers do not change.
     """
     generator = torch.Generator().manual_seed(0)
     block = model.blocks[0].attn
@@ -64,7 +63,7 @@ def compare(kernel: Callable, model: Any, device: torch.device, dtype: torch.dty
     batch_size = max(1, min(batch_size, LARGEST // (heads * tokens ** 2)))
     shape = (batch_size, heads, tokens, model.embed_dim // heads)
     inputs = {name: torch.randn(shape, generator=generator) for name in ('query', 'key', 'value')}
-    wanted = torch.randn(shape, generator=generator).to(device)  # makes each output count differently in the gradients
+    weights = torch.randn(shape, generator=generator).to(device)  # each output has another weight in the gradients
     if positions is not None:
         inputs['bias table'] = torch.randn(positions.relative_position_bias_table.shape, generator=generator)
 
@@ -77,17 +76,17 @@ def compare(kernel: Callable, model: Any, device: torch.device, dtype: torch.dty
         with torch.no_grad():
             evaluated = attend(*parts, bias, block.scale).float()
         output = attend(*parts, bias, block.scale).float()
-        (output * wanted).sum().backward()
+        (output * weights).sum().backward()
         results = {'output': output.detach(), 'output without gradients': evaluated}
         results.update(('gradient of the ' + name, leaf.grad) for name, leaf in leaves.items())
         return results
 
     try:
         found = run(kernel, dtype)
-        accelerator.synchronize(device)  # an NPU refuses an operator when it comes to it
+        accelerator.synchronize(device)  # an NPU reports an unsupported operator late
         expected = run(modeling_finetune.plain_attention, torch.float32)
-    except (RuntimeError, TypeError, ValueError) as error:  # this kernel does not take these shapes, or this dtype
-        return 'fails (%s)' % (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+    except (RuntimeError, TypeError, ValueError) as error:  # unsupported shapes or dtype
+        return 'fails (%s)' % accelerator.first_line(error)[:100]
     for name, value in expected.items():
         if found[name] is None:
             return 'the %s is missing' % name

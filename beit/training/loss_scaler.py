@@ -1,6 +1,6 @@
-"""What float32, O1 and O2 do to a model and to its training step: one scaler to call, whichever it is.
+"""Prepares a model for float32, O1 or O2, and does the training step through one scaler interface.
 
-beit.devices.half_precision finds out what the device, PyTorch and apex offer.
+`beit.devices.half_precision` detects the features of the device and the libraries.
 """
 
 import inspect
@@ -13,12 +13,11 @@ from torch import nn
 from beit.devices import accelerator, half_precision, kernels
 from beit.distributed import collectives
 
-
 Norm = Union[float, torch.Tensor, None]
 
 
 def total_norm(gradients: List[torch.Tensor]) -> torch.Tensor:
-    """The norm of all gradients together. Clipping to infinity gives it too, and raises an NPU's overflow flag."""
+    """The norm of all gradients together. Not by clipping to infinity, which would set an NPU's overflow flag."""
     if hasattr(nn.utils, 'get_total_norm'):
         return nn.utils.get_total_norm(gradients)
     return torch.norm(torch.stack([torch.norm(gradient) for gradient in gradients]))
@@ -27,18 +26,18 @@ def total_norm(gradients: List[torch.Tensor]) -> torch.Tensor:
 class LossScaler:
     """Backward, unscale, clip and step: one call per micro-step, the same for every precision.
 
-    This one is full precision and native O1. An update whose gradients are not finite is skipped and counted; a dynamic
-    scale is then halved, and doubled after 2,000 good updates ("Mixed Precision Training",
-    https://arxiv.org/abs/1710.03740, section 3.2). A loss that is not finite makes all gradients so, and through their
-    average those of every process. Where the optimizer can skip on the device (PyTorch's fused ones), the host does not
-    wait for the gradients' norm, but for a dynamic scale. On a device where overflow saturates
-    (`half_precision.saturates`) its overflow flag is read too, and the processes agree on it.
+    This class is for float32 and native O1. An update with non-finite gradients is skipped and counted; a dynamic scale
+    is then halved, and doubled after 2,000 good updates ("Mixed Precision Training", https://arxiv.org/abs/1710.03740,
+    section 3.2). A non-finite loss makes all gradients non-finite, on every process after the averaging. If the
+    optimizer can skip on the device (PyTorch's fused optimizers) and the scale is static, the host does not wait for
+    the norm of the gradients. If the device saturates (`half_precision.saturates`), its overflow flag counts too, and
+    the processes agree on it.
 
     Attributes:
         scale (float), dynamic (bool).
-        skipped (int): updates skipped since the start; skipped_in_a_row: those up to the newest.
-        description (str): precision and the library that does it, for people.
-        overflows (bool): whether gradients that are not finite are to be expected, as in float16.
+        skipped (int): updates skipped since the start; skipped_in_a_row: consecutive ones up to the newest.
+        description (str): precision and library, for the log.
+        overflows (bool): whether non-finite gradients are normal, as in float16.
         last_skipped (bool or 0-dim tensor): whether the newest update was skipped.
     """
 
@@ -57,12 +56,12 @@ class LossScaler:
                  grad_factor: Optional[Callable[[], float]] = None) -> Norm:
         """One micro-step: `loss` is a scalar tensor, already divided by the number of micro-steps.
 
-        `grad_factor()`, called after the backward pass of an update, is what its gradients are multiplied by; with 0
-        there is no update, which counts as skipped.
+        `grad_factor()`, called after the backward pass of an update, returns a factor for its gradients; with 0 the
+        update is skipped.
 
         Returns, at an update, the norm of all gradients before clipping, unscaled: a float or a 0-dim tensor.
         """
-        loss = loss * (loss.detach() * 0. + 1.)  # times 1, or not a number where the loss is not finite
+        loss = loss * (loss.detach() * 0. + 1.)  # times 1, or NaN if the loss is not finite
         self._backward(loss, optimizer, is_update, create_graph)
         if not is_update:
             return None
@@ -76,17 +75,17 @@ class LossScaler:
         (loss if self.scale == 1. else loss * self.scale).backward(create_graph=create_graph)
 
     def _trained(self, parameters: Iterable[torch.Tensor]) -> List[Any]:
-        """What the optimizer steps on, where it has a gradient."""
+        """The optimizer's parameters that have a gradient."""
         return [parameter for parameter in parameters if parameter.grad is not None]
 
     def clear_overflow(self, device: torch.device) -> None:
-        """Call before training: what overflowed until now, as in an evaluation, is no reason to skip a step."""
+        """Call before training: an earlier overflow, such as in an evaluation, must not skip a step."""
         if half_precision.saturates(device):
             half_precision.read_overflow(device)
 
     def _finish(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float], device: torch.device,
                 factor: float) -> Norm:
-        """Unscale, multiply by `factor`, clip and step, unless the gradients are not finite."""
+        """Unscale, multiply by `factor`, clip and, if the gradients are finite, step."""
         scale = self.scale / factor
         if kernels.supports_grad_scale(optimizer) and not (self.dynamic or half_precision.saturates(device)):
             return self._finish_on_device(optimizer, parameters, clip_grad, device, scale)
@@ -100,7 +99,7 @@ class LossScaler:
 
     def _finish_on_device(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float],
                           device: torch.device, scale: float) -> torch.Tensor:
-        """The same, without waiting: the optimizer divides by scale and clipping, and skips, by itself."""
+        """The same without waiting: the optimizer's kernel divides by scale and clipping, and skips."""
         grad_norm = total_norm([parameter.grad for parameter in parameters])
         divisor = None
         if scale != 1.:
@@ -124,7 +123,7 @@ class LossScaler:
     def _clip(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float]) -> float:
         if not clip_grad:
             return float(total_norm([parameter.grad for parameter in parameters]))
-        if hasattr(optimizer, 'clip_grad_norm_fused_'):  # it reads only its own copies of the gradients
+        if hasattr(optimizer, 'clip_grad_norm_fused_'):  # such an optimizer uses its own copies of the gradients
             return float(optimizer.clip_grad_norm_fused_(clip_grad))
         return float(nn.utils.clip_grad_norm_(parameters, clip_grad))
 
@@ -136,28 +135,26 @@ class LossScaler:
             self.scale = min(self.scale * 2, self.LARGEST)
 
     def count(self, skipped: bool) -> bool:
-        """Record whether an update was skipped, and return that. The caller does so where it was left on the device."""
+        """Record whether an update was skipped, and return that. The caller does it when `last_skipped` is a tensor."""
         self.last_skipped = skipped
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return skipped
 
     def fp32_state_dict(self, model: nn.Module) -> Dict[str, torch.Tensor]:
-        """Name to float32 tensor for every parameter and buffer, live: what is copied in is what trains on."""
-        model = accelerator.unwrap(model)
-        live: Dict[str, torch.Tensor] = dict(model.named_parameters())
-        live.update(model.named_buffers())
-        return {name: live[name].data for name in model.state_dict()}
+        """{name: float32 tensor} of every parameter and buffer. The tensors are live: copying into them sets the model.
+        """
+        return dict(accelerator.unwrap(model).state_dict())
 
     def sync_model_weights(self) -> None:
-        """Call after copying into `fp32_state_dict`, so that half-precision copies follow."""
+        """Call after copying into `fp32_state_dict`, to update half-precision copies."""
 
     def state_dict(self) -> Dict[str, Any]:
         return {'scale': self.scale, 'good_updates': self.good_updates, 'skipped': self.skipped,
                 'skipped_in_a_row': self.skipped_in_a_row}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Restore the counters, and the scale where it's dynamic. Other programs' scaler states are left alone."""
+        """Restore the counters and a dynamic scale. Other programs' scaler states are ignored."""
         self.skipped, self.skipped_in_a_row = int(state.get('skipped', 0)), int(state.get('skipped_in_a_row', 0))
         if 'good_updates' in state:
             self.good_updates = int(state['good_updates'])
@@ -165,7 +162,7 @@ class LossScaler:
 
 
 class MasterWeightScaler(LossScaler):
-    """Native O2: the model holds half-precision weights, the optimizer their float32 masters; `pairs` are of both."""
+    """Native O2: the model has half-precision weights, the optimizer float32 masters; `pairs` are (weight, master)."""
 
     def __init__(self, pairs: List[Any], **settings: Any) -> None:
         super().__init__(**settings)
@@ -173,7 +170,7 @@ class MasterWeightScaler(LossScaler):
 
     def _backward(self, loss: torch.Tensor, optimizer: Any, is_update: bool, create_graph: bool) -> None:
         super()._backward(loss, optimizer, is_update, create_graph)
-        # Accumulate in float32, in buffers that stay where they are: NpuFusedAdamW never looks for new ones.
+        # Accumulate in float32, in buffers that keep their addresses: NpuFusedAdamW never looks for new ones.
         pairs = [pair for pair in self.pairs if pair[0].grad is not None]
         begun = [pair for pair in pairs if pair[1].grad is not None]
         kernels.foreach_add([master.grad for _, master in begun], [parameter.grad for parameter, _ in begun])
@@ -204,8 +201,8 @@ class MasterWeightScaler(LossScaler):
         kernels.foreach_copy([parameter.data for parameter, _ in self.pairs], [master.data for _, master in self.pairs])
 
 
-class ApexScaler(MasterWeightScaler):
-    """O1 and O2 by apex: it scales, unscales and keeps the masters; checking, skipping and counting are done here."""
+class AmpLibraryScaler(MasterWeightScaler):
+    """O1 and O2 of `half_precision.apex_amp`, which scales, unscales and keeps masters; this class checks and skips."""
 
     def __init__(self, amp: Any, pairs: List[Any], **settings: Any) -> None:
         super().__init__(pairs, **settings)
@@ -221,8 +218,8 @@ class ApexScaler(MasterWeightScaler):
         if factor != 1.:
             kernels.foreach_mul([master.grad for master in masters], factor)
         grad_norm = self._clip(optimizer, masters, clip_grad)
-        before, self.scale = self.scale, self._apex_scale()
-        if self.dynamic:  # apex has decided, and made a step that is to be skipped a no-op, which has to be called
+        before, self.scale = self.scale, float(next(iter(self.amp.state_dict().values()))['loss_scale'])
+        if self.dynamic:  # the library decided, and replaced a step to skip by a no-op, which must be called
             skip = self.scale < before or not math.isfinite(grad_norm)
         else:
             skip = self._overflowed(grad_norm, device)
@@ -231,13 +228,10 @@ class ApexScaler(MasterWeightScaler):
         return grad_norm
 
     def _clip(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float]) -> float:
-        touched = self.pairs or self.dynamic or self.scale != 1.  # else apex has combined nothing
-        if clip_grad and touched and hasattr(optimizer, 'clip_optimizer_grad_norm_fused'):
+        has_combined = self.pairs or self.dynamic or self.scale != 1.  # the gradients into one tensor
+        if clip_grad and has_combined and hasattr(optimizer, 'clip_optimizer_grad_norm_fused'):
             return float(optimizer.clip_optimizer_grad_norm_fused(clip_grad))
         return super()._clip(optimizer, parameters, clip_grad)
-
-    def _apex_scale(self) -> float:
-        return float(next(iter(self.amp.state_dict().values()))['loss_scale'])
 
     def state_dict(self) -> Dict[str, Any]:
         return dict(super().state_dict(), apex=self.amp.state_dict())
@@ -249,7 +243,7 @@ class ApexScaler(MasterWeightScaler):
 
 
 class Autocast(nn.Module):
-    """Native O1: runs the model under autocast, and gives float32."""
+    """Native O1: runs the model under autocast, with float32 output."""
 
     def __init__(self, module: nn.Module, device_type: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -274,12 +268,12 @@ class HalfPrecision(nn.Module):
 def initialize_amp(model: nn.Module, optimizer: Optional[torch.optim.Optimizer], device: torch.device,
                    dtype: Optional[torch.dtype] = None, opt_level: str = 'O2',
                    loss_scale: Union[float, str, None] = None) -> Tuple[nn.Module, LossScaler]:
-    """(a module to call in the model's place, scaler) for the precision asked for. Call before DistributedDataParallel.
+    """(a module to call instead of the model, scaler) for a precision. Call before DistributedDataParallel.
 
     Args:
-        optimizer: built on the model's float32 parameters; under O2 it holds their masters afterwards. None where
-            the model is only evaluated.
-        dtype: what `half_precision.check_precision` returned; None is float32.
+        optimizer: built on the model's float32 parameters; under O2 it holds their masters afterwards. None for an
+            evaluation.
+        dtype: the result of `half_precision.check_precision`; None is float32.
         loss_scale: a number, or 'dynamic'; None is 128 (the adaptation's static scale) for float16, else 1.
     """
     if dtype is None:
@@ -290,20 +284,20 @@ def initialize_amp(model: nn.Module, optimizer: Optional[torch.optim.Optimizer],
     scaling: Dict[str, Any] = dict(scale=2. ** 16 if dynamic else loss_scale, dynamic=dynamic,
                                    overflows=True if dtype == torch.float16 else None)
     amp = half_precision.apex_amp(device, dtype)
-    apex_status = half_precision.find_apex()[1] if device.type != 'cpu' and dtype == torch.float16 else ''
+    amp_status = half_precision.find_apex()[1] if device.type != 'cpu' and dtype == torch.float16 else ''
     if amp is not None and optimizer is not None:
         before = [p for group in optimizer.param_groups for p in group['params']]
         options = dict(opt_level=opt_level, loss_scale=loss_scale, verbosity=0)
         if 'combine_grad' in inspect.signature(amp.initialize).parameters:
             options['combine_grad'] = True
         model, optimizer = amp.initialize(model, optimizer, **options)
-        optimizer.zero_grad()  # apex puts the masters into the optimizer with this call, not before
+        optimizer.zero_grad()  # this call puts the masters into the optimizer
         after = [p for group in optimizer.param_groups for p in group['params']]
         pairs = [pair for pair in zip(before, after) if pair[0] is not pair[1]]
-        return model, ApexScaler(amp, pairs, description=name + apex_status, **scaling)
-    scaling['description'] = name + 'PyTorch' + (apex_status and ' (%s)' % apex_status)
+        return model, AmpLibraryScaler(amp, pairs, description=name + amp_status, **scaling)
+    scaling['description'] = name + 'PyTorch' + (amp_status and ' (%s)' % amp_status)
     if opt_level == 'O1' and not half_precision.has_autocast(device.type, dtype):
-        return model, LossScaler()  # apex alone could, and does so in training only
+        return model, LossScaler()  # an evaluation, where only the library's training has O1
     if opt_level == 'O1':
         return Autocast(model, device.type, dtype), LossScaler(**scaling)
     pairs = []
@@ -316,7 +310,7 @@ def initialize_amp(model: nn.Module, optimizer: Optional[torch.optim.Optimizer],
 
 def autocast_for_evaluation(model: nn.Module, device: torch.device, dtype: Optional[torch.dtype],
                             opt_level: str) -> nn.Module:
-    """A float32 model, such as the average of the weights, wrapped for evaluation in the run's precision."""
+    """A float32 model, such as the averaged weights, wrapped for evaluation in the run's precision."""
     if dtype is None or opt_level != 'O1' or not half_precision.has_autocast(device.type, dtype):
         return model
     return Autocast(model, device.type, dtype)

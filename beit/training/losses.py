@@ -1,4 +1,4 @@
-"""The loss that training minimises: cross entropy over the classes or a binary one for each, and what classes weigh."""
+"""The training losses, cross entropy and binary cross entropy, and the weights of classes."""
 
 import csv
 import io
@@ -20,18 +20,18 @@ LOSSES = ('auto', 'ce', 'bce')
 
 
 def activation(loss: str, multi_label: bool = False) -> str:
-    """What makes probabilities of the logits of a network that `build_criterion`'s loss trains."""
+    """The function from logits to probabilities that fits the loss of `build_criterion`."""
     return 'sigmoid' if loss == 'bce' or multi_label else 'softmax'
 
 
 def build_criterion(loss: str, smoothing: float, mixup: Any, weights: Optional[torch.Tensor] = None,
                     multi_label: bool = False) -> torch.nn.Module:
-    """The loss of (logits (B, classes), what `mixup` gives, or class indices, or ones and zeros (B, classes)).
+    """The loss of logits (B, classes) and targets: class indices (B,), or float (B, classes) for mixup or multi-label.
 
     Args:
-        mixup: None, or what has smoothed the targets already.
-        weights (float32 (classes,)): see `class_weights`; None leaves the classes alike.
-        multi_label (bool): whether an image may be of several classes.
+        mixup: None, or the function that mixes and smooths the targets.
+        weights (float32 (classes,)): see `class_weights`; None for equal weights.
+        multi_label (bool): whether an image can have several classes.
     """
     if activation(loss, multi_label) == 'sigmoid':
         return BinaryCrossEntropy(smoothing, weights, smooths_dense=mixup is None)
@@ -43,13 +43,13 @@ def build_criterion(loss: str, smoothing: float, mixup: Any, weights: Optional[t
 
 
 def one_hot(targets: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Class indices (B,) as float (B, classes): 1 - smoothing for the class, and smoothing / classes for each."""
+    """Class indices (B,) as float (B, classes): 1 - smoothing for the class, plus smoothing / classes for each."""
     share = smoothing / logits.shape[-1]
     return torch.full_like(logits, share).scatter_(1, targets[:, None], 1. - smoothing + share)
 
 
 def image_losses(output: torch.Tensor, targets: torch.Tensor, activation: str) -> torch.Tensor:
-    """(B,): what the criterion of that activation gives for each image, without smoothing, mixing and weights."""
+    """(B,): the loss of each image for this activation, without smoothing, mixing and weights."""
     if targets.dim() == 1 and activation == 'softmax':
         return F.cross_entropy(output, targets, reduction='none')
     ones = one_hot(targets, output, 0.) if targets.dim() == 1 else targets
@@ -57,11 +57,11 @@ def image_losses(output: torch.Tensor, targets: torch.Tensor, activation: str) -
 
 
 class BinaryCrossEntropy(torch.nn.Module):
-    """A binary cross entropy for each class, averaged over classes and images; smoothing is timm's of that name.
+    """A binary cross entropy for each class, averaged over classes and images, with timm's smoothing.
 
     Args:
-        pos_weight (float32 (classes,)): what an image that is of a class weighs there; None is 1.
-        smooths_dense (bool): whether targets (B, classes) are moved towards 0.5; mixup has done so.
+        pos_weight (float32 (classes,)): the weight of positive examples of each class; None is 1.
+        smooths_dense (bool): whether to move targets (B, classes) towards 0.5; false if mixup does it.
     """
 
     pos_weight: Optional[torch.Tensor]
@@ -81,10 +81,10 @@ class BinaryCrossEntropy(torch.nn.Module):
 
 
 class WeightedCrossEntropy(torch.nn.Module):
-    """Cross entropy, each class's term times its weight, averaged over the images: PyTorch's for soft targets.
+    """Cross entropy with each class's term times its weight, averaged over the images, like PyTorch's for soft targets.
 
-    PyTorch's for class indices divides by the weights of a batch, so that a gradient would depend on how images are
-    shared out among micro-steps and processes.
+    PyTorch's for class indices divides by the weights of the batch, so a gradient would depend on the distribution of
+    images among micro-steps and processes.
     """
 
     weight: torch.Tensor
@@ -99,19 +99,19 @@ class WeightedCrossEntropy(torch.nn.Module):
         return -(self.weight * soft * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
 
 
-# ---- what classes weigh
+# ---- class weights
 
 def class_weights(source: str, classes: Sequence[str], counts: np.ndarray) -> Optional[torch.Tensor]:
-    """float32 (classes,): the weights that --class_weights asks for, or None.
+    """float32 (classes,): the weights of --class_weights, or None.
 
-    'balanced' is scikit-learn's: all labels / (classes * labels of this class), so that they average 1 over the labels.
+    'balanced' is scikit-learn's: all labels / (classes * labels of this class), with an average of 1 over the labels.
 
     Args:
         source (str): '', 'balanced', or a CSV file of `class,weight` rows or a JSON object.
-        counts (array of int): the training images of each class.
+        counts (array of int): the number of training images of each class.
 
     Raises:
-        UserError: a class has no training image, or the file is not what it must be.
+        UserError: a class has no training image, or the file is invalid.
     """
     if not source:
         return None
@@ -119,14 +119,14 @@ def class_weights(source: str, classes: Sequence[str], counts: np.ndarray) -> Op
     if source == 'balanced':
         missing = [name for name, count in zip(classes, counts) if not count]
         if missing:
-            raise UserError(flag + 'no training image is of class %s; add some, or give the weights in a file'
+            raise UserError(flag + 'no training image of class %s; add some, or give the weights in a file'
                             % ', '.join(map(escape_text, missing[:5])))
         return torch.tensor(np.sum(counts) / (len(classes) * np.asarray(counts, dtype=np.float64)), dtype=torch.float32)
     by_class, known = _read_weights(source), set(classes)
     unknown = [name for name in by_class if name not in known]
     if unknown:
         name = unknown[0]
-        near = [] if name.isdigit() else nearest(name, classes)  # 12 is not meant by 1 or 2
+        near = [] if name.isdigit() else nearest(name, classes)  # 12 is no misspelling of 1 or 2
         raise UserError(flag + 'there is no class %s; %s' % (
             escape_text(name), 'did you mean %s?' % ' or '.join(map(escape_text, near)) if near else
             'the first is %s, the last %s' % (escape_text(classes[0]), escape_text(classes[-1]))))
@@ -142,7 +142,7 @@ def class_weights(source: str, classes: Sequence[str], counts: np.ndarray) -> Op
 
 
 def check_weights(source: str) -> None:
-    """Raise a `UserError` where --class_weights is no file that can be read. Cheap, so that it can come first."""
+    """Raise a `UserError` where the file of --class_weights can't be read. Cheap, so it runs first."""
     if source and source != 'balanced':
         _read_weights(source)
 
@@ -169,18 +169,18 @@ def _read_weights(path: str) -> Dict[str, float]:
         except (TypeError, ValueError, OverflowError, IndexError):
             is_valid = False
         if not is_valid:
-            raise UserError('%s, entry %d: must be a class without a weight already, and a number from 0 on, is %s'
+            raise UserError('%s, entry %d: write a new class and its weight, a number of at least 0; got %s'
                             % (flag, number, escape_text(str(row)[:100])))
         weights[name] = weight
     return weights
 
 
 def fingerprint(weights: torch.Tensor) -> int:
-    """A number for a checkpoint to know the weights by, whatever file they came from."""
+    """A checksum of the weights for a checkpoint, independent of their file."""
     return zlib.crc32(weights.numpy().tobytes())
 
 
 def describe_weights(weights: torch.Tensor, classes: Sequence[str]) -> str:
-    """One line for people: every class's weight, or of many the lightest and heaviest."""
+    """One log line: every class's weight, or of many the smallest and largest."""
     shown = ['%s %.4g' % (escape_text(name), weight) for weight, name in sorted(zip(weights.tolist(), classes))]
     return 'Class weights: ' + ', '.join(shown if len(shown) <= 12 else shown[:4] + ['…'] + shown[-4:])
