@@ -17,7 +17,7 @@ from structure import (
     untyped,
 )
 
-ROOT_MODULES = {'run_class_finetuning', 'run_predict', 'run_export', 'average_checkpoints', 'engine_for_finetuning',
+ROOT_MODULES = {'check_flags', 'run_class_finetuning', 'run_predict', 'run_export', 'average_checkpoints', 'engine_for_finetuning',
                 'modeling_finetune', 'datasets', 'optim_factory', 'utils', 'flags'}
 # The constructors of the network have the reference's parameters.
 REFERENCES_OWN = {('modeling_finetune.py', '__init__')}
