@@ -179,6 +179,6 @@ def test_the_tables_that_flags_reads_are_those_of_the_modules():
     import optim_factory
     from beit.outputs import export_formats, prediction_writers
 
-    assert flags.MODELS == tuple(modeling_finetune.MODELS) and flags.OPTIMIZERS == tuple(optim_factory.OPTIMIZERS)
-    assert flags.EXPORT_FORMATS == tuple(export_formats.FORMATS) and flags.NEWEST_OPSET == export_formats.OPSETS[0]
-    assert flags.PREDICTION_FORMATS == tuple(sorted(prediction_writers.FORMATS))
+    assert tuple(modeling_finetune.MODELS) == flags.MODELS and tuple(optim_factory.OPTIMIZERS) == flags.OPTIMIZERS
+    assert tuple(export_formats.FORMATS) == flags.EXPORT_FORMATS and export_formats.OPSETS[0] == flags.NEWEST_OPSET
+    assert tuple(sorted(prediction_writers.FORMATS)) == flags.PREDICTION_FORMATS
