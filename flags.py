@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Opti
 
 import modeling_finetune
 import optim_factory
-from beit import model_spec
+from beit import model_spec, weights
 from beit.checkpoint import discovery, hf_names, pretrained
 from beit.cli import OneLineParser, add_bool_flag, bounded_number
 from beit.config import (
@@ -25,6 +25,7 @@ from beit.devices import accelerator, half_precision, kernels, profiler
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text, unknown_value_error
 from beit.files import run_folder
+from beit.log import log_main
 from beit.outputs import attention_maps
 from beit.training import losses, metrics
 
@@ -122,6 +123,8 @@ UNLABELLED = 'weights that do not say what they are of'
 TRAINED = dict(help='checkpoint, or its folder, of which the best is taken', shown='empty; needed')
 LAUNCHED = {PREDICT: dict(group='distributed')}
 
+DEEPSPEED = {'amp': True, 'opt_level': 'O2', 'loss_scale': 'dynamic'}  # what --enable_deepspeed stands for
+
 GROUPS = {  # in the order of --help
     TRAINING: ('run', 'model', 'optimizer', 'augmentation', 'fine-tuning', 'data', 'output', 'precision',
                'distributed'),
@@ -170,6 +173,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('output_dir', '', 'folder for checkpoints, log.txt and the like', shown='empty: none', synonyms='output',
              affects_results=False),
         Flag('config', None, 'flags from a file, such as a run\'s args.yaml; those given here win', metavar='FILE'),
+        Flag('recipe', '', 'published flags, a file of recipes/; auto: by --model and --finetune', metavar='NAME',
+             affects_results=False),
         Flag('curves', True, 'draw output_dir/curves.png, every 20 s at most', affects_results=False),
         Flag('report', False, 'write output_dir/report.html: curves, classes, confusions, images',
              affects_results=False),
@@ -192,6 +197,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('real_labels', '', 'with --eval: JSON list of ImageNet\'s reassessed labels', affects_results=False),
         Flag('dist_eval', False, 'share the evaluation among the processes, every image exactly once',
              affects_results=False),
+        Flag('robust_test', None, 'with --eval: imagenet_r, imagenet_a: on the logits of its 200 classes',
+             choices=('imagenet_r', 'imagenet_a'), metavar='SET', affects_results=False),
     ),
     (AVERAGE, 'flags'): (
         Flag('inputs', [], 'checkpoints, or folders with some after whole epochs', shown='none; needed', nargs='+'),
@@ -231,6 +238,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
                                 shown='the file\'s')}),
         Flag('rel_pos_bias', True, 'relative position bias in every block', off='disable_rel_pos_bias'),
         Flag('abs_pos_emb', False, 'learned absolute positions'),
+        Flag('qkv_bias', True, 'a bias on queries and values', off='disable_qkv_bias'),
         Flag('attention', 'auto', 'auto: fused on npu, cuda, where it agrees with plain; fused; plain',
              choices=('auto', 'fused', 'plain')),
         Flag('layer_scale_init_value', 0.1, '0.1 for base, 1e-5 for large, 0 for none', type=rate),
@@ -265,6 +273,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('weight_decay_end', None, 'its value at the end of a cosine', shown='weight_decay', type=rate),
         Flag('lr', 5e-4, 'learning rate of the last layers; not scaled by batch size', shown='5e-4',
              type=bounded_number(float, 0, above=True), synonyms='learning_rate base_lr'),
+        Flag('blr', 0., 'learning rate per 256 images an update, instead of --lr; 0: unused', type=rate,
+             affects_results=False),
         Flag('layer_decay', 0.9, 'factor per layer downwards', type=bounded_number(float, 0, 1, above=True)),
         Flag('warmup_lr', 0., 'learning rate of the first step of the warm-up', type=rate),
         Flag('min_lr', 1e-6, 'learning rate at the end', shown='1e-6', type=rate),
@@ -297,10 +307,11 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('mixup_mode', 'batch', 'what shares one mix: batch, pair, elem', choices=('batch', 'pair', 'elem')),
     ),
     (TRAINING, 'fine-tuning'): (
-        Flag('finetune', '', 'pretrained weights, a file or an https URL', shown='empty: from scratch',
-             synonyms='pretrained initial_checkpoint', affects_results=False),
+        Flag('finetune', '', 'weights: a file, an https URL or a published name',
+             shown='empty: from scratch', synonyms='pretrained initial_checkpoint', affects_results=False),
         Flag('model_key', 'model|module', 'where the file keeps them; the first found', affects_results=False),
-        Flag('model_prefix', '', 'what their names have in front', affects_results=False),
+        Flag('model_prefix', '', 'what their names have in front', aliases=('model_filter_name',),
+             affects_results=False),
         Flag('init_scale', 0.001, 'factor on the head\'s initial weights', type=rate, affects_results=False),
         Flag('use_mean_pooling', True, 'pool by the mean of the patches, not the class token', off='use_cls'),
         Flag('freeze_backbone', False, 'train the head alone (linear probing)'),
@@ -315,6 +326,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              choices=half_precision.OPT_LEVELS, metavar='O0|O1|O2', follows_checkpoint=True,
              also={PREDICT: dict(group='run', help='O0 float32, O1 autocast, O2 half-precision weights',
                                  aliases=('opt-level',))}),
+        Flag('enable_deepspeed', False, 'the reference\'s flag for --amp --opt_level O2 --loss_scale dynamic',
+             affects_results=False),
         Flag('amp_dtype', None, 'float16, bfloat16', shown='float16; on a CPU bfloat16',
              choices=half_precision.AMP_DTYPES, follows_checkpoint=True, also={PREDICT: dict(group='run')}),
         Flag('loss_scale', None, 'a number, or dynamic', shown='128 for float16, else 1', type=loss_scale),
@@ -328,6 +341,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('val_split', 0., 'share of each class to evaluate on, where there is no val',
              type=bounded_number(float, 0, 0.9), follows_checkpoint=True),
         Flag('nb_classes', 0, 'checked against the folders; 0 takes their number', type=whole, affects_results=False),
+        Flag('image_folder_class_index_file', '', 'the class folders in the order of the outputs, one a line'),
         Flag('imagenet_default_mean_and_std', False, 'ImageNet\'s mean and deviation instead of 0.5'),
         Flag('data_set', 'IMNET', 'IMNET (train/, val/), image_folder (class folders), CIFAR (100)',
              follows_checkpoint=True),
@@ -408,8 +422,44 @@ def config_from(args: argparse.Namespace, kind: Callable[..., Config], **given: 
 
 # ---- checks before anything slow starts
 
+def settle(args: argparse.Namespace) -> None:
+    """Set the flags that others stand for or imply, and log each. Raises `UserError`."""
+    lines = []
+    if args.eval and args.finetune and not args.resume:
+        args.resume, args.finetune = args.finetune, ''
+        lines.append('--eval --finetune: evaluated as --resume %s' % escape_text(args.resume))
+    elif args.eval and {'resume', 'finetune'} <= args.typed and args.finetune:
+        raise UserError('--finetune %s: --eval evaluates --resume; leave one of them out' % escape_text(args.finetune))
+    known = weights.published(args.resume if args.eval else args.finetune)
+    for name in ('model', 'input_size'):
+        if known and name not in args.given and getattr(args, name) != getattr(known, name):
+            setattr(args, name, getattr(known, name))
+            lines.append('--%s %s, as %s' % (name, getattr(args, name), known.name))
+    if modeling_finetune.input_statistics(args.model)[0] != modeling_finetune.INPUT_MEAN and not (
+            args.imagenet_default_mean_and_std or 'imagenet_default_mean_and_std' in args.given):
+        args.imagenet_default_mean_and_std = True
+        lines.append('--imagenet_default_mean_and_std, as --model %s' % args.model)
+    if args.enable_deepspeed:
+        vars(args).update((name, value) for name, value in DEEPSPEED.items() if name not in args.given)
+        args.given |= set(DEEPSPEED)
+        lines.append('--enable_deepspeed: the same computation without DeepSpeed, %s'
+                     % ' '.join('--%s=%s' % (name, getattr(args, name)) for name in DEEPSPEED))
+    if 'lr' in args.typed:
+        if 'blr' in args.typed and args.blr:
+            raise UserError('--blr %g: --lr is given too; leave one of them out' % args.blr)
+        args.blr = 0.
+    if args.blr:
+        processes = process_group.launch_environment(config_from(args, DistributedConfig))[1]
+        images = args.batch_size * args.update_freq * processes
+        args.lr = args.blr * images / 256
+        lines.append('--lr %g: --blr %g x %d images an update / 256' % (args.lr, args.blr, images))
+    for line in lines if process_group.is_error_reporter() else ():
+        log_main(line)
+
+
 def check_args(args: argparse.Namespace) -> None:
-    """Check everything that can be checked before anything slow starts. Raises `UserError`."""
+    """`settle`, and check everything that can be checked before anything slow starts. Raises `UserError`."""
+    settle(args)
     check_model(args)
     check_augmentation(args)
     check_schedule(args)
@@ -534,7 +584,9 @@ def check_unfreezing(args: argparse.Namespace) -> None:
 
 
 def check_evaluation(args: argparse.Namespace) -> None:
-    for flag in ('results_file', 'real_labels'):
+    if args.eval and 'recipe' in args.typed and args.recipe:
+        raise UserError('--recipe %s: it belongs to training; leave it out of --eval' % escape_text(args.recipe))
+    for flag in ('results_file', 'real_labels', 'robust_test'):
         if getattr(args, flag) and not args.eval:
             raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
     if args.results_file:

@@ -11,7 +11,7 @@
 #   --nnodes=N --node_rank=I --master_addr=HOST --master_port=PORT   for more than one machine; run it on each
 #   --finetune=FILE        pretrained weights (checkpoints/…_pt22k_ft22k.pth where it's there, else random ones)
 #   --model=NAME           beit_base_patch16_224; see python run_class_finetuning.py --help
-#   --batch_size=N         images per device (64)
+#   --batch_size=N         images per device (the recipe's: 64 for base, 32 for large)
 #   --device=NAME          auto (npu, cuda, cpu: the first present), npu, cuda or cpu
 # Every other flag goes to run_class_finetuning.py. PYTHON=/path/to/python chooses the Python.
 # DIST_WAIT_SECONDS=N is how long machines and processes wait for one another at the start (300).

@@ -6,13 +6,13 @@ A checkpoint of this project is enough to use it: evaluation, `run_predict.py` a
 import dataclasses
 import json
 import os
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from timm.models import create_model
 
 import modeling_finetune
-from beit import model_spec
+from beit import model_spec, weights
 from beit.checkpoint import discovery, hf_names
 from beit.checkpoint.pretrained import DEFAULT_KEYS, adapt_state_dict, find_state_dict, mismatches, refuse_exports
 from beit.config import ModelConfig
@@ -28,7 +28,7 @@ def build_model(config: ModelConfig, nb_classes: int) -> torch.nn.Module:
         config.model, pretrained=False, num_classes=nb_classes, img_size=config.input_size, drop_rate=config.drop,
         drop_path_rate=config.drop_path, attn_drop_rate=config.attn_drop_rate, init_scale=config.init_scale,
         use_mean_pooling=config.use_mean_pooling, use_rel_pos_bias=config.rel_pos_bias,
-        use_abs_pos_emb=config.abs_pos_emb, init_values=config.layer_scale_init_value)
+        use_abs_pos_emb=config.abs_pos_emb, init_values=config.layer_scale_init_value, qkv_bias=config.qkv_bias)
 
 
 class LoadedModel(NamedTuple):
@@ -73,8 +73,9 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
     """Build the network that a checkpoint holds; all it needs to know comes from the file.
 
     Args:
-        source (str): a file, an https URL or a folder, of which the best checkpoint is taken; what `run_export.py`
-            wrote as safetensors or for Hugging Face; or other weights of timm and Hugging Face, where `model` is given.
+        source (str): a file, an https URL, a published name; a folder, of which the best checkpoint is taken; what
+            `run_export.py` wrote as safetensors or for Hugging Face; or, with `model`, other weights of timm and
+            Hugging Face.
         use_ema (bool): take the averaged weights.
         class_names (str): a file of names, see `model_spec.read_class_names`.
         given: flags such as `model`, `input_size` and `crop_pct`; they win over the file.
@@ -87,8 +88,13 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
         raise unknown_value_error('--model', given['model'], modeling_finetune.MODELS)
     if os.path.isfile(os.path.join(source, hf_names.CONFIG)):
         source = hf_names.hf_weights_path(source, '--resume')
+    known = weights.published(source)
     path, content = discovery.load_best_or_latest(source, prefer_best=True, use_ema=use_ema)
+    if known:
+        given = dict(given, model=given.get('model') or known.model)
     found = read_weights(path, content, use_ema, class_names, **given)
+    if known and known.classes == 1000 and not found.spec.has_class_names:
+        found = found._replace(spec=found.spec.with_class_names(model_spec.imagenet_wnids(1000), path))
     model = build_model_or_refuse(found)
     load_state(model, found)
     return LoadedModel(model.eval(), found.spec, path)
@@ -159,13 +165,18 @@ def build_model_or_refuse(found: CheckpointWeights) -> torch.nn.Module:
                         % (escape_text(found.source), error)) from None
 
 
-def load_state(model: torch.nn.Module, found: CheckpointWeights) -> None:
+def load_state(model: torch.nn.Module, found: CheckpointWeights, outputs: Optional[Sequence[int]] = None) -> None:
     """Load a checkpoint's weights; tables are resized to the model's input size, as --finetune does.
+
+    Args:
+        outputs: the rows of the head that the model has, in its order; None: all.
 
     Raises:
         UserError: they are another model's.
     """
     state, shown = dict(found.state), escape_text(found.source)
+    if outputs is not None:
+        state.update((name, state[name][list(outputs)]) for name in ('head.weight', 'head.bias'))
     if found.is_bare or found.is_resized:
         adapt_state_dict(state, model)
     unused = sorted(set(state) - set(model.state_dict())) if found.is_bare else []  # such as pretraining's mask token
@@ -244,5 +255,6 @@ def _flags_of_weights(state):
     if grid and state['patch_embed.proj.weight'].dim() == 4:
         size = {'input_size': grid * state['patch_embed.proj.weight'].shape[-1]}
     return dict(size, rel_pos_bias=any('relative_position_bias_table' in name for name in state),
-                abs_pos_emb='pos_embed' in state, use_mean_pooling='fc_norm.weight' in state,
+                abs_pos_emb='pos_embed' in state, qkv_bias='blocks.0.attn.q_bias' in state,
+                use_mean_pooling='fc_norm.weight' in state,
                 layer_scale_init_value=0.1 if 'blocks.0.gamma_1' in state else 0.)  # its start
