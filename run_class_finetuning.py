@@ -73,6 +73,7 @@ from check_flags import check_args
 from flags import build_parser, config_from, evaluates_checkpoint, follow_checkpoint, without_effect
 
 PROGRAM = 'run_class_finetuning.py'
+ROBUST_CLASSES = 200  # of ImageNet-R and ImageNet-A
 Stats = Dict[str, Any]  # figures by name
 
 
@@ -84,6 +85,7 @@ class Data:
     spec: ModelSpec
     class_weights: Optional[torch.Tensor]  # in the loss, float32 (classes,)
     steps_per_epoch: int  # updates; 0 for an evaluation
+    outputs: Optional[List[int]] = None  # those of the checkpoint that --robust_test keeps; None: all
     train_loader: Any = None
     val_loader: Any = None
 
@@ -123,7 +125,7 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
     output = config_from(args, OutputConfig, flags=dict(vars(args)))
 
     data = prepare_data(args, device, checkpoint)
-    learner = build_learner(args, data.spec, checkpoint, device, dtype)
+    learner = build_learner(args, data, checkpoint, device, dtype)
     report = build_report(args, output, data, learner)
     if args.eval:
         start_table.show(report.environment, output.flags, data.classes, learner.attention)
@@ -238,14 +240,18 @@ def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Opt
     if process_group.is_main_process():
         fingerprint.report_shared_files(train_set, val_set)
     spec = known or build_spec(args, inputs, val_set if train_set is None else train_set, classes)
-    if checkpoint:
+    outputs = None
+    if args.robust_test and checkpoint:
+        outputs = subset_outputs(args, checkpoint, classes)
+        spec = dataclasses.replace(spec, classes=tuple(classes), has_class_names=True)
+    elif checkpoint:
         train_set, val_set, spec = use_classes_of(args, checkpoint, spec, train_set, val_set, classes)
     if val_set is not None:
         datasets.check_fits(val_set)
         build_metrics(val_set, args.results_file, args.real_labels, args.data_set)
     weights = choose_class_weights(args, train_set, list(spec.classes))
     steps_per_epoch = 0 if args.eval else count_steps(args, len(train_set))
-    return Data(train_set, val_set, spec, weights, steps_per_epoch,
+    return Data(train_set, val_set, spec, weights, steps_per_epoch, outputs,
                 *datasets.build_loaders(inputs, train_set, val_set, device))
 
 
@@ -256,6 +262,32 @@ def build_spec(args: argparse.Namespace, inputs: InputConfig, dataset: Any, clas
                      loss='bce' if losses.activation(args.loss, multi_label) == 'sigmoid' else 'ce',
                      multi_label=multi_label, origin={'program': 'BEiT for PyTorch %s' % project_version(),
                                                       'finetune': escape_text(args.finetune)})
+
+
+def match_classes(known: ModelSpec, source: str, classes: Sequence[str], trains: bool = False
+                  ) -> Tuple[ModelSpec, List[int]]:
+    """(the checkpoint's spec, which output each class of the data is); a line says what is assumed."""
+    wnids = [] if known.has_class_names else model_spec.imagenet_wnids(len(known.classes), classes)
+    if wnids:
+        log.log_main('%s does not name its 1000 outputs: they are taken to be ImageNet\'s classes, as the folders are'
+                     % escape_text(source))
+        known = known.with_class_names(wnids, source)
+    places, message = model_spec.match_classes(known, source, classes, trains)
+    if message:
+        log.log_main(message)
+    return known, places
+
+
+def subset_outputs(args: argparse.Namespace, checkpoint: CheckpointWeights, classes: Sequence[str]) -> List[int]:
+    """The outputs of the checkpoint that --robust_test evaluates on, in the order of the data's classes."""
+    for what, count in (('the data has', len(classes)), ('--nb_classes is', args.nb_classes or ROBUST_CLASSES)):
+        if count != ROBUST_CLASSES:
+            raise UserError('--robust_test %s: that set has %d classes, and %s %d; mend that, or leave the flag out'
+                            % (args.robust_test, ROBUST_CLASSES, what, count))
+    known, outputs = match_classes(checkpoint.spec, checkpoint.source, classes)
+    log.log_main('Evaluated on the logits of %d of the %d classes of %s (--robust_test %s)' % (
+        len(outputs), len(known.classes), escape_text(checkpoint.source), args.robust_test))
+    return outputs
 
 
 def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec: ModelSpec, train_set: Any,
@@ -274,9 +306,7 @@ def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec
                         'have %s; give --loss %s, or start a new run with --finetune' % (
                             escape_text(checkpoint.source), known.loss, spec.loss,
                             'several labels each' if spec.multi_label else 'one label each', known.loss))
-    places, message = model_spec.match_classes(known, checkpoint.source, classes, trains=not args.eval)
-    if message:
-        log.log_main(message)
+    known, places = match_classes(known, checkpoint.source, classes, trains=not args.eval)
     names = list(known.classes) if known.has_class_names else [classes[places.index(k)] for k in range(len(places))]
     if list(classes) != names:
         train_set, val_set = (each and datasets.relabel(each, places, names) for each in (train_set, val_set))
@@ -315,12 +345,13 @@ def count_steps(args: argparse.Namespace, images: int) -> int:
     return steps
 
 
-def build_learner(args: argparse.Namespace, spec: ModelSpec, checkpoint: Optional[CheckpointWeights],
+def build_learner(args: argparse.Namespace, data: Data, checkpoint: Optional[CheckpointWeights],
                   device: torch.device, dtype: Optional[torch.dtype]) -> Learner:
     """Build the model with its weights, the optimizer and the moving average, in the chosen precision."""
+    spec = data.spec
     model = inference_model.build_model(spec.architecture, len(spec.classes))
     if args.eval and checkpoint:
-        inference_model.load_state(model, checkpoint)
+        inference_model.load_state(model, checkpoint, data.outputs)
     elif args.finetune:
         pretrained.load_pretrained(model, args.finetune, args.model_key, args.model_prefix, spec.classes)
     model.to(device)
@@ -328,7 +359,7 @@ def build_learner(args: argparse.Namespace, spec: ModelSpec, checkpoint: Optiona
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
         if args.model_ema else None
     if ema is not None and args.eval and checkpoint:
-        inference_model.load_state(ema.ema, checkpoint.averaged(), quiet=True)
+        inference_model.load_state(ema.ema, checkpoint.averaged(), data.outputs, quiet=True)
     model, scaler = loss_scaler.initialize_amp(model, optimizer, device, dtype, args.opt_level, args.loss_scale)
     attention = 'plain' if args.deterministic and args.attention == 'auto' else args.attention
     chosen = fused_attention.choose_attention(accelerator.unwrap(model), device, attention, dtype, args.batch_size)

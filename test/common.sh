@@ -175,9 +175,9 @@ has_module() { "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.
 
 # The values of --key=value and --key value. FLAGS collects the rest of the command line, for Python.
 data_path= eval_data_path= log_dir= finetune= resume= nb_classes= batch_size=64 epochs=30 device=auto nproc_per_node=
-output_dir= model= nnodes=1 node_rank=0 master_addr= master_port= max_restarts=
+output_dir= model= recipe= nnodes=1 node_rank=0 master_addr= master_port= max_restarts=
 OPTIONS=" data_path eval_data_path log_dir finetune resume nb_classes batch_size epochs device nproc_per_node output_dir \
-model nnodes node_rank master_addr master_port max_restarts "
+model recipe nnodes node_rank master_addr master_port max_restarts "
 GIVEN=" "
 FLAGS=()
 
@@ -223,19 +223,18 @@ whole_number() {
 # A path is relative to the folder that the script was called in, or, if it does not exist there, to the root.
 from_here() {
     case $1 in
-        ''|/*|demo|*://*) printf %s "$1" ;;
+        ''|/*|demo|*://*|hf-hub:*) printf %s "$1" ;;
+        beit_*_pt*|beitv2_*_pt*) if [ -e "$CALLED_FROM/$1" ]; then printf %s "$CALLED_FROM/$1"; else printf %s "$1"; fi ;;
         '~/'*) printf %s "$HOME/${1#??}" ;;
         *) if [ -e "$ROOT/$1" ] && [ ! -e "$CALLED_FROM/$1" ]; then printf %s "$1"; else printf %s "$CALLED_FROM/$1"; fi ;;
     esac
 }
 
-# ---- presets: the hyper-parameters of ImageNet and of the digits demo; the user's flags override them
+# ---- presets: a recipe of recipes/, or the hyper-parameters of the digits demo; the user's flags override them
 
-BEIT_BASE=(--lr=2e-5 --update_freq=1 --layer_decay=0.85 --drop_path=0.1 --weight_decay=1e-8)
 DIGITS_MODEL=(--input_size=32 --abs_pos_emb --disable_rel_pos_bias --layer_scale_init_value=0 --init_scale=1)
 DIGITS=(--lr=2e-3 --layer_decay=1 --drop_path=0 --hflip=0 --aa=none --color_jitter=0 --reprob=0
     --num_workers=0 --save_ckpt_freq=20)
-WEIGHTS=./checkpoints/beit_base_patch16_224_pt22k_ft22k.pth
 
 # ---- logs
 
@@ -327,8 +326,8 @@ launch() {
     cd "$ROOT" || exit 2
     [ -z "$data_path" ] || [ "$data_path" = demo ] || [ -d "$data_path" ] || die "--data_path $data_path: no such folder"
     [ -z "$resume" ] || [ -e "$resume" ] || flag_given auto_resume \
-        || case $resume in *://*) ;; *) die "--resume $resume: no such file or folder" ;; esac
-    [ "$kind" != eval ] || [ -n "$resume" ] \
+        || case $resume in *://*|hf-hub:*|beit_*_pt*|beitv2_*_pt*) ;; *) die "--resume $resume: no such file or folder" ;; esac
+    [ "$kind" != eval ] || [ -n "$resume$finetune" ] \
         || die "--resume is missing; give the checkpoint to evaluate, or the folder that holds it"
     for name in batch_size epochs nproc_per_node nnodes; do whole_number $name; done
     case $node_rank in *[!0-9]*|'') die "--node_rank must be a whole number from 0 on, got '$node_rank'" ;; esac
@@ -386,17 +385,25 @@ sys.stderr.write(accelerator.npu_unused_reason("auto", device))') || exit 2
 
 # set_preset KIND: complete the options and fill ARGUMENTS, the presets first so that the user's flags win.
 set_preset() {
-    local digits=
+    local digits= name bs length warmup=5 weights=
     [ "$data_path" != demo ] || digits=yes
+    [ -z "$recipe" ] || { [ -z "$digits" ] && [ "$kind" != eval ]; } \
+        || die "--recipe $recipe: it belongs to training on real data; leave it out"
     if [ -n "$digits" ]; then
         [ -n "$model" ] || model=beit_nano_patch8_32
         preset=("${DIGITS_MODEL[@]}" "${DIGITS[@]}")
         given epochs || epochs=40
         # One thread: more help such a small model little, and are slow beside other programs.
         case $device in cpu) export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} ;; esac
-    else
+    elif [ "$kind" = eval ]; then
         [ -n "$model" ] || model=beit_base_patch16_224
-        preset=("${BEIT_BASE[@]}")
+    else
+        read -r recipe name weights bs length warmup < <("$PYTHON" -m beit.recipes "$model" "$finetune" "$recipe")
+        [ -n "$weights" ] || exit 2
+        [ -n "$model" ] || model=$name
+        preset=("--recipe=$recipe")
+        given batch_size || batch_size=$bs
+        given epochs || epochs=$length
         case $device in npu*|cuda*) preset+=(--amp --opt-level=O2 --loss_scale=128) ;; esac
         case $device in npu*) preset+=(--opt=npufusedadamw) ;; esac
     fi
@@ -404,14 +411,14 @@ set_preset() {
         preset=(--eval)
         [ -z "$digits" ] || preset+=(--num_workers=0)
     fi
-    # 5 epochs of warm-up, or half of a run of 5 epochs or fewer.
-    preset+=("--warmup_epochs=$((epochs > 5 ? 5 : epochs / 2))")
+    # A run that the user makes as short as the warm-up warms up for half of it.
+    preset+=("--warmup_epochs=$((epochs > warmup ? warmup : epochs / 2))")
     case $kind in
         full) given output_dir || output_dir=${HOME_FOLDER/#"$ROOT"/.}/train_result ;;
         performance) preset+=(--maxstep=50 --disable_eval_during_finetuning --no_save_ckpt) ;;
     esac
     if [ "$kind" != eval ] && ! given finetune && [ -z "$digits$resume" ]; then
-        finetune=$WEIGHTS
+        finetune=./checkpoints/$weights.pth
         if [ "$kind" = performance ] && [ ! -f "$finetune" ]; then
             echo "$finetune does not exist; measuring with random weights, which take the same time"
             finetune=
@@ -421,7 +428,7 @@ set_preset() {
     ARGUMENTS=("--data_path=$data_path" "--batch_size=$batch_size" "--epochs=$epochs" "--device=$device"
         "--output_dir=$output_dir" "${preset[@]}")
     if [ "$kind" != eval ] || given model; then ARGUMENTS+=("--model=$model"); fi
-    [ -z "$finetune" ] || ARGUMENTS+=("--finetune=$finetune")
+    [ -z "$finetune$recipe" ] || ARGUMENTS+=("--finetune=$finetune")  # empty: not the recipe's either
     [ -z "$resume" ] || ARGUMENTS+=("--resume=$resume")
     [ -z "$nb_classes" ] || ARGUMENTS+=("--nb_classes=$nb_classes")
     [ -z "$eval_data_path" ] || ARGUMENTS+=("--eval_data_path=$eval_data_path")
