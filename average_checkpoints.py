@@ -70,7 +70,7 @@ def take_best(paths: Sequence[str], most: int, use_ema: bool = False) -> List[st
 
     Epochs that were not evaluated do not count.
     """
-    figures = {}
+    figures, val_sets = {}, {}
     for path in paths:
         folder, name = os.path.split(path)
         log = {stats['epoch']: stats for stats in run_folder.read_log(folder)}
@@ -81,12 +81,17 @@ def take_best(paths: Sequence[str], most: int, use_ema: bool = False) -> List[st
         value = next((each for each in values if isinstance(each, (int, float)) and math.isfinite(each)), None)
         if value is not None:
             figures[path] = value
+            if log[epoch].get('val_set'):  # an earlier version did not record it
+                val_sets[log[epoch]['val_set']] = path
     if not figures:
         raise UserError('--best %d: the log.txt beside %s has no %sacc1 or mAP of its epoch, nor have the others; '
                         'leave --best out, or name the files' % (most, escape_text(paths[0]), prefix))
     if most > len(figures):
         raise UserError('--best %d: of %d checkpoints %d were evaluated; lower it, or train with --save_ckpt_freq 1'
                         % (most, len(paths), len(figures)))
+    if len(val_sets) > 1:
+        raise UserError('--best %d: %s were evaluated on different validation images, or with different preprocessing; '
+                        'name the files without --best' % (most, ' and '.join(map(escape_text, val_sets.values()))))
     chosen = sorted(figures, key=lambda path: -figures[path])[:most]
     for path in chosen:
         print_line('%s: %.3f' % (escape_text(path), figures[path]))

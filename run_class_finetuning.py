@@ -416,6 +416,14 @@ def resume(args: argparse.Namespace, data: Data, learner: Learner,
         log.log_main(comparison.resume_message(comparison.resume_differences(content, run, without_effect())))
         if source == args.resume or not discovery.is_inside(source, args.output_dir):
             run_state.origin = args.resume
+        run_state.val_set = run_state.val_set or comparison.evaluation_id(
+            comparison.saved_data(content), checkpoint.spec, model_spec.saved_args(content).get('test_flip', False))
+    val_set = comparison.evaluation_id(run.data, data.spec, args.test_flip)
+    if run_state.best and val_set and run_state.val_set not in ('', val_set):
+        run_state.best, run_state.stale = {}, 0
+        log.log_main('The best figure starts again: that of %s is of other validation images or another preprocessing'
+                     % escape_text(source))
+    run_state.val_set = val_set or run_state.val_set
     run_state.run = comparison.facts_of(run)
     run_state.data = comparison.data_to_save(run.data, getattr(data.train_set, 'held_out', None))
     return run_state
@@ -429,6 +437,16 @@ def prepare_folder(args: argparse.Namespace, source: str, run_state: training_st
         if source == args.resume and process_group.is_main_process():
             later = discovery.later_checkpoints(source, (run_state.epoch, run_state.steps))
     run_folder.prepare_folder(args.output_dir, keep, later)
+    if run_state.best and args.output_dir and args.save_ckpt and not keep and process_group.is_main_process():
+        copied = discovery.copy_best(source, args.output_dir, run_state.best)
+        if copied:
+            log.log_main('Copied the best checkpoint so far from the folder of %s: %s' % (
+                escape_text(source), ', '.join('%s %.3f%%' % item for item in sorted(copied.items()))))
+        missing = {name: best for name, best in run_state.best.items() if name not in copied}
+        if missing:
+            run_state.best, run_state.stale = copied, 0
+            log.log_main('The best figure starts again: beside %s is no checkpoint of %s' % (
+                escape_text(source), ' or '.join('%s %.3f%%' % item for item in sorted(missing.items()))))
 
 
 def update_freezing(args: argparse.Namespace, model: Any, epoch: int) -> bool:
@@ -633,7 +651,7 @@ def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learne
         if test_stats is not None and is_due and is_whole:  # an unbroken run has it too
             state.stale += 1
         state.stale = 0 if improved else state.stale
-        record(args, writer, epoch, learner.model, train_stats, test_stats, ema_stats)
+        record(args, writer, epoch, learner.model, train_stats, test_stats, ema_stats, state.val_set)
         log.log_epoch(epoch, args.epochs, train_stats, primary_percent(test_stats, state.best),
                       throughput.since(steps_before).images_per_second, time.time() - begun)
         report.after_epoch(writer, epoch, discovery.BEST in improved)
@@ -693,13 +711,15 @@ def update_best(best: Dict[str, float], test_stats: Optional[Stats], ema_stats: 
 
 
 def record(args: argparse.Namespace, writer: Optional[utils.TensorboardLogger], epoch: int, model: torch.nn.Module,
-           train_stats: Stats, test_stats: Optional[Stats], ema_stats: Optional[Stats]) -> None:
+           train_stats: Stats, test_stats: Optional[Stats], ema_stats: Optional[Stats], val_set: str) -> None:
     """One JSON line in log.txt, and the epoch's scalars to TensorBoard."""
     if not process_group.is_main_process():
         return
     stats = {'train_' + name: value for name, value in train_stats.items()}
     for prefix, evaluated in (('test_', test_stats), ('test_ema_', ema_stats)):
         stats.update({prefix + name: value for name, value in logged(evaluated or {}).items()})
+    if test_stats is not None:
+        stats['val_set'] = val_set
     if args.output_dir:
         run_folder.append_log(args.output_dir, dict(stats, epoch=epoch, n_parameters=count_parameters(model)))
     if writer is not None:
