@@ -49,7 +49,7 @@ from beit.data.transforms import EvalTransform
 from beit.data.unreadable import LIST, UnreadableFiles
 from beit.devices import accelerator, half_precision, kernels
 from beit.distributed import collectives, preemption, process_group, watchdog
-from beit.errors import UserError, escape_text
+from beit.errors import UserError, escape_text, required_output
 from beit.files import run_folder
 from beit.model_spec import ModelSpec
 from beit.outputs.report import Report, augmented_samples
@@ -105,7 +105,8 @@ class Learner:
 def main(args: argparse.Namespace, signals: preemption.Signals) -> None:
     check_args(args)
     if args.check_data:
-        check_data(args)
+        with required_output('the result of --check_data'):
+            check_data(args)
         return
     device = start(args)
     with run_folder.locked(args.output_dir, device):
@@ -123,8 +124,9 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
     learner = build_learner(args, data.spec, checkpoint, device, dtype)
     report = build_report(args, output, data, learner)
     if args.eval:
-        describe(args, data, learner)
-        evaluate_only(args, output, data, learner, report, checkpoint)
+        with required_output('' if args.output_dir or args.results_file else 'the figures of the evaluation'):
+            describe(args, data, learner)
+            evaluate_only(args, output, data, learner, report, checkpoint)
         return
 
     run_state = resume(args, data, learner, checkpoint)

@@ -10,7 +10,17 @@ from typing import Any, Callable, Dict, Iterable, List, Optional
 
 from beit.devices import accelerator
 from beit.distributed import preemption, process_group, watchdog
-from beit.errors import UserError, escape_text, nearest, one_line, print_error, worker_death_message
+from beit.errors import (
+    UserError,
+    escape_text,
+    loader_limit_message,
+    nearest,
+    one_line,
+    print_error,
+    print_line,
+    required_output,
+    worker_death_message,
+)
 from beit.log import current_display, log_main
 from beit.outputs import args_yaml
 
@@ -70,6 +80,10 @@ class OneLineParser(argparse.ArgumentParser):
         message = re.sub('^argument (?=--)', '', message)
         raise UserError(re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", lambda found: 'unknown value %s; it must '
                                'be one of %s' % (found.group(1), found.group(2).replace("'", '')), message))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with required_output('the help'):
+            print_line(message.rstrip('\n'))
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = normalize_argv(sys.argv[1:] if args is None else list(args))
@@ -222,7 +236,12 @@ def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: 
         mine = process_group.is_error_reporter() if error.rank is None else error.rank == process_group.rank()
         process_group.defer_error_report(first=mine)
         return exit_with_error(program, one_line(error), 2, error.rank)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
+        if loader_limit_message(error):
+            end_loader_processes()
+            return exit_with_error(program, loader_limit_message(error) + resume_hint, 2)
+        if isinstance(error, OSError):
+            raise
         if worker_death_message(error):
             end_loader_processes()
             return exit_with_error(program, worker_death_message(error) + resume_hint, 1)
@@ -244,6 +263,7 @@ def end_loader_processes() -> None:
     """
     if hasattr(signal, 'SIGCHLD'):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    sys.unraisablehook = lambda _: None  # PyTorch's iterator that has not started all processes fails in its __del__
     for child in multiprocessing.active_children():
         child.kill()
 

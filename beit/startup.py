@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 
-from beit.errors import UserError, print_error
+from beit.errors import UserError, closed_streams, print_error
 
 PACKAGES = ('torch', 'torchvision', 'timm', 'einops', 'numpy', 'PIL')  # without which no program can start
 MIN_FILES = 256  # a run with two loader processes takes about 100
@@ -36,6 +36,7 @@ def open_standard_streams() -> None:
                 os.dup2(handle, number)
                 os.close(handle)
             setattr(sys, name, open(number, mode, closefd=False))
+            closed_streams.append(name)
 
 
 def check_packages() -> None:

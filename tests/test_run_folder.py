@@ -360,7 +360,8 @@ def test_another_validation_set_starts_the_best_figure_again(image_folder, tmp_p
     output = tmp_path / 'out'
     other = os.path.join(image_folder(val=5, name='other'), 'val')
     change = [flag.replace('OTHER', other) for flag in change]
-    base = RUN + ['--data_path=' + image_folder(), '--output_dir=' + str(output), '--save_ckpt_freq=1', '--early_stop=2']
+    base = RUN + ['--data_path=' + image_folder(), '--output_dir=' + str(output), '--early_stop=2',
+                  '--save_ckpt_freq=1']
     easier(90., 80., 50., 40., 30.)
     assert run_class_finetuning.run(base + ['--epochs=2']) == 0
     capsys.readouterr()

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from helpers import NANO, ROOT, cannot_run, copy_checkout, environment, lines_of
+import run_class_finetuning
+from helpers import NANO, ROOT, TINY, cannot_run, copy_checkout, environment, lines_of
 
 pytestmark = pytest.mark.current_only
 PROGRAMS = ('run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py')
@@ -115,6 +116,59 @@ def test_enough_shared_memory_changes_nothing(monkeypatch, capsys):
     monkeypatch.setattr(shared_memory, 'FOLDER', '/nowhere')
     assert shared_memory.workers_that_fit(4, 2 ** 60) == 4
     assert capsys.readouterr().out == ''
+
+
+@pytest.fixture(scope='module')
+def trained(data, tmp_path_factory):
+    output = str(tmp_path_factory.mktemp('trained') / 'out')
+    assert run_class_finetuning.run(TINY + ['--data_path=' + data, '--output_dir=' + output]) == 0
+    return output
+
+
+@pytest.mark.parametrize('kilobytes', (256, 300, 400))
+def test_a_prediction_fits_into_a_tiny_shared_memory(data, trained, tmp_path, small_shm, kilobytes):
+    """Batches so small that their other tensors, a page each, need as much as the images."""
+    done = run(*small_shm(kilobytes), sys.executable, 'run_predict.py', '--resume', trained, *[data] * 20,
+               '--num_workers=4', '--batch_size=4', '--output', str(tmp_path / 'out.csv'), '--device=cpu')
+    assert done.returncode == 0, done.stderr
+    assert 'Traceback' not in done.stderr and 'UserWarning' not in done.stderr
+    assert re.search(r'^/dev/shm has room for the batches of \d loader processes, not of 4', done.stderr, re.M)
+    assert len((tmp_path / 'out.csv').read_text().splitlines()) == 1 + 20 * 54
+
+
+NO_ESTIMATE = 'import sys, datasets, run_predict, run_class_finetuning as train\n' \
+    'datasets.workers_that_fit = run_predict.workers_that_fit = lambda wanted, *sizes: wanted\n' \
+    'sys.exit((train if "--data_path" in sys.argv else run_predict).run(sys.argv[1:]))'
+
+
+@pytest.mark.parametrize('size, kilobytes', [(32, 150), (128, 1000)])
+@pytest.mark.parametrize('program', ['predict', 'train'])
+def test_workers_without_room_end_the_program_with_one_line(data, trained, small_shm, program, size, kilobytes):
+    """Where the estimate is too low: a batch that cannot be sent was lost, and the main process waited forever."""
+    flags = ['--resume', trained, *[data] * 20, '--input_size=%d' % size] if program == 'predict' else [
+        *NANO[:2], '--input_size=%d' % size, '--data_path', data, '--epochs=3', '--warmup_epochs=0']
+    done = run(*small_shm(kilobytes), sys.executable, '-c', NO_ESTIMATE, *flags, '--num_workers=4', '--batch_size=8',
+               '--device=cpu', timeout=60)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert 'Traceback' not in done.stdout + done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert 'error: /dev/shm has no room' in line and '--num_workers' in line
+
+
+@pytest.mark.parametrize('program', ['predict', 'train'])
+def test_more_workers_than_the_open_files_allow(data, trained, program):
+    flags = ['run_predict.py', '--resume', trained, *[data] * 20] if program == 'predict' else [
+        'run_class_finetuning.py', *NANO[:-2], '--data_path', data, '--epochs=1', '--warmup_epochs=0']
+    done = run(sys.executable, *flags, '--num_workers=40', '--batch_size=4', '--device=cpu', limit=(256, 256))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r'^--num_workers 40: a process may open only 256 files here, .* \d+ loader processes',
+                     done.stdout + done.stderr, re.M)
+    done = run(sys.executable, '-c', NO_ESTIMATE, *flags[1:], '--num_workers=90', '--batch_size=4', '--device=cpu',
+               limit=(256, 256))
+    assert done.returncode == 2, done.stderr
+    assert 'Traceback' not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert 'error: ' in line and '--num_workers' in line and 'ulimit -n' in line
 
 
 # ---- a read-only checkout

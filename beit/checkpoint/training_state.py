@@ -51,8 +51,8 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
         'args': dict(flags),
         'accuracy': dict(run_state.best),
         'progress': {'steps': run_state.steps, 'meters': run_state.meters, 'run': dict(run_state.run),
-                     'files': run_state.files, 'stale': run_state.stale, 'val_set': run_state.val_set, 'origin': run_state.origin,
-                     'spent': run_state.spent},
+                     'files': run_state.files, 'stale': run_state.stale, 'origin': run_state.origin,
+                     'val_set': run_state.val_set, 'spent': run_state.spent},
         'data': dict(run_state.data),
     }
     if spec is not None:
