@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Average the weights of several checkpoints of one model into one file, in float64.
+"""Average the weights of several checkpoints of one model, in float64, and write them to one file.
 
-The file holds model, model_spec and args, as a checkpoint does, without optimizer: it can be evaluated and given to
---finetune.
+The file holds model, model_spec and args, as a checkpoint does, without the optimizer. --eval and --finetune read it.
 """
 
 if __name__ == '__main__':
@@ -46,7 +45,7 @@ def build_parser() -> OneLineParser:
 # ---- which files
 
 def find(inputs: Sequence[str]) -> List[str]:
-    """The files that --inputs names: of a folder its checkpoints after whole epochs, oldest first."""
+    """The files of --inputs; a folder stands for its checkpoints of whole epochs, oldest first."""
     found = []
     for source in inputs:
         if os.path.isdir(source):
@@ -61,14 +60,14 @@ def find(inputs: Sequence[str]) -> List[str]:
     real = [os.path.realpath(path) for path in found]
     twice = [path for path, where in zip(found, real) if real.count(where) > 1]
     if twice:
-        raise UserError('--inputs %s: given more than once; each counts once' % escape_text(twice[0]))
+        raise UserError('--inputs %s: given more than once; name it once' % escape_text(twice[0]))
     return found
 
 
 def take_best(paths: Sequence[str], most: int, use_ema: bool = False) -> List[str]:
-    """The `most` of the files whose epochs have the best validation figures in the log.txt beside them, best first.
+    """Select the `most` files with the best validation figures, best first, by the log.txt in their folder.
 
-    Epochs that were not evaluated do not count.
+    Epochs without an evaluation do not count.
     """
     figures, val_sets = {}, {}
     for path in paths:
@@ -84,7 +83,7 @@ def take_best(paths: Sequence[str], most: int, use_ema: bool = False) -> List[st
             if log[epoch].get('val_set'):  # an earlier version did not record it
                 val_sets[log[epoch]['val_set']] = path
     if not figures:
-        raise UserError('--best %d: the log.txt beside %s has no %sacc1 or mAP of its epoch, nor have the others; '
+        raise UserError('--best %d: the log.txt beside %s and the other files has no %sacc1 or mAP of their epochs; '
                         'leave --best out, or name the files' % (most, escape_text(paths[0]), prefix))
     if most > len(figures):
         raise UserError('--best %d: of %d checkpoints %d were evaluated; lower it, or train with --save_ckpt_freq 1'
@@ -101,13 +100,12 @@ def take_best(paths: Sequence[str], most: int, use_ema: bool = False) -> List[st
 # ---- the average
 
 def average(paths: Sequence[str], use_ema: bool = False) -> Dict[str, Any]:
-    """What the averaged checkpoint holds: model (float32; each file counts alike), model_spec, args, averaged (names).
+    """The averaged checkpoint: model (float32, all files with equal weight), model_spec, args, averaged (names).
 
-    One file is in memory at a time. Numbers that are no weights, such as the relative position index, are the same in
-    all.
+    One file is in memory at a time. Integer buffers, such as the relative position index, must be equal in all files.
 
     Raises:
-        UserError: a file can't be read, has no averaged weights, or is of another model; it lists what differs.
+        UserError: a file can't be read, has no averaged weights (EMA), or holds another model; it lists differences.
     """
     total: Dict[str, torch.Tensor] = {}
     first: Dict[str, Any] = {}
@@ -153,8 +151,8 @@ def check_alike(path: str, state: Dict[str, torch.Tensor], spec: Optional[ModelS
                 first_state: Dict[str, torch.Tensor], first_spec: Optional[ModelSpec]) -> None:
     if (spec is None) != (first_spec is None):
         silent, other = (path, first_path) if spec is None else (first_path, path)
-        raise UserError('--inputs %s: it does not say of what model it is, so it cannot be compared with %s; average '
-                        'files that all do, or none' % (escape_text(silent), escape_text(other)))
+        raise UserError('--inputs %s: it holds no description of its model, so it cannot be compared with %s; average '
+                        'files that all hold one, or none' % (escape_text(silent), escape_text(other)))
     differences = spec.differences(first_spec) if spec is not None and first_spec is not None else []
     weights = mismatches(state, first_state)
     if weights:
@@ -163,7 +161,7 @@ def check_alike(path: str, state: Dict[str, torch.Tensor], spec: Optional[ModelS
                     if not weights and not value.is_floating_point() and name in first_state
                     and not value.equal(first_state[name])]
     if differences:
-        raise UserError('--inputs %s: it is not of the same model as %s: %s'
+        raise UserError('--inputs %s: not the same model as %s: %s'
                         % (escape_text(path), escape_text(first_path), '; '.join(differences)))
 
 
@@ -171,8 +169,9 @@ def main(args: argparse.Namespace) -> None:
     for flag in ('inputs', 'output'):
         if not getattr(args, flag):
             raise UserError('--%s is missing; see --help' % flag)
-    if os.path.lexists(args.output):
-        raise UserError('--output %s: there is something of that name; choose another' % escape_text(args.output))
+    if os.path.lexists(args.output) and not (args.overwrite and os.path.isfile(args.output)):
+        raise UserError('--output %s exists; choose another%s' % (
+            escape_text(args.output), ', or give --overwrite' if os.path.isfile(args.output) else ''))
     run_folder.check_writable('--output', os.path.dirname(args.output) or '.')
     paths = find(args.inputs)
     if args.best:
@@ -185,7 +184,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run(argv: Optional[Sequence[str]] = None) -> int:
-    """Parse and run; what the user can mend is one line and exit status 2."""
+    """Run the command line; a user error is one line and exit status 2."""
     return run_interruptible(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
 
 

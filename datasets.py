@@ -4,6 +4,7 @@ A `config` can be any object with these attributes, such as the parsed flags.
 """
 
 import contextlib
+import os
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -47,7 +48,7 @@ def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.de
 
 def build_class_folders(is_train: bool, config: InputConfig, device: Optional[torch.device]) -> ImageFolder:
     flag, root = locations.split_root(is_train, config)
-    return ImageFolder(root, flag, device, **_reading(is_train, config, device))
+    return ImageFolder(root, flag, device, config.check_data, **_reading(is_train, config, device))
 
 
 def build_cifar(is_train: bool, config: InputConfig, device: Optional[torch.device]) -> torchvision_datasets.CIFAR100:
@@ -100,13 +101,16 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
         raise UserError('--train_csv %s: its images have several classes, and class folders give one; give --val_csv'
                         % escape_text(config.train_csv))
     if train_classes and val_classes and train_classes != val_classes:
-        only = [('train', set(train_classes) - set(val_classes)), ('val', set(val_classes) - set(train_classes))]
+        empty = {os.path.basename(path) for part in (train, val) for path in getattr(part, 'empty', ())}  # --check_data
+        only = [('train', set(train_classes) - set(val_classes) - empty),
+                ('val', set(val_classes) - set(train_classes) - empty)]
         differ = '; '.join('only in %s: %s' % (split, ', '.join(map(escape_text, sorted(names)[:5])))
                            for split, names in only if names)
         if config.train_csv and not config.val_csv:
             raise UserError('--train_csv %s: its classes differ from the validation folders (%s); list the validation '
                             'images with --val_csv' % (escape_text(config.train_csv), differ))
-        raise UserError('--data_path: train and val must name the same classes; %s' % differ)
+        if differ or not empty:
+            raise UserError('--data_path: train and val must name the same classes; %s' % differ)
     classes = train_classes or val_classes or []
     log_similar_names(classes)
     if train is not None and config.max_train_samples:

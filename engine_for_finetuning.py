@@ -1,4 +1,4 @@
-"""The loops: train one epoch, evaluate, profile a few steps."""
+"""The loops: train one epoch, evaluate, profile a few updates."""
 
 import dataclasses
 import itertools
@@ -14,32 +14,32 @@ from beit.errors import UserError
 from beit.files import run_folder
 from beit.log import log_main
 from beit.training.loss_scaler import LossScaler
-from beit.training.metrics import Loss, Metric, TopAccuracy, log_line
+from beit.training.metrics import Loss, Metric, TopAccuracy
 from beit.training.step_control import StepMonitor, StepState
 
 run_folder.register_output('prof')
 
 SKIPS_IN_A_ROW = 20
-UNREAD_UPDATES = 10  # the most whose outcome may wait on the device
+UNREAD_UPDATES = 10  # whose outcome may stay on the device, at most
 
 
 @dataclasses.dataclass
 class EpochSettings:
-    """What `train_one_epoch` takes beside the parts that it trains: first the reference's arguments, in its order."""
-    max_norm: Optional[float] = None  # clip the norm of all gradients to this; None or 0 doesn't
+    """Settings of `train_one_epoch`: first the reference's arguments, in its order."""
+    max_norm: Optional[float] = None  # clip the norm of all gradients to this; None or 0: no clipping
     model_ema: Optional[utils.ModelEma] = None
     mixup_fn: Optional[Callable] = None
     log_writer: Optional[utils.TensorboardLogger] = None
     start_steps: int = 0  # update steps before this epoch, the index into the schedules
     lr_schedule_values: Optional[Sequence[float]] = None  # one per update step of the whole run
     wd_schedule_values: Optional[Sequence[float]] = None
-    num_training_steps_per_epoch: Optional[int] = None  # update steps; by default all that the loader gives
+    num_training_steps_per_epoch: Optional[int] = None  # update steps; by default the whole loader
     update_freq: int = 1  # micro-steps per update, the loss divided among them
     throughput: Optional[utils.Throughput] = None
-    seed: Optional[int] = None  # seeds every update (`utils.seed_step`); None leaves the random numbers alone
-    first_step: int = 0  # updates of the epoch that were done before; the loader begins behind them
-    state: Optional[Dict[str, Any]] = None  # the averages up to there, as `monitor` was given them
-    monitor: Optional[StepMonitor] = None  # handles signals, saves in mid-epoch, unreadable images, non-finite losses
+    seed: Optional[int] = None  # seeds every update (`utils.seed_step`); None: no seeding
+    first_step: int = 0  # updates of this epoch before a resume; the loader starts after them
+    state: Optional[Dict[str, Any]] = None  # the averages of those updates, from the checkpoint
+    monitor: Optional[StepMonitor] = None  # signals, checkpoints in mid-epoch, unreadable images, non-finite losses
 
 
 def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: Any,
@@ -49,17 +49,17 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
     """Train for one epoch, or for the rest of one.
 
     Args:
-        data_loader: gives `loader.Batch`es, or (images float32 (B, 3, H, W), class indices int64 (B,)).
+        data_loader: yields `loader.Batch`es, or (images float32 (B, 3, H, W), class indices int64 (B,)).
         loss_scaler: None is full precision.
         settings, named_settings: the fields of `EpochSettings`, by position or by name.
 
     Returns:
-        The epoch's averages over all processes: loss, class_acc (a share; without mixup, and with one class an image),
-        lr, min_lr, weight_decay, grad_norm, loss_scale, and skipped_steps, a count.
+        The epoch's averages over all processes: loss, class_acc (0 to 1; only without mixup and with one class per
+        image), lr, min_lr, weight_decay, grad_norm, loss_scale, and skipped_steps, a count.
 
     Raises:
         UserError: a loss or gradient is not finite, in any process, or 20 updates in a row were skipped.
-        preemption.Stopped: a signal came, and what was reached is saved.
+        preemption.Stopped: after a signal and a checkpoint.
     """
     config = EpochSettings(*settings, **named_settings)
     model.train()
@@ -72,7 +72,7 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
     first_micro_step, start_steps = config.first_step * update_freq, config.start_steps or 0
     create_graph = getattr(optimizer, 'is_second_order', False)
     schedules = config.lr_schedule_values, config.wd_schedule_values
-    if first_micro_step:  # the rates of the last of them: a checkpoint may come before the next
+    if first_micro_step:  # the rates of the last update before the resume, for a checkpoint before the next one
         set_schedules(optimizer, start_steps + config.first_step - 1, *schedules)
     unread: List[StepState] = []
     line_is_due = False
@@ -80,7 +80,7 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
     def state() -> Dict[str, Any]:
         return dict(meters=meters.state(), skipped_before=skipped_before, counts_images=True)
 
-    # Without --bad_images skip nobody has to wait for the others' counts before the optimizer's step.
+    # Without --bad_images skip, a step does not depend on the image counts of the other processes.
     grad_factor = monitor.grad_factor if getattr(getattr(data_loader, 'dataset', None), 'skips', True) else None
     timer = utils.StepTimer(device, process_group.world_size(), config.throughput)
     batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,
@@ -129,9 +129,9 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
 
 def forward(model: torch.nn.Module, criterion: Callable, batch: Sequence[Any], mixup: Optional[Callable],
             device: torch.device) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-    """(output, mean loss, share of right ones or None) of a micro-step.
+    """(output, mean loss, accuracy or None) of a micro-step.
 
-    Where no image of it could be read, the loss is 0 and has gradients, to stay in step with the other processes.
+    Without a readable image the loss is 0, with gradients: the other processes wait for this one's.
     """
     images = batch[0].to(device, non_blocking=True)
     targets = batch[1].to(device, non_blocking=True)
@@ -144,19 +144,19 @@ def forward(model: torch.nn.Module, criterion: Callable, batch: Sequence[Any], m
 
 
 def loss_divisor(batch: Sequence[Any], update_freq: int) -> float:
-    """What makes the mean over the images of a micro-step its part of a mean over all files of an update."""
+    """Divides the mean loss of a micro-step, for a sum over micro-steps that is the mean over an update's files."""
     unreadable = len(batch[3]) if len(batch) > 3 else 0
     return update_freq * (len(batch[0]) + unreadable) / len(batch[0]) if unreadable and len(batch[0]) else update_freq
 
 
 def training_meters(state: Optional[Dict[str, Any]], batch_size: int) -> utils.MetricLogger:
-    """Meters of an epoch; those that are there from the start are the same on every process.
+    """Meters of an epoch, the same names on every process.
 
-    `state` is of the updates before; an earlier version counted batches where this one counts images.
+    `state` holds the updates before a resume. An earlier version counted batches instead of images.
     """
     meters = utils.MetricLogger(hidden=('loss_scale',))
     for name in ('lr', 'min_lr', 'loss', 'class_acc', 'weight_decay', 'grad_norm', 'loss_scale'):
-        meters.add_meter(name, utils.SmoothedValue(window_size=1, fmt='{value:.6f}') if name in ('lr', 'min_lr')
+        meters.add_meter(name, utils.SmoothedValue(window_size=1, fmt='{value:.4g}') if name in ('lr', 'min_lr')
                          else utils.SmoothedValue())
     if state:
         meters.load_state({name: [part * batch_size for part in totals] if name in ('loss', 'class_acc') and not
@@ -165,13 +165,13 @@ def training_meters(state: Optional[Dict[str, Any]], batch_size: int) -> utils.M
 
 
 def class_accuracy(output: torch.Tensor, targets: torch.Tensor) -> Optional[torch.Tensor]:
-    """The share of right ones, a 0-dim tensor on the device; None with several classes an image."""
+    """Accuracy (0 to 1), a 0-dim tensor on the device; None with several classes per image."""
     return (output.argmax(-1) == targets).float().mean() if targets.dim() == 1 else None
 
 
 def read_updates(updates: List[StepState], scaler: LossScaler, monitor: StepMonitor, log_writer: Any,
                  device: torch.device) -> None:
-    """Read from the device what became of these updates, in one copy, and report those that were skipped."""
+    """Copy the outcomes of updates from the device at once, and report skipped updates."""
     numbers = iter(utils.to_floats([number for update in updates for number in (update.grad_norm, update.skipped)]))
     for update in updates:
         left_on_device = torch.is_tensor(update.skipped)
@@ -191,7 +191,7 @@ def read_updates(updates: List[StepState], scaler: LossScaler, monitor: StepMoni
 
 def set_schedules(optimizer: torch.optim.Optimizer, update_step: int, lr_values: Optional[Sequence[float]] = None,
                   wd_values: Optional[Sequence[float]] = None) -> None:
-    """Give each group its learning rate, value times lr_scale, and its weight decay where it has any."""
+    """Set each group's learning rate to value * lr_scale, and the weight decay of the groups with weight decay."""
     for group in optimizer.param_groups:
         if lr_values is not None:
             group['lr'] = float(lr_values[update_step]) * group.get('lr_scale', 1.)
@@ -200,7 +200,7 @@ def set_schedules(optimizer: torch.optim.Optimizer, update_step: int, lr_values:
 
 
 def current_rates(optimizer: torch.optim.Optimizer) -> Dict[str, float]:
-    """The highest and lowest learning rate of the groups, and their weight decay."""
+    """The groups' highest and lowest learning rate, and their weight decay."""
     lrs = [group['lr'] for group in optimizer.param_groups]
     decays = [group['weight_decay'] for group in optimizer.param_groups if group['weight_decay'] > 0]
     return dict(lr=max(lrs), min_lr=min(lrs), weight_decay=decays[-1] if decays else 0.)
@@ -217,7 +217,7 @@ def report_skip(scaler: LossScaler, update_step: int) -> None:
 
 
 def log_update(log_writer: Any, update: StepState) -> None:
-    """The scalars of an update's last micro-step to TensorBoard, those that are finite."""
+    """Write the finite scalars of an update's last micro-step to TensorBoard."""
     values = {name: value for name, value in update.values.items() if value is not None}
     for name, value in zip(values, utils.to_floats(values.values())):
         if math.isfinite(value):
@@ -228,18 +228,18 @@ def log_update(log_writer: Any, update: StepState) -> None:
 def evaluate(data_loader: Any, model: torch.nn.Module, device: torch.device, sharded: bool = False,
              throughput: Optional[utils.Throughput] = None, stop_signal: Optional[Callable[[], int]] = None,
              metrics: Optional[List[Metric]] = None) -> Optional[Dict[str, Any]]:
-    """Top-1, top-5 and loss over a validation set, or other `metrics`; every image is counted once.
+    """Top-1, top-5 and loss over a validation set, or other `metrics`; every image counts once.
 
-    The figures are the same bits on any number of processes: a shorter batch is filled up, since kernels round
-    otherwise for another number of rows.
+    The figures are bitwise equal for any number of processes: short batches are padded, because kernels may round
+    differently for another number of rows.
 
     Args:
         sharded: each process's loader holds another part of the set.
-        stop_signal: gives the number of a signal that asks to stop, or 0.
+        stop_signal: returns the number of a signal that asks to stop, or 0.
 
     Returns:
-        What the metrics compute, by default acc1, acc5 (percent), loss (per image), images (the count); and unreadable:
-        (path, reason) of the files that were left out, on all processes. None where a signal broke the evaluation off.
+        The metrics' figures, by default acc1, acc5 (percent), loss (per image), images (the count); and unreadable:
+        (path, reason) of the skipped files of all processes. None if a signal stopped the evaluation.
     """
     model.eval()
     metrics = [TopAccuracy(), Loss()] if metrics is None else metrics
@@ -266,16 +266,15 @@ def evaluate(data_loader: Any, model: torch.nn.Module, device: torch.device, sha
         return None
     parts: List[Any] = collectives.all_gather_json([seen, unreadable], device) if sharded else [[seen, unreadable]]
     if not any(images for images, _ in parts):
-        raise UserError('none of the validation images can be read; look at them with --check_data')
+        raise UserError('none of the validation images can be read; --check_data lists the reasons')
     stats = {}
     for metric in metrics:
         stats.update(metric.compute(sharded, device))
-    log_main('* ' + log_line(stats), detail=True)
     return dict(stats, unreadable=[tuple(pair) for _, pairs in parts for pair in pairs])
 
 
 class WithMirrorImage(torch.nn.Module):
-    """A network that averages the logits of an image and of its mirror image (--test_flip)."""
+    """Averages a network's logits of each image and its mirror image (--test_flip)."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
@@ -286,16 +285,16 @@ class WithMirrorImage(torch.nn.Module):
 
 
 def pad_batch(images: torch.Tensor, data_loader: Any) -> torch.Tensor:
-    """A batch that is shorter than the loader's others, with blank images behind."""
+    """Pad a short batch with blank images to the loader's batch size."""
     missing = (getattr(data_loader, 'batch_size', None) or 0) - len(images)
     return images if missing <= 0 else torch.cat((images, images.new_zeros((missing,) + images.shape[1:])))
 
 
 def profile(folder: str, device: torch.device, model: torch.nn.Module, data_loader: Any, update_freq: int = 1,
             cann: bool = False, warmup_updates: int = 2, updates: int = 5, **training: Any) -> None:
-    """Profile a few updates, after a few that compile and fill caches, and write the trace into `folder`.
+    """Profile a few updates, after a warm-up, and write the trace to `folder`.
 
-    `cann`: by torch_npu's profiler; else a Chrome trace. `training`: the other arguments of `train_one_epoch`.
+    `cann`: use torch_npu's profiler; else write a Chrome trace. `training`: other arguments of `train_one_epoch`.
     """
     def train(steps: int) -> None:
         train_one_epoch(model=model, data_loader=data_loader, device=device, epoch=0, update_freq=update_freq,

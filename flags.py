@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Opti
 
 import modeling_finetune
 import optim_factory
-from beit import model_spec
+from beit import model_spec, startup
 from beit.checkpoint import discovery, hf_names, pretrained
 from beit.cli import OneLineParser, add_bool_flag, bounded_number
 from beit.config import (
@@ -64,6 +64,7 @@ class Flag:
         affects_results: whether the results of a training run depend on it; a resumed run names such changes.
         follows_checkpoint: whether --eval takes it from the checkpoint if it is not given, besides the fields of
             `model_spec.ModelSpec`.
+        names_difference: whether --eval logs a value that differs from the checkpoint's.
         also: {another program with this flag: its group and its differences there}.
     """
     name: str
@@ -80,6 +81,7 @@ class Flag:
     synonyms: str = ''
     affects_results: bool = True
     follows_checkpoint: bool = False
+    names_difference: bool = True
     also: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def add_to(self, group: Any) -> None:
@@ -187,7 +189,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('eval', False, 'evaluate --resume without training', synonyms='evaluate eval_only test_only',
              affects_results=False),
         Flag('test_flip', False, 'evaluate the mean logits of each image and its mirror image',
-             follows_checkpoint=True),
+             follows_checkpoint=True, names_difference=False),
         Flag('results_file', '', 'with --eval: write the results to this .csv or .json file', affects_results=False),
         Flag('class_names', '', 'with --eval: class names, for weights without them',
              affects_results=False, also={
@@ -199,7 +201,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
     ),
     (AVERAGE, 'flags'): (
         Flag('inputs', [], 'checkpoints, or folders with checkpoints of whole epochs', shown='required', nargs='+'),
-        Flag('output', '', 'the new file to write', shown='required'),
+        Flag('output', '', 'the file to write', shown='required'),
         Flag('best', 0, 'average only the N best by the log.txt beside them', shown='all',
              type=positive),
     ),
@@ -224,7 +226,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
     (EXPORT, 'export'): (
         Flag('format', '', 'format', shown='required'),
         Flag('output', '', 'file to write; for huggingface a folder', shown='beside the checkpoint'),
-        Flag('overwrite', False, 'replace an existing file or folder', off=''),
+        Flag('overwrite', False, 'replace an existing file or folder', off='', also={AVERAGE: dict(group='flags')}),
         Flag('opset', None, 'opset of onnx', shown='the newest that works', type=bounded_number(int, 7, 99)),
         Flag('no_check', False, 'skip the comparison with the checkpoint', off=''),
     ),
@@ -338,7 +340,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              affects_results=False),
         Flag('imagenet_default_mean_and_std', False, 'normalise with ImageNet\'s mean and std instead of 0.5'),
         Flag('data_set', 'IMNET', 'IMNET (train/, val/), image_folder (class folders), CIFAR (100)',
-             follows_checkpoint=True),
+             follows_checkpoint=True, names_difference=False),
         Flag('data_backend', 'exact', 'exact (Pillow), fast (torchvision; pixels differ slightly)',
              choices=transforms.BACKENDS,
              also={PREDICT: dict(group='run')}),
@@ -453,7 +455,7 @@ def follow_checkpoint(args: argparse.Namespace, saved: Mapping[str, Any], source
                             % (escape_text(source), flag.name, saved[flag.name])) from None
         if flag.name not in args.given:
             setattr(args, flag.name, value)
-        elif getattr(args, flag.name) != value:
+        elif flag.names_difference and getattr(args, flag.name) != value:
             differ.append('--%s %s (the checkpoint: %s)' % (flag.name, getattr(args, flag.name), value))
     return differ
 
@@ -566,6 +568,6 @@ def check_outputs(args: argparse.Namespace) -> None:
     if args.report and not args.output_dir:
         raise UserError('--report needs --output_dir, the folder for report.html')
     if args.log_dir and importlib.util.find_spec('tensorboardX') is None:
-        raise UserError('--log_dir %s needs tensorboardX; run: pip install tensorboardX' % args.log_dir)
+        raise UserError('--log_dir %s needs tensorboardX; %s' % (args.log_dir, startup.pip_install('tensorboardX')))
     for flag, folder in (('--output_dir', args.output_dir), ('--log_dir', args.log_dir)):
         run_folder.check_writable(flag, folder)

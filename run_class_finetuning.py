@@ -52,7 +52,9 @@ from beit.distributed import collectives, preemption, process_group, watchdog
 from beit.errors import UserError, escape_text, required_output
 from beit.files import run_folder
 from beit.model_spec import ModelSpec
+from beit.outputs import run_log, start_table
 from beit.outputs.report import Report, augmented_samples
+from beit.outputs.run_log import count_parameters, print_result, speed_figures
 from beit.outputs.summary import project_version
 from beit.training import fused_attention, loss_scaler, losses
 from beit.training.confusion import ConfusionMatrix
@@ -60,9 +62,6 @@ from beit.training.losses import build_criterion
 from beit.training.metrics import (
     best_figures,
     build_metrics,
-    logged,
-    plotted,
-    primary_metric,
     primary_percent,
     summary_figures,
     write_results,
@@ -76,12 +75,12 @@ Stats = Dict[str, Any]  # figures by name
 
 @dataclasses.dataclass
 class Data:
-    """What a run reads, and what it makes of it."""
+    """The data sets of a run, their loaders, and the spec of the model that is trained or evaluated on them."""
     train_set: Optional[ImageDataset]
     val_set: Optional[ImageDataset]
     spec: ModelSpec
     class_weights: Optional[torch.Tensor]  # in the loss, float32 (classes,)
-    steps_per_epoch: int  # updates; 0 where nothing is trained
+    steps_per_epoch: int  # updates; 0 for an evaluation
     train_loader: Any = None
     val_loader: Any = None
 
@@ -92,14 +91,15 @@ class Data:
 
 @dataclasses.dataclass
 class Learner:
-    """What a run trains or evaluates, and how that computes."""
-    model: torch.nn.Module  # in DistributedDataParallel where it trains with other processes
-    optimizer: Any  # a torch.optim.Optimizer; None to evaluate
+    """The model of a run, its optimizer, and how they compute."""
+    model: torch.nn.Module  # in DistributedDataParallel if several processes train
+    optimizer: Any  # a torch.optim.Optimizer; None for an evaluation
     scaler: loss_scaler.LossScaler
     ema: Optional[utils.ModelEma]
     device: torch.device
     dtype: Optional[torch.dtype]  # of half precision; None is float32
-    attention: str  # for people
+    attention: str  # the kernel's name
+    last_scores: List[str] = dataclasses.field(default_factory=list)  # the lines of the newest evaluation
 
 
 def main(args: argparse.Namespace, signals: preemption.Signals) -> None:
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace, signals: preemption.Signals) -> None:
 
 
 def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, device: torch.device) -> None:
-    """All that a run does once it has its folder to itself."""
+    """The run, while it holds the lock of its folder."""
     checkpoint = load_checkpoint(args, device)
     dtype = choose_precision(args, device)
     utils.seed_everything(args.seed)
@@ -125,13 +125,13 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
     report = build_report(args, output, data, learner)
     if args.eval:
         with required_output('' if args.output_dir or args.results_file else 'the figures of the evaluation'):
-            describe(args, data, learner)
+            start_table.show(report.environment, output.flags, data.classes, learner.attention)
             evaluate_only(args, output, data, learner, report, checkpoint)
         return
 
     run_state = resume(args, data, learner, checkpoint)
     source = checkpoint.source if checkpoint else ''
-    describe(args, data, learner, source)
+    start_table.show(report.environment, output.flags, data.classes, learner.attention, data.steps_per_epoch, source)
     prepare_folder(args, source, run_state)
     update_freezing(args, accelerator.unwrap(learner.model), run_state.epoch)
 
@@ -142,14 +142,14 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
                        **training)
         return
     monitor = build_monitor(args, output, signals, run_state, data, learner)
-    with signals.deferred():
+    with signals.deferred(), monitor:
         train(args, training, data, learner, monitor, report)
 
 
 # ---- steps of main
 
 def start(args: argparse.Namespace) -> torch.device:
-    """The device of this process, which has met the others."""
+    """Connect this process to the others; returns its device."""
     if args.deterministic:
         accelerator.prepare_determinism()
     device = process_group.init_distributed_mode(config_from(args, DistributedConfig))
@@ -162,23 +162,26 @@ def start(args: argparse.Namespace) -> torch.device:
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Decode every image; a `UserError` says how many cannot be."""
+    """Decode every image. Raises `UserError` with the number of unreadable images and of empty class folders."""
     if process_group.launch_environment(config_from(args, DistributedConfig))[0] != 0:
-        return  # it would decode the same
+        return  # the first process decodes all of them
     train_set, val_set, _ = datasets.build_datasets(config_from(args, InputConfig))
     with run_folder.locked(args.output_dir):
-        damaged = unreadable.check_data((train_set, val_set), args.num_workers, args.output_dir)
+        damaged, empty = unreadable.check_data((train_set, val_set), args.num_workers, args.output_dir)
     if damaged:
-        place = ', listed in %s' % os.path.join(args.output_dir, LIST) if args.output_dir else ''
-        raise UserError('--check_data: %d image%s cannot be read%s; mend or remove what is listed, or leave it out '
-                        'with --bad_images skip, and a --max_bad_images above its share'
-                        % (damaged, 's' if damaged > 1 else '', place))
+        listed = ', listed in %s' % os.path.join(args.output_dir, LIST) if args.output_dir else ''
+        raise UserError('--check_data: %s cannot be read%s; repair or remove the files, or leave them out with '
+                        '--bad_images skip, and a --max_bad_images above their share'
+                        % (log.pluralize(damaged, 'image'), listed))
+    if empty:
+        raise UserError('--check_data: %s without an image; add images or remove the folders'
+                        % log.pluralize(empty, 'class folder'))
 
 
 def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[CheckpointWeights]:
-    """What --resume or --auto_resume name, alike on every process; None where nothing is.
+    """The checkpoint of --resume or --auto_resume, the same on every process; None without one.
 
-    To evaluate, the flags that were not given become the checkpoint's.
+    For an evaluation, the flags that were not given take the checkpoint's values.
     """
     source = args.resume
     pretrained.refuse_exports('--resume', source)
@@ -197,7 +200,7 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[
     given |= args.given & {'loss'} if args.loss != 'auto' else set()
     differ = follow_checkpoint(args, saved, path)
     if differ:
-        log.log_main('Given on the command line, and not as in %s: %s'
+        log.log_main('Flags that differ from %s: %s'
                      % (escape_text(path), ', '.join(differ)))
     checkpoint = inference_model.read_weights(path, content, class_names=args.class_names, defaults=vars(args), **keys,
                                               **{name: getattr(args, name) for name in given})
@@ -210,7 +213,7 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[
 
 
 def choose_precision(args: argparse.Namespace, device: torch.device) -> Optional[torch.dtype]:
-    """The half-precision dtype, or None. A checkpoint's that this device lacks becomes float32, which a line says."""
+    """The half-precision dtype, or None. Float32 replaces a checkpoint's dtype that this device lacks, with a line."""
     try:
         return half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     except UserError as error:
@@ -222,7 +225,7 @@ def choose_precision(args: argparse.Namespace, device: torch.device) -> Optional
 
 
 def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Optional[CheckpointWeights]) -> Data:
-    """The data sets, their loaders, the weights of their classes, and what the model is that learns or knows them."""
+    """Build the data sets, their loaders, their class weights and the spec of the model."""
     known = checkpoint.spec if checkpoint and args.eval else None
     inputs = config_from(args, InputConfig, evaluation=known and known.preprocessing,
                          **(dict(nb_classes=0) if known else {}))
@@ -246,7 +249,7 @@ def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Opt
 
 
 def build_spec(args: argparse.Namespace, inputs: InputConfig, dataset: Any, classes: Sequence[str]) -> ModelSpec:
-    """What the model is that this run trains, or, without a checkpoint, evaluates."""
+    """The spec of the model that this run trains or, without a checkpoint, evaluates."""
     multi_label = subsets.is_multi_label(label_source(dataset))
     return ModelSpec(config_from(args, ModelConfig), EvalTransform.from_config(inputs), tuple(classes),
                      loss='bce' if losses.activation(args.loss, multi_label) == 'sigmoid' else 'ce',
@@ -256,18 +259,18 @@ def build_spec(args: argparse.Namespace, inputs: InputConfig, dataset: Any, clas
 
 def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec: ModelSpec, train_set: Any,
                    val_set: Any, classes: List[str]) -> Tuple[Any, Any, ModelSpec]:
-    """(training set, validation set, spec) with the checkpoint's classes, in its order, matched by their names."""
+    """Match the data's classes with the checkpoint's by name; returns (training set, validation set, spec)."""
     known = checkpoint.spec
     if known is None:
-        log.log_main('%s does not name its classes: its outputs are taken to be the data\'s classes, by position'
+        log.log_main('%s does not name its classes: its outputs are assigned to the data\'s classes by position'
                      % escape_text(checkpoint.source))
         return train_set, val_set, spec
     if args.eval and args.nb_classes not in (0, len(known.classes)):
         raise UserError('--nb_classes %d: %s has %d classes; leave the flag out'
                         % (args.nb_classes, escape_text(checkpoint.source), len(known.classes)))
     if args.loss == 'auto' and known.loss != spec.loss:
-        raise UserError('--resume %s: it was trained with the loss %s, and these training images ask for %s, as they '
-                        'have %s; give --loss %s, or start anew with --finetune' % (
+        raise UserError('--resume %s: it was trained with the loss %s, and these training images need %s, as they '
+                        'have %s; give --loss %s, or start a new run with --finetune' % (
                             escape_text(checkpoint.source), known.loss, spec.loss,
                             'several labels each' if spec.multi_label else 'one label each', known.loss))
     places, message = model_spec.match_classes(known, checkpoint.source, classes, trains=not args.eval)
@@ -288,7 +291,7 @@ def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec
 
 
 def choose_class_weights(args: argparse.Namespace, train_set: Any, classes: List[str]) -> Optional[torch.Tensor]:
-    """What each class weighs in the loss, float32 (classes,), said to people; or None."""
+    """The weight of each class in the loss, float32 (classes,); None without --class_weights."""
     if args.eval or not args.class_weights:
         return None
     counts = subsets.class_counts(label_source(train_set), len(classes))
@@ -298,7 +301,7 @@ def choose_class_weights(args: argparse.Namespace, train_set: Any, classes: List
 
 
 def count_steps(args: argparse.Namespace, images: int) -> int:
-    """Update steps per epoch. Raises `UserError` where an epoch has none or the warm-up outlasts the run."""
+    """Update steps per epoch. Raises `UserError` if an epoch has none or the warm-up is longer than the run."""
     total_batch = args.batch_size * args.update_freq * process_group.world_size()
     if images < total_batch:
         raise UserError('--batch_size %d x %d processes x --update_freq %d = %d images an update, more than the %d of '
@@ -313,7 +316,7 @@ def count_steps(args: argparse.Namespace, images: int) -> int:
 
 def build_learner(args: argparse.Namespace, spec: ModelSpec, checkpoint: Optional[CheckpointWeights],
                   device: torch.device, dtype: Optional[torch.dtype]) -> Learner:
-    """The model with its weights, the optimizer and the moving average, in the precision asked for."""
+    """Build the model with its weights, the optimizer and the moving average, in the chosen precision."""
     model = inference_model.build_model(spec.architecture, len(spec.classes))
     if args.eval and checkpoint:
         inference_model.load_state(model, checkpoint)
@@ -324,7 +327,7 @@ def build_learner(args: argparse.Namespace, spec: ModelSpec, checkpoint: Optiona
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
         if args.model_ema else None
     if ema is not None and args.eval and checkpoint:
-        inference_model.load_state(ema.ema, checkpoint.averaged())
+        inference_model.load_state(ema.ema, checkpoint.averaged(), quiet=True)
     model, scaler = loss_scaler.initialize_amp(model, optimizer, device, dtype, args.opt_level, args.loss_scale)
     attention = 'plain' if args.deterministic and args.attention == 'auto' else args.attention
     chosen = fused_attention.choose_attention(accelerator.unwrap(model), device, attention, dtype, args.batch_size)
@@ -334,13 +337,13 @@ def build_learner(args: argparse.Namespace, spec: ModelSpec, checkpoint: Optiona
 
 def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, under_apex: bool) -> torch.optim.Optimizer:
     if args.unfreeze_epoch and under_apex:
-        raise UserError('--unfreeze_epoch %d: apex gathers the gradients of the first step and looks for no others '
-                        'later; leave --amp out, or use two runs, the second with --finetune' % args.unfreeze_epoch)
+        raise UserError('--unfreeze_epoch %d: apex takes the gradients of the first step and ignores later ones; '
+                        'leave --amp out, or use two runs, the second with --finetune' % args.unfreeze_epoch)
     return optim_factory.create_optimizer(model, config_from(args, OptimizerConfig), under_apex)
 
 
 def configure_speed(args: argparse.Namespace, model: Any, device: torch.device) -> None:
-    """Set up how the model computes; its results stay the same."""
+    """Choose how the model computes. Results do not change."""
     model.set_grad_checkpointing(args.grad_checkpointing)
     for block in model.blocks:
         block.skips_dropped = args.skip_dropped == 'on' or (
@@ -350,55 +353,21 @@ def configure_speed(args: argparse.Namespace, model: Any, device: torch.device) 
 
 
 def build_report(args: argparse.Namespace, output: OutputConfig, data: Data, learner: Learner) -> Report:
+    device_name = accelerator.device_name(learner.device).replace(', 1 threads', ', 1 thread')
     environment = {
         'model': args.model, 'parameters': count_parameters(learner.model), 'input_size': args.input_size,
         'classes': len(data.classes), 'training_images': None if data.train_set is None else len(data.train_set),
         'validation_images': None if data.val_set is None else len(data.val_set), 'device': str(learner.device),
-        'device_name': accelerator.device_name(learner.device), 'processes': process_group.world_size(),
+        'device_name': device_name, 'processes': process_group.world_size(),
         'precision': learner.scaler.description}
     samples = functools.partial(augmented_samples, data.train_set, data.classes, config_from(args, TransformConfig),
                                 config_from(args, MixupConfig), args.seed)
     return Report(output, environment, data.classes, data.val_set, samples, prefix='eval-' if args.eval else '')
 
 
-def describe(args: argparse.Namespace, data: Data, learner: Learner, source: str = '') -> None:
-    """Say at the start what this run is."""
-    log.log_main('Flags: %s' % escape_text(' '.join('--%s=%s' % item for item in sorted(vars(args).items())
-                                                    if item[1] is not None)), detail=True)
-    processes, unused_npu = process_group.world_size(), accelerator.npu_unused_reason(args.device, learner.device)
-    rows = [('Device', '%s, %s, %d process%s' % (learner.device, accelerator.device_name(learner.device), processes,
-                                                 'es' if processes > 1 else ''))]
-    if unused_npu:
-        rows.append(('', unused_npu.rstrip()))
-    rows += [
-        ('Precision', learner.scaler.description),
-        ('Attention', learner.attention),
-        ('Model', '%s, %.2f M parameters, %d classes, input %dx%d' % (
-            args.model, count_parameters(learner.model) / 1e6, len(data.classes), args.input_size, args.input_size)),
-        ('Classes', model_spec.shorten_names(data.classes) + (
-            ' (one only: there is nothing to tell apart)' * (len(data.classes) == 1))),
-        ('Data', '%s training and %s validation images' % tuple('no' if part is None else len(part)
-                                                                for part in (data.train_set, data.val_set)))]
-    if data.steps_per_epoch:
-        steps = data.steps_per_epoch * args.epochs
-        rows.append(('Batch', '%d per device x %d x %d accumulated = %d; %d update steps an epoch, %d in all%s' % (
-            args.batch_size, processes, args.update_freq, args.batch_size * args.update_freq * processes,
-            data.steps_per_epoch, steps,
-            '; --maxstep ends after %d' % args.maxstep if 0 < args.maxstep < steps else '')))
-        rows.append(('Checkpoints', 'each %d epochs and the best into %s' % (args.save_ckpt_freq,
-                                                                             escape_text(args.output_dir))
-                     if args.output_dir and args.save_ckpt else 'none'))
-        rows.append(('Resumed', escape_text(source) if source else 'nothing, training starts'))
-    log.log_table(rows)
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def resume(args: argparse.Namespace, data: Data, learner: Learner,
            checkpoint: Optional[CheckpointWeights]) -> training_state.RunState:
-    """The training_state.RunState that this run begins with."""
+    """Load the checkpoint into the learner; returns the state that this run starts from."""
     total_batch = args.batch_size * args.update_freq * process_group.world_size()
     run = comparison.Run(vars(args), learner.device,
                          fingerprint.of_data(data.train_set, data.val_set, data.classes, learner.device),
@@ -411,8 +380,8 @@ def resume(args: argparse.Namespace, data: Data, learner: Learner,
                                                    learner.ema, model_key=args.model_key,
                                                    model_prefix=args.model_prefix)
     if run_state.steps and run_state.run.get('total_batch') != total_batch:
-        raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; make '
-                        '--batch_size x --update_freq x processes the same, or resume the checkpoint of a whole epoch'
+        raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; keep '
+                        '--batch_size x --update_freq x processes, or resume the checkpoint of a whole epoch'
                         % (source, run_state.run.get('total_batch'), total_batch))
     if checkpoint is not None:
         log.log_main(comparison.resume_message(comparison.resume_differences(content, run, without_effect())))
@@ -432,7 +401,7 @@ def resume(args: argparse.Namespace, data: Data, learner: Learner,
 
 
 def prepare_folder(args: argparse.Namespace, source: str, run_state: training_state.RunState) -> None:
-    """Keep what this run goes on with, and move aside what is of another run or of later than a --resume FILE."""
+    """Keep the files that this run continues; move files of another run, or later than --resume, to a backup."""
     keep, later = args.prof or args.cann_prof, []
     if not keep and source and discovery.is_inside(source, args.output_dir):
         keep = True
@@ -452,17 +421,17 @@ def prepare_folder(args: argparse.Namespace, source: str, run_state: training_st
 
 
 def update_freezing(args: argparse.Namespace, model: Any, epoch: int) -> bool:
-    """Freeze or unfreeze the backbone as --freeze_backbone has it in this epoch; gives whether that changed.
+    """Freeze or unfreeze the backbone for this epoch; returns whether that changed.
 
-    The optimizer holds all parameters from the start and ignores those without a gradient, so a checkpoint has the same
-    groups before and after, and a parameter's moments begin when it does.
+    The optimizer holds all parameters from the start and ignores parameters without a gradient. So checkpoints have
+    the same groups before and after, and the moments of a parameter start with its training.
     """
     freeze = args.freeze_backbone and not 0 < args.unfreeze_epoch <= epoch
     if freeze == model.backbone_frozen:
         return False
     model.freeze_backbone(freeze)
     log.log_main('%s, %d of %d parameters' % (
-        'Training the head alone' if freeze else 'Training the whole model', count_parameters(model),
+        'Training only the head' if freeze else 'Training the whole model', count_parameters(model),
         sum(parameter.numel() for parameter in model.parameters())))
     return True
 
@@ -489,16 +458,16 @@ def build_schedules(args: argparse.Namespace, steps_per_epoch: int) -> Tuple[np.
 
 
 def distribute(learner: Learner) -> None:
-    """Where there are several processes, put the model into DistributedDataParallel, which records what trains."""
+    """Wrap the model in DistributedDataParallel if there are several processes. It records the trainable parameters."""
     if process_group.world_size() > 1:
         learner.model = accelerator.wrap_ddp(learner.model, learner.device)
 
 
 def unfreeze_when_due(args: argparse.Namespace, learner: Learner, epoch: int) -> None:
-    """Before an epoch: rebuild DistributedDataParallel and the optimizer's state where the backbone begins to train."""
+    """Rebuild DistributedDataParallel and the optimizer's state before the epoch that unfreezes the backbone."""
     if update_freezing(args, accelerator.unwrap(learner.model), epoch) and process_group.world_size() > 1:
         learner.model = learner.model.module  # type: ignore[assignment]
-        gc.collect()  # with the old DistributedDataParallel its hooks go
+        gc.collect()  # removes the hooks of the old DistributedDataParallel
         distribute(learner)
     if 0 < args.unfreeze_epoch <= epoch:
         optim_factory.complete_momenta(learner.optimizer)
@@ -506,7 +475,7 @@ def unfreeze_when_due(args: argparse.Namespace, learner: Learner, epoch: int) ->
 
 def build_monitor(args: argparse.Namespace, output: OutputConfig, signals: preemption.Signals,
                   run_state: training_state.RunState, data: Data, learner: Learner) -> CheckpointMonitor:
-    """What acts between two updates: signals, checkpoints, unreadable images, losses that are not finite."""
+    """The monitor between two updates: signals, checkpoints, unreadable images, non-finite losses."""
     parts = dict(model=accelerator.unwrap(learner.model), optimizer=learner.optimizer, scaler=learner.scaler,
                  ema=learner.ema, spec=data.spec)
     bad_images = UnreadableFiles(args.output_dir, args.max_bad_images)
@@ -529,13 +498,13 @@ def evaluate_only(args: argparse.Namespace, output: OutputConfig, data: Data, le
                                     predictions=report.predictions(data.spec.multi_label, data.spec.activation))
     if args.results_file and process_group.is_main_process():
         write_results(args.results_file, [
-            results_row(args, source, weights, data.spec, learner.model, each)
+            run_log.results_row(source, weights, data.spec, count_parameters(learner.model), each, args.test_flip)
             for weights, each in (('model', stats), ('model_ema', ema_stats)) if each is not None])
     figures = summary_figures(stats)
     print_result(throughput, figures)
     if args.log_dir and process_group.is_main_process():
-        writer = utils.TensorboardLogger(os.path.join(args.log_dir, 'eval'))  # not among the training's own figures
-        record_scores(writer, epoch, stats, ema_stats)
+        writer = utils.TensorboardLogger(os.path.join(args.log_dir, 'eval'))  # apart from the training's figures
+        run_log.record_scores(writer, epoch, stats, ema_stats)
         report.draw_confusions(writer, epoch)
         writer.close()
     report.of_weights(source)
@@ -546,12 +515,15 @@ def evaluate_only(args: argparse.Namespace, output: OutputConfig, data: Data, le
 def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_images: UnreadableFiles,
                  throughput: Optional[utils.Throughput] = None, stop_signal: Optional[Callable[[], int]] = None,
                  predictions: Optional[ConfusionMatrix] = None) -> Tuple[Any, Any]:
-    """(statistics of the model, of its average or None), each printed; (None, None) where a signal broke it off.
+    """Evaluate the model and its average; returns (statistics, the average's statistics or None).
 
     Args:
-        bad_images (UnreadableFiles): takes the files that can't be read.
-        stop_signal (function): gives the number of a signal that asks to stop; None outside of training.
-        predictions (ConfusionMatrix): filled by the model itself.
+        bad_images (UnreadableFiles): collects the unreadable files.
+        stop_signal (function): the number of a signal that asks to stop; None outside of training.
+        predictions (ConfusionMatrix): filled by the model, not by its average.
+
+    Returns:
+        (None, None) if a signal stopped the evaluation.
     """
     sharded = args.dist_eval and process_group.world_size() > 1
 
@@ -565,15 +537,15 @@ def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_ima
             left_out = stats.pop('unreadable')
             if left_out:
                 bad_images.report(left_out, len(data.val_set), 'validation')
-            figure = primary_metric(stats)
-            log.log_main('%s of the %s on the %d test images: %.3f%s%s' % (
-                figure.title, name, stats['images'], stats[figure.name], figure.unit,
-                ' (%d more could not be read and are not counted)' % len(set(left_out)) if left_out else ''),
-                detail=stop_signal is not None)  # in training, the epoch's own line has it
+            lines = [run_log.scores_line(stats), run_log.accuracy_line(name, stats, len(set(left_out)))]
+            for line in lines:  # in training, a terminal shows the last epoch's at the end
+                log.log_main(line, detail=stop_signal is not None)
+            learner.last_scores += lines
             for message in filter(None, (metric.message % stats for metric in metrics)):
                 log.log_main(message)
         return stats
 
+    learner.last_scores.clear()
     stats, ema_stats = evaluate('network', learner.model, throughput, predictions), None
     if learner.ema is not None and stats is not None:
         ema, device = learner.ema.ema, learner.device
@@ -584,48 +556,20 @@ def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_ima
     return stats, ema_stats
 
 
-def results_row(args: argparse.Namespace, source: str, weights: str, spec: ModelSpec, model: torch.nn.Module,
-                stats: Stats) -> Dict[str, Any]:
-    """What --results_file says about one evaluation: the figures, and all that they depend on."""
-    images = spec.preprocessing
-    row: Dict[str, Any] = {'model': spec.architecture.model, 'checkpoint': escape_text(source), 'weights': weights}
-    row.update((name, value) for name, value in stats.items() if name != 'classes')
-    row.update(param_count=count_parameters(model), img_size=images.input_size, crop_pct=images.crop_pct,
-               interpolation=images.interpolation, test_flip=args.test_flip)
-    return dict(row, classes=stats['classes']) if 'classes' in stats else row
-
-
-def print_result(throughput: utils.Throughput, figures: Stats) -> None:
-    """The line that the scripts in test/ read. A figure that is missing is n/a, mAP left out."""
-    accuracy, loss, average_precision = (figures.get(name) for name in ('accuracy', 'loss', 'mAP'))
-    log.log_main('Result: images_per_second %.2f step_milliseconds %.3f accuracy %s loss %s%s' % (
-        throughput.images_per_second, throughput.step_milliseconds,
-        'n/a' if accuracy is None else '%.3f' % accuracy, 'n/a' if loss is None else '%.4f' % loss,
-        '' if average_precision is None else ' mAP %.3f' % average_precision))
-
-
-def speed_figures(throughput: utils.Throughput, seconds: float) -> Dict[str, Optional[float]]:
-    """The speed as summary.json has it; None where nothing was measured."""
-    measured = throughput.images_per_second > 0
-    return dict(images_per_second=throughput.images_per_second if measured else None,
-                step_milliseconds=throughput.step_milliseconds if measured else None,
-                duration_seconds=round(seconds, 3))
-
-
 # ---- training
 
 def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learner: Learner,
           monitor: CheckpointMonitor, report: Report) -> None:
-    """Train on from `monitor.run_state`; evaluate, log and save after each epoch.
+    """Train from `monitor.run_state`; evaluate, log and save after each epoch.
 
-    The line in log.txt comes before the checkpoint: where a kill falls between them, the resumed run writes it again.
+    The line in log.txt comes before the checkpoint: after a kill between the two, the resumed run writes it again.
     """
     state, train_stats = monitor.run_state, {}
     started, throughput = time.time() - state.spent[0], utils.Throughput(earlier=state.spent[1:])
     monitor.spent = lambda: [time.time() - started, *throughput.totals()]
     writer = utils.TensorboardLogger(args.log_dir) if args.log_dir and process_group.is_main_process() else None
     step_limit = min(args.maxstep or args.epochs * data.steps_per_epoch, args.epochs * data.steps_per_epoch)
-    first = epochs = state.epoch  # epochs: that something was done of
+    first = epochs = state.epoch  # epochs: the number of those begun
     report.begin(writer)
     for epoch in range(first, args.epochs):
         steps = min(data.steps_per_epoch, step_limit - epoch * data.steps_per_epoch)
@@ -644,16 +588,22 @@ def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learne
 
         test_stats = ema_stats = None
         if data.val_loader is not None and (is_due or is_last):
+            if not is_whole:
+                log.log_main('Evaluating %s after --maxstep %d; --disable_eval_during_finetuning leaves that out'
+                             % (log.pluralize(report.environment['validation_images'], 'image'), args.maxstep))
             test_stats, ema_stats = evaluate_all(args, data, learner, monitor.bad_images, None,
                                                  lambda: monitor.signals.stop_signal,
                                                  report.predictions(data.spec.multi_label, data.spec.activation))
             if test_stats is None:
                 monitor.stop_after(epoch, steps, learner.device)
-        improved = update_best(state.best, test_stats, ema_stats)
-        if test_stats is not None and is_due and is_whole:  # an unbroken run has it too
-            state.stale += 1
+        improved = run_log.update_best(state.best, test_stats, ema_stats)
+        if test_stats is not None:
+            learner.last_scores.append(run_log.best_line(state.best, test_stats, ema_stats is not None))
+            log.log_main(learner.last_scores[-1], detail=True)
+            state.stale += is_due and is_whole  # as in a run without a stop
         state.stale = 0 if improved else state.stale
-        record(args, writer, epoch, learner.model, train_stats, test_stats, ema_stats, state.val_set)
+        run_log.record(args.output_dir, writer, epoch, count_parameters(learner.model), train_stats, test_stats,
+                       ema_stats, state.val_set)
         log.log_epoch(epoch, args.epochs, train_stats, primary_percent(test_stats, state.best),
                       throughput.since(steps_before).images_per_second, time.time() - begun)
         report.after_epoch(writer, epoch, discovery.BEST in improved)
@@ -664,6 +614,7 @@ def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learne
         state.epoch, state.steps, state.meters = epochs, 0, []
         is_last = is_last or should_stop_early(args, state, learner.device)
         monitor.save_epoch(improved, numbered=is_last or epochs % args.save_ckpt_freq == 0)
+    monitor.wait_for_save()
     if writer is not None:
         writer.close()
     finish(args, learner, monitor, report, throughput, train_stats, first, epochs, started)
@@ -671,19 +622,21 @@ def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learne
 
 def finish(args: argparse.Namespace, learner: Learner, monitor: CheckpointMonitor, report: Report,
            throughput: utils.Throughput, train_stats: Stats, first: int, epochs: int, started: float) -> None:
-    """Say how the training ended, and write what people look at. `epochs`: something was done of so many."""
+    """Print how the training ended, and write its report. `epochs`: the number of those begun."""
     state = monitor.run_state
+    for line in learner.last_scores:
+        log.current_display().show(line)
     if throughput.images_per_second:
         log.log_main('Speed: %s' % throughput.bottleneck())
     log.log_main('Training time %s' % datetime.timedelta(seconds=int(time.time() - started)))
     if should_stop_early(args, state, learner.device):
-        log.log_main('Stopped early: no new best in %d evaluation%s (--early_stop %d)'
-                     % (state.stale, 's' if state.stale > 1 else '', args.early_stop))
+        log.log_main('Stopped early: no new best in %s (--early_stop %d)'
+                     % (log.pluralize(state.stale, 'evaluation'), args.early_stop))
     figures = dict(best_figures(state.best), loss=train_stats.get('loss'))
     if first >= args.epochs:
-        log.log_main('Nothing left to train: all %d epochs are done; raise --epochs to go on' % args.epochs)
+        log.log_main('Nothing left to train: all %d epochs are done; raise --epochs to continue' % args.epochs)
         if report.is_complete():
-            return  # else it was killed between its last checkpoint and its summary
+            return  # else the run was killed between its last checkpoint and its summary
     else:
         print_result(throughput, figures)
     report.finish(dict(figures, ema_accuracy=state.best.get('ema_accuracy'), epochs=epochs,
@@ -691,60 +644,29 @@ def finish(args: argparse.Namespace, learner: Learner, monitor: CheckpointMonito
 
 
 def should_stop_early(args: argparse.Namespace, run_state: training_state.RunState, device: torch.device) -> bool:
-    """Whether --early_stop ends the run. The first process decides: the others' figures may round otherwise."""
+    """Whether --early_stop ends the run. The first process decides: figures of the others may round differently."""
     return args.early_stop > 0 and collectives.any_process(
         process_group.is_main_process() and run_state.stale >= args.early_stop, device)
 
 
-def update_best(best: Dict[str, float], test_stats: Optional[Stats], ema_stats: Optional[Stats]) -> List[str]:
-    """Update the best figures; gives the checkpoint names that are new bests."""
-    improved = []
-    for prefix, stats, file_name in (('', test_stats, discovery.BEST), ('ema_', ema_stats, discovery.BEST_EMA)):
-        if stats is not None:
-            figure = primary_metric(stats)
-            if stats[figure.name] > best.get(prefix + figure.summary, -1.):
-                best[prefix + figure.summary] = stats[figure.name]
-                improved.append(file_name)
-    if test_stats is not None:
-        name = primary_metric(test_stats).summary
-        average = '' if ema_stats is None else ', of the average: %.3f%%' % best.get('ema_' + name, float('nan'))
-        log.log_main('Max %s: %.3f%%%s' % (name, best.get(name, float('nan')), average), detail=True)
-    return improved
-
-
-def record(args: argparse.Namespace, writer: Optional[utils.TensorboardLogger], epoch: int, model: torch.nn.Module,
-           train_stats: Stats, test_stats: Optional[Stats], ema_stats: Optional[Stats], val_set: str) -> None:
-    """One JSON line in log.txt, and the epoch's scalars to TensorBoard."""
-    if not process_group.is_main_process():
-        return
-    stats = {'train_' + name: value for name, value in train_stats.items()}
-    for prefix, evaluated in (('test_', test_stats), ('test_ema_', ema_stats)):
-        stats.update({prefix + name: value for name, value in logged(evaluated or {}).items()})
-    if test_stats is not None:
-        stats['val_set'] = val_set
-    if args.output_dir:
-        run_folder.append_log(args.output_dir, dict(stats, epoch=epoch, n_parameters=count_parameters(model)))
-    if writer is not None:
-        record_scores(writer, epoch, test_stats, ema_stats)
-
-
-def record_scores(writer: utils.TensorboardLogger, epoch: int, test_stats: Optional[Stats],
-                  ema_stats: Optional[Stats]) -> None:
-    for prefix, stats in (('test', test_stats), ('ema', ema_stats)):
-        writer.update('perf', epoch, **{'%s_%s' % (prefix, name): value
-                                        for name, value in plotted(stats or {}).items()})
-
-
 def run(argv: Optional[Sequence[str]] = None) -> int:
-    """Parse, run, and turn user errors into one line and exit status 2; a signal gives 128 + its number."""
-    signals = preemption.Signals()
+    """Run the command line. A user error is one line and exit status 2; a signal gives 128 + its number."""
+    signals, parsed = preemption.Signals(), {}
+
+    def parse_and_run() -> None:
+        parsed['args'] = build_parser(description=__doc__).parse_args(argv)
+        main(parsed['args'], signals)
+
+    def resume_hint(condition: str = '') -> str:
+        args = parsed.get('args')
+        return '; nothing was saved' if args is None or args.eval or args.check_data else \
+            '; %sthe same command with --auto_resume continues from the last checkpoint' % condition
+
     try:
         with signals:
-            return run_with_error_report(PROGRAM,
-                                         lambda: main(build_parser(description=__doc__).parse_args(argv), signals),
-                                         'lower --batch_size and raise --update_freq by as much, or lower --input_size',
-                                         '; the same command with --auto_resume goes on from the last checkpoint')
-    except preemption.Stopped as stop:  # also while an error is reported: another process may have caused that one
+            return run_with_error_report(PROGRAM, parse_and_run, 'lower --batch_size and raise --update_freq by as '
+                                         'much, or lower --input_size', resume_hint)
+    except preemption.Stopped as stop:  # also during an error report: another process may have caused the error
         watchdog.stop()
         if str(stop):
             log.log_main('%s: %s' % (PROGRAM, stop))
@@ -752,8 +674,8 @@ def run(argv: Optional[Sequence[str]] = None) -> int:
             return exit_process(128 + stop.number)
         if not process_group.is_error_reporter():
             return exit_process(128 + stop.number)
-        return exit_with_error(PROGRAM, 'interrupted by %s; with --output_dir, the same command and --auto_resume goes '
-                               'on from the last checkpoint' % preemption.name(stop.number), 128 + stop.number)
+        return exit_with_error(PROGRAM, 'interrupted by %s%s' % (
+            preemption.name(stop.number), resume_hint('with --output_dir, ')), 128 + stop.number)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Small tools of a run: meters and log lines, TensorBoard, the average of the weights, seeding."""
+"""Meters and log lines, TensorBoard, the moving average of the weights, seeding."""
 
 import contextlib
 import copy
@@ -14,6 +14,7 @@ from typing import Any, Deque, Dict, Iterable, Iterator, List, Optional, Sequenc
 import numpy as np
 import torch
 
+from beit import startup
 from beit.devices import accelerator, kernels
 from beit.distributed import collectives, process_group, watchdog
 from beit.errors import UserError, escape_text
@@ -22,7 +23,7 @@ from beit.log import current_display, format_metrics, log_main
 # ---- meters and log lines
 
 class SmoothedValue:
-    """A series of numbers: the newest `window_size` smoothed, and the average of all."""
+    """A series of numbers: the median of the newest `window_size`, and the average of all."""
 
     def __init__(self, window_size: int = 20, fmt: str = '{median:.4f} ({global_avg:.4f})') -> None:
         self.window: Deque[float] = deque(maxlen=window_size)
@@ -57,35 +58,35 @@ class SmoothedValue:
 
 
 def to_floats(values: Iterable) -> List[float]:
-    """Floats of numbers and 0-dim tensors; one copy from the device."""
+    """Convert numbers and 0-dim tensors to floats, with one copy from the device."""
     tensors = [value.detach().float() for value in values if torch.is_tensor(value)]
     read = iter(torch.stack(tensors).tolist() if tensors else ())
     return [next(read) if torch.is_tensor(value) else float(value) for value in values]
 
 
 class MetricLogger:
-    """Named meters, and an iterator that prints them each few steps.
+    """Named meters, and an iterator that prints them every few steps.
 
-    Values may be on a device; they are read only when the meters are read.
+    Values may be on a device; they are copied when the meters are read.
 
     Args:
-        hidden (tuple of str): meters that stay out of the line.
+        hidden (tuple of str): meters that are not printed.
     """
 
     def __init__(self, delimiter: str = '  ', hidden: Sequence[str] = ()) -> None:
         self.meters: Dict[str, SmoothedValue] = defaultdict(SmoothedValue)
         self.delimiter, self.hidden = delimiter, hidden
-        self.unread: List[Tuple[str, Any, int]] = []  # (name, number or 0-dim tensor, how many it is the mean of)
+        self.unread: List[Tuple[str, Any, int]] = []  # (name, number or 0-dim tensor, the count that it averages)
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
         self.meters[name] = meter
 
     def update(self, n: int = 1, **values: Any) -> None:
-        """Record numbers or 0-dim tensors, means of `n`; None and non-finite values are left out."""
+        """Record numbers or 0-dim tensors, means over `n`; None and non-finite values are ignored."""
         self.unread += [(name, value, n) for name, value in values.items() if value is not None]
 
     def read(self) -> None:
-        """Bring the meters up to date."""
+        """Copy recorded values into the meters."""
         unread, self.unread = self.unread, []
         for (name, _, n), value in zip(unread, to_floats([value for _, value, _ in unread])):
             if math.isfinite(value):
@@ -101,7 +102,7 @@ class MetricLogger:
         return {name: meter.global_avg for name, meter in self.meters.items() if meter.count}
 
     def state(self) -> Dict[str, Any]:
-        """The totals, as plain values."""
+        """The totals as plain values."""
         self.read()
         return {name: [meter.count, meter.total] for name, meter in self.meters.items()}
 
@@ -111,11 +112,11 @@ class MetricLogger:
 
     def log_every(self, iterable: Iterable, steps: int, print_freq: int, header: str, timer: 'StepTimer',
                   start: int = 0) -> Iterator:
-        """Yield from `iterable`, of `steps` items those from `start` on; print a line each `print_freq`, and the last.
+        """Yield the items of `iterable`; print a line every `print_freq` steps and at the last of `steps`.
 
         Args:
-            iterable: gives (images, targets, …).
-            timer (StepTimer): gives the times and images per second of the line.
+            iterable: yields (images, targets, …), from step `start` on.
+            timer (StepTimer): measures the times and images per second of the line.
         """
         display = current_display()
         display.begin(header, steps, start)
@@ -129,7 +130,7 @@ class MetricLogger:
         display.end()
 
     def line(self, header: str, step: int, steps: int, timer: 'StepTimer') -> str:
-        """The text after a step: how far the loop is, the meters, times, memory, images per second."""
+        """The line after a step: progress, meters, times, memory, images per second."""
         self.read()
         eta = datetime.timedelta(seconds=int(timer.step_seconds.global_avg * (steps - step - 1)))
         return self.delimiter.join(
@@ -145,14 +146,14 @@ class MetricLogger:
 
 
 class StepTimer:
-    """Times the steps of a loop, and the part of each in which the loader was waited for.
+    """Times the steps of a loop, and how long each step waited for the loader.
 
-    A device works on while the loop goes ahead. It is waited for at each line and in the first steps, and the time
-    between is divided evenly among the steps. Waiting for data is what the device does, not what the loop does.
+    The device computes asynchronously. The timer synchronizes with it at each line and in the first steps, and divides
+    the time in between evenly among the steps. It measures how long the device waits for data, not the loop.
 
     Args:
-        processes (int): how many of them take such a step together.
-        throughput (Throughput): takes the times of each step.
+        processes (int): the number of processes that take a step together.
+        throughput (Throughput): collects the times of each step.
     """
 
     def __init__(self, device: torch.device, processes: int = 1, throughput: Optional['Throughput'] = None) -> None:
@@ -160,11 +161,11 @@ class StepTimer:
         self.throughput = Throughput() if throughput is None else throughput
         self.step_seconds, self.data_seconds = SmoothedValue(fmt='{value:.4f}'), SmoothedValue(fmt='{value:.4f}')
         self.images, self.since = 0, 0.
-        # (images, marks before and after waiting for data) of steps since the device was waited for
+        # (images, events before and after waiting for data) of the steps since the last synchronization
         self.untimed: List[Tuple[int, Any, Any]] = []
 
     def time_data(self, iterable: Iterable) -> Iterator:
-        """Yield from `iterable`, (images, …), and mark when each item was asked for and came."""
+        """Yield from `iterable`, (images, …), and record an event before and after each item is fetched."""
         self.since, before = time.time(), accelerator.record_event(self.device)
         for item in iterable:
             self.images = len(item[0]) * self.processes
@@ -173,7 +174,7 @@ class StepTimer:
             before = accelerator.record_event(self.device)
 
     def end_step(self, is_line: bool) -> bool:
-        """Call after each step. Gives whether the device was waited for, so that its numbers can be read."""
+        """Call after each step. Returns whether it synchronized; then reading numbers costs no wait."""
         if not (is_line or accelerator.is_synchronous(self.device)
                 or len(self.throughput.steps) < self.throughput.warmup_steps):
             return False
@@ -192,15 +193,15 @@ class StepTimer:
 
 
 def should_log(step: int, steps: int, print_freq: int = 10) -> bool:
-    """Whether a line is printed after this step: each `print_freq`, and the last."""
+    """Whether a line is printed after this step: every `print_freq` steps, and the last."""
     return step % print_freq == 0 or step == steps - 1
 
 
 class Throughput:
-    """Images per second over a run, without its first steps, in which kernels are compiled and caches filled.
+    """Images per second of a run, without its first steps, which compile kernels and fill caches.
 
     Args:
-        earlier: what `totals` gave before the run was resumed.
+        earlier: the result of `totals` before the run was resumed.
     """
 
     def __init__(self, warmup_steps: int = 5, earlier: Sequence[float] = (0, 0., 0., 0)) -> None:
@@ -211,17 +212,17 @@ class Throughput:
         self.steps.append((images, seconds, data_seconds))
 
     def since(self, step: int) -> 'Throughput':
-        """That of the steps from this one on, such as of an epoch; the first steps of the run stay out of it."""
+        """The throughput from a step on, such as of an epoch; it excludes the run's first steps."""
         part = Throughput(max(self.warmup_steps - step, 0))
         part.steps = self.steps[step:]
         return part
 
     def totals(self) -> List[float]:
-        """[images, seconds, seconds of waiting for data, steps], in all."""
+        """Totals: [images, seconds, seconds of waiting for data, steps]."""
         steps = np.array([step + (1,) for step in self.steps], dtype=np.float64).reshape(-1, 4)
         counted = steps[min(self.warmup_steps, len(steps) // 2):]
         if 2 * counted[:, 0].sum() < steps[:, 0].sum():
-            counted = steps  # too few batches would be left
+            counted = steps  # else too few batches remain
         return (counted.sum(0) + np.asarray(self.earlier, dtype=np.float64)).tolist()
 
     @property
@@ -236,32 +237,33 @@ class Throughput:
 
     @property
     def data_share(self) -> float:
-        """The share of the time that was spent waiting for data."""
+        """The share of the time that the device waited for data."""
         _, seconds, data_seconds, _ = self.totals()
         return data_seconds / max(seconds, 1e-9)
 
     def bottleneck(self) -> str:
-        """Which of the two is the limit, for people."""
-        share = self.data_share
-        return 'the %s is the limit; %.1f %% of the time the device waited for data%s' % (
-            'device' if share < 0.5 else 'loader', 100 * share,
-            '' if share < 0.05 else ', %s--num_workers and --data_backend may help' % ('where ' if share < 0.5 else ''))
+        """Whether the device or the loader limits the speed, as text."""
+        waited = 'the device waited for data %.1f %% of the time' % (100 * self.data_share)
+        if self.data_share < 0.05:
+            return 'the device is the limit: ' + waited.replace('the device', 'it')
+        advice = '; more --num_workers or --data_backend fast may help'
+        return ('the loader is the limit: ' if self.data_share >= 0.5 else '') + waited + advice
 
 
 class TensorboardLogger:
-    """Scalars and pictures for TensorBoard, through tensorboardX. The step is the caller's, in updates or epochs.
+    """Writes scalars and images for TensorBoard, by tensorboardX. Steps are the caller's, in updates or epochs.
 
-    Its SummaryWriter writes in a thread, and waits for ever where that thread has met a full disk. So the events are
-    written here. A `UserError` says that the folder can't be written.
+    It does not use SummaryWriter, whose thread ends at a full disk and leaves the program waiting forever. Raises
+    `UserError` if the folder can't be written.
     """
 
     def __init__(self, log_dir: str) -> None:
         try:
-            from tensorboardX import event_file_writer, summary  # needed only by those who ask for it
+            from tensorboardX import event_file_writer, summary  # an optional package
             from tensorboardX.proto.event_pb2 import Event
         except ImportError as error:
-            raise UserError('--log_dir %s: tensorboardX cannot be imported (%s); run: pip install tensorboardX'
-                            % (escape_text(log_dir), error)) from None
+            raise UserError('--log_dir %s: tensorboardX cannot be imported (%s); %s' % (
+                escape_text(log_dir), error, startup.pip_install('tensorboardX'))) from None
         self.log_dir, self.summary, self.event = log_dir, summary, Event
         with self.one_line_error():
             os.makedirs(log_dir, exist_ok=True)
@@ -286,7 +288,7 @@ class TensorboardLogger:
                 self.write(self.summary.scalar('%s/%s' % (head, name), float(value)), step)
 
     def image(self, tag: str, step: int, pixels: np.ndarray) -> None:
-        """A picture, uint8 (H, W, 3)."""
+        """Write an image, uint8 (H, W, 3)."""
         self.write(self.summary.image(tag, pixels, dataformats='HWC'), step)
 
     def close(self) -> None:
@@ -299,8 +301,8 @@ class TensorboardLogger:
 class ModelEma:
     """Exponential moving average of a model's weights, in float32: ema = decay * ema + (1 - decay) * weights.
 
-    Integer buffers are copied: averaging them as timm 1.0 does turns the relative position index 5 into 4, since
-    5 * 0.9999 + 5 * 0.0001 falls below 5 and is cut off.
+    Integer buffers are copied. Averaging them, as timm 1.0 does, turns the relative position index 5 into 4:
+    5 * 0.9999 + 5 * 0.0001 is below 5 and is truncated.
 
     Attributes:
         ema (Module): the averaged model, for evaluation.
@@ -317,7 +319,7 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, state: Dict[str, torch.Tensor], skip: Any = False) -> None:
-        """Move towards `state`, a name-to-float32-tensor dict of the model's weights and buffers, unless `skip`.
+        """Update the average with `state`, the model's weights and buffers, {name: float32 tensor}, unless `skip`.
 
         Args:
             skip (bool or 0-dim bool tensor): whether the update was skipped, as `LossScaler.last_skipped` says.
@@ -341,9 +343,9 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_step(seed: int, update_step: int) -> None:
-    """Seed every generator for one update of this process, so that a run can resume after any of them.
+    """Seed every generator for one update of this process. So a run can resume after any update, without saved state.
 
-    What an evaluation or a loader drew in between makes no difference then, and there is no state to save.
+    Numbers drawn by an evaluation or a loader in between make no difference.
     """
     words = np.random.SeedSequence([seed, process_group.rank(), update_step]).generate_state(3).tolist()
     random.seed(words[0])

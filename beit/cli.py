@@ -1,4 +1,4 @@
-"""How the programs meet the command line: their parser, the types of flags, one-line errors and the exit status."""
+"""The programs' command line: parser, flag types, one-line errors, exit status."""
 
 import argparse
 import multiprocessing
@@ -30,7 +30,7 @@ COLUMN = 24  # where a flag's help begins
 # ---- the parser
 
 def nearest_flags(name: str, known: Iterable[str], synonyms: Optional[Dict[str, str]] = None) -> List[str]:
-    """Up to three of the `known` flags that a name without its dashes may have meant, the likeliest first.
+    """Up to three of the `known` flags that resemble a name without dashes, the likeliest first.
 
     Args:
         synonyms: {what other projects call a flag: its name here}.
@@ -57,17 +57,15 @@ class OneLineHelp(argparse.RawDescriptionHelpFormatter):
 
 
 class ParsedFlags(argparse.Namespace):
-    """The flags by name; `given` has the names of those that the command line or a file sets, not by their default."""
-    __slots__ = ('given',)  # so that `vars` has flags only
+    """The flags by name. `given` has the names of the flags that the command line or a --config file sets."""
+    __slots__ = ('given',)  # outside of `vars`, which holds flags only
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose help and errors are one line each, and which knows what an unknown flag may have meant.
-
-    --help shows `usage` instead of all flags in brackets.
+    """A parser with one-line help and errors, and suggestions for unknown flags. --help shows only `usage` in brackets.
 
     Attributes:
-        synonyms (dict): what other projects call a flag, for `nearest_flags`.
+        synonyms (dict): names of flags in other projects, for `nearest_flags`.
     """
 
     def __init__(self, prog: str, usage: str, **options: Any) -> None:
@@ -90,14 +88,14 @@ class OneLineParser(argparse.ArgumentParser):
         parsed, rest = self.parse_known_args(args, ParsedFlags() if namespace is None else namespace)
         given = {self._option_string_actions[name].dest for name in (arg.partition('=')[0] for arg in args)
                  if name in self._option_string_actions}
-        if getattr(parsed, 'config', None):  # once more, behind those of the file
+        if getattr(parsed, 'config', None):  # again: the command line overrides the file
             config = self.read_config(parsed.config)
             drop_flags_of_folder(config, self.parse_known_args(args, argparse.Namespace(output_dir=None))[0].output_dir)
             given.update(name for name, value in vars(config).items() if value != self.get_default(name))
             parsed, rest = self.parse_known_args(args, config)
         if 'config' in parsed:
-            del parsed.config  # what it says is in the other flags now
-        if 'auto_resume' in parsed:  # not every program goes on
+            del parsed.config  # the other flags have its values now
+        if 'auto_resume' in parsed:  # only training has this flag
             parsed.auto_resume = parsed.auto_resume or was_restarted()
         if rest:
             raise self.unknown_flag(rest[0].partition('=')[0])
@@ -116,7 +114,7 @@ class OneLineParser(argparse.ArgumentParser):
         return 'did you mean %s?' % near if near else 'see --help'
 
     def read_config(self, path: str) -> argparse.Namespace:
-        """A namespace of the flags that a --config file holds. `UserError`s name the file and the key."""
+        """The flags of a --config file. A `UserError` names the file and the key."""
         parsed, known = ParsedFlags(), self._option_string_actions
         for key, value in args_yaml.read(path).items():
             shown, flag = '--config %s: %s' % (escape_text(path), escape_text(key)), '--' + key.replace('-', '_')
@@ -142,7 +140,7 @@ class OneLineParser(argparse.ArgumentParser):
         return parsed
 
     def bool_option(self, action: argparse.Action, value: Any, shown: str) -> str:
-        """The option that sets a boolean flag as a file's `value` says."""
+        """The option that sets a boolean flag to a file's `value`."""
         if str(value).lower() not in ('true', 'false'):
             raise UserError('%s: it must be true or false, got %r' % (shown, value))
         wanted = action.const if str(value).lower() == 'true' else not action.const
@@ -150,20 +148,20 @@ class OneLineParser(argparse.ArgumentParser):
                     if each.dest == action.dest and each.const is wanted)
 
 
-OF_FOLDER = ('log_dir', 'resume', 'auto_resume', 'start_epoch', 'results_file')  # flags that belong to one output_dir
+OF_FOLDER = ('log_dir', 'resume', 'auto_resume', 'start_epoch', 'results_file')  # valid for one output_dir only
 
 
 def drop_flags_of_folder(config: argparse.Namespace, output_dir: Optional[str]) -> None:
-    """Drop what belongs to the output_dir of a --config file, where the command line gives another; a line tells which.
+    """Drop a --config file's flags that are valid for its output_dir only, if the command line names another.
 
     Args:
         config: the flags of the file.
-        output_dir: as on the command line; None where it is not there.
+        output_dir: the command line's, or None.
     """
     theirs = getattr(config, 'output_dir', '')
     if output_dir is None or not theirs or output_dir and os.path.realpath(output_dir) == os.path.realpath(theirs):
         return
-    evaluates = getattr(config, 'eval', False)  # then --resume is what is evaluated
+    evaluates = getattr(config, 'eval', False)  # then --resume names the checkpoint to evaluate
     dropped = {name: vars(config).pop(name) for name in OF_FOLDER
                if hasattr(config, name) and not (name == 'resume' and evaluates)}
     shown = ['--%s%s' % (name, '' if value is True else ' ' + escape_text(str(value)))
@@ -174,7 +172,7 @@ def drop_flags_of_folder(config: argparse.Namespace, output_dir: Optional[str]) 
 
 
 def normalize_argv(args: List[str]) -> List[str]:
-    """The command line with `_` in flags; refuses what argparse would misread or drop."""
+    """Replace `-` by `_` in flags; refuse arguments that argparse would misread or drop."""
     for arg in args:
         if '\0' in arg:
             raise UserError('%r: a flag cannot hold a NUL character' % arg)
@@ -184,7 +182,7 @@ def normalize_argv(args: List[str]) -> List[str]:
 
 
 def was_restarted() -> bool:
-    """Whether torchrun (--max_restarts) or SLURM (--requeue) starts this program anew, which then has to go on."""
+    """Whether torchrun (--max_restarts) or SLURM (--requeue) has restarted this program, which then must resume."""
     return any(os.environ.get(name, '0') not in ('', '0') for name in ('TORCHELASTIC_RESTART_COUNT',
                                                                        'SLURM_RESTART_COUNT'))
 
@@ -210,7 +208,7 @@ def bounded_number(kind: Callable[[str], Any], low: Optional[float] = None, high
 
 
 def add_bool_flag(group: Any, name: str, default: bool, help: str, off: Optional[str] = None) -> None:
-    """Add a boolean flag: --name turns it on, --no_name (or `off`) turns it off; where `off` is empty, nothing does."""
+    """Add a boolean flag: --name turns it on, --no_name (or `off`, unless empty) turns it off."""
     off = 'no_' + name if off is None else off
     group.add_argument('--' + name, action='store_true', default=default,
                        help='%s (%s)' % (help, 'on; off by --' + off if default else 'off'))
@@ -220,13 +218,14 @@ def add_bool_flag(group: Any, name: str, default: bool, help: str, off: Optional
 
 # ---- errors and the exit status
 
-def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: str, resume_hint: str = '') -> int:
-    """Do `work()`; its exit status: 0, 2 for what the user can mend, 1 for what broke.
+def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: str,
+                          resume_hint: Callable[[], str] = str) -> int:
+    """Call `work()`; returns the exit status: 0, 2 for a user error, 1 for another failure.
 
     Args:
-        program: the file's name, in front of an error.
-        memory_remedy: what helps where memory is not enough.
-        resume_hint: how to go on after a loader process was killed.
+        program: the file's name, the beginning of an error line.
+        memory_remedy: the advice when memory is not enough.
+        resume_hint: gives the advice after a loader process was killed.
     """
     try:
         work()
@@ -244,14 +243,14 @@ def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: 
             raise
         if worker_death_message(error):
             end_loader_processes()
-            return exit_with_error(program, worker_death_message(error) + resume_hint, 1)
+            return exit_with_error(program, worker_death_message(error) + resume_hint(), 1)
         if accelerator.is_out_of_memory(error):
             return exit_with_error(program, 'out of memory (%s); %s' % (one_line(error)[:200], memory_remedy), 2)
         if not process_group.is_peer_failure(error):
             raise
         silent = watchdog.silent_ranks()
         process_group.defer_error_report()
-        return exit_with_error(program, 'lost the connection to %s, which ended or hangs; its own message says why' % (
+        return exit_with_error(program, 'lost the connection to %s, which ended or hangs; see its own message' % (
             'process %s' % ' and '.join(map(str, silent)) if silent else 'another process'), 1)
     return 0
 
@@ -269,10 +268,7 @@ def end_loader_processes() -> None:
 
 
 def run_interruptible(program: str, work: Callable[[], Any], memory_remedy: str) -> int:
-    """`run_with_error_report`, for a program that leaves nothing behind when a signal ends it.
-
-    The status is then 128 + the signal's number.
-    """
+    """`run_with_error_report`, for a program that a signal ends without any output; then 128 + the signal's number."""
     try:
         with preemption.Signals():
             return run_with_error_report(program, work, memory_remedy)
@@ -282,7 +278,7 @@ def run_interruptible(program: str, work: Callable[[], Any], memory_remedy: str)
 
 
 def exit_with_error(program: str, message: str, status: int, rank: Optional[int] = None) -> int:
-    """Print the one line. `rank` is whom it is about, where that isn't this process."""
+    """Print an error line. `rank` is the process that failed, if not this one."""
     about = rank if rank is not None else process_group.rank() or None
     current_display().end()
     print_error('%s: error: %s%s' % (program, '' if about is None else 'process %d: ' % about, message))
@@ -290,7 +286,7 @@ def exit_with_error(program: str, message: str, status: int, rank: Optional[int]
 
 
 def exit_process(status: int) -> int:
-    """End at once where there are several processes; give the status where this is the only one."""
+    """End this process at once if there are several; else return the status."""
     if process_group.world_size() > 1:
-        os._exit(status)  # an orderly exit would wait for processes that wait for this one
+        os._exit(status)  # an orderly exit waits for processes that wait for this one
     return status

@@ -5,62 +5,99 @@ The scripts in test/ redirect standard output to a log file, and name the termin
 """
 
 import contextlib
+import datetime
 import os
 import re
 import sys
+import textwrap
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from beit.distributed import process_group
 from beit.errors import print_line
 
-BAR = '{desc}  {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]'
-NARROW, NARROW_BAR = 72, '{desc} {percentage:3.0f}% <{remaining}{postfix}'  # columns, below which no bar has room
+# The bar for a terminal that has at least this many columns, the widest first.
+BARS = ((100, '{desc}  {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]'),
+        (72, '{desc} {percentage:3.0f}%|{bar}| {n}/{total} <{remaining}{postfix}'),
+        (0, '{desc} {percentage:3.0f}% <{remaining}{postfix}'))
+DEFAULT_COLUMNS = 80  # of a terminal that does not report its size
 SLOWEST_DRAW = 0.1  # seconds between two drawings of a bar
+EPOCH_ROW = '{:7}{:>7}{:>9}{:>11}{:>9}{:>9}{:>8}'
+EPOCH_HEAD = EPOCH_ROW.format('Epoch', 'Loss', 'Training', 'Validation', 'Best', 'Images/s', 'Time')
+
+
+def pluralize(number: int, noun: str) -> str:
+    """'1 epoch', '2 epochs'."""
+    return '%d %s%s' % (number, noun, '' if number == 1 else 's')
 
 
 class NoDisplay:
-    """What there is without a terminal: lines on standard output, and no bar."""
+    """The display without a terminal: lines on standard output, no bar."""
 
-    def log(self, text: str, detail: bool = False, shown: Optional[str] = None) -> None:
-        """A line. A terminal shows no `detail`, and `shown` instead of the text."""
+    def log(self, text: str, detail: bool = False) -> None:
+        """Print a line. A terminal does not show a `detail`."""
         if process_group.is_main_process():
             print_line(text)
 
+    def log_row(self, name: str, value: str, width: int) -> None:
+        """Print a line 'name: value'; a terminal shows the values in a column that begins at `width`."""
+        NoDisplay.log(self, '%s: %s' % (name, value) if name else value)
+
     def show(self, text: str) -> None:
-        """A line for the person alone."""
+        """Print a line on the terminal only."""
+
+    def show_epoch(self, row: str) -> None:
+        """Print the row of an epoch on the terminal only, the first one below a head."""
 
     def begin(self, header: str, total: int, done: int = 0) -> None:
-        """A bar of so many steps; `header` is what the lines of the log begin with."""
+        """Start a bar of `total` steps; `header` is the beginning of the log's lines."""
 
     def step(self, figures: Optional[Callable[[], str]] = None) -> None:
-        """One step further; `figures()` gives words to stand behind the bar."""
+        """Advance the bar by a step; `figures()` gives the text after it."""
 
     def end(self) -> None:
-        """No bar any more."""
+        """Remove the bar."""
 
 
 class ProgressDisplay(NoDisplay):
-    """A terminal with at most one bar at its bottom.
+    """A terminal with at most one bar at its bottom. Lines break between words.
 
     Args:
-        logs (bool): standard output is another place, and gets every line.
+        logs (bool): standard output is another file, which gets every line.
     """
 
     def __init__(self, stream: Any, tqdm: Any, logs: bool) -> None:
         self.stream, self.tqdm, self.logs = stream, tqdm, logs
         self.bar: Any = None
-        self.narrow = False
+        self.is_short = self.has_head = False
 
-    def log(self, text: str, detail: bool = False, shown: Optional[str] = None) -> None:
+    def columns(self) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return os.get_terminal_size(self.stream.fileno()).columns or DEFAULT_COLUMNS
+        return DEFAULT_COLUMNS
+
+    def log(self, text: str, detail: bool = False) -> None:
         if self.logs:
             print_line(text)
         if not detail:
-            self.show(shown or text)
+            self.show(text)
 
-    def show(self, text: str) -> None:
+    def log_row(self, name: str, value: str, width: int) -> None:
+        if self.logs:
+            super().log_row(name, value, width)
+        self.show(name.ljust(width) + value, indent=width)
+
+    def show(self, text: str, indent: int = 0) -> None:
+        lines = textwrap.wrap(text, max(self.columns(), indent + 20), subsequent_indent=' ' * indent,
+                              break_long_words=False, break_on_hyphens=False)
         with contextlib.suppress(OSError, ValueError):  # the terminal has been closed
-            self.tqdm.write(text, file=self.stream)
+            self.tqdm.write('\n'.join(lines), file=self.stream)
             self.stream.flush()
+
+    def show_epoch(self, row: str) -> None:
+        if not self.has_head:
+            self.show(EPOCH_HEAD)
+        self.has_head = True
+        self.show(row)
 
     def begin(self, header: str, total: int, done: int = 0) -> None:
         self.end()
@@ -68,12 +105,13 @@ class ProgressDisplay(NoDisplay):
         name = 'Validation' if name == 'Test:' else name
         with contextlib.suppress(OSError, ValueError):
             shape: Dict[str, Any] = dict(dynamic_ncols=True)
-            size = os.get_terminal_size(self.stream.fileno())
-            if 0 in size:  # some terminals don't tell; tqdm would draw nothing
-                shape = dict(ncols=80, nrows=24)
-            self.narrow = 0 < size.columns < NARROW
+            if 0 in os.get_terminal_size(self.stream.fileno()):  # tqdm would draw nothing
+                shape = dict(ncols=DEFAULT_COLUMNS, nrows=24)
+            columns = self.columns()
+            self.is_short = columns < BARS[0][0]
             self.bar = self.tqdm(total=total, initial=done, desc=name, file=self.stream, leave=False,
-                                 bar_format=NARROW_BAR if self.narrow else BAR, mininterval=SLOWEST_DRAW, **shape)
+                                 bar_format=next(bar for least, bar in BARS if columns >= least),
+                                 mininterval=SLOWEST_DRAW, **shape)
 
     def step(self, figures: Optional[Callable[[], str]] = None) -> None:
         if self.bar is None:
@@ -81,7 +119,7 @@ class ProgressDisplay(NoDisplay):
         with contextlib.suppress(OSError, ValueError):
             if figures is not None:
                 text = figures()
-                self.bar.set_postfix_str(text.replace('accuracy', 'acc') if self.narrow else text, refresh=False)
+                self.bar.set_postfix_str(text.replace('accuracy', 'acc') if self.is_short else text, refresh=False)
             self.bar.update(1)
 
     def end(self) -> None:
@@ -100,32 +138,32 @@ def current_display() -> NoDisplay:
 
 
 def start_display() -> None:
-    """Show the first process's run on the terminal that it has, if any. Raises nothing: a bar is a courtesy."""
+    """Use the terminal of the first process, if there is one. Raises nothing: a run does not depend on its display."""
     global _display
     _display = NoDisplay()
     path = os.environ.get('BEIT_TERMINAL')
     with contextlib.suppress(ImportError, OSError, ValueError, AttributeError):  # no tqdm, or no such terminal
         from tqdm import tqdm
-        tqdm.monitor_interval = 0  # its thread must not be there when processes are forked
+        tqdm.monitor_interval = 0  # its thread must not exist when processes are forked
         stream = open(path, 'w', encoding='utf-8', errors='backslashreplace') if path else sys.stdout
         if process_group.is_main_process() and os.environ.get('TERM') != 'dumb' and stream.isatty():
             _display = ProgressDisplay(stream, tqdm, logs=bool(path))
 
 
 def log_main(text: str, detail: bool = False) -> None:
-    """Print a line, on the first process only and at once; a `detail` is not for a terminal with a bar."""
+    """Print a line at once, on the first process only; a terminal with a bar does not show a `detail`."""
     _display.log(text, detail)
 
 
 def log_table(rows: List[Tuple[str, str]]) -> None:
-    """Lines 'name: value' of (name, value); on a terminal the values stand below one another."""
+    """Print lines 'name: value' of (name, value); on a terminal the values form a column."""
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
-        _display.log('%s: %s' % (name, value) if name else value, shown=name.ljust(width) + value)
+        _display.log_row(name, value, width)
 
 
 def format_metrics(meters: Dict[str, Any], images_per_second: float) -> str:
-    """'loss 0.512, accuracy 97.2 %, 960 images/s' of what a loop's meters hold, for a bar."""
+    """The text after a bar, from a loop's meters: 'loss 0.512, accuracy 97.2 %, 960 images/s'."""
     words = []
     if 'loss' in meters and meters['loss'].window:
         words.append('loss %.3f' % meters['loss'].global_avg)
@@ -137,14 +175,14 @@ def format_metrics(meters: Dict[str, Any], images_per_second: float) -> str:
 
 def log_epoch(number: int, epochs: int, train_stats: Dict[str, float], validation: Optional[Tuple[float, float]],
               images_per_second: float, seconds: float) -> None:
-    """Say on a terminal, if there is one, what came of an epoch.
+    """Show the figures of an epoch on a terminal, if there is one.
 
     Args:
-        validation: the primary figure and the best one so far, in percent; None where nothing was evaluated.
+        number: of the epoch, from 0; people read it from 1.
+        validation: the primary figure and the best one so far, in percent; None if nothing was evaluated.
     """
-    words = ['Epoch %d/%d: loss %.3f' % (number + 1, epochs, train_stats.get('loss', float('nan')))]
-    if 'class_acc' in train_stats:
-        words.append('accuracy in training %.1f %%' % (100 * train_stats['class_acc']))
-    if validation is not None:
-        words.append('in validation %.2f %% (best %.2f %%)' % validation)
-    _display.show(', '.join(words + ['%.0f images/s' % images_per_second, '%.1f s' % seconds]))
+    accuracy = '%.1f %%' % (100 * train_stats['class_acc']) if 'class_acc' in train_stats else '-'
+    time = '%.1f s' % seconds if seconds < 100 else str(datetime.timedelta(seconds=int(seconds)))
+    _display.show_epoch(EPOCH_ROW.format(
+        '%d/%d' % (number + 1, epochs), '%.3f' % train_stats.get('loss', float('nan')), accuracy,
+        *(('%.2f %%' % figure for figure in validation) if validation else '--'), '%.0f' % images_per_second, time))

@@ -1,4 +1,4 @@
-"""What a program does first, before it imports anything that is not Python's own."""
+"""The start of a program, before it imports anything outside of Python's standard library."""
 
 import importlib.util
 import os
@@ -8,15 +8,16 @@ import sys
 
 from beit.errors import UserError, closed_streams, print_error
 
-PACKAGES = ('torch', 'torchvision', 'timm', 'einops', 'numpy', 'PIL')  # without which no program can start
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PACKAGES = ('torch', 'torchvision', 'timm', 'einops', 'numpy', 'PIL')  # every program imports them
 MIN_FILES = 256  # a run with two loader processes takes about 100
-MANY_FILES = 65536  # many loader processes take some for each of their batches
+MANY_FILES = 65536  # each batch of a loader process takes a few
 
 
 def prepare() -> None:
-    """Call this at the head of a program. What is missing ends it with one line and status 2."""
+    """Call this first in a program. A missing package or a low limit ends it with one line and status 2."""
     open_standard_streams()
-    # Ctrl-C without a traceback while PyTorch is imported, which takes seconds.
+    # Ctrl-C ends the program without a traceback during the import of PyTorch, which takes seconds.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -28,7 +29,7 @@ def prepare() -> None:
 
 
 def open_standard_streams() -> None:
-    """Where a standard stream is closed, open /dev/null as such: else the next file would take its number and lines."""
+    """Open /dev/null for a closed standard stream: else the next file takes its number, and its lines."""
     for number, name, mode in ((0, 'stdin', 'r'), (1, 'stdout', 'w'), (2, 'stderr', 'w')):
         if getattr(sys, name) is None:
             handle = os.open(os.devnull, os.O_RDWR)
@@ -39,19 +40,27 @@ def open_standard_streams() -> None:
             closed_streams.append(name)
 
 
+def pip_install(*packages: str, file: str = '') -> str:
+    """The command that installs packages, or a requirements file of this project, into this Python."""
+    what = ['-r', os.path.join(ROOT, file)] if file else list(packages)
+    return 'run: ' + ' '.join(map(shlex.quote, [sys.executable, '-m', 'pip', 'install', *what]))
+
+
 def check_packages() -> None:
-    """Raise a `UserError` that names the packages which this Python lacks, and how it gets them."""
+    """Raise a `UserError` that names the missing packages, and a Python that has them or the command to install."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        made = os.path.join(ROOT, '.venv', 'bin', 'python')  # by the scripts in test/
         file = 'requirements.txt' if sys.version_info >= (3, 9) else '1.8_requirements.txt'
-        raise UserError('%s has no %s; run: %s -m pip install -r %s' % (
-            sys.executable, ', '.join(missing).replace('PIL', 'Pillow'), shlex.quote(sys.executable),
-            shlex.quote(os.path.join(root, file))))
+        is_other = os.path.isfile(made) and os.path.abspath(sys.executable) != made
+        raise UserError('%s has no %s; %s' % (
+            sys.executable, ', '.join(missing).replace('PIL', 'Pillow'),
+            'the scripts in test/ made a Python that has them; use it: %s %s' % (shlex.quote(made), ' '.join(
+                map(shlex.quote, sys.argv))) if is_other else pip_install(file=file)))
 
 
 def raise_file_limit() -> None:
-    """Let this process open as many files as it may; a `UserError` where a run would hang for want of them."""
+    """Raise the soft limit of open files. Raises `UserError` if the hard limit is too low: a run would hang."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

@@ -1,5 +1,5 @@
-# Sourced by the scripts in this folder: Python and its packages, options, the launch, the log and the final block.
-# A script sets what differs and calls `launch`; everything that isn't known here goes to Python untouched.
+# The scripts in this folder source this file: Python and its packages, options, the launch, the log, the final block.
+# A script calls `launch`. Options that are unknown here go to Python unchanged.
 
 set -u -o pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -7,7 +7,7 @@ CALLED_FROM=$PWD
 
 die() { printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2; exit 2; }
 
-# Where logs, results and .venv go: the project's folder, or the user's cache where that is read-only.
+# The folder for logs, results and .venv: the project's, or the user's cache if that is read-only.
 HOME_FOLDER=$ROOT
 if [ ! -w "$ROOT" ]; then
     HOME_FOLDER=${XDG_CACHE_HOME:-$HOME/.cache}/beit
@@ -21,7 +21,7 @@ show_help() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"; }
 
 PACKAGES="torch torchvision timm einops numpy scipy PIL sklearn tensorboardX"
 
-# has_packages PYTHON MODULE…: it holds all of them, and its torchvision fits its torch.
+# has_packages PYTHON MODULE…: PYTHON has all modules, and its torchvision fits its torch.
 has_packages() {
     local python=$1; shift
     "$python" -c 'import importlib.util, sys
@@ -35,13 +35,36 @@ install() {
     installed "$1" && return
     local constraint=()
     [ ! -f "$VENV/constraints.txt" ] || constraint=(-c "$VENV/constraints.txt")
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check ${constraint[@]+"${constraint[@]}"} \
-        -r "$1" >>"$VENV/install.log" 2>&1 && cp "$1" "$(stamp "$1")"
+    "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off ${constraint[@]+"${constraint[@]}"} \
+        -r "$1" 2>&1 | tee -a "$VENV/install.log" | show_progress && cp "$1" "$(stamp "$1")"
+}
+
+# show_progress: print the newest line of standard input every five seconds, after the seconds since the start.
+show_progress() {
+    local line='' newest='' began=$SECONDS shown=$SECONDS status
+    while :; do
+        IFS= read -r -t 5 line; status=$?
+        if [ $status = 0 ]; then newest=$line; elif [ $status -le 128 ]; then break; fi  # above: nothing came in time
+        if [ $((SECONDS - shown)) -ge 5 ]; then
+            printf '  %3d s: %.66s\n' $((SECONDS - began)) "$newest"
+            shown=$SECONDS
+        fi
+    done
+    cat >/dev/null  # bash 3 gives the same status for the end and for silence
+}
+
+# made_line: what the installation made, and where.
+made_line() {
+    "$VENV/bin/python" -c 'import importlib.metadata, platform, sys
+versions = ["%s %s" % (name, importlib.metadata.version(name)) for name in ("torch", "torchvision", "timm")]
+print("Made %s: Python %s, %s" % (sys.argv[1], platform.python_version(), ", ".join(versions)))' "$VENV" 2>/dev/null \
+        || echo "Made $VENV"
+    echo "Use it for other commands: $VENV/bin/python run_class_finetuning.py …"
 }
 
 installed() { [ -x "$VENV/bin/python" ] && cmp -s "$1" "$(stamp "$1")"; }
 
-# One copy for each file: requirements.txt and tests/requirements.txt share a name.
+# stamp FILE: the copy that marks an installed requirements file; two of these files have the same name.
 stamp() {
     case $1 in
         */tests/*) echo "$VENV/installed-test.txt" ;;
@@ -50,8 +73,8 @@ stamp() {
     esac
 }
 
-# keep_torch BASE TORCH: a $VENV that sees the packages of the Python BASE and keeps its torch, such as the one that fits
-# an Ascend machine's torch_npu. BASE may itself be in a virtual environment.
+# keep_torch BASE TORCH: make a $VENV that sees the packages of the Python BASE and keeps its torch, for example the one
+# for an Ascend machine's torch_npu. BASE may be in a virtual environment.
 keep_torch() {
     "$1" -m venv --system-site-packages "$VENV" 2>/dev/null || return
     echo "torch==$2" >"$VENV/constraints.txt"
@@ -61,20 +84,20 @@ if sys.prefix != sys.base_prefix: print(sysconfig.get_paths()["purelib"])' \
     # shellcheck disable=SC2086
     install "$REQUIREMENTS" || return
     has_packages "$VENV/bin/python" $PACKAGES && return
-    # PyTorch before 2.3 was built for NumPy 1; pip doesn't know.
+    # PyTorch before 2.3 needs NumPy 1, which pip does not know.
     "$VENV/bin/python" -m pip install --quiet 'numpy<2' >>"$VENV/install.log" 2>&1
     has_packages "$VENV/bin/python" $PACKAGES
 }
 
-# make_venv BASE: $VENV with the packages of $REQUIREMENTS, made from the Python BASE.
+# make_venv BASE: make $VENV from the Python BASE, with the packages of $REQUIREMENTS.
 make_venv() {
     local torch reason
     echo "Installing $(basename "$REQUIREMENTS") into $VENV, once; this takes a few minutes ($1 lacks packages)"
     torch=$("$1" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)
     rm -rf "$VENV"
     if [ -n "$torch" ] && [ -z "$LOWEST" ]; then
-        keep_torch "$1" "$torch" && return
-        echo "The torch $torch of $1 does not go with $(basename "$REQUIREMENTS"); installing another"
+        keep_torch "$1" "$torch" && { made_line; return; }
+        echo "The torch $torch of $1 does not go with $(basename "$REQUIREMENTS"); installing another torch"
         rm -rf "$VENV"
     fi
     reason=$("$1" -m venv "$VENV" 2>&1) || die "$1 cannot make a virtual environment at $VENV" \
@@ -83,11 +106,12 @@ make_venv() {
     [ -z "$LOWEST" ] || lowest_versions >"$VENV/constraints.txt"
     install "$REQUIREMENTS" || die "pip could not install $(basename "$REQUIREMENTS"); see $VENV/install.log," \
         "or name a Python that has the packages with PYTHON="
+    made_line
 }
 
 VENV=$HOME_FOLDER/.venv REQUIREMENTS=$ROOT/requirements.txt LOWEST=
 
-# choose_python [MODULE…]: set PYTHON to the first that has the packages: $PYTHON itself, the running Python, .venv.
+# choose_python [MODULE…]: set PYTHON to the first one with the packages: $PYTHON, python3, .venv.
 choose_python() {
     if [ -n "${PYTHON:-}" ]; then
         case $PYTHON in /*) ;; */*) PYTHON=$CALLED_FROM/$PYTHON ;; esac
@@ -105,7 +129,7 @@ choose_python() {
     installed "$REQUIREMENTS" || make_venv "$base"
 }
 
-# choose_stack 1.5|1.8|2.1: set PYTHON to a virtual environment of that PyTorch, made where it is missing.
+# choose_stack 1.5|1.8|2.1: set PYTHON to a virtual environment of that PyTorch; make it if it is missing.
 choose_stack() {
     local base
     VENV=$HOME_FOLDER/.venv-$1 PYTHON=$HOME_FOLDER/.venv-$1/bin/python
@@ -123,17 +147,17 @@ choose_stack() {
     make_venv "$base"
 }
 
-# pip's constraints for the lowest versions that requirements.txt allows of what computes.
+# pip's constraints for the lowest versions of PyTorch and its companions that requirements.txt allows.
 lowest_versions() {
     sed -nE 's/^(torch|torchvision|timm|einops)>=([0-9.]+),.*/\1==\2.*/p' "$ROOT/requirements.txt"
-    echo 'numpy<2'  # PyTorch before 2.3 was built for NumPy 1; pip doesn't know
+    echo 'numpy<2'  # PyTorch before 2.3 needs NumPy 1, which pip does not know
 }
 
 find_python38() {
     if [ -n "${PYTHON38:-}" ] && "$PYTHON38" -c '' 2>/dev/null; then command -v "$PYTHON38"; else find_python 3.8; fi
 }
 
-# find_python VERSION…: the first that works, of the PATH's (a pyenv shim may be there and not work) and of pyenv's.
+# find_python VERSION…: the first that works, on the PATH (where a pyenv shim may not work) or in pyenv.
 find_python() {
     local version candidate
     for version; do
@@ -149,7 +173,7 @@ has_module() { "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.
 
 # ---- options
 
-# Set from --key=value or --key value; the rest of the command line collects in FLAGS, for Python.
+# The values of --key=value and --key value. FLAGS collects the rest of the command line, for Python.
 data_path= eval_data_path= log_dir= finetune= resume= nb_classes= batch_size=64 epochs=30 device=auto nproc_per_node=
 output_dir= model= nnodes=1 node_rank=0 master_addr= master_port= max_restarts=
 OPTIONS=" data_path eval_data_path log_dir finetune resume nb_classes batch_size epochs device nproc_per_node output_dir \
@@ -181,7 +205,7 @@ parse_options() {
 
 given() { case $GIVEN in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 
-# flag_given NAME: it is among the flags for Python, in any spelling.
+# flag_given NAME: whether the flags for Python include it, in any spelling.
 flag_given() {
     local flag
     for flag in ${FLAGS[@]+"${FLAGS[@]}"}; do
@@ -196,7 +220,7 @@ whole_number() {
     printf -v "$1" %d "$((10#${!1}))"  # 08 is no octal number
 }
 
-# A path is meant from the folder that the script was called in, or, where nothing is there, from the root.
+# A path is relative to the folder that the script was called in, or, if it does not exist there, to the root.
 from_here() {
     case $1 in
         ''|/*|demo|*://*) printf %s "$1" ;;
@@ -205,7 +229,7 @@ from_here() {
     esac
 }
 
-# ---- presets: the published hyper-parameters, and those of the digits demo; what the user gives comes after them
+# ---- presets: the hyper-parameters of ImageNet and of the digits demo; the user's flags override them
 
 BEIT_BASE=(--lr=2e-5 --update_freq=1 --layer_decay=0.85 --drop_path=0.1 --weight_decay=1e-8)
 DIGITS_MODEL=(--input_size=32 --abs_pos_emb --disable_rel_pos_bias --layer_scale_init_value=0 --init_scale=1)
@@ -215,8 +239,8 @@ WEIGHTS=./checkpoints/beit_base_patch16_224_pt22k_ft22k.pth
 
 # ---- logs
 
-# open_logs NAME CASE: choose LOG, RESULT and SUMMARY, which are this run's alone while it and its processes live: they
-# hold a lock on LOG. Where another run holds that one, all three have -2, -3 … in their names.
+# open_logs NAME CASE: choose LOG, RESULT and SUMMARY. This run and its processes hold a lock on LOG. If another run
+# holds it, the names of all three end in -2, -3 …
 open_logs() {
     local number=1 suffix=
     while :; do
@@ -234,8 +258,8 @@ except OSError as error:  # of another kind where the file system has no locks
     [ $number = 1 ] || echo "Another run is writing $LOG_DIR/$1.log; the log of this one is $LOG"
 }
 
-# move_aside FILE…: what an earlier run left there gets its date; one line says so. LOG keeps its inode, and the lock.
-move_aside() {
+# keep_earlier FILE…: copy an earlier run's files to names with their date. LOG keeps its inode, and the lock.
+keep_earlier() {
     local file aside moved=
     for file in "$@"; do
         [ -s "$file" ] || continue
@@ -248,8 +272,8 @@ move_aside() {
     [ -z "$moved" ] || echo "Kept the earlier run's logs in $LOG_DIR as$moved"
 }
 
-# figures: model, images_per_second, step_milliseconds, accuracy and loss of this run's summary.json, n/a where it has
-# none.
+# figures: model, images_per_second, step_milliseconds, accuracy and loss of this run's summary.json; missing ones are
+# n/a.
 figures() {
     "$PYTHON" -c 'import json, sys
 figures = json.load(open(sys.argv[1], encoding="utf-8"))
@@ -260,7 +284,7 @@ print(figures.get("model") or sys.argv[2], *("n/a" if figures.get(name) is None 
 final_block() {
     local network fps milliseconds accuracy loss
     read -r network fps milliseconds accuracy loss < <(figures)
-    cat <<END 2>/dev/null  # nobody may be there to read it
+    cat <<END 2>/dev/null  # the reader may have gone
 ------------------ Final result ------------------
 Final Performance images/sec : $fps
 Final Train Accuracy : $accuracy
@@ -282,7 +306,7 @@ END
 
 # ---- the launch
 
-# Where what reads the output goes away, as head does, the log is still written to its end.
+# If the reader of the output ends early, as head does, tee still completes the log.
 TEE=(tee -i)
 if tee -ip /dev/null </dev/null 2>/dev/null; then TEE=(tee -ip); fi
 
@@ -318,7 +342,7 @@ launch() {
     [ "$HOME_FOLDER" = "$ROOT" ] || echo "$ROOT is read-only; logs and results go to $HOME_FOLDER"
     choose_python
     if [ "$device" = auto ]; then
-        # torch_npu can't be imported, and so no NPU found, before CANN is set up.
+        # torch_npu cannot be imported before CANN is set up, so no NPU is found.
         # shellcheck source=/dev/null
         if has_module torch_npu; then source "$ROOT/test/env_npu.sh" || exit 2; fi
         device=$("$PYTHON" -c 'import sys
@@ -337,8 +361,8 @@ sys.stderr.write(accelerator.npu_unused_reason("auto", device))') || exit 2
     mkdir -p "$LOG_DIR" || die "cannot make $LOG_DIR"
     open_logs "$log" "${model}_bs${batch_size}_${RANK_SIZE}p_$suffix"
     [ "$node_rank" = 0 ] || SUMMARY=
-    if [ "$kind" = eval ] || { [ -z "$resume" ] && ! flag_given auto_resume; }; then  # else the log goes on, like the run
-        move_aside "$LOG" "$SUMMARY"
+    if [ "$kind" = eval ] || { [ -z "$resume" ] && ! flag_given auto_resume; }; then  # else the log continues, like the run
+        keep_earlier "$LOG" "$SUMMARY"
     fi
 
     started=$SECONDS
@@ -368,7 +392,7 @@ set_preset() {
         [ -n "$model" ] || model=beit_nano_patch8_32
         preset=("${DIGITS_MODEL[@]}" "${DIGITS[@]}")
         given epochs || epochs=40
-        # One thread: for so small a model more gain little, and lose much where other programs want the cores.
+        # One thread: more help such a small model little, and are slow beside other programs.
         case $device in cpu) export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} ;; esac
     else
         [ -n "$model" ] || model=beit_base_patch16_224
@@ -376,11 +400,11 @@ set_preset() {
         case $device in npu*|cuda*) preset+=(--amp --opt-level=O2 --loss_scale=128) ;; esac
         case $device in npu*) preset+=(--opt=npufusedadamw) ;; esac
     fi
-    if [ "$kind" = eval ]; then  # what the model is, its checkpoint says
+    if [ "$kind" = eval ]; then  # the checkpoint describes the model
         preset=(--eval)
         [ -z "$digits" ] || preset+=(--num_workers=0)
     fi
-    # 5 epochs of warm-up; a run that the user makes as short as that warms up for half of it.
+    # 5 epochs of warm-up, or half of a run of 5 epochs or fewer.
     preset+=("--warmup_epochs=$((epochs > 5 ? 5 : epochs / 2))")
     case $kind in
         full) given output_dir || output_dir=${HOME_FOLDER/#"$ROOT"/.}/train_result ;;
@@ -389,7 +413,7 @@ set_preset() {
     if [ "$kind" != eval ] && ! given finetune && [ -z "$digits$resume" ]; then
         finetune=$WEIGHTS
         if [ "$kind" = performance ] && [ ! -f "$finetune" ]; then
-            echo "$finetune is not there; measuring with random weights, which takes the same time"
+            echo "$finetune does not exist; measuring with random weights, which take the same time"
             finetune=
         fi
     fi
@@ -405,12 +429,12 @@ set_preset() {
     ARGUMENTS+=(${FLAGS[@]+"${FLAGS[@]}"})
 }
 
-# run_logged: the run and its log, in the background: so bash hears a signal meanwhile, and passes it on.
+# run_logged: run and write the log, in the background, where bash can pass signals on.
 run_logged() {
     local run signalled status
-    set -m  # a group of its own, in which SIGINT works
+    set -m  # a separate process group, in which SIGINT works
     if [ -t 1 ] && { BEIT_TERMINAL=$(tty <&4); } 4>&1 && [ "${TERM:-dumb}" != dumb ] && has_module tqdm; then
-        # A person watches: Python draws a bar there, says what is for people, and sends all its words to the log.
+        # On a terminal, Python draws a bar and shows the lines for people; the log gets every line.
         export BEIT_TERMINAL
         run_python </dev/null 2>&1 >>"$LOG" | "${TEE[@]}" -a "$LOG" >&2 &
     else
@@ -419,10 +443,10 @@ run_logged() {
     set +m
     run=$(jobs -p %%)
     trap 'signalled=yes; kill -INT -- "-$run" 2>/dev/null' INT
-    trap 'signalled=yes; kill -TERM "$run" 2>/dev/null' TERM HUP  # it ends its processes; tee has to write to the end
+    trap 'signalled=yes; kill -TERM "$run" 2>/dev/null' TERM HUP  # Python ends its processes; tee writes to the end
     while :; do
         signalled=
-        { wait %%; } 2>/dev/null  # without bash's own words about a process that was killed
+        { wait %%; } 2>/dev/null  # without bash's message about a killed process
         status=$?
         [ -n "$signalled" ] || break
     done

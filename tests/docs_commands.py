@@ -1,5 +1,6 @@
-"""Read the commands of README.md and docs/, and parse them with the programs' own parsers."""
+"""Read the sections, tables and commands of README.md and docs/; parse the commands with the programs' parsers."""
 
+import argparse
 import os
 import re
 import shlex
@@ -29,6 +30,35 @@ def read(name):
 
 def without_code(page):
     return re.sub(r'(?m)^[ \t>]*```.*?^[ \t>]*```', '', page, flags=re.S)
+
+
+def headings(name):
+    return re.findall(r'(?m)^(#+) (.*?)\s*$', without_code(read(name)))
+
+
+def section(name, title):
+    """The text under the last heading of this title, with its subsections."""
+    text = read(name)
+    start = [match for match in re.finditer(r'(?m)^(#+) (.*?)\s*$', text) if match.group(2) == title][-1]
+    end = re.search(r'(?m)^#{1,%d} ' % len(start.group(1)), text[start.end():])
+    return text[start.end():][:end.start() if end else None]
+
+
+def rows(text):
+    """The cells of each table row."""
+    return [[cell.strip() for cell in re.split(r'(?<!\\)\|', line.strip())[1:-1]]
+            for line in text.splitlines() if line.strip().startswith('|')]
+
+
+def shown_actions(program):
+    """The parser's actions that --help shows, except -h and the images of run_predict.py."""
+    return [action for action in PROGRAMS[program].build_parser()._actions
+            if action.help != argparse.SUPPRESS and action.option_strings and action.dest != 'help']
+
+
+def anchor(title):
+    """GitHub's name of a heading in links: lower case, without punctuation, hyphens for blanks."""
+    return re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')
 
 
 def blocks(name):

@@ -1,9 +1,10 @@
-"""Write docs/flags.md, the tables of all flags, from the parsers; and docs/flags.zh-CN.md if its translations exist.
+"""Write docs/flags.md and docs/flags.zh-CN.md, the tables of all flags, from the parsers.
 
     python tests/flags_page.py
 
-docs/flags.zh-CN.json maps each text of the English page to its Chinese text: {"random seed": "随机种子", …}. The
-program lists the texts without a translation. `test_readme.py` compares the pages with the parsers.
+docs/flags.zh-CN.json maps each text of the English page to its Chinese text: {"random seed": "随机种子", …}. A text
+without a translation stays English; the program lists these texts and exits with status 1. `test_readme.py` compares
+the pages with the parsers, and `test_chinese.py` requires all translations.
 """
 
 import argparse
@@ -31,7 +32,8 @@ NOTES = ('A value follows its flag after a blank or `=`. A flag with the default
          'This page is generated: edit `flags.py` and run `python tests/flags_page.py`.')
 MODELS, OPTIMIZERS = 'Models', 'Optimizers (the prefix `lookahead_` is allowed)'
 ENGLISH, CHINESE = os.path.join('docs', 'flags.md'), os.path.join('docs', 'flags.zh-CN.md')
-TRANSLATIONS = os.path.join(ROOT, 'docs', 'flags.zh-CN.json')
+TRANSLATIONS = os.path.join('docs', 'flags.zh-CN.json')
+LINK = '(中文: [flags.zh-CN.md](flags.zh-CN.md))', '(English: [flags.md](flags.md))'
 
 
 def groups(program):
@@ -51,18 +53,14 @@ def groups(program):
     return found
 
 
-def page(translations=None):
-    """The page; with {English: Chinese} in Chinese. Raises KeyError for texts without a translation."""
-    missing = []
+def load_translations():
+    with open(os.path.join(ROOT, TRANSLATIONS), encoding='utf-8') as file:
+        return json.load(file)
 
-    def text(english):
-        if translations is None:
-            return english
-        if english not in translations:
-            missing.append(english)
-        return translations.get(english, english)
 
-    lines = ['# ' + text(TITLE), '', '```bash', 'python run_class_finetuning.py --help', '```']
+def page(text=lambda english: english, link=LINK[0]):
+    """The page; `text` translates each of its texts."""
+    lines = ['# ' + text(TITLE), '', link, '', '```bash', 'python run_class_finetuning.py --help', '```']
     for note in NOTES:
         lines += ['', text(note)]
     for program in PROGRAMS:
@@ -77,21 +75,30 @@ def page(translations=None):
                     text(description).replace('|', '\\|')))
     for title, names in ((MODELS, modeling_finetune.MODELS), (OPTIMIZERS, optim_factory.OPTIMIZERS)):
         lines += ['', '**%s**: %s' % (text(title), ', '.join('`%s`' % name for name in names))]
-    if missing:
-        raise KeyError('%s translates no %s' % (os.path.basename(TRANSLATIONS), missing))
     return '\n'.join(lines) + '\n'
 
 
 def pages():
-    """{path: content} of the English page, and of the Chinese page if its translations exist."""
-    found = {ENGLISH: page()}
-    if os.path.exists(TRANSLATIONS):
-        with open(TRANSLATIONS, encoding='utf-8') as file:
-            found[CHINESE] = page(json.load(file))
-    return found
+    """{path: content} of the English and the Chinese page."""
+    translations = load_translations()
+    return {ENGLISH: page(), CHINESE: page(lambda english: translations.get(english, english), LINK[1])}
+
+
+def differences(translations):
+    """(texts of the page without a translation, translations of no text), each in order."""
+    texts = {}
+    page(lambda english: texts.setdefault(english, english))
+    return ([english for english in texts if english not in translations],
+            [english for english in translations if english not in texts])
 
 
 if __name__ == '__main__':
     for name, content in pages().items():
         with open(os.path.join(ROOT, name), 'w', encoding='utf-8') as file:
             file.write(content)
+    missing, unused = differences(load_translations())
+    for english in missing:
+        print('%s lacks a translation of: %s' % (TRANSLATIONS, english))
+    for english in unused:
+        print('%s translates a text that is no longer used: %s' % (TRANSLATIONS, english))
+    sys.exit(1 if missing or unused else 0)

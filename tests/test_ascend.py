@@ -361,7 +361,7 @@ def test_an_npu_checkpoint_resumes_on_cuda(train):
         cannot_run('cuda', 'no CUDA GPU to resume an NPU checkpoint on')
     first = train('--epochs=2', '--maxstep=22', '--save_ckpt_freq=1', FUSED)
     second = train('--epochs=2', '--resume=' + first.folder, on='cuda')
-    assert 'epoch 0 is done' in second.out and second.epochs()[-1]['epoch'] == 1
+    assert 'epoch 1 is done' in second.out and second.epochs()[-1]['epoch'] == 1
 
 
 @pytest.mark.parametrize('flag, pattern', [('--prof', 'trace_rank0.json'),

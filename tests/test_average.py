@@ -82,6 +82,17 @@ def test_the_best_of_a_folder_by_its_log(trained, tmp_path, capsys):
     refused(capsys, ['--inputs', str(folder), '--best=2', '--output', str(tmp_path / 'x.pth')], '--best 2', 'log.txt')
 
 
+def test_a_file_is_replaced_with_overwrite_only(trained, tmp_path, capsys):
+    output = tmp_path / 'avg.pth'
+    output.write_text('mine')
+    flags = ['--inputs', file_of(trained, 0), file_of(trained, 1), '--output', str(output)]
+    refused(capsys, flags, '--output', 'avg.pth', '--overwrite')
+    assert output.read_text() == 'mine'
+    refused(capsys, flags[:-1] + [str(tmp_path), '--overwrite'], '--output %s exists' % tmp_path)
+    assert average_checkpoints.run(flags + ['--overwrite']) == 0
+    assert weights_file.load_weights_file(str(output))['averaged'] == ['checkpoint-0.pth', 'checkpoint-1.pth']
+
+
 def test_incompatible_checkpoints_are_refused(trained, tmp_path, capsys):
     first, output = file_of(trained, 0), str(tmp_path / 'avg.pth')
     base = ['--output', output, '--inputs', first]
@@ -108,7 +119,7 @@ def test_incompatible_checkpoints_are_refused(trained, tmp_path, capsys):
     refused(capsys, base + [str(tmp_path / 'none.pth')], 'no such file')
     refused(capsys, base + [str(tmp_path)], 'holds no checkpoint')
     refused(capsys, base + [other(model_ema=None), '--use_ema'], 'holds no averaged weights')
-    refused(capsys, ['--inputs', first, '--output', first], 'of that name')
+    refused(capsys, ['--inputs', first, '--output', first], 'exists')
     refused(capsys, ['--inputs', first], '--output')
     (tmp_path / 'other.pth').write_bytes(b'damaged')
     refused(capsys, base + [str(tmp_path / 'other.pth')], 'other.pth')

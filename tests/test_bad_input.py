@@ -277,11 +277,9 @@ def test_folder_instead_of_weights(refused, tmp_path):
     *[(name, ['FLAG']) for name in ('list', 'no weights')],
     ('narrow', ['FLAG', 'not the weights of this', 'more',
                 'patch_embed.proj.weight is (32, 3, 8, 8) in the file and (64, 3, 8, 8) in the model']),
-    ('other', ['FLAG', 'not the weights of this', 'patch_embed.proj.weightSHAPE is missing in the file'])])
+    ('other', ['FLAG', 'patch_embed.proj.weight', 'the file'])])
 def test_wrong_weights(refused, weights, flags, name, says):
-    shape = '' if '--eval' in flags else ' (64, 3, 8, 8)'
-    refused(*flags, weights[name], says=[weights[name]] + [
-        word.replace('FLAG', flags[-1]).replace('SHAPE', shape) for word in says])
+    refused(*flags, weights[name], says=[weights[name]] + [word.replace('FLAG', flags[-1]) for word in says])
 
 
 def test_the_flags_that_a_checkpoint_was_trained_with_are_named(refused, weights):
@@ -546,7 +544,7 @@ def test_the_write_check_leaves_no_file_even_when_killed(monkeypatch, tmp_path):
 
 def test_log_dir_without_tensorboardx(refused, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'tensorboardX', None)
-    refused('--log_dir', str(tmp_path / 'tb'), late=True, says=['--log_dir', 'pip install tensorboardX'])
+    refused('--log_dir', str(tmp_path / 'tb'), late=True, says=['--log_dir', '-m pip install tensorboardX'])
 
 
 # ---- several processes

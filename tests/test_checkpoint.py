@@ -3,6 +3,7 @@
 import argparse
 import os
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import utils
 from beit.checkpoint import discovery, pretrained
 from beit.errors import UserError
 from beit.files import weights_file
+from beit.training.step_control import CheckpointMonitor
 from helpers import RUN, lines_of
 
 pytestmark = [pytest.mark.fast, pytest.mark.computes]
@@ -166,7 +168,7 @@ def test_a_failed_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
     path = str(tmp_path / 'checkpoint-best.pth')
     weights_file.save(path, {'epoch': 1})
 
-    def half(content, file):
+    def half(content, file, **options):
         file.write(b'half')
         raise OSError(28, 'No space left on device')
 
@@ -356,3 +358,74 @@ def test_auto_resume_uses_a_best_checkpoint_that_is_further(image_folder, tmp_pa
     weights_file.save(os.path.join(output, discovery.BEST), content)
     assert run_class_finetuning.run(base + ['--auto_resume']) == 0
     assert [line['epoch'] for line in lines_of(output)] == [0, 1, 2]
+
+
+# ---- saving in the background
+
+def test_training_continues_while_a_checkpoint_is_written(image_folder, tmp_path, monkeypatch):
+    """The write waits for two more updates: with a save that holds up training they would never come."""
+    updates, later = [], threading.Event()
+    step, save = CheckpointMonitor.begin_sync, weights_file.save
+
+    def count(self, update, device):
+        updates.append(update.step)
+        if len(updates) == 4:  # the fourth update ends with the next save, which waits for this one
+            later.set()
+        step(self, update, device)
+
+    def slow(path, content):
+        before = {name: value.clone() for name, value in content['model'].items()}
+        if path.endswith('checkpoint-0-step2.pth'):
+            assert later.wait(60), 'training waited for the save'
+        assert all(torch.equal(value, before[name]) for name, value in content['model'].items())
+        save(path, content)
+
+    monkeypatch.setattr(CheckpointMonitor, 'begin_sync', count)
+    monkeypatch.setattr(weights_file, 'save', slow)
+    output = str(tmp_path / 'out')
+    flags = RUN + ['--data_path=' + image_folder(), '--epochs=1', '--batch_size=2', '--keep_checkpoints=9',
+                   '--output_dir=' + output]
+    assert run_class_finetuning.run(flags + ['--save_ckpt_steps=2']) == 0
+    assert len(updates) > 5
+    found = weights_file.load_weights_file(os.path.join(output, 'checkpoint-0-step2.pth'))
+    monkeypatch.undo()
+    assert run_class_finetuning.run(flags[:-1] + ['--output_dir=' + str(tmp_path / 'short'), '--maxstep=2']) == 0
+    expected = weights_file.load_weights_file(str(tmp_path / 'short' / 'checkpoint-0-step2.pth'))
+    for part in ('model', 'optimizer'):
+        assert repr(found[part]) == repr(expected[part])
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run(image_folder, tmp_path, monkeypatch, capsys):
+    def full(path, content):
+        raise UserError('--output_dir: cannot write %s (No space left on device)' % path)
+
+    monkeypatch.setattr(weights_file, 'save', full)
+    assert run_class_finetuning.run(RUN + ['--data_path=' + image_folder(), '--epochs=1', '--batch_size=2',
+                                           '--output_dir=' + str(tmp_path / 'out'), '--save_ckpt_steps=2']) == 2
+    assert 'checkpoint-0-step2.pth (No space left on device)' in capsys.readouterr().err
+
+
+def test_one_content_under_two_names_is_written_once(image_folder, tmp_path, monkeypatch):
+    data = image_folder()
+    for name, link in (('linked', os.link), ('copied', None)):
+        output = str(tmp_path / name)
+        if link is None:
+            monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError(95, 'not supported')))
+        assert run_class_finetuning.run(RUN + ['--data_path=' + data, '--epochs=1', '--output_dir=' + output]) == 0
+        best, numbered = (os.path.join(output, name) for name in (discovery.BEST, 'checkpoint-0.pth'))
+        assert os.path.samefile(best, numbered) == (link is not None)
+        states = [weights_file.load_weights_file(path)['model'] for path in (best, numbered)]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        assert not [name for name in os.listdir(output) if 'tmp' in name]
+
+
+def test_a_changed_byte_of_a_tensor_is_found(tmp_path):
+    path = str(tmp_path / 'checkpoint-0.pth')
+    weights_file.save(path, {'model': {'head.weight': torch.arange(1000.)}})
+    with open(path, 'rb') as file:
+        data = file.read()
+    at = data.index(torch.arange(1000.).numpy().tobytes()) + 1234
+    with open(path, 'wb') as file:
+        file.write(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+    with pytest.raises(UserError, match=r'checkpoint-0\.pth: .*damaged.*checksum'):
+        weights_file.load_weights_file(path)

@@ -417,9 +417,9 @@ def test_every_fact_is_compared(differences):
 def test_a_checkpoint_of_an_earlier_version_is_not_called_exact():
     run = comparison.Run({'batch_size': 8, 'update_freq': 1, 'lr': 1.}, CPU, {'train': {'images': 5}, 'val': None})
     found = comparison.resume_differences({'args': {'lr': 1.}, 'progress': {'run': comparison.facts_of(run)}}, run, ())
-    assert len(found) == 1 and 'on which images' in texts(found)
+    assert len(found) == 1 and 'training images' in texts(found)
     assert 'in perhaps another order of the data' in comparison.resume_message(found)
-    assert 'with which flags' in texts(comparison.resume_differences({'model': {}}, run, ()))
+    assert 'its flags' in texts(comparison.resume_differences({'model': {}}, run, ()))
 
 
 def test_the_tests_that_the_page_names_exist():
@@ -427,13 +427,8 @@ def test_the_tests_that_the_page_names_exist():
         page = file.read()
     for fact in comparison.FACTS[:-5]:  # the page has one row for the validation images
         assert (fact.says or fact.title).replace('PIL', 'Pillow').replace('numpy', 'NumPy').split(' of ')[-1] in page
-    defined = set()
-    for name in os.listdir(os.path.join(ROOT, 'tests')):
-        if name.endswith('.py'):
-            with open(os.path.join(ROOT, 'tests', name), encoding='utf-8') as file:
-                defined |= set(re.findall(r'(?m)^def (test_\w+)', file.read()))
-    named = set(re.findall(r'`(test_\w+)`', page))
-    assert len(named) > 15 and named <= defined, named - defined
+    named = set(re.findall(r'`(?:tests/)?(test_\w+\.py)`', page))
+    assert len(named) > 5 and named <= set(os.listdir(os.path.join(ROOT, 'tests')))
 
 
 # ---- whole runs
@@ -468,7 +463,7 @@ def test_an_added_file_does_not_enter_the_validation_set_of_a_resumed_run(split_
     assert run_class_finetuning.run(flags + ['--eval', '--resume', last]) == 0
     out = capsys.readouterr().out
     assert 'on the 7 test images: %.3f%%' % lines_of(output)[-1]['test_acc1'] in out
-    assert 'Not what' not in out and 'Trained on' not in out
+    assert 'Not the validation' not in out and 'Trained on' not in out
     # Without --val_split all images would be evaluated, including the training images.
     everything = [flag for flag in flags if 'val_split' not in flag] + ['--eval', '--resume', last]
     listed = write_csv(tmp_path / 'photos.csv', [('photos/' + name, label) for name, label in rows_of(data)])
@@ -479,7 +474,7 @@ def test_an_added_file_does_not_enter_the_validation_set_of_a_resumed_run(split_
     # New images belong to no split: they are evaluated, and a line reports the difference.
     new = write_folders(tmp_path / 'new', {'cat': 3, 'dog': 3}, start=9000)
     assert run_class_finetuning.run(everything + ['--eval_data_path', new]) == 0
-    assert 'Not what the training evaluated: validation images: 6 (was 7)' in capsys.readouterr().out
+    assert 'validation images: 6 (was 7)' in capsys.readouterr().out
     # A checkpoint of an earlier version has another split.
     old = str(tmp_path / 'old.pth')
     torch.save({key: value for key, value in content.items() if key != 'data'}, old)
@@ -536,7 +531,7 @@ def test_an_evaluation_on_training_images_is_reported(folder, tmp_path, capsys, 
                                              os.path.join(folder, 'train')]) == 0
     out = capsys.readouterr().out
     assert 'Trained on: 24 of 24 training images' in out and 'too good for new images' in out
-    assert 'Not what the training evaluated: validation images: 24 (was 12)' in out
+    assert 'validation images: 24 (was 12)' in out
     # A new split would evaluate training images.
     shutil.rmtree(os.path.join(folder, 'val'))
     for more in (['--eval'], ['--epochs=2']):

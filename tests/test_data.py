@@ -348,7 +348,7 @@ def test_a_png_with_much_text_is_read(tmp_path):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_the_first_of_several_pages_is_used_and_reported_once(image_folder, parse, capsys, monkeypatch, workers):
-    monkeypatch.setattr(PrefetchLoader, 'has_told_first_page', False)
+    monkeypatch.setattr(PrefetchLoader, 'logged_first_page', False)
     root, first = image_folder(train=1, val=4), np.full((32, 32, 3), RGB, np.uint8)
     pages = [Image.new('RGB', (32, 32), (9, 9, 9 + number)) for number in range(3)]
     for name in ('1.tif', '2.tif', '3.gif'):
@@ -476,7 +476,7 @@ def test_every_pillow_format_is_read_and_other_files_are_reported(image_folder, 
     assert line.startswith('%s/train: %d files or folders are not used (7 hidden' % (root, len(rest)))
     for part in ('--check_data', '2 .txt', '1 .mp4', '2 beside the class folders'):
         assert part in line
-    assert unreadable.check_data((train, val), 0, '') == 0
+    assert unreadable.check_data((train, val), 0, '') == (0, 0)
     lines = capsys.readouterr().out.splitlines()
     assert dict(line.split('\tnot used: ') for line in lines[:-1]) == {
         os.path.join(root, name): reason for name, reason in rest.items()}

@@ -97,7 +97,7 @@ def test_resuming_on_another_number_of_processes(image_folder, tmp_path):
     assert launch(2, *base + ['--batch_size=4', '--maxstep=4'])[0] == 0
     status, out, err = launch(1, *base + ['--batch_size=8'])
     assert status == 0, err
-    assert 'epoch 0 is done' in out
+    assert 'checkpoint-0.pth: epoch 1 is done' in out
     assert [line['epoch'] for line in lines_of(output)] == [0, 1]
 
 

@@ -122,7 +122,7 @@ def test_beit_base_on_photographs(roomy_checkout, photographs):
     resumed = run_script(roomy_checkout, 'train_full_1p', *training, '--maxstep=4', '--resume=train_result',
                          '--no_save_ckpt')
     result(resumed)
-    assert 'epoch 0 is done' in resumed.out
+    assert 'epoch 1 is done' in resumed.out
     assert 'Epoch: [1]  [0/1]' in resumed.out and 'Epoch: [0]' not in resumed.out
     lines = lines_of(os.path.join(roomy_checkout, 'train_result'))
     assert [line['epoch'] for line in lines] == [0, 1]

@@ -20,7 +20,7 @@ from beit.data import transforms
 from beit.files import weights_file
 from beit.model_spec import ModelSpec
 from beit.outputs import export_formats
-from helpers import needs_extra, photo
+from helpers import ROOT, needs_extra, photo
 
 pytestmark = pytest.mark.current_only
 
@@ -364,11 +364,14 @@ def test_bad_flags_are_one_line(flags, says, trained, export):
     assert says in export(*[path if flag == 'WEIGHTS' else flag for flag in flags], fails=True)
 
 
+PIP = '%%s; run: %s -m pip install -r %s/requirements-extra.txt' % (sys.executable, ROOT)
+
+
 @pytest.mark.parametrize('kind, module, says', [
-    ('onnx', 'onnx', 'needs onnx; run: pip install -r requirements-extra.txt'),
-    ('huggingface', 'transformers', 'Not checked: the check needs transformers; run: pip install -r'),
-    pytest.param('onnx', 'onnxscript', 'needs onnxscript; run: pip', marks=[needs_extra('onnx'), with_dynamo]),
-    pytest.param('onnx', 'onnxruntime', 'Not checked: the check needs onnxruntime; run: pip install -r',
+    ('onnx', 'onnx', PIP % 'needs onnx'),
+    ('huggingface', 'transformers', PIP % 'Not checked: that needs transformers'),
+    pytest.param('onnx', 'onnxscript', PIP % 'needs onnxscript', marks=[needs_extra('onnx'), with_dynamo]),
+    pytest.param('onnx', 'onnxruntime', PIP % 'Not checked: that needs onnxruntime',
                  marks=[needs_extra('onnx', 'onnxscript'), with_dynamo]),
 ])
 def test_a_missing_package_is_one_line(kind, module, says, trained, export, monkeypatch):
@@ -423,7 +426,7 @@ def test_names_of_hugging_face_on_every_pytorch(trained, export, parse, tmp_path
     path, model = trained()
     theirs = by_hand(model)
     export('--resume', path, '--format', 'huggingface', '--output', tmp_path / 'new')
-    written = weights_file.load_untrusted(str(tmp_path / 'new' / 'model.safetensors'))
+    written = weights_file.load_weights_file(str(tmp_path / 'new' / 'model.safetensors'))
     assert {name: value.tolist() for name, value in written.items()} == {
         name: value.tolist() for name, value in theirs.items()}
     folder = tmp_path / 'old'

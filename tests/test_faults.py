@@ -314,7 +314,7 @@ class Life:
         if stopped:
             number = signal.Signals[stopped.group(1)]
             assert statuses[0] == 128 + number and set(statuses[1:]) <= {128 + number, -TERM}, self.story()
-            assert (int(stopped.group(3)), int(stopped.group(2))) == now and os.path.isfile(stopped.group(4))
+            assert (int(stopped.group(3)) - 1, int(stopped.group(2))) == now and os.path.isfile(stopped.group(4))
             return
         if statuses[0] > 128:
             assert 'interrupted by ' in output or 'ended at once' in output, self.story()
@@ -368,7 +368,6 @@ def _content(path, *_):
     content['args'] = {name: value for name, value in content['args'].items()
                        if name not in ('output_dir', 'num_workers', 'auto_resume')}
     content['progress'].pop('spent')  # durations
-    content.pop('checksum', None)
     # PyTorch 1.5 names the parameters by their addresses.
     order = [key for group in content['optimizer']['param_groups'] for key in group['params']]
     for part in {'state', 'slow_state'} & set(content['optimizer']):
@@ -395,9 +394,9 @@ def reached(folder):
 
 
 def resumed(output):
-    """The point from which a run reports that it resumed."""
-    found = re.search(r'Resumed \S+: (?:epoch (\d+) is done|(\d+) updates of epoch (\d+) are done)', output)
-    return (int(found.group(1)) + 1, 0) if found.group(1) else (int(found.group(3)), int(found.group(2)))
+    """Where a run said that it went on from."""
+    found = re.search(r'Resumed \S+: (?:epoch (\d+) is done|(\d+) updates? of epoch (\d+))', output)
+    return (int(found.group(1)), 0) if found.group(1) else (int(found.group(3)) - 1, int(found.group(2)))
 
 
 def read_bytes(*path):
@@ -502,14 +501,14 @@ POINTS = {
         ('between fsync and rename of log.txt', dies('os.replace', r'log\.txt')),
         ('between log.txt and the checkpoints', dies('beit.files.run_folder.append_log', when='after')),
         ('half of the best', dies('os.fsync', r'checkpoint-best\.pth', when='half')),
-        ('half of the numbered one', dies('os.fsync', r'checkpoint-0\.pth', when='half')),
+        ('between the link and the name of the numbered one', dies('os.link', r'checkpoint-0\.pth', when='after')),
         ('between rename and fsync of the folder', dies('os.replace', r'checkpoint-1\.pth$', when='after')),
         ('between log.txt and the last checkpoints', dies('beit.files.run_folder.append_log', when='after')),
         ('when all is done', dies('run_class_finetuning.print_result'))],
     'between two best checkpoints': [
         ('', dies('beit.files.weights_file.save', r'checkpoint-best\.pth', when='after')),
         ('while that is made good', dies('os.replace', r'checkpoint-best-ema\.pth'))],
-    'between the best and the first': [('', dies('beit.files.weights_file.save', r'checkpoint-0\.pth'))],
+    'between the best and the first': [('', dies('beit.files.weights_file.save_copy', r'checkpoint-0\.pth'))],
     'between the best and the last': [('', dies('beit.files.weights_file.save', r'checkpoint-2\.pth'))],
     'removing old ones': [
         ('before', dies('os.remove', r'checkpoint-0-step2\.pth$')),
@@ -548,13 +547,13 @@ NOT_BEGUN = None
 ASKS = [  # where each start gets the signal, and the (epochs, updates) at which the run stops
     (dies('datasets.build_datasets'), NOT_BEGUN),
     (dies('beit.files.run_folder.prepare_folder', when='after'), NOT_BEGUN),
-    (dies('os.fsync', r'checkpoint-0-step4'), (0, 5)),
+    (dies(STEPS + 'CheckpointMonitor.save', nth=2, when='after'), (0, 5)),
     (dies(STEPS + 'CheckpointMonitor.begin_sync'), (0, 6)),
     (dies('engine_for_finetuning.evaluate', nth=2), (0, 6)),
     (dies('beit.files.run_folder.append_log'), (1, 1)),
     (dies('beit.training.loss_scaler.LossScaler._finish', nth=2), (1, 4)),
     (dies(STEPS + 'CheckpointMonitor.after_step', nth=2), (1, 6)),  # the evaluation is interrupted
-    (dies('os.replace', r'checkpoint-1\.pth'), (2, 1)),
+    (dies(STEPS + 'CheckpointMonitor.save_epoch', when='after'), (2, 1)),
 ]
 
 
@@ -564,7 +563,7 @@ def test_a_signal_stops_after_the_current_update(life, unbroken, number):
     for fault, stop in ASKS:
         assert run.attempt(dict(fault, do=int(number)))
         assert run.running[0].status == 128 + number, run.story()
-        assert ('stopped by %s after update %d of epoch %d; ' % ((number.name,) + stop[::-1]) if stop else
+        assert ('stopped by %s after update %d of epoch %d; ' % (number.name, stop[1], stop[0] + 1) if stop else
                 'interrupted by %s; with --output_dir' % number.name) in run.running[0].output(), run.story()
         assert reached(run.out) == (stop or (-1, 0)), fault
     run.finish().equals(reference)
@@ -847,8 +846,9 @@ def test_faults_under_the_launcher(life, unbroken):
     assert launched.end() == 128 + TERM, launched.output()
     assert resumed(launched.output()) == before
     TALLY.resumes += 1
-    found = re.search(r'SIGTERM after update (\d+) of epoch (\d+); saved (\S+);', launched.output())
-    assert (int(found.group(2)), int(found.group(1))) == reached(run.out) > before, launched.output()
+    found = re.search(r'stopped by SIGTERM after update (\d+) of epoch (\d+); saved (\S+); the same command continues',
+                      launched.output())
+    assert (int(found.group(2)) - 1, int(found.group(1))) == reached(run.out) > before, launched.output()
 
     run.only_killed = False
     run.finish().equals(reference)
@@ -898,8 +898,8 @@ def test_a_job_that_resumes_a_file_finishes(life, unbroken, inside, restarted):
         if process.status == 0:
             break
         TALLY.kills += 1
-        line, = re.findall('.*the same command.*', process.output())
-        assert process.status == 128 + TERM and ('--auto_resume' in line) != bool(env and start or more), run.story()
+        says = 'the same command%s continues' % ('' if env and start or more else ' with --auto_resume')
+        assert process.status == 128 + TERM and says in process.output(), run.story()
     TALLY.resumes += len(seen)
     assert seen == [(128 + TERM, (1, 0)), (128 + TERM, (1, 5)), (0, (2, 4))], run.story()
     assert os.path.exists(file) != inside

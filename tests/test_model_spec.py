@@ -199,7 +199,7 @@ def test_bare_weights_report_their_size_and_the_assumptions(trained, capsys):
     assert run_class_finetuning.run(['--eval', '--resume', str(trained / 'bare.pth'), '--model=beit_nano_patch8_32',
                                      '--num_workers=0', '--data_path', str(trained / 'data')]) == 0
     out = capsys.readouterr().out
-    assert 'input 32x32' in out and 'how its images are prepared' in out
+    assert 'input 32x32' in out and 'preprocessing' in out
 
 
 def test_the_content_of_a_file_without_weights_is_named():

@@ -201,7 +201,8 @@ def test_another_total_batch_in_mid_epoch_is_refused(image_folder, tmp_path, cap
     assert 'saved in mid-epoch with a total batch of 8, and this one is 4' in capsys.readouterr().err
     assert run_class_finetuning.run(base + ['--batch_size=4', '--update_freq=2']) == 0
     out = capsys.readouterr().out
-    assert '2 updates of epoch 0 are done' in out and 'Epoch: [0]  [7/8]' in out and 'Epoch: [0]  [0/8]' not in out
+    assert 'checkpoint-0-step2.pth: 2 updates of epoch 1' in out  # people count epochs from 1
+    assert 'Epoch: [0]  [7/8]' in out and 'Epoch: [0]  [0/8]' not in out
 
 
 def test_checkpoints_in_mid_epoch_are_written_and_removed(image_folder, tmp_path):

@@ -256,7 +256,7 @@ def test_every_format_has_the_same_content(large, photos, tmp_path, capfdbinary)
     lines = capfdbinary.readouterr().out.decode().splitlines()
     assert len(lines) == 5
     assert lines[0] == '%s: %s' % (answers[0]['file'], ', '.join(
-        '%s %.1f %%' % (each['class'], 100 * each['probability']) for each in answers[0]['predictions']))
+        '%s (%.1f %%)' % (each['class'], 100 * each['probability']) for each in answers[0]['predictions']))
 
 
 @pytest.mark.needs('linux', sys.platform.startswith('linux'), 'names of other systems are text')
@@ -645,7 +645,7 @@ def test_weights_without_metadata_take_flags(large, photos, tmp_path, capfd):
     said = capfd.readouterr().out
     with torch.no_grad():
         best = large[1](by_hand(path, 48, 54)[1])[0].softmax(-1).max(0)
-    assert said == '%s: %d %.1f %%\n' % (path, best.indices, 100 * best.values)  # a class without a name is a number
+    assert said == '%s: %d (%.1f %%)\n' % (path, best.indices, 100 * best.values)  # a class without a name is a number
 
 
 def test_images_may_be_anywhere_among_the_flags():

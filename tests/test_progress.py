@@ -37,21 +37,31 @@ def on_a_terminal(*command, **env):
     return os.WEXITSTATUS(status), b''.join(shown).decode('utf-8')
 
 
-EPOCH = (r'Epoch %d/2: loss \d\.\d+, accuracy in training [\d.]+ %%, in validation [\d.]+ %% \(best [\d.]+ %%\), '
-         r'\d+ images/s, [\d.]+ s\r\n')
+EPOCH = r'[\r\n]%d/2 +\d\.\d{3} +[\d.]+ %% +[\d.]+ %% +[\d.]+ %% +\d+ +[\d.]+ s\r\n'
 TRAINING = ['--epochs=2', '--warmup_epochs=0', '--batch_size=8']
 
 
+def widest(shown):
+    """Columns of the longest line; a path may be longer than the terminal."""
+    return max(len(line) for line in re.split(r'[\r\n]+', shown) if '/' not in line.replace('images/s', ''))
+
+
 def check_terminal(shown):
-    """A table first, a bar for each epoch and validation, one line after each epoch, and no lines of the log."""
-    assert re.search(r'\rEpoch 1  +\d+%\|.*\| \d/4 \[\d\d:\d\d<', shown), shown
+    """A bar for each epoch and validation, one line after each epoch, a table before, and no line of the log's."""
+    assert re.search(r'\rEpoch 1  +\d+%\|.*\| \d/4 <', shown), shown
     for number in (1, 2):
         assert '\rEpoch %d ' % number in shown
         assert len(re.findall(EPOCH % number, shown)) == 1, shown
+    assert len(re.findall(r'[\r\n]Epoch +Loss Training Validation +Best Images/s +Time\r\n', shown)) == 1
     assert '\rValidation ' in shown
     assert re.search(r'^Device +cpu, ', shown, re.M) and re.search(r'^Classes +cat, dog\r$', shown, re.M)
-    assert re.search(r'^Batch +8 per device x 1 x 1 accumulated = 8; 4 update steps an epoch, 8 in all\r$', shown, re.M)
-    assert not re.search(r'Averaged stats|\* Acc@1|Epoch: \[|Test:|Max accuracy', shown), shown
+    assert re.search(r'^Batch +8 per device x 1 x 1 accumulated = 8; 4 updates an epoch, 8 in all\r$', shown, re.M)
+    assert not re.search(r'Averaged stats|Epoch: \[|Test:', shown), shown
+    end = shown[re.search(EPOCH % 2, shown).end():]  # the last evaluation's, and no other's
+    assert re.match(r'\* Acc@1 [\d.]+ Acc@5 [\d.]+ loss [\d.]+\r\nAccuracy of the network on the \d+ test images: '
+                    r'[\d.]+%\r\nMax accuracy: [\d.]+%\r\n', end), end
+    assert shown.count('* Acc@1') == 1
+    assert widest(shown) <= 80
 
 
 def test_a_program_on_a_terminal(data):
@@ -67,7 +77,7 @@ def test_a_narrow_terminal_has_the_figures_and_no_bar(data):
         ROOT, 'run_class_finetuning.py'), '--data_path=' + data, *NANO + TRAINING[:-1], '--batch_size=1')
     assert status == 0, shown
     assert re.search(r'\rEpoch 2  +\d+% <\d\d:\d\d, loss \d\.\d+, acc [\d.]+ %, \d+ images/s', shown), shown
-    assert '%|' not in shown and len(re.findall(EPOCH % 2, shown)) == 1
+    assert '%|' not in shown and len(re.findall(EPOCH % 2, shown)) == 1 and widest(shown) <= 60
 
 
 def test_a_script_on_a_terminal_shows_the_bar_and_keeps_the_log(data, tmp_path):
@@ -80,7 +90,7 @@ def test_a_script_on_a_terminal_shows_the_bar_and_keeps_the_log(data, tmp_path):
     log = text(os.path.join(checkout, 'test', 'output', '0', 'train_0.log'))
     assert len(re.findall(r'^Epoch: \[[01]\]  \[[03]/4\]  eta: \S+  lr: ', log, re.M)) == 4
     assert log.count('Averaged stats: ') == 2 and log.count('* Acc@1 ') == 2 and '\nDevice: cpu, ' in log
-    assert '%|' not in log and 'Epoch 1/2' not in log and '\r' not in log
+    assert '%|' not in log and '\n1/2 ' not in log and '\r' not in log
 
 
 def test_the_text_after_a_bar():

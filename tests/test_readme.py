@@ -1,6 +1,5 @@
 """README.md, docs/, CHANGELOG.md, CONTRIBUTING.md and --help, compared with the repository."""
 
-import argparse
 import dataclasses
 import glob
 import os
@@ -15,7 +14,20 @@ import flags
 import run_class_finetuning
 from beit import config
 from beit.errors import UserError
-from docs_commands import RUN_IN_ORDER, TEST_OPTIONS, blocks, check_command, commands, read, without_code
+from docs_commands import (
+    RUN_IN_ORDER,
+    TEST_OPTIONS,
+    anchor,
+    blocks,
+    check_command,
+    commands,
+    headings,
+    read,
+    rows,
+    section,
+    shown_actions,
+    without_code,
+)
 from flags_page import PROGRAMS
 from helpers import ROOT, cannot_run
 from structure import product_files
@@ -25,32 +37,9 @@ pytestmark = pytest.mark.current_only
 DOCS = tuple(os.path.relpath(path, ROOT) for path in sorted(glob.glob(os.path.join(ROOT, 'docs', '*.md')))
              if not path.endswith('.zh-CN.md'))
 PAGES = ('README.md', 'CONTRIBUTING.md', 'checkpoints/README.md') + DOCS
+CHINESE = ('README.zh-CN.md', 'docs/ascend.zh-CN.md', 'docs/flags.zh-CN.md')  # compared in test_chinese.py
 SCRIPT_OPTIONS = {'--nproc_per_node', '--nnodes', '--node_rank', '--master_addr', '--master_port', '--max_restarts',
                   '--help'}
-
-
-def headings(name):
-    return re.findall(r'(?m)^(#+) (.*?)\s*$', without_code(read(name)))
-
-
-def section(name, title):
-    """The text under the last heading of this title, with its subsections."""
-    text = read(name)
-    start = [match for match in re.finditer(r'(?m)^(#+) (.*?)\s*$', text) if match.group(2) == title][-1]
-    end = re.search(r'(?m)^#{1,%d} ' % len(start.group(1)), text[start.end():])
-    return text[start.end():][:end.start() if end else None]
-
-
-def rows(text):
-    """The cells of each table row."""
-    return [[cell.strip() for cell in re.split(r'(?<!\\)\|', line.strip())[1:-1]]
-            for line in text.splitlines() if line.strip().startswith('|')]
-
-
-def shown_actions(program):
-    """The parser's actions that --help shows, except -h and the images of run_predict.py."""
-    return [action for action in PROGRAMS[program].build_parser()._actions
-            if action.help != argparse.SUPPRESS and action.option_strings and action.dest != 'help']
 
 
 def says(text, default):
@@ -145,17 +134,6 @@ def test_the_flags_page_has_each_flag_with_its_default(program):
             assert names.count('`--') == 2, names
 
 
-def test_the_flags_page_can_be_translated():
-    class Reversed(dict):
-        __contains__ = __getitem__ = get = lambda self, text, default=None: text[::-1]
-
-    chinese = flags_page.page(Reversed())
-    assert '# ' + flags_page.TITLE[::-1] in chinese and '| `--seed` | `0` | %s |' % 'random seed'[::-1] in chinese
-    assert chinese.count('\n') == flags_page.page().count('\n')
-    with pytest.raises(KeyError, match='random seed'):
-        flags_page.page({'flag': '标志'})
-
-
 # ---- pages and links
 
 def test_readme_is_short():
@@ -170,7 +148,7 @@ def test_a_page_opens_with_its_question_and_a_command(name):
     assert '](%s)' % name in section('README.md', 'Pages')
 
 
-@pytest.mark.parametrize('name', PAGES)
+@pytest.mark.parametrize('name', PAGES + CHINESE)
 def test_headings_of_a_page_differ(name):
     titles = [title for _, title in headings(name)]
     assert len(set(titles)) == len(titles)
@@ -185,12 +163,7 @@ def test_readme_names_the_versions_that_requirements_allow():
         assert {'torch': 'PyTorch ', 'torchvision': 'torchvision '}[name] + shown in section('README.md', 'Install')
 
 
-def anchor(title):
-    """GitHub's name of a heading in links: lower case, without punctuation, hyphens for blanks."""
-    return re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')
-
-
-@pytest.mark.parametrize('name', PAGES + ('CHANGELOG.md',))
+@pytest.mark.parametrize('name', PAGES + CHINESE + ('CHANGELOG.md',))
 def test_links_lead_somewhere(name):
     for target in re.findall(r'\]\(([^)\s]+)\)', without_code(read(name))):
         if re.match(r'[a-z]+:', target):
@@ -263,7 +236,7 @@ def test_readme_names_the_scripts():
     assert set(re.findall(r'test/train_\w+\.sh', section('README.md', 'Train and evaluate'))) == scripts
 
 
-@pytest.mark.parametrize('name', PAGES)
+@pytest.mark.parametrize('name', PAGES + CHINESE)
 def test_scripts_and_tests_that_are_named_exist(name):
     text = read(name)
     for path in set(re.findall(r'\btests?/\w+\.(?:sh|py)', text)):
@@ -277,7 +250,7 @@ def test_scripts_and_tests_that_are_named_exist(name):
 
 # ---- commands
 
-@pytest.mark.parametrize('name', PAGES)
+@pytest.mark.parametrize('name', PAGES + CHINESE)
 def test_commands_are_parsed(name):
     for language, block in blocks(name):
         assert language in ('', 'bash', 'sh', 'python', 'text'), language
@@ -309,6 +282,6 @@ def test_flags_that_the_text_names_exist():
         known |= set(sub._option_string_actions)
     assert flags.build_parser()._option_string_actions.keys() < known
     foreign = {'--key', '--requeue', '--shm_size', '--signal', '--untyped', '--use_env'}
-    for name in PAGES:
+    for name in PAGES + CHINESE:
         for flag in re.findall(r'`(--[a-z][\w-]*)(?=[`= ])', read(name)):
             assert re.sub(r'(?<=\w)-', '_', flag) in known | foreign, (name, flag)

@@ -125,7 +125,7 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
 def test_config_without_pyyaml(tmp_path, parse, monkeypatch):
     (tmp_path / 'args.yaml').write_text('lr: 1\n')
     monkeypatch.setitem(sys.modules, 'yaml', None)
-    with pytest.raises(UserError, match='--config .*args.yaml needs PyYAML; run: pip install PyYAML'):
+    with pytest.raises(UserError, match='--config .*args.yaml needs PyYAML; run: /.* -m pip install PyYAML'):
         parse('--config=%s' % (tmp_path / 'args.yaml'))
 
 
@@ -210,7 +210,7 @@ def test_nonfinite_values_are_null(tmp_path):
 
 def test_the_version_is_that_of_the_changelog(tmp_path, monkeypatch):
     with open(os.path.join(ROOT, 'CHANGELOG.md'), encoding='utf-8') as file:
-        newest = re.search(r'^## \[(\d.+?)\]', file.read(), re.M).group(1)
+        newest = re.search(r'^## (\d\S+)', file.read(), re.M).group(1)
     assert project_version() == newest
     monkeypatch.setattr(summary_module, 'project_root', lambda: str(tmp_path))
     assert project_version() is None
@@ -287,7 +287,7 @@ def test_curves_are_drawn_seldom_and_at_the_end(tmp_path, monkeypatch):
     assert counts == [1, 1, 1, 2, 3]  # at 100 s, not at 105 and 119, at 121, and at the end
 
 
-@pytest.mark.parametrize('failure, says', ((ImportError('no'), 'curves.png needs matplotlib; run: pip install -r'),
+@pytest.mark.parametrize('failure, says', ((ImportError('no'), 'matplotlib; run: %s -m pip' % sys.executable),
                                            (RuntimeError('odd\nfont'), 'not drawn (RuntimeError: odd font)')))
 def test_a_failed_plot_is_only_one_line(image_folder, tmp_path, monkeypatch, capsys, failure, says):
     def fail(*_):
@@ -307,7 +307,7 @@ def test_without_matplotlib(run, tmp_path, monkeypatch, capsys):
     curves = Curves(str(tmp_path))
     curves.draw()
     curves.draw(is_last=True)
-    assert capsys.readouterr().out.count('curves.png needs matplotlib; run: pip install -r requirements-extra.txt') == 1
+    assert capsys.readouterr().out.count('-m pip install matplotlib (or give --no_curves)') == 1
     assert report.svg_plots(LOG)[0] == [] and 'A report with curves needs matplotlib' in report.svg_plots(LOG)[1]
 
 
@@ -478,7 +478,7 @@ def test_the_report_tells_what_the_best_weights_do(run):
     assert html.unescape(first.group(2)) == surest[1]
     assert float(first.group(1)) == pytest.approx(100 * surest[0], abs=0.06)
     log = [epoch['test_acc1'] for epoch in log_of(out)]
-    assert 'Of epoch %d, the best so far, whose weights are in checkpoint-best.pth.' % (log.index(max(log)) + 1) in page
+    assert 'Of epoch %d, the best one; its weights are in checkpoint-best.pth.' % (log.index(max(log)) + 1) in page
 
 
 def test_a_resumed_run_reports_the_best_epoch_before(run, tmp_path):
@@ -494,7 +494,7 @@ def test_a_resumed_run_reports_the_best_epoch_before(run, tmp_path):
     assert len(log) == 5 and log[4]['test_acc1'] < best['test_acc1']
     page, before = page_of(copy), page_of(out)
     assert heat_map_of(page) == heat_map_of(before)
-    assert 'Of epoch %d, the best so far, whose weights are in checkpoint-best.pth.' % (best['epoch'] + 1) in page
+    assert 'Of epoch %d, the best one; its weights are in checkpoint-best.pth.' % (best['epoch'] + 1) in page
     assert '<dt>Accuracy, best epoch</dt><dd>%.2f %%</dd>' % best['test_acc1'] in page
     for title in ('Most mistaken', 'Surest'):
         section = r'<h2>%s</h2>.*?</section>' % title
@@ -569,7 +569,8 @@ def many_classes(tmp_path, classes=100):
         predictions.counts[true, (true + 1) % classes] = true + 1
     picture = np.zeros((200, 320, 3), np.uint8)
     return predictions, dict(
-        title='t', subtitle='s', tiles=[], plots=[], hint='', classes=['class %d' % label for label in range(classes)],
+        title='t', subtitle='s', tiles=[], facts=[], plots=[], hint='',
+        classes=['class %d' % label for label in range(classes)],
         evaluated='All.', per_class=predictions.per_class(), confused=predictions.most_confused(), matrix=None,
         hardest=[(picture, EvaluatedImage(0, 1, 2, 0.5, math.nan, math.inf), '/a/b/c.png')], most_confident=[],
         samples=[], flags=[], versions=[])
@@ -598,6 +599,24 @@ def test_a_report_without_evaluation(image_folder, tmp_path):
     assert run_class_finetuning.run(RUN + ['--data_path=' + image_folder(), '--epochs=1', '--report',
                                            '--disable_eval_during_finetuning', '--output_dir=%s' % tmp_path]) == 0
     assert 'Nothing was evaluated' in page_of(str(tmp_path)) and loaded(tmp_path, 'summary.json')['accuracy'] is None
+
+
+def test_a_finished_run_says_nothing_of_so_far(run):
+    assert 'so far' not in re.sub(r'src="[^"]*"', '', page_of(run[0]))
+
+
+@needs_matplotlib
+def test_ticks_of_the_learning_rate_are_exact():
+    """0.00125 stood there as 0.0013."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(1, 1, 1)
+    curves_module.draw_panel(axes, curves_module.RATE, [curves_module.Curve('highest', '#000000', (1, 2), (0, 0.002))])
+    figure.canvas.draw()
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert [float(each) for each in shown] == pytest.approx(list(axes.get_yticks()), rel=1e-9) and '0.00125' in shown
 
 
 # ---- in a browser
@@ -648,6 +667,21 @@ def test_nothing_scrolls_sideways_in_a_narrow_window(run, tmp_path):
     told = chromium(tmp_path, '--dump-dom', 'file://%s' % (tmp_path / 'frames.html'))
     told = re.search(r'<p>(.*?)</p>', told).group(1)
     assert sorted(told.split()) == sorted('%d:%d' % (width, width) for width in widths)
+
+
+WIDE = """<script>onload = () => {
+  const box = document.querySelector(".scroll"), style = getComputedStyle(box);
+  document.title = [box.scrollWidth > box.clientWidth, style.overflowX, style.backgroundAttachment].join(" ")
+}</script></body>"""
+
+
+@needs_browser
+def test_a_wide_table_scrolls_by_itself_and_shades_its_hidden_side(tmp_path):
+    predictions, data = many_classes(tmp_path, classes=30)
+    page = report_html.render(dict(data, matrix=predictions.matrix()))
+    (tmp_path / 'page.html').write_text(page.replace('</body>', WIDE), encoding='utf-8')
+    shown = chromium(tmp_path, '--window-size=390,900', '--dump-dom', 'file://%s' % (tmp_path / 'page.html'))
+    assert re.search('<title>(.*?)</title>', shown).group(1) == 'true auto local, local, scroll, scroll'
 
 
 # ---- TensorBoard

@@ -194,6 +194,7 @@ def test_later_checkpoints_are_moved_to_a_backup_when_a_run_goes_back(image_fold
     base += ['--output_dir=' + str(output)]
     assert run_class_finetuning.run(base) == 0
     for name in (discovery.BEST, discovery.BEST_EMA):  # one is later than the resumed checkpoint, one is not
+        os.remove(str(output / name))  # a link
         shutil.copy(str(output / ('checkpoint-%d.pth' % (3 if name == discovery.BEST else 0))), str(output / name))
     (output / 'notes.txt').write_text('mine')
     log = (output / 'log.txt').read_text()

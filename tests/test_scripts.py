@@ -98,7 +98,46 @@ def test_help_is_readable(checkout, script, where):
     assert not os.path.exists(output(checkout))
 
 
-# ---- the arguments that a script passes to Python, read by a substitute
+# ---- the installation
+
+FAKE_BASE = """#!/usr/bin/env bash
+# A Python without torch, whose `-m venv FOLDER` makes one with a slow pip.
+case "$*" in *importlib.metadata*) exit 1 ;; esac
+mkdir -p "$3/bin"
+cat >"$3/bin/python" <<'END'
+#!/usr/bin/env bash
+case "$*" in
+    *importlib.metadata*) echo "Made ${@: -1}: Python 3.11.1, torch 2.1, torchvision 0.2, timm 1.0" ;;
+    *) echo Collecting torch; sleep 7; echo Installing collected packages; exit ${PIP_STATUS:-0} ;;
+esac
+END
+chmod +x "$3/bin/python"
+"""
+
+
+@pytest.mark.parametrize('status', [0, 1])
+def test_an_installation_shows_signs_of_life_and_what_it_made(tmp_path, checkout, status):
+    base = tmp_path / 'base'
+    base.write_text(FAKE_BASE)
+    base.chmod(0o755)
+    done = subprocess.run(['bash', '-c', 'source test/common.sh; make_venv "$0"', str(base)], cwd=checkout,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                          env=environment(PIP_STATUS=str(status)))
+    venv = os.path.join(checkout, '.venv')
+    head, *signs, made, use = done.stdout.splitlines() + ['', ''] * status
+    assert head.startswith('Installing requirements.txt into ' + venv)
+    assert len(signs) == 1 and re.match(r'  +[5-7] s: Collecting torch$', signs[0])
+    assert text(os.path.join(venv, 'install.log')) == 'Collecting torch\nInstalling collected packages\n'
+    if status:
+        assert done.returncode == 2
+        assert 'pip could not install requirements.txt; see %s/install.log' % venv in done.stderr
+        return
+    assert (done.returncode, done.stderr) == (0, '')
+    assert made == 'Made %s: Python 3.11.1, torch 2.1, torchvision 0.2, timm 1.0' % venv
+    assert '%s/bin/python run_class_finetuning.py' % venv in use
+
+
+# ---- what a script hands to Python, read by a stand-in for it
 
 STAND_IN = """#!/usr/bin/env bash
 if [ "$1" = -c ]; then

@@ -104,7 +104,7 @@ def second(pythons, first, data, tmp_path_factory):
                              '--output_dir=' + folders[writer][1]]]
         texts = in_stack(python, *runs)
         for number, writer in enumerate(first):
-            assert 'epoch 0 is done' in texts[3 * number]
+            assert 'epoch 1 is done' in texts[3 * number]
             found[writer, reader] = folders[writer][0], texts[3 * number + 1], folders[writer][1]
     return found
 

@@ -25,16 +25,33 @@ def run(*command, cwd=ROOT, timeout=120, limit=None, **env):
 
 # ---- packages
 
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+    return copy_checkout(str(tmp_path_factory.mktemp('startup') / 'code'))
+
+
 @pytest.mark.parametrize('program', PROGRAMS)
 @pytest.mark.parametrize('flags', [[], ['--help']])
-def test_a_python_without_the_packages(program, flags, tmp_path):
-    done = run(sys.executable, '-S', os.path.join(ROOT, program), *flags, cwd=str(tmp_path))
+def test_a_python_without_the_packages(program, flags, tmp_path, checkout):
+    done = run(sys.executable, '-S', os.path.join(checkout, program), *flags, cwd=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, '')
     line, = done.stderr.splitlines()
     assert line.startswith(program + ': error: ')
     for name in ('torch', 'torchvision', 'timm', 'einops', 'numpy', 'Pillow'):
         assert name in line
-    assert line.endswith('run: %s -m pip install -r %s' % (sys.executable, os.path.join(ROOT, 'requirements.txt')))
+    assert line.endswith('run: %s -m pip install -r %s' % (sys.executable, os.path.join(checkout, 'requirements.txt')))
+
+
+def test_a_python_without_the_packages_names_the_one_of_the_scripts(tmp_path):
+    checkout = copy_checkout(str(tmp_path / 'code'))
+    made = os.path.join(checkout, '.venv', 'bin', 'python')
+    os.makedirs(os.path.dirname(made))
+    open(made, 'w').close()
+    program = os.path.join(checkout, 'run_predict.py')
+    done = run(sys.executable, '-S', program, '--resume', 'a b.pth', cwd=str(tmp_path))
+    line, = done.stderr.splitlines()
+    assert done.returncode == 2 and 'torch' in line and 'pip' not in line
+    assert line.endswith("use it: %s %s --resume 'a b.pth'" % (made, program))
 
 
 def test_a_package_that_is_missing_alone(tmp_path):

@@ -258,9 +258,16 @@ def test_a_run_reports_whether_loader_or_device_is_the_limit(seconds, limit):
     throughput = utils.Throughput(warmup_steps=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     engine.train_one_epoch(model, criterion, Slow(loader * 2), optimizer, CPU, 0, throughput=throughput)
-    assert throughput.bottleneck().startswith('the %s is the limit; ' % limit)
+    assert throughput.bottleneck().startswith('the %s is the limit: ' % limit)
     assert throughput.data_share > 0.5 if seconds else throughput.data_share < 0.05
     assert throughput.step_milliseconds > 200
+
+
+def test_a_run_that_waits_for_data_less_than_half_of_the_time_names_no_limit():
+    throughput = utils.Throughput(warmup_steps=0)
+    throughput.update(8, 1., 0.385)
+    assert throughput.bottleneck() == ('the device waited for data 38.5 % of the time; more --num_workers or '
+                                       '--data_backend fast may help')
 
 
 @pytest.mark.parametrize('sizes, counted', [

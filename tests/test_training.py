@@ -17,6 +17,7 @@ import run_class_finetuning
 import utils
 from beit.data import transforms
 from beit.devices import kernels
+from beit.distributed import preemption
 from beit.errors import UserError
 from beit.outputs import curves
 from beit.training import fused_attention, loss_scaler, metrics
@@ -212,11 +213,53 @@ def test_log_line_has_the_documented_form(capsys):
         'Epoch: [3]  [ 0/24]  ', 'Epoch: [3]  [10/24]  ', 'Epoch: [3]  [20/24]  ', 'Epoch: [3]  [23/24]  ']
     number = r'[\d.]+'
     meter = number + r' \(' + number + r'\)'
-    import re
     assert re.fullmatch(
         r'Epoch: \[3\]  \[10/24\]  eta: \d:\d\d:\d\d  lr: %s  min_lr: %s  loss: %s  class_acc: %s  weight_decay: %s  '
         r'grad_norm: %s  time: %s  data: %s  max mem: \d+  fps: \d+'
         % (number, number, meter, meter, meter, meter, number, number), lines[1]), lines[1]
+
+
+def test_a_small_learning_rate_has_its_digits_in_the_log_line(capsys):
+    model, loader = toy()
+    engine.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, torch.optim.SGD(model.parameters(), lr=1), CPU,
+                           0, lr_schedule_values=[1.23456e-8, 0, 0, 2e-5])
+    rates = re.findall(r'  lr: (\S+)  min_lr: (\S+)  ', capsys.readouterr().out)
+    assert [tuple(map(float, pair)) for pair in rates] == [(1.235e-8, 1.235e-8), (2e-5, 2e-5)]
+
+
+def test_a_limited_run_says_that_it_evaluates(data, capsys):
+    flags = RUN + ['--data_path', data, '--epochs=2', '--maxstep=1']
+    assert run_class_finetuning.run(flags) == 0
+    out = capsys.readouterr().out
+    assert re.search(r'^Evaluating \d+ images after --maxstep 1; --disable_eval_during_finetuning ', out, re.M)
+    assert run_class_finetuning.run(flags + ['--disable_eval_during_finetuning']) == 0
+    assert 'Evaluating' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('flags, hint', [
+    (['--eval', '--resume=x.pth'], 'nothing was saved'), (['--check_data'], 'nothing was saved'),
+    ([], 'with --output_dir, the same command with --auto_resume continues from the last checkpoint')])
+def test_a_signal_promises_a_resume_in_training_only(capsys, monkeypatch, flags, hint):
+    def interrupted(args, signals):
+        raise preemption.Stopped(2)
+    monkeypatch.setattr(run_class_finetuning, 'main', interrupted)
+    assert run_class_finetuning.run(flags) == 130
+    assert capsys.readouterr().err == 'run_class_finetuning.py: error: interrupted by SIGINT; %s\n' % hint
+
+
+def test_an_evaluation_with_an_average_resizes_with_one_line_and_names_differences_of_the_model(data, tmp_path, capsys):
+    flags = RUN[:-2] + ['--rel_pos_bias', '--data_path', data]
+    assert run_class_finetuning.run(flags + ['--epochs=1', '--maxstep=1', '--model_ema', '--output_dir',
+                                             str(tmp_path)]) == 0
+    capsys.readouterr()
+    base = ['--data_path', data, '--eval', '--resume', str(tmp_path), '--num_workers=0', '--device=cpu']
+    assert run_class_finetuning.run(base + ['--input_size=64', '--test_flip']) == 0
+    out = capsys.readouterr().out
+    assert out.count('blocks.0.attn.relative_position_bias_table: resized from 7x7 to 15x15') == 1
+    assert 'averaged network' in out and 'test_flip' not in ''.join(re.findall('^Flags that.*', out, re.M))
+    assert run_class_finetuning.run(base + ['--eval_data_backend=fast']) == 0
+    assert re.search(r'^Flags that differ from \S+: --eval_data_backend fast \(the checkpoint: exact\)$',
+                     capsys.readouterr().out, re.M)
 
 
 def test_evaluation_by_a_slow_loop(capsys):

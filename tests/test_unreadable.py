@@ -26,6 +26,7 @@ from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import datasets
+import run_class_finetuning
 from beit.data import class_folders, decode, locations, transforms
 from beit.data import unreadable as unreadable_module
 from beit.data.image_dataset import ImageFolder, image_name
@@ -403,7 +404,7 @@ def test_a_nul_in_a_name(parse, tmp_path):
 def test_names_that_the_locale_cannot_encode(monkeypatch):
     monkeypatch.setattr(os, 'fsencode', lambda path: path.encode('ascii', 'surrogateescape'))
     with pytest.raises(UserError, match='my photos ü/nein.pth: no such file'):
-        weights_file.load_untrusted('my photos ü/nein.pth')
+        weights_file.load_weights_file('my photos ü/nein.pth')
 
 
 def test_samples_have_names(sets):
@@ -477,7 +478,7 @@ def test_a_very_deep_folder(tmp_path):
 # ---- the list and the limit
 
 def check_data(args):
-    return unreadable_module.check_data(datasets.build_datasets(args)[:2], args.num_workers, args.output_dir)
+    return unreadable_module.check_data(datasets.build_datasets(args)[:2], args.num_workers, args.output_dir)[0]
 
 
 def lines_of(folder):
@@ -594,7 +595,25 @@ def test_check_data_applies_the_size_rule_of_small_inputs(sets, parse, tmp_path,
     assert line.startswith(val.samples[4][0] + '\tit is 30x32; with --input_size')
     photo(1, 32, 32).save(val.samples[4][0])
     assert check_data(args) == 0
-    assert lines_of(tmp_path / 'out') == [], 'the list has the currently bad files'
+    assert not (tmp_path / 'out' / 'bad_images.txt').exists(), 'an earlier list would be wrong now'
+
+
+def test_check_data_lists_empty_class_folders_and_goes_on(image_folder, tmp_path, capsys):
+    root, out = image_folder(), tmp_path / 'out'
+    os.mkdir(os.path.join(root, 'train', 'owl'))
+    spoil(os.path.join(root, 'val', 'dog', os.listdir(os.path.join(root, 'val', 'dog'))[0]), 'text')
+    flags = ['--data_path', root, '--output_dir', str(out), *SMALL, '--num_workers=0']
+    assert run_class_finetuning.run(flags) == 2
+    assert 'no image in the class folder' in capsys.readouterr().err  # a training stops there
+    flags.append('--check_data')
+    assert run_class_finetuning.run(flags) == 2
+    done = capsys.readouterr()
+    assert '%s\tno image in this class folder' % os.path.join(root, 'train', 'owl') in done.out
+    assert '1 cannot be read; no image in 1 class folder' in done.out and '1 image cannot be read' in done.err
+    os.remove(lines_of(out)[0].split('\t')[0])
+    assert run_class_finetuning.run(flags) == 2
+    assert '--check_data: 1 class folder without an image' in capsys.readouterr().err
+    assert not (out / 'bad_images.txt').exists()
 
 
 @pytest.mark.parametrize('workers', [1, 2])

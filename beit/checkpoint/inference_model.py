@@ -150,17 +150,20 @@ def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str) -> Mode
     return changed
 
 
-def load_state(model: torch.nn.Module, found: CheckpointWeights) -> None:
+def load_state(model: torch.nn.Module, found: CheckpointWeights, quiet: bool = False) -> None:
     """Load a checkpoint's weights; tables are resized to the model's input size, as --finetune does.
+
+    Args:
+        quiet: log nothing: the same was logged for other weights of the file.
 
     Raises:
         UserError: they belong to another model.
     """
     state, shown = dict(found.state), escape_text(found.source)
     if found.has_no_spec or found.is_resized:
-        adapt_state_dict(state, model)
+        adapt_state_dict(state, model, quiet)
     unused = sorted(set(state) - set(model.state_dict())) if found.has_no_spec else []  # such as a mask token
-    if unused:
+    if unused and not quiet:
         log_main('Unused names in %s: %s' % (shown, model_spec.shorten_names(unused)))
     state = {name: value for name, value in state.items() if name not in unused}
     problems = mismatches(state, model.state_dict())

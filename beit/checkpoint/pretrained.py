@@ -160,7 +160,7 @@ def keep_head_rows(state: Dict[str, torch.Tensor], model: torch.nn.Module, their
              'Head: left at its initial values; the file has other classes (%s)' % model_spec.shorten_names(theirs, 4))
 
 
-def adapt_state_dict(state: Dict[str, torch.Tensor], model: Any) -> List[str]:
+def adapt_state_dict(state: Dict[str, torch.Tensor], model: Any, quiet: bool = False) -> List[str]:
     """Adapt a state dict, in place, to the model's classes, depth and grid. Returns the names that it dropped."""
     target = model.state_dict()
     dropped = []
@@ -179,19 +179,20 @@ def adapt_state_dict(state: Dict[str, torch.Tensor], model: Any) -> List[str]:
         if name not in target or state[name].shape == target[name].shape:
             continue
         if name.endswith('relative_position_bias_table') and state[name].shape[1:] == target[name].shape[1:]:
-            state[name] = _resize_table(name, state[name], grid)
+            state[name] = _resize_table(name, state[name], grid, quiet)
         elif name == 'pos_embed' and state[name].shape[::2] == target[name].shape[::2]:
             state[name] = resize_pos_embed(state[name], grid)
     return dropped
 
 
-def _resize_table(name, table, grid):
+def _resize_table(name, table, grid, quiet):
     if grid[0] != grid[1]:
         raise UserError('%s: tables are resized to square grids only, not to %dx%d patches' % ((name,) + tuple(grid)))
     side = round(max(table.shape[0] - 3, 0) ** 0.5)
     if side * side != table.shape[0] - 3:
         raise UserError('%s: %d rows do not fit a square grid' % (name, table.shape[0]))
-    log_main('%s: resized from %dx%d to %dx%d offsets' % (name, side, side, 2 * grid[0] - 1, 2 * grid[0] - 1))
+    if not quiet:
+        log_main('%s: resized from %dx%d to %dx%d offsets' % (name, side, side, 2 * grid[0] - 1, 2 * grid[0] - 1))
     return resize_rel_pos_bias(table, 2 * grid[0] - 1)
 
 

@@ -16,11 +16,11 @@ import torch
 from beit import model_spec
 from beit.checkpoint import discovery
 from beit.checkpoint.pretrained import DEFAULT_KEYS, find_state_dict, mismatches
-from beit.devices import kernels
+from beit.devices import accelerator, kernels
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text, one_line
 from beit.files import run_folder
-from beit.log import log_main
+from beit.log import log_main, pluralize
 from beit.model_spec import ModelSpec, saved_args
 
 run_folder.register_output(r'checkpoint-.*\.pth', proves_run=True)
@@ -32,7 +32,7 @@ MODEL_FLAGS = ('model', 'input_size', 'nb_classes', 'rel_pos_bias', 'abs_pos_emb
 
 def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.nn.Module,
                      optimizer: torch.optim.Optimizer, scaler: Any, ema: Any = None,
-                     spec: Optional[ModelSpec] = None) -> Dict[str, Any]:
+                     spec: Optional[ModelSpec] = None, host: Optional['HostCopies'] = None) -> Dict[str, Any]:
     """The dict to save: model, optimizer, epoch, scaler, args, model_spec and, with an average, model_ema.
 
     `classes` and `activation` repeat parts of model_spec for other programs. Random states are not saved: a step's
@@ -42,10 +42,12 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
         flags (dict): all flags of the run, by name.
         run_state (RunState): the run's progress. `epoch` in the file is the last finished epoch, as in the reference's
             files; `progress` describes an unfinished one.
+        host (HostCopies): receives the tensors; the dict is valid until it is used again.
     """
+    host = host or HostCopies()
     content = {
-        'model': _to_cpu(scaler.fp32_state_dict(model)),
-        'optimizer': _portable(optimizer),
+        'model': host.weights('model', scaler.fp32_state_dict(model)),
+        'optimizer': host.optimizer(optimizer),
         'epoch': run_state.epoch - 1,
         'scaler': scaler.state_dict(),
         'args': dict(flags),
@@ -59,7 +61,8 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
         content[model_spec.KEY] = spec.to_dict()
         content.update(classes=content[model_spec.KEY]['classes'], activation=spec.activation)
     if ema is not None:
-        content['model_ema'] = _to_cpu(ema.ema.state_dict())
+        content['model_ema'] = host.weights('model_ema', ema.ema.state_dict())
+    host.finish()
     return content
 
 
@@ -125,31 +128,58 @@ class SaveTimer:
         self.saved = time.monotonic()
 
 
-def _to_cpu(state):
-    return collections.OrderedDict(
-        (name, value.detach().to('cpu', torch.float32 if value.is_floating_point() else value.dtype))
-        for name, value in state.items())
+class HostCopies:
+    """Copies of tensors in the host's memory, where a save in the background reads them while training changes the
+    tensors. The next save overwrites them: memory that is allocated once costs no time again.
+    """
 
+    def __init__(self) -> None:
+        self.buffers: Dict[Any, torch.Tensor] = {}
+        self.used: Dict[Any, torch.Tensor] = {}
+        self.device: Optional[torch.device] = None
 
-def _portable(optimizer):
-    """Optimizer state for any machine and version: tensors on the CPU, `step` as a number."""
-    def portable(name, value):
+    def copy(self, key: Any, value: torch.Tensor, dtype: Optional[torch.dtype] = None) -> torch.Tensor:
+        """A copy of `value` on the CPU; it is complete after `finish`."""
+        buffer, dtype = self.buffers.get(key), dtype or value.dtype
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != dtype:
+            buffer = torch.empty(value.shape, dtype=dtype)
+            if accelerator.can_pin_memory(value.device):
+                buffer = buffer.pin_memory()
+        self.device = value.device if value.device.type != 'cpu' else self.device
+        self.used[key] = buffer.copy_(value.detach(), non_blocking=True)
+        return buffer
+
+    def finish(self) -> None:
+        """Wait for the copies, and forget buffers that this save did not need."""
+        if self.device is not None:
+            accelerator.synchronize(self.device)
+        self.buffers, self.used = self.used, {}
+
+    def weights(self, part: str, state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """A state dict, with floating-point tensors in float32."""
+        return collections.OrderedDict(
+            (name, self.copy((part, name), value, torch.float32 if value.is_floating_point() else None))
+            for name, value in state.items())
+
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
+        """Optimizer state for any machine and version: tensors on the CPU, `step` as a number."""
+        state = optimizer.state_dict()
+        if 'slow_state' in state:  # timm 0.4's Lookahead uses the parameters' addresses as keys
+            names = {id(parameter): name for group, saved in zip(optimizer.param_groups, state['param_groups'])
+                     for parameter, name in zip(group['params'], saved['params'])}
+            state['slow_state'] = {names.get(key, key): values for key, values in state['slow_state'].items()}
+        for part in ('state', 'slow_state'):
+            if part in state:
+                state[part] = {key: {name: self._portable((part, key, name), value) for name, value in values.items()}
+                               for key, values in state[part].items()}
+        if hasattr(kernels.base_optimizer(optimizer), 'generator'):  # Adahessian's
+            state['generator'] = kernels.base_optimizer(optimizer).generator.get_state()
+        return state
+
+    def _portable(self, key: Any, value: Any) -> Any:
         if not torch.is_tensor(value):
             return value
-        return float(value) if name == 'step' else value.detach().to('cpu')
-
-    state = optimizer.state_dict()
-    if 'slow_state' in state:  # timm 0.4's Lookahead uses the parameters' addresses as keys
-        names = {id(parameter): name for group, saved in zip(optimizer.param_groups, state['param_groups'])
-                 for parameter, name in zip(group['params'], saved['params'])}
-        state['slow_state'] = {names.get(key, key): values for key, values in state['slow_state'].items()}
-    for part in ('state', 'slow_state'):
-        if part in state:
-            state[part] = {key: {name: portable(name, value) for name, value in values.items()}
-                           for key, values in state[part].items()}
-    if hasattr(kernels.base_optimizer(optimizer), 'generator'):  # Adahessian's
-        state['generator'] = kernels.base_optimizer(optimizer).generator.get_state()
-    return state
+        return float(value) if key[-1] == 'step' else self.copy(key, value)
 
 
 # ---- resuming
@@ -267,7 +297,7 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise UserError('--resume %s: its scaler, accuracy or progress is invalid (%s); give its weights to --finetune '
                         'instead' % (escape_text(source), one_line(error)[:200])) from None
-    log_main('Resumed %s: %s%s' % (escape_text(source), 'epoch %d is done' % epoch if not run_state.steps else
-                                   '%d updates of epoch %d are done' % (run_state.steps, epoch + 1),
+    log_main('Resumed %s: %s%s' % (escape_text(source), 'epoch %d is done' % run_state.epoch if not run_state.steps else
+                                   '%s of epoch %d' % (pluralize(run_state.steps, 'update'), run_state.epoch + 1),
                                    ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
     return run_state

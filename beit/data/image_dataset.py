@@ -66,13 +66,14 @@ class ImageFolder(ImageDataset):
 
     Args:
         device, reading: see `class_folders.scan_classes` and `ImageDataset`.
+        allow_empty: for --check_data; `empty` lists the class folders without an image.
 
     Raises:
         UserError: the folder is missing, has no class folders, or a class folder has no image.
     """
 
     def __init__(self, root: str, flag: str = '--data_path', device: Optional[torch.device] = None,
-                 **reading: Any) -> None:
+                 allow_empty: bool = False, **reading: Any) -> None:
         shown = escape_text(root)
         if not os.path.isdir(root):
             raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
@@ -83,8 +84,9 @@ class ImageFolder(ImageDataset):
                             % (flag, shown))
         counts = np.bincount(samples.targets, minlength=len(classes)).tolist()
         empty = [escape_text(os.path.join(root, name)) for name, count in zip(classes, counts) if not count]
+        self.empty = empty
         reasons = [reason for _, reason in self.unused]
-        if empty:
+        if empty and not allow_empty:
             raise UserError('%s: no image in the class folder%s %s%s; add images or remove the folder' % (
                 flag, 's' if len(empty) > 1 else '', ', '.join(empty[:3]),
                 '; ' + describe_unused(reasons) if reasons else ''))

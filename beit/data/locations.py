@@ -8,6 +8,7 @@ from typing import List, Optional, Tuple
 import numpy as np
 from PIL import Image
 
+from beit import startup
 from beit.config import DataConfig, InputConfig
 from beit.data import csv_dataset
 from beit.data.class_folders import is_image_name
@@ -61,7 +62,7 @@ def resolve_data_path(data_path: str) -> str:
             log_main('Wrote the UCI handwritten digits, 1,797 scans in 10 classes, to %s' % escape_text(root))
             return root
         except ImportError:
-            raise UserError('--data_path demo needs scikit-learn; run: pip install scikit-learn') from None
+            raise UserError('--data_path demo needs scikit-learn; ' + startup.pip_install('scikit-learn')) from None
         except OSError as error:
             reason = error.strerror or error
     raise UserError('--data_path demo: the digits can be written neither to %s nor to %s (%s)'

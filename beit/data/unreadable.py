@@ -13,7 +13,7 @@ from beit.data.image_dataset import image_name
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
 from beit.files import atomic_write, run_folder
-from beit.log import log_main
+from beit.log import log_main, pluralize
 
 LIST = 'bad_images.txt'
 run_folder.register_output(r'bad_images\.txt')
@@ -80,16 +80,17 @@ def _write_list(path: str, reasons: Dict[str, str]) -> None:
 
 # ---- --check_data
 
-def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> int:
+def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> Tuple[int, int]:
     """Decode every image of the data sets, and print a line for each unreadable and each unused file.
 
-    Lists the unreadable files in output_dir/bad_images.txt, which is replaced, and empty if every file is good.
+    Replaces output_dir/bad_images.txt by the list of unreadable files, or removes it if every file is good.
 
     Args:
         parts: data sets, or None.
 
     Returns:
-        The number of unreadable files, and of images with a size that the flags don't allow.
+        (number of unreadable files and of images with a size that the flags don't allow, number of class folders
+        without an image).
     """
     from tqdm import tqdm  # needed only here
 
@@ -108,14 +109,21 @@ def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> int:
                 found.update(reasons)
                 bar.update(len(indices))
             bad.update((image_name(dataset, index), found[index]) for index in sorted(found))
-    if output_dir:
-        _write_list(os.path.join(output_dir, LIST), bad)
+    path = output_dir and os.path.join(output_dir, LIST)
+    if bad and path:
+        _write_list(path, bad)
+    elif path and os.path.isfile(path):
+        os.remove(path)
     unused = {path: reason for part in parts for path, reason in getattr(part, 'unused', ())}
     for path, reason in unused.items():
         log_main('%s\tnot used: %s' % (escape_text(path), escape_text(reason)))
-    log_main('Checked %d images: %d cannot be read%s' % (
-        total, len(bad), '; ' + describe_unused(unused.values()) if unused else ''))
-    return len(bad)
+    empty = sorted({path for part in parts for path in getattr(part, 'empty', ())})
+    for path in empty:
+        log_main('%s\tno image in this class folder' % path)
+    log_main('Checked %d images: %d cannot be read%s%s' % (
+        total, len(bad), '; no image in %s' % pluralize(len(empty), 'class folder') if empty else '',
+        '; ' + describe_unused(unused.values()) if unused else ''))
+    return len(bad), len(empty)
 
 
 def _check_files(dataset: Any, workers: int) -> Iterator[Tuple[Sequence[int], Dict[int, str]]]:

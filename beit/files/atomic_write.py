@@ -43,6 +43,20 @@ def atomic_write(path: str, is_given: bool = False) -> typing.Iterator[typing.Bi
             os.remove(temporary)  # it exists only after a failure or an interrupt
 
 
+def link_atomic(original: str, path: str) -> None:
+    """Give a file the further name `path`, as `atomic_write` gives it. Raises OSError where the disk has no links."""
+    temporary = '%s.tmp-%d' % (path, os.getpid())
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(temporary)
+    os.link(original, temporary)
+    try:
+        os.replace(temporary, path)  # nothing happens where both are the same file already
+        _fsync_folder(os.path.dirname(path) or '.')
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
 @contextlib.contextmanager
 def atomic_directory(path: str) -> typing.Iterator[str]:
     """A new folder to write files to, which gets the name `path` only when all of them are complete and on the disk.

@@ -1,6 +1,6 @@
-"""The folder that a run writes into: its lock, which files are a run's, moving an earlier run aside, and log.txt.
+"""The output folder of a run: its lock, its files, the backup of an earlier run, and log.txt.
 
-Whoever writes a file registers its name here (`register_output`), so that there is no list of them to keep up to date.
+Each module that writes a file registers the name here (`register_output`).
 """
 
 import contextlib
@@ -44,10 +44,10 @@ def register_output(pattern: str, proves_run: bool = False, is_ours: Optional[Ca
 
     Args:
         pattern (str): a regular expression for the whole name.
-        proves_run (bool): a folder with such a file holds a run. The other files are moved aside only beside one.
-        is_ours (function): says of a path whether a run wrote it, where anybody may have a file of that name.
-        is_moved (bool): moved aside with an earlier run; else only what a killed process left half written is removed.
-        at_end (bool): it tells how the run ended; it's moved aside too when a run goes back to an earlier checkpoint.
+        proves_run (bool): a folder with such a file holds a run. Without one, no file moves to a backup folder.
+        is_ours (function): whether a run wrote a path, for names that users' files may have too.
+        is_moved (bool): moves to the backup folder with an earlier run; else only temporary files are removed.
+        at_end (bool): written at the end of a run; also moves when a run returns to an earlier checkpoint.
     """
     _outputs.append(Output(re.compile(pattern + r'\Z'), proves_run, is_ours, is_moved, at_end))
 
@@ -61,7 +61,7 @@ register_output(r'log\.txt', proves_run=True, is_ours=_begins_as_append_log_writ
 
 
 def check_writable(flag: str, folder: str) -> None:
-    """Raise a `UserError` where a folder can't be made or written to. Leaves no new folder behind."""
+    """Raise `UserError` if a folder can't be made or written to. Makes no folder."""
     if not folder:
         return
     existing = os.path.abspath(folder)
@@ -70,7 +70,7 @@ def check_writable(flag: str, folder: str) -> None:
     if not os.path.isdir(existing):
         raise UserError('%s %s: %s is a file, not a folder; choose another' % (flag, folder, existing))
     try:
-        with tempfile.TemporaryFile(prefix='.write-test-', dir=existing):  # nameless where the system can do so
+        with tempfile.TemporaryFile(prefix='.write-test-', dir=existing):  # without a name, if the system supports that
             pass
     except OSError as error:
         raise UserError('%s %s: %s cannot be written to (%s); choose another'
@@ -81,16 +81,16 @@ def check_writable(flag: str, folder: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str, device: Optional[torch.device] = None) -> Iterator[None]:
-    """Make the output folder and hold its lock, by the first process; the others learn how that went. '' locks nothing.
+    """Make the output folder and hold its lock, on the first process; the others get its error. '' locks nothing.
 
-    The kernel frees the lock when the process ends, however that ends, and no child inherits it. On NFS it holds
-    between machines, too. Where the file system has no locks, a line says so.
+    The kernel frees the lock at any end of the process, and child processes do not inherit it. On NFS the lock works
+    between machines. On a file system without locks, it logs a line.
 
     Args:
-        device (torch.device or None): of the collective; None where only one process calls this.
+        device (torch.device or None): of the collective; None if only one process calls this.
 
     Raises:
-        UserError: another run holds it; the line names that one.
+        UserError: another run holds the lock; the line names that run.
     """
     made: List[str] = []
     handles: List[int] = []
@@ -112,16 +112,16 @@ def locked(folder: str, device: Optional[torch.device] = None) -> Iterator[None]
         for handle in handles:
             path = os.path.join(folder, LOCK)
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(handle), os.lstat(path)):  # else another folder has the name now
-                    os.remove(path)  # before the lock is free: afterwards the file may be the next run's
+                if os.path.samestat(os.fstat(handle), os.lstat(path)):  # else the folder was replaced
+                    os.remove(path)  # before the lock is free: later the file may belong to the next run
             os.close(handle)
         for path in reversed(made):
-            with contextlib.suppress(OSError):  # of a run that wrote nothing
+            with contextlib.suppress(OSError):  # empty, if the run wrote nothing
                 os.rmdir(path)
 
 
 def _make_folders(folder):
-    """Make a folder and those above it; the paths of those that were not there, the outermost first."""
+    """Make a folder and its parents; returns the new ones, the outermost first."""
     missing, path = [], os.path.abspath(folder)
     while not os.path.isdir(path):
         missing.insert(0, path)
@@ -131,12 +131,12 @@ def _make_folders(folder):
 
 
 def _lock(folder):
-    """The open file that holds the lock. A `UserError` names the run that has it."""
+    """Lock the folder; returns the open lock file. Raises `UserError` with the name of the run that has the lock."""
     path = os.path.join(folder, LOCK)
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
-            # Not flock: a loader process would inherit that, and may outlive the run that started it.
+            # Not flock: loader processes inherit it, and may outlive their run.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -144,18 +144,18 @@ def _lock(folder):
                 os.close(handle)
                 raise UserError('--output_dir %s: %s writes there; wait for its end, stop it, or choose another folder'
                                 % (escape_text(folder), holder)) from None
-            log_main('%s cannot be locked (%s); see to it that no other run writes there'
+            log_main('%s cannot be locked (%s); make sure that no other run writes there'
                      % (escape_text(folder), error.strerror or error))
             return handle
         mine = os.fstat(handle)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(mine, os.lstat(path)):
                 break
-        os.close(handle)  # the run that had it ended just now, and has removed the file
+        os.close(handle)  # the other run has just ended, and removed the file
     if not stat.S_ISREG(mine.st_mode) or mine.st_nlink > 1:
         os.close(handle)
         raise UserError('--output_dir %s: %s is not a file of this program; remove it' % (escape_text(folder), LOCK))
-    with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+    with contextlib.suppress(OSError):  # a full disk; the lock holds nevertheless
         os.ftruncate(handle, 0)
         os.write(handle, ('process %d on %s, since %s,' % (
             os.getpid(), socket.gethostname(), time.strftime('%Y-%m-%d %H:%M:%S'))).encode())
@@ -165,17 +165,17 @@ def _lock(folder):
 # ---- what an earlier run left
 
 def prepare_folder(folder: str, keep: bool = False, later: Sequence[str] = ()) -> None:
-    """Make the output folder, by the first process. What an earlier run left there is moved aside, not overwritten.
+    """Make the output folder, on the first process, and move the files of an earlier run to a backup folder.
 
-    Only a run's own files are moved, into <folder>-<date of the newest>; whatever else lies there stays.
+    The backup folder is <folder>-<date of the newest file>. Files that no run wrote stay.
 
     Args:
-        keep (bool): this run goes on with what is there.
-        later (sequence of str): with `keep`, the checkpoints of later than where this run goes on. They are moved aside
-            with what tells of that run's end and a copy of its log.txt.
+        keep (bool): this run continues the earlier one.
+        later (sequence of str): with `keep`, the checkpoints after the one that this run continues. They move to the
+            backup folder with the files of that run's end and a copy of its log.txt.
 
     Raises:
-        UserError: they can't be moved.
+        UserError: the files can't be moved.
     """
     if folder and process_group.is_main_process():
         for path in leftover_temp_files(folder):
@@ -184,10 +184,10 @@ def prepare_folder(folder: str, keep: bool = False, later: Sequence[str] = ()) -
         try:
             if not keep:
                 files, what = run_outputs(folder), 'the earlier run'
-                advice = '--auto_resume would have gone on with it'
+                advice = '--auto_resume would have continued it'
             else:
                 files = [*later, *run_outputs(folder, at_end=True)] if later else []
-                what, advice = 'what the earlier run saved later', 'this run goes on from before'
+                what, advice = 'later files of the earlier run', 'this run continues from before them'
             if files:
                 backup = backup_name(folder, files)
                 os.mkdir(backup)
@@ -195,16 +195,16 @@ def prepare_folder(folder: str, keep: bool = False, later: Sequence[str] = ()) -
                     shutil.copy2(os.path.join(folder, LOG), backup)
                 for path in files:
                     os.rename(path, os.path.join(backup, os.path.basename(path)))
-                log_main('Moved %s in %s aside, to %s (%s)' % (what, escape_text(folder), escape_text(backup), advice))
+                log_main('Moved %s in %s to %s (%s)' % (what, escape_text(folder), escape_text(backup), advice))
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
-            raise UserError('--output_dir %s holds an earlier run and it cannot be moved aside (%s); choose another, '
-                            'or go on with --auto_resume' % (folder, error)) from None
+            raise UserError('--output_dir %s holds an earlier run and it cannot be moved (%s); choose another, or '
+                            'continue it with --auto_resume' % (folder, error)) from None
     process_group.barrier()
 
 
 def leftover_temp_files(folder: str) -> List[str]:
-    """Paths of what a killed process was about to write there; nothing ever reads them."""
+    """Paths of the temporary files that killed processes left in a folder."""
     found = []
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
         final, _, process = name.rpartition('.tmp-')
@@ -214,10 +214,10 @@ def leftover_temp_files(folder: str) -> List[str]:
 
 
 def run_outputs(folder: str, at_end: bool = False) -> List[str]:
-    """Paths of the checkpoints, log.txt and what else a run left in a folder; [] where none did.
+    """Paths of a run's files in a folder, such as checkpoints and log.txt; [] without a run.
 
     Args:
-        at_end (bool): only what was written when it ended.
+        at_end (bool): only the files that a run writes at its end.
     """
     found, is_run = [], False
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
@@ -232,7 +232,7 @@ def run_outputs(folder: str, at_end: bool = False) -> List[str]:
 
 
 def backup_name(folder: str, files: Sequence[str]) -> str:
-    """<folder>-<date and time of the newest file>, with a number where that name is taken; beside a link's target."""
+    """<folder>-<date and time of the newest file>, with a number if that exists; beside the target of a link."""
     newest = time.localtime(max(os.lstat(path).st_mtime for path in files))
     base = '%s-%s' % (os.path.realpath(folder), time.strftime('%Y%m%d-%H%M%S', newest))
     names = [base] + ['%s-%d' % (base, number) for number in range(2, 1000)]
@@ -242,10 +242,9 @@ def backup_name(folder: str, files: Sequence[str]) -> str:
 # ---- log.txt
 
 def append_log(output_dir: str, stats: Dict[str, Any]) -> None:
-    """Add one JSON line to output_dir/log.txt, which is rewritten whole: a kill leaves no half line.
+    """Add a JSON line to output_dir/log.txt. The file is replaced, so a kill leaves no partial line.
 
-    Lines of the same or a later epoch are dropped: they are of a run that was resumed from before them. So are half
-    lines.
+    Drops partial lines, and lines of the same or a later epoch, from before a resume.
     """
     path, kept = os.path.join(output_dir, LOG), []
     if os.path.isfile(path):
@@ -259,7 +258,7 @@ def append_log(output_dir: str, stats: Dict[str, Any]) -> None:
 
 
 def read_log(output_dir: str) -> List[Dict[str, Any]]:
-    """The lines of output_dir/log.txt, dicts with an epoch, in order; [] where there are none."""
+    """The lines of output_dir/log.txt, dicts with an epoch, in order; [] without any."""
     try:
         with open(os.path.join(output_dir, LOG), encoding='utf-8', errors='replace') as file:
             return [stats for stats in map(_parse_line, file) if stats is not None]
@@ -268,7 +267,7 @@ def read_log(output_dir: str) -> List[Dict[str, Any]]:
 
 
 def _parse_line(line):
-    """The statistics of a line, a dict with an int under epoch; None where it is something else."""
+    """The statistics of a line, a dict with an int under epoch; None for another line."""
     try:
         stats = json.loads(line)
     except (ValueError, RecursionError):

@@ -8,11 +8,14 @@ import argparse
 import collections
 import ctypes
 import io
+import os
 import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, Callable, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
@@ -24,6 +27,7 @@ MAX_PICKLE = 4 << 20  # bytes of names and plain values; the largest BEiT's chec
 MAX_DIRECTORY = 16 << 20  # bytes of a zip archive's directory: 200,000 tensors
 MAX_NODES = 10 ** 6  # values in a file; shared values count once per reference
 MAX_DEPTH = 100
+CRC_THREADS = 4  # a checksum is compared while the next storage is read
 CALL_BYTES = 1000  # upper bound for a tensor's memory without its values
 
 
@@ -287,14 +291,23 @@ def _load_zip(file: BinaryIO, size: int) -> List[Any]:
     archive, records = _open_zip(file, size)
     require(records['data.pkl'].file_size <= MAX_PICKLE, 'its pickle has %d bytes' % records['data.pkl'].file_size)
     require('byteorder' not in records or archive.read(records['byteorder']) == b'little', 'its bytes are swapped')
-    records['data.pkl'].CRC = records['data.pkl'].CRC or None  # 0: not written
+    for info in records.values():
+        info.CRC = info.CRC or None  # 0: not written
     sizes = {name[len('data/'):]: info.file_size for name, info in records.items() if name.startswith('data/')}
     storages: Dict[str, torch.Tensor] = {}
     content = Unpickler(io.BytesIO(archive.read(records['data.pkl'])), size, storages, sizes).load()
-    for key, values in storages.items():
-        records['data/' + key].CRC = None  # not compared, as in torch.load; a checkpoint has its own checksum
-        with archive.open(records['data/' + key]) as record:
-            _read_values(record, values, key)
+    with ThreadPoolExecutor(CRC_THREADS) as pool:
+        checks = []
+        for key, values in storages.items():
+            info = records['data/' + key]
+            archive.open(info).close()  # compares the directory with the record's header
+            file.seek(info.header_offset + 26)
+            file.seek(sum(struct.unpack('<2H', file.read(4))), os.SEEK_CUR)  # name and padding
+            buffer = _read_values(file, values, key)
+            if info.CRC is not None and buffer is not None:
+                checks.append((key, info.CRC, pool.submit(zlib.crc32, buffer)))
+        for key, expected, found in checks:
+            require(found.result() == expected, 'storage %s does not match its checksum' % key, ValueError)
     return [content]
 
 
@@ -315,10 +328,13 @@ def _load_legacy(file: BinaryIO, size: int) -> List[Any]:
     return [content, system]
 
 
-def _read_values(file: Any, values: torch.Tensor, key: str) -> None:
-    if len(values):
-        buffer = (ctypes.c_char * _nbytes(values)).from_address(values.data_ptr())
-        require(file.readinto(buffer) == _nbytes(values), 'storage %s is cut' % key, ValueError)
+def _read_values(file: Any, values: torch.Tensor, key: str) -> Any:
+    """Read a storage's values from the file's position; returns their memory, or None for an empty storage."""
+    if not len(values):
+        return None
+    buffer = (ctypes.c_char * _nbytes(values)).from_address(values.data_ptr())
+    require(file.readinto(buffer) == _nbytes(values), 'storage %s is cut' % key, ValueError)
+    return buffer
 
 
 def load(file: BinaryIO, size: int) -> Any:

@@ -1,18 +1,20 @@
-"""Reads untrusted weights files, and writes checkpoints with a checksum of their content."""
+"""Weights files: untrusted ones are read safely, checkpoints are written atomically.
 
-import argparse
-import hashlib
+The zip archive of torch.save holds a checksum of each tensor; reading compares it.
+"""
+
 import json
 import os
+import threading
 import typing
 import warnings
 
-import numpy as np
 import torch
 
+from beit import startup
 from beit.errors import UserError, escape_text, worker_death_message
 from beit.files import untrusted_pickle
-from beit.files.atomic_write import atomic_write
+from beit.files.atomic_write import atomic_write, link_atomic
 from beit.files.untrusted_pickle import MAX_PICKLE, UnsafeFileError
 
 EXPORTED_PROGRAM = 'an exported program, not weights; give the checkpoint that it was exported from, a .safetensors ' \
@@ -32,14 +34,14 @@ def _read_safetensors(path: str, header: bytes, name: str) -> typing.Dict[str, t
             from safetensors.numpy import load_file as load_arrays
             content = {name: torch.from_numpy(array) for name, array in load_arrays(path).items()}
     except ImportError:
-        raise UserError('%s: reading a safetensors file needs the package safetensors; run: pip install safetensors'
-                        % name) from None
+        raise UserError('%s: reading a safetensors file needs the package safetensors; %s'
+                        % (name, startup.pip_install('safetensors'))) from None
     for key in content:
         untrusted_pickle.check_key(key)
     return content
 
 
-def load_untrusted(path: str, flag: str = '') -> typing.Any:
+def load_weights_file(path: str, flag: str = '') -> typing.Any:
     """The content of a weights file, its tensors on the CPU: of torch.save, in either format, or safetensors.
 
     Args:
@@ -78,15 +80,6 @@ def load_untrusted(path: str, flag: str = '') -> typing.Any:
         raise UserError('%s: not a weights file, or damaged (%s); fetch or copy it again' % (name, reason)) from None
 
 
-def load_weights_file(path: str, flag: str = '') -> typing.Any:
-    """`load_untrusted`, and a `UserError` if the file has a checksum that does not match."""
-    content = load_untrusted(path, flag)
-    if isinstance(content, dict) and 'checksum' in content and content.pop('checksum') != checksum(content):
-        raise UserError('%s: damaged, its content does not match its checksum; use another copy (or, if you changed '
-                        'it yourself, remove its "checksum")' % ('%s %s' % (flag, escape_text(path))).strip())
-    return content
-
-
 def read_metadata(path: str) -> typing.Dict[str, str]:
     """The metadata of a safetensors file; {} for none, or for another file."""
     try:
@@ -100,12 +93,11 @@ def read_metadata(path: str) -> typing.Dict[str, str]:
 
 
 def save(path: str, content: typing.Dict[str, typing.Any]) -> None:
-    """Write a checkpoint with torch.save and a checksum of its content, atomically. Raises `UserError` on failure."""
-    content = dict(content, checksum=content.get('checksum') or checksum(content))
+    """Write a checkpoint with torch.save, atomically. Raises `UserError` on failure."""
     try:
         with atomic_write(path) as file:
             latch = ErrorLatch(file)
-            torch.save(content, typing.cast(typing.BinaryIO, latch))
+            torch.save(content, typing.cast(typing.BinaryIO, latch), _use_new_zipfile_serialization=True)
             if latch.error is not None:
                 raise latch.error
     except (OSError, RuntimeError) as error:
@@ -113,6 +105,54 @@ def save(path: str, content: typing.Dict[str, typing.Any]) -> None:
             raise
         raise UserError('--output_dir: cannot write %s (%s); earlier checkpoints are intact'
                         % (escape_text(path), ' '.join(str(error).split()))) from None
+
+
+def save_copy(path: str, original: str, content: typing.Dict[str, typing.Any]) -> None:
+    """Give the checkpoint `original` a second name: a hard link, or a second file where the disk has no links."""
+    try:
+        link_atomic(original, path)
+    except OSError:
+        save(path, content)
+
+
+class BackgroundSave:
+    """Writes one checkpoint at a time in a thread, while training continues.
+
+    The next call of `start`, `wait` or `check` raises the error of a failed write.
+    """
+
+    def __init__(self) -> None:
+        self.thread: typing.Optional[threading.Thread] = None
+        self.error: typing.Optional[BaseException] = None
+
+    def start(self, write: typing.Callable[[], None]) -> None:
+        """Call `write` in a thread, after the previous write has ended."""
+        self.wait()
+        self.thread = threading.Thread(target=self._run, args=(write,), name='save')
+        self.thread.start()
+
+    def _run(self, write: typing.Callable[[], None]) -> None:
+        try:
+            write()
+        except BaseException as error:
+            self.error = error
+
+    def join(self) -> None:
+        """Wait until the file is complete; raises nothing."""
+        if self.thread is not None:
+            self.thread.join()
+
+    def wait(self) -> None:
+        """Wait until the file is complete."""
+        self.join()
+        self.thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise the error of a save that failed, if any."""
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
 
 
 class ErrorLatch:
@@ -132,35 +172,3 @@ class ErrorLatch:
 
     def flush(self) -> None:
         pass  # done by `atomic_write`
-
-
-def checksum(content: typing.Dict[str, typing.Any]) -> str:
-    """SHA-256, in hex, of a checkpoint's names, plain values, and the tensors' types, shapes and bytes.
-
-    It does not depend on the file format, which differs between PyTorch's versions.
-    """
-    digest = hashlib.sha256()
-
-    def add(value: typing.Any) -> None:
-        if torch.is_tensor(value):
-            digest.update(('%s %s;' % (value.dtype, tuple(value.shape))).encode())
-            value = value.detach().cpu().contiguous().reshape(-1)
-            digest.update((value.float() if value.dtype == torch.bfloat16 else value).numpy().tobytes())
-        elif isinstance(value, (dict, argparse.Namespace)):
-            items = value if isinstance(value, dict) else vars(value)
-            digest.update(b'{')
-            for key in items:
-                add(key)
-                add(items[key])
-            digest.update(b'}')
-        elif isinstance(value, (list, tuple)):
-            digest.update(b'[')
-            for each in value:
-                add(each)
-            digest.update(b']')
-        else:
-            value = value.item() if isinstance(value, np.generic) else value
-            digest.update(('%r;' % (value,)).encode('utf-8', 'surrogatepass'))
-
-    add({key: content[key] for key in content if key != 'checksum'})
-    return digest.hexdigest()

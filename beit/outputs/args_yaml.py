@@ -1,29 +1,27 @@
-"""Flags in a file: the args.yaml that a run leaves, and what --config reads.
-
-Each line is `flag: value`, the value as JSON has it, which is YAML too.
-"""
+"""Flags in a file: writes a run's args.yaml, and reads --config. Each line is `flag: value`, in JSON."""
 
 import json
 import os
 import re
 from typing import Any, Dict, List, Union
 
+from beit import startup
 from beit.errors import UserError, escape_text
 from beit.files.atomic_write import write_bytes
 from beit.log import log_main
 
 HEAD = '# The flags of this run, all of them. To start another with them: run_class_finetuning.py --config THIS_FILE\n'
-LARGEST = 1 << 20  # bytes; nobody writes so many flags
+LARGEST = 1 << 20  # bytes; far more than all flags take
 NULLS = ('', '~', 'null', 'Null', 'NULL')
-ESCAPED = '[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]'  # YAML has no room
+ESCAPED = '[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]'  # not in YAML
 
 
 def write(path: str, flags: Dict[str, Any]) -> None:
-    """Write a dict of flag to value (bool, number, str, list or None). A file that no run wrote stays as it is."""
+    """Write {flag: value (bool, number, str, list or None)}. Does not replace a file that no run wrote."""
     if os.path.isfile(path):
         with open(path, 'rb') as file:
-            if file.read(len(HEAD)) != HEAD.encode():  # somebody's own, which --config may have read
-                log_main('%s is not of a run, and stays as it is' % escape_text(path))
+            if file.read(len(HEAD)) != HEAD.encode():  # the user's, for --config
+                log_main('%s was not written by a run, and is kept' % escape_text(path))
                 return
     lines = ['%s: %s' % (name, json.dumps(flags[name], ensure_ascii=False)) for name in sorted(flags)]
     lines = [re.sub(ESCAPED, lambda found: '\\u%04x' % ord(found.group()), line) + '\n' for line in lines]
@@ -31,13 +29,13 @@ def write(path: str, flags: Dict[str, Any]) -> None:
 
 
 def read(path: str) -> Dict[str, Union[str, List[str], None]]:
-    """{flag: str, list of str, or None for null} of a flat YAML file, each value as it is written there."""
+    """Read a flat YAML file: {flag: str, list of str, or None for null}, without converting values."""
     shown = '--config %s' % escape_text(path)
     try:
         with open(path, 'rb') as file:
             data = file.read(LARGEST + 1)
         if len(data) > LARGEST:
-            raise UserError('%s: larger than 1 MiB, and so no file of flags' % shown)
+            raise UserError('%s: larger than 1 MiB, so not a file of flags' % shown)
         text = data.decode('utf-8-sig')
     except OSError as error:
         raise UserError('%s: cannot be read (%s); give a file such as the args.yaml of a run'
@@ -45,9 +43,9 @@ def read(path: str) -> Dict[str, Union[str, List[str], None]]:
     except UnicodeDecodeError:
         raise UserError('%s: not a text file; give a file such as the args.yaml of a run' % shown) from None
     try:
-        import yaml  # slow to import, and of use to --config alone
+        import yaml  # slow to import
     except ImportError:
-        raise UserError('%s needs PyYAML; run: pip install PyYAML' % shown) from None
+        raise UserError('%s needs PyYAML; %s' % (shown, startup.pip_install('PyYAML'))) from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -63,7 +61,7 @@ def read(path: str) -> Dict[str, Union[str, List[str], None]]:
         if not all(isinstance(each, yaml.ScalarNode) for each in [key] + (value.value if is_list else [value])):
             raise UserError('%s, line %d: a flag has one value, or a list of values' % (shown, key.start_mark.line + 1))
         if key.value in flags:
-            raise UserError('%s: %s stands there twice; remove one' % (shown, escape_text(key.value)))
+            raise UserError('%s: %s occurs twice; remove one' % (shown, escape_text(key.value)))
         is_null = not is_list and value.style is None and value.value in NULLS
         flags[key.value] = None if is_null else [each.value for each in value.value] if is_list else value.value
     return flags

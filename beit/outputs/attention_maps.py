@@ -1,4 +1,4 @@
-"""Where a model looks: the attention of one block, as a heat map over the picture that the model was shown."""
+"""Attention maps: the attention of one block, as a heat map over the model's input image."""
 
 import io
 import os
@@ -12,20 +12,20 @@ from beit.errors import UserError, escape_text
 from beit.files import atomic_write
 
 KINDS = ('cls', 'mean')
-COOL, WARM, HOT = '#300080', '#ff3010', '#ffe600'  # of little attention, half and most
-GREY = 0.6  # the brightness that the picture keeps, all grey, so that colours mean attention alone
-OPACITY = 0.67  # of the colour for most attention; there is none over the least
-SHORTEST = 224  # pixels of a picture's side; smaller ones are enlarged by a whole number
+COOL, WARM, HOT = '#300080', '#ff3010', '#ffe600'  # for the lowest, middle and highest attention
+GREY = 0.6  # the brightness of the grey image below; colours show attention only
+OPACITY = 0.67  # of the highest attention; the lowest has 0
+SHORTEST = 224  # pixels a side; smaller images are enlarged by a whole number
 
 
 class AttentionHook:
-    """Keeps what a block's attention is given while the model computes, whose result and kernel stay as they are.
+    """Records the input of a block's attention in each forward pass, whose result and kernel do not change.
 
     Args:
-        model (VisionTransformer): out of any wrapper.
-        block: which one, counted from 1; None is the last. `UserError` where the model has no such block.
-        kind: 'cls': how the class token attends to the patches; 'mean': how the patches do, on average; None: whichever
-            token the model pools by.
+        model (VisionTransformer): without a wrapper.
+        block: its number, from 1; None is the last. Raises `UserError` if the model has no such block.
+        kind: 'cls': the attention of the class token to the patches; 'mean': of the patches, on average; None: of the
+            token that the model pools.
     """
 
     def __init__(self, model: Any, block: Optional[int] = None, kind: Optional[str] = None) -> None:
@@ -42,15 +42,15 @@ class AttentionHook:
         self.inputs = inputs
 
     def take(self) -> Optional[tuple]:
-        """What the last batch gave, for `maps`."""
+        """The attention's input of the last batch, for `maps`."""
         inputs, self.inputs = self.inputs, None
         return inputs
 
     @torch.no_grad()
     def maps(self, inputs: tuple, row: int) -> torch.Tensor:
-        """float32 (heads, H, W) on the CPU: the share of its attention that each patch of the image in that row gets.
+        """The attention to each patch of the image in a row of the batch, float32 (heads, H, W) on the CPU.
 
-        One image at a time: the weights of a batch of large ones would not fit into memory.
+        One image at a time: the weights of a batch of large images do not fit into memory.
         """
         weights = self.attention.weights(inputs[0][row:row + 1], *inputs[1:])[0].float()  # (heads, N, N)
         queries = weights[:, :1] if self.kind == 'cls' else weights[:, 1:]
@@ -58,7 +58,7 @@ class AttentionHook:
 
 
 def paint(picture: Any, heat: Any) -> Image.Image:
-    """A heat map (H, W) over a picture, uint8 (size, size, 3); its colours go from its least value to its most."""
+    """Draw a heat map (H, W) over an image, uint8 (size, size, 3), with colours from its minimum to its maximum."""
     picture, heat = Image.fromarray(np.asarray(picture)), np.asarray(heat, dtype=np.float32)
     factor = -(-SHORTEST // min(picture.size))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)  # type: ignore[attr-defined]
@@ -66,7 +66,7 @@ def paint(picture: Any, heat: Any) -> Image.Image:
     smooth = (smooth - smooth.min()) / max(float(smooth.max() - smooth.min()), 1e-12)
     colours = ImageOps.colorize(_to_grey(smooth), COOL, HOT, WARM)
     dimmed = picture.convert('L').point(lambda value: value * GREY).convert('RGB')
-    return Image.composite(colours, dimmed, _to_grey(OPACITY * smooth ** 0.7))  # 0.7: half of it is seen well
+    return Image.composite(colours, dimmed, _to_grey(OPACITY * smooth ** 0.7))  # 0.7 makes medium values visible
 
 
 def _to_grey(values: np.ndarray) -> Image.Image:
@@ -74,16 +74,16 @@ def _to_grey(values: np.ndarray) -> Image.Image:
 
 
 class HeatmapWriter:
-    """Writes the pictures of a model's attention into a folder, in the subfolders that the images have in `origin`.
+    """Writes attention maps into a folder, in the subfolders that the images have in `origin`.
 
-    With `heads`, one picture more for each head.
+    With `heads`, it also writes a map for each head.
     """
 
     def __init__(self, hook: AttentionHook, folder: str, origin: str, heads: bool = False) -> None:
         self.hook, self.folder, self.origin, self.heads = hook, folder, origin, heads
 
     def write(self, path: str, picture: torch.Tensor, inputs: tuple, row: int) -> str:
-        """Write <path>.attention.png, and <path>.head<N>.png for each head; gives the first one's path."""
+        """Write <path>.attention.png, and <path>.head<N>.png for each head; returns the former path."""
         maps = self.hook.maps(inputs, row)
         parts = os.path.relpath(os.path.abspath(path), self.origin).split(os.sep)
         target = os.path.join(self.folder, *[part for part in parts if part != os.pardir])

@@ -1,4 +1,4 @@
-"""curves.png: loss, accuracy, learning rate and what else metrics declare, of log.txt."""
+"""curves.png: loss, accuracy, learning rate and the figures that metrics declare, from log.txt."""
 
 import collections
 import io
@@ -7,6 +7,7 @@ import os
 import time
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
+from beit import startup
 from beit.distributed import process_group
 from beit.errors import one_line
 from beit.files import run_folder
@@ -15,7 +16,7 @@ from beit.log import log_main
 from beit.training import metrics
 
 run_folder.register_output(r'curves\.png')
-SECONDS_BETWEEN = 20  # two drawings of the curves: a run of many tiny epochs shall not draw all the time
+SECONDS_BETWEEN = 20  # two drawings: a run of short epochs must not spend its time on them
 RATE = 'Learning rate'
 GREY, BLUE = '#8c8c8c', '#2f7ed8'
 VALIDATION = ((BLUE, '#e07b00'), ('#1fa187', '#c0569b'), ('#7a5cc9', '#b09a00'))  # a panel's figures; the average's
@@ -29,7 +30,7 @@ class Curve(NamedTuple):
 
 
 def panels(log: Sequence[Dict[str, Any]]) -> Dict[str, List[Curve]]:
-    """The curves that log.txt has values for, by their panel's title: those of training, and what metrics declare."""
+    """The curves of training and of metrics that log.txt has values for, by the title of their panel."""
     found: Dict[str, List[Curve]] = {}
 
     def add(title: str, label: str, name: str, colour: str, factor: float = 1) -> None:
@@ -49,33 +50,34 @@ def panels(log: Sequence[Dict[str, Any]]) -> Dict[str, List[Curve]]:
             add(title, spec.curve or 'validation', 'test_' + spec.name, colour)
             add(title, (spec.curve or 'validation') + ', EMA', 'test_ema_' + spec.name, ema_colour)
     add(RATE, 'highest', 'train_lr', BLUE)
-    if any(stats.get('train_min_lr') != stats.get('train_lr') for stats in log):  # the same without layer decay
+    if any(stats.get('train_min_lr') != stats.get('train_lr') for stats in log):  # they are equal without layer decay
         add(RATE, 'lowest', 'train_min_lr', GREY)
     return found
 
 
 def draw_panel(axes: Any, title: str, curves: Sequence[Curve]) -> None:
-    """One panel into matplotlib's axes; a run's single epoch is a dot."""
+    """Draw one panel on matplotlib's axes; a single epoch is a dot."""
     from matplotlib.ticker import FormatStrFormatter, MaxNLocator
     for curve in curves:
         axes.plot(curve.epochs, curve.values, label=curve.label, color=curve.colour, linewidth=1.6, markersize=3.5,
-                  marker='o' if len(curve.epochs) < 12 else None, clip_on=title != RATE)  # whole at 0
+                  marker='o' if len(curve.epochs) < 12 else None, clip_on=title != RATE)  # a line at 0 in full width
     axes.set_title(title, loc='left', fontsize=11)
     axes.set_xlabel('epoch', fontsize=9)
     axes.tick_params(labelsize=8.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     if title == RATE:
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(FormatStrFormatter('%.2g'))
+        axes.yaxis.set_major_formatter(FormatStrFormatter('%g'))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines['top'].set_visible(False)
     axes.spines['right'].set_visible(False)
-    axes.legend(frameon=False, fontsize=8.5)
+    axes.legend(frameon=False, fontsize=8.5, ncol=3, columnspacing=1.2,
+                loc='upper left', bbox_to_anchor=(-0.02, -0.15))  # below, where it hides no curve
 
 
 def draw_curves(path: str, log: Sequence[Dict[str, Any]]) -> None:
-    """Write curves.png, the panels beside one another."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it would look for a screen
+    """Write curves.png, with all panels in a row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyplot would look for a display
     from matplotlib.figure import Figure
     drawn = panels(log)
     figure, file = Figure(figsize=(4.5 * len(drawn), 3.9), dpi=100), io.BytesIO()
@@ -88,9 +90,9 @@ def draw_curves(path: str, log: Sequence[Dict[str, Any]]) -> None:
 
 
 class Curves:
-    """Draws output_dir/curves.png from log.txt after epochs, on the first process; nothing that fails ends the run.
+    """Draws output_dir/curves.png from log.txt after epochs, on the first process. A failure does not end the run.
 
-    With '' for output_dir it draws nothing.
+    It draws nothing if output_dir is ''.
     """
 
     def __init__(self, output_dir: str) -> None:
@@ -106,12 +108,12 @@ class Curves:
         try:
             draw_curves(os.path.join(self.output_dir, 'curves.png'), log)
             self.drawn = time.monotonic()
-        except Exception as error:  # whatever matplotlib meets: the training is worth more
+        except Exception as error:  # of matplotlib; the training matters more
             log_main(failure_message('curves.png', error))
             self.output_dir = ''  # once
 
 
 def failure_message(what: str, error: Exception) -> str:
     if isinstance(error, ImportError):
-        return '%s needs matplotlib; run: pip install -r requirements-extra.txt (or give --no_curves)' % what
+        return '%s needs matplotlib; %s (or give --no_curves)' % (what, startup.pip_install('matplotlib'))
     return '%s was not drawn (%s: %s)' % (what, type(error).__name__, one_line(error))

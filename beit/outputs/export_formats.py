@@ -1,7 +1,4 @@
-"""The formats that a trained network is exported in, each an entry of `FORMATS`.
-
-The network comes with plain attention, which every exporter takes, whatever it was trained with.
-"""
+"""Export formats, each an entry of `FORMATS`. The network has plain attention, which every exporter supports."""
 
 import contextlib
 import inspect
@@ -14,15 +11,15 @@ import torch
 from PIL import Image
 
 import modeling_finetune
-from beit import model_spec
+from beit import model_spec, startup
 from beit.checkpoint import hf_names
 from beit.checkpoint.inference_model import LoadedModel
 from beit.errors import UserError, one_line
 
-EXAMPLE = 3  # images in the batch that an exporter sees
-OPSETS = (23, 20, 18, 17, 13, 11)  # the newest that PyTorch's exporter writes and onnxruntime reads is taken
-PROTOBUF_LIMIT = 2 ** 31  # bytes of an ONNX file that holds its own weights
-EXTRA = 'run: pip install -r requirements-extra.txt'
+EXAMPLE = 3  # images in the exporters' example batch
+OPSETS = (23, 20, 18, 17, 13, 11)  # the first that PyTorch's exporter writes and onnxruntime reads is used
+PROTOBUF_LIMIT = 2 ** 31  # bytes of an ONNX file with its weights inside
+EXTRA = startup.pip_install(file='requirements-extra.txt')
 HUGGINGFACE_FILES = ('config.json', 'preprocessor_config.json', 'model.safetensors')
 
 Logits = List[torch.Tensor]
@@ -31,22 +28,22 @@ HAS_DYNAMO = 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters
 
 
 class Format(NamedTuple):
-    """How a network is written in one format, and read back."""
+    """Writes a network in one format, and reads it back."""
     ending: str  # of the default output's name
-    make: Callable[[LoadedModel, int], Tuple[Union[bytes, Dict[str, bytes]], str]]  # (content, a word on it)
+    make: Callable[[LoadedModel, int], Tuple[Union[bytes, Dict[str, bytes]], str]]  # (content, a comment)
     run: Callable[[Any, LoadedModel, Batches], Logits]  # the logits of the bytes, or of the folder's path
     reader: str  # the package that reads it back
-    files: FrozenSet[str] = frozenset()  # of a folder, whose content `make` gives by name; empty for a single file
+    files: FrozenSet[str] = frozenset()  # of a folder, whose content `make` returns by name; empty for a single file
     takes_opset: bool = False
-    usage: Callable[[LoadedModel, str], List[str]] = lambda trained, path: []  # lines that tell how to load the output
+    usage: Callable[[LoadedModel, str], List[str]] = lambda trained, path: []  # lines that show how to load the output
 
 
 class NotChecked(Exception):
-    """What reads the format back isn't installed."""
+    """The package that reads the format back is not installed."""
 
 
 def example_images(trained: LoadedModel, count: int) -> torch.Tensor:
-    """Random images (count, 3, H, W), the same each time."""
+    """Random images (count, 3, H, W), with a fixed seed."""
     size = trained.preprocessing.input_size
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
 
@@ -61,7 +58,7 @@ def package_version(module: str) -> str:
 
 
 def import_optional(name: str) -> Any:
-    """A module, or None where it isn't installed."""
+    """A module, or None if it is not installed."""
     try:
         return __import__(name, fromlist=['_'])
     except ImportError:
@@ -76,7 +73,7 @@ def _require_package(name: str, what: str) -> Any:
 
 
 def metadata(trained: LoadedModel) -> Dict[str, str]:
-    """What a user of the weights must know, as strings by name; lists and dicts are JSON, in ASCII."""
+    """The model's spec as {name: string}; lists and dicts are JSON, in ASCII."""
     return {
         'model': trained.config.model,
         'classes': json.dumps(trained.classes),
@@ -114,7 +111,7 @@ def make_onnx(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
             if runtime is not None:
                 _session(runtime, data)
             return data, 'opset %d' % version
-        except Exception as error:  # the exporter's and onnxruntime's are of many kinds
+        except Exception as error:  # the exporter and onnxruntime raise many types
             reasons.append((one_line(error) or type(error).__name__)[:200])
     raise UserError('--format onnx --opset %s: %s; leave --opset out, or give another'
                     % (opset or '/'.join(map(str, OPSETS)), reasons[0]))
@@ -125,9 +122,9 @@ def _export_onnx(onnx: Any, trained: LoadedModel, opset: int) -> Any:
     names: Dict[str, Any] = dict(input_names=['image'], output_names=['logits'])
     if HAS_DYNAMO:
         before = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)  # it logs tracebacks
+        logging.disable(logging.CRITICAL)  # the exporter logs tracebacks
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # and tells of its progress
+            with contextlib.redirect_stdout(io.StringIO()):  # and prints its progress
                 program: Any = torch.onnx.export(
                     trained.model, (images,), dynamo=True, verbose=False, opset_version=opset,
                     dynamic_shapes=({0: torch.export.Dim('batch')},), **names)
@@ -168,7 +165,7 @@ def run_torchscript(data: bytes, trained: LoadedModel, batches: Batches) -> Logi
 
 
 def _extra_files(contents: Dict[str, str]) -> Any:
-    """A dict as PyTorch 1.5 wants it, which has a type of its own for that."""
+    """A dict of PyTorch 1.5's own type for this purpose."""
     files: Any = getattr(torch._C, 'ExtraFilesMap', dict)()
     for name, value in contents.items():
         files[name] = value
@@ -194,7 +191,7 @@ def run_torch_export(data: bytes, trained: LoadedModel, batches: Batches) -> Log
 
 
 def make_safetensors(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
-    """timm's names and shapes, which are this project's, without what timm computes itself."""
+    """The state dict with timm's names and shapes, without the buffers that timm computes."""
     tensors = {name: value for name, value in trained.model.state_dict().items()
                if not name.endswith('relative_position_index')}
     return _safetensors(tensors, metadata(trained)), 'for timm'
@@ -212,7 +209,7 @@ def run_safetensors(data: bytes, trained: LoadedModel, batches: Batches) -> Logi
 
 
 def timm_arguments(trained: LoadedModel) -> Dict[str, Any]:
-    """What timm's `Beit` takes to be this network."""
+    """The arguments of timm's `Beit` for this network."""
     model, block = trained.model, trained.model.blocks[0]
     return dict(
         img_size=trained.config.input_size, patch_size=model.patch_embed.patch_size[0], embed_dim=model.embed_dim,
@@ -222,14 +219,14 @@ def timm_arguments(trained: LoadedModel) -> Dict[str, Any]:
 
 
 def timm_usage(trained: LoadedModel, path: str) -> List[str]:
-    """The Python that opens the file with timm: the registered name, and what differs from its defaults."""
+    """The Python code that opens the file with timm: the registered name, and arguments other than its defaults."""
     arguments, name = timm_arguments(trained), trained.config.model
     if hasattr(import_optional('timm.models.beit'), name):
         usual = dict(img_size=modeling_finetune.MODELS[name]['img_size'], global_pool='avg', use_abs_pos_emb=False,
                      use_rel_pos_bias=True)
         chosen = {key: arguments[key] for key in usual if arguments[key] != usual[key]}
         if not arguments['init_values']:
-            chosen['init_values'] = 0.  # create_model leaves out what is None
+            chosen['init_values'] = 0.  # create_model drops arguments that are None
         line = 'model = timm.create_model(%r, checkpoint_path=%r, %s)' % (
             name, path, format_arguments(dict(num_classes=len(trained.classes), **chosen)))
     else:  # as beit_nano_patch8_32
@@ -275,7 +272,7 @@ def huggingface_config(trained: LoadedModel) -> Dict[str, Any]:
 
 
 def huggingface_preprocessor(trained: LoadedModel) -> Dict[str, Any]:
-    """Evaluation's transform: the shorter side resized, the centre cropped. CLIP's is the processor that all know.
+    """The evaluation transform, resize and centre crop, for CLIP's processor, which every transformers version has.
 
     BEiT's own takes no shorter side before transformers 5, and would distort the image.
     """
@@ -298,7 +295,7 @@ def run_huggingface(folder: str, trained: LoadedModel, batches: Batches) -> Logi
 
 
 def _layer_scale(trained: LoadedModel) -> float:
-    """The value that layer scale began at, 0.0 where there is none."""
+    """The initial value of layer scale; 0.0 without layer scale."""
     return 0. if trained.model.blocks[0].gamma_1 is None else float(trained.config.layer_scale_init_value)
 
 
@@ -310,7 +307,8 @@ def _safetensors(tensors: Dict[str, torch.Tensor], description: Dict[str, str]) 
     try:
         from safetensors.numpy import save  # the one for tensors needs a newer PyTorch than 1.8
     except ImportError:
-        raise UserError('--format safetensors and huggingface need safetensors; run: pip install safetensors') from None
+        raise UserError('--format safetensors and huggingface need safetensors; '
+                        + startup.pip_install('safetensors')) from None
     return save({name: value.detach().contiguous().numpy() for name, value in tensors.items()}, description)
 
 

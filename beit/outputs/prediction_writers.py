@@ -1,4 +1,4 @@
-"""The formats of run_predict.py's results, and the file that takes them."""
+"""The formats of run_predict.py's results, and their output file."""
 
 import contextlib
 import csv
@@ -13,21 +13,18 @@ from beit.files import atomic_write
 
 
 class Prediction(NamedTuple):
-    """The result for one image; JSON can hold it."""
+    """The result for one image, with values of JSON's types."""
     number: int  # its position among all inputs
     path: str
     classes: List[int]  # indices of the most likely classes; [] if the image could not be read
-    probabilities: List[float]  # theirs
-    heatmap: str = ''  # path of the attention's picture
+    probabilities: List[float]  # of these classes
+    heatmap: str = ''  # path of the attention map
     reason: str = ''  # why the image could not be read
-    resized: bool = False  # although the model was trained on images of exactly its input size
+    resized: bool = False  # unlike the training images, which had the input size
 
 
 class LineWriter:
-    """The results for people: a line for each image that could be read.
-
-    `extra` are the optional fields that the results have: 'attention', 'error'.
-    """
+    """A line of text for each readable image. `extra`: the optional fields of the results, 'attention' and 'error'."""
 
     def __init__(self, file: BinaryIO, classes: Sequence[str], top_k: int = 1, extra: Sequence[str] = ()) -> None:
         self.file, self.classes, self.top_k, self.extra = file, classes, min(top_k, len(classes)), extra
@@ -35,18 +32,18 @@ class LineWriter:
     def write(self, prediction: Prediction) -> None:
         if not prediction.reason:
             self.write_text('%s: %s\n' % (escape_text(prediction.path), ', '.join(
-                '%s %.1f %%' % (escape_text(self.classes[index]), 100 * probability)
+                '%s (%.1f %%)' % (escape_text(self.classes[index]), 100 * probability)
                 for index, probability in zip(prediction.classes, prediction.probabilities))))
 
     def end(self) -> None:
         pass
 
     def write_text(self, text: str) -> None:
-        self.file.write(text.encode('utf-8', 'backslashreplace'))  # a lone surrogate becomes JSON's own escape
+        self.file.write(text.encode('utf-8', 'backslashreplace'))  # a lone surrogate becomes a JSON escape
 
 
 class CsvWriter(LineWriter):
-    """One row for each image: file, class_1, probability_1, class_2, …, then `extra`."""
+    """A row for each image: file, class_1, probability_1, class_2, …, then `extra`."""
 
     def __init__(self, file: BinaryIO, classes: Sequence[str], top_k: int = 1, extra: Sequence[str] = ()) -> None:
         super().__init__(file, classes, top_k, extra)
@@ -67,9 +64,9 @@ class CsvWriter(LineWriter):
 
 
 class JsonLinesWriter(LineWriter):
-    """One object for each image and line: file, predictions, and attention or error where the image has one.
+    """An object per line for each image: file, predictions, and attention or error if there is one.
 
-    File names are exact: bytes that are not UTF-8 are lone surrogates, as Python's os.fsencode takes them.
+    File names are exact: bytes outside of UTF-8 are lone surrogates, which os.fsencode converts back.
     """
     start, between, last = '', '\n', '\n'
     count = 0
@@ -93,7 +90,7 @@ class JsonLinesWriter(LineWriter):
 
 
 class JsonWriter(JsonLinesWriter):
-    """A list of the objects of JSONL."""
+    """A JSON list of the objects of `JsonLinesWriter`."""
     start, between, last = '[\n', ',\n', '\n]\n'
 
 
@@ -102,9 +99,9 @@ FORMATS: Dict[str, Type[LineWriter]] = {'csv': CsvWriter, 'json': JsonWriter, 'j
 
 @contextlib.contextmanager
 def open_output(path: str, stdout: TextIO) -> Iterator[BinaryIO]:
-    """The file that takes the results, as bytes: `stdout` where `path` is '' or '-'. Other ranks write nowhere.
+    """Open the file for the results, in bytes: `stdout` if `path` is '' or '-'. Ranks other than 0 write nothing.
 
-    A named file appears only when it is complete.
+    A named file appears when it is complete.
     """
     if not process_group.is_main_process():
         yield io.BytesIO()
@@ -117,7 +114,7 @@ def open_output(path: str, stdout: TextIO) -> Iterator[BinaryIO]:
                 contextlib.nullcontext(stdout.buffer) as file:
             yield file
     except OSError as error:
-        if not to_file:  # Python would try again at its end, and complain
+        if not to_file:  # Python would write again at its end, and fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise

@@ -1,4 +1,4 @@
-"""A run's report during training and at its end: curves, images to TensorBoard, summary, report.html."""
+"""The report of a run: curves and TensorBoard images during training, summary.json and report.html at its end."""
 
 import contextlib
 import io
@@ -33,20 +33,20 @@ from beit.training.confusion import ConfusionMatrix, EvaluatedImage
 run_folder.register_output(r'(eval-)?report\.html', at_end=True)
 run_folder.register_output(r'confusions\.json')
 
-SAMPLES = 16  # augmented training images that are shown
-OF_BEST = 'the best so far, whose weights are in checkpoint-best.pth'
-MARKER = '#010203'  # what matplotlib writes for the text's colour, which is the page's own
+SAMPLES = 16  # augmented training images in the report
+OF_BEST = 'the best one; its weights are in checkpoint-best.pth'
+MARKER = '#010203'  # matplotlib's text colour, to be replaced by the page's
 
 
 class Report:
-    """Collects a run's results and writes its report. Every process collects; the first one writes.
+    """Collects a run's results, on every process, and writes its report, on the first one.
 
     Args:
-        output: what to write, where; and all flags, to show.
-        environment: what summary.json says about a run beside its figures.
+        output: the files to write, and all flags.
+        environment: the entries of summary.json beside the figures.
         val_set: the validation set, or None.
-        samples: gives `augmented_samples`.
-        prefix: in front of the files' names, so that an evaluation does not write over a training's.
+        samples: returns `augmented_samples`.
+        prefix: of the file names; 'eval-' keeps an evaluation from replacing a training's files.
     """
 
     def __init__(self, output: OutputConfig, environment: Dict[str, Any], classes: Sequence[str], val_set: Any,
@@ -57,21 +57,21 @@ class Report:
         self.newest: Optional[ConfusionMatrix] = None  # of the evaluation in progress
         self.best: Optional[ConfusionMatrix] = None  # of the best epoch
         self.best_epoch = -1
-        self.confusions = os.path.join(output.output_dir, 'confusions.json')  # those of the best epoch, for a resume
+        self.confusions = os.path.join(output.output_dir, 'confusions.json')  # of the best epoch, for a resume
         self.samples: List[Tuple[np.ndarray, str]] = []
         self.evaluated, self.has_args = 'Nothing was evaluated, so there are no accuracies and confusions.', False
 
     def begin(self, writer: Any) -> None:
-        """Before the first step: the augmented images, where somebody will look at them."""
+        """Before the first step: make the augmented images for the report and TensorBoard."""
         if (self.output.report or writer is not None) and process_group.is_main_process():
             self.samples = self.make_samples()
         if writer is not None and self.samples:
             writer.image('images/training', 0, image_grid([pixels for pixels, _ in self.samples]))
 
     def predictions(self, multi_label: Optional[bool] = None, activation: str = 'softmax') -> Optional[ConfusionMatrix]:
-        """What the next evaluation fills; None where no output needs it, or an image may be of several classes.
+        """The matrix for the next evaluation to fill; None if no output needs it, or images have several classes.
 
-        Args: as of `metrics.build_metrics`.
+        Args: see `metrics.build_metrics`.
         """
         if multi_label is None:
             multi_label = is_multi_label(getattr(self.val_set, 'samples', None))
@@ -80,14 +80,14 @@ class Report:
         return self.newest
 
     def after_epoch(self, writer: Any, epoch: int, is_best: bool) -> None:
-        """Draw the curves, keep the evaluation where it is the best so far, show its confusions."""
+        """Draw the curves, keep the best evaluation, write confusions to TensorBoard."""
         if self.newest is not None and self.newest.counts:
             if writer is not None:
                 self.draw_confusions(writer, epoch)
             if is_best or self.best is None:
                 self.best, self.best_epoch = self.newest, epoch
                 self.evaluated = 'Of epoch %d, %s.' % (epoch + 1, OF_BEST if is_best else
-                                                       'after a resume; the best one was before')
+                                                       'the best one since a resume; an earlier one was better')
             if is_best and self.output.report and process_group.is_main_process():
                 with summary.best_effort():
                     content = summary.nonfinite_to_none(dict(self.best.state(), epoch=epoch, classes=len(self.classes)))
@@ -102,13 +102,13 @@ class Report:
             writer.image('images/confusion', epoch, image)
 
     def write_args(self) -> None:
-        """Once, and not before an epoch is done: a run that is refused at its first step leaves nothing."""
+        """Write args.yaml once, after the first epoch: a run that fails at its first step leaves no file."""
         if not self.has_args:
             summary.write_args(self.output, self.prefix + 'args.yaml')
             self.has_args = True
 
     def recall_best(self, epoch: int) -> None:
-        """After a resume: the confusions of the best epoch, where it was before and its file is there."""
+        """After a resume: read the confusions of the best epoch from its file, if that epoch came before."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError), open(self.confusions, 'rb') as file:
             content = json.load(file)
             best = ConfusionMatrix(len(self.classes))
@@ -117,12 +117,12 @@ class Report:
                 self.best, self.evaluated = best, 'Of epoch %d, %s.' % (epoch + 1, OF_BEST)
 
     def of_weights(self, source: str) -> None:
-        """After an evaluation of the weights in a file; where they lie in output_dir, its curves are shown too."""
+        """After --eval: report the weights of a file. With a file of output_dir, the report has its curves."""
         self.best, self.evaluated = self.newest, 'Of the weights in %s.' % escape_text(source)
         self.has_log = discovery.is_inside(source, self.output.output_dir)
 
     def finish(self, figures: Dict[str, Any]) -> None:
-        """At the end: all files. `figures` is the run's result, for summary.json."""
+        """Write all files at the end. `figures`: the run's results, for summary.json."""
         self.write_args()
         self.curves.draw(is_last=True)
         figures = dict(figures, finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
@@ -131,7 +131,7 @@ class Report:
             self.write_page(figures)
 
     def is_complete(self) -> bool:
-        """Whether what `finish` writes is there."""
+        """Whether the files of `finish` exist."""
         names = ['args.yaml', 'summary.json'] + ['report.html'] * self.output.report
         folder = self.output.output_dir
         return not folder or all(os.path.isfile(os.path.join(folder, self.prefix + name)) for name in names)
@@ -144,12 +144,13 @@ class Report:
         if not self.prefix and best_line and best_line['epoch'] != self.best_epoch:
             self.recall_best(best_line['epoch'])
         best, flags = self.best, self.output.flags
+        tiles, facts = summary_tiles(figures, self.environment, log)
         page = report_html.render(dict(
             title='%s on %s' % (flags['model'], flags['data_path'] or flags['eval_data_path']), plots=plots, hint=hint,
             subtitle='%s on %s, %s. Finished %s.' % (
                 'Evaluated' if self.prefix else 'Trained', self.environment['device_name'],
                 self.environment['precision'], figures['finished'][:16].replace('T', ' ')),
-            tiles=summary_tiles(figures, self.environment, log), evaluated=self.evaluated,
+            tiles=tiles, facts=facts, evaluated=self.evaluated,
             classes=[str(name) for name in self.classes], per_class=best and best.per_class(),
             confused=best.most_confused() if best else [],
             matrix=best.matrix() if best and len(self.classes) <= report_html.HEAT_MAP_UP_TO else None,
@@ -161,7 +162,7 @@ class Report:
         log_main('Report: %s' % path)
 
     def look_up(self, images: Sequence[EvaluatedImage]) -> List[Tuple[np.ndarray, EvaluatedImage, str]]:
-        """(pixels as the model saw them, result, path) of validation images; without those that have gone."""
+        """(model's input pixels, result, path) of validation images, without files that are gone."""
         found = []
         for image in images:
             try:
@@ -176,26 +177,29 @@ def text_of(value: Any) -> str:
 
 
 def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any],
-                  log: Sequence[Dict[str, Any]]) -> List[Tuple[str, str]]:
-    """(name, text) of the figures that people look for first, those that there are: what the metrics declare, of a
-    training at its best epoch in log.txt, which has the epochs before a resume too; then the run's own."""
+                  log: Sequence[Dict[str, Any]]) -> Tuple[List[Tuple[str, str]], List[Tuple[str, str]]]:
+    """((name, text) of the results, (name, text) of the facts of the run), without missing values.
+
+    A training's results come from the best epoch in log.txt, also before a resume.
+    """
     seconds = int(figures.get('duration_seconds') or 0)
     is_training, specs = 'epochs' in figures, metrics.metric_specs()
     stats = best_epoch(log) or {} if is_training else {
         'test_' + spec.name: figures.get(spec.summary or spec.name) for spec in specs}
-    tiles = [(spec.title + ', best epoch' * is_training, stats.get('test_' + spec.name),
-              '%.2f %%' if spec.unit == '%' else '%.4f') for spec in specs if spec.title]
-    tiles += [(spec.title + ' of the EMA', figures.get('ema_' + spec.summary), '%.2f %%')
-              for spec in specs if spec.is_primary]
-    tiles += [('Last training loss', figures.get('loss') if is_training else None, '%.4f'),
-              ('Images/s', figures.get('images_per_second'), '%.1f'),
-              ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
-              ('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
-              ('Epochs', figures.get('epochs'), '%d'), ('Parameters', environment['parameters'] / 1e6, '%.2f M'),
-              ('Classes', environment['classes'], '%d'), ('Training images', environment['training_images'], '%d'),
-              ('Validation images', environment['validation_images'], '%d'),
-              ('In bad_images.txt', figures.get('bad_images') or None, '%d')]
-    return [(name, form % value) for name, value, form in tiles if value is not None]
+    results = [(spec.title + ', best epoch' * is_training, stats.get('test_' + spec.name),
+                '%.2f %%' if spec.unit == '%' else '%.4f') for spec in specs if spec.title]
+    results += [(spec.title + ' of the EMA', figures.get('ema_' + spec.summary), '%.2f %%')
+                for spec in specs if spec.is_primary]
+    results.append(('Last training loss', figures.get('loss') if is_training else None, '%.4f'))
+    facts = [('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
+             ('Images/s', figures.get('images_per_second'), '%.1f'),
+             ('Milliseconds a step', figures.get('step_milliseconds'), '%.1f'),
+             ('Epochs', figures.get('epochs'), '%d'), ('Parameters', environment['parameters'] / 1e6, '%.2f M'),
+             ('Classes', environment['classes'], '%d'), ('Training images', environment['training_images'], '%d'),
+             ('Validation images', environment['validation_images'], '%d'),
+             ('In bad_images.txt', figures.get('bad_images') or None, '%d')]
+    shown = [[(name, form % value) for name, value, form in part if value is not None] for part in (results, facts)]
+    return shown[0], shown[1]
 
 
 def best_epoch(log: Sequence[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
@@ -213,9 +217,9 @@ def best_epoch(log: Sequence[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
 
 def augmented_samples(train_set: Any, classes: Sequence[str], transform: TransformConfig, mixing: MixupConfig,
                       seed: int) -> List[Tuple[np.ndarray, str]]:
-    """[(pixels uint8 (H, W, 3), caption)] of the first training images, as the model sees them; mixed, too.
+    """[(pixels uint8 (H, W, 3), caption)] of the first training images as the model sees them, after mixup.
 
-    The random numbers of the run stay where they are. A file that can't be read is left out here: the run tells of it.
+    Does not change the run's random numbers. Gives [] at an unreadable file, which the run reports.
     """
     evaluation = transforms.EvalTransform.from_config(transform)
     loader = PrefetchLoader(None, torch.device('cpu'), evaluation.mean, evaluation.std, remode=transform.remode)
@@ -245,7 +249,7 @@ def augmented_samples(train_set: Any, classes: Sequence[str], transform: Transfo
 
 
 def caption(classes: Sequence[str], target: Any, shares: Optional[torch.Tensor], smoothing: float) -> str:
-    """The class of an image, or those that are mixed in it, with their shares."""
+    """The class of an image, or the mixed classes with their shares."""
     if isinstance(target, list):  # of several classes, or of none
         return ', '.join(str(name) for name, share in zip(classes, target) if share > 0.5) or 'none'
     if shares is None:
@@ -257,7 +261,7 @@ def caption(classes: Sequence[str], target: Any, shares: Optional[torch.Tensor],
 
 
 def image_grid(pictures: Sequence[np.ndarray], columns: int = 4, gap: int = 2) -> np.ndarray:
-    """One picture of several, uint8 (H, W, 3), in rows, with a thin gap."""
+    """Arrange pictures in rows with a thin gap: uint8 (H, W, 3)."""
     rows, side = -(-len(pictures) // columns), len(pictures[0]) + gap
     cells = np.full((rows * columns, side, side, 3), 255, np.uint8)
     cells[:len(pictures), :-gap, :-gap] = pictures
@@ -265,7 +269,7 @@ def image_grid(pictures: Sequence[np.ndarray], columns: int = 4, gap: int = 2) -
 
 
 def svg_plots(log: Sequence[Dict[str, Any]]) -> Tuple[List[str], str]:
-    """(SVG texts of the curves, '') or ([], why there are none). They take the page's colour for their text."""
+    """(SVG texts of the curves, '') or ([], the reason without them). Their text has the page's colour."""
     if not log:
         return [], ''
     try:
@@ -277,7 +281,7 @@ def svg_plots(log: Sequence[Dict[str, Any]]) -> Tuple[List[str], str]:
                                    MARKER)
         with matplotlib.rc_context(dict(style, **{'svg.fonttype': 'none', 'font.family': 'sans-serif'})):
             for title, drawn in curves.panels(log).items():
-                matplotlib.rcParams['svg.hashsalt'] = title  # names inside the page must differ
+                matplotlib.rcParams['svg.hashsalt'] = title  # ids must differ within the page
                 figure, file = Figure(figsize=(4.6, 3.4)), io.StringIO()
                 FigureCanvasSVG(figure)
                 axes = figure.add_subplot(1, 1, 1)
@@ -288,17 +292,17 @@ def svg_plots(log: Sequence[Dict[str, Any]]) -> Tuple[List[str], str]:
                 figure.savefig(file, format='svg')
                 plots.append(_for_page(file.getvalue(), title))
         return plots, ''
-    except Exception as error:  # whatever matplotlib meets: the rest of the page is worth more
+    except Exception as error:  # of matplotlib; the page does without curves
         hint = curves.failure_message('A report with curves', error)
         log_main(hint)
         return [], hint
 
 
 def _for_page(svg: str, title: str) -> str:
-    """matplotlib's file as a part of a page: no prologue, no metadata, no names of other places."""
+    """Turn matplotlib's SVG file into a part of the page: without prologue, metadata and namespaces."""
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.S)
     svg = re.sub(r'\s(xmlns(:\w+)?)="[^"]*"', '', svg).replace('xlink:href=', 'href=')
     svg = re.sub(r'<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-label="%s">' % title, svg,
                  count=1)
-    svg = re.sub(r'\sid="[\w.]+_\d+"', '', svg)  # names of groups, alike in every plot
+    svg = re.sub(r'\sid="[\w.]+_\d+"', '', svg)  # ids of groups, equal in every plot
     return svg.replace(MARKER, 'currentColor')

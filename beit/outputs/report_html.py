@@ -1,4 +1,4 @@
-"""The HTML of report.html: plain data in, one page out that needs no script, no network and no other file."""
+"""The HTML of report.html: one page, without scripts, network or other files."""
 
 import base64
 import html
@@ -22,56 +22,77 @@ PAGE = string.Template('''<!DOCTYPE html>
 <meta name="color-scheme" content="light dark">
 <title>$title</title>
 <style>
-:root { color-scheme: light dark; --ground: #ffffff; --panel: #f4f6f8; --text: #1c2127; --soft: #5a6672;
-  --line: #dde2e7; --good: #2468b4; --bad: #b6401c; --wrong: 214, 84, 40; --right: 36, 104, 180; }
+:root { color-scheme: light dark; --ground: #f6f7f9; --panel: #ffffff; --text: #1b2129; --soft: #5b6775;
+  --line: #e1e5ea; --track: #e9edf1; --accent: #2f7ed8; --good: #2468b4; --bad: #b6401c;
+  --shadow: rgba(27, 33, 41, .28);  --wrong: 214, 84, 40; --right: 36, 104, 180; }
 @media (prefers-color-scheme: dark) {
-  :root { --ground: #14171b; --panel: #1e2329; --text: #e4e8ec; --soft: #9aa6b2; --line: #333b44; --good: #7ab8f5;
-    --bad: #f0906c; --wrong: 226, 104, 62; --right: 64, 138, 220; } }
+  :root { --ground: #101317; --panel: #191e24; --text: #e6eaee; --soft: #98a4b0; --line: #2b323a; --track: #2a3139;
+    --accent: #5c9fe8; --good: #7ab8f5; --bad: #f0906c; --shadow: rgba(0, 0, 0, .75);
+    --wrong: 226, 104, 62; --right: 64, 138, 220; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 70rem; padding: clamp(1rem, 4vw, 2.5rem); background: var(--ground);
+body { margin: 0 auto; max-width: 74rem; padding: clamp(1rem, 3.5vw, 3rem); background: var(--ground);
   color: var(--text); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-  overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .25rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
-p { margin: .35rem 0 .8rem; }
-dd, figure { margin: 0; }
-summary { cursor: pointer; }
-dt, .note, .path, .none { color: var(--soft); }
-.note { font-size: .9rem; }
-.number, .tiles dd, .heat td { font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; }
-.tiles, .plots, .images { display: grid; gap: .8rem; margin: 1rem 0 0; }
-.tiles { grid-template-columns: repeat(auto-fill, minmax(min(100%, 9.2rem), 1fr)); }
-.tiles div { background: var(--panel); border-radius: .5rem; padding: .6rem .8rem; }
-.tiles dt { font-size: .8rem; }
-.tiles dd { font-size: 1.15rem; font-weight: 600; text-align: left; }
-.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }
+  overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
+h1 { font-size: clamp(1.4rem, 4vw, 1.9rem); font-weight: 650; line-height: 1.2; letter-spacing: -.015em;
+  margin: 0 0 .4rem; text-wrap: balance; }
+h2 { font-size: 1.2rem; font-weight: 650; letter-spacing: -.01em; margin: 2.75rem 0 .35rem; }
+h3 { font-size: .95rem; margin: 0 0 .6rem; }
+p { margin: 0 0 .9rem; }
+dl, dd, figure { margin: 0; }
+summary { cursor: pointer; padding: .2rem 0; }
+dt, .note, .path, .none, .bars small { color: var(--soft); }
+.note { font-size: .9rem; max-width: 54rem; }
+.note:empty { display: none; }
+.number, dd, .heat td { font-variant-numeric: tabular-nums; }
+.number { text-align: right; white-space: nowrap; }
+.tiles, .facts, .plots, .images { display: grid; gap: 1rem; }
+.tiles div, .panel, .plots > div { background: var(--panel); border: 1px solid var(--line); border-radius: .6rem; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(min(100%, 10rem), 1fr)); margin-top: 1.4rem; }
+.tiles div { padding: .8rem 1rem; }
+.tiles div:first-child { border-left: .25rem solid var(--accent); }
+.tiles dt, .facts dt { font-size: .8rem; }
+.tiles dd { font-size: 1.5rem; font-weight: 650; letter-spacing: -.01em; line-height: 1.3; }
+.facts { grid-template-columns: repeat(auto-fit, minmax(7.4rem, 1fr)); gap: .6rem 1rem; margin: 1rem .1rem 0; }
+.facts dd { font-weight: 500; }
+.panel { padding: 1rem 1.1rem; }
+.panel:has(.heat) { width: fit-content; max-width: 100%; }
+.panel + .panel { margin-top: 1rem; }
+.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+.plots > div { padding: .7rem; }
 .plots svg { display: block; width: 100%; height: auto; }
-.bars { display: grid; grid-template-columns: minmax(3rem, 14rem) minmax(4rem, 1fr) auto; gap: .25rem .7rem;
-  align-items: center; font-size: .9rem; margin: 0 0 1rem; }
+.bars { display: grid; grid-template-columns: fit-content(clamp(6rem, 24vw, 14rem)) minmax(4rem, 1fr) auto;
+  gap: .35rem .8rem; align-items: center; font-size: .9rem; }
 .bars .name { text-align: right; line-height: 1.25; }
-.bars .track { background: var(--panel); border-radius: .25rem; height: .95rem; }
-.bars .track i { display: block; height: 100%; border-radius: .25rem; background: #4a90d9; min-width: 1px; }
-.scroll { overflow-x: auto; }
+.bars .track { background: var(--track); border-radius: .25rem; height: .8rem; }
+.bars .track i { display: block; height: 100%; border-radius: .25rem; background: var(--accent); min-width: 1px; }
+.scroll { overflow-x: auto; background:
+  linear-gradient(to right, var(--panel) 40%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--panel) 40%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, var(--shadow), transparent) left / 1rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--shadow), transparent) right / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .9rem; }
-.heat { font-size: .75rem; overflow-wrap: normal; }
-.heat td { min-width: 1.9rem; height: 1.9rem; text-align: center; border: 1px solid var(--ground); }
-.heat th { font-weight: 500; padding: .2rem; text-align: right; }
+.heat { font-size: .78rem; overflow-wrap: normal; }
+.heat td { min-width: 2.1rem; height: 2.1rem; text-align: center; white-space: nowrap;
+  border: 1px solid var(--line); }
+.heat th { font-weight: 500; padding: .2rem .4rem; }
 .heat thead th { vertical-align: bottom; }
-.heat tbody th { position: sticky; left: 0; background: var(--ground); max-width: 9rem; overflow: hidden;
-  text-overflow: ellipsis; white-space: nowrap; }
+.heat tbody th { position: sticky; left: 0; background: var(--panel); max-width: 9rem; overflow: hidden;
+  text-align: right; text-overflow: ellipsis; white-space: nowrap; }
 .tall { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 9rem; overflow: hidden; text-align: left; }
 .full { color: #ffffff; }
-.list { width: 100%; text-align: left; }
-.list td, .list th { padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); }
-.flags { columns: 19rem; column-gap: 2rem; font: .82rem/1.6 ui-monospace, "DejaVu Sans Mono", monospace; }
+.list { width: 100%; min-width: 26rem; text-align: left; }
+.list td, .list th { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); }
+.list tr:last-child td { border-bottom: 0; }
+.list th { color: var(--soft); font-size: .8rem; font-weight: 500; }
+.flags { columns: 19rem; column-gap: 2.5rem; font: .82rem/1.7 ui-monospace, "DejaVu Sans Mono", monospace; }
 .flags div { break-inside: avoid; display: flex; gap: .8rem; justify-content: space-between;
-  border-bottom: 1px dotted var(--line); }
-.images { grid-template-columns: repeat(auto-fill, minmax(7.2rem, 1fr)); }
-.images img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--panel);
-  border-radius: .35rem; }
+  border-bottom: 1px solid var(--line); }
+.flags dd { text-align: right; }
+.images { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: 1.2rem 1rem; }
+.images img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--track);
+  border-radius: .4rem; }
 .images img.tiny { image-rendering: pixelated; }
-.images figcaption { font-size: .8rem; line-height: 1.35; margin-top: .3rem; }
+.images figcaption { font-size: .8rem; line-height: 1.4; margin-top: .4rem; }
 .wrong { color: var(--bad); font-weight: 600; }
 .right { color: var(--good); font-weight: 600; }
 </style>
@@ -82,6 +103,9 @@ table { border-collapse: collapse; font-size: .9rem; }
 <p class="note">$subtitle</p>
 <dl class="tiles">
 $tiles
+</dl>
+<dl class="facts">
+$facts
 </dl>
 </header>
 <main>
@@ -94,21 +118,22 @@ $sections
 SECTION = string.Template('<section>\n<h2>$title</h2>\n<p class="note">$note</p>\n$body\n</section>')
 BAR = string.Template('<span class="name">$name</span><span class="track"><i style="width:$width%"></i></span>'
                       '<span class="number">$share % <small>$right of $images</small></span>')
+SCROLL = '<div class="panel"><div class="scroll" tabindex="0">%s</div></div>'  # its edges are dark where more is hidden
 FIGURE = string.Template('<figure><img src="$source" alt="$alt"$tiny><figcaption>$caption</figcaption></figure>')
 
 
 def escape(text: Any) -> str:
-    """Any text, a path with bytes that are no text too, as HTML."""
+    """Escape any text for HTML, also a path with undecodable bytes."""
     return html.escape(escape_text(str(text)), quote=True)
 
 
 def render(data: Dict[str, Any]) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        data (dict): title, subtitle; tiles, flags, versions: (name, text) pairs; plots: SVG texts; hint: why there are
-            none; classes: names; per_class: (right, images) or None; matrix: int (classes, classes) or None;
-            confused: (target, predicted, count); evaluated: which weights; hardest, most_confident: (pixels,
+        data (dict): title, subtitle; tiles, facts, flags, versions: (name, text) pairs; plots: SVG texts; hint: the
+            reason without plots; classes: names; per_class: (right, images) or None; matrix: int (classes, classes) or
+            None; confused: (target, predicted, count); evaluated: which weights; hardest, most_confident: (pixels,
             `EvaluatedImage`, path); samples: (pixels, caption). Pixels are uint8 (H, W, 3).
     """
     sections = [_plots(data)]
@@ -118,7 +143,7 @@ def render(data: Dict[str, Any]) -> str:
         sections.append(_section('Evaluation', data['evaluated']))
     sections += [_samples(data), _flags(data)]
     return PAGE.substitute(title=escape(data['title']), subtitle=escape(data['subtitle']), tiles=_pairs(data['tiles']),
-                           sections='\n'.join(filter(None, sections)))
+                           facts=_pairs(data['facts']), sections='\n'.join(filter(None, sections)))
 
 
 def _section(title: str, note: str, body: str = '') -> str:
@@ -132,12 +157,14 @@ def _pairs(pairs: Sequence[Tuple[str, str]]) -> str:
 def _plots(data: Dict[str, Any]) -> str:
     if not data['plots'] and not data['hint']:
         return ''
-    return _section('Curves', data['hint'], '<div class="plots">\n%s\n</div>' % '\n'.join(data['plots']))
+    return _section('Curves', data['hint'], '<div class="plots">\n%s\n</div>' % '\n'.join(
+        '<div>%s</div>' % plot for plot in data['plots']))
 
 
 def _flags(data: Dict[str, Any]) -> str:
-    return _section('Flags', '', '<details><summary>All %d, and versions</summary>\n<dl class="flags">\n%s\n</dl>\n'
-                    '</details>' % (len(data['flags']), _pairs(data['flags'] + data['versions'])))
+    return _section('Flags', '', '<details class="panel"><summary>All %d, and versions</summary>\n'
+                    '<dl class="flags">\n%s\n</dl>\n</details>'
+                    % (len(data['flags']), _pairs(data['flags'] + data['versions'])))
 
 
 # ---- classes
@@ -152,7 +179,8 @@ def _per_class(data: Dict[str, Any]) -> str:
         note += ' %d classes.' % len(rows)
     if len(rows) < len(images):
         note += ' %d more have no validation image.' % (len(images) - len(rows))
-    return _section('Accuracy of each class', note, '\n'.join('%s<div class="bars">\n%s\n</div>' % (
+    panel = '<div class="panel">%s<div class="bars">\n%s\n</div></div>'
+    return _section('Accuracy of each class', note, '\n'.join(panel % (
         title, '\n'.join(BAR.substitute(
             name=escape(data['classes'][label]), width='%.2f' % (100 * share), share='%.1f' % (100 * share),
             right=int(right[label]), images=int(images[label])) for share, label in part)) for title, part in parts))
@@ -160,23 +188,24 @@ def _per_class(data: Dict[str, Any]) -> str:
 
 def _confusions(data: Dict[str, Any]) -> str:
     if not data['confused']:
-        return _section('Confusions', 'None: every image was taken for what it is.')
+        return _section('Confusions', 'None: every image was classified correctly.')
     if data['matrix'] is not None:
-        return _section('Confusions', 'Rows are the true classes, columns what the images were taken for; the shade is '
-                        'the share of the row.', _heat_map(data['matrix'], data['classes']))
+        return _section('Confusions', 'Rows are the true classes, columns the predicted ones; the shade is the share '
+                        'of the row.', _heat_map(data['matrix'], data['classes']))
     images = data['per_class'][1]
     rows = '\n'.join(
         '<tr><td>%s</td><td>%s</td><td class="number">%d</td><td class="number">%.1f %%</td></tr>' % (
             escape(data['classes'][target]), escape(data['classes'][predicted]), count, 100 * count / images[target])
         for target, predicted, count in data['confused'])
-    return _section('Most confused', 'The pairs with most images; the share is of the images of the true class.',
-                    '<div class="scroll"><table class="list"><thead><tr><th>true class</th><th>taken for</th>'
-                    '<th class="number">images</th><th class="number">share</th></tr></thead>\n<tbody>\n%s\n</tbody>'
-                    '</table></div>' % rows)
+    return _section('Most confused', 'The pairs with the most images; shares are of the images of the true class.',
+                    SCROLL % ('<table class="list"><thead><tr><th>true class</th><th>predicted</th>'
+                              '<th class="number">images</th><th class="number">share</th></tr></thead>\n'
+                              '<tbody>\n%s\n</tbody></table>' % rows))
 
 
 def _heat_map(matrix: Any, classes: Sequence[str]) -> str:
-    head = ''.join('<th scope="col"><div class="tall">%s</div></th>' % escape(name) for name in classes)
+    upright = ' class="tall"' if max(map(len, map(str, classes))) > 3 else ''
+    head = ''.join('<th scope="col"><div%s>%s</div></th>' % (upright, escape(name)) for name in classes)
     rows = []
     for target, name in enumerate(classes):
         total, cells = max(int(matrix[target].sum()), 1), []
@@ -188,15 +217,15 @@ def _heat_map(matrix: Any, classes: Sequence[str]) -> str:
                 escape(name), escape(classes[predicted]), count, 100 * share, count)
                 if count else '<td class="none">·</td>')
         rows.append('<tr><th scope="row" title="%s">%s</th>%s</tr>' % (escape(name), escape(name), ''.join(cells)))
-    return '<div class="scroll"><table class="heat"><thead><tr><th></th>%s</tr></thead>\n<tbody>\n%s\n</tbody>' \
-        '</table></div>' % (head, '\n'.join(rows))
+    return SCROLL % ('<table class="heat"><thead><tr><th></th>%s</tr></thead>\n<tbody>\n%s\n</tbody></table>' % (
+        head, '\n'.join(rows)))
 
 
 # ---- images
 
 def _hardest(data: Dict[str, Any]) -> str:
     classes = data['classes']
-    return _images('Most mistaken', 'Wrong ones with the highest loss, as the model saw them.', [
+    return _images('Most mistaken', 'Wrong predictions with the highest loss, as the model saw the images.', [
         (pixels, '%s taken for %s' % (classes[image.target], classes[image.predicted]),
          'taken for <span class="wrong">%s</span> (%s)<br>is %s (%s)<br>%s' % (
              escape(classes[image.predicted]), percent(image.probability), escape(classes[image.target]),
@@ -206,22 +235,22 @@ def _hardest(data: Dict[str, Any]) -> str:
 
 def _most_confident(data: Dict[str, Any]) -> str:
     if not data['most_confident']:
-        return _section('Surest', 'No image was taken for what it is.')
+        return _section('Surest', 'No image was classified correctly.')
     classes = data['classes']
-    return _images('Surest', 'Right ones with the highest probability.', [
+    return _images('Surest', 'Right predictions with the highest probability.', [
         (pixels, classes[image.target], '<span class="right">%s</span> (%s)<br>%s' % (
             escape(classes[image.target]), percent(image.probability), _path(path)))
         for pixels, image, path in data['most_confident']])
 
 
 def _samples(data: Dict[str, Any]) -> str:
-    return _images('Training images as the model saw them', 'The first of epoch 1, with what is done to them: crops, '
-                   'colours, erasing, and mixed where mixup or cutmix is on.',
+    return _images('Training images as the model saw them', 'The first of epoch 1, with augmentation: crops, '
+                   'colours, erasing, and mixup or cutmix.',
                    [(pixels, caption, escape(caption)) for pixels, caption in data['samples']])
 
 
 def _images(title: str, note: str, images: List[Tuple[Any, str, str]]) -> str:
-    """A section of images, (pixels, text instead of the picture, caption as HTML); '' without one."""
+    """A section of images (pixels, alternative text, caption as HTML); '' without images."""
     return _section(title, note, '<div class="images">\n%s\n</div>' % '\n'.join(
         FIGURE.substitute(source=data_uri(pixels), alt=escape(alt), caption=caption,
                           tiny=' class="tiny"' if max(pixels.shape[:2]) <= 96 else '')
@@ -229,7 +258,7 @@ def _images(title: str, note: str, images: List[Tuple[Any, str, str]]) -> str:
 
 
 def data_uri(pixels: Any, side: int = 160) -> str:
-    """A JPEG of at most `side` pixels a side, inside the page."""
+    """A data URI: a JPEG of at most `side` pixels a side."""
     from PIL import Image  # slow to import
     picture, file = Image.fromarray(pixels), io.BytesIO()
     picture.thumbnail((side, side), Image.LANCZOS)  # type: ignore[attr-defined]
@@ -238,14 +267,14 @@ def data_uri(pixels: Any, side: int = 160) -> str:
 
 
 def percent(share: float) -> str:
-    """Enough digits to tell 99.99 % from 100 %, and a space at which no line ends."""
+    """A percentage with enough digits to distinguish 99.99 % from 100 %, and a no-break space."""
     if not math.isfinite(share):
         return 'n/a'
     return '%.*f\u00a0%%' % (1 if 0.001 <= share <= 0.999 else 3, 100 * share)
 
 
 def _path(path: str) -> str:
-    """The file and its folder; all of it where the mouse rests."""
+    """The file and its folder; the whole path as a tooltip."""
     end = '/'.join(path.replace('\\', '/').split('/')[-2:])
     return '<span class="path" title="%s">%s</span>' % (escape(path), escape(
         end if len(end) <= PATH_LETTERS else '…' + end[1 - PATH_LETTERS:]))

@@ -1,4 +1,4 @@
-"""args.yaml and summary.json: what a run leaves beside its checkpoints."""
+"""args.yaml and summary.json, which a run writes beside its checkpoints."""
 
 import contextlib
 import importlib
@@ -26,7 +26,7 @@ run_folder.register_output(r'(eval-)?summary\.json', at_end=True)
 
 @contextlib.contextmanager
 def best_effort() -> Iterator[None]:
-    """A full disk is reported, but does not end the run: what was trained cannot be had again."""
+    """Log a write error, such as a full disk, without ending the run, whose weights would be lost."""
     try:
         yield
     except (OSError, UserError) as error:
@@ -34,7 +34,7 @@ def best_effort() -> Iterator[None]:
 
 
 def write_args(output: OutputConfig, name: str = 'args.yaml') -> None:
-    """output_dir/args.yaml, by the first process."""
+    """Write output_dir/args.yaml, on the first process."""
     if output.output_dir and process_group.is_main_process():
         with best_effort():
             os.makedirs(output.output_dir, exist_ok=True)
@@ -42,9 +42,9 @@ def write_args(output: OutputConfig, name: str = 'args.yaml') -> None:
 
 
 def write_summary(output_dir: str, figures: Dict[str, Any], name: str = 'summary.json') -> None:
-    """output_dir/summary.json, by the first process: one object, versions too; what isn't a finite number is null.
+    """Write output_dir/summary.json, on the first process: figures and versions; non-finite values become null.
 
-    The scripts in test/ name a further file for it in `BEIT_SUMMARY`.
+    The scripts in test/ name a second file for it in `BEIT_SUMMARY`.
     """
     paths = [os.environ.get('BEIT_SUMMARY'), output_dir and os.path.join(output_dir, name)]
     for path in filter(None, paths) if process_group.is_main_process() else ():
@@ -55,7 +55,7 @@ def write_summary(output_dir: str, figures: Dict[str, Any], name: str = 'summary
 
 
 def nonfinite_to_none(value: Any) -> Any:
-    """A copy of nested dicts and lists in which infinite and undefined numbers are None."""
+    """Copy nested dicts and lists, with None for non-finite numbers."""
     if isinstance(value, dict):
         return {name: nonfinite_to_none(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -64,7 +64,7 @@ def nonfinite_to_none(value: Any) -> Any:
 
 
 def versions() -> Dict[str, Optional[str]]:
-    """{name: version} of what computed, None where that cannot be told."""
+    """{package: version}, or None if unknown."""
     found = {'beit': project_version(), 'python': platform.python_version(), 'torch': str(torch.__version__)}
     for name in ('torchvision', 'timm', 'numpy'):
         found[name] = getattr(importlib.import_module(name), '__version__', None)
@@ -72,8 +72,8 @@ def versions() -> Dict[str, Optional[str]]:
 
 
 def project_version() -> Optional[str]:
-    """This project's newest version in CHANGELOG.md; None where that is not there."""
+    """The newest version in CHANGELOG.md; None without one."""
     path = os.path.join(project_root(), 'CHANGELOG.md')
     with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as file:
-        return next((line.split(']')[0][4:] for line in file if re.match(r'## \[\d', line)), None)
+        return next((line.split()[1] for line in file if re.match(r'## \d', line)), None)
     return None

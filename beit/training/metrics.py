@@ -1,6 +1,6 @@
-"""Metrics of an evaluation. A metric is one class, listed in `METRICS`; all else follows from what it declares.
+"""Metrics of an evaluation. A metric is one class, listed in `METRICS`, which declares where its figures appear.
 
-Figures are the same on any number of processes: metrics count, or put the images back into their order first.
+Figures are the same on any number of processes: metrics count images, or restore their order first.
 """
 
 import csv
@@ -21,57 +21,57 @@ from beit.files import atomic_write
 from beit.files.regular_file import open_file
 from beit.training import losses
 
-LOSS_UNIT = 2. ** -32  # losses are added up as whole multiples of this: the sum does not depend on the order
+LOSS_UNIT = 2. ** -32  # losses are summed as multiples of this: then the sum does not depend on the order
 
 
 class MetricSpec(NamedTuple):
-    """A figure that a metric computes, and where it is shown beside --results_file, which has all."""
-    name: str  # in an evaluation's statistics, in log.txt behind test_ and test_ema_, in --results_file
-    line: str = ''  # its text in the line after an evaluation; with one, TensorBoard has the figure, too
-    title: str = ''  # for people; with one, the report has a tile for it and a curve
+    """A figure of a metric, and where it appears. --results_file has all figures."""
+    name: str  # in an evaluation's statistics and --results_file; in log.txt after test_ and test_ema_
+    line: str = ''  # its text in the line after an evaluation; if set, TensorBoard has the figure too
+    title: str = ''  # its name in the report; if set, the report has a tile and a curve
     unit: str = ''
-    panel: str = ''  # where its curve is drawn; by default a panel of its own
-    curve: str = ''  # what its curve is called there
-    summary: str = ''  # its name in summary.json and, of a primary figure, among a checkpoint's bests
-    is_primary: bool = False  # the best checkpoint is that with the highest
-    is_logged: bool = True  # is in log.txt
+    panel: str = ''  # the panel of its curve; by default a separate one
+    curve: str = ''  # the label of its curve
+    summary: str = ''  # its name in summary.json and, for a primary figure, in checkpoints
+    is_primary: bool = False  # the best checkpoint has the highest value
+    is_logged: bool = True  # appears in log.txt
 
 
 class Evaluation(NamedTuple):
-    """What is evaluated, for a metric to know whether it applies."""
+    """An evaluation's data and flags, which decide whether a metric applies."""
     dataset: Any
-    results_file: str = ''  # these three are flags
+    results_file: str = ''  # this and the next two are flags
     real_labels: str = ''
     data_set: str = ''
-    multi_label: bool = False  # an image may be of several classes, or of none
-    activation: str = 'softmax'  # what makes probabilities of the logits; or 'sigmoid'
+    multi_label: bool = False  # images have any number of classes
+    activation: str = 'softmax'  # from logits to probabilities; or 'sigmoid'
 
 
 class Metric:
-    """Computes figures of a validation set; each process calls `update` with its batches, and `compute` at the end."""
+    """Computes figures of a validation set. Each process calls `update` with its batches, then `compute`."""
 
     specs: Tuple[MetricSpec, ...] = ()
-    message = ''  # a line of its own after the evaluation, into which the statistics are formatted
+    message = ''  # a format string for a line after the evaluation
 
     @classmethod
     def create(cls, evaluation: Evaluation) -> Optional['Metric']:
-        """A new one for this evaluation, or None where it does not apply. Raises `UserError` where it can't be had."""
+        """A metric for this evaluation, or None if it does not apply. Raises `UserError` for unusable input."""
         return cls()
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> Optional[Dict[str, torch.Tensor]]:
-        """Take a `loader.Batch`, its targets where `output` is, and the logits, float32 (B, classes).
+        """Add a `loader.Batch`, with targets on the device, and its logits, float32 (B, classes).
 
-        May return means over the batch for the progress line, 0-dim tensors on the device.
+        May return means over the batch for the progress line, as 0-dim tensors on the device.
         """
         raise NotImplementedError
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
-        """The figures by name. `sharded`: each process was given another part of the images."""
+        """Return the figures by name. `sharded`: each process has evaluated another part of the images."""
         raise NotImplementedError
 
 
 class TopAccuracy(Metric):
-    """Top-1 and top-5 in percent, of images with one class each; counted on the device."""
+    """Top-1 and top-5 in percent, for one class per image; counted on the device."""
 
     specs = (MetricSpec('acc1', 'Acc@1 %.3f', 'Accuracy', '%', 'Accuracy', 'top-1', 'accuracy', is_primary=True),
              MetricSpec('acc5', 'Acc@5 %.3f', 'Top-5', '%', 'Accuracy', 'top-5', 'top5'))
@@ -96,7 +96,7 @@ class TopAccuracy(Metric):
 
 
 class Loss(Metric):
-    """The loss per image that trains: cross entropy, or with a sigmoid the binary one, averaged over the classes."""
+    """The training loss per image: cross entropy, or for a sigmoid binary cross entropy, averaged over classes."""
 
     specs = (MetricSpec('loss', 'loss %.3f', 'Loss', '', 'Loss', 'validation', 'loss'),
              MetricSpec('images', summary='images', is_logged=False))
@@ -114,7 +114,7 @@ class Loss(Metric):
         return {'loss': self.losses[-1].mean()}
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
-        """{'loss': not a number where that of an image isn't finite, 'images': how many were evaluated}"""
+        """{'loss': NaN if the loss of an image is not finite, 'images': their number}"""
         values = torch.cat(self.losses).cpu().double() if self.losses else torch.zeros(0, dtype=torch.float64)
         finite = torch.isfinite(values) & (values < 2. ** 24)
         units = int((values[finite] / LOSS_UNIT).round().to(torch.int64).sum())
@@ -123,9 +123,9 @@ class Loss(Metric):
 
 
 def top_classes(output: torch.Tensor, most: int) -> torch.Tensor:
-    """int64 (B, most or all classes): by falling output, of equal ones that with the lowest index first.
+    """Class indices by descending output, int64 (B, min(most, classes)); of equal outputs the lowest index first.
 
-    `topk` breaks ties by the device and the number of classes.
+    `topk` orders ties differently by device and number of classes.
     """
     if most > 16:
         order = np.argsort(-output.cpu().numpy(), axis=1, kind='stable')[:, :most]
@@ -134,14 +134,14 @@ def top_classes(output: torch.Tensor, most: int) -> torch.Tensor:
     left, found = torch.ones_like(every, dtype=torch.bool), []
     for _ in range(min(most, output.shape[1])):
         highest = output.masked_fill(~left, -math.inf).max(dim=1, keepdim=True).values
-        is_highest = left & ~(output < highest)  # not >=, for what is no number
+        is_highest = left & ~(output < highest)  # not >=, because of NaN
         found.append(every.masked_fill(~is_highest, output.shape[1]).min(dim=1).values)
         left = left & (every != found[-1][:, None])
     return torch.stack(found, dim=1)
 
 
 def sum_counts(counts: Sequence[Any], sharded: bool, device: torch.device) -> List[Any]:
-    """Whole numbers of this process, of any size; added up over the processes where each has seen another part."""
+    """Integers of any size, summed over the processes if the set is sharded."""
     return np.sum(np.array(collectives.all_gather_json(counts, device), dtype=object), axis=0).tolist() \
         if sharded else list(counts)
 
@@ -151,9 +151,9 @@ def percent(part: int, whole: int) -> float:
 
 
 class MeanAveragePrecision(Metric):
-    """mAP in percent: the average precision of each class that an image is of, averaged over these classes.
+    """mAP in percent: the mean of the average precisions of all classes with a positive image.
 
-    Scores and targets of all images are kept: 8 bytes per image and class. `classes`: whose own figures are wanted too.
+    It keeps scores and targets of all images: 8 bytes per image and class. `classes`: names, for figures of each class.
     """
 
     specs = (MetricSpec('mAP', 'mAP %.3f', 'mAP', '%', 'Accuracy', 'mAP', 'mAP', is_primary=True),)
@@ -172,7 +172,7 @@ class MeanAveragePrecision(Metric):
             column.append(values.cpu())
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
-        """{'mAP': percent}; not a number where an output isn't one, or no image is of any class."""
+        """{'mAP': percent}; NaN if an output is NaN or no image has a class."""
         columns: List[Any] = [torch.cat(parts) if parts else None for parts in self.columns]
         if sharded:
             columns = collectives.all_gather_rows(columns, device)
@@ -190,8 +190,10 @@ class MeanAveragePrecision(Metric):
 
 
 def average_precision(targets: np.ndarray, scores: np.ndarray) -> Optional[float]:
-    """The sum over thresholds of precision times the rise in recall, as scikit-learn computes it; None without a
-    positive. Args: targets (ones and zeros) and scores, arrays (images,)."""
+    """The sum over thresholds of precision times the increase in recall, as in scikit-learn; None without a positive.
+
+    Args: targets (ones and zeros) and scores, arrays (images,).
+    """
     if not targets.any():
         return None
     if not np.isfinite(scores).all():
@@ -203,7 +205,7 @@ def average_precision(targets: np.ndarray, scores: np.ndarray) -> Optional[float
 
 
 class PerClass(Metric):
-    """For --results_file: of each class, how many images there are and how many of them are right."""
+    """The accuracy of each class, for --results_file."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes, self.counts = classes, np.zeros((len(classes), 2), dtype=np.int64)
@@ -218,7 +220,7 @@ class PerClass(Metric):
                                 axis=1)
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
-        """{'classes': [{class, images, acc1 in percent, or None without images}]}"""
+        """{'classes': [{class, images, acc1 in percent or None without images}]}"""
         counts = sum_counts(self.counts.tolist(), sharded, device)
         return {'classes': [{'class': escape_text(name), 'images': images,
                              'acc1': percent(right, images) if images else None}
@@ -228,12 +230,12 @@ class PerClass(Metric):
 class RealLabels(Metric):
     """Accuracy by ImageNet's reassessed labels ("Are we done with ImageNet?", https://arxiv.org/abs/2006.07159).
 
-    An image may have several right labels; one that has none is not counted.
+    An image may have several right labels; images without a label are not counted.
 
     Args:
-        labels: class indices of ILSVRC2012_val_00000001 and so on.
-        samples: the validation set's, (path, class index) of each; `UserError` where a file is not named so.
-        source: the file that the labels are of.
+        labels: class indices of ILSVRC2012_val_00000001 and the following images.
+        samples: (path, class index) of the validation images. Raises `UserError` for a file with another name.
+        source: the file of the labels.
     """
 
     specs = (MetricSpec('real_acc1', unit='%'), MetricSpec('real_acc5', unit='%'), MetricSpec('real_images'))
@@ -259,13 +261,13 @@ class RealLabels(Metric):
                 self.counts += (1, best[0] in right, not right.isdisjoint(best))
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
-        """{'real_acc1', 'real_acc5': percent, 'real_images': how many were counted}"""
+        """{'real_acc1', 'real_acc5': percent, 'real_images': the number of counted images}"""
         images, top1, top5 = sum_counts(self.counts.tolist(), sharded, device)
         return {'real_acc1': percent(top1, images), 'real_acc5': percent(top5, images), 'real_images': images}
 
 
 def image_number(path: str, images: int, source: str) -> int:
-    """Which image of ImageNet's validation set a file is, from 0; UserError where `source` has no labels of it."""
+    """The number of an image in ImageNet's validation set, from 0. Raises `UserError` without a label for it."""
     found = re.match(r'ILSVRC2012_val_(\d{8})\.', os.path.basename(path))
     if not found or not 1 <= int(found.group(1)) <= images:
         raise UserError('--real_labels %s: its list is of %d images, ILSVRC2012_val_00000001.JPEG to _%08d.JPEG, and '
@@ -275,7 +277,7 @@ def image_number(path: str, images: int, source: str) -> int:
 
 
 def read_real_labels(path: str, classes: int) -> List[FrozenSet[int]]:
-    """A list of sets of class indices below `classes`, of a JSON file that holds a list of lists."""
+    """Read a JSON list of lists of class indices below `classes`."""
     flag = '--real_labels %s' % escape_text(path)
     try:
         with open_file(path) as file:
@@ -298,18 +300,18 @@ METRICS: Tuple[Type[Metric], ...] = (TopAccuracy, MeanAveragePrecision, Loss, Pe
 
 
 def metric_specs() -> List[MetricSpec]:
-    """All declared figures, in the order in which they are shown."""
+    """All declared figures, in display order."""
     return [spec for metric in METRICS for spec in metric.specs]
 
 
 def build_metrics(dataset: Any, results_file: str = '', real_labels: str = '', data_set: str = '',
                   multi_label: Optional[bool] = None, activation: str = 'softmax') -> List[Metric]:
-    """What an evaluation of this validation set reports; anew for each evaluation.
+    """New metrics for an evaluation of this validation set.
 
     Args:
         results_file, real_labels, data_set: the flags of these names.
-        multi_label: whether the model tells several classes an image; None looks whether an image is of several.
-        activation: what makes probabilities of the model's outputs, 'softmax' or 'sigmoid'.
+        multi_label: whether the model predicts several classes per image; None: as in the data set.
+        activation: of the model's outputs, 'softmax' or 'sigmoid'.
     """
     if multi_label is None:
         multi_label = subsets.is_multi_label(getattr(dataset, 'samples', None))
@@ -318,12 +320,12 @@ def build_metrics(dataset: Any, results_file: str = '', real_labels: str = '', d
 
 
 def primary_metric(stats: Dict[str, Any]) -> MetricSpec:
-    """The figure by which the best checkpoint is chosen: top-1, or mAP."""
+    """The figure that selects the best checkpoint: top-1, or mAP."""
     return next(spec for spec in metric_specs() if spec.is_primary and spec.name in stats)
 
 
 def primary_percent(stats: Optional[Dict[str, Any]], best: Dict[str, float]) -> Optional[Tuple[float, float]]:
-    """(that figure, the best one so far); None without statistics."""
+    """(primary figure, best one so far); None without statistics."""
     spec = None if stats is None else primary_metric(stats)
     return None if stats is None or spec is None else (stats[spec.name], best.get(spec.summary, math.nan))
 
@@ -333,24 +335,24 @@ def log_line(stats: Dict[str, Any]) -> str:
 
 
 def logged(stats: Dict[str, Any]) -> Dict[str, Any]:
-    """Those for log.txt."""
+    """The figures for log.txt."""
     hidden = {spec.name for spec in metric_specs() if not spec.is_logged}
     return {name: value for name, value in stats.items() if name not in hidden}
 
 
 def plotted(stats: Dict[str, Any]) -> Dict[str, float]:
-    """Those for TensorBoard."""
+    """The figures for TensorBoard."""
     return {spec.name: stats[spec.name] for spec in metric_specs() if spec.line and spec.name in stats}
 
 
 def summary_figures(stats: Dict[str, Any]) -> Dict[str, Any]:
-    """An evaluation's figures under their names in summary.json; None for those that are missing."""
+    """An evaluation's figures under their names in summary.json; missing ones are None."""
     return {spec.summary or spec.name: stats.get(spec.name) for spec in metric_specs()
             if spec.summary or spec.name in stats}
 
 
 def best_figures(best: Dict[str, float]) -> Dict[str, Optional[float]]:
-    """A training's best figures, and its average's, under their names in summary.json."""
+    """The best figures of a training, and of its average, under their names in summary.json."""
     return {prefix + spec.summary: best.get(prefix + spec.summary) for prefix in ('', 'ema_')
             for spec in metric_specs() if spec.is_primary}
 
@@ -358,7 +360,7 @@ def best_figures(best: Dict[str, float]) -> Dict[str, Optional[float]]:
 # ---- --results_file
 
 def check_results_file(path: str) -> None:
-    """Raise a `UserError` where --results_file can't be."""
+    """Raise `UserError` for a wrong --results_file."""
     if os.path.splitext(path)[1] not in ('.csv', '.json'):
         raise UserError('--results_file %s: it must end in .csv or .json' % escape_text(path))
     if os.path.isdir(path):
@@ -366,7 +368,7 @@ def check_results_file(path: str) -> None:
 
 
 def write_results(path: str, rows: List[Dict[str, Any]]) -> None:
-    """Write the figures of each evaluated network: a row of CSV, or a dict in a JSON list, there with its classes."""
+    """Write the figures of each evaluated network: a row of CSV, or a dict in a JSON list, which also has classes."""
     if path.endswith('.json'):
         data = json.dumps(rows, indent=2, ensure_ascii=False) + '\n'
     else:

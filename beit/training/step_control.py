@@ -1,6 +1,7 @@
-"""What happens between two updates, as all processes agree: save, stop, report what cannot be used."""
+"""Actions between two updates, which all processes agree on: save, stop, report unusable images and losses."""
 
 import collections
+import functools
 import json
 import math
 import os
@@ -20,26 +21,26 @@ from beit.log import log_main
 
 run_folder.register_output(r'nonfinite\.txt')
 
-NORMS_KEPT = 10  # gradient norms that a report of what is not finite shows
+NORMS_KEPT = 10  # gradient norms in a report of a non-finite loss
 
 
 class StepState:
-    """An update in progress. Values on the device stay there until they must be read."""
+    """An update in progress. Tensors stay on the device until they are needed."""
 
     def __init__(self, step: int) -> None:
-        self.step = step  # its number, from 0 over the whole run
-        self.losses: List[torch.Tensor] = []  # of its micro-steps, means over the images that were read
-        self.images: List[int] = []  # that were read in each micro-step
-        self.files = 0  # that were to be read
-        self.images_of_all = 0  # that all processes read, from `finish_sync` on
+        self.step = step  # counted from 0 over the whole run
+        self.losses: List[torch.Tensor] = []  # of its micro-steps, means over the readable images
+        self.images: List[int] = []  # readable images of each micro-step
+        self.files = 0  # readable or not
+        self.images_of_all = 0  # readable images of all processes, after `finish_sync`
         self.outputs: List[torch.Tensor] = []
-        self.indices: List[torch.Tensor] = []  # of the images that gave those outputs, in the data set
-        self.unreadable: List[Tuple[str, str]] = []  # (path, reason) of files that were left out
+        self.indices: List[torch.Tensor] = []  # in the data set, of the images of these outputs
+        self.unreadable: List[Tuple[str, str]] = []  # (path, reason) of skipped files
         self.grad_norm: Any = None  # float or 0-dim tensor
         self.skipped: Any = False  # bool or 0-dim tensor
-        self.values: Dict[str, Any] = {}  # what is logged of its last micro-step: numbers and 0-dim tensors
-        self.stop = 0  # the number of a signal that some process got
-        self.save = False  # some process is due to save
+        self.values: Dict[str, Any] = {}  # to log, from its last micro-step: numbers and 0-dim tensors
+        self.stop = 0  # the number of a signal that a process received
+        self.save = False  # a checkpoint is due in some process
 
     def add(self, batch: Sequence[Any], output: torch.Tensor, loss: torch.Tensor) -> None:
         self.losses.append(loss.detach())
@@ -53,12 +54,12 @@ class StepState:
 
     @property
     def loss(self) -> float:
-        """The mean over the images of this process, read from the device."""
+        """The mean over the images of this process, copied from the device."""
         losses = torch.stack(self.losses)
         return float((losses * losses.new_tensor(self.images)).sum() / max(sum(self.images), 1))
 
     def nonfinite_indices(self) -> List[int]:
-        """Positions of the images whose outputs are not finite; of all, where every output is finite."""
+        """Indices of the images with a non-finite output; all indices if every output is finite."""
         found = []
         for indices, output in zip(self.indices, self.outputs):
             rows = (~torch.isfinite(output.float()).all(dim=1)).cpu()[:len(indices)]
@@ -67,24 +68,24 @@ class StepState:
 
 
 class StepMonitor:
-    """Decides, with all processes, what becomes of an update; this one stops at the first non-finite loss.
+    """Decides the outcome of an update, together with all processes; stops at the first non-finite loss.
 
-    `run_class_finetuning.py` gives one that saves, too. Every process calls each method at the same place.
+    `CheckpointMonitor` also saves. All processes call each method at the same point.
     """
 
     on_nonfinite = 'stop'
 
     def __init__(self) -> None:
-        self.norms: Any = collections.deque(maxlen=NORMS_KEPT)  # of the last updates' gradients
-        self.requests: Any = None  # gives those of all processes, once they are there
-        self.votes: Optional[List[List[float]]] = None  # what it gave
+        self.norms: Any = collections.deque(maxlen=NORMS_KEPT)  # gradient norms of the last updates
+        self.requests: Any = None  # waits for the requests of all processes, and returns them
+        self.votes: Optional[List[List[float]]] = None  # its result
 
     def local_requests(self, update_step: int) -> Tuple[int, bool]:
-        """(signal that asks to stop or 0, whether to save after this update), of this process."""
+        """This process's requests: (signal that asks to stop or 0, whether to save after this update)."""
         return 0, False
 
     def begin_sync(self, update: StepState, device: torch.device) -> None:
-        """Before the step: send this process's requests to the others; the answers arrive while the step runs."""
+        """Before the step: send this process's requests; the others' arrive while the step runs."""
         watchdog.mark_waiting()
         stop, save = self.local_requests(update.step)
         self.requests, self.votes = collectives.all_gather_async(
@@ -97,12 +98,12 @@ class StepMonitor:
         return self.votes
 
     def grad_factor(self) -> float:
-        """What turns a sum over images that was divided by all files into a mean over those read; 0 without any."""
+        """Turns a sum over images, divided by the number of files, into a mean over readable images; 0 without any."""
         _, _, images, files = (sum(column) for column in zip(*self.wait()))
         return files / images if images else 0.
 
     def finish_sync(self, update: StepState, device: torch.device) -> bool:
-        """After the step: put the requests of all processes into `update`; return whether it saves or stops."""
+        """After the step: store the requests of all processes in `update`; returns whether it saves or stops."""
         stops, saves, images, files = zip(*self.wait())
         update.stop, update.save, update.images_of_all = int(max(stops)), any(saves), int(sum(images))
         if images != files:
@@ -111,14 +112,14 @@ class StepMonitor:
         return bool(update.stop or update.save)
 
     def unreadable(self, pairs: List[Tuple[str, str]]) -> None:
-        """Files, (path, reason), that no process could read."""
+        """Handle unreadable files, (path, reason), of all processes."""
 
     def name_images(self, indices: List[int]) -> List[str]:
-        """Printable names of images, by their positions in the data set."""
+        """Printable names of images, by their indices in the data set."""
         return []
 
     def skipped(self, update: StepState, scaler: Any, device: torch.device) -> None:
-        """An update was skipped, on every process. Where no overflow is to be expected, something is wrong."""
+        """Handle a skipped update, on every process: an error unless an overflow explains it."""
         losses = [loss for loss, in collectives.all_gather_numbers([update.loss], device)]
         nonfinite = [not math.isfinite(loss) for loss in losses]
         if not any(nonfinite) and scaler.overflows:
@@ -143,28 +144,32 @@ class StepMonitor:
                         rank=nonfinite.index(True) if any(nonfinite) and process_group.world_size() > 1 else None)
 
     def write_report(self, record: Dict[str, Any]) -> str:
-        """Write a record to a file; returns ' (all in …)', or ''."""
+        """Write a record to a file; returns ' (all in FILE)', or ''."""
         return ''
 
     def after_step(self, update: StepState, epoch: int, steps: int, state: Callable[[], Dict[str, Any]],
                    device: torch.device) -> None:
-        """After the step: save or stop, where `update` says so. `steps` of the epoch are done; `state()` returns what
-        a resumed epoch needs."""
+        """After the step: save or stop if `update` requests it.
+
+        Args:
+            steps: updates of the epoch so far.
+            state: returns the state that a resumed epoch needs.
+        """
 
     def on_epoch_end(self, state: Dict[str, Any]) -> None:
-        """All updates of the epoch are done."""
+        """Called after the last update of an epoch."""
 
 
 class CheckpointMonitor(StepMonitor):
-    """The monitor of a whole run: saves in mid-epoch, and before it stops for a signal; writes reports to output_dir.
+    """The monitor of a run: saves in mid-epoch and at a signal, and writes reports to output_dir.
 
     Args:
-        output: where to save, how often, and the flags that a checkpoint holds.
-        signals: where the request to stop comes from.
-        run_state: where the run begins; kept up to date.
-        bad_images: takes the files that can't be read.
-        parts: model, optimizer, scaler and ema, as `training_state.build_checkpoint` takes them.
-        on_nonfinite: 'stop', or 'skip' such an update.
+        output: the folder and interval of checkpoints, and the flags that they hold.
+        signals: the source of requests to stop.
+        run_state: the start of the run; updated with its progress.
+        bad_images: collects unreadable files.
+        parts: model, optimizer, scaler and ema, for `training_state.build_checkpoint`.
+        on_nonfinite: 'stop' at a non-finite loss, or 'skip' the update.
     """
 
     def __init__(self, output: OutputConfig, signals: preemption.Signals, run_state: training_state.RunState,
@@ -175,10 +180,19 @@ class CheckpointMonitor(StepMonitor):
         self.bad_images, self.train_set, self.on_nonfinite = bad_images, train_set, on_nonfinite
         self.saves = bool(output.output_dir and output.save_ckpt)
         self.timer = training_state.SaveTimer(output.save_ckpt_steps, output.save_ckpt_minutes)
-        self.spent: Callable[[], List[float]] = lambda: run_state.spent  # so far, of the whole run
-        self.epoch_state: Optional[Dict[str, Any]] = None  # the averages of the epoch whose updates are done
+        self.spent: Callable[[], List[float]] = lambda: run_state.spent  # of the whole run, until now
+        self.saving, self.host = weights_file.BackgroundSave(), training_state.HostCopies()
+        self.epoch_state: Optional[Dict[str, Any]] = None  # the averages of the last complete epoch
+
+    def __enter__(self) -> 'CheckpointMonitor':
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Whatever ends the training, a save that has begun is completed."""
+        self.saving.join()
 
     def local_requests(self, update_step: int) -> Tuple[int, bool]:
+        self.saving.check()
         return self.signals.stop_signal, self.saves and self.timer.due(update_step)
 
     def unreadable(self, pairs: List[Tuple[str, str]]) -> None:
@@ -197,7 +211,7 @@ class CheckpointMonitor(StepMonitor):
                 with open(path, encoding='utf-8') as file:
                     earlier = file.read()
             write_bytes(path, (earlier + json.dumps(record) + '\n').encode())
-        process_group.barrier()  # one of them ends the job next
+        process_group.barrier()  # before a process ends the job
         return ' (all in %s)' % path
 
     def after_step(self, update: StepState, epoch: int, steps: int, state: Callable[[], Dict[str, Any]],
@@ -211,42 +225,56 @@ class CheckpointMonitor(StepMonitor):
         self.epoch_state = state
 
     def save(self, epoch: int, steps: int, state: Optional[Dict[str, Any]], device: torch.device) -> None:
-        """Write a checkpoint of mid-epoch, by the first process; every process hands in its averages."""
+        """Write a checkpoint in mid-epoch, on the first process, with the averages of every process."""
         self.run_state.epoch, self.run_state.steps, self.run_state.files = epoch, steps, []
         if self.saves:
             watchdog.enter_stage('saving a checkpoint')
             self.run_state.meters = collectives.all_gather_json(state, device)
             self._write([self.run_state.file_name()])
-            process_group.barrier()  # wait until the file is complete before any rank exits
 
     def _write(self, names: List[str]) -> None:
+        """Copy what is saved, and start to write it: the same content under each of the names."""
         self.run_state.spent = self.spent()
         if process_group.is_main_process():
-            content = training_state.build_checkpoint(self.output.flags, self.run_state, **self.parts)
-            for name in names:
-                weights_file.save(os.path.join(self.output.output_dir, name), content)
-            training_state.remove_old_checkpoints(self.output.output_dir, self.output.keep_checkpoints)
+            self.saving.wait()
+            content = training_state.build_checkpoint(self.output.flags, self.run_state, host=self.host, **self.parts)
+            self.saving.start(functools.partial(self._write_files, content, names))
         watchdog.mark_waiting()
         self.timer.restart()
 
+    def _write_files(self, content: Dict[str, Any], names: List[str]) -> None:
+        first, *others = [os.path.join(self.output.output_dir, name) for name in names]
+        weights_file.save(first, content)
+        for path in others:
+            weights_file.save_copy(path, first, content)
+        training_state.remove_old_checkpoints(self.output.output_dir, self.output.keep_checkpoints)
+
+    def wait_for_save(self) -> None:
+        """Wait, in every process, until the last save is complete."""
+        watchdog.enter_stage('saving a checkpoint')
+        self.saving.wait()
+        watchdog.mark_waiting()
+        process_group.barrier()
+
     def save_epoch(self, improved: List[str], numbered: bool) -> None:
-        """After an epoch and its evaluation: the files of new bests, and the numbered one where it is due."""
+        """After an epoch and its evaluation: write the new bests, and the numbered checkpoint if it is due."""
         self.run_state.files = improved + ([self.run_state.file_name()] if numbered else [])
         if self.saves and self.run_state.files:
             watchdog.enter_stage('saving a checkpoint')
             self._write(self.run_state.files)
 
     def stop_after(self, epoch: int, steps: int, device: torch.device) -> None:
-        """Stop after the updates of an epoch, where a signal interrupted its evaluation."""
+        """Stop after the updates of an epoch, if a signal interrupted its evaluation."""
         number = int(max(stop for stop, in collectives.all_gather_numbers([self.signals.stop_signal], device)))
         self.save(epoch, steps, self.epoch_state, device)
         self.stop(number, epoch, steps)
 
     def stop(self, number: int, epoch: int, steps: int) -> None:
-        outcome = 'nothing was saved, for want of --output_dir (or by --no_save_ckpt)'
+        outcome = 'nothing was saved, without --output_dir or with --no_save_ckpt'
         if self.saves:
-            outcome = 'saved %s; the same command%s goes on from there' % (
+            self.wait_for_save()
+            outcome = 'saved %s; the same command%s continues from there' % (
                 os.path.join(self.output.output_dir, self.run_state.file_name()),
                 '' if self.output.auto_resume else ' with --auto_resume')
         raise preemption.Stopped(number, 'stopped by %s after update %d of epoch %d; %s' % (
-            preemption.name(number), steps, epoch, outcome))
+            preemption.name(number), steps, epoch + 1, outcome))

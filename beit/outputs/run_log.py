@@ -1,0 +1,103 @@
+"""A run's figures as lines, in log.txt, in TensorBoard and in summary.json."""
+
+from typing import Any, Dict, List, Optional
+
+import torch
+
+from beit.checkpoint import discovery
+from beit.distributed import process_group
+from beit.errors import escape_text
+from beit.files import run_folder
+from beit.log import log_main
+from beit.model_spec import ModelSpec
+from beit.training import metrics
+from beit.training.metrics import primary_metric
+
+Stats = Dict[str, Any]  # figures by name
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def scores_line(stats: Stats) -> str:
+    return '* ' + metrics.log_line(stats)
+
+
+def accuracy_line(name: str, stats: Stats, unreadable: int = 0) -> str:
+    """The primary figure of a network on the validation images."""
+    figure = primary_metric(stats)
+    return '%s of the %s on the %d test images: %.3f%s%s' % (
+        figure.title, name, stats['images'], stats[figure.name], figure.unit,
+        ' (%d more could not be read and are not counted)' % unreadable if unreadable else '')
+
+
+def print_result(throughput: Any, figures: Stats) -> None:
+    """The result line. A missing figure is n/a; a missing mAP is left out."""
+    accuracy, loss, average_precision = (figures.get(name) for name in ('accuracy', 'loss', 'mAP'))
+    log_main('Result: images_per_second %.2f step_milliseconds %.3f accuracy %s loss %s%s' % (
+        throughput.images_per_second, throughput.step_milliseconds,
+        'n/a' if accuracy is None else '%.3f' % accuracy, 'n/a' if loss is None else '%.4f' % loss,
+        '' if average_precision is None else ' mAP %.3f' % average_precision))
+
+
+def speed_figures(throughput: Any, seconds: float) -> Dict[str, Optional[float]]:
+    """The speed for summary.json; None without a measured step."""
+    measured = throughput.images_per_second > 0
+    return dict(images_per_second=throughput.images_per_second if measured else None,
+                step_milliseconds=throughput.step_milliseconds if measured else None,
+                duration_seconds=round(seconds, 3))
+
+
+def results_row(source: str, weights: str, spec: ModelSpec, parameters: int, stats: Stats, test_flip: bool) -> Stats:
+    """A row of --results_file: the figures of one evaluation and everything that they depend on."""
+    images = spec.preprocessing
+    row: Stats = {'model': spec.architecture.model, 'checkpoint': escape_text(source), 'weights': weights}
+    row.update((name, value) for name, value in stats.items() if name != 'classes')
+    row.update(param_count=parameters, img_size=images.input_size, crop_pct=images.crop_pct,
+               interpolation=images.interpolation, test_flip=test_flip)
+    return dict(row, classes=stats['classes']) if 'classes' in stats else row
+
+
+def update_best(best: Dict[str, float], test_stats: Optional[Stats], ema_stats: Optional[Stats]) -> List[str]:
+    """Update the best figures; returns the names of the checkpoints that are new bests."""
+    improved = []
+    for prefix, stats, file_name in (('', test_stats, discovery.BEST), ('ema_', ema_stats, discovery.BEST_EMA)):
+        if stats is not None:
+            figure = primary_metric(stats)
+            if stats[figure.name] > best.get(prefix + figure.summary, -1.):
+                best[prefix + figure.summary] = stats[figure.name]
+                improved.append(file_name)
+    return improved
+
+
+def best_line(best: Dict[str, float], test_stats: Stats, has_ema: bool) -> str:
+    name = primary_metric(test_stats).summary
+    average = ', of the average: %.3f%%' % best.get('ema_' + name, float('nan')) if has_ema else ''
+    return 'Max %s: %.3f%%%s' % (name, best.get(name, float('nan')), average)
+
+
+def record(output_dir: str, writer: Any, epoch: int, parameters: int, train_stats: Stats,
+           test_stats: Optional[Stats], ema_stats: Optional[Stats], val_set: str) -> None:
+    """Write an epoch's JSON line to log.txt and its scalars to TensorBoard, on the first process.
+
+    Args:
+        val_set: see `comparison.evaluation_id`.
+    """
+    if not process_group.is_main_process():
+        return
+    stats = {'train_' + name: value for name, value in train_stats.items()}
+    for prefix, evaluated in (('test_', test_stats), ('test_ema_', ema_stats)):
+        stats.update({prefix + name: value for name, value in metrics.logged(evaluated or {}).items()})
+    if test_stats is not None:
+        stats['val_set'] = val_set
+    if output_dir:
+        run_folder.append_log(output_dir, dict(stats, epoch=epoch, n_parameters=parameters))
+    if writer is not None:
+        record_scores(writer, epoch, test_stats, ema_stats)
+
+
+def record_scores(writer: Any, epoch: int, test_stats: Optional[Stats], ema_stats: Optional[Stats]) -> None:
+    for prefix, stats in (('test', test_stats), ('ema', ema_stats)):
+        writer.update('perf', epoch, **{'%s_%s' % (prefix, name): value
+                                        for name, value in metrics.plotted(stats or {}).items()})

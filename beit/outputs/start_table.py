@@ -1,0 +1,55 @@
+"""The lines at the start of a run: device, precision, model, data, batch, checkpoints."""
+
+from typing import Any, Dict, List, Sequence, Tuple
+
+import torch
+
+from beit import model_spec
+from beit.devices import accelerator
+from beit.errors import escape_text
+from beit.log import log_main, log_table, pluralize
+
+
+def show(environment: Dict[str, Any], flags: Dict[str, Any], classes: Sequence[str], attention: str,
+         steps_per_epoch: int = 0, source: str = '') -> None:
+    """Print all flags and a table of the run.
+
+    Args:
+        environment: what summary.json has about a run beside its figures.
+        attention: the kernel that was chosen.
+        steps_per_epoch: update steps; 0 for an evaluation.
+        source: the checkpoint that the training resumes, or ''.
+    """
+    log_main('Flags: %s' % escape_text(' '.join('--%s=%s' % item for item in sorted(flags.items())
+                                                if item[1] is not None)), detail=True)
+    processes, side = environment['processes'], environment['input_size']
+    rows = [('Device', '%s, %s, %d process%s' % (environment['device'], environment['device_name'], processes,
+                                                 '' if processes == 1 else 'es'))]
+    unused_npu = accelerator.npu_unused_reason(flags['device'], torch.device(environment['device']))
+    if unused_npu:
+        rows.append(('', unused_npu.rstrip()))
+    images = ['%d %s' % (environment[kind + '_images'], kind) for kind in ('training', 'validation')
+              if environment[kind + '_images'] is not None]
+    rows += [('Precision', environment['precision']),
+             ('Attention', attention),
+             ('Model', '%s, %.2f M parameters, %s, input %dx%d' % (
+                 environment['model'], environment['parameters'] / 1e6,
+                 '%d class%s' % (len(classes), '' if len(classes) == 1 else 'es'), side, side)),
+             ('Classes', model_spec.shorten_names(classes) + (
+                 ' (only one: there is nothing to distinguish)' if len(classes) == 1 else '')),
+             ('Data', '%s images' % ' and '.join(images))]
+    log_table(rows + (_training_rows(flags, processes, steps_per_epoch, source) if steps_per_epoch else []))
+
+
+def _training_rows(flags: Dict[str, Any], processes: int, steps_per_epoch: int,
+                   source: str) -> List[Tuple[str, str]]:
+    steps, every = steps_per_epoch * flags['epochs'], flags['save_ckpt_freq']
+    limit = '; --maxstep ends after %d' % flags['maxstep'] if 0 < flags['maxstep'] < steps else ''
+    return [('Batch', '%d per device x %d x %d accumulated = %d; %s an epoch, %d in all%s' % (
+                flags['batch_size'], processes, flags['update_freq'],
+                flags['batch_size'] * flags['update_freq'] * processes, pluralize(steps_per_epoch, 'update'),
+                steps, limit)),
+            ('Checkpoints', 'every %s, and the best, in %s' % (
+                'epoch' if every == 1 else '%d epochs' % every, escape_text(flags['output_dir']))
+             if flags['output_dir'] and flags['save_ckpt'] else 'none'),
+            ('Resumed', escape_text(source) if source else 'nothing, training starts')]
