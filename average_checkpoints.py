@@ -172,7 +172,7 @@ def main(args: argparse.Namespace) -> None:
     if os.path.lexists(args.output) and not (args.overwrite and os.path.isfile(args.output)):
         raise UserError('--output %s exists; choose another%s' % (
             escape_text(args.output), ', or give --overwrite' if os.path.isfile(args.output) else ''))
-    run_folder.check_writable('--output', os.path.dirname(args.output) or '.')
+    run_folder.check_writable('--output', args.output, is_file=True)
     paths = find(args.inputs)
     if args.best:
         paths = take_best(paths, args.best, args.use_ema)

@@ -114,7 +114,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         if os.path.isdir(args.output) or is_image_name(args.output):
             raise UserError('--output %s: %s; choose another name' % (escape_text(args.output), 'a folder has this name'
                             if os.path.isdir(args.output) else 'this would overwrite an image'))
-        run_folder.check_writable('--output', os.path.dirname(os.path.abspath(args.output)))
+        run_folder.check_writable('--output', args.output, is_file=True)
     if args.attention is None:
         for name in ('attention_block', 'attention_heads', 'attention_dir'):
             if getattr(args, name):

@@ -71,10 +71,11 @@ def test_training_continues_without_its_output(data, tmp_path, where, processes)
         assert done.stderr == ''
 
 
-def test_a_script_writes_its_log_when_its_output_is_closed(data, tmp_path):
+@pytest.mark.parametrize('where', ['a reader that leaves', 'a full disk'])
+def test_a_script_writes_its_log_when_its_output_is_closed(data, tmp_path, where):
     checkout = copy_checkout(str(tmp_path / 'beit'))
     done = subprocess.run(
-        ['bash', '-c', 'bash test/train_full_1p.sh "$@" | head -n 1; exit "${PIPESTATUS[0]}"', 'bash',
+        ['bash', '-c', 'bash test/train_full_1p.sh "$@" %s; exit "${PIPESTATUS[0]}"' % OUTPUTS[where], 'bash',
          '--data_path=' + data] + TINY, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         universal_newlines=True, timeout=200, env=environment(OMP_NUM_THREADS='1', PYTHON=sys.executable))
     assert done.returncode == 0, done.stderr
@@ -82,6 +83,13 @@ def test_a_script_writes_its_log_when_its_output_is_closed(data, tmp_path):
     assert re.search(r'^Result: ', text(os.path.join(logs, 'train_0.log')), re.M)
     assert 'ActualFPS' in text(os.path.join(logs, 'beit_nano_patch8_32_bs4_1p_acc.log'))
     assert os.path.isfile(os.path.join(checkout, 'train_result', 'checkpoint-best.pth'))
+    assert done.stderr.splitlines()[-1].endswith('standard output fails; the result is in %s' % os.path.join(
+        logs, 'beit_nano_patch8_32_bs4_1p_acc.log'))
+    assert 'echo' not in done.stderr
+    if where == 'a full disk':
+        help = subprocess.run(['bash', '-c', 'bash test/train_full_1p.sh --help >/dev/full'], cwd=checkout,
+                              stderr=subprocess.PIPE, universal_newlines=True)
+        assert help.returncode == 2 and 'the help cannot be printed' in help.stderr
 
 
 # ---- figures that nothing else holds

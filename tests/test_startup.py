@@ -1,6 +1,7 @@
 """On an unsuitable machine the programs print one line, and none hangs."""
 
 import os
+import pwd
 import re
 import resource
 import subprocess
@@ -209,3 +210,63 @@ def test_a_read_only_checkout(tmp_path):
     assert len(lines_of(os.path.join(own, 'train_result'))) == 1
     assert sorted(os.listdir(os.path.join(own, 'data', 'digits'))) == ['train', 'val']
     assert not {'data', 'train_result'} & set(os.listdir(checkout))
+    # The README's next command names a folder that is not in the checkout.
+    done = run(*prefix, 'bash', 'test/train_eval_1p.sh', '--data_path=demo', '--resume=./train_result', '--device=cpu',
+               cwd=checkout, XDG_CACHE_HOME=str(cache), PYTHON=sys.executable)
+    assert done.returncode == 0 and 'Final Train Accuracy' in done.stdout, done.stdout + done.stderr
+    # No cache folder can be made in /proc.
+    done = run(*prefix, 'bash', 'test/train_full_1p.sh', '--data_path=demo', cwd=checkout, XDG_CACHE_HOME='', HOME='/proc')
+    assert (done.returncode, done.stdout) == (2, '')
+    line, = done.stderr.splitlines()
+    assert '/proc/.cache/beit cannot be written to' in line and 'XDG_CACHE_HOME' in line
+
+
+def in_common(checkout, commands, *words):
+    """Start bash with commands that use the functions of test/common.sh."""
+    return subprocess.Popen(['bash', '-c', 'source test/common.sh; ' + commands, 'script.sh', *words], cwd=checkout,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                            env={name: value for name, value in os.environ.items() if name != 'HOME'})
+
+
+def test_without_the_variable_home_the_scripts_use_the_users_folder():
+    out, err = in_common(ROOT, 'echo "$HOME"').communicate()
+    assert (out.strip(), err) == (pwd.getpwuid(os.getuid()).pw_dir, '')
+
+
+def test_two_scripts_install_packages_one_after_the_other(tmp_path):
+    """The second once removed the half-made environment of the first."""
+    commands = 'VENV=$1; make_venv() { echo made; sleep 2; mkdir -p "$VENV/bin"; ln -s "$1" "$VENV/bin/python"; ' \
+        'cp "$REQUIREMENTS" "$(stamp "$REQUIREMENTS")"; }; need_venv "$2"'
+    both = [in_common(ROOT, commands, str(tmp_path / 'venv'), sys.executable) for _ in range(2)]
+    printed = sorted(process.communicate(timeout=60) for process in both)
+    waiting = 'Waiting for another script, which installs packages into %s\n' % (tmp_path / 'venv')
+    assert printed == [(waiting, ''), ('made\n', '')]
+
+
+def test_a_virtual_environment_that_cannot_be_executed(tmp_path):
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin' / 'python').write_text('')
+    process = in_common(ROOT, 'VENV=$1; need_venv "$2"', str(tmp_path), sys.executable)
+    line, = process.communicate()[1].splitlines()
+    assert process.returncode == 2 and '%s/bin/python cannot be executed; remove %s' % (tmp_path, tmp_path) in line
+
+
+@pytest.mark.parametrize('mode, says', [(0o755, ' lacks torch, torchvision, timm, '), (0o644, ': it cannot be executed')])
+def test_an_unsuitable_python(tmp_path, mode, says):
+    program = tmp_path / 'python'
+    program.write_text('#!/bin/sh\nexec %s -S "$@"\n' % sys.executable)
+    program.chmod(mode)
+    done = run('bash', 'test/train_full_1p.sh', '--data_path=demo', PYTHON=str(program))
+    line, = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, '') and 'PYTHON=%s%s' % (program, says) in line
+
+
+@pytest.mark.parametrize('flag, program', [
+    ('--results_file', 'run_class_finetuning.py'), ('--output', 'run_predict.py'), ('--output', 'average_checkpoints.py')])
+def test_a_file_in_a_read_only_folder_is_refused_at_the_start(data, trained, tmp_path, flag, program):
+    flags = {'run_class_finetuning.py': ['--eval', '--resume', trained, '--data_path', data],
+             'run_predict.py': ['--resume', trained, data], 'average_checkpoints.py': ['--inputs', trained]}[program]
+    file = 'r.csv' if flag == '--results_file' else 'p.csv'
+    done = run(sys.executable, os.path.join(ROOT, program), *flags, flag, file, cwd='/proc')
+    line, = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, '') and '%s %s: /proc cannot be written to' % (flag, file) in line
