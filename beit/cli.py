@@ -238,7 +238,7 @@ def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: 
     except (RuntimeError, MemoryError, OSError) as error:
         if loader_limit_message(error):
             end_loader_processes()
-            return exit_with_error(program, loader_limit_message(error) + resume_hint, 2)
+            return exit_with_error(program, loader_limit_message(error) + resume_hint(), 2)
         if isinstance(error, OSError):
             raise
         if worker_death_message(error):

@@ -215,7 +215,8 @@ def test_a_read_only_checkout(tmp_path):
                cwd=checkout, XDG_CACHE_HOME=str(cache), PYTHON=sys.executable)
     assert done.returncode == 0 and 'Final Train Accuracy' in done.stdout, done.stdout + done.stderr
     # No cache folder can be made in /proc.
-    done = run(*prefix, 'bash', 'test/train_full_1p.sh', '--data_path=demo', cwd=checkout, XDG_CACHE_HOME='', HOME='/proc')
+    done = run(*prefix, 'bash', 'test/train_full_1p.sh', '--data_path=demo', cwd=checkout, XDG_CACHE_HOME='',
+               HOME='/proc')
     assert (done.returncode, done.stdout) == (2, '')
     line, = done.stderr.splitlines()
     assert '/proc/.cache/beit cannot be written to' in line and 'XDG_CACHE_HOME' in line
@@ -251,7 +252,7 @@ def test_a_virtual_environment_that_cannot_be_executed(tmp_path):
     assert process.returncode == 2 and '%s/bin/python cannot be executed; remove %s' % (tmp_path, tmp_path) in line
 
 
-@pytest.mark.parametrize('mode, says', [(0o755, ' lacks torch, torchvision, timm, '), (0o644, ': it cannot be executed')])
+@pytest.mark.parametrize('mode, says', [(0o755, ' lacks torch, torchvision, timm'), (0o644, ': it cannot be executed')])
 def test_an_unsuitable_python(tmp_path, mode, says):
     program = tmp_path / 'python'
     program.write_text('#!/bin/sh\nexec %s -S "$@"\n' % sys.executable)
@@ -262,7 +263,8 @@ def test_an_unsuitable_python(tmp_path, mode, says):
 
 
 @pytest.mark.parametrize('flag, program', [
-    ('--results_file', 'run_class_finetuning.py'), ('--output', 'run_predict.py'), ('--output', 'average_checkpoints.py')])
+    ('--results_file', 'run_class_finetuning.py'), ('--output', 'run_predict.py'),
+    ('--output', 'average_checkpoints.py')])
 def test_a_file_in_a_read_only_folder_is_refused_at_the_start(data, trained, tmp_path, flag, program):
     flags = {'run_class_finetuning.py': ['--eval', '--resume', trained, '--data_path', data],
              'run_predict.py': ['--resume', trained, data], 'average_checkpoints.py': ['--inputs', trained]}[program]
