@@ -7,11 +7,14 @@ The file holds model, model_spec and args, as a checkpoint does, without the opt
 if __name__ == '__main__':
     from beit import startup
     startup.prepare()
+    import flags
+    flags.check_command_line(flags.AVERAGE, __doc__)
 
 import argparse
 import collections
 import dataclasses
 import math
+import functools
 import os
 import sys
 from typing import Any, Dict, List, Optional, Sequence
@@ -23,7 +26,7 @@ from beit import model_spec
 from beit.checkpoint import comparison, discovery
 from beit.checkpoint.inference_model import spec_beside
 from beit.checkpoint.pretrained import find_state_dict, mismatches
-from beit.cli import OneLineParser, run_interruptible
+from beit.cli import run_interruptible
 from beit.errors import UserError, escape_text, print_line
 from beit.files import run_folder, weights_file
 from beit.files.weights_file import load_weights_file
@@ -31,15 +34,9 @@ from beit.log import log_main
 from beit.model_spec import ModelSpec
 
 PROGRAM = 'average_checkpoints.py'
-EXAMPLES = """examples:
-  python average_checkpoints.py --inputs out/checkpoint-8.pth out/checkpoint-9.pth --output avg.pth
-  python average_checkpoints.py --inputs out --best 5 --output avg.pth
-  python run_class_finetuning.py --eval --resume avg.pth --data_path /data/ImageNet2012
-"""
 
 
-def build_parser() -> OneLineParser:
-    return flags.build_parser(flags.AVERAGE, '--inputs PATHS --output FILE [flags]', __doc__, EXAMPLES)
+build_parser = functools.partial(flags.build_parser, flags.AVERAGE, __doc__)
 
 
 # ---- which files

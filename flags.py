@@ -1,55 +1,45 @@
-"""Every flag of the programs, declared once, and the checks of a training run's flags at its start."""
+"""Every flag of the programs, declared once, and their parsers.
+
+This module imports no PyTorch, so that --help and a mistyped flag take no time: `names_in` reads the tables of the
+modules that do.
+"""
 
 import argparse
+import ast
 import dataclasses
-import importlib.util
 import os
+import sys
 import textwrap
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, TypeVar
+from typing import (
+    Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar)
 
-import modeling_finetune
-import optim_factory
-from beit import model_spec, startup
-from beit.checkpoint import discovery, hf_names, pretrained
-from beit.cli import OneLineParser, add_bool_flag, bounded_number
-from beit.config import (
-    MAX_INPUT_SIZE,
-    DistributedConfig,
-    InputConfig,
-    MixupConfig,
-    TransformConfig,
-    default_num_workers,
-)
-from beit.data import locations, transforms
-from beit.devices import accelerator, half_precision, kernels, profiler
-from beit.distributed import process_group
-from beit.errors import UserError, escape_text, unknown_value_error
-from beit.files import run_folder
-from beit.outputs import attention_maps
-from beit.training import losses, metrics
+from beit.config import MAX_INPUT_SIZE, default_num_workers
+from beit.errors import UserError, escape_text, print_error
+from beit.parser import OneLineParser, add_bool_flag, bounded_number
+from beit.paths import project_root
 
 TRAINING, PREDICT, EXPORT, AVERAGE = PROGRAMS = (
     'run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py')
 
-EXAMPLES = """examples:
-  try it on handwritten digits, one minute on a CPU:
-    bash test/train_full_1p.sh --data_path=demo
-  fine-tune pretrained weights on your own class folders, and open out/report.html:
-    python run_class_finetuning.py --data_path DIR --finetune checkpoints/beit_base_patch16_224_pt22k_ft22k.pth \\
-        --lr 2e-5 --layer_decay 0.85 --weight_decay 1e-8 --output_dir out --report
-  resume it after a stop:
-    python run_class_finetuning.py --config out/args.yaml --auto_resume
-  evaluate its best checkpoint:
-    python run_class_finetuning.py --config out/args.yaml --eval --resume out
 
-models:
-%s
+def names_in(path: str, table: str) -> Tuple[Any, ...]:
+    """The keys of a dict, or the items of a tuple, at the top of a module of the project: read from its source."""
+    with open(os.path.join(project_root(), path), encoding='utf-8') as file:
+        nodes = ast.parse(file.read()).body
+    targets: Any = [(target, node) for node in nodes
+                    for target in getattr(node, 'targets', [getattr(node, 'target', None)])]
+    value: Any = next(node.value for target, node in targets if getattr(target, 'id', '') == table)
+    return tuple(ast.literal_eval(each) for each in getattr(value, 'keys', None) or value.elts)
 
-optimizers, with an optional prefix lookahead_:
-%s
-""" % tuple(textwrap.fill(', '.join(names), 100, initial_indent='  ', subsequent_indent='  ')
-            for names in (modeling_finetune.MODELS, optim_factory.OPTIMIZERS))
 
+MODELS, OPTIMIZERS = names_in('modeling_finetune.py', 'MODELS'), names_in('optim_factory.py', 'OPTIMIZERS')
+EXPORT_FORMATS = names_in('beit/outputs/export_formats.py', 'FORMATS')
+NEWEST_OPSET = names_in('beit/outputs/export_formats.py', 'OPSETS')[0]
+PREDICTION_FORMATS = tuple(sorted(names_in('beit/outputs/prediction_writers.py', 'FORMATS')))
+BACKENDS = names_in('beit/data/transforms.py', 'BACKENDS')
+OPT_LEVELS = names_in('beit/devices/half_precision.py', 'OPT_LEVELS')
+AMP_DTYPES = names_in('beit/devices/half_precision.py', 'AMP_DTYPES')
+ATTENTION_KINDS = names_in('beit/outputs/attention_maps.py', 'KINDS')
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
@@ -215,19 +205,21 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
     (PREDICT, 'results'): (
         Flag('top_k', 5, 'classes per image, most probable first', type=positive),
         Flag('output', '', 'file to write; - is standard output'),
-        Flag('format', None, 'format of --output: csv, json, jsonl', shown='by the ending; jsonl for -'),
+        Flag('format', None, 'format of --output: csv, json, jsonl', shown='by the ending; jsonl for -',
+             choices=PREDICTION_FORMATS),
         Flag('attention', None, 'write attention heat maps: cls, mean; without a value as it pools', metavar='cls|mean',
-             choices=('auto',) + attention_maps.KINDS),
+             choices=('auto',) + ATTENTION_KINDS),
         Flag('attention_block', None, 'transformer block of the heat maps, counted from 1', shown='the last',
              type=bounded_number(int)),
         Flag('attention_heads', False, 'write a heat map per head as well'),
         Flag('attention_dir', '', 'folder of the heat maps', shown='attention, beside --output'),
     ),
     (EXPORT, 'export'): (
-        Flag('format', '', 'format', shown='required'),
+        Flag('format', '', ', '.join(EXPORT_FORMATS), shown='required'),
         Flag('output', '', 'file to write; for huggingface a folder', shown='beside the checkpoint'),
         Flag('overwrite', False, 'replace an existing file or folder', off='', also={AVERAGE: dict(group='flags')}),
-        Flag('opset', None, 'opset of onnx', shown='the newest that works', type=bounded_number(int, 7, 99)),
+        Flag('opset', None, 'opset of onnx', shown='%d, or the newest that works' % NEWEST_OPSET,
+             type=bounded_number(int, 7, 99)),
         Flag('no_check', False, 'skip the comparison with the checkpoint', off=''),
     ),
     (TRAINING, 'model'): (
@@ -284,11 +276,11 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('aa', 'rand-m9-mstd0.5-inc1', 'RandAugment or AutoAugment policy, or none'),
         Flag('hflip', 0.5, 'probability of a horizontal flip', type=share),
         Flag('loss', 'auto', 'ce, bce (binary, per class), auto (bce for several labels per image)',
-             choices=losses.LOSSES),
+             choices=names_in('beit/training/losses.py', 'LOSSES')),
         Flag('class_weights', '', 'balanced (rare classes weigh more), or a CSV or JSON file', shown='all equal'),
         Flag('smoothing', 0.1, 'label smoothing', type=below_one, synonyms='label_smoothing'),
         Flag('train_interpolation', 'bicubic', 'interpolation of random crops: random, bilinear, bicubic, lanczos',
-             choices=transforms.INTERPOLATIONS),
+             choices=names_in('beit/data/transforms.py', 'INTERPOLATIONS')),
         Flag('crop_pct', None, 'center crop, relative to the resized image',
              shown='224/256; 1.0 from 384 pixels',
              type=bounded_number(float, 0, 1, above=True),
@@ -322,10 +314,10 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              synonyms='fp16 bf16 mixed_precision', follows_checkpoint=True,
              also={PREDICT: dict(group='run', help='mixed precision')}),
         Flag('opt_level', 'O2', 'O0 float32, O1 autocast, O2 half-precision weights',
-             choices=half_precision.OPT_LEVELS, metavar='O0|O1|O2', follows_checkpoint=True,
+             choices=OPT_LEVELS, metavar='O0|O1|O2', follows_checkpoint=True,
              also={PREDICT: dict(group='run', aliases=('opt-level',))}),
         Flag('amp_dtype', None, 'float16, bfloat16', shown='float16; bfloat16 on a CPU',
-             choices=half_precision.AMP_DTYPES, follows_checkpoint=True, also={PREDICT: dict(group='run')}),
+             choices=AMP_DTYPES, follows_checkpoint=True, also={PREDICT: dict(group='run')}),
         Flag('loss_scale', None, 'loss scale: a number, or dynamic', shown='128 for float16, else 1', type=loss_scale),
     ),
     (TRAINING, 'data'): (
@@ -342,9 +334,9 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('data_set', 'IMNET', 'IMNET (train/, val/), image_folder (class folders), CIFAR (100)',
              follows_checkpoint=True, names_difference=False),
         Flag('data_backend', 'exact', 'exact (Pillow), fast (torchvision; pixels differ slightly)',
-             choices=transforms.BACKENDS,
+             choices=BACKENDS,
              also={PREDICT: dict(group='run')}),
-        Flag('eval_data_backend', 'exact', 'the same for evaluation: exact, fast', choices=transforms.BACKENDS,
+        Flag('eval_data_backend', 'exact', 'the same for evaluation: exact, fast', choices=BACKENDS,
              follows_checkpoint=True),
         Flag('bad_images', 'error', 'unreadable images: error (stop), skip (leave out and list)',
              choices=('error', 'skip'),
@@ -387,21 +379,103 @@ def without_effect() -> FrozenSet[str]:
     return frozenset(flag.name for _, flag in flags_of(TRAINING) if not flag.affects_results)
 
 
-def build_parser(program: str = TRAINING, usage: str = '--data_path DIR [flags]', description: Optional[str] = None,
-                 examples: str = EXAMPLES, parser_class: Type[OneLineParser] = OneLineParser,
-                 **changes: Mapping[str, Any]) -> OneLineParser:
-    """The parser of a program.
+class AnyPlaceParser(OneLineParser):
+    """The parser of run_predict.py: images among the flags, and --attention with or without a value."""
 
-    Args:
-        usage, description, examples: text of --help besides the flags.
-        changes: {name of a flag: the attributes of its `Flag` that the program itself sets}, such as choices.
-    """
-    parser = parser_class(program, usage, description=description, epilog=examples)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.add_argument('images', nargs='*', default=[],
+                          help='files, folders (with all that is in them), quoted patterns (none)')
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else list(args)
+        for index, arg in enumerate(args):
+            if arg == '--attention' and args[index + 1:index + 2] not in ([kind] for kind in ATTENTION_KINDS):
+                args[index] = '--attention=auto'
+        return super().parse_args(args, namespace)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Tuple[Any, List[str]]:
+        parsed, rest = super().parse_known_args(args, namespace)
+        if rest and not any(flag.startswith('-') for flag in rest):  # argparse takes only the first group of images
+            parsed.images, rest = parsed.images + rest, []
+        return parsed, rest
+
+
+class Usage(NamedTuple):
+    """The text of a program's --help besides its flags, and its kind of parser."""
+    usage: str
+    examples: str
+    parser: Type[OneLineParser] = OneLineParser
+
+
+USAGES = {
+    TRAINING: Usage('--data_path DIR [flags]', """examples:
+  try it on handwritten digits, one minute on a CPU:
+    bash test/train_full_1p.sh --data_path=demo
+  fine-tune pretrained weights on your own class folders, and open out/report.html:
+    python run_class_finetuning.py --data_path DIR --finetune checkpoints/beit_base_patch16_224_pt22k_ft22k.pth \\
+        --lr 2e-5 --layer_decay 0.85 --weight_decay 1e-8 --output_dir out --report
+  resume it after a stop:
+    python run_class_finetuning.py --config out/args.yaml --auto_resume
+  evaluate its best checkpoint:
+    python run_class_finetuning.py --config out/args.yaml --eval --resume out
+
+models:
+%s
+
+optimizers, with an optional prefix lookahead_:
+%s
+""" % tuple(textwrap.fill(', '.join(names), 100, initial_indent='  ', subsequent_indent='  ')
+            for names in (MODELS, OPTIMIZERS))),
+    PREDICT: Usage('--resume PATH IMAGES [flags]', """examples:
+  python run_predict.py --resume train_result photo.jpg holiday/
+  python run_predict.py --resume train_result --input 'photos/*.jpg' --top_k 3 --output results.csv
+  python run_predict.py --resume train_result photos --bad_images skip --output - | jq .predictions[0].class
+  python run_predict.py --resume train_result photos --attention --attention_dir looks
+  torchrun --nproc_per_node=8 run_predict.py --resume train_result photos --output results.jsonl
+""", AnyPlaceParser),
+    EXPORT: Usage('--resume PATH --format FORMAT [flags]', """examples:
+  the best checkpoint of a run, for onnxruntime, beside it:
+    python run_export.py --resume out --format onnx
+  its averaged weights, for timm.create_model(…, checkpoint_path=FILE), which is printed:
+    python run_export.py --resume out/checkpoint-29.pth --use_ema --format safetensors --output beit.safetensors
+  a folder for transformers' from_pretrained:
+    python run_export.py --resume out --format huggingface --output my_model
+  weights of timm or Hugging Face, which do not name their model:
+    python run_export.py --resume model.safetensors --model beit_base_patch16_224 --format onnx
+"""),
+    AVERAGE: Usage('--inputs PATHS --output FILE [flags]', """examples:
+  python average_checkpoints.py --inputs out/checkpoint-8.pth out/checkpoint-9.pth --output avg.pth
+  python average_checkpoints.py --inputs out --best 5 --output avg.pth
+  python run_class_finetuning.py --eval --resume avg.pth --data_path /data/ImageNet2012
+"""),
+}
+
+
+def build_parser(program: str = TRAINING, description: Optional[str] = None) -> OneLineParser:
+    """The parser of a program. `description` is the beginning of --help."""
+    usage = USAGES[program]
+    parser = usage.parser(program, usage.usage, description=description, epilog=usage.examples)
     groups = {title: parser.add_argument_group(title) for title in GROUPS[program]}
     for group, flag in flags_of(program):
-        dataclasses.replace(flag, **changes.get(flag.name, {})).add_to(groups[group])
+        flag.add_to(groups[group])
         parser.synonyms.update((name, flag.name) for name in flag.synonyms.split())
     return parser
+
+
+def check_command_line(program: str, description: Optional[str]) -> None:
+    """Print --help, or one line about a wrong flag, and exit.
+
+    A program calls this before it imports PyTorch, which takes seconds, and parses again later. The first of several
+    processes reports errors, so these wait until it is known; a --config file logs what it does, once.
+    """
+    if os.environ.get('WORLD_SIZE', '1') != '1' or any(arg.startswith('--config') for arg in sys.argv):
+        return
+    try:
+        build_parser(program, description).parse_args()
+    except UserError as error:
+        print_error('%s: error: %s' % (program, error))
+        sys.exit(2)
 
 
 Config = TypeVar('Config')
@@ -412,22 +486,6 @@ def config_from(args: argparse.Namespace, kind: Callable[..., Config], **given: 
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     return kind(**dict({field.name: getattr(args, field.name) for field in fields if hasattr(args, field.name)},
                        **given))
-
-
-# ---- checks before slow work starts
-
-def check_args(args: argparse.Namespace) -> None:
-    """Check the flags before slow work starts. Raises `UserError`."""
-    check_model(args)
-    check_augmentation(args)
-    check_schedule(args)
-    if not evaluates_checkpoint(args):  # else the checkpoint may name the data set
-        locations.check_paths(config_from(args, InputConfig))
-    check_compute(args)
-    check_optimizer(args)
-    check_evaluation(args)
-    check_weights(args)
-    check_outputs(args)
 
 
 def evaluates_checkpoint(args: argparse.Namespace) -> bool:
@@ -458,116 +516,3 @@ def follow_checkpoint(args: argparse.Namespace, saved: Mapping[str, Any], source
         elif flag.names_difference and getattr(args, flag.name) != value:
             differ.append('--%s %s (the checkpoint: %s)' % (flag.name, getattr(args, flag.name), value))
     return differ
-
-
-def check_model(args: argparse.Namespace) -> None:
-    if not evaluates_checkpoint(args):
-        model_spec.check_architecture(args.model, args.input_size)
-    elif args.model not in modeling_finetune.MODELS:
-        raise unknown_value_error('--model', args.model, modeling_finetune.MODELS)
-    if args.class_names and not (args.eval and (args.resume or args.finetune)):
-        raise UserError('--class_names %s: it belongs to --eval --resume; a training takes the names of its data'
-                        % escape_text(args.class_names))
-
-
-def check_augmentation(args: argparse.Namespace) -> None:
-    transforms.check_policy(args.aa)
-    transforms.check_backend(config_from(args, TransformConfig))
-    if args.resplit:
-        raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
-    if transforms.uses_mixup(config_from(args, MixupConfig)) and args.batch_size % 2 and not args.eval:
-        raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
-    for flag in ('mixup', 'cutmix'):
-        if 0 < getattr(args, flag) < 1e-6:  # NumPy's beta distribution gives no number there
-            raise UserError('--%s %g: an alpha below 1e-6 mixes nothing; 0 turns it off' % (flag, getattr(args, flag)))
-    if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
-        raise UserError('--cutmix_minmax %g %g: the first must be below the second' % tuple(args.cutmix_minmax))
-    if args.class_weights and not args.eval:
-        losses.check_weights(args.class_weights)
-
-
-def check_schedule(args: argparse.Namespace) -> None:
-    if args.warmup_steps <= 0 and args.warmup_epochs > args.epochs:
-        raise UserError('--warmup_epochs %d is longer than --epochs %d; give --warmup_epochs=%d or fewer'
-                        % (args.warmup_epochs, args.epochs, args.epochs))
-    if args.start_epoch >= args.epochs:
-        raise UserError('--start_epoch %d: --epochs %d leaves nothing to train; raise --epochs'
-                        % (args.start_epoch, args.epochs))
-    if args.early_stop and args.disable_eval_during_finetuning:
-        raise UserError('--early_stop %d: --disable_eval_during_finetuning evaluates nothing to stop by; leave one of '
-                        'them out' % args.early_stop)
-
-
-def check_compute(args: argparse.Namespace) -> None:
-    """The device, and what it can do."""
-    _, processes, local_rank = process_group.launch_environment(config_from(args, DistributedConfig))
-    if args.world_size > 1 and processes == 1:
-        raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
-                        '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))
-    # Too few devices are an error of all processes of a machine, so that none waits for one that cannot come.
-    highest = os.environ.get('LOCAL_WORLD_SIZE', '1')
-    device = accelerator.find_device(
-        args.device, max(local_rank, int(highest) - 1) if highest.isdigit() else local_rank, processes)
-    if device.type == 'cpu' and not evaluates_checkpoint(args):
-        half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
-    if args.cann_prof:
-        profiler.check_cann_profiler()
-    if args.compile:
-        kernels.check_compile(device)
-        if args.skip_dropped == 'on':
-            raise UserError('--skip_dropped on: it changes shapes from step to step, and --compile needs one; leave '
-                            'one of them out')
-
-
-def check_optimizer(args: argparse.Namespace) -> None:
-    if args.opt_betas is not None and len(args.opt_betas) != 2:
-        raise UserError('--opt_betas %s: give 2 numbers, as in --opt_betas 0.9 0.999'
-                        % ' '.join(map(str, args.opt_betas)))
-    if not args.eval:
-        optim_factory.check_optimizer(args.opt, args.momentum)
-    if args.unfreeze_epoch:
-        check_unfreezing(args)
-
-
-def check_unfreezing(args: argparse.Namespace) -> None:
-    flag = '--unfreeze_epoch %d: ' % args.unfreeze_epoch
-    if not args.freeze_backbone:
-        raise UserError(flag + 'it needs --freeze_backbone, without which nothing is frozen')
-    if args.unfreeze_epoch >= args.epochs and not args.eval:
-        raise UserError(flag + '--epochs %d ends before; lower it, or leave it out to train the head alone'
-                        % args.epochs)
-    if 'fused' in args.opt.lower() or optim_factory.optimizer_class(args.opt)[0].__name__ == 'NovoGrad':
-        raise UserError(flag + '--opt %s looks for gradients in its first step and for no others later; use '
-                        '--opt adamw, or two runs, the second with --finetune' % args.opt)
-
-
-def check_evaluation(args: argparse.Namespace) -> None:
-    for flag in ('results_file', 'real_labels'):
-        if getattr(args, flag) and not args.eval:
-            raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
-    if args.results_file:
-        metrics.check_results_file(args.results_file)
-        run_folder.check_writable('--results_file', args.results_file, is_file=True)
-    if args.real_labels and not os.path.isfile(args.real_labels):
-        raise UserError('--real_labels %s: no such file' % args.real_labels)
-    if args.eval and not (args.resume or args.finetune):
-        raise UserError('--eval needs --resume: the checkpoint to evaluate, or the folder that holds it')
-
-
-def check_weights(args: argparse.Namespace) -> None:
-    """The files that a run starts from."""
-    if not args.eval:
-        pretrained.check_finetune(args.finetune)
-    if args.eval and os.path.isfile(os.path.join(args.resume, hf_names.CONFIG)):
-        return
-    if args.resume and not (args.auto_resume and args.output_dir and discovery.list_checkpoints(args.output_dir)):
-        discovery.candidates(args.resume)  # else it may have been removed since, and isn't needed
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    if args.report and not args.output_dir:
-        raise UserError('--report needs --output_dir, the folder for report.html')
-    if args.log_dir and importlib.util.find_spec('tensorboardX') is None:
-        raise UserError('--log_dir %s needs tensorboardX; %s' % (args.log_dir, startup.pip_install('tensorboardX')))
-    for flag, folder in (('--output_dir', args.output_dir), ('--log_dir', args.log_dir)):
-        run_folder.check_writable(flag, folder)

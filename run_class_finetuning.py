@@ -12,6 +12,8 @@ The scripts in test/ call this with the published hyper-parameters. BEiT base fi
 if __name__ == '__main__':
     from beit import startup
     startup.prepare()
+    import flags
+    flags.check_command_line(flags.TRAINING, __doc__)
 
 import argparse
 import dataclasses
@@ -67,7 +69,8 @@ from beit.training.metrics import (
     write_results,
 )
 from beit.training.step_control import CheckpointMonitor
-from flags import build_parser, check_args, config_from, evaluates_checkpoint, follow_checkpoint, without_effect
+from check_flags import check_args
+from flags import build_parser, config_from, evaluates_checkpoint, follow_checkpoint, without_effect
 
 PROGRAM = 'run_class_finetuning.py'
 Stats = Dict[str, Any]  # figures by name

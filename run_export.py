@@ -8,8 +8,11 @@ compared with the checkpoint's network; if they differ, nothing is written.
 if __name__ == '__main__':
     from beit import startup
     startup.prepare()
+    import flags
+    flags.check_command_line(flags.EXPORT, __doc__)
 
 import argparse
+import functools
 import os
 import sys
 import warnings
@@ -20,23 +23,13 @@ import torch
 import flags
 import modeling_finetune
 from beit.checkpoint.inference_model import LoadedModel, load_for_inference
-from beit.cli import OneLineParser, run_interruptible
+from beit.cli import run_interruptible
 from beit.errors import UserError, escape_text, print_line, unknown_value_error
 from beit.files import atomic_write, run_folder
 from beit.outputs.export_formats import (
-    EXTRA, FORMATS, OPSETS, Format, NotChecked, example_images, import_optional, package_version)
+    EXTRA, FORMATS, Format, NotChecked, example_images, import_optional, package_version)
 
 PROGRAM = 'run_export.py'
-EXAMPLES = """examples:
-  the best checkpoint of a run, for onnxruntime, beside it:
-    python run_export.py --resume out --format onnx
-  its averaged weights, for timm.create_model(…, checkpoint_path=FILE), which is printed:
-    python run_export.py --resume out/checkpoint-29.pth --use_ema --format safetensors --output beit.safetensors
-  a folder for transformers' from_pretrained:
-    python run_export.py --resume out --format huggingface --output my_model
-  weights of timm or Hugging Face, which do not name their model:
-    python run_export.py --resume model.safetensors --model beit_base_patch16_224 --format onnx
-"""
 BATCHES = (1, 2, 5)  # images at a time in the comparison
 TOLERANCE = 1e-3  # of the largest logit: rounding stays far below; a lost position bias is above
 
@@ -70,10 +63,7 @@ def compare(chosen: Format, written: Any, trained: LoadedModel) -> str:
 
 # ---- the program
 
-def build_parser() -> OneLineParser:
-    return flags.build_parser(flags.EXPORT, '--resume PATH --format FORMAT [flags]', __doc__, EXAMPLES,
-                              format=dict(help=', '.join(FORMATS)),
-                              opset=dict(shown='%d, or the newest that works' % OPSETS[0]))
+build_parser = functools.partial(flags.build_parser, flags.EXPORT, __doc__)
 
 
 def check_args(args: argparse.Namespace) -> None:

@@ -8,10 +8,13 @@ Classes, input size, mean and deviation, and pooling come from the checkpoint. R
 if __name__ == '__main__':
     from beit import startup
     startup.prepare()
+    import flags
+    flags.check_command_line(flags.PREDICT, __doc__)
 
 import argparse
 import contextlib
 import itertools
+import functools
 import os
 import signal
 import sys
@@ -24,7 +27,7 @@ import engine_for_finetuning as engine
 import flags
 from beit import log
 from beit.checkpoint.inference_model import load_for_inference
-from beit.cli import OneLineParser, exit_process, exit_with_error, run_with_error_report
+from beit.cli import exit_process, exit_with_error, run_with_error_report
 from beit.config import DistributedConfig, LoaderConfig
 from beit.data import fast_decode
 from beit.data.class_folders import is_image_name
@@ -42,40 +45,11 @@ from beit.outputs.prediction_writers import FORMATS, LineWriter, Prediction, ope
 from beit.training import fused_attention, loss_scaler, metrics
 
 PROGRAM = 'run_predict.py'
-EXAMPLES = """examples:
-  python run_predict.py --resume train_result photo.jpg holiday/
-  python run_predict.py --resume train_result --input 'photos/*.jpg' --top_k 3 --output results.csv
-  python run_predict.py --resume train_result photos --bad_images skip --output - | jq .predictions[0].class
-  python run_predict.py --resume train_result photos --attention --attention_dir looks
-  torchrun --nproc_per_node=8 run_predict.py --resume train_result photos --output results.jsonl
-"""
 
 
 # ---- flags
 
-class Parser(OneLineParser):
-    """Accepts images anywhere among the flags, and --attention with or without a value."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        args = sys.argv[1:] if args is None else list(args)
-        for index, arg in enumerate(args):
-            if arg == '--attention' and args[index + 1:index + 2] not in ([kind] for kind in attention_maps.KINDS):
-                args[index] = '--attention=auto'
-        return super().parse_args(args, namespace)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Tuple[Any, List[str]]:
-        parsed, rest = super().parse_known_args(args, namespace)
-        if rest and not any(flag.startswith('-') for flag in rest):  # argparse takes only the first group of images
-            parsed.images, rest = parsed.images + rest, []
-        return parsed, rest
-
-
-def build_parser() -> OneLineParser:
-    parser = flags.build_parser(flags.PREDICT, '--resume PATH IMAGES [flags]', __doc__, EXAMPLES, Parser,
-                                format=dict(choices=sorted(FORMATS)))
-    parser.add_argument('images', nargs='*', default=[],
-                        help='files, folders (with all that is in them), quoted patterns (none)')
-    return parser
+build_parser = functools.partial(flags.build_parser, flags.PREDICT, __doc__)
 
 
 def _is_standard_output(path):

@@ -12,7 +12,6 @@ import sys
 import textwrap
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from beit.distributed import process_group
 from beit.errors import print_line
 
 # The bar for a terminal that has at least this many columns, the widest first.
@@ -25,6 +24,11 @@ EPOCH_ROW = '{:7}{:>7}{:>9}{:>11}{:>9}{:>9}{:>8}'
 EPOCH_HEAD = EPOCH_ROW.format('Epoch', 'Loss', 'Training', 'Validation', 'Best', 'Images/s', 'Time')
 
 
+def _is_main_process() -> bool:
+    from beit.distributed import process_group  # imports PyTorch, and the parser of the flags imports this module
+    return process_group.is_main_process()
+
+
 def pluralize(number: int, noun: str) -> str:
     """'1 epoch', '2 epochs'."""
     return '%d %s%s' % (number, noun, '' if number == 1 else 's')
@@ -35,7 +39,7 @@ class NoDisplay:
 
     def log(self, text: str, detail: bool = False) -> None:
         """Print a line. A terminal does not show a `detail`."""
-        if process_group.is_main_process():
+        if _is_main_process():
             print_line(text)
 
     def log_row(self, name: str, value: str, width: int) -> None:
@@ -146,7 +150,7 @@ def start_display() -> None:
         from tqdm import tqdm
         tqdm.monitor_interval = 0  # its thread must not exist when processes are forked
         stream = open(path, 'w', encoding='utf-8', errors='backslashreplace') if path else sys.stdout
-        if process_group.is_main_process() and os.environ.get('TERM') != 'dumb' and stream.isatty():
+        if _is_main_process() and os.environ.get('TERM') != 'dumb' and stream.isatty():
             _display = ProgressDisplay(stream, tqdm, logs=bool(path))
 
 

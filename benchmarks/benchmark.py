@@ -53,7 +53,7 @@ import contenders
 import datasets
 import modeling_finetune
 import run_class_finetuning as program
-from beit.cli import bounded_number
+from beit.parser import bounded_number
 from beit.data import locations, transforms
 from beit.devices import accelerator
 from beit.distributed import process_group, watchdog

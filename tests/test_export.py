@@ -369,9 +369,9 @@ PIP = '%%s; run: %s -m pip install -r %s/requirements-extra.txt' % (sys.executab
 
 @pytest.mark.parametrize('kind, module, says', [
     ('onnx', 'onnx', PIP % 'needs onnx'),
-    ('huggingface', 'transformers', PIP % 'Not checked: that needs transformers'),
+    ('huggingface', 'transformers', PIP % 'Not checked: the check needs transformers'),
     pytest.param('onnx', 'onnxscript', PIP % 'needs onnxscript', marks=[needs_extra('onnx'), with_dynamo]),
-    pytest.param('onnx', 'onnxruntime', PIP % 'Not checked: that needs onnxruntime',
+    pytest.param('onnx', 'onnxruntime', PIP % 'Not checked: the check needs onnxruntime',
                  marks=[needs_extra('onnx', 'onnxscript'), with_dynamo]),
 ])
 def test_a_missing_package_is_one_line(kind, module, says, trained, export, monkeypatch):

@@ -272,3 +272,30 @@ def test_a_file_in_a_read_only_folder_is_refused_at_the_start(data, trained, tmp
     done = run(sys.executable, os.path.join(ROOT, program), *flags, flag, file, cwd='/proc')
     line, = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, '') and '%s %s: /proc cannot be written to' % (flag, file) in line
+
+
+# ---- --help and wrong flags take no time
+
+@pytest.mark.parametrize('program', PROGRAMS)
+@pytest.mark.parametrize('flags, status', [(['--help'], 0), (['--no_such_flag=1'], 2)])
+def test_help_and_wrong_flags_come_before_the_slow_imports(program, flags, status, tmp_path):
+    done = run(sys.executable, '-X', 'importtime', os.path.join(ROOT, program), *flags, cwd=str(tmp_path))
+    imported = set(re.findall(r'^import time:.*\| +(\w+)', done.stderr, re.M))
+    assert done.returncode == status and 'flags' in imported
+    assert not imported & {'torch', 'numpy', 'PIL', 'torchvision', 'timm', 'yaml'}
+    if status == 0:
+        assert '--resume' in done.stdout or '--inputs' in done.stdout
+    else:
+        line = done.stderr.splitlines()[-1]
+        assert line.startswith('%s: error: --no_such_flag: unknown flag' % program)
+
+
+def test_the_tables_that_flags_reads_are_those_of_the_modules():
+    import flags
+    import modeling_finetune
+    import optim_factory
+    from beit.outputs import export_formats, prediction_writers
+
+    assert tuple(modeling_finetune.MODELS) == flags.MODELS and tuple(optim_factory.OPTIMIZERS) == flags.OPTIMIZERS
+    assert tuple(export_formats.FORMATS) == flags.EXPORT_FORMATS and export_formats.OPSETS[0] == flags.NEWEST_OPSET
+    assert tuple(sorted(prediction_writers.FORMATS)) == flags.PREDICTION_FORMATS

@@ -27,7 +27,7 @@ MAX_PICKLE = 4 << 20  # bytes of names and plain values; the largest BEiT's chec
 MAX_DIRECTORY = 16 << 20  # bytes of a zip archive's directory: 200,000 tensors
 MAX_NODES = 10 ** 6  # values in a file; shared values count once per reference
 MAX_DEPTH = 100
-CRC_THREADS = 4  # a checksum is compared while the next storage is read
+CRC_THREADS = 2  # a checksum is compared while the next storage is read
 CALL_BYTES = 1000  # upper bound for a tensor's memory without its values
 
 

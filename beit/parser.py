@@ -1,0 +1,203 @@
+"""The parser of the programs' flags, and kinds of flags. Imports no PyTorch, so that --help and errors come at once."""
+
+import argparse
+import os
+import re
+import sys
+from typing import Any, Callable, Dict, Iterable, List, Optional
+
+from beit.errors import UserError, escape_text, nearest, print_line, required_output
+from beit.log import log_main
+from beit.outputs import args_yaml
+
+COLUMN = 24  # where a flag's help begins
+
+
+# ---- the parser
+
+def nearest_flags(name: str, known: Iterable[str], synonyms: Optional[Dict[str, str]] = None) -> List[str]:
+    """Up to three of the `known` flags that resemble a name without dashes, the likeliest first.
+
+    Args:
+        synonyms: {what other projects call a flag: its name here}.
+    """
+    name = name.replace('-', '_')
+    others = {other: flag for other, flag in (synonyms or {}).items() if flag in known and other not in known}
+    if name in others:
+        return [others[name]]
+    near = [others.get(each, each) for each in nearest(name, list(known) + list(others))]
+    return list(dict.fromkeys(near))
+
+
+class OneLineHelp(argparse.RawDescriptionHelpFormatter):
+    """Help in which a flag is one line of at most 100 columns: its names, what it does, its default in brackets."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=COLUMN, width=100)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return ', '.join(action.option_strings) or action.dest
+
+    def _format_action(self, action: argparse.Action) -> str:  # what a long name puts on its own line follows it
+        return super()._format_action(action).replace('\n' + ' ' * COLUMN, '  ', 1)
+
+
+class ParsedFlags(argparse.Namespace):
+    """The flags by name. `given` has the names of the flags that the command line or a --config file sets."""
+    __slots__ = ('given',)  # outside of `vars`, which holds flags only
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser with one-line help and errors, and suggestions for unknown flags. --help shows only `usage` in brackets.
+
+    Attributes:
+        synonyms (dict): names of flags in other projects, for `nearest_flags`.
+    """
+
+    def __init__(self, prog: str, usage: str, **options: Any) -> None:
+        super().__init__(prog, usage='python %s %s' % (prog, usage), allow_abbrev=False,
+                         formatter_class=OneLineHelp, **options)
+        self.synonyms: Dict[str, str] = {}
+        self._optionals.title = 'options'  # before Python 3.10 "optional arguments"
+
+    def error(self, message: str) -> Any:
+        message = re.sub('^argument (?=--)', '', message)
+        raise UserError(re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", lambda found: 'unknown value %s; it must '
+                               'be one of %s' % (found.group(1), found.group(2).replace("'", '')), message))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with required_output('the help'):
+            print_line(message.rstrip('\n'))
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = normalize_argv(sys.argv[1:] if args is None else list(args))
+        parsed, rest = self.parse_known_args(args, ParsedFlags() if namespace is None else namespace)
+        given = {self._option_string_actions[name].dest for name in (arg.partition('=')[0] for arg in args)
+                 if name in self._option_string_actions}
+        if getattr(parsed, 'config', None):  # again: the command line overrides the file
+            config = self.read_config(parsed.config)
+            drop_flags_of_folder(config, self.parse_known_args(args, argparse.Namespace(output_dir=None))[0].output_dir)
+            given.update(name for name, value in vars(config).items() if value != self.get_default(name))
+            parsed, rest = self.parse_known_args(args, config)
+        if 'config' in parsed:
+            del parsed.config  # the other flags have its values now
+        if 'auto_resume' in parsed:  # only training has this flag
+            parsed.auto_resume = parsed.auto_resume or was_restarted()
+        if rest:
+            raise self.unknown_flag(rest[0].partition('=')[0])
+        if isinstance(parsed, ParsedFlags):
+            parsed.given = frozenset(given)
+        return parsed
+
+    def unknown_flag(self, flag: str) -> UserError:
+        if not flag.startswith('-'):
+            return UserError('%r is not a flag; flags begin with --, as in --data_path=/data/ImageNet2012' % flag)
+        return UserError('%s: unknown flag; %s' % (flag, self.suggest(flag.lstrip('-'), '--')))
+
+    def suggest(self, name: str, dashes: str = '') -> str:
+        known = [option[2:] for option in self._option_string_actions if option.startswith('--')]
+        near = ' or '.join(dashes + flag for flag in nearest_flags(name, known, self.synonyms))
+        return 'did you mean %s?' % near if near else 'see --help'
+
+    def read_config(self, path: str) -> argparse.Namespace:
+        """The flags of a --config file. A `UserError` names the file and the key."""
+        parsed, known = ParsedFlags(), self._option_string_actions
+        for key, value in args_yaml.read(path).items():
+            shown, flag = '--config %s: %s' % (escape_text(path), escape_text(key)), '--' + key.replace('-', '_')
+            if flag in ('--help', '--config'):
+                raise UserError('%s: this one works on the command line only' % shown)
+            if flag not in known:
+                raise UserError('%s: no flag has this name; %s' % (shown, self.suggest(key)))
+            if value is None:  # null, the default
+                continue
+            if known[flag].nargs == 0:
+                flag, value = self.bool_option(known[flag], value, shown), []
+            elif isinstance(value, list) != (known[flag].nargs is not None):
+                raise UserError('%s: it takes %s' % (shown, 'one value, not a list' if known[flag].nargs is None else
+                                                     'a list of numbers, as in [0.9, 0.999]'))
+            try:
+                args = [flag + '=' + value] if isinstance(value, str) else [flag] + value
+                if self.parse_known_args(normalize_argv(args), parsed)[1]:
+                    raise UserError('%d values are too many' % len(value))
+            except UserError as error:
+                text = str(error)
+                raise UserError('%s: %s' % (shown, text[len(flag) + 2:] if text.startswith(flag + ': ') else text)) \
+                    from None
+        return parsed
+
+    def bool_option(self, action: argparse.Action, value: Any, shown: str) -> str:
+        """The option that sets a boolean flag to a file's `value`."""
+        if str(value).lower() not in ('true', 'false'):
+            raise UserError('%s: it must be true or false, got %r' % (shown, value))
+        wanted = action.const if str(value).lower() == 'true' else not action.const
+        return next(each.option_strings[0] for each in self._actions
+                    if each.dest == action.dest and each.const is wanted)
+
+
+OF_FOLDER = ('log_dir', 'resume', 'auto_resume', 'start_epoch', 'results_file')  # valid for one output_dir only
+
+
+def drop_flags_of_folder(config: argparse.Namespace, output_dir: Optional[str]) -> None:
+    """Drop a --config file's flags that are valid for its output_dir only, if the command line names another.
+
+    Args:
+        config: the flags of the file.
+        output_dir: the command line's, or None.
+    """
+    theirs = getattr(config, 'output_dir', '')
+    if output_dir is None or not theirs or output_dir and os.path.realpath(output_dir) == os.path.realpath(theirs):
+        return
+    evaluates = getattr(config, 'eval', False)  # then --resume names the checkpoint to evaluate
+    dropped = {name: vars(config).pop(name) for name in OF_FOLDER
+               if hasattr(config, name) and not (name == 'resume' and evaluates)}
+    shown = ['--%s%s' % (name, '' if value is True else ' ' + escape_text(str(value)))
+             for name, value in dropped.items() if value]
+    from beit.distributed import process_group  # imports PyTorch
+    if shown and process_group.is_error_reporter():
+        log_main('Not taken from --config, because they belong to its output_dir %s: %s'
+                 % (escape_text(theirs), ', '.join(shown)))
+
+
+def normalize_argv(args: List[str]) -> List[str]:
+    """Replace `-` by `_` in flags; refuse arguments that argparse would misread or drop."""
+    for arg in args:
+        if '\0' in arg:
+            raise UserError('%r: a flag cannot hold a NUL character' % arg)
+        if re.match(r'--[^=]+=--$', arg):
+            raise UserError('%s: -- is not a value' % arg)
+    return [re.sub(r'^--[^=]+', lambda flag: '--' + flag.group()[2:].replace('-', '_'), arg) for arg in args]
+
+
+def was_restarted() -> bool:
+    """Whether torchrun (--max_restarts) or SLURM (--requeue) has restarted this program, which then must resume."""
+    return any(os.environ.get(name, '0') not in ('', '0') for name in ('TORCHELASTIC_RESTART_COUNT',
+                                                                       'SLURM_RESTART_COUNT'))
+
+
+# ---- kinds of flags
+
+def bounded_number(kind: Callable[[str], Any], low: Optional[float] = None, high: Optional[float] = None,
+                   above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: an int or float from `low` (or above it) to `high`."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError('%r is not %s' % (text, 'a whole number' if kind is int else 'a number'))
+        if value != value or value in (float('inf'), float('-inf')):
+            raise argparse.ArgumentTypeError('%r is not a finite number' % text)
+        if low is not None and (value <= low if above else value < low):
+            raise argparse.ArgumentTypeError('must be %s %s, got %s' % ('above' if above else 'at least', low, text))
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError('must be at most %s, got %s' % (high, text))
+        return value
+    return parse
+
+
+def add_bool_flag(group: Any, name: str, default: bool, help: str, off: Optional[str] = None) -> None:
+    """Add a boolean flag: --name turns it on, --no_name (or `off`, unless empty) turns it off."""
+    off = 'no_' + name if off is None else off
+    group.add_argument('--' + name, action='store_true', default=default,
+                       help='%s (%s)' % (help, 'on; off by --' + off if default else 'off'))
+    if off:
+        group.add_argument('--' + off, action='store_false', dest=name, help=argparse.SUPPRESS)

@@ -1,0 +1,145 @@
+"""Checks of a training's or an evaluation's flags before slow work starts."""
+
+import argparse
+import importlib.util
+import os
+
+import flags
+import modeling_finetune
+import optim_factory
+from beit import model_spec, startup
+from beit.checkpoint import discovery, hf_names, pretrained
+from beit.config import DistributedConfig, InputConfig, MixupConfig, TransformConfig
+from beit.data import locations, transforms
+from beit.devices import accelerator, half_precision, kernels, profiler
+from beit.distributed import process_group
+from beit.errors import UserError, escape_text, unknown_value_error
+from beit.files import run_folder
+from beit.training import losses, metrics
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Check the flags before slow work starts. Raises `UserError`."""
+    check_model(args)
+    check_augmentation(args)
+    check_schedule(args)
+    if not flags.evaluates_checkpoint(args):  # else the checkpoint may name the data set
+        locations.check_paths(flags.config_from(args, InputConfig))
+    check_compute(args)
+    check_optimizer(args)
+    check_evaluation(args)
+    check_weights(args)
+    check_outputs(args)
+
+
+def check_model(args: argparse.Namespace) -> None:
+    if not flags.evaluates_checkpoint(args):
+        model_spec.check_architecture(args.model, args.input_size)
+    elif args.model not in modeling_finetune.MODELS:
+        raise unknown_value_error('--model', args.model, modeling_finetune.MODELS)
+    if args.class_names and not (args.eval and (args.resume or args.finetune)):
+        raise UserError('--class_names %s: it belongs to --eval --resume; a training takes the names of its data'
+                        % escape_text(args.class_names))
+
+
+def check_augmentation(args: argparse.Namespace) -> None:
+    transforms.check_policy(args.aa)
+    transforms.check_backend(flags.config_from(args, TransformConfig))
+    if args.resplit:
+        raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
+    if transforms.uses_mixup(flags.config_from(args, MixupConfig)) and args.batch_size % 2 and not args.eval:
+        raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
+    for flag in ('mixup', 'cutmix'):
+        if 0 < getattr(args, flag) < 1e-6:  # NumPy's beta distribution gives no number there
+            raise UserError('--%s %g: an alpha below 1e-6 mixes nothing; 0 turns it off' % (flag, getattr(args, flag)))
+    if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+        raise UserError('--cutmix_minmax %g %g: the first must be below the second' % tuple(args.cutmix_minmax))
+    if args.class_weights and not args.eval:
+        losses.check_weights(args.class_weights)
+
+
+def check_schedule(args: argparse.Namespace) -> None:
+    if args.warmup_steps <= 0 and args.warmup_epochs > args.epochs:
+        raise UserError('--warmup_epochs %d is longer than --epochs %d; give --warmup_epochs=%d or fewer'
+                        % (args.warmup_epochs, args.epochs, args.epochs))
+    if args.start_epoch >= args.epochs:
+        raise UserError('--start_epoch %d: --epochs %d leaves nothing to train; raise --epochs'
+                        % (args.start_epoch, args.epochs))
+    if args.early_stop and args.disable_eval_during_finetuning:
+        raise UserError('--early_stop %d: --disable_eval_during_finetuning evaluates nothing to stop by; leave one of '
+                        'them out' % args.early_stop)
+
+
+def check_compute(args: argparse.Namespace) -> None:
+    """The device, and what it can do."""
+    _, processes, local_rank = process_group.launch_environment(flags.config_from(args, DistributedConfig))
+    if args.world_size > 1 and processes == 1:
+        raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
+                        '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))
+    # Too few devices are an error of all processes of a machine, so that none waits for one that cannot come.
+    highest = os.environ.get('LOCAL_WORLD_SIZE', '1')
+    device = accelerator.find_device(
+        args.device, max(local_rank, int(highest) - 1) if highest.isdigit() else local_rank, processes)
+    if device.type == 'cpu' and not flags.evaluates_checkpoint(args):
+        half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
+    if args.cann_prof:
+        profiler.check_cann_profiler()
+    if args.compile:
+        kernels.check_compile(device)
+        if args.skip_dropped == 'on':
+            raise UserError('--skip_dropped on: it changes shapes from step to step, and --compile needs one; leave '
+                            'one of them out')
+
+
+def check_optimizer(args: argparse.Namespace) -> None:
+    if args.opt_betas is not None and len(args.opt_betas) != 2:
+        raise UserError('--opt_betas %s: give 2 numbers, as in --opt_betas 0.9 0.999'
+                        % ' '.join(map(str, args.opt_betas)))
+    if not args.eval:
+        optim_factory.check_optimizer(args.opt, args.momentum)
+    if args.unfreeze_epoch:
+        check_unfreezing(args)
+
+
+def check_unfreezing(args: argparse.Namespace) -> None:
+    flag = '--unfreeze_epoch %d: ' % args.unfreeze_epoch
+    if not args.freeze_backbone:
+        raise UserError(flag + 'it needs --freeze_backbone, without which nothing is frozen')
+    if args.unfreeze_epoch >= args.epochs and not args.eval:
+        raise UserError(flag + '--epochs %d ends before; lower it, or leave it out to train the head alone'
+                        % args.epochs)
+    if 'fused' in args.opt.lower() or optim_factory.optimizer_class(args.opt)[0].__name__ == 'NovoGrad':
+        raise UserError(flag + '--opt %s looks for gradients in its first step and for no others later; use '
+                        '--opt adamw, or two runs, the second with --finetune' % args.opt)
+
+
+def check_evaluation(args: argparse.Namespace) -> None:
+    for flag in ('results_file', 'real_labels'):
+        if getattr(args, flag) and not args.eval:
+            raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
+    if args.results_file:
+        metrics.check_results_file(args.results_file)
+        run_folder.check_writable('--results_file', args.results_file, is_file=True)
+    if args.real_labels and not os.path.isfile(args.real_labels):
+        raise UserError('--real_labels %s: no such file' % args.real_labels)
+    if args.eval and not (args.resume or args.finetune):
+        raise UserError('--eval needs --resume: the checkpoint to evaluate, or the folder that holds it')
+
+
+def check_weights(args: argparse.Namespace) -> None:
+    """The files that a run starts from."""
+    if not args.eval:
+        pretrained.check_finetune(args.finetune)
+    if args.eval and os.path.isfile(os.path.join(args.resume, hf_names.CONFIG)):
+        return
+    if args.resume and not (args.auto_resume and args.output_dir and discovery.list_checkpoints(args.output_dir)):
+        discovery.candidates(args.resume)  # else it may have been removed since, and isn't needed
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    if args.report and not args.output_dir:
+        raise UserError('--report needs --output_dir, the folder for report.html')
+    if args.log_dir and importlib.util.find_spec('tensorboardX') is None:
+        raise UserError('--log_dir %s needs tensorboardX; %s' % (args.log_dir, startup.pip_install('tensorboardX')))
+    for flag, folder in (('--output_dir', args.output_dir), ('--log_dir', args.log_dir)):
+        run_folder.check_writable(flag, folder)
