@@ -21,7 +21,7 @@ def workers_that_fit(wanted: int, *batch_bytes: int) -> int:
     Containers often have little shared memory (docker: 64 MB); SIGBUS kills a process that exceeds it.
 
     Args:
-        batch_bytes: the images of a batch, for each loader with so many processes.
+        batch_bytes: the size of the images of a batch, for each loader.
     """
     workers = min(wanted, _by_files(len(batch_bytes), wanted))
     try:
