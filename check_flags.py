@@ -158,7 +158,7 @@ def check_evaluation(args: argparse.Namespace) -> None:
             raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
     if args.results_file:
         metrics.check_results_file(args.results_file)
-        run_folder.check_writable('--results_file', os.path.dirname(args.results_file))
+        run_folder.check_writable('--results_file', args.results_file, is_file=True)
     if args.real_labels and not os.path.isfile(args.real_labels):
         raise UserError('--real_labels %s: no such file' % args.real_labels)
     if args.eval and not (args.resume or args.finetune):

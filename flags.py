@@ -306,7 +306,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('mixup_mode', 'batch', 'unit of one mixing ratio: batch, pair, elem', choices=('batch', 'pair', 'elem')),
     ),
     (TRAINING, 'fine-tuning'): (
-        Flag('finetune', '', 'weights: file, folder, URL, published name, hf-hub:NAME',
+        Flag('finetune', '', 'weights: file, folder, URL, name, hf-hub:NAME',
              shown='empty: from scratch',
              synonyms='pretrained initial_checkpoint', affects_results=False),
         Flag('model_key', 'model|module', 'keys of the weights in the file; the first one found counts',

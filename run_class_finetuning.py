@@ -51,7 +51,7 @@ from beit.data.transforms import EvalTransform
 from beit.data.unreadable import LIST, UnreadableFiles
 from beit.devices import accelerator, half_precision, kernels
 from beit.distributed import collectives, preemption, process_group, watchdog
-from beit.errors import UserError, escape_text
+from beit.errors import UserError, escape_text, required_output
 from beit.files import run_folder
 from beit.model_spec import ModelSpec
 from beit.outputs import run_log, start_table
@@ -110,7 +110,8 @@ class Learner:
 def main(args: argparse.Namespace, signals: preemption.Signals) -> None:
     check_args(args)
     if args.check_data:
-        check_data(args)
+        with required_output('the result of --check_data'):
+            check_data(args)
         return
     device = start(args)
     with run_folder.locked(args.output_dir, device):
@@ -128,8 +129,9 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
     learner = build_learner(args, data, checkpoint, device, dtype)
     report = build_report(args, output, data, learner)
     if args.eval:
-        start_table.show(report.environment, output.flags, data.classes, learner.attention)
-        evaluate_only(args, output, data, learner, report, checkpoint)
+        with required_output('' if args.output_dir or args.results_file else 'the figures of the evaluation'):
+            start_table.show(report.environment, output.flags, data.classes, learner.attention)
+            evaluate_only(args, output, data, learner, report, checkpoint)
         return
 
     run_state = resume(args, data, learner, checkpoint)
@@ -419,6 +421,14 @@ def resume(args: argparse.Namespace, data: Data, learner: Learner,
         log.log_main(comparison.resume_message(comparison.resume_differences(content, run, without_effect())))
         if source == args.resume or not discovery.is_inside(source, args.output_dir):
             run_state.origin = args.resume
+        run_state.val_set = run_state.val_set or comparison.evaluation_id(
+            comparison.saved_data(content), checkpoint.spec, model_spec.saved_args(content).get('test_flip', False))
+    val_set = comparison.evaluation_id(run.data, data.spec, args.test_flip)
+    if run_state.best and val_set and run_state.val_set not in ('', val_set):
+        run_state.best, run_state.stale = {}, 0
+        log.log_main('The best figure starts again: that of %s is of other validation images or another preprocessing'
+                     % escape_text(source))
+    run_state.val_set = val_set or run_state.val_set
     run_state.run = comparison.facts_of(run)
     run_state.data = comparison.data_to_save(run.data, getattr(data.train_set, 'held_out', None))
     return run_state
@@ -432,6 +442,16 @@ def prepare_folder(args: argparse.Namespace, source: str, run_state: training_st
         if source == args.resume and process_group.is_main_process():
             later = discovery.later_checkpoints(source, (run_state.epoch, run_state.steps))
     run_folder.prepare_folder(args.output_dir, keep, later)
+    if run_state.best and args.output_dir and args.save_ckpt and not keep and process_group.is_main_process():
+        copied = discovery.copy_best(source, args.output_dir, run_state.best)
+        if copied:
+            log.log_main('Copied the best checkpoint so far from the folder of %s: %s' % (
+                escape_text(source), ', '.join('%s %.3f%%' % item for item in sorted(copied.items()))))
+        missing = {name: best for name, best in run_state.best.items() if name not in copied}
+        if missing:
+            run_state.best, run_state.stale = copied, 0
+            log.log_main('The best figure starts again: beside %s is no checkpoint of %s' % (
+                escape_text(source), ' or '.join('%s %.3f%%' % item for item in sorted(missing.items()))))
 
 
 def update_freezing(args: argparse.Namespace, model: Any, epoch: int) -> bool:
@@ -617,7 +637,7 @@ def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learne
             state.stale += is_due and is_whole  # as in a run without a stop
         state.stale = 0 if improved else state.stale
         run_log.record(args.output_dir, writer, epoch, count_parameters(learner.model), train_stats, test_stats,
-                       ema_stats)
+                       ema_stats, state.val_set)
         log.log_epoch(epoch, args.epochs, train_stats, primary_percent(test_stats, state.best),
                       throughput.since(steps_before).images_per_second, time.time() - begun)
         report.after_epoch(writer, epoch, discovery.BEST in improved)

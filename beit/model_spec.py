@@ -233,8 +233,8 @@ def read_class_names(path: str, flag: str = '--class_names') -> List[str]:
 
 
 def shorten_names(names: Iterable[str], most: int = 6, divider: str = ', ') -> str:
-    """The first `most` names, escaped, and the number of the others."""
-    shown = list(map(escape_text, names))
+    """The first `most` names, escaped, and the number of the others. Names that hold the divider are in quotes."""
+    shown = ['"%s"' % name if divider.strip() in name else name for name in map(escape_text, names)]
     return divider.join(shown[:most] + ['… and %d more' % (len(shown) - most)] * (len(shown) > most))
 
 

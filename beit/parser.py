@@ -7,7 +7,7 @@ import sys
 from typing import Any, Callable, Container, Dict, FrozenSet, Iterable, List, Optional
 
 from beit import recipes
-from beit.errors import UserError, escape_text, nearest
+from beit.errors import UserError, escape_text, nearest, print_line, required_output
 from beit.log import log_main
 from beit.outputs import args_yaml
 
@@ -65,6 +65,10 @@ class OneLineParser(argparse.ArgumentParser):
         message = re.sub('^argument (?=--)', '', message)
         raise UserError(re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", lambda found: 'unknown value %s; it must '
                                'be one of %s' % (found.group(1), found.group(2).replace("'", '')), message))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with required_output('the help'):
+            print_line(message.rstrip('\n'))
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = normalize_argv(sys.argv[1:] if args is None else list(args))

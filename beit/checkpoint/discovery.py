@@ -202,5 +202,22 @@ def finish_save(path: str, content: Any) -> None:
                 weights_file.save(os.path.join(os.path.dirname(path), later), content)
 
 
+def copy_best(source: str, folder: str, best: Dict[str, float]) -> Dict[str, float]:
+    """Copy the checkpoints of the best figures so far from the folder of `source`. Returns the figures that have one.
+
+    Args:
+        best: the figures by name, as `source` holds them.
+    """
+    copied = {}
+    for figure, value in best.items():
+        name, content = BEST_EMA if figure.startswith('ema_') else BEST, None
+        with contextlib.suppress(UserError):  # missing or damaged
+            content = load_weights_file(os.path.join(os.path.dirname(source), name))
+        if isinstance(content, dict) and (content.get('accuracy') or {}).get(figure) == value:
+            weights_file.save(os.path.join(folder, name), content)
+            copied[figure] = value
+    return copied
+
+
 def _name_and_position(path, content):
     return [os.path.basename(path)] + list(position_in_content(content) if isinstance(content, dict) else (-1, -1))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from beit import model_spec, weights
 from beit.checkpoint import hf_names
 from beit.errors import UserError, escape_text
-from beit.files.weights_file import load_weights_file
+from beit.files.weights_file import EXPORTED_PROGRAM, load_weights_file
 from beit.log import log_main
 
 DEFAULT_KEYS = 'model|module'
@@ -23,8 +23,7 @@ def refuse_exports(flag: str, source: str) -> None:
     """Raise a `UserError` for an exported program (ONNX, torch.export, TorchScript), by its ending."""
     exported = next((ending for ending in ('.onnx', '.pt2', '.torchscript.pt') if source.endswith(ending)), '')
     if exported:
-        raise UserError('%s %s: %s is an exported program, not weights; give the checkpoint that it was exported '
-                        'from, a .safetensors file or a Hugging Face folder' % (flag, escape_text(source), exported))
+        raise UserError('%s %s: %s is %s' % (flag, escape_text(source), exported, EXPORTED_PROGRAM))
 
 
 def check_finetune(source: str) -> None:
