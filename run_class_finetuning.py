@@ -64,6 +64,7 @@ from beit.training.losses import build_criterion
 from beit.training.metrics import (
     best_figures,
     build_metrics,
+    primary_metric,
     primary_percent,
     summary_figures,
     write_results,
@@ -542,8 +543,9 @@ def evaluate_only(args: argparse.Namespace, output: OutputConfig, data: Data, le
         report.draw_confusions(writer, epoch)
         writer.close()
     report.of_weights(source)
-    report.finish(dict(figures, ema_accuracy=ema_stats and ema_stats.get('acc1'), bad_images=len(bad_images.listed),
-                       **speed_figures(throughput, time.time() - started)))
+    figure = primary_metric(stats)
+    report.finish(dict(figures, **{'ema_' + figure.summary: ema_stats and ema_stats[figure.name]},
+                       bad_images=len(bad_images.listed), **speed_figures(throughput, time.time() - started)))
 
 
 def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_images: UnreadableFiles,
@@ -673,8 +675,8 @@ def finish(args: argparse.Namespace, learner: Learner, monitor: CheckpointMonito
             return  # else the run was killed between its last checkpoint and its summary
     else:
         print_result(throughput, figures)
-    report.finish(dict(figures, ema_accuracy=state.best.get('ema_accuracy'), epochs=epochs,
-                       bad_images=len(monitor.bad_images.listed), **speed_figures(throughput, time.time() - started)))
+    report.finish(dict(figures, epochs=epochs, bad_images=len(monitor.bad_images.listed),
+                       **speed_figures(throughput, time.time() - started)))
 
 
 def should_stop_early(args: argparse.Namespace, run_state: training_state.RunState, device: torch.device) -> bool:
