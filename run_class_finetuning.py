@@ -86,7 +86,7 @@ class Data:
     spec: ModelSpec
     class_weights: Optional[torch.Tensor]  # in the loss, float32 (classes,)
     steps_per_epoch: int  # updates; 0 for an evaluation
-    outputs: Optional[List[int]] = None  # those of the checkpoint that --robust_test keeps; None: all
+    outputs: Optional[List[int]] = None  # the checkpoint's outputs that --robust_test keeps; None: all
     train_loader: Any = None
     val_loader: Any = None
 
@@ -269,10 +269,10 @@ def build_spec(args: argparse.Namespace, inputs: InputConfig, dataset: Any, clas
 
 def match_classes(known: ModelSpec, source: str, classes: Sequence[str], trains: bool = False
                   ) -> Tuple[ModelSpec, List[int]]:
-    """(the checkpoint's spec, which output each class of the data is); a line says what is assumed."""
+    """(the checkpoint's spec, the output of each class of the data); a line names an assumption."""
     wnids = [] if known.has_class_names else model_spec.imagenet_wnids(len(known.classes), classes)
     if wnids:
-        log.log_main('%s does not name its 1000 outputs: they are taken to be ImageNet\'s classes, as the folders are'
+        log.log_main('%s does not name its 1000 outputs; assuming ImageNet\'s classes, because the folders have their names'
                      % escape_text(source))
         known = known.with_class_names(wnids, source)
     places, message = model_spec.match_classes(known, source, classes, trains)
@@ -285,7 +285,7 @@ def subset_outputs(args: argparse.Namespace, checkpoint: CheckpointWeights, clas
     """The outputs of the checkpoint that --robust_test evaluates on, in the order of the data's classes."""
     for what, count in (('the data has', len(classes)), ('--nb_classes is', args.nb_classes or ROBUST_CLASSES)):
         if count != ROBUST_CLASSES:
-            raise UserError('--robust_test %s: that set has %d classes, and %s %d; mend that, or leave the flag out'
+            raise UserError('--robust_test %s: that set has %d classes, and %s %d; correct that, or leave the flag out'
                             % (args.robust_test, ROBUST_CLASSES, what, count))
     known, outputs = match_classes(checkpoint.spec, checkpoint.source, classes)
     log.log_main('Evaluated on the logits of %d of the %d classes of %s (--robust_test %s)' % (

@@ -105,7 +105,7 @@ class OneLineParser(argparse.ArgumentParser):
         return 'did you mean %s?' % near if near else 'see --help'
 
     def add_recipe(self, config: Any, parsed: argparse.Namespace, typed: FrozenSet[str]) -> str:
-        """Add the flags of --recipe to those of --config, which win unless --recipe is typed. Returns its name."""
+        """Add a recipe's flags to a --config file's, which win unless --recipe is typed. Returns the recipe's name."""
         name = parsed.recipe if 'recipe' in typed else getattr(config, 'recipe', '')
         if not name:
             return ''

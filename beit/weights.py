@@ -8,6 +8,7 @@ import re
 import sys
 from typing import List, NamedTuple, Optional
 
+from beit import startup
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text, print_error
 from beit.files import download, weights_file
@@ -88,7 +89,7 @@ def is_remote(source: str) -> bool:
 def resolve(source: str, flag: str) -> str:
     """The local path of weights: of a published name, an address of the Hub (then a folder), a URL; or the path itself.
 
-    The first process downloads what is not here yet. `flag` is what errors name.
+    The first process downloads the missing files. Errors name `flag`.
 
     Raises:
         UserError: the download fails, or the file holds other weights than its name says.
@@ -127,7 +128,7 @@ def check_content(known: Weights, path: str, shown: str) -> None:
                        ('head.weight', known.classes)):
         found = len(state.get(name, ()))
         if rows and found and found != rows:
-            raise UserError('%s: what %s sent is not these weights: %s has %d rows, not %d; fetch the file yourself '
+            raise UserError('%s: %s sent other weights: %s has %d rows, not %d; fetch the file yourself '
                             'and give its path' % (shown, known.url, name, found, rows))
 
 
@@ -138,7 +139,7 @@ def resolve_hub(source: str, flag: str) -> str:
         import huggingface_hub
         from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
-        raise UserError('%s needs huggingface_hub; run: pip install huggingface_hub' % shown) from None
+        raise UserError('%s needs huggingface_hub; %s' % (shown, startup.pip_install('huggingface_hub'))) from None
     repository, _, revision = source[len(HUB):].partition('@')
 
     def fetch(name: str) -> str:

@@ -137,7 +137,7 @@ def test_a_published_evaluation_gives_the_accuracy_of_the_named_classes(command,
     figures = re.search(r'\* Acc@1 \S+ Acc@5 (\S+) loss (\S+)', out)
     assert float(figures.group(2)) == pytest.approx(loss, rel=1e-3)
     assert float(figures.group(1)) == pytest.approx(100 * top5, abs=100 / len(chosen) + 0.01)
-    assert "they are taken to be ImageNet's classes" in out
+    assert "assuming ImageNet's classes" in out
     if robust:
         assert 'Evaluated on the logits of 200 of the 1000 classes' in out and '--robust_test imagenet_r' in out
 
@@ -229,7 +229,7 @@ def test_disable_qkv_bias_leaves_the_bias_out_and_is_kept(tmp_path, capsys):
     assert not any('q_bias' in name for name in loaded.model.state_dict())
     assert loaded.spec.architecture.qkv_bias is False
     images = torch.randn(2, 3, 32, 32)
-    block = loaded.model.blocks[0].attn  # plain attention without any bias of its own
+    block = loaded.model.blocks[0].attn  # plain attention without a bias
     q, k, v = block.queries_keys_values(loaded.model.patch_embed(images))
     expected = loaded.model.patch_embed(images) @ block.qkv.weight.t()
     assert torch.allclose(torch.cat([each.transpose(1, 2).flatten(2) for each in (q, k, v)], -1), expected, atol=1e-6)

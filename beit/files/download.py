@@ -84,10 +84,10 @@ def fetch(address: str, path: str, shown: str, wanted: str = '', check: Optional
 
 
 def _download(address: str, path: str, wanted: str, shown: str, check: Optional[Callable[[str], None]] = None) -> None:
-    """Fetch an address to `path`, which appears only when all of it is there and it is what was asked for.
+    """Download an address to `path`, which appears only when the file is complete and passes its checks.
 
-    Where the server can send the rest of a file (a strong ETag, Accept-Ranges), a broken download stays in
-    `path`.part-…, and the next one resumes it.
+    If the server can send the rest of a file (a strong ETag, Accept-Ranges), a broken download stays in `path`.part-…,
+    and the next one resumes it.
     """
     part = ''
     try:
