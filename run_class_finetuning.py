@@ -272,7 +272,7 @@ def match_classes(known: ModelSpec, source: str, classes: Sequence[str], trains:
     """(the checkpoint's spec, the output of each class of the data); a line names an assumption."""
     wnids = [] if known.has_class_names else model_spec.imagenet_wnids(len(known.classes), classes)
     if wnids:
-        log.log_main('%s does not name its 1000 outputs; assuming ImageNet\'s classes, because the folders have their names'
+        log.log_main('%s does not name its 1000 outputs; assuming ImageNet\'s classes, as the folders\' names are'
                      % escape_text(source))
         known = known.with_class_names(wnids, source)
     places, message = model_spec.match_classes(known, source, classes, trains)
