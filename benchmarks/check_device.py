@@ -238,6 +238,12 @@ def distance(found, expected):
     return value if math.isfinite(value) else math.inf
 
 
+def apart(found, expected):
+    """The largest distance of two {name: tensor}; inf if a number is not finite."""
+    farthest = [(found[name].double() - value.double()).abs().max().item() for name, value in expected.items()]
+    return max(value if math.isfinite(value) else math.inf for value in farthest)
+
+
 def numerics(check, size, dtype):
     """Logits and every gradient against float64 on the CPU."""
     if check.half_problem(dtype):
@@ -415,7 +421,7 @@ def overflow_is_skipped(check, by_apex=False):
         good = Batches(batch for place, batch in enumerate(batches) if place not in OVERFLOWING)
         skipped, weights = train_with_overflow(check, dtype, OVERFLOWING, batches, by_apex)
         _, expected = train_with_overflow(check, dtype, (), good, by_apex)
-    farthest = max((weights[name] - value).abs().max().item() for name, value in expected.items())
+    farthest = apart(weights, expected)
     return (PASS if skipped == len(OVERFLOWING) and farthest <= 1e-3 else FAIL,
             '%d of %d skipped' % (skipped, len(OVERFLOWING)),
             'weights differ by %.1e from a training without these batches (limit 1e-3); O2 %s; %s' % (
@@ -446,9 +452,8 @@ def optimizer(check, name):
             mine.grad.copy_(gradient)
         found.step()
         expected.step()
-    way = [(each.detach() - before).norm() for each, before in zip(plain.parameters(), start)]
-    farthest = max(((mine.detach().cpu() - theirs.detach()).norm() / length).item()
-                   for mine, theirs, length in zip(model.parameters(), plain.parameters(), way))
+    farthest = max(distance(mine.detach().cpu() - before, theirs.detach() - before)
+                   for mine, theirs, before in zip(model.parameters(), plain.parameters(), start))
     return (PASS if farthest <= OPTIMIZER_LIMIT else FAIL, 'largest distance %.1e' % farthest,
             'limit %.0e; %s' % (OPTIMIZER_LIMIT, about))
 
@@ -502,8 +507,7 @@ def several_devices(check):
     one, several = found
     images = [row[0] for row in several['evaluations']]
     far = dict(losses=max(abs(mine - theirs) for mine, theirs in zip(several['losses'], one['losses'])),
-               weights=max((weights[1][name].double() - value.double()).abs().max().item()
-                           for name, value in weights[0].items()),
+               weights=apart(weights[1], weights[0]),
                evaluation=max(abs(mine[2] - theirs[2]) for mine, theirs in zip(several['evaluations'],
                                                                                one['evaluations'])))
     fine = all(far[name] <= limit for name, limit in DEVICES_LIMIT.items())
