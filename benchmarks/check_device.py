@@ -370,7 +370,7 @@ def optimizer_settings(check, by_apex):
 
 
 def half_training(check, level, dtype, by_apex=False):
-    """The recorded training in half precision: its losses stay near those of float32."""
+    """The recorded training in half precision: its losses stay near the float32 losses."""
     with library(check, dtype, by_apex):
         try:
             half_precision.check_precision(check.device, True, level, dtype)
@@ -808,7 +808,7 @@ def build_parser():
     parser.add_argument('--sections', default=SECTIONS, nargs='+', choices=SECTIONS, metavar='SECTION',
                         help='some of: %s (all)' % ' '.join(SECTIONS))
     parser.add_argument('--size', default='', choices=sorted(SIZES),
-                        help='sizes of the measurements (those of the device)')
+                        help='sizes of the measurements (by device)')
     return parser
 
 

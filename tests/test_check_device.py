@@ -1,5 +1,4 @@
-"""benchmarks/check_device.py: on the CPU, on the emulated NPU with each of its faults, and with a fault in each section.
-"""
+"""benchmarks/check_device.py on the CPU, on the emulated NPU with each of its faults, and with a fault in each section."""
 
 import json
 import os
