@@ -214,6 +214,19 @@ def build_network(name, blocks=0):
     return model
 
 
+@contextlib.contextmanager
+def without_tf32():
+    """Convolutions on a GPU in float32, not in TF32, PyTorch's default for them."""
+    before = getattr(torch.backends.cudnn, 'allow_tf32', None)
+    try:
+        if before:
+            torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        if before:
+            torch.backends.cudnn.allow_tf32 = before
+
+
 def random_batch(model, images):
     generator = torch.Generator().manual_seed(0)
     return (torch.randn((images, 3) + model.patch_embed.img_size, generator=generator),
@@ -465,7 +478,7 @@ LEFTOVERS = (0, 1, 2, 5)  # images beyond equal shares
 
 def process_main(order):
     """One of several processes: evaluates and trains; the first one prints the figures and writes the weights."""
-    device = process_group.init_distributed_mode(DistributedConfig(device=order['device'], dist_timeout=100.))
+    device = process_group.init_distributed_mode(DistributedConfig(device=order['device'], dist_timeout=250.))
     rank, processes = process_group.rank(), process_group.world_size()
     model = build_network(NANO).to(device)
     learner = optim_factory.create_optimizer(model, lr=1e-3)
@@ -502,7 +515,7 @@ def several_devices(check):
             path = os.path.join(folder, '%d.pth' % processes)
             order = dict(device=check.device.type, images=4 * count, path=path)
             found.append(benchmark.run_processes(processes, order, 1 if check.device.type == 'cpu' else None,
-                                                 __file__, 150))
+                                                 __file__, 300))
             weights.append(weights_file.load_weights_file(path))
     one, several = found
     images = [row[0] for row in several['evaluations']]
@@ -680,6 +693,7 @@ def rows_of(check):
     return table + [('files', 'save and load', file_times, ())]
 
 
+MEASUREMENTS = (step_rate, loader_rate, file_times)
 SECTIONS = ('environment', 'numerics', 'attention', 'trajectory', 'half', 'overflow', 'optimizer', 'devices',
             'checkpoint', 'compile', 'step', 'loader', 'files')
 
@@ -689,7 +703,8 @@ def run_row(check, function, arguments):
     if check.device is None and function is not environment:
         return NOT_AVAILABLE, '', 'the device cannot be used'
     try:
-        return function(check, *arguments)
+        with contextlib.nullcontext() if function in MEASUREMENTS else without_tf32():
+            return function(check, *arguments)
     except Unavailable as reason:
         return NOT_AVAILABLE, '', one_line(reason)
     except (Exception, SystemExit) as error:  # a device can fail in any way; the other rows still run
@@ -700,8 +715,11 @@ def run_apart(check, function, arguments):
     """`run_row` in another process: apex changes functions of PyTorch for the rest of a process."""
     order = dict(device=check.name, size=check.size, folder=check.folder, function=function.__name__,
                  arguments=arguments)
-    done = subprocess.run([sys.executable, os.path.abspath(__file__), '_row', json.dumps(order)],
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=300)
+    try:
+        done = subprocess.run([sys.executable, os.path.abspath(__file__), '_row', json.dumps(order)],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        return FAIL, '', 'its process did not end in 300 s'
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         said = (done.stderr.strip().splitlines() or [''])[-1]
@@ -832,7 +850,8 @@ def main(argv=None):
     internal = {'_row': row_main, '_process': process_main}.get(argv[0] if argv else '')
     try:
         if internal:
-            internal(json.loads(argv[1]))
+            with without_tf32():
+                internal(json.loads(argv[1]))
             return 0
         options = parse(argv)
         report = check_device(options)
