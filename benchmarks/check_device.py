@@ -177,6 +177,8 @@ def describe_environment(check):
                 ('*', 'ascend_toolkit_install.info'), ('version.cfg',), ('compiler', 'version.info'),
                 ('runtime', 'version.info'))]) or None,
         'cuda': torch.version.cuda, 'cudnn': torch.backends.cudnn.version() if torch.version.cuda else None,
+        # The report's comparisons turn it off; a user's run has it.
+        'tf32_convolutions': getattr(torch.backends.cudnn, 'allow_tf32', None) if torch.version.cuda else None,
         'torch_npu': package_version('torch_npu'), 'apex': half_precision.find_apex()[1],
         'versions': versions(), 'cpu': benchmark.cpu_name(),
         'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),

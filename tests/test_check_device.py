@@ -1,4 +1,4 @@
-"""benchmarks/check_device.py on the CPU, on the emulated NPU with each of its faults, and with a fault in each section."""
+"""benchmarks/check_device.py: on the CPU, on the emulated NPU with each of its faults, and with a fault in sections."""
 
 import json
 import os
@@ -23,8 +23,8 @@ TINY = ['--size=tiny', '--sections']
 ROW = {'section': str, 'name': str, 'status': str, 'figure': str, 'detail': str, 'seconds': (int, float)}
 REPORT = {'format': int, 'date': str, 'command': list, 'emulated': bool, 'environment': dict, 'sizes': dict,
           'rows': list, 'seconds': (int, float), 'passed': int, 'failed': int, 'not_available': int}
-ENVIRONMENT = {'device', 'device_type', 'devices', 'driver', 'cann', 'cuda', 'cudnn', 'torch_npu', 'apex', 'versions',
-               'cpu', 'cores', 'threads', 'memory_gib', 'saturates'}
+ENVIRONMENT = {'device', 'device_type', 'devices', 'driver', 'cann', 'cuda', 'cudnn', 'tf32_convolutions', 'torch_npu',
+               'apex', 'versions', 'cpu', 'cores', 'threads', 'memory_gib', 'saturates'}
 
 
 def read_report(folder, status):
