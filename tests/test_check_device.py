@@ -123,14 +123,14 @@ def lose_the_bias(monkeypatch):
     def choose(model, *arguments):
         for block in model.blocks:
             block.attn.fused = lambda q, k, v, bias, scale: check_device.modeling_finetune.plain_attention(
-                q, k, v, bias * 0.9, scale)
+                q, k, v, bias * 0., scale)
     monkeypatch.setattr(fused_attention, 'choose_attention', choose)
 
 
-def decay_too_much(monkeypatch):
+def ignore_the_layer_decay(monkeypatch):
     create = optim_factory.create_optimizer
-    monkeypatch.setattr(optim_factory, 'create_optimizer', lambda model, weight_decay=0., **settings: create(
-        model, weight_decay=weight_decay + 0.05, **settings))
+    monkeypatch.setattr(optim_factory, 'create_optimizer', lambda model, **settings: create(
+        model, **dict(settings, layer_decay=1.)))
 
 
 def never_skip(monkeypatch):
@@ -160,7 +160,7 @@ def keep_it_on_the_device(monkeypatch):
 
 FAULTS = [(lose_the_bias, check_device.numerics, ('small', 'float32')),
           (lose_the_bias, check_device.numerics, ('small', 'bfloat16')),
-          (decay_too_much, check_device.golden, ()), (never_skip, check_device.overflow_is_skipped, ()),
+          (ignore_the_layer_decay, check_device.golden, ()), (never_skip, check_device.overflow_is_skipped, ()),
           (step_too_far, check_device.optimizer, ('adamw',)), (round_the_file, check_device.checkpoint, ()),
           (keep_it_on_the_device, check_device.checkpoint, ())]
 
