@@ -65,11 +65,10 @@ BASE, NANO = 'beit_base_patch16_224', 'beit_nano_patch8_32'
 HALVES = ('float16', 'bfloat16')
 DTYPES = ('float32',) + HALVES
 
-# By device type: the sizes of the measurements. A CPU gets smaller ones.
+# By device type: the sizes of the measurements. A CPU, also one that emulates an NPU, gets smaller ones.
 SIZES = {
     'accelerator': dict(base_blocks=12, base_images=4, step_model=BASE, step_images=64, step_seconds=2., step_pairs=3,
-                        loader_images=256, loader_batch=32,
-                        compiled_blocks=4, file_model=BASE),
+                        loader_images=256, loader_batch=32, compiled_blocks=4, file_model=BASE),
     'cpu': dict(base_blocks=3, base_images=1, step_model=BASE, step_images=2, step_seconds=0., step_pairs=2,
                 loader_images=48, loader_batch=16, compiled_blocks=1, file_model=BASE),
     'tiny': dict(base_blocks=1, base_images=1, step_model=NANO, step_images=2, step_seconds=0., step_pairs=1,
@@ -101,7 +100,8 @@ class Check:
             self.device = accelerator.select_device(device_name)
         except UserError as error:
             self.problem = one_line(error)
-        self.size = size or ('cpu' if self.device is None or self.device.type == 'cpu' else 'accelerator')
+        on_cpu = self.device is None or self.device.type == 'cpu' or self.is_emulated()
+        self.size = size or ('cpu' if on_cpu else 'accelerator')
         self.sizes = SIZES[self.size]
         self.float64 = {}  # results of `network_results` in float64
 
@@ -191,9 +191,9 @@ def environment(check):
     detail = '; '.join('%s %s' % (name, found[key] or 'unknown') for name, key in (
         ('driver', 'driver'), ('CANN', 'cann'), ('CUDA', 'cuda'), ('torch_npu', 'torch_npu')) if found[key]
         or name == 'driver' and found['device_type'] != 'cpu') or 'no accelerator'
-    detail += '; torch %s; apex: %s; %d cores; host %s GiB, device %s GiB' % (
-        found['versions']['torch'], found['apex'], found['cores'], found['memory_gib']['host'],
-        found['memory_gib']['device'])
+    detail += '; torch %s; apex: %s; %d cores; %s' % (
+        found['versions']['torch'], found['apex'], found['cores'],
+        ', '.join('%s %s GiB' % pair for pair in found['memory_gib'].items() if pair[1]))
     if check.problem:
         return FAIL, 'no device', check.problem
     if found['saturates']:
