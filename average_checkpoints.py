@@ -66,7 +66,7 @@ def take_best(paths: Sequence[str], most: int, use_ema: bool = False) -> List[st
 
     Epochs without an evaluation do not count.
     """
-    figures = {}
+    figures, val_sets = {}, {}
     for path in paths:
         folder, name = os.path.split(path)
         log = {stats['epoch']: stats for stats in run_folder.read_log(folder)}
@@ -77,12 +77,17 @@ def take_best(paths: Sequence[str], most: int, use_ema: bool = False) -> List[st
         value = next((each for each in values if isinstance(each, (int, float)) and math.isfinite(each)), None)
         if value is not None:
             figures[path] = value
+            if log[epoch].get('val_set'):  # an earlier version did not record it
+                val_sets[log[epoch]['val_set']] = path
     if not figures:
         raise UserError('--best %d: the log.txt beside %s and the other files has no %sacc1 or mAP of their epochs; '
                         'leave --best out, or name the files' % (most, escape_text(paths[0]), prefix))
     if most > len(figures):
         raise UserError('--best %d: of %d checkpoints %d were evaluated; lower it, or train with --save_ckpt_freq 1'
                         % (most, len(paths), len(figures)))
+    if len(val_sets) > 1:
+        raise UserError('--best %d: %s were evaluated on different validation images, or with different preprocessing; '
+                        'name the files without --best' % (most, ' and '.join(map(escape_text, val_sets.values()))))
     chosen = sorted(figures, key=lambda path: -figures[path])[:most]
     for path in chosen:
         print_line('%s: %.3f' % (escape_text(path), figures[path]))
@@ -164,7 +169,7 @@ def main(args: argparse.Namespace) -> None:
     if os.path.lexists(args.output) and not (args.overwrite and os.path.isfile(args.output)):
         raise UserError('--output %s exists; choose another%s' % (
             escape_text(args.output), ', or give --overwrite' if os.path.isfile(args.output) else ''))
-    run_folder.check_writable('--output', os.path.dirname(args.output) or '.')
+    run_folder.check_writable('--output', args.output, is_file=True)
     paths = find(args.inputs)
     if args.best:
         paths = take_best(paths, args.best, args.use_ema)

@@ -7,7 +7,7 @@ import os
 import flags
 import modeling_finetune
 import optim_factory
-from beit import model_spec, startup
+from beit import model_spec, startup, weights
 from beit.checkpoint import discovery, hf_names, pretrained
 from beit.config import DistributedConfig, InputConfig, MixupConfig, TransformConfig
 from beit.data import locations, transforms
@@ -15,11 +15,48 @@ from beit.devices import accelerator, half_precision, kernels, profiler
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text, unknown_value_error
 from beit.files import run_folder
+from beit.log import log_main
 from beit.training import losses, metrics
 
 
+def settle(args: argparse.Namespace) -> None:
+    """Set the flags that others stand for or imply, and log each. Raises `UserError`."""
+    lines = []
+    if args.eval and args.finetune and not args.resume:
+        args.resume, args.finetune = args.finetune, ''
+        lines.append('--eval --finetune: evaluated as --resume %s' % escape_text(args.resume))
+    elif args.eval and {'resume', 'finetune'} <= args.typed and args.finetune:
+        raise UserError('--finetune %s: --eval evaluates --resume; leave one of them out' % escape_text(args.finetune))
+    known = weights.published(args.resume if args.eval else args.finetune)
+    for name in ('model', 'input_size'):
+        if known and name not in args.given and getattr(args, name) != getattr(known, name):
+            setattr(args, name, getattr(known, name))
+            lines.append('--%s %s, as %s' % (name, getattr(args, name), known.name))
+    if modeling_finetune.input_statistics(args.model)[0] != modeling_finetune.INPUT_MEAN and not (
+            args.imagenet_default_mean_and_std or 'imagenet_default_mean_and_std' in args.given):
+        args.imagenet_default_mean_and_std = True
+        lines.append('--imagenet_default_mean_and_std, as --model %s' % args.model)
+    if args.enable_deepspeed:
+        vars(args).update((name, value) for name, value in flags.DEEPSPEED.items() if name not in args.given)
+        args.given |= set(flags.DEEPSPEED)
+        lines.append('--enable_deepspeed: the same computation without DeepSpeed, %s'
+                     % ' '.join('--%s=%s' % (name, getattr(args, name)) for name in flags.DEEPSPEED))
+    if 'lr' in args.typed:
+        if 'blr' in args.typed and args.blr:
+            raise UserError('--blr %g: --lr is given too; leave one of them out' % args.blr)
+        args.blr = 0.
+    if args.blr:
+        processes = process_group.launch_environment(flags.config_from(args, DistributedConfig))[1]
+        images = args.batch_size * args.update_freq * processes
+        args.lr = args.blr * images / 256
+        lines.append('--lr %g: --blr %g x %d images an update / 256' % (args.lr, args.blr, images))
+    for line in lines if process_group.is_error_reporter() else ():
+        log_main(line)
+
+
 def check_args(args: argparse.Namespace) -> None:
-    """Check the flags before slow work starts. Raises `UserError`."""
+    """`settle` the flags, and check them before slow work starts. Raises `UserError`."""
+    settle(args)
     check_model(args)
     check_augmentation(args)
     check_schedule(args)
@@ -114,12 +151,14 @@ def check_unfreezing(args: argparse.Namespace) -> None:
 
 
 def check_evaluation(args: argparse.Namespace) -> None:
-    for flag in ('results_file', 'real_labels'):
+    if args.eval and 'recipe' in args.typed and args.recipe:
+        raise UserError('--recipe %s: it belongs to training; leave it out of --eval' % escape_text(args.recipe))
+    for flag in ('results_file', 'real_labels', 'robust_test'):
         if getattr(args, flag) and not args.eval:
             raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
     if args.results_file:
         metrics.check_results_file(args.results_file)
-        run_folder.check_writable('--results_file', os.path.dirname(args.results_file))
+        run_folder.check_writable('--results_file', args.results_file, is_file=True)
     if args.real_labels and not os.path.isfile(args.real_labels):
         raise UserError('--real_labels %s: no such file' % args.real_labels)
     if args.eval and not (args.resume or args.finetune):

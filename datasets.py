@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torchvision import datasets as torchvision_datasets
 
+from beit import model_spec
 from beit.config import DataConfig, InputConfig
 from beit.data import csv_dataset, locations, subsets
-from beit.data.class_folders import log_similar_names
+from beit.data.class_folders import log_similar_names, normalize
 from beit.data.decode import UnreadableImage
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
 from beit.data.image_dataset import ImageDataset, ImageFolder, label_source
@@ -113,12 +114,27 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
             raise UserError('--data_path: train and val must name the same classes; %s' % differ)
     classes = train_classes or val_classes or []
     log_similar_names(classes)
+    if config.image_folder_class_index_file:
+        train, val, classes = order_classes(train, val, classes, config.image_folder_class_index_file)
     if train is not None and config.max_train_samples:
         train = limit_samples(train, config)
     if config.nb_classes and config.nb_classes != len(classes):
         raise UserError('--nb_classes %d: the data has %d classes; leave the flag out, or correct the data'
                         % (config.nb_classes, len(classes)))
     return train, val, classes
+
+
+def order_classes(train: Any, val: Any, classes: Sequence[str], path: str) -> Tuple[Any, Any, List[str]]:
+    """(training set, validation set, classes) in the order of the class names in a file, which may name more."""
+    flag = '--image_folder_class_index_file'
+    names = [normalize(name) for name in model_spec.read_class_names(path, flag)]
+    unknown = sorted(set(classes) - set(names))
+    if unknown:
+        raise UserError('%s %s: it does not name the class folders %s; add them to the file'
+                        % (flag, escape_text(path), model_spec.shorten_names(unknown)))
+    place = {name: index for index, name in enumerate(names)}
+    return tuple(each and relabel(each, [place[name] for name in classes], names)
+                 for each in (train, val)) + (names,)  # type: ignore[return-value]
 
 
 def check_fits(val_set: Any) -> None:
@@ -178,8 +194,9 @@ def build_loaders(config: InputConfig, train: Any, val: Any, device: Optional[to
     evaluation, device = EvalTransform.from_config(config), device or torch.device('cpu')
     train_loader = val_loader = None
 
-    # Workers of training stay alive while the others load their larger batches: together 2.5 times the batch size.
-    num_workers = workers_that_fit(config.num_workers, int(2.5 * config.batch_size) * 3 * config.input_size ** 2)
+    # Workers of training stay alive while the others load their batches.
+    sizes = [config.batch_size] * (train is not None) + [int(1.5 * config.batch_size)] * (val is not None)
+    num_workers = workers_that_fit(config.num_workers, *(size * 3 * config.input_size ** 2 for size in sizes))
 
     def load(samples: SampleDataset, **options: Any) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(samples, **options, **loader_kwargs(

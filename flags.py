@@ -114,6 +114,8 @@ UNLABELLED = 'weights without metadata'
 TRAINED = dict(help='checkpoint, https URL, or a folder: its best checkpoint', shown='required')
 LAUNCHED = {PREDICT: dict(group='distributed')}
 
+DEEPSPEED = {'amp': True, 'opt_level': 'O2', 'loss_scale': 'dynamic'}  # what --enable_deepspeed stands for
+
 GROUPS = {  # in the order of --help
     TRAINING: ('run', 'model', 'optimizer', 'augmentation', 'fine-tuning', 'data', 'output', 'precision',
                'distributed'),
@@ -166,6 +168,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('output_dir', '', 'folder for checkpoints, log.txt and reports', shown='empty: write none',
              synonyms='output', affects_results=False),
         Flag('config', None, 'read flags from a file, such as args.yaml; the command line wins', metavar='FILE'),
+        Flag('recipe', '', 'published hyper-parameters of recipes/; auto: by model and weights',
+             metavar='NAME', affects_results=False),
         Flag('curves', True, 'draw output_dir/curves.png, at most every 20 s', affects_results=False),
         Flag('report', False, 'write output_dir/report.html: curves, classes, confusions, images',
              affects_results=False),
@@ -188,6 +192,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('real_labels', '', 'with --eval: JSON file of ImageNet\'s reassessed labels', affects_results=False),
         Flag('dist_eval', False, 'split the evaluation among the processes, each image once',
              affects_results=False),
+        Flag('robust_test', None, 'with --eval: evaluate on the 200 classes of imagenet_r or imagenet_a',
+             choices=('imagenet_r', 'imagenet_a'), metavar='SET', affects_results=False),
     ),
     (AVERAGE, 'flags'): (
         Flag('inputs', [], 'checkpoints, or folders with checkpoints of whole epochs', shown='required', nargs='+'),
@@ -228,6 +234,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
                    EXPORT: dict(group='source', default=None, shown='the checkpoint\'s')}),
         Flag('rel_pos_bias', True, 'relative position bias in every block', off='disable_rel_pos_bias'),
         Flag('abs_pos_emb', False, 'learned absolute position embedding'),
+        Flag('qkv_bias', True, 'a bias on queries and values', off='disable_qkv_bias'),
         Flag('attention', 'auto', 'fused, plain, auto (fused on npu and cuda if it agrees with plain)',
              choices=('auto', 'fused', 'plain')),
         Flag('layer_scale_init_value', 0.1, 'layer scale: 0.1 for base, 1e-5 for large, 0 for none', type=rate),
@@ -263,6 +270,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('weight_decay_end', None, 'final weight decay of a cosine schedule', shown='--weight_decay', type=rate),
         Flag('lr', 5e-4, 'learning rate of the last layers, not scaled by the batch size', shown='5e-4',
              type=bounded_number(float, 0, above=True), synonyms='learning_rate base_lr'),
+        Flag('blr', 0., 'learning rate per 256 images of an update, instead of --lr; 0: use --lr', type=rate,
+             affects_results=False),
         Flag('layer_decay', 0.9, 'factor on the learning rate per layer, from the head down; 1: none',
              type=bounded_number(float, 0, 1, above=True)),
         Flag('warmup_lr', 0., 'learning rate at the start of the warm-up', type=rate),
@@ -297,11 +306,13 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('mixup_mode', 'batch', 'unit of one mixing ratio: batch, pair, elem', choices=('batch', 'pair', 'elem')),
     ),
     (TRAINING, 'fine-tuning'): (
-        Flag('finetune', '', 'pretrained weights: file, folder or https URL', shown='empty: from scratch',
+        Flag('finetune', '', 'weights: file, folder, URL, name, hf-hub:NAME',
+             shown='empty: from scratch',
              synonyms='pretrained initial_checkpoint', affects_results=False),
         Flag('model_key', 'model|module', 'keys of the weights in the file; the first one found counts',
              affects_results=False),
-        Flag('model_prefix', '', 'prefix of the parameter names in the file', affects_results=False),
+        Flag('model_prefix', '', 'prefix of the parameter names in the file', aliases=('model_filter_name',),
+             affects_results=False),
         Flag('init_scale', 0.001, 'factor on the initial weights of the head', type=rate, affects_results=False),
         Flag('use_mean_pooling', True, 'pool the patch tokens, not the class token', off='use_cls'),
         Flag('freeze_backbone', False, 'train only the head: linear probing'),
@@ -316,6 +327,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('opt_level', 'O2', 'O0 float32, O1 autocast, O2 half-precision weights',
              choices=OPT_LEVELS, metavar='O0|O1|O2', follows_checkpoint=True,
              also={PREDICT: dict(group='run', aliases=('opt-level',))}),
+        Flag('enable_deepspeed', False, 'the reference\'s flag for --amp --opt_level O2 --loss_scale dynamic',
+             affects_results=False),
         Flag('amp_dtype', None, 'float16, bfloat16', shown='float16; bfloat16 on a CPU',
              choices=AMP_DTYPES, follows_checkpoint=True, also={PREDICT: dict(group='run')}),
         Flag('loss_scale', None, 'loss scale: a number, or dynamic', shown='128 for float16, else 1', type=loss_scale),
@@ -330,6 +343,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              type=bounded_number(float, 0, 0.9), follows_checkpoint=True),
         Flag('nb_classes', 0, 'expected number of classes; 0: as many as the data has', type=whole,
              affects_results=False),
+        Flag('image_folder_class_index_file', '', 'file of class folders in the order of the outputs, one per line'),
         Flag('imagenet_default_mean_and_std', False, 'normalise with ImageNet\'s mean and std instead of 0.5'),
         Flag('data_set', 'IMNET', 'IMNET (train/, val/), image_folder (class folders), CIFAR (100)',
              follows_checkpoint=True, names_difference=False),

@@ -31,6 +31,7 @@ _CHECKPOINTING = {'use_reentrant': False} if 'use_reentrant' in inspect.signatur
     else {}  # type: Dict[str, Any]
 
 INPUT_MEAN = INPUT_STD = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of BEiT v2
 Tensor = torch.Tensor
 Pixels = Union[int, Sequence[int]]  # one number, or height and width
 
@@ -356,7 +357,14 @@ MODELS = {
     'beit_large_patch16_224': dict(img_size=224, **_LARGE),
     'beit_large_patch16_384': dict(img_size=384, **_LARGE),
     'beit_large_patch16_512': dict(img_size=512, **_LARGE),
+    'beitv2_base_patch16_224': dict(img_size=224, **_BASE),
+    'beitv2_large_patch16_224': dict(img_size=224, **_LARGE),
 }
+
+
+def input_statistics(name: str) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
+    """(mean, standard deviation) of the pixels that a model's published weights were trained with."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if name.startswith('beitv2_') else (INPUT_MEAN, INPUT_STD)
 
 
 def _entry_point(name: str) -> Callable:
@@ -371,8 +379,8 @@ def _entry_point(name: str) -> Callable:
         model = VisionTransformer(**settings)
         model.default_cfg = dict(
             url='', num_classes=model.num_classes, input_size=(3,) + model.patch_embed.img_size, pool_size=None,
-            crop_pct=.9, interpolation='bicubic', mean=INPUT_MEAN, std=INPUT_STD,
-            first_conv='patch_embed.proj', classifier='head')
+            crop_pct=.9, interpolation='bicubic', first_conv='patch_embed.proj', classifier='head',
+            **dict(zip(('mean', 'std'), input_statistics(name))))
         return model
 
     create.__name__ = create.__qualname__ = name

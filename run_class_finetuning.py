@@ -51,7 +51,7 @@ from beit.data.transforms import EvalTransform
 from beit.data.unreadable import LIST, UnreadableFiles
 from beit.devices import accelerator, half_precision, kernels
 from beit.distributed import collectives, preemption, process_group, watchdog
-from beit.errors import UserError, escape_text
+from beit.errors import UserError, escape_text, required_output
 from beit.files import run_folder
 from beit.model_spec import ModelSpec
 from beit.outputs import run_log, start_table
@@ -64,6 +64,7 @@ from beit.training.losses import build_criterion
 from beit.training.metrics import (
     best_figures,
     build_metrics,
+    primary_metric,
     primary_percent,
     summary_figures,
     write_results,
@@ -73,6 +74,7 @@ from check_flags import check_args
 from flags import build_parser, config_from, evaluates_checkpoint, follow_checkpoint, without_effect
 
 PROGRAM = 'run_class_finetuning.py'
+ROBUST_CLASSES = 200  # of ImageNet-R and ImageNet-A
 Stats = Dict[str, Any]  # figures by name
 
 
@@ -84,6 +86,7 @@ class Data:
     spec: ModelSpec
     class_weights: Optional[torch.Tensor]  # in the loss, float32 (classes,)
     steps_per_epoch: int  # updates; 0 for an evaluation
+    outputs: Optional[List[int]] = None  # the checkpoint's outputs that --robust_test keeps; None: all
     train_loader: Any = None
     val_loader: Any = None
 
@@ -108,7 +111,8 @@ class Learner:
 def main(args: argparse.Namespace, signals: preemption.Signals) -> None:
     check_args(args)
     if args.check_data:
-        check_data(args)
+        with required_output('the result of --check_data'):
+            check_data(args)
         return
     device = start(args)
     with run_folder.locked(args.output_dir, device):
@@ -123,11 +127,12 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
     output = config_from(args, OutputConfig, flags=dict(vars(args)))
 
     data = prepare_data(args, device, checkpoint)
-    learner = build_learner(args, data.spec, checkpoint, device, dtype)
+    learner = build_learner(args, data, checkpoint, device, dtype)
     report = build_report(args, output, data, learner)
     if args.eval:
-        start_table.show(report.environment, output.flags, data.classes, learner.attention)
-        evaluate_only(args, output, data, learner, report, checkpoint)
+        with required_output('' if args.output_dir or args.results_file else 'the figures of the evaluation'):
+            start_table.show(report.environment, output.flags, data.classes, learner.attention)
+            evaluate_only(args, output, data, learner, report, checkpoint)
         return
 
     run_state = resume(args, data, learner, checkpoint)
@@ -238,14 +243,18 @@ def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Opt
     if process_group.is_main_process():
         fingerprint.report_shared_files(train_set, val_set)
     spec = known or build_spec(args, inputs, val_set if train_set is None else train_set, classes)
-    if checkpoint:
+    outputs = None
+    if args.robust_test and checkpoint:
+        outputs = subset_outputs(args, checkpoint, classes)
+        spec = dataclasses.replace(spec, classes=tuple(classes), has_class_names=True)
+    elif checkpoint:
         train_set, val_set, spec = use_classes_of(args, checkpoint, spec, train_set, val_set, classes)
     if val_set is not None:
         datasets.check_fits(val_set)
         build_metrics(val_set, args.results_file, args.real_labels, args.data_set)
     weights = choose_class_weights(args, train_set, list(spec.classes))
     steps_per_epoch = 0 if args.eval else count_steps(args, len(train_set))
-    return Data(train_set, val_set, spec, weights, steps_per_epoch,
+    return Data(train_set, val_set, spec, weights, steps_per_epoch, outputs,
                 *datasets.build_loaders(inputs, train_set, val_set, device))
 
 
@@ -256,6 +265,32 @@ def build_spec(args: argparse.Namespace, inputs: InputConfig, dataset: Any, clas
                      loss='bce' if losses.activation(args.loss, multi_label) == 'sigmoid' else 'ce',
                      multi_label=multi_label, origin={'program': 'BEiT for PyTorch %s' % project_version(),
                                                       'finetune': escape_text(args.finetune)})
+
+
+def match_classes(known: ModelSpec, source: str, classes: Sequence[str], trains: bool = False
+                  ) -> Tuple[ModelSpec, List[int]]:
+    """(the checkpoint's spec, the output of each class of the data); a line names an assumption."""
+    wnids = [] if known.has_class_names else model_spec.imagenet_wnids(len(known.classes), classes)
+    if wnids:
+        log.log_main('%s does not name its 1000 outputs; assuming ImageNet\'s classes, as the folders\' names are'
+                     % escape_text(source))
+        known = known.with_class_names(wnids, source)
+    places, message = model_spec.match_classes(known, source, classes, trains)
+    if message:
+        log.log_main(message)
+    return known, places
+
+
+def subset_outputs(args: argparse.Namespace, checkpoint: CheckpointWeights, classes: Sequence[str]) -> List[int]:
+    """The outputs of the checkpoint that --robust_test evaluates on, in the order of the data's classes."""
+    for what, count in (('the data has', len(classes)), ('--nb_classes is', args.nb_classes or ROBUST_CLASSES)):
+        if count != ROBUST_CLASSES:
+            raise UserError('--robust_test %s: that set has %d classes, and %s %d; correct that, or leave the flag out'
+                            % (args.robust_test, ROBUST_CLASSES, what, count))
+    known, outputs = match_classes(checkpoint.spec, checkpoint.source, classes)
+    log.log_main('Evaluated on the logits of %d of the %d classes of %s (--robust_test %s)' % (
+        len(outputs), len(known.classes), escape_text(checkpoint.source), args.robust_test))
+    return outputs
 
 
 def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec: ModelSpec, train_set: Any,
@@ -274,9 +309,7 @@ def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec
                         'have %s; give --loss %s, or start a new run with --finetune' % (
                             escape_text(checkpoint.source), known.loss, spec.loss,
                             'several labels each' if spec.multi_label else 'one label each', known.loss))
-    places, message = model_spec.match_classes(known, checkpoint.source, classes, trains=not args.eval)
-    if message:
-        log.log_main(message)
+    known, places = match_classes(known, checkpoint.source, classes, trains=not args.eval)
     names = list(known.classes) if known.has_class_names else [classes[places.index(k)] for k in range(len(places))]
     if list(classes) != names:
         train_set, val_set = (each and datasets.relabel(each, places, names) for each in (train_set, val_set))
@@ -315,12 +348,13 @@ def count_steps(args: argparse.Namespace, images: int) -> int:
     return steps
 
 
-def build_learner(args: argparse.Namespace, spec: ModelSpec, checkpoint: Optional[CheckpointWeights],
+def build_learner(args: argparse.Namespace, data: Data, checkpoint: Optional[CheckpointWeights],
                   device: torch.device, dtype: Optional[torch.dtype]) -> Learner:
     """Build the model with its weights, the optimizer and the moving average, in the chosen precision."""
+    spec = data.spec
     model = inference_model.build_model(spec.architecture, len(spec.classes))
     if args.eval and checkpoint:
-        inference_model.load_state(model, checkpoint)
+        inference_model.load_state(model, checkpoint, data.outputs)
     elif args.finetune:
         pretrained.load_pretrained(model, args.finetune, args.model_key, args.model_prefix, spec.classes)
     model.to(device)
@@ -328,7 +362,7 @@ def build_learner(args: argparse.Namespace, spec: ModelSpec, checkpoint: Optiona
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
         if args.model_ema else None
     if ema is not None and args.eval and checkpoint:
-        inference_model.load_state(ema.ema, checkpoint.averaged(), quiet=True)
+        inference_model.load_state(ema.ema, checkpoint.averaged(), data.outputs, quiet=True)
     model, scaler = loss_scaler.initialize_amp(model, optimizer, device, dtype, args.opt_level, args.loss_scale)
     attention = 'plain' if args.deterministic and args.attention == 'auto' else args.attention
     chosen = fused_attention.choose_attention(accelerator.unwrap(model), device, attention, dtype, args.batch_size)
@@ -388,6 +422,14 @@ def resume(args: argparse.Namespace, data: Data, learner: Learner,
         log.log_main(comparison.resume_message(comparison.resume_differences(content, run, without_effect())))
         if source == args.resume or not discovery.is_inside(source, args.output_dir):
             run_state.origin = args.resume
+        run_state.val_set = run_state.val_set or comparison.evaluation_id(
+            comparison.saved_data(content), checkpoint.spec, model_spec.saved_args(content).get('test_flip', False))
+    val_set = comparison.evaluation_id(run.data, data.spec, args.test_flip)
+    if run_state.best and val_set and run_state.val_set not in ('', val_set):
+        run_state.best, run_state.stale = {}, 0
+        log.log_main('The best figure starts again: that of %s is of other validation images or another preprocessing'
+                     % escape_text(source))
+    run_state.val_set = val_set or run_state.val_set
     run_state.run = comparison.facts_of(run)
     run_state.data = comparison.data_to_save(run.data, getattr(data.train_set, 'held_out', None))
     return run_state
@@ -401,6 +443,16 @@ def prepare_folder(args: argparse.Namespace, source: str, run_state: training_st
         if source == args.resume and process_group.is_main_process():
             later = discovery.later_checkpoints(source, (run_state.epoch, run_state.steps))
     run_folder.prepare_folder(args.output_dir, keep, later)
+    if run_state.best and args.output_dir and args.save_ckpt and not keep and process_group.is_main_process():
+        copied = discovery.copy_best(source, args.output_dir, run_state.best)
+        if copied:
+            log.log_main('Copied the best checkpoint so far from the folder of %s: %s' % (
+                escape_text(source), ', '.join('%s %.3f%%' % item for item in sorted(copied.items()))))
+        missing = {name: best for name, best in run_state.best.items() if name not in copied}
+        if missing:
+            run_state.best, run_state.stale = copied, 0
+            log.log_main('The best figure starts again: beside %s is no checkpoint of %s' % (
+                escape_text(source), ' or '.join('%s %.3f%%' % item for item in sorted(missing.items()))))
 
 
 def update_freezing(args: argparse.Namespace, model: Any, epoch: int) -> bool:
@@ -491,8 +543,9 @@ def evaluate_only(args: argparse.Namespace, output: OutputConfig, data: Data, le
         report.draw_confusions(writer, epoch)
         writer.close()
     report.of_weights(source)
-    report.finish(dict(figures, ema_accuracy=ema_stats and ema_stats.get('acc1'), bad_images=len(bad_images.listed),
-                       **speed_figures(throughput, time.time() - started)))
+    figure = primary_metric(stats)
+    report.finish(dict(figures, **{'ema_' + figure.summary: ema_stats and ema_stats[figure.name]},
+                       bad_images=len(bad_images.listed), **speed_figures(throughput, time.time() - started)))
 
 
 def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_images: UnreadableFiles,
@@ -586,7 +639,7 @@ def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learne
             state.stale += is_due and is_whole  # as in a run without a stop
         state.stale = 0 if improved else state.stale
         run_log.record(args.output_dir, writer, epoch, count_parameters(learner.model), train_stats, test_stats,
-                       ema_stats)
+                       ema_stats, state.val_set)
         log.log_epoch(epoch, args.epochs, train_stats, primary_percent(test_stats, state.best),
                       throughput.since(steps_before).images_per_second, time.time() - begun)
         report.after_epoch(writer, epoch, discovery.BEST in improved)
@@ -622,8 +675,8 @@ def finish(args: argparse.Namespace, learner: Learner, monitor: CheckpointMonito
             return  # else the run was killed between its last checkpoint and its summary
     else:
         print_result(throughput, figures)
-    report.finish(dict(figures, ema_accuracy=state.best.get('ema_accuracy'), epochs=epochs,
-                       bad_images=len(monitor.bad_images.listed), **speed_figures(throughput, time.time() - started)))
+    report.finish(dict(figures, epochs=epochs, bad_images=len(monitor.bad_images.listed),
+                       **speed_figures(throughput, time.time() - started)))
 
 
 def should_stop_early(args: argparse.Namespace, run_state: training_state.RunState, device: torch.device) -> bool:

@@ -92,7 +92,7 @@ def default_output(source: str, ending: str) -> str:
 def check_output(args: argparse.Namespace, path: str) -> None:
     """Raise a `UserError` where the output cannot be written, or would replace other files."""
     shown, files = '--output %s' % escape_text(path), FORMATS[args.format].files
-    run_folder.check_writable('--output', os.path.dirname(os.path.abspath(path)))
+    run_folder.check_writable('--output', path, is_file=True)
     if not os.path.lexists(path):
         return
     if os.path.isdir(path) != bool(files):

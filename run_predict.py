@@ -38,7 +38,7 @@ from beit.data.shared_memory import workers_that_fit
 from beit.data.transforms import EvalTransform
 from beit.devices import accelerator, half_precision
 from beit.distributed import collectives, preemption, process_group, watchdog
-from beit.errors import UserError, escape_text
+from beit.errors import UserError, check_output_is_open, escape_text
 from beit.files import run_folder
 from beit.outputs import attention_maps
 from beit.outputs.prediction_writers import FORMATS, LineWriter, Prediction, open_output
@@ -76,6 +76,8 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         args.output = '-'
     if args.output and _is_standard_output(args.output):
         args.output = '-'
+    if args.output in ('', '-'):
+        check_output_is_open('the predictions')
     if args.output:
         ending = os.path.splitext(args.output)[1][1:].lower()
         args.format = args.format or ('jsonl' if args.output == '-' else ending)
@@ -86,7 +88,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         if os.path.isdir(args.output) or is_image_name(args.output):
             raise UserError('--output %s: %s; choose another name' % (escape_text(args.output), 'a folder has this name'
                             if os.path.isdir(args.output) else 'this would overwrite an image'))
-        run_folder.check_writable('--output', os.path.dirname(os.path.abspath(args.output)))
+        run_folder.check_writable('--output', args.output, is_file=True)
     if args.attention is None:
         for name in ('attention_block', 'attention_heads', 'attention_dir'):
             if getattr(args, name):

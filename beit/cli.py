@@ -3,11 +3,12 @@
 import multiprocessing
 import os
 import signal
+import sys
 from typing import Any, Callable, Optional
 
 from beit.devices import accelerator
 from beit.distributed import preemption, process_group, watchdog
-from beit.errors import UserError, one_line, print_error, worker_death_message
+from beit.errors import UserError, loader_limit_message, one_line, print_error, worker_death_message
 from beit.log import current_display
 
 # ---- errors and the exit status
@@ -29,7 +30,12 @@ def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: 
         mine = process_group.is_error_reporter() if error.rank is None else error.rank == process_group.rank()
         process_group.defer_error_report(first=mine)
         return exit_with_error(program, one_line(error), 2, error.rank)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
+        if loader_limit_message(error):
+            end_loader_processes()
+            return exit_with_error(program, loader_limit_message(error) + resume_hint(), 2)
+        if isinstance(error, OSError):
+            raise
         if worker_death_message(error):
             end_loader_processes()
             return exit_with_error(program, worker_death_message(error) + resume_hint(), 1)
@@ -51,6 +57,7 @@ def end_loader_processes() -> None:
     """
     if hasattr(signal, 'SIGCHLD'):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    sys.unraisablehook = lambda _: None  # PyTorch's iterator that has not started all processes fails in its __del__
     for child in multiprocessing.active_children():
         child.kill()
 

@@ -27,6 +27,7 @@ class DataConfig:
     val_split: float = 0.  # share of each class
     max_train_samples: int = 0  # 0: all
     nb_classes: int = 0  # 0: as many as the data has
+    image_folder_class_index_file: str = ''  # the class folders in the order of the outputs
     seed: int = 0
     loss: str = 'auto'  # with 'bce' an image can have several labels, see csv_dataset
     bad_images: str = 'error'  # or 'skip'
@@ -95,6 +96,7 @@ class ModelConfig:
     rel_pos_bias: bool = True
     abs_pos_emb: bool = False
     layer_scale_init_value: float = 0.1
+    qkv_bias: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from typing import Iterable, List, Optional, Union
+from typing import Iterable, Iterator, List, Optional, Union
 
 
 class UserError(Exception):
@@ -28,15 +28,42 @@ def print_error(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+closed_streams: List[str] = []  # standard streams that were closed at the start
+_required: List[str] = []  # see `required_output`
+
+
+def check_output_is_open(what: str) -> None:
+    """Raise a `UserError` if standard output was closed at the start."""
+    if 'stdout' in closed_streams:
+        raise UserError('%s cannot be printed: standard output is closed; open it, or redirect it to a file' % what)
+
+
+@contextlib.contextmanager
+def required_output(what: str) -> Iterator[None]:
+    """A context in which a failure of standard output is a `UserError`, unless `what` is ''; `what` would be lost."""
+    if what:
+        check_output_is_open(what)
+    _required.append(what)
+    try:
+        yield
+    finally:
+        _required.pop()
+
+
 def print_line(text: str) -> None:
     """Print a line and flush. If standard output fails, report that once and discard later output."""
     try:
         print(text, flush=True)
     except (OSError, ValueError) as error:
+        is_required = any(_required) and not isinstance(error, BrokenPipeError)  # a reader may stop early
         with contextlib.suppress(OSError, ValueError):
             # Otherwise Python would flush again at exit, and fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print_error('standard output is gone (%s); the program continues without it' % error)
+            if not is_required:
+                print_error('standard output is gone (%s); the program continues without it' % error)
+        if is_required:
+            raise UserError('%s cannot be printed: standard output fails (%s); redirect it to another file' % (
+                _required[-1], getattr(error, 'strerror', None) or error)) from None
 
 
 def one_line(error: BaseException) -> str:
@@ -45,6 +72,15 @@ def one_line(error: BaseException) -> str:
     if 'Original Traceback' in text:
         text = re.split(r'\w*UserError: ', text)[-1]
     return ' '.join(text.split())
+
+
+def loader_limit_message(error: BaseException) -> str:
+    """One line for an error of loader processes that exceed a limit of the machine; '' for other errors."""
+    if re.search('Too many open files|items of ancdata', str(error)):
+        return 'the loader processes need more open files than are allowed; lower --num_workers, or raise ulimit -n'
+    if re.search('</torch_|out of shared memory', str(error)):  # PyTorch names its files so
+        return '/dev/shm has no room for the batches; lower --num_workers, or enlarge it (docker run --shm-size=8g)'
+    return ''
 
 
 def worker_death_message(error: BaseException) -> str:

@@ -7,6 +7,8 @@ evaluation, prediction, averaging and export read it from there.
 import argparse
 import dataclasses
 import json
+import os
+import re
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import modeling_finetune
@@ -15,6 +17,7 @@ from beit.data import class_folders
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text, unknown_value_error
 from beit.files import regular_file
+from beit.paths import project_root
 
 KEY = 'model_spec'  # in a checkpoint, and in the metadata of an export
 VERSION = 1
@@ -89,7 +92,9 @@ class ModelSpec:
         Raises:
             ValueError: a flag's value is of another type.
         """
-        transform = _dataclass_from(TransformConfig, _of_kind(TransformConfig, flags))
+        v2 = modeling_finetune.input_statistics(str(flags.get('model')))[0] != modeling_finetune.INPUT_MEAN
+        transform = _dataclass_from(TransformConfig, dict({'imagenet_default_mean_and_std': v2},
+                                                          **_of_kind(TransformConfig, flags)))
         names = [str(number) for number in range(outputs)] if classes is None else list(classes)
         loss = 'bce' if flags.get('loss') == 'bce' else 'ce'
         return cls(**dict(dict(architecture=_dataclass_from(ModelConfig, _of_kind(ModelConfig, flags)),
@@ -133,7 +138,7 @@ class ModelSpec:
         return found
 
 
-SHAPING = ('model', 'input_size', 'use_mean_pooling', 'rel_pos_bias', 'abs_pos_emb')  # of ModelConfig
+SHAPING = ('model', 'input_size', 'use_mean_pooling', 'rel_pos_bias', 'abs_pos_emb', 'qkv_bias')  # of ModelConfig
 
 
 def check_architecture(model: str, input_size: int) -> None:
@@ -183,15 +188,29 @@ def match_classes(spec: ModelSpec, source: str, found: Sequence[str], trains: bo
         '--class_names FILE' % (escape_text(source), 'in the order of their numbers' if numeric else 'in sorted order')
 
 
-def read_class_names(path: str) -> List[str]:
-    """The names in a --class_names file, in order: one per line; or JSON, a list or an object with keys from "0".
+def imagenet_wnids(outputs: int, found: Sequence[str] = ('n01440764',)) -> List[str]:
+    """ImageNet-1k's 1,000 folder names in the order of published weights' outputs; [] where these are not of them.
+
+    Args:
+        outputs: how many the weights have.
+        found: the classes of the data.
+    """
+    if outputs != 1000 or not found or not re.match(r'n\d{8}$', found[0]):
+        return []
+    with open(os.path.join(project_root(), 'beit', 'data', 'imagenet_wnids.txt'), encoding='ascii') as file:
+        wnids = file.read().split()
+    return wnids if set(found) <= set(wnids) else []
+
+
+def read_class_names(path: str, flag: str = '--class_names') -> List[str]:
+    """The names in a file such as --class_names, in order: one a line; or JSON, a list or an object with keys from "0".
 
     If JSON has a list of words for a class, as ImageNet's index does, the first is its name.
 
     Raises:
         UserError: the file can't be read, or has another form.
     """
-    shown = '--class_names %s' % escape_text(path)
+    shown = '%s %s' % (flag, escape_text(path))
     try:
         with regular_file.open_file(path) as file:
             text = file.read(LARGEST_NAMES_FILE).decode('utf-8-sig')
@@ -214,8 +233,8 @@ def read_class_names(path: str) -> List[str]:
 
 
 def shorten_names(names: Iterable[str], most: int = 6, divider: str = ', ') -> str:
-    """The first `most` names, escaped, and the number of the others."""
-    shown = list(map(escape_text, names))
+    """The first `most` names, escaped, and the number of the others. Names that hold the divider are in quotes."""
+    shown = ['"%s"' % name if divider.strip() in name else name for name in map(escape_text, names)]
     return divider.join(shown[:most] + ['… and %d more' % (len(shown) - most)] * (len(shown) > most))
 
 

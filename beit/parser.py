@@ -4,9 +4,10 @@ import argparse
 import os
 import re
 import sys
-from typing import Any, Callable, Dict, Iterable, List, Optional
+from typing import Any, Callable, Container, Dict, FrozenSet, Iterable, List, Optional
 
-from beit.errors import UserError, escape_text, nearest
+from beit import recipes
+from beit.errors import UserError, escape_text, nearest, print_line, required_output
 from beit.log import log_main
 from beit.outputs import args_yaml
 
@@ -43,8 +44,8 @@ class OneLineHelp(argparse.RawDescriptionHelpFormatter):
 
 
 class ParsedFlags(argparse.Namespace):
-    """The flags by name. `given` has the names of the flags that the command line or a --config file sets."""
-    __slots__ = ('given',)  # outside of `vars`, which holds flags only
+    """The flags by name. `typed` has the names of the flags on the command line, `given` also those set by files."""
+    __slots__ = ('given', 'typed')  # outside of `vars`, which holds flags only
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -65,16 +66,24 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", lambda found: 'unknown value %s; it must '
                                'be one of %s' % (found.group(1), found.group(2).replace("'", '')), message))
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with required_output('the help'):
+            print_line(message.rstrip('\n'))
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = normalize_argv(sys.argv[1:] if args is None else list(args))
         parsed, rest = self.parse_known_args(args, ParsedFlags() if namespace is None else namespace)
         given = {self._option_string_actions[name].dest for name in (arg.partition('=')[0] for arg in args)
                  if name in self._option_string_actions}
-        if getattr(parsed, 'config', None):  # again: the command line overrides the file
+        typed = frozenset(given)
+        if getattr(parsed, 'config', None) or getattr(parsed, 'recipe', ''):  # again: the command line overrides files
             config = self.read_config(parsed.config)
             drop_flags_of_folder(config, self.parse_known_args(args, argparse.Namespace(output_dir=None))[0].output_dir)
+            recipe = self.add_recipe(config, parsed, typed)
             given.update(name for name, value in vars(config).items() if value != self.get_default(name))
             parsed, rest = self.parse_known_args(args, config)
+            if recipe:
+                parsed.recipe = recipe
         if 'config' in parsed:
             del parsed.config  # the other flags have its values now
         if 'auto_resume' in parsed:  # only training has this flag
@@ -82,7 +91,7 @@ class OneLineParser(argparse.ArgumentParser):
         if rest:
             raise self.unknown_flag(rest[0].partition('=')[0])
         if isinstance(parsed, ParsedFlags):
-            parsed.given = frozenset(given)
+            parsed.given, parsed.typed = frozenset(given), typed
         return parsed
 
     def unknown_flag(self, flag: str) -> UserError:
@@ -95,17 +104,34 @@ class OneLineParser(argparse.ArgumentParser):
         near = ' or '.join(dashes + flag for flag in nearest_flags(name, known, self.synonyms))
         return 'did you mean %s?' % near if near else 'see --help'
 
-    def read_config(self, path: str) -> argparse.Namespace:
-        """The flags of a --config file. A `UserError` names the file and the key."""
+    def add_recipe(self, config: Any, parsed: argparse.Namespace, typed: FrozenSet[str]) -> str:
+        """Add a recipe's flags to a --config file's, which win unless --recipe is typed. Returns the recipe's name."""
+        name = parsed.recipe if 'recipe' in typed else getattr(config, 'recipe', '')
+        if not name:
+            return ''
+        weights = ('model', 'finetune')
+        chosen = recipes.choose(**{flag: getattr(parsed if flag in typed else config, flag) for flag in weights
+                                   if flag in typed | config.given}) if name == recipes.AUTO else name
+        recipe = self.read_config(recipes.path_of(chosen), recipes.NO_FLAGS)
+        kept = set(weights if name == recipes.AUTO else ()) | (set() if 'recipe' in typed else config.given)
+        vars(config).update((flag, getattr(recipe, flag)) for flag in recipe.given - kept)
+        return chosen
+
+    def read_config(self, path: Optional[str], no_flags: Container[str] = ()) -> Any:
+        """The flags of a --config file or a recipe; `given` names them. A `UserError` names the file and the key."""
         parsed, known = ParsedFlags(), self._option_string_actions
-        for key, value in args_yaml.read(path).items():
-            shown, flag = '--config %s: %s' % (escape_text(path), escape_text(key)), '--' + key.replace('-', '_')
+        parsed.given = set()
+        for key, value in args_yaml.read(path).items() if path else ():
+            if key in no_flags:
+                continue
+            shown, flag = '--config %s: %s' % (escape_text(path or ''), escape_text(key)), '--' + key.replace('-', '_')
             if flag in ('--help', '--config'):
                 raise UserError('%s: this one works on the command line only' % shown)
             if flag not in known:
                 raise UserError('%s: no flag has this name; %s' % (shown, self.suggest(key)))
             if value is None:  # null, the default
                 continue
+            parsed.given.add(known[flag].dest)
             if known[flag].nargs == 0:
                 flag, value = self.bool_option(known[flag], value, shown), []
             elif isinstance(value, list) != (known[flag].nargs is not None):

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 
-from beit.errors import UserError, print_error
+from beit.errors import UserError, closed_streams, print_error
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PACKAGES = ('torch', 'torchvision', 'timm', 'einops', 'numpy', 'PIL')  # every program imports them
@@ -37,6 +37,7 @@ def open_standard_streams() -> None:
                 os.dup2(handle, number)
                 os.close(handle)
             setattr(sys, name, open(number, mode, closefd=False))
+            closed_streams.append(name)
 
 
 def pip_install(*packages: str, file: str = '') -> str:

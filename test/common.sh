@@ -5,13 +5,15 @@ set -u -o pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 CALLED_FROM=$PWD
 
+say() { echo "$@" 2>/dev/null || :; }  # the reader may have gone
 die() { printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2; exit 2; }
 
 # The folder for logs, results and .venv: the project's, or the user's cache if that is read-only.
-HOME_FOLDER=$ROOT
+HOME=${HOME:-$(echo ~)} HOME_FOLDER=$ROOT
 if [ ! -w "$ROOT" ]; then
     HOME_FOLDER=${XDG_CACHE_HOME:-$HOME/.cache}/beit
-    mkdir -p "$HOME_FOLDER" || die "$ROOT is read-only, and $HOME_FOLDER cannot be made"
+    { [[ $HOME_FOLDER = /* ]] && mkdir -p "$HOME_FOLDER" && [ -w "$HOME_FOLDER" ]; } 2>/dev/null \
+        || die "$ROOT is read-only, and $HOME_FOLDER cannot be written to; set XDG_CACHE_HOME=/another/folder"
 fi
 
 # The header comment of the calling script is its help.
@@ -28,6 +30,15 @@ has_packages() {
 sys.exit(not all(importlib.util.find_spec(name) for name in sys.argv[1:]))' "$@" 2>/dev/null \
         && TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$python" -c 'import numpy, torch, torchvision
 torch.from_numpy(numpy.zeros(1))' 2>/dev/null
+}
+
+# reason_against PYTHON: which packages it lacks, or that they do not go together.
+reason_against() {
+    # shellcheck disable=SC2086
+    "$1" -c 'import importlib.util, sys
+missing = [name for name in sys.argv[1:] if not importlib.util.find_spec(name)]
+print("lacks " + ", ".join(missing) if missing else "has a torch, torchvision and numpy that do not go together")' \
+        $PACKAGES
 }
 
 # install FILE: pip-install a requirements file into $VENV, once for each of its versions.
@@ -58,8 +69,8 @@ made_line() {
     "$VENV/bin/python" -c 'import importlib.metadata, platform, sys
 versions = ["%s %s" % (name, importlib.metadata.version(name)) for name in ("torch", "torchvision", "timm")]
 print("Made %s: Python %s, %s" % (sys.argv[1], platform.python_version(), ", ".join(versions)))' "$VENV" 2>/dev/null \
-        || echo "Made $VENV"
-    echo "Use it for other commands: $VENV/bin/python run_class_finetuning.py …"
+        || say "Made $VENV"
+    say "Use it for other commands: $VENV/bin/python run_class_finetuning.py …"
 }
 
 installed() { [ -x "$VENV/bin/python" ] && cmp -s "$1" "$(stamp "$1")"; }
@@ -89,15 +100,40 @@ if sys.prefix != sys.base_prefix: print(sysconfig.get_paths()["purelib"])' \
     has_packages "$VENV/bin/python" $PACKAGES
 }
 
+# lock_venv PYTHON: hold the lock of $VENV until `exec 8>&-`; wait until no other script installs packages there.
+lock_venv() {
+    local lock='import fcntl, sys
+try:
+    fcntl.flock(8, fcntl.LOCK_EX | (fcntl.LOCK_NB if sys.argv[1:] else 0))
+except OSError as error:  # of another kind if the file system has no locks
+    sys.exit(isinstance(error, BlockingIOError))'
+    { : >>"$VENV.lock"; } 2>/dev/null || die "cannot write $VENV.lock; name a Python that has the packages with PYTHON="
+    exec 8>>"$VENV.lock"
+    "$1" -c "$lock" try && return
+    say "Waiting for another script, which installs packages into $VENV"
+    "$1" -c "$lock" 2>/dev/null
+}
+
+# need_venv BASE: make $VENV unless it has the packages of $REQUIREMENTS.
+need_venv() {
+    if [ -e "$VENV/bin/python" ] && ! "$VENV/bin/python" -c '' 2>/dev/null; then
+        die "$VENV/bin/python cannot be executed; remove $VENV, or name another Python with PYTHON="
+    fi
+    installed "$REQUIREMENTS" && return
+    lock_venv "$1"
+    installed "$REQUIREMENTS" || make_venv "$1"
+    exec 8>&-
+}
+
 # make_venv BASE: make $VENV from the Python BASE, with the packages of $REQUIREMENTS.
 make_venv() {
     local torch reason
-    echo "Installing $(basename "$REQUIREMENTS") into $VENV, once; this takes a few minutes ($1 lacks packages)"
+    say "Installing $(basename "$REQUIREMENTS") into $VENV, once; this takes a few minutes ($1 lacks packages)"
     torch=$("$1" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)
-    rm -rf "$VENV"
+    rm -rf "$VENV" 2>/dev/null || die "$VENV cannot be replaced; remove it, or name another Python with PYTHON="
     if [ -n "$torch" ] && [ -z "$LOWEST" ]; then
         keep_torch "$1" "$torch" && { made_line; return; }
-        echo "The torch $torch of $1 does not go with $(basename "$REQUIREMENTS"); installing another torch"
+        say "The torch $torch of $1 does not go with $(basename "$REQUIREMENTS"); installing another torch"
         rm -rf "$VENV"
     fi
     reason=$("$1" -m venv "$VENV" 2>&1) || die "$1 cannot make a virtual environment at $VENV" \
@@ -115,10 +151,11 @@ VENV=$HOME_FOLDER/.venv REQUIREMENTS=$ROOT/requirements.txt LOWEST=
 choose_python() {
     if [ -n "${PYTHON:-}" ]; then
         case $PYTHON in /*) ;; */*) PYTHON=$CALLED_FROM/$PYTHON ;; esac
-        command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON: no such program"
+        "$PYTHON" -c '' 2>/dev/null \
+            || die "PYTHON=$PYTHON: $([ -e "$PYTHON" ] && echo it cannot be executed || echo no such program)"
         # shellcheck disable=SC2086
-        has_packages "$PYTHON" $PACKAGES || die "PYTHON=$PYTHON lacks packages, or its torch, torchvision and numpy do not" \
-            "go together; run: $PYTHON -m pip install -r $ROOT/requirements.txt, or leave PYTHON= out"
+        has_packages "$PYTHON" $PACKAGES || die "PYTHON=$PYTHON $(reason_against "$PYTHON");" \
+            "run: $PYTHON -m pip install -r $ROOT/requirements.txt, or leave PYTHON= out"
         return
     fi
     local base
@@ -126,7 +163,7 @@ choose_python() {
     # shellcheck disable=SC2086
     if has_packages "$base" $PACKAGES "$@"; then PYTHON=$base; return; fi
     PYTHON=$VENV/bin/python
-    installed "$REQUIREMENTS" || make_venv "$base"
+    need_venv "$base"
 }
 
 # choose_stack 1.5|1.8|2.1: set PYTHON to a virtual environment of that PyTorch; make it if it is missing.
@@ -144,7 +181,7 @@ choose_stack() {
     else
         base=$(find_python38) || die "--stack=$1 needs Python 3.8, and none was found on the PATH or in pyenv; name it with PYTHON38="
     fi
-    make_venv "$base"
+    need_venv "$base"
 }
 
 # pip's constraints for the lowest versions of PyTorch and its companions that requirements.txt allows.
@@ -175,9 +212,9 @@ has_module() { "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.
 
 # The values of --key=value and --key value. FLAGS collects the rest of the command line, for Python.
 data_path= eval_data_path= log_dir= finetune= resume= nb_classes= batch_size=64 epochs=30 device=auto nproc_per_node=
-output_dir= model= nnodes=1 node_rank=0 master_addr= master_port= max_restarts=
+output_dir= model= recipe= nnodes=1 node_rank=0 master_addr= master_port= max_restarts=
 OPTIONS=" data_path eval_data_path log_dir finetune resume nb_classes batch_size epochs device nproc_per_node output_dir \
-model nnodes node_rank master_addr master_port max_restarts "
+model recipe nnodes node_rank master_addr master_port max_restarts "
 GIVEN=" "
 FLAGS=()
 
@@ -186,7 +223,7 @@ parse_options() {
     while [ $# -gt 0 ]; do
         arg=$1; shift
         case $arg in
-            -h|--help) show_help; exit 0 ;;
+            -h|--help) show_help 2>/dev/null || die "the help cannot be printed: standard output fails"; exit 0 ;;
             ----*) arg=${arg#--} ;;  # the seed's README writes ----nproc_per_node
         esac
         key=${arg%%=*}; key=${key#--}; key=${key//-/_}
@@ -223,19 +260,21 @@ whole_number() {
 # A path is relative to the folder that the script was called in, or, if it does not exist there, to the root.
 from_here() {
     case $1 in
-        ''|/*|demo|*://*) printf %s "$1" ;;
+        ''|/*|demo|*://*|hf-hub:*) printf %s "$1" ;;
+        beit_*_pt*|beitv2_*_pt*) if [ -e "$CALLED_FROM/$1" ]; then printf %s "$CALLED_FROM/$1"; else printf %s "$1"; fi ;;
         '~/'*) printf %s "$HOME/${1#??}" ;;
-        *) if [ -e "$ROOT/$1" ] && [ ! -e "$CALLED_FROM/$1" ]; then printf %s "$1"; else printf %s "$CALLED_FROM/$1"; fi ;;
+        *) if [ -e "$CALLED_FROM/$1" ]; then printf %s "$CALLED_FROM/$1"
+            elif [ -e "$ROOT/$1" ]; then printf %s "$1"
+            elif [ -e "$HOME_FOLDER/$1" ]; then printf %s "$HOME_FOLDER/$1"
+            else printf %s "$CALLED_FROM/$1"; fi ;;
     esac
 }
 
-# ---- presets: the hyper-parameters of ImageNet and of the digits demo; the user's flags override them
+# ---- presets: a recipe of recipes/, or the hyper-parameters of the digits demo; the user's flags override them
 
-BEIT_BASE=(--lr=2e-5 --update_freq=1 --layer_decay=0.85 --drop_path=0.1 --weight_decay=1e-8)
 DIGITS_MODEL=(--input_size=32 --abs_pos_emb --disable_rel_pos_bias --layer_scale_init_value=0 --init_scale=1)
 DIGITS=(--lr=2e-3 --layer_decay=1 --drop_path=0 --hflip=0 --aa=none --color_jitter=0 --reprob=0
     --num_workers=0 --save_ckpt_freq=20)
-WEIGHTS=./checkpoints/beit_base_patch16_224_pt22k_ft22k.pth
 
 # ---- logs
 
@@ -255,7 +294,7 @@ except OSError as error:  # of another kind where the file system has no locks
         number=$((number + 1)) suffix=-$number
     done
     rm -f "$RESULT"
-    [ $number = 1 ] || echo "Another run is writing $LOG_DIR/$1.log; the log of this one is $LOG"
+    [ $number = 1 ] || say "Another run is writing $LOG_DIR/$1.log; the log of this one is $LOG"
 }
 
 # keep_earlier FILE…: copy an earlier run's files to names with their date. LOG keeps its inode, and the lock.
@@ -269,7 +308,7 @@ keep_earlier() {
         if [ "$file" = "$LOG" ]; then : >"$file"; else rm "$file"; fi
         moved+=" $(basename "$aside.log")"
     done
-    [ -z "$moved" ] || echo "Kept the earlier run's logs in $LOG_DIR as$moved"
+    [ -z "$moved" ] || say "Kept the earlier run's logs in $LOG_DIR as$moved"
 }
 
 # figures: model, images_per_second, step_milliseconds, accuracy and loss of this run's summary.json; missing ones are
@@ -284,7 +323,7 @@ print(figures.get("model") or sys.argv[2], *("n/a" if figures.get(name) is None 
 final_block() {
     local network fps milliseconds accuracy loss
     read -r network fps milliseconds accuracy loss < <(figures)
-    cat <<END 2>/dev/null  # the reader may have gone
+    cat <<END 2>/dev/null || echo "$(basename "$0"): standard output fails; the result is in ${SUMMARY:-$LOG}" >&2
 ------------------ Final result ------------------
 Final Performance images/sec : $fps
 Final Train Accuracy : $accuracy
@@ -306,7 +345,7 @@ END
 
 # ---- the launch
 
-# If the reader of the output ends early, as head does, tee still completes the log.
+# If the reader of the output ends early, as head does, or its disk is full, tee still completes the log.
 TEE=(tee -i)
 if tee -ip /dev/null </dev/null 2>/dev/null; then TEE=(tee -ip); fi
 
@@ -327,8 +366,8 @@ launch() {
     cd "$ROOT" || exit 2
     [ -z "$data_path" ] || [ "$data_path" = demo ] || [ -d "$data_path" ] || die "--data_path $data_path: no such folder"
     [ -z "$resume" ] || [ -e "$resume" ] || flag_given auto_resume \
-        || case $resume in *://*) ;; *) die "--resume $resume: no such file or folder" ;; esac
-    [ "$kind" != eval ] || [ -n "$resume" ] \
+        || case $resume in *://*|hf-hub:*|beit_*_pt*|beitv2_*_pt*) ;; *) die "--resume $resume: no such file or folder" ;; esac
+    [ "$kind" != eval ] || [ -n "$resume$finetune" ] \
         || die "--resume is missing; give the checkpoint to evaluate, or the folder that holds it"
     for name in batch_size epochs nproc_per_node nnodes; do whole_number $name; done
     case $node_rank in *[!0-9]*|'') die "--node_rank must be a whole number from 0 on, got '$node_rank'" ;; esac
@@ -339,7 +378,7 @@ launch() {
         || die "--nnodes $nnodes needs --master_addr and --master_port, those of node 0, the same on every machine"
     RANK_SIZE=$((nproc_per_node * nnodes))
 
-    [ "$HOME_FOLDER" = "$ROOT" ] || echo "$ROOT is read-only; logs and results go to $HOME_FOLDER"
+    [ "$HOME_FOLDER" = "$ROOT" ] || say "$ROOT is read-only; logs and results go to $HOME_FOLDER"
     choose_python
     if [ "$device" = auto ]; then
         # torch_npu cannot be imported before CANN is set up, so no NPU is found.
@@ -375,9 +414,9 @@ sys.stderr.write(accelerator.npu_unused_reason("auto", device))') || exit 2
         exit "$status"
     fi
     if [ "$node_rank" != 0 ]; then
-        echo "Finished; the result is printed and logged on node 0"
+        say "Finished; the result is printed and logged on node 0"
     elif [ ! -s "$RESULT" ]; then
-        echo "Finished without a new result: there was nothing left to train, or it was a profiling run"
+        say "Finished without a new result: there was nothing left to train, or it was a profiling run"
     else
         final_block $((SECONDS - started))
     fi
@@ -386,17 +425,25 @@ sys.stderr.write(accelerator.npu_unused_reason("auto", device))') || exit 2
 
 # set_preset KIND: complete the options and fill ARGUMENTS, the presets first so that the user's flags win.
 set_preset() {
-    local digits=
+    local digits= name bs length warmup=5 weights=
     [ "$data_path" != demo ] || digits=yes
+    [ -z "$recipe" ] || { [ -z "$digits" ] && [ "$kind" != eval ]; } \
+        || die "--recipe $recipe: it belongs to training on real data; leave it out"
     if [ -n "$digits" ]; then
         [ -n "$model" ] || model=beit_nano_patch8_32
         preset=("${DIGITS_MODEL[@]}" "${DIGITS[@]}")
         given epochs || epochs=40
         # One thread: more help such a small model little, and are slow beside other programs.
         case $device in cpu) export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} ;; esac
-    else
+    elif [ "$kind" = eval ]; then
         [ -n "$model" ] || model=beit_base_patch16_224
-        preset=("${BEIT_BASE[@]}")
+    else
+        read -r recipe name weights bs length warmup < <("$PYTHON" -m beit.recipes "$model" "$finetune" "$recipe")
+        [ -n "$weights" ] || exit 2
+        [ -n "$model" ] || model=$name
+        preset=("--recipe=$recipe")
+        given batch_size || batch_size=$bs
+        given epochs || epochs=$length
         case $device in npu*|cuda*) preset+=(--amp --opt-level=O2 --loss_scale=128) ;; esac
         case $device in npu*) preset+=(--opt=npufusedadamw) ;; esac
     fi
@@ -404,16 +451,16 @@ set_preset() {
         preset=(--eval)
         [ -z "$digits" ] || preset+=(--num_workers=0)
     fi
-    # 5 epochs of warm-up, or half of a run of 5 epochs or fewer.
-    preset+=("--warmup_epochs=$((epochs > 5 ? 5 : epochs / 2))")
+    # A run that the user makes as short as the warm-up warms up for half of it.
+    preset+=("--warmup_epochs=$((epochs > warmup ? warmup : epochs / 2))")
     case $kind in
         full) given output_dir || output_dir=${HOME_FOLDER/#"$ROOT"/.}/train_result ;;
         performance) preset+=(--maxstep=50 --disable_eval_during_finetuning --no_save_ckpt) ;;
     esac
     if [ "$kind" != eval ] && ! given finetune && [ -z "$digits$resume" ]; then
-        finetune=$WEIGHTS
+        finetune=./checkpoints/$weights.pth
         if [ "$kind" = performance ] && [ ! -f "$finetune" ]; then
-            echo "$finetune does not exist; measuring with random weights, which take the same time"
+            say "$finetune does not exist; measuring with random weights, which take the same time"
             finetune=
         fi
     fi
@@ -421,7 +468,7 @@ set_preset() {
     ARGUMENTS=("--data_path=$data_path" "--batch_size=$batch_size" "--epochs=$epochs" "--device=$device"
         "--output_dir=$output_dir" "${preset[@]}")
     if [ "$kind" != eval ] || given model; then ARGUMENTS+=("--model=$model"); fi
-    [ -z "$finetune" ] || ARGUMENTS+=("--finetune=$finetune")
+    [ -z "$finetune$recipe" ] || ARGUMENTS+=("--finetune=$finetune")  # empty: not the recipe's either
     [ -z "$resume" ] || ARGUMENTS+=("--resume=$resume")
     [ -z "$nb_classes" ] || ARGUMENTS+=("--nb_classes=$nb_classes")
     [ -z "$eval_data_path" ] || ARGUMENTS+=("--eval_data_path=$eval_data_path")
@@ -436,9 +483,9 @@ run_logged() {
     if [ -t 1 ] && { BEIT_TERMINAL=$(tty <&4); } 4>&1 && [ "${TERM:-dumb}" != dumb ] && has_module tqdm; then
         # On a terminal, Python draws a bar and shows the lines for people; the log gets every line.
         export BEIT_TERMINAL
-        run_python </dev/null 2>&1 >>"$LOG" | "${TEE[@]}" -a "$LOG" >&2 &
+        run_python </dev/null 2>&1 >>"$LOG" | keep_log >&2 &
     else
-        run_python </dev/null 2>&1 | "${TEE[@]}" -a "$LOG" &
+        run_python </dev/null 2>&1 | keep_log &
     fi
     set +m
     run=$(jobs -p %%)
@@ -453,6 +500,9 @@ run_logged() {
     trap - INT TERM HUP
     return $status
 }
+
+# keep_log: copy standard input to the log and to standard output; a failure does not change the status of the run.
+keep_log() { trap '' INT; "${TEE[@]}" -a "$LOG" || :; }
 
 run_python() {
     if [ "$RANK_SIZE" = 1 ]; then

@@ -55,6 +55,7 @@ choose_python $tool ${extras[@]+"${extras[@]}"}
 if ! "$PYTHON" -c "import ${tool/ruff/ruff, mypy}" 2>/dev/null; then
     [ "$PYTHON" = "$VENV/bin/python" ] \
         || die "PYTHON=$PYTHON has no $tool; run: $PYTHON -m pip install -r $ROOT/tests/requirements.txt"
+    lock_venv "$PYTHON"
     install "$ROOT/tests/requirements.txt" || die "pip could not install tests/requirements.txt; see $VENV/install.log"
 fi
 if [ $tool = ruff ]; then
@@ -62,9 +63,11 @@ if [ $tool = ruff ]; then
     exec "$PYTHON" -m mypy
 fi
 if [ ${#extras[@]} != 0 ] && [ "$PYTHON" = "$VENV/bin/python" ]; then
+    lock_venv "$PYTHON"
     install "$ROOT/requirements-extra.txt" \
         || echo "pip could not install requirements-extra.txt (see $VENV/install.log); tests that need it do not run" >&2
 fi
+{ exec 8>&-; } 2>/dev/null
 # The test files are distributed among the cores; their models are too small for threads.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)

@@ -6,14 +6,14 @@
 #
 # Options, as --key=value:
 #   --data_path=DIR        folder with train/ and val/ of class folders, or the word demo: handwritten digits
-#   --finetune=FILE        pretrained weights (checkpoints/beit_base_patch16_224_pt22k_ft22k.pth); empty: from scratch
+#   --finetune=FILE|NAME   pretrained weights (checkpoints/beit_base_patch16_224_pt22k_ft22k.pth); empty: from scratch
 #   --resume=FILE|DIR      continue from a checkpoint, or from the newest in a folder
 #   --auto_resume          continue if output_dir holds a checkpoint of this run: for jobs that may be killed
 #   --save_ckpt_minutes=N  checkpoints in mid-epoch too (none); a signal always saves one
 #   --output_dir=DIR       checkpoints and log.txt (./train_result), of one run; an earlier one moves to a backup folder
 #   --model=NAME           beit_base_patch16_224; see python run_class_finetuning.py --help
-#   --batch_size=N         images per device (64)
-#   --epochs=N             30; the demo 40
+#   --batch_size=N         images per device (the recipe's: 64 for base, 32 for large)
+#   --epochs=N             the recipe's (30 for the usual weights); the demo 40
 #   --nb_classes=N         checked against the folders
 #   --device=NAME          auto (the first available of npu, cuda, cpu), npu, cuda or cpu
 #   --nproc_per_node=N     devices (1)

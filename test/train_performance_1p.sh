@@ -9,7 +9,7 @@
 #   --maxstep=N            update steps (50); the first 5 are not counted
 #   --finetune=FILE        pretrained weights (checkpoints/…_pt22k_ft22k.pth if it exists, else random)
 #   --model=NAME           beit_base_patch16_224; see python run_class_finetuning.py --help
-#   --batch_size=N         images per device (64)
+#   --batch_size=N         images per device (the recipe's: 64 for base, 32 for large)
 #   --device=NAME          auto (the first available of npu, cuda, cpu), npu, cuda or cpu
 #   --nproc_per_node=N     devices (1)
 # Every other flag goes to run_class_finetuning.py. PYTHON=/path/to/python chooses the Python.

@@ -11,7 +11,7 @@
 #   --nnodes=N --node_rank=I --master_addr=HOST --master_port=PORT   for several machines; run the script on each
 #   --finetune=FILE        pretrained weights (checkpoints/…_pt22k_ft22k.pth if it exists, else random)
 #   --model=NAME           beit_base_patch16_224; see python run_class_finetuning.py --help
-#   --batch_size=N         images per device (64)
+#   --batch_size=N         images per device (the recipe's: 64 for base, 32 for large)
 #   --device=NAME          auto (the first available of npu, cuda, cpu), npu, cuda or cpu
 # Every other flag goes to run_class_finetuning.py. PYTHON=/path/to/python chooses the Python.
 # DIST_WAIT_SECONDS=N is how long processes wait for each other at the start (300).

@@ -14,8 +14,8 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # The packages and modules of beit/, top first: each may import those below it.
-LAYERS = ('cli', 'parser', 'classifier', 'outputs', 'training', 'checkpoint', 'model_spec', 'data', 'files', 'log',
-          'distributed', 'devices', 'config', 'paths', 'startup', 'errors')
+LAYERS = ('cli', 'parser', 'classifier', 'outputs', 'training', 'checkpoint', 'weights', 'model_spec', 'data', 'files',
+          'log', 'distributed', 'devices', 'config', 'recipes', 'paths', 'startup', 'errors')
 
 
 def product_files(root=ROOT):

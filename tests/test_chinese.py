@@ -50,7 +50,7 @@ def facts(name, text):
     without = without_code(text)
     prose = re.sub(r'\]\([^)\s]+\)', ']', re.sub(r'`[^`]+`', '``', without))
     targets = [resolve(name, target) for target in re.findall(r'\]\(([^)\s]+)\)', without)]
-    return {'code blocks': [re.sub(r'(?m)(?<=\w) {3,}\S.*$', '', block)  # without the comments behind a line
+    return {'code blocks': [re.sub(r'(?m)(?<=\w) {3,}\S.*$', '', block)  # without comments at the end of a line
                             for block in re.findall(r'(?ms)^(```\w*\n.*?)^```', text)],
             'paragraphs': len(re.findall(r'\S(?:.|\n(?!\n))*', without)),
             'tables': [[len(row) for row in rows(table)] for table in re.findall(r'(?m)(?:^\|.*\n)+', without)],

@@ -17,6 +17,7 @@ import run_export
 from beit.checkpoint import hf_names, inference_model, pretrained
 from beit.config import ModelConfig
 from beit.data import transforms
+from beit.errors import UserError
 from beit.files import weights_file
 from beit.model_spec import ModelSpec
 from beit.outputs import export_formats
@@ -146,6 +147,19 @@ def test_torchscript(trained, export, tmp_path):
     loaded = torch.jit.load(str(tmp_path / 'weights.torchscript.pt'), _extra_files=about)
     assert is_told({name: value if isinstance(value, str) else value.decode() for name, value in about.items()})
     assert close(logits_of(loaded, images_of(32)), logits_of(model, images_of(32)))
+
+
+@pytest.mark.parametrize('format', ['torchscript', pytest.param('torch_export', marks=with_export)])
+def test_an_export_under_another_name_is_recognized(trained, export, tmp_path, capsys, format):
+    """Some of its records are compressed, which a weights file's never are."""
+    path, _ = trained()
+    export('--resume', path, '--format', format, '--no_check', '--overwrite')
+    made, = set(os.listdir(str(tmp_path))) - {'weights.pth'}
+    other = str(tmp_path / 'model.pth')
+    os.rename(str(tmp_path / made), other)
+    for flag in ('--resume', '--finetune'):
+        with pytest.raises(UserError, match='^%s .*model.pth: it is an exported program, not weights; give ' % flag):
+            weights_file.load_weights_file(other, flag)
 
 
 @with_export

@@ -132,6 +132,10 @@ def test_a_subset_of_the_classes_is_evaluated_and_reported(trained, tmp_path, ca
     assert 'Evaluated on 2 of the checkpoint\'s 3 classes; there is no image of b' in capsys.readouterr().out
 
 
+def test_names_that_hold_a_comma_are_in_quotes():
+    assert model_spec.shorten_names(['10', 'a,b', 'c;d', '9']) == '10, "a,b", c;d, 9'
+
+
 def test_a_resume_onto_other_classes_is_refused(trained, tmp_path, capsys):
     for classes, name in ((('a', 'b', 'zebra'), 'zebra'), (('a', 'b'), 'c')):
         data = write_images(tmp_path / name, classes)

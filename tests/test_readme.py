@@ -186,7 +186,7 @@ def tracked():
     return [name for name in listed if name and os.path.exists(os.path.join(ROOT, name))]
 
 
-FOLDERS = {'beit/', 'test/', 'tests/', 'benchmarks/', 'docs/'}
+FOLDERS = {'beit/', 'recipes/', 'test/', 'tests/', 'benchmarks/', 'docs/'}
 
 
 def test_the_map_has_every_folder():

@@ -14,13 +14,16 @@ import sys
 import time
 
 import pytest
+import torch
 
+import average_checkpoints
 import run_class_finetuning
 from beit.checkpoint import discovery
 from beit.checkpoint.inference_model import load_for_inference
 from beit.parser import OF_FOLDER
 from beit.errors import UserError
 from beit.files import run_folder, weights_file
+from beit.outputs import report
 from helpers import COLD, LAUNCHER, LONG, PROGRAM, RUN, environment, launch, lines_of
 
 pytestmark = pytest.mark.fast
@@ -333,3 +336,82 @@ def test_only_one_process_reports_dropped_flags(config, parse, capsys, monkeypat
     monkeypatch.setenv('LOCAL_RANK', '1')
     assert parse('--config', config, '--output_dir=another').log_dir is None
     assert capsys.readouterr().out == ''
+
+
+# ---- the best figure belongs to a validation set, and to a file
+
+def best_of(folder, name='checkpoint-best.pth'):
+    return weights_file.load_weights_file(os.path.join(str(folder), name))
+
+
+@pytest.fixture
+def easier(monkeypatch):
+    """easier(figures): the coming evaluations give these accuracies."""
+    evaluate = run_class_finetuning.engine.evaluate
+
+    def give(*figures):
+        coming = iter(figures)
+        monkeypatch.setattr(run_class_finetuning.engine, 'evaluate', lambda *args, **options: dict(
+            evaluate(*args, **options), acc1=next(coming)))
+    return give
+
+
+@pytest.mark.parametrize('change', [['--eval_data_path=OTHER'], ['--imagenet_default_mean_and_std'], ['--test_flip']])
+def test_another_validation_set_starts_the_best_figure_again(image_folder, tmp_path, capsys, easier, change):
+    """The old set was easier; the new run stops after as many evaluations without a new best as its own set gives."""
+    output = tmp_path / 'out'
+    other = os.path.join(image_folder(val=5, name='other'), 'val')
+    change = [flag.replace('OTHER', other) for flag in change]
+    base = RUN + ['--data_path=' + image_folder(), '--output_dir=' + str(output), '--early_stop=2',
+                  '--save_ckpt_freq=1']
+    easier(90., 80., 50., 40., 30.)
+    assert run_class_finetuning.run(base + ['--epochs=2']) == 0
+    capsys.readouterr()
+    assert run_class_finetuning.run(base + ['--epochs=9', '--auto_resume'] + change) == 0
+    out = capsys.readouterr().out
+    assert re.search('^The best figure starts again: .*checkpoint-1.pth is of other validation images', out, re.M)
+    assert 'no new best in 2 evaluations' in out and [line['test_acc1'] for line in lines_of(output)] == [
+        90., 80., 50., 40., 30.]
+    assert best_of(output)['epoch'] == 2 and best_of(output)['accuracy'] == {'accuracy': 50.}
+    with open(str(output / 'summary.json')) as file:
+        assert json.load(file)['accuracy'] == 50.
+    # The averages of both sets together have no meaning.
+    average = ['--inputs', str(output), '--output', str(tmp_path / 'average.pth')]
+    assert average_checkpoints.run(average + ['--best=2']) == 2
+    error = capsys.readouterr().err
+    assert '--best 2: ' in error and 'different validation images' in error and len(error.splitlines()) == 1
+    assert report.best_epoch(run_folder.read_log(str(output)))['epoch'] == 2
+
+
+def test_epochs_without_an_evaluation_keep_the_best_figure(image_folder, tmp_path, capsys, easier):
+    output = tmp_path / 'out'
+    base = RUN + ['--data_path=' + image_folder(), '--output_dir=' + str(output), '--save_ckpt_freq=1', '--auto_resume']
+    easier(90., 80.)
+    assert run_class_finetuning.run(base + ['--epochs=1']) == 0
+    assert run_class_finetuning.run(base + ['--epochs=2', '--disable_eval_during_finetuning']) == 0
+    assert run_class_finetuning.run(base + ['--epochs=3']) == 0
+    assert 'starts again' not in capsys.readouterr().out
+    assert best_of(output)['epoch'] == 0 and best_of(output, 'checkpoint-2.pth')['accuracy'] == {'accuracy': 90.}
+
+
+def test_a_resume_into_a_new_folder_takes_the_best_checkpoints_along(image_folder, tmp_path, capsys, easier):
+    first, output = tmp_path / 'first', tmp_path / 'out'
+    base = RUN + ['--data_path=' + image_folder(), '--save_ckpt_freq=1', '--model_ema']
+    easier(90., 85., 80., 75., 70., 65., 60., 77.)  # the model's and its average's in turn
+    assert run_class_finetuning.run(base + ['--epochs=2', '--output_dir=' + str(first)]) == 0
+    resume = base + ['--epochs=3', '--resume=' + str(first / 'checkpoint-1.pth'), '--output_dir=' + str(output)]
+    assert run_class_finetuning.run(resume) == 0
+    out = capsys.readouterr().out
+    assert re.search('^Copied the best checkpoint so far .*: accuracy 90.000%, ema_accuracy 85.000%$', out, re.M)
+    for name in ('checkpoint-best.pth', 'checkpoint-best-ema.pth'):
+        ours, theirs = best_of(output, name), best_of(first, name)
+        assert ours['epoch'] == theirs['epoch'] and ours['accuracy'] == theirs['accuracy']
+        assert all(torch.equal(ours['model'][key], theirs['model'][key]) for key in theirs['model'])
+    # Without that file beside the resumed one, the figure starts again; the average's stays.
+    os.remove(str(first / 'checkpoint-best.pth'))
+    shutil.rmtree(str(output))
+    assert run_class_finetuning.run(resume) == 0
+    out = capsys.readouterr().out
+    assert re.search('^The best figure starts again: beside .*checkpoint-1.pth ', out, re.M)
+    assert best_of(output)['epoch'] == 2 and best_of(output)['accuracy'] == {'accuracy': 60., 'ema_accuracy': 85.}
+    assert best_of(output, 'checkpoint-best-ema.pth')['epoch'] == 0

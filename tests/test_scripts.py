@@ -144,6 +144,7 @@ if [ "$1" = -c ]; then
     case $2 in *fcntl*|*json*) exec "$REAL" "$@" ;; esac
     echo cpu; exit
 fi
+[ "$2" != beit.recipes ] || exec "$REAL" "$@"
 printf '%s\\n' "$@" >"$RECORD"
 echo "The stand-in ran; CANN: ${FAKE_CANN:-none}"
 while [ ! -e "${GATE:-/}" ]; do sleep 0.05; done

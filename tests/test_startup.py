@@ -1,6 +1,7 @@
 """On an unsuitable machine the programs print one line, and none hangs."""
 
 import os
+import pwd
 import re
 import resource
 import subprocess
@@ -8,7 +9,8 @@ import sys
 
 import pytest
 
-from helpers import NANO, ROOT, cannot_run, copy_checkout, environment, lines_of
+import run_class_finetuning
+from helpers import NANO, ROOT, TINY, cannot_run, copy_checkout, environment, lines_of
 
 pytestmark = pytest.mark.current_only
 PROGRAMS = ('run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py')
@@ -134,6 +136,59 @@ def test_enough_shared_memory_changes_nothing(monkeypatch, capsys):
     assert capsys.readouterr().out == ''
 
 
+@pytest.fixture(scope='module')
+def trained(data, tmp_path_factory):
+    output = str(tmp_path_factory.mktemp('trained') / 'out')
+    assert run_class_finetuning.run(TINY + ['--data_path=' + data, '--output_dir=' + output]) == 0
+    return output
+
+
+@pytest.mark.parametrize('kilobytes', (256, 300, 400))
+def test_a_prediction_fits_into_a_tiny_shared_memory(data, trained, tmp_path, small_shm, kilobytes):
+    """Batches so small that their other tensors, a page each, need as much as the images."""
+    done = run(*small_shm(kilobytes), sys.executable, 'run_predict.py', '--resume', trained, *[data] * 20,
+               '--num_workers=4', '--batch_size=4', '--output', str(tmp_path / 'out.csv'), '--device=cpu')
+    assert done.returncode == 0, done.stderr
+    assert 'Traceback' not in done.stderr and 'UserWarning' not in done.stderr
+    assert re.search(r'^/dev/shm has room for the batches of \d loader processes, not of 4', done.stderr, re.M)
+    assert len((tmp_path / 'out.csv').read_text().splitlines()) == 1 + 20 * 54
+
+
+NO_ESTIMATE = 'import sys, datasets, run_predict, run_class_finetuning as train\n' \
+    'datasets.workers_that_fit = run_predict.workers_that_fit = lambda wanted, *sizes: wanted\n' \
+    'sys.exit((train if "--data_path" in sys.argv else run_predict).run(sys.argv[1:]))'
+
+
+@pytest.mark.parametrize('size, kilobytes', [(32, 150), (128, 1000)])
+@pytest.mark.parametrize('program', ['predict', 'train'])
+def test_workers_without_room_end_the_program_with_one_line(data, trained, small_shm, program, size, kilobytes):
+    """Where the estimate is too low: a batch that cannot be sent was lost, and the main process waited forever."""
+    flags = ['--resume', trained, *[data] * 20, '--input_size=%d' % size] if program == 'predict' else [
+        *NANO[:2], '--input_size=%d' % size, '--data_path', data, '--epochs=3', '--warmup_epochs=0']
+    done = run(*small_shm(kilobytes), sys.executable, '-c', NO_ESTIMATE, *flags, '--num_workers=4', '--batch_size=8',
+               '--device=cpu', timeout=60)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert 'Traceback' not in done.stdout + done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert 'error: /dev/shm has no room' in line and '--num_workers' in line
+
+
+@pytest.mark.parametrize('program', ['predict', 'train'])
+def test_more_workers_than_the_open_files_allow(data, trained, program):
+    flags = ['run_predict.py', '--resume', trained, *[data] * 20] if program == 'predict' else [
+        'run_class_finetuning.py', *NANO[:-2], '--data_path', data, '--epochs=1', '--warmup_epochs=0']
+    done = run(sys.executable, *flags, '--num_workers=40', '--batch_size=4', '--device=cpu', limit=(256, 256))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r'^--num_workers 40: a process may open only 256 files here, .* \d+ loader processes',
+                     done.stdout + done.stderr, re.M)
+    done = run(sys.executable, '-c', NO_ESTIMATE, *flags[1:], '--num_workers=90', '--batch_size=4', '--device=cpu',
+               limit=(256, 256))
+    assert done.returncode == 2, done.stderr
+    assert 'Traceback' not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert 'error: ' in line and '--num_workers' in line and 'ulimit -n' in line
+
+
 # ---- a read-only checkout
 
 def test_a_read_only_checkout(tmp_path):
@@ -155,6 +210,68 @@ def test_a_read_only_checkout(tmp_path):
     assert len(lines_of(os.path.join(own, 'train_result'))) == 1
     assert sorted(os.listdir(os.path.join(own, 'data', 'digits'))) == ['train', 'val']
     assert not {'data', 'train_result'} & set(os.listdir(checkout))
+    # The README's next command names a folder that is not in the checkout.
+    done = run(*prefix, 'bash', 'test/train_eval_1p.sh', '--data_path=demo', '--resume=./train_result', '--device=cpu',
+               cwd=checkout, XDG_CACHE_HOME=str(cache), PYTHON=sys.executable)
+    assert done.returncode == 0 and 'Final Train Accuracy' in done.stdout, done.stdout + done.stderr
+    # No cache folder can be made in /proc.
+    done = run(*prefix, 'bash', 'test/train_full_1p.sh', '--data_path=demo', cwd=checkout, XDG_CACHE_HOME='',
+               HOME='/proc')
+    assert (done.returncode, done.stdout) == (2, '')
+    line, = done.stderr.splitlines()
+    assert '/proc/.cache/beit cannot be written to' in line and 'XDG_CACHE_HOME' in line
+
+
+def in_common(checkout, commands, *words):
+    """Start bash with commands that use the functions of test/common.sh."""
+    return subprocess.Popen(['bash', '-c', 'source test/common.sh; ' + commands, 'script.sh', *words], cwd=checkout,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                            env={name: value for name, value in os.environ.items() if name != 'HOME'})
+
+
+def test_without_the_variable_home_the_scripts_use_the_users_folder():
+    out, err = in_common(ROOT, 'echo "$HOME"').communicate()
+    assert (out.strip(), err) == (pwd.getpwuid(os.getuid()).pw_dir, '')
+
+
+def test_two_scripts_install_packages_one_after_the_other(tmp_path):
+    """The second once removed the half-made environment of the first."""
+    commands = 'VENV=$1; make_venv() { echo made; sleep 2; mkdir -p "$VENV/bin"; ln -s "$1" "$VENV/bin/python"; ' \
+        'cp "$REQUIREMENTS" "$(stamp "$REQUIREMENTS")"; }; need_venv "$2"'
+    both = [in_common(ROOT, commands, str(tmp_path / 'venv'), sys.executable) for _ in range(2)]
+    printed = sorted(process.communicate(timeout=60) for process in both)
+    waiting = 'Waiting for another script, which installs packages into %s\n' % (tmp_path / 'venv')
+    assert printed == [(waiting, ''), ('made\n', '')]
+
+
+def test_a_virtual_environment_that_cannot_be_executed(tmp_path):
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin' / 'python').write_text('')
+    process = in_common(ROOT, 'VENV=$1; need_venv "$2"', str(tmp_path), sys.executable)
+    line, = process.communicate()[1].splitlines()
+    assert process.returncode == 2 and '%s/bin/python cannot be executed; remove %s' % (tmp_path, tmp_path) in line
+
+
+@pytest.mark.parametrize('mode, says', [(0o755, ' lacks torch, torchvision, timm'), (0o644, ': it cannot be executed')])
+def test_an_unsuitable_python(tmp_path, mode, says):
+    program = tmp_path / 'python'
+    program.write_text('#!/bin/sh\nexec %s -S "$@"\n' % sys.executable)
+    program.chmod(mode)
+    done = run('bash', 'test/train_full_1p.sh', '--data_path=demo', PYTHON=str(program))
+    line, = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, '') and 'PYTHON=%s%s' % (program, says) in line
+
+
+@pytest.mark.parametrize('flag, program', [
+    ('--results_file', 'run_class_finetuning.py'), ('--output', 'run_predict.py'),
+    ('--output', 'average_checkpoints.py')])
+def test_a_file_in_a_read_only_folder_is_refused_at_the_start(data, trained, tmp_path, flag, program):
+    flags = {'run_class_finetuning.py': ['--eval', '--resume', trained, '--data_path', data],
+             'run_predict.py': ['--resume', trained, data], 'average_checkpoints.py': ['--inputs', trained]}[program]
+    file = 'r.csv' if flag == '--results_file' else 'p.csv'
+    done = run(sys.executable, os.path.join(ROOT, program), *flags, flag, file, cwd='/proc')
+    line, = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, '') and '%s %s: /proc cannot be written to' % (flag, file) in line
 
 
 # ---- --help and wrong flags take no time

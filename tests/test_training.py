@@ -460,7 +460,8 @@ DEFAULTS = dict(
     val_split=0., max_train_samples=0, val_interval=1, early_stop=0,
     class_names='', train_csv='', val_csv='',
     loss='auto', class_weights='', test_flip=False, results_file='', real_labels='',
-    freeze_backbone=False, unfreeze_epoch=0)
+    freeze_backbone=False, unfreeze_epoch=0, recipe='', blr=0., enable_deepspeed=False, robust_test=None, qkv_bias=True,
+    image_folder_class_index_file='')
 
 
 def test_flags_and_defaults_are_the_references(parse):

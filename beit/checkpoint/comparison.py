@@ -6,6 +6,7 @@ table for users.
 
 import dataclasses
 import functools
+import hashlib
 import importlib
 from typing import Any, Callable, Container, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -17,7 +18,7 @@ from beit.devices import accelerator
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
 from beit.log import log_main
-from beit.model_spec import saved_args
+from beit.model_spec import ModelSpec, saved_args
 
 RNG_VERSION = 2  # increased whenever the same seed gives other random numbers than before
 
@@ -193,6 +194,20 @@ def resume_message(differences: List[Difference]) -> str:
         else ('the same', 'but')
     return 'Resumes in %s order of the data, %s not with the same numbers as without a stop: %s' % (
         order, joint, '; '.join(difference.text for difference in differences))
+
+
+def evaluation_id(data: Dict[str, Any], spec: Optional[ModelSpec], test_flip: bool) -> str:
+    """A hash of everything besides the weights that affects a validation figure; '' if that is unknown.
+
+    Args:
+        data: with the fingerprint of the validation images under 'val'; see `fingerprint.of_data`.
+    """
+    images = data.get('val')
+    if not isinstance(images, dict) or spec is None:
+        return ''
+    facts = (sorted(item for item in images.items() if item[0] != 'order'), dataclasses.astuple(spec.preprocessing),
+             len(spec.classes), bool(test_flip))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
 # ---- no evaluation on training images

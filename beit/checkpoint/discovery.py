@@ -8,10 +8,11 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
+from beit import weights
+from beit.checkpoint import hf_names
 from beit.config import OutputConfig
 from beit.distributed import collectives, process_group
 from beit.errors import UserError, escape_text
-from beit.files.download import resolve_url
 from beit.files import weights_file
 from beit.files.weights_file import load_weights_file
 from beit.log import log_main
@@ -47,12 +48,12 @@ def last_epoch(content: Any) -> int:
 
 
 def candidates(source: str) -> List[str]:
-    """The files that --resume can refer to: a file or URL itself; a folder's checkpoints, numbered ones newest first.
+    """The files that --resume can refer to: a file, URL or name itself; a folder's checkpoints, the newest first.
 
     Raises:
         UserError: there is none.
     """
-    if re.match(r'[a-z]+://', source) or os.path.isfile(source):
+    if weights.is_remote(source) or os.path.isfile(source):
         return [source]
     if not os.path.isdir(source):
         raise UserError('--resume %s: no such file or folder' % escape_text(source))
@@ -94,7 +95,10 @@ def load_best_or_latest(source: str, prefer_best: bool = False, use_ema: bool = 
     """
     paths = candidates(source)
     if not os.path.isdir(source):
-        return source, load_weights_file(resolve_url(source, '--resume'), '--resume')
+        path = weights.resolve(source, '--resume')
+        if os.path.isdir(path):
+            source = path = hf_names.hf_weights_path(path, '--resume')
+        return source, load_weights_file(path, '--resume')
     ordered = [path for path in paths if position_in_name(path) is not None]
     bests = [path for path in paths if path not in ordered]
     if prefer_best:
@@ -196,6 +200,23 @@ def finish_save(path: str, content: Any) -> None:
         for later in files[files.index(name) + 1:]:
             if re.match(r'checkpoint-(best|best-ema|\d+)\.pth$', str(later)):
                 weights_file.save(os.path.join(os.path.dirname(path), later), content)
+
+
+def copy_best(source: str, folder: str, best: Dict[str, float]) -> Dict[str, float]:
+    """Copy the checkpoints of the best figures so far from the folder of `source`. Returns the figures that have one.
+
+    Args:
+        best: the figures by name, as `source` holds them.
+    """
+    copied = {}
+    for figure, value in best.items():
+        name, content = BEST_EMA if figure.startswith('ema_') else BEST, None
+        with contextlib.suppress(UserError):  # missing or damaged
+            content = load_weights_file(os.path.join(os.path.dirname(source), name))
+        if isinstance(content, dict) and (content.get('accuracy') or {}).get(figure) == value:
+            weights_file.save(os.path.join(folder, name), content)
+            copied[figure] = value
+    return copied
 
 
 def _name_and_position(path, content):

@@ -13,9 +13,10 @@ import torch
 
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text
+from beit.weights import HUB_FILES
 
-CONFIG, PREPROCESSOR = 'config.json', 'preprocessor_config.json'  # in a Hugging Face folder
-WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
+CONFIG, PREPROCESSOR = HUB_FILES[:2]  # what a Hugging Face folder holds
+WEIGHTS = HUB_FILES[2:]
 
 _BLOCK, _LAYER = 'blocks.{n}.', 'beit.encoder.layer.{n}.'
 _QUERY, _KEY, _VALUE = (_LAYER + 'attention.attention.' + part for part in ('query.', 'key.', 'value.'))
@@ -136,10 +137,11 @@ def hf_weights_path(folder: str, flag: str) -> str:
         raise UserError('%s: not a Hugging Face folder: it has no %s; give a weights file' % (
             name, CONFIG if found else ' or '.join(WEIGHTS)))
     try:
-        kind = _read_beside(found[0], CONFIG)['model_type']
+        content = _read_beside(found[0], CONFIG)
+        kind = content['model_type'] if 'model_type' in content else content['architecture']  # the second is timm's
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError('%s: its %s cannot be read; fetch or copy it again' % (name, CONFIG)) from None
-    if kind != 'beit':
+    if kind != 'beit' and not re.match(r'beit(v2)?_(base|large)_', str(kind)):
         raise UserError('%s: its %s has model_type %s; give a folder with model_type beit'
                         % (name, CONFIG, escape_text(str(kind))[:40]))
     return found[0]

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import os
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from timm.models import create_model
 
 import modeling_finetune
-from beit import model_spec
+from beit import model_spec, weights
 from beit.checkpoint import discovery, hf_names
 from beit.checkpoint.pretrained import DEFAULT_KEYS, adapt_state_dict, find_state_dict, mismatches, refuse_exports
 from beit.config import ModelConfig
@@ -25,7 +25,7 @@ def build_model(config: ModelConfig, nb_classes: int) -> torch.nn.Module:
         config.model, pretrained=False, num_classes=nb_classes, img_size=config.input_size, drop_rate=config.drop,
         drop_path_rate=config.drop_path, attn_drop_rate=config.attn_drop_rate, init_scale=config.init_scale,
         use_mean_pooling=config.use_mean_pooling, use_rel_pos_bias=config.rel_pos_bias,
-        use_abs_pos_emb=config.abs_pos_emb, init_values=config.layer_scale_init_value)
+        use_abs_pos_emb=config.abs_pos_emb, init_values=config.layer_scale_init_value, qkv_bias=config.qkv_bias)
 
 
 class LoadedModel(NamedTuple):
@@ -70,8 +70,8 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
     """Build the network of a checkpoint and load its weights.
 
     Args:
-        source (str): a file, an https URL or a folder, whose best checkpoint is loaded; safetensors or a Hugging Face
-            folder of `run_export.py`; or other weights of timm and Hugging Face, with `model`.
+        source (str): a file, an https URL, a published name, or a folder, whose best checkpoint is loaded; safetensors
+            or a Hugging Face folder of `run_export.py`; or other weights of timm and Hugging Face, with `model`.
         use_ema (bool): use the averaged weights.
         class_names (str): a file of names, see `model_spec.read_class_names`.
         overrides: flags such as `model`, `input_size` and `crop_pct`, which take precedence over the file.
@@ -84,8 +84,13 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
         raise unknown_value_error('--model', overrides['model'], modeling_finetune.MODELS)
     if os.path.isfile(os.path.join(source, hf_names.CONFIG)):
         source = hf_names.hf_weights_path(source, '--resume')
+    known = weights.published(source)
     path, content = discovery.load_best_or_latest(source, prefer_best=True, use_ema=use_ema)
+    if known:
+        overrides = dict(overrides, model=overrides.get('model') or known.model)
     found = read_weights(path, content, use_ema, class_names, **overrides)
+    if known and known.classes == 1000 and not found.spec.has_class_names:
+        found = found._replace(spec=found.spec.with_class_names(model_spec.imagenet_wnids(1000), path))
     try:
         model = build_model(found.spec.architecture, len(found.spec.classes))
     except (ValueError, TypeError, RuntimeError) as error:
@@ -150,16 +155,20 @@ def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str) -> Mode
     return changed
 
 
-def load_state(model: torch.nn.Module, found: CheckpointWeights, quiet: bool = False) -> None:
+def load_state(model: torch.nn.Module, found: CheckpointWeights, outputs: Optional[Sequence[int]] = None,
+               quiet: bool = False) -> None:
     """Load a checkpoint's weights; tables are resized to the model's input size, as --finetune does.
 
     Args:
+        outputs: the rows of the head that the model has, in its order; None: all.
         quiet: log nothing: the same was logged for other weights of the file.
 
     Raises:
         UserError: they belong to another model.
     """
     state, shown = dict(found.state), escape_text(found.source)
+    if outputs is not None:
+        state.update((name, state[name][list(outputs)]) for name in ('head.weight', 'head.bias'))
     if found.has_no_spec or found.is_resized:
         adapt_state_dict(state, model, quiet)
     unused = sorted(set(state) - set(model.state_dict())) if found.has_no_spec else []  # such as a mask token
@@ -238,5 +247,6 @@ def _flags_of_weights(state):
     if grid and state['patch_embed.proj.weight'].dim() == 4:
         size = {'input_size': grid * state['patch_embed.proj.weight'].shape[-1]}
     return dict(size, rel_pos_bias=any('relative_position_bias_table' in name for name in state),
-                abs_pos_emb='pos_embed' in state, use_mean_pooling='fc_norm.weight' in state,
-                layer_scale_init_value=0.1 if 'blocks.0.gamma_1' in state else 0.)
+                abs_pos_emb='pos_embed' in state, qkv_bias='blocks.0.attn.q_bias' in state,
+                use_mean_pooling='fc_norm.weight' in state,
+                layer_scale_init_value=0.1 if 'blocks.0.gamma_1' in state else 0.)  # its start

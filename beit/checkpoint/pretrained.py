@@ -9,11 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from beit import model_spec
+from beit import model_spec, weights
 from beit.checkpoint import hf_names
 from beit.errors import UserError, escape_text
-from beit.files.download import resolve_url
-from beit.files.weights_file import load_weights_file
+from beit.files.weights_file import EXPORTED_PROGRAM, load_weights_file
 from beit.log import log_main
 
 DEFAULT_KEYS = 'model|module'
@@ -24,8 +23,7 @@ def refuse_exports(flag: str, source: str) -> None:
     """Raise a `UserError` for an exported program (ONNX, torch.export, TorchScript), by its ending."""
     exported = next((ending for ending in ('.onnx', '.pt2', '.torchscript.pt') if source.endswith(ending)), '')
     if exported:
-        raise UserError('%s %s: %s is an exported program, not weights; give the checkpoint that it was exported '
-                        'from, a .safetensors file or a Hugging Face folder' % (flag, escape_text(source), exported))
+        raise UserError('%s %s: %s is %s' % (flag, escape_text(source), exported, EXPORTED_PROGRAM))
 
 
 def check_finetune(source: str) -> None:
@@ -33,9 +31,9 @@ def check_finetune(source: str) -> None:
     refuse_exports('--finetune', source)
     if source and os.path.isdir(source):
         hf_names.hf_weights_path(source, '--finetune')
-    elif source and not re.match(r'[a-z]+://', source) and not os.path.isfile(source):
-        raise UserError('--finetune %s: no such file; put the pretrained weights there (checkpoints/README.md lists '
-                        'the sources), or train from scratch with --finetune=' % source)
+    elif source and not weights.is_remote(source) and not os.path.isfile(source):
+        raise UserError('--finetune %s: no such file; put the pretrained weights there, give a name that '
+                        'checkpoints/README.md lists, or train from scratch with --finetune=' % source)
 
 
 def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAULT_KEYS, model_prefix: str = '',
@@ -55,8 +53,8 @@ def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAUL
         UserError: the file can't be read, or belongs to another model; the message lists names and shapes.
     """
     check_finetune(source)
-    path = hf_names.hf_weights_path(source, '--finetune') if os.path.isdir(source) \
-        else resolve_url(source, '--finetune')
+    path = weights.resolve(source, '--finetune')
+    path = hf_names.hf_weights_path(path, '--finetune') if os.path.isdir(path) else path
     content = load_weights_file(path, '--finetune')
     key, loaded = find_state_dict(content, '--finetune', source, model_key, model_prefix)
     state, library = hf_names.to_native(loaded)
@@ -69,9 +67,9 @@ def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAUL
         raise UserError('--finetune %s: these are not the weights of this --model: %s' % (source, problems))
     result = model.load_state_dict(state, strict=False)
     key = ', '.join(filter(None, [key, library and 'names of %s' % library]))
-    weights, missing = ([name for name in names if not name.endswith('relative_position_index')]
+    needed, missing = ([name for name in names if not name.endswith('relative_position_index')]
                         for names in (target, result.missing_keys))
-    log_main('Loaded %d of %d weights from %s%s' % (len(weights) - len(missing), len(weights), source,
+    log_main('Loaded %d of %d weights from %s%s' % (len(needed) - len(missing), len(needed), source,
                                                     ' (%s)' % key if key else ''))
     for title, names in (('Not in the file, left at their initial values', missing), ('Not loaded', dropped),
                          ('Unused names in the file', sorted(result.unexpected_keys))):
@@ -146,6 +144,7 @@ def keep_head_rows(state: Dict[str, torch.Tensor], model: torch.nn.Module, their
     """
     heads = {name: state[name] for name in ('head.weight', 'head.bias') if name in state}
     classes = [escape_text(name) for name in classes]
+    theirs = theirs or model_spec.imagenet_wnids(len(heads.get('head.weight', ())), classes)
     if not theirs or list(theirs) == classes or any(len(value) != len(theirs) for value in heads.values()):
         return
     target = model.state_dict()

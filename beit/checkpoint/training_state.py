@@ -54,7 +54,7 @@ def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.
         'accuracy': dict(run_state.best),
         'progress': {'steps': run_state.steps, 'meters': run_state.meters, 'run': dict(run_state.run),
                      'files': run_state.files, 'stale': run_state.stale, 'origin': run_state.origin,
-                     'spent': run_state.spent},
+                     'val_set': run_state.val_set, 'spent': run_state.spent},
         'data': dict(run_state.data),
     }
     if spec is not None:
@@ -76,6 +76,7 @@ class RunState:
     run: Dict[str, Any] = dataclasses.field(default_factory=dict)  # see `comparison.facts_of`
     data: Dict[str, Any] = dataclasses.field(default_factory=dict)  # see `comparison.data_to_save`
     stale: int = 0  # consecutive evaluations without a new best
+    val_set: str = ''  # what `best` was measured on, see `comparison.evaluation_id`
     # Seconds of the run; images, seconds, seconds waiting for data, and number of the timed steps.
     spent: List[float] = dataclasses.field(default_factory=lambda: [0.] * 5)
     origin: str = ''  # the --resume that the run started with; --auto_resume compares it
@@ -289,6 +290,7 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
         seconds, images, step_seconds, data_seconds, steps = map(float, inside.get('spent', [0.] * 5))
         run_state = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, dict(inside.get('run') or {}),
                              stale=int(inside.get('stale', 0)), origin=str(inside.get('origin', '')),
+                             val_set=str(inside.get('val_set', '')),
                              spent=[seconds, images, step_seconds, data_seconds, steps])
         if run_state.steps < 0 or bool(run_state.steps) != bool(meters):
             raise ValueError('its averages do not fit %d steps' % run_state.steps)

@@ -5,6 +5,7 @@ A sample depends only on the seed, the epoch and the image's index, not on the n
 
 import functools
 import inspect
+import multiprocessing.queues
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, U
 
 import numpy as np
 import torch
+from torch._utils import ExceptionWrapper
 from torch.utils.data.dataloader import default_collate
 
 from beit.data import device_randaugment
@@ -160,10 +162,16 @@ def worker_init(_: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _hide_lost_connection
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
     process_group.end_with_parent()
     if hasattr(signal, 'sigwaitinfo'):  # Linux; a signal handler does not get the sender
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_exit_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
+
+
+def _send_error(queue: Any, error: Exception, item: Tuple[int, Any]) -> None:
+    """If /dev/shm is too full to send a batch, send the error; otherwise the main process waits forever."""
+    queue.put((item[0], ExceptionWrapper(where='in a loader process')))
 
 
 def _hide_lost_connection(kind: Any, error: BaseException, traceback: Any) -> None:

@@ -75,6 +75,12 @@ def check_paths(config: InputConfig) -> None:
         raise unknown_value_error('--data_set', config.data_set, DATA_SETS)
     check_split(config)
     check_csv_flags(config)
+    index = config.image_folder_class_index_file
+    if index and (config.data_set == 'CIFAR' or config.train_csv or config.val_csv):
+        raise UserError('--image_folder_class_index_file %s: it orders class folders, and --data_set CIFAR and CSV '
+                        'files have none; leave it out' % escape_text(index))
+    if index and not os.path.isfile(index):
+        raise UserError('--image_folder_class_index_file %s: no such file' % escape_text(index))
     DATA_SETS[config.data_set](config)
 
 

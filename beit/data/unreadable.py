@@ -104,7 +104,8 @@ def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> Tuple
             # CIFAR's images are in one file, whose checksum is compared on reading.
             for indices, reasons in _check_files(dataset, num_workers) if hasattr(dataset, 'load') else ():
                 for index in reasons:
-                    bar.write('%s\t%s' % (image_name(dataset, index), reasons[index]))
+                    with bar.external_write_mode():
+                        log_main('%s\t%s' % (image_name(dataset, index), reasons[index]))
                 found.update(reasons)
                 bar.update(len(indices))
             bad.update((image_name(dataset, index), found[index]) for index in sorted(found))

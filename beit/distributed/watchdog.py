@@ -125,7 +125,8 @@ class _Watchdog:
         self.message = self.received or message
         if self.stopped.is_set():
             return
-        preemption.say_now('run_class_finetuning.py: error: %s (--dist_timeout %g)' % (self.message, self.seconds))
+        preemption.say_now('%s: error: %s (--dist_timeout %g)' % (
+            os.path.basename(sys.argv[0]), self.message, self.seconds))
         until = time.monotonic() + 4 * self.beat_seconds
         while not self.received and time.monotonic() < until:  # set by the other thread
             time.sleep(self.beat_seconds / 4)

@@ -1,16 +1,18 @@
-"""Downloads weights from https addresses into torch.hub's cache."""
+"""Weights from https addresses, kept in the cache that torch.hub uses, or under a path of the caller's."""
 
+import contextlib
+import fcntl
 import hashlib
 import http.client
 import os
 import re
 import urllib.request
-from typing import Any
+from typing import Any, BinaryIO, Callable, Iterator, Optional
 
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
 from beit.files.atomic_write import atomic_write
-from beit.log import log_main
+from beit.log import current_display, log_main
 
 MAX_DOWNLOAD = 16 << 30  # bytes
 TIMEOUT = 60  # seconds to wait for a server's next bytes
@@ -45,15 +47,9 @@ def resolve_url(source: str, flag: str = '') -> str:
         os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache'), 'torch')
     name = address.partition('?')[0].rpartition('/')[2].strip('.') or 'weights'
     folder = 'beit-' + hashlib.sha256(address.encode('utf-8', 'surrogateescape')).hexdigest()[:12]
-    path = os.path.join(home, 'hub', 'checkpoints', folder, name)  # two addresses can end in the same name
-    if process_group.is_main_process() and not os.path.isfile(path):
-        log_main('Downloading %s to %s' % (escape_text(address), path))
-        in_name = re.search(r'-([0-9a-f]{8,})\.', name)
-        _download(address, path, wanted or (in_name.group(1) if in_name else ''), shown)
-    process_group.barrier()
-    if not os.path.isfile(path):
-        raise UserError('%s: the first process downloaded it to %s, which this machine does not have; set TORCH_HOME '
-                        'to a folder that all machines share' % (shown, path))
+    path = os.path.join(home, 'hub', 'checkpoints', folder, name)  # two addresses may end in the same name
+    in_name = re.search(r'-([0-9a-f]{8,})\.', name)
+    fetch(address, path, shown, wanted or (in_name.group(1) if in_name else ''))
     if wanted:
         digest = hashlib.sha256()
         with open(path, 'rb') as file:
@@ -65,33 +61,125 @@ def resolve_url(source: str, flag: str = '') -> str:
     return path
 
 
-def _download(address: str, path: str, wanted: str, shown: str) -> None:
-    """Download an address to `path`, which appears only when it is complete and its sha256 begins with `wanted`."""
-    too_large = UserError('%s: larger than %d GiB, too large for these models; give another address'
-                          % (shown, MAX_DOWNLOAD >> 30))
-    digest, received = hashlib.sha256(), 0
+def fetch(address: str, path: str, shown: str, wanted: str = '', check: Optional[Callable[[str], None]] = None,
+          remedy: str = 'set TORCH_HOME to a folder that all machines share') -> None:
+    """Download an https address to `path`, on the first process and once.
+
+    Args:
+        shown: what errors begin with.
+        wanted: the beginning of its sha256.
+        check: called with the path of the whole file, before it takes its name.
+        remedy: for a machine that does not see the first process's file.
+
+    Raises:
+        UserError: the server fails, or sends another file.
+    """
+    if process_group.is_main_process() and not os.path.isfile(path):
+        log_main('Downloading %s to %s' % (escape_text(address), path))
+        _download(address, path, wanted, shown, check)
+    process_group.barrier()
+    if not os.path.isfile(path):
+        raise UserError('%s: the first process downloaded it to %s, which this machine does not have; %s'
+                        % (shown, path, remedy))
+
+
+def _download(address: str, path: str, wanted: str, shown: str, check: Optional[Callable[[str], None]] = None) -> None:
+    """Download an address to `path`, which appears only when the file is complete and passes its checks.
+
+    If the server can send the rest of a file (a strong ETag, Accept-Ranges), a broken download stays in `path`.part-…,
+    and the next one resumes it.
+    """
+    part = ''
     try:
-        request = urllib.request.Request(address, headers={'User-Agent': 'torch.hub'})  # some servers refuse urllib
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with urllib.request.build_opener(_HttpsOnly).open(request, timeout=TIMEOUT) as response, \
-                atomic_write(path) as file:
-            length = response.headers.get('Content-Length')
-            if length is None and not response.chunked and not wanted:
-                raise ValueError('the server sends no Content-Length; add #sha256=')
-            if length is not None and int(length) > MAX_DOWNLOAD:
-                raise too_large
-            for block in iter(lambda: response.read(1 << 16), b''):
-                received += len(block)
-                if received > MAX_DOWNLOAD:
-                    raise too_large
+        with contextlib.ExitStack() as stack:
+            response = stack.enter_context(_open(address))
+            length, tag = _length(response, wanted, shown), response.headers.get('ETag', '')
+            if length and tag.startswith('"') and response.headers.get('Accept-Ranges') == 'bytes':
+                part = '%s.part-%s' % (path, hashlib.sha256(('%s %d' % (tag, length)).encode()).hexdigest()[:8])
+            file = stack.enter_context(_open_part(part, path) if part else atomic_write(path))
+            digest, received = hashlib.sha256(), 0
+            for block in iter(lambda: file.read(1 << 20) if part else b'', b''):
                 digest.update(block)
-                file.write(block)
-            if length is not None and received != int(length):
-                raise ValueError('the connection ended after %d of %d bytes' % (received, int(length)))
-            if not digest.hexdigest().startswith(wanted):
-                raise UserError('%s: the server sent a file with another sha256, %s; check the address and the hash'
-                                % (shown, digest.hexdigest()))
+                received += len(block)
+            if length and 0 < received < length:
+                log_main('Resuming after %d of %d bytes' % (received, length))
+                response.close()
+                response = stack.enter_context(_open(address, received))
+                if response.headers.get('ETag') != tag or not response.headers.get(
+                        'Content-Range', '').startswith('bytes %d-' % received):
+                    raise ValueError('the server does not send the rest of %s; remove that file' % part)
+            if received != length:
+                received = _receive(response, file, digest, received, length, shown)
+            if length is not None and received != length:
+                raise ValueError('it broke off after %d of %d bytes' % (received, length))
+            file.flush()
+            try:
+                if not digest.hexdigest().startswith(wanted):
+                    raise UserError('%s: the server sent a file with sha256 %s, not the one asked for'
+                                    % (shown, digest.hexdigest()))
+                if check is not None:
+                    check(file.name)
+            except UserError:
+                if part:
+                    os.remove(part)
+                raise
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = escape_text(str(error)) or type(error).__name__
-        raise UserError('%s: download failed (%s); fetch the file yourself and give its path'
-                        % (shown, reason)) from None
+        raise UserError('%s: download failed (%s); %sfetch the file yourself and give its path' % (
+            shown, reason, 'try again to resume it, or ' if part else '')) from None
+
+
+def _open(address: str, start: int = 0) -> Any:
+    """The response of a server, from byte `start` on."""
+    headers = {'User-Agent': 'torch.hub'}  # some servers shun urllib
+    if start:
+        headers['Range'] = 'bytes=%d-' % start
+    return urllib.request.build_opener(_HttpsOnly).open(urllib.request.Request(address, headers=headers),
+                                                        timeout=TIMEOUT)
+
+
+def _length(response: Any, wanted: str, shown: str) -> Optional[int]:
+    """How many bytes a response has; None where it comes in chunks."""
+    length = response.headers.get('Content-Length')
+    if length is None and not response.chunked and not wanted:
+        raise ValueError('the server does not say how long it is; add its #sha256=')
+    if length is not None and int(length) > MAX_DOWNLOAD:
+        raise _too_large(shown)
+    return None if length is None else int(length)
+
+
+def _receive(response: Any, file: BinaryIO, digest: Any, received: int, length: Optional[int], shown: str) -> int:
+    """Write a response to a file, with a bar on a terminal; gives how many bytes the file has now."""
+    display = current_display()
+    display.begin('Download (MiB)', (length or 0) >> 20, received >> 20)
+    try:
+        for block in iter(lambda: response.read(1 << 16), b''):
+            for _ in range((received + len(block) >> 20) - (received >> 20)):
+                display.step()
+            received += len(block)
+            if received > MAX_DOWNLOAD:
+                raise _too_large(shown)
+            digest.update(block)
+            file.write(block)
+    finally:
+        display.end()
+    return received
+
+
+def _too_large(shown: str) -> UserError:
+    return UserError('%s: larger than %d GiB, and so no weights of these models' % (shown, MAX_DOWNLOAD >> 30))
+
+
+@contextlib.contextmanager
+def _open_part(part: str, path: str) -> Iterator[BinaryIO]:
+    """A file to append to, read from its beginning; where nothing is raised, it takes the name `path`."""
+    with open(part, 'ab+') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError('another program is downloading it') from None
+        file.seek(0)
+        yield file
+        os.fsync(file.fileno())
+        os.replace(part, path)

@@ -35,6 +35,13 @@ class UnsafeFileError(Exception):
     """A file holds something that no weights file needs; its text completes 'refused, because …'."""
 
 
+class ExportedProgramError(Exception):
+    """A file is an archive of TorchScript or torch.export."""
+
+
+PROGRAM_RECORDS = r'constants\.pkl$|code/|models/|serialized_exported_program\.json$'
+
+
 def require(condition: Any, reason: str, error: type = UnsafeFileError) -> None:
     if not condition:
         raise error(reason)
@@ -270,6 +277,8 @@ def _open_zip(file: BinaryIO, size: int) -> Tuple[zipfile.ZipFile, Dict[str, Any
     folder = infos[0].filename.partition('/')[0] + '/'
     require(len(infos) == len(names) == count and all(name.startswith(folder.lower()) for name in names),
             'its directory is damaged, or names a record twice', ValueError)
+    if any(re.match(PROGRAM_RECORDS, info.filename[len(folder):]) for info in infos):
+        raise ExportedProgramError()
     for info, end in zip(infos, [info.header_offset for info in infos[1:]] + [start]):
         require(info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
                 and not info.flag_bits & ~0x808, 'its record %s is compressed or encrypted, which torch.save never does'
@@ -280,8 +289,6 @@ def _open_zip(file: BinaryIO, size: int) -> Tuple[zipfile.ZipFile, Dict[str, Any
 
 def _load_zip(file: BinaryIO, size: int) -> List[Any]:
     archive, records = _open_zip(file, size)
-    require('constants.pkl' not in records and not any(name.startswith('code/') for name in records),
-            'it is a TorchScript archive, a program')
     require(records['data.pkl'].file_size <= MAX_PICKLE, 'its pickle has %d bytes' % records['data.pkl'].file_size)
     require('byteorder' not in records or archive.read(records['byteorder']) == b'little', 'its bytes are swapped')
     for info in records.values():

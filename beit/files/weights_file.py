@@ -17,6 +17,9 @@ from beit.files import untrusted_pickle
 from beit.files.atomic_write import atomic_write, link_atomic
 from beit.files.untrusted_pickle import MAX_PICKLE, UnsafeFileError
 
+EXPORTED_PROGRAM = 'an exported program, not weights; give the checkpoint that it was exported from, a .safetensors ' \
+    'file or a Hugging Face folder'
+
 
 def _read_safetensors(path: str, header: bytes, name: str) -> typing.Dict[str, torch.Tensor]:
     # The package compares shapes, offsets and the file's length before it allocates a tensor.
@@ -66,6 +69,8 @@ def load_weights_file(path: str, flag: str = '') -> typing.Any:
             return untrusted_pickle.load(file, size)
     except UserError:
         raise
+    except untrusted_pickle.ExportedProgramError:
+        raise UserError('%s: it is %s' % (name, EXPORTED_PROGRAM)) from None
     except UnsafeFileError as error:
         raise UserError('%s: refused, because %s; a weights file holds tensors and plain values only'
                         % (name, error)) from None

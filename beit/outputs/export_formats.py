@@ -215,7 +215,8 @@ def timm_arguments(trained: LoadedModel) -> Dict[str, Any]:
         img_size=trained.config.input_size, patch_size=model.patch_embed.patch_size[0], embed_dim=model.embed_dim,
         depth=len(model.blocks), num_heads=block.attn.num_heads, num_classes=len(trained.classes),
         global_pool='avg' if model.fc_norm is not None else 'token', use_abs_pos_emb=model.pos_embed is not None,
-        use_rel_pos_bias=block.attn.has_relative_position, init_values=_layer_scale(trained))
+        use_rel_pos_bias=block.attn.has_relative_position, init_values=_layer_scale(trained),
+        qkv_bias=block.attn.q_bias is not None)
 
 
 def timm_usage(trained: LoadedModel, path: str) -> List[str]:
@@ -223,7 +224,7 @@ def timm_usage(trained: LoadedModel, path: str) -> List[str]:
     arguments, name = timm_arguments(trained), trained.config.model
     if hasattr(import_optional('timm.models.beit'), name):
         usual = dict(img_size=modeling_finetune.MODELS[name]['img_size'], global_pool='avg', use_abs_pos_emb=False,
-                     use_rel_pos_bias=True)
+                     use_rel_pos_bias=True, qkv_bias=True)
         chosen = {key: arguments[key] for key in usual if arguments[key] != usual[key]}
         if not arguments['init_values']:
             chosen['init_values'] = 0.  # create_model drops arguments that are None

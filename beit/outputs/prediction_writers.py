@@ -8,7 +8,7 @@ import os
 from typing import BinaryIO, Dict, Iterator, List, NamedTuple, Sequence, TextIO, Type
 
 from beit.distributed import process_group
-from beit.errors import UserError, escape_text, guard_cell
+from beit.errors import UserError, escape_text, guard_cell, loader_limit_message
 from beit.files import atomic_write
 
 
@@ -114,6 +114,8 @@ def open_output(path: str, stdout: TextIO) -> Iterator[BinaryIO]:
                 contextlib.nullcontext(stdout.buffer) as file:
             yield file
     except OSError as error:
+        if loader_limit_message(error):
+            raise
         if not to_file:  # Python would write again at its end, and fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         if isinstance(error, BrokenPipeError):

@@ -204,6 +204,8 @@ def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any],
 
 def best_epoch(log: Sequence[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
     """The line of log.txt by which the best checkpoint was chosen; None without one."""
+    val_set = next((line['val_set'] for line in reversed(log) if line.get('val_set')), None)
+    log = [line for line in log if line.get('val_set') in (None, val_set)]
     for name in ['test_' + spec.name for spec in metrics.metric_specs() if spec.is_primary]:
         lines = [line for line in log if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])]
         if lines:

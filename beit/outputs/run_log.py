@@ -78,13 +78,19 @@ def best_line(best: Dict[str, float], test_stats: Stats, has_ema: bool) -> str:
 
 
 def record(output_dir: str, writer: Any, epoch: int, parameters: int, train_stats: Stats,
-           test_stats: Optional[Stats], ema_stats: Optional[Stats]) -> None:
-    """Write an epoch's JSON line to log.txt and its scalars to TensorBoard, on the first process."""
+           test_stats: Optional[Stats], ema_stats: Optional[Stats], val_set: str) -> None:
+    """Write an epoch's JSON line to log.txt and its scalars to TensorBoard, on the first process.
+
+    Args:
+        val_set: see `comparison.evaluation_id`.
+    """
     if not process_group.is_main_process():
         return
     stats = {'train_' + name: value for name, value in train_stats.items()}
     for prefix, evaluated in (('test_', test_stats), ('test_ema_', ema_stats)):
         stats.update({prefix + name: value for name, value in metrics.logged(evaluated or {}).items()})
+    if test_stats is not None:
+        stats['val_set'] = val_set
     if output_dir:
         run_folder.append_log(output_dir, dict(stats, epoch=epoch, n_parameters=parameters))
     if writer is not None:

@@ -4,7 +4,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 
-from beit import model_spec
+from beit import model_spec, recipes
 from beit.devices import accelerator
 from beit.errors import escape_text
 from beit.log import log_main, log_table, pluralize
@@ -45,10 +45,13 @@ def _training_rows(flags: Dict[str, Any], processes: int, steps_per_epoch: int,
                    source: str) -> List[Tuple[str, str]]:
     steps, every = steps_per_epoch * flags['epochs'], flags['save_ckpt_freq']
     limit = '; --maxstep ends after %d' % flags['maxstep'] if 0 < flags['maxstep'] < steps else ''
+    images = flags['batch_size'] * flags['update_freq'] * processes
+    recipe = [('Recipe', recipes.describe(flags['recipe'], flags['lr'], images))] if flags['recipe'] else []
     return [('Batch', '%d per device x %d x %d accumulated = %d; %s an epoch, %d in all%s' % (
                 flags['batch_size'], processes, flags['update_freq'],
-                flags['batch_size'] * flags['update_freq'] * processes, pluralize(steps_per_epoch, 'update'),
+                images, pluralize(steps_per_epoch, 'update'),
                 steps, limit)),
+            *recipe,
             ('Checkpoints', 'every %s, and the best, in %s' % (
                 'epoch' if every == 1 else '%d epochs' % every, escape_text(flags['output_dir']))
              if flags['output_dir'] and flags['save_ckpt'] else 'none'),

@@ -233,7 +233,7 @@ class CheckpointMonitor(StepMonitor):
             self._write([self.run_state.file_name()])
 
     def _write(self, names: List[str]) -> None:
-        """Copy what is saved, and start to write it: the same content under each of the names."""
+        """Copy the checkpoint to host memory, and start to write it, under each of the names."""
         self.run_state.spent = self.spent()
         if process_group.is_main_process():
             self.saving.wait()

@@ -1,0 +1,184 @@
+"""Published weights by name: where they are, what they reach, and their way to this machine.
+
+    python -m beit.weights list     # all names, with the files that are here already
+"""
+
+import os
+import re
+import sys
+from typing import List, NamedTuple, Optional
+
+from beit import startup
+from beit.distributed import process_group
+from beit.errors import UserError, escape_text, print_error
+from beit.files import download, weights_file
+from beit.paths import cache_folder, project_root
+
+RELEASES = 'https://github.com/addf400/files/releases/download'
+HUB = 'hf-hub:'
+HUB_FILES = ('config.json', 'preprocessor_config.json', 'model.safetensors', 'pytorch_model.bin')
+
+
+class Weights(NamedTuple):
+    """A published file. Accuracies are the publishers', in percent on ImageNet-1k; None where they give none."""
+    name: str
+    acc1: Optional[float] = None
+    acc5: Optional[float] = None
+
+    @property
+    def url(self) -> str:
+        return '%s/%s/%s.pth' % (RELEASES, 'BEiT-v2' if self.name.startswith('beitv2_') else 'v1.0', self.name)
+
+    @property
+    def model(self) -> str:
+        return '_'.join(self.name.split('_')[:4])
+
+    @property
+    def input_size(self) -> int:
+        return int(self.name.split('_')[3])
+
+    @property
+    def classes(self) -> int:
+        """How many outputs the head has; 0: pretrained, without a head."""
+        return 0 if '_ft' not in self.name else 21841 if re.search('_ft2[12]k$', self.name) else 1000
+
+    @property
+    def megabytes(self) -> int:
+        """About how large the file is: float32 weights of the blocks and the head."""
+        width, depth = (1024, 24) if '_large_' in self.name else (768, 12)
+        return 4 * (12 * depth * width + self.classes) * width // 10 ** 6
+
+    def accuracy(self) -> str:
+        return ' / '.join('%g' % each for each in (self.acc1, self.acc5) if each is not None) or '-'
+
+
+PUBLISHED = {each.name: each for each in (
+    Weights('beit_base_patch16_224_pt22k'),
+    Weights('beit_large_patch16_224_pt22k'),
+    Weights('beit_base_patch16_224_pt22k_ft22k'),
+    Weights('beit_large_patch16_224_pt22k_ft22k'),
+    Weights('beit_base_patch16_224_pt22k_ft1k', 83.7, 96.6),
+    Weights('beit_base_patch16_224_pt22k_ft22kto1k', 85.2, 97.6),
+    Weights('beit_base_patch16_384_pt22k_ft22kto1k', 86.82, 98.124),
+    Weights('beit_large_patch16_224_pt22k_ft1k', 86.0, 97.6),
+    Weights('beit_large_patch16_224_pt22k_ft22kto1k', 87.396, 98.282),
+    Weights('beit_large_patch16_384_pt22k_ft22kto1k', 88.408, 98.602),
+    Weights('beit_large_patch16_512_pt22k_ft22kto1k', 88.6, 98.658),
+    Weights('beitv2_base_patch16_224_pt1k'),
+    Weights('beitv2_large_patch16_224_pt1k'),
+    Weights('beitv2_base_patch16_224_pt1k_ft21k'),
+    Weights('beitv2_large_patch16_224_pt1k_ft21k'),
+    Weights('beitv2_base_patch16_224_pt1k_300e_ft1k', 85.0),
+    Weights('beitv2_base_patch16_224_pt1k_ft1k', 85.5, 97.5),
+    Weights('beitv2_base_patch16_224_pt1k_ft21kto1k', 86.458, 97.978),
+    Weights('beitv2_large_patch16_224_pt1k_300e_ft1k', 86.6),
+    Weights('beitv2_large_patch16_224_pt1k_ft1k', 87.3, 98.2),
+    Weights('beitv2_large_patch16_224_pt1k_ft21kto1k', 88.37, 98.578))}
+
+
+def published(source: str) -> Optional[Weights]:
+    """The published weights that a flag names, unless a file or folder has that name."""
+    return None if os.path.exists(source) else PUBLISHED.get(source)
+
+
+def is_remote(source: str) -> bool:
+    """Whether `resolve` may have to download it."""
+    return bool(re.match('[a-z]+://|' + HUB, source) or published(source))
+
+
+def resolve(source: str, flag: str) -> str:
+    """The local path of weights: of a published name, an address of the Hub (then a folder), a URL; or the path itself.
+
+    The first process downloads the missing files. Errors name `flag`.
+
+    Raises:
+        UserError: the download fails, or the file holds other weights than its name says.
+    """
+    known = published(source) or next((each for each in PUBLISHED.values() if each.url == source), None)
+    if source.startswith(HUB):
+        return resolve_hub(source, flag)
+    if known is None:
+        return download.resolve_url(source, flag)
+    path = find(known) or os.path.join(folders()[0], known.name + '.pth')
+    shown = '%s %s' % (flag, escape_text(source))
+    download.fetch(known.url, path, shown, check=lambda file: check_content(known, file, shown),
+                   remedy='copy it to checkpoints/ on each machine')
+    return path
+
+
+def folders() -> List[str]:
+    """Where weights are kept, the first for new ones: checkpoints/, or the user's cache where that is read-only."""
+    both = [os.path.join(root, 'checkpoints') for root in (project_root(), cache_folder())]
+    return both if os.access(both[0], os.W_OK) else both[::-1]
+
+
+def find(known: Weights) -> str:
+    """The path of a published file on this machine, or ''."""
+    paths = [os.path.join(folder, known.name + '.pth') for folder in folders()]
+    return next(filter(os.path.isfile, paths), '')
+
+
+def check_content(known: Weights, path: str, shown: str) -> None:
+    """Raise a `UserError` where a file is damaged, or its network is not the one published under its name."""
+    import modeling_finetune  # imports timm, which `list` does not need
+    content = weights_file.load_weights_file(path)
+    states = [content] + [content.get(key) for key in ('model', 'module')] if isinstance(content, dict) else []
+    state = next((each for each in states if isinstance(each, dict) and 'patch_embed.proj.weight' in each), {})
+    for name, rows in (('patch_embed.proj.weight', modeling_finetune.MODELS[known.model]['embed_dim']),
+                       ('head.weight', known.classes)):
+        found = len(state.get(name, ()))
+        if rows and found and found != rows:
+            raise UserError('%s: %s sent other weights: %s has %d rows, not %d; fetch the file yourself '
+                            'and give its path' % (shown, known.url, name, found, rows))
+
+
+def resolve_hub(source: str, flag: str) -> str:
+    """The local folder of hf-hub:owner/name or hf-hub:owner/name@revision, of the Hugging Face Hub or HF_ENDPOINT."""
+    shown = '%s %s' % (flag, escape_text(source))
+    try:
+        import huggingface_hub
+        from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError:
+        raise UserError('%s needs huggingface_hub; %s' % (shown, startup.pip_install('huggingface_hub'))) from None
+    repository, _, revision = source[len(HUB):].partition('@')
+
+    def fetch(name: str) -> str:
+        try:
+            return huggingface_hub.hf_hub_download(repository, name, revision=revision or None,
+                                                   endpoint=os.environ.get('HF_ENDPOINT') or None)
+        except LocalEntryNotFoundError:  # no network, and not in the cache
+            raise
+        except EntryNotFoundError:
+            return ''
+
+    def fetch_all() -> str:
+        try:
+            config, _ = fetch(HUB_FILES[0]), fetch(HUB_FILES[1])
+            found = next(filter(None, map(fetch, HUB_FILES[2:])), '')
+        except Exception as error:  # of that client, or of the library that it sends requests with
+            raise UserError('%s: download failed (%s); fetch the files yourself and give their folder' % (
+                shown, escape_text(' '.join(str(error).split()))[:200] or type(error).__name__)) from None
+        return os.path.dirname(found or config)
+
+    if process_group.is_main_process():
+        fetch_all()
+    process_group.barrier()
+    return fetch_all()
+
+
+def main(argv: List[str]) -> int:
+    if argv != ['list']:
+        print_error('usage: python -m beit.weights list')
+        return 2
+    row = '%-40s %8s %6s %8s %15s  %s'
+    print(row % ('name', 'MB', 'input', 'classes', 'acc@1 / acc@5', 'on this machine'))
+    for each in PUBLISHED.values():
+        path = find(each)
+        megabytes = '%d' % (os.path.getsize(path) // 10 ** 6) if path else '~%d' % each.megabytes
+        print(row % (each.name, megabytes, each.input_size, each.classes or '-', each.accuracy(),
+                     escape_text(path) or '-'))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

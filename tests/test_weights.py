@@ -1,0 +1,336 @@
+"""Weights by name: the table, the way from a server to checkpoints/, broken downloads, the Hub, and the pages."""
+
+import fcntl
+import hashlib
+import http.server
+import json
+import os
+import re
+import ssl
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import check_flags
+import modeling_finetune
+import run_class_finetuning
+from beit import load, weights
+from beit.checkpoint import inference_model, pretrained
+from beit.config import ModelConfig
+from beit.errors import UserError
+from beit.files import download
+from helpers import NANO, ROOT, TEST_DIR, cannot_run, write_images
+
+pytestmark = pytest.mark.fast
+
+with open(os.path.join(TEST_DIR, 'published.json'), encoding='utf-8') as file:
+    PUBLISHED = json.load(file)['weights']
+NAME = 'beit_base_patch16_224_pt22k_ft1k'
+
+
+# ---- the table
+
+@pytest.mark.parametrize('facts', PUBLISHED, ids=lambda facts: facts['name'])
+def test_a_name_has_the_published_facts(facts):
+    found = weights.PUBLISHED[facts['name']]
+    assert (found.url, found.input_size, found.classes) == (facts['url'], facts['input_size'], facts['classes'])
+    assert found.model.replace('v2', '') == facts['model'] and found.model in modeling_finetune.MODELS
+    half = modeling_finetune.input_statistics(found.model)[0] == (0.5,) * 3
+    assert half == (facts['mean_std'] == '0.5')
+    expected = facts['expected'] or {}
+    assert (found.acc1, found.acc5) == (expected.get('acc1'), expected.get('acc5'))
+
+
+def test_the_table_has_all_names_and_no_other():
+    assert list(weights.PUBLISHED) == [facts['name'] for facts in PUBLISHED] and len(PUBLISHED) == 21
+
+
+@pytest.mark.parametrize('name', ['beit_base_patch16_224_pt22k', 'beit_large_patch16_224_pt22k_ft22k'])
+def test_the_size_is_that_of_the_network(name):
+    known = weights.PUBLISHED[name]
+    with torch.no_grad():
+        model = inference_model.build_model(ModelConfig(known.model), known.classes)
+    size = 4 * sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert known.megabytes == pytest.approx(size, rel=0.02)
+
+
+def test_the_page_lists_all_of_them():
+    """checkpoints/README.md: name with its address, model, input, classes and published accuracy."""
+    with open(os.path.join(ROOT, 'checkpoints', 'README.md'), encoding='utf-8') as file:
+        rows = [line for line in file.read().splitlines() if line.startswith('| [`beit')]
+    assert rows == ['| [`%s`](%s) | %s | %d | %s | %s |' % (
+        each.name, each.url, each.megabytes, each.input_size, each.classes or '–', each.accuracy().replace('-', '–'))
+        for each in weights.PUBLISHED.values()]
+
+
+@pytest.mark.current_only
+def test_list_shows_each_and_where_it_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(weights, 'folders', lambda: [str(tmp_path)])
+    (tmp_path / (NAME + '.pth')).write_bytes(bytes(3 * 10 ** 6))
+    assert weights.main(['list']) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split()[:4] == ['name', 'MB', 'input', 'classes'] and len(out) == 22
+    line = next(line for line in out if line.startswith(NAME + ' '))
+    assert line.split() == [NAME, '3', '224', '1000', '83.7', '/', '96.6', str(tmp_path / (NAME + '.pth'))]
+    assert next(line for line in out if line.startswith('beit_base_patch16_224_pt22k ')).split()[1:] == [
+        '~339', '224', '-', '-', '-']
+    assert weights.main([]) == 2 and 'python -m beit.weights list' in capsys.readouterr().err
+    done = subprocess.run([sys.executable, '-m', 'beit.weights', 'list'], cwd=ROOT, stdout=subprocess.PIPE)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 22
+
+
+# ---- a server that can send the rest of a file, and breaks off
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `server.body`; breaks off after `server.breaks` bytes, if any; `server.asked` has (path, Range)."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server, start = self.server, 0
+        asked = self.headers.get('Range')
+        server.asked.append((self.path, asked))
+        if asked and server.ranges:
+            start = int(re.match(r'bytes=(\d+)-$', asked).group(1))
+            self.send_response(206)
+            self.send_header('Content-Range', 'bytes %d-%d/%d' % (start, len(server.body) - 1, len(server.body)))
+        else:
+            self.send_response(200)
+        self.send_header('Content-Length', str(len(server.body) - start))
+        self.send_header('ETag', server.tag)
+        self.send_header('Accept-Ranges', 'bytes')
+        self.end_headers()
+        self.wfile.write(server.body[start:server.breaks or None])
+
+
+@pytest.fixture(scope='module')
+def certificate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('tls')
+    paths = str(folder / 'cert.pem'), str(folder / 'key.pem')
+    try:
+        subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-keyout', paths[1], '-out',
+                        paths[0], '-days', '2', '-subj', '/CN=localhost', '-addext', 'subjectAltName=DNS:localhost'],
+                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except OSError:
+        cannot_run('openssl', 'no openssl to make a certificate with')
+    return paths
+
+
+@pytest.fixture
+def server(certificate, tmp_path, monkeypatch):
+    """The releases' server, which sends the weights of a narrow network under every name."""
+    monkeypatch.setitem(modeling_finetune.MODELS, 'beit_base_patch16_224', dict(
+        modeling_finetune.MODELS['beit_base_patch16_224'], embed_dim=32, depth=2, num_heads=2, patch_size=32))
+    server = http.server.ThreadingHTTPServer(('localhost', 0), Server)
+    server.daemon_threads, server.asked, server.breaks, server.tag, server.ranges = True, [], 0, '"v1"', True
+    server.handle_error = lambda *_: None
+    server.body = published_file(tmp_path, 1000)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('SSL_CERT_FILE', certificate[0])
+    monkeypatch.setattr(weights, 'RELEASES', 'https://localhost:%d' % server.server_port)
+    monkeypatch.setattr(weights, 'folders', lambda: [str(tmp_path / 'checkpoints')])
+    monkeypatch.setattr(download, 'TIMEOUT', 2.)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def published_file(folder, classes):
+    torch.manual_seed(0)
+    path = str(folder / 'made.pth')
+    torch.save({'model': inference_model.build_model(ModelConfig(), classes).state_dict()}, path)
+    with open(path, 'rb') as file:
+        body = file.read()
+    os.remove(path)
+    return body
+
+
+def kept(tmp_path):
+    folder = tmp_path / 'checkpoints'
+    return {path.name: path.stat().st_size for path in folder.iterdir()} if folder.exists() else {}
+
+
+def test_a_name_is_downloaded_once_and_trained_with(server, tmp_path, capsys):
+    data = write_images(tmp_path / 'data')
+    command = ['--data_path', data, '--finetune', NAME, '--device=cpu', '--num_workers=0', '--no_curves',
+               '--batch_size=4', '--maxstep=1', '--epochs=1', '--warmup_epochs=0', '--disable_eval_during_finetuning']
+    for _ in range(2):
+        assert run_class_finetuning.run(command) == 0
+    out = capsys.readouterr().out
+    assert server.asked == [('/v1.0/%s.pth' % NAME, None)]
+    assert out.count('Downloading https://localhost') == 1 and 'weights from ' + NAME in out
+    assert kept(tmp_path) == {NAME + '.pth': len(server.body)}
+    loaded = load(NAME)  # which knows its model and classes
+    assert (loaded.source, loaded.classes[:2]) == (NAME, ['n01440764', 'n01443537'])
+    assert loaded.spec.architecture.model == 'beit_base_patch16_224'
+    assert weights.resolve(weights.PUBLISHED[NAME].url, '--finetune') == str(tmp_path / 'checkpoints' / (NAME + '.pth'))
+    assert len(server.asked) == 1
+
+
+def test_a_broken_download_is_taken_up(server, tmp_path, capsys):
+    server.breaks = 3 * 10 ** 5
+    with pytest.raises(UserError, match=r'--finetune %s: download failed \(it broke off after 300000 of %d bytes\); '
+                       'try again to resume it' % (NAME, len(server.body))):
+        weights.resolve(NAME, '--finetune')
+    (part, size), = kept(tmp_path).items()
+    assert part.startswith(NAME + '.pth.part-') and size == 300000
+    server.breaks = 0
+    path = weights.resolve(NAME, '--finetune')
+    assert server.asked[1:] == [('/v1.0/%s.pth' % NAME, None), ('/v1.0/%s.pth' % NAME, 'bytes=300000-')]
+    with open(path, 'rb') as file:
+        assert hashlib.sha256(file.read()).digest() == hashlib.sha256(server.body).digest()
+    assert kept(tmp_path) == {NAME + '.pth': len(server.body)}
+    assert 'Resuming after 300000 of %d bytes' % len(server.body) in capsys.readouterr().out
+
+
+def test_a_file_that_changed_on_the_server_is_not_mixed_with_the_old_one(server, tmp_path):
+    server.breaks = 3 * 10 ** 5
+    with pytest.raises(UserError):
+        weights.resolve(NAME, '--finetune')
+    server.breaks, server.tag = 0, '"v2"'
+    weights.resolve(NAME, '--finetune')
+    assert [asked for _, asked in server.asked] == [None, None]
+    assert kept(tmp_path)[NAME + '.pth'] == len(server.body)
+
+
+def test_a_server_that_ignores_the_range_does_not_spoil_the_file(server, tmp_path):
+    server.breaks, server.ranges = 3 * 10 ** 5, False
+    with pytest.raises(UserError):
+        weights.resolve(NAME, '--finetune')
+    server.breaks = 0
+    with pytest.raises(UserError, match='does not send the rest of .*part-.*; remove that file'):
+        weights.resolve(NAME, '--finetune')
+    assert NAME + '.pth' not in kept(tmp_path)
+
+
+@pytest.mark.parametrize('spoil, says', [
+    (lambda folder: b'<html>a captive portal</html>', 'not a weights file'),
+    (lambda folder: published_file(folder, 10), r'head\.weight has 10 rows, not 1000')])
+def test_what_is_not_these_weights_is_not_kept(server, tmp_path, spoil, says):
+    server.body = spoil(tmp_path)
+    with pytest.raises(UserError, match=says):
+        weights.resolve(NAME, '--finetune')
+    assert kept(tmp_path) == {}
+
+
+def test_two_programs_do_not_write_one_file(server, tmp_path):
+    server.breaks = 3 * 10 ** 5
+    with pytest.raises(UserError):
+        weights.resolve(NAME, '--finetune')
+    server.breaks = 0
+    with open(str(tmp_path / 'checkpoints' / next(iter(kept(tmp_path)))), 'ab') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match='another program is downloading it'):
+            weights.resolve(NAME, '--finetune')
+    weights.resolve(NAME, '--finetune')
+
+
+def test_a_file_or_folder_of_that_name_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(str(tmp_path))
+    (tmp_path / NAME).write_bytes(b'x')
+    assert weights.published(NAME) is None and not weights.is_remote(NAME)
+    assert weights.resolve(NAME, '--finetune') == NAME
+
+
+def test_a_name_says_its_model_and_preprocessing(capsys):
+    def settled(*words):
+        args = run_class_finetuning.build_parser().parse_args(list(words))
+        check_flags.settle(args)
+        return args.model, args.input_size, args.imagenet_default_mean_and_std
+
+    assert settled('--finetune=beitv2_large_patch16_224_pt1k') == ('beitv2_large_patch16_224', 224, True)
+    out = capsys.readouterr().out
+    assert '--model beitv2_large_patch16_224, as beitv2_large_patch16_224_pt1k' in out
+    assert '--imagenet_default_mean_and_std, as --model beitv2' in out
+    assert settled('--eval', '--resume=beit_large_patch16_512_pt22k_ft22kto1k') == (
+        'beit_large_patch16_512', 512, False)
+    assert settled('--finetune=' + NAME, '--model=beit_base_patch16_384', '--input_size=384') == (
+        'beit_base_patch16_384', 384, False)  # flags win
+    assert settled('--finetune=x.pth') == ('beit_base_patch16_224', 224, False)
+
+
+def test_a_misspelt_name_is_refused_before_anything_starts(refused, tmp_path):
+    refused(NANO + ['--data_path', write_images(tmp_path / 'data'), '--finetune', NAME + 'x'], '--finetune ' + NAME,
+            'no such file', 'checkpoints/README.md')
+
+
+# ---- the Hugging Face Hub
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The part of the Hub's HTTP interface that fetches single files; `server.files` by name."""
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self):
+        found = re.match(r'/owner/name/resolve/\w+/([\w.]+)$', self.path)
+        body = self.server.files.get(found.group(1)) if found else None
+        self.server.asked.append(self.path)
+        self.send_response(200 if body is not None else 404)
+        if body is None:
+            self.send_header('X-Error-Code', 'EntryNotFound' if found else 'RepoNotFound')
+        else:
+            self.send_header('ETag', '"%s"' % hashlib.sha256(body).hexdigest())
+        self.send_header('X-Repo-Commit', '0' * 40)
+        self.send_header('Content-Length', str(len(body or b'')))
+        self.end_headers()
+        return body or b''
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.wfile.write(self.answer())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip('huggingface_hub')
+    server = http.server.ThreadingHTTPServer(('localhost', 0), Hub)
+    server.daemon_threads, server.files, server.asked = True, {}, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('HF_ENDPOINT', 'http://localhost:%d' % server.server_port)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.current_only
+@pytest.mark.parametrize('config', [{'model_type': 'beit'}, {'architecture': 'beit_base_patch16_224'}])
+def test_weights_of_the_hub(hub, tmp_path, capsys, config):
+    from safetensors.torch import save
+    model = inference_model.build_model(ModelConfig('beit_nano_patch8_32', 32), 2)
+    hub.files.update({'config.json': json.dumps(config).encode(), 'model.safetensors': save(model.state_dict())})
+    data = write_images(tmp_path / 'data')
+    command = NANO + ['--data_path', data, '--finetune', 'hf-hub:owner/name', '--batch_size=4', '--maxstep=1',
+                      '--epochs=1', '--warmup_epochs=0']
+    assert run_class_finetuning.run(command) == 0
+    assert re.search(r'Loaded (\d+) of \1 weights from hf-hub:owner/name', capsys.readouterr().out)
+    assert run_class_finetuning.run(NANO + ['--data_path', data, '--eval', '--finetune', 'hf-hub:owner/name@main']) == 0
+    assert 'Acc@1' in capsys.readouterr().out
+
+
+@pytest.mark.current_only
+@pytest.mark.parametrize('source, says', [
+    ('hf-hub:owner/name', 'has no model.safetensors'),
+    ('hf-hub:owner/gone', 'hf-hub:owner/gone: download failed'),
+    ('hf-hub:not a name', 'hf-hub:not a name: download failed')])
+def test_what_the_hub_does_not_have(hub, source, says):
+    hub.files['config.json'] = b'{"model_type": "beit"}'
+    with pytest.raises(UserError, match=says) as caught:
+        pretrained.load_pretrained(torch.nn.Linear(1, 1), source)
+    assert '\n' not in str(caught.value)
+
+
+def test_the_hub_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(UserError, match='--finetune hf-hub:o/n needs huggingface_hub; run: pip install'):
+        weights.resolve('hf-hub:o/n', '--finetune')
