@@ -69,7 +69,7 @@ DTYPES = ('float32',) + HALVES
 SIZES = {
     'accelerator': dict(base_blocks=12, base_images=4, step_model=BASE, step_images=64, step_seconds=2., step_pairs=3,
                         loader_images=256, loader_batch=32, compiled_blocks=4, file_model=BASE),
-    'cpu': dict(base_blocks=3, base_images=1, step_model=BASE, step_images=2, step_seconds=0., step_pairs=2,
+    'cpu': dict(base_blocks=3, base_images=1, step_model=BASE, step_images=2, step_seconds=0., step_pairs=1,
                 loader_images=48, loader_batch=16, compiled_blocks=1, file_model=BASE),
     'tiny': dict(base_blocks=1, base_images=1, step_model=NANO, step_images=2, step_seconds=0., step_pairs=1,
                  loader_images=8, loader_batch=4, compiled_blocks=1, file_model=NANO)}
@@ -643,8 +643,8 @@ def step_rate(check, precision):
     memory = ['%.0f MiB' % record['peak_memory_mib'] if record.get('peak_memory_mib') else 'unknown'
               for record in (ours, timms)]
     details += ['%.2f TFLOP/s, %s' % (ours['flops_per_second'] / 1e12, share), 'memory %s, timm %s' % tuple(memory),
-                '%s, batch %d, %d samples of %d steps' % (
-                    setting.model, setting.batch_size, options.pairs, row['steps_per_sample'])]
+                '%s, batch %d, measured steps: %d' % (
+                    setting.model, setting.batch_size, options.pairs * row.get('steps_per_sample', 0))]
     return PASS, ', '.join(parts), '; '.join(details)
 
 
