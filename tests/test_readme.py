@@ -262,7 +262,8 @@ def test_commands_are_parsed(name):
 
 @pytest.mark.parametrize('command', [
     'python run_predict.py --resume out --topk 3', 'python run_export.py --formats onnx',
-    'bash test/train_full_1p.sh --data_path=demo --epoch=3', 'python benchmarks/benchmark.py step -- --epoch 3'])
+    'bash test/train_full_1p.sh --data_path=demo --epoch=3', 'python benchmarks/benchmark.py step -- --epoch 3',
+    'bash test/check_device.sh --devices=npu'])
 def test_a_wrong_command_is_found(command):
     with pytest.raises((UserError, SystemExit)):
         check_command(command)
