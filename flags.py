@@ -343,7 +343,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              type=bounded_number(float, 0, 0.9), follows_checkpoint=True),
         Flag('nb_classes', 0, 'expected number of classes; 0: as many as the data has', type=whole,
              affects_results=False),
-        Flag('image_folder_class_index_file', '', 'file of class folders in the order of the outputs, one per line'),
+        Flag('image_folder_class_index_file', '', 'file of class folders in the outputs\' order'),
         Flag('imagenet_default_mean_and_std', False, 'normalise with ImageNet\'s mean and std instead of 0.5'),
         Flag('data_set', 'IMNET', 'IMNET (train/, val/), image_folder (class folders), CIFAR (100)',
              follows_checkpoint=True, names_difference=False),

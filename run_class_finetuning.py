@@ -159,7 +159,7 @@ def start(args: argparse.Namespace) -> torch.device:
     if args.deterministic:
         accelerator.prepare_determinism()
     device = process_group.init_distributed_mode(config_from(args, DistributedConfig))
-    watchdog.start(process_group.rendezvous_store(), args.dist_timeout)
+    watchdog.start(process_group.rendezvous_store(), args.dist_timeout, PROGRAM)
     log.start_display()
     accelerator.set_compile_mode(device, args.jit_compile)
     if args.deterministic:

@@ -257,7 +257,7 @@ def main(args: argparse.Namespace, stdout: TextIO) -> None:
     """Predict, and write the results to `stdout`, a text file, or to --output."""
     args = check_args(args)
     device = process_group.init_distributed_mode(flags.config_from(args, DistributedConfig))
-    watchdog.start(process_group.rendezvous_store(), args.dist_timeout)
+    watchdog.start(process_group.rendezvous_store(), args.dist_timeout, PROGRAM)
     dtype = half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     loaded = load_for_inference(args.resume, args.use_ema, args.class_names, model=args.model,
                                 input_size=args.input_size, crop_pct=args.crop_pct)

@@ -781,8 +781,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_processes(count, order, threads):
-    """Start `count` processes with torchrun's environment; returns the first one's output, or raises a `UserError`."""
+def run_processes(count, order, threads, script=__file__, seconds=RUN_SECONDS):
+    """Start `count` processes of a program with torchrun's environment; returns the first one's output, or raises a
+    `UserError`."""
     port, processes = free_port(), []
     with tempfile.TemporaryDirectory() as folder:
         paths = [os.path.join(folder, '%d.%s') % (rank, '%s') for rank in range(count)]
@@ -794,9 +795,9 @@ def run_processes(count, order, threads):
                     env['OMP_NUM_THREADS'] = str(threads)
                 with open(path % 'out', 'wb') as out, open(path % 'err', 'wb') as err:
                     processes.append(subprocess.Popen(
-                        [sys.executable, os.path.abspath(__file__), '_process', json.dumps(order)], env=env,
+                        [sys.executable, os.path.abspath(script), '_process', json.dumps(order)], env=env,
                         stdout=out, stderr=err, preexec_fn=process_group.end_with_parent))
-            failed = wait_for(processes)
+            failed = wait_for(processes, seconds)
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -808,15 +809,15 @@ def run_processes(count, order, threads):
         return json.loads(last_line(paths[0] % 'out'))
 
 
-def wait_for(processes):
+def wait_for(processes, seconds=RUN_SECONDS):
     """The number of the first process that fails, or None; the others would wait for it forever."""
-    until = time.monotonic() + RUN_SECONDS
+    until = time.monotonic() + seconds
     while any(process.poll() is None for process in processes):
         failed = [rank for rank, process in enumerate(processes) if process.poll()]
         if failed:
             return failed[0]
         if time.monotonic() > until:
-            raise UserError('%d processes did not end in %d s' % (len(processes), RUN_SECONDS))
+            raise UserError('%d processes did not end in %d s' % (len(processes), seconds))
         time.sleep(0.05)
     return next((rank for rank, process in enumerate(processes) if process.returncode), None)
 

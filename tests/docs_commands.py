@@ -7,6 +7,7 @@ import shlex
 import subprocess
 
 import benchmark
+import check_device
 
 import run_class_finetuning
 from flags_page import PROGRAMS
@@ -97,6 +98,8 @@ def check_command(command):
         own, _, training = ' '.join(rest).partition(' -- ')
         benchmark.build_parser().parse_args(own.split())
         run_class_finetuning.build_parser().parse_args(training.split())
+    elif script in ('benchmarks/check_device.py', 'test/check_device.sh'):
+        check_device.build_parser().parse_args(rest)
     elif script == 'test/run_tests.sh':
         assert {word.partition('=')[0] for word in rest if word.startswith('--')} <= TEST_OPTIONS, command
     elif script.startswith('test/train_'):

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -34,12 +34,11 @@ ROOT = os.path.dirname(TEST_DIR)
 EMULATOR = os.path.join(TEST_DIR, 'npu_emulator')
 sys.path.insert(0, ROOT)
 
-import engine_for_finetuning as engine  # noqa: E402
 import modeling_finetune  # noqa: E402
-import optim_factory  # noqa: E402
 from beit.data.loader import Batch
-from beit.training import loss_scaler, step_control
+from beit.training import step_control
 import warm_python
+from trajectory import Batches, check_trajectory, trajectory_run  # noqa: F401
 
 # Curves take a second per run; test_report.py draws them.
 NANO = ['--no_curves', '--model=beit_nano_patch8_32', '--input_size=32', '--num_workers=0', '--device=cpu']
@@ -151,69 +150,11 @@ def scalars(folder):
     return found
 
 
-class Batches(list):
-    """A list of (images, targets) with a loader's batch_size."""
-
-    @property
-    def batch_size(self):
-        return len(self[0][1])
-
-
 def toy(classes=3, **options):
     torch.manual_seed(0)
     model = modeling_finetune.beit_nano_patch8_32(num_classes=classes, init_scale=1., **options)
     loader = Batches([(torch.randn(4, 3, 32, 32), torch.randint(0, classes, (4,))) for _ in range(4)])
     return model, loader
-
-
-def trajectory_run(recorded, epochs=None, amp=None, prepare=None):
-    """The recorded training in this project's loop: (epoch statistics, microbatch losses, model).
-
-    Args:
-        prepare (function): changes how the model computes.
-    """
-    from timm.loss import LabelSmoothingCrossEntropy
-    config, training = json.loads(str(recorded['config'])), json.loads(str(recorded['training']))
-    model = modeling_finetune.VisionTransformer(norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), **config)
-    model.load_state_dict({name[len('start.'):]: torch.from_numpy(recorded[name]) for name in recorded.files
-                           if name.startswith('start.')})
-    optimizer = optim_factory.create_optimizer(
-        model, lr=training['lr'], weight_decay=training['weight_decay'], layer_decay=training['layer_decay'],
-        opt_eps=training['opt_eps'])
-    scaler = None
-    if amp is not None:
-        model, scaler = loss_scaler.initialize_amp(model, optimizer, CPU, **amp)
-    if prepare is not None:
-        prepare(model)
-    images = (torch.from_numpy(recorded['images']).float() / 255 - 0.5) / 0.5
-    loader = Batches(zip(images, torch.from_numpy(recorded['targets'])))
-    steps = training['steps_per_epoch']
-    lr = optim_factory.cosine_scheduler(training['lr'], training['min_lr'], training['epochs'], steps,
-                                        training['warmup_epochs'])
-    wd = optim_factory.cosine_scheduler(training['weight_decay'], training['weight_decay_end'], training['epochs'],
-                                        steps)
-    losses, criterion = [], LabelSmoothingCrossEntropy(training['smoothing'])
-
-    def recording_criterion(output, target):
-        loss = criterion(output, target)
-        losses.append(loss.item())
-        return loss
-
-    stats = [engine.train_one_epoch(model, recording_criterion, loader, optimizer, CPU, epoch, scaler,
-                                    training['clip_grad'], start_steps=epoch * steps, lr_schedule_values=lr,
-                                    wd_schedule_values=wd, num_training_steps_per_epoch=steps,
-                                    update_freq=training['update_freq'])
-             for epoch in range(epochs or training['epochs'])]
-    return stats, losses, model
-
-
-def check_trajectory(recorded, stats, losses, model):
-    np.testing.assert_allclose(losses, recorded['microbatch_losses'], rtol=1e-5)
-    for mine, theirs in zip(stats, json.loads(str(recorded['epoch_stats']))):
-        for name, value in theirs.items():
-            assert mine[name] == pytest.approx(value, rel=1e-5), name
-    for name, tensor in model.state_dict().items():
-        np.testing.assert_allclose(tensor.numpy(), recorded['final.' + name], rtol=0, atol=1e-4, err_msg=name)
 
 
 class Numbered(list):

@@ -211,7 +211,7 @@ def names_in(path):
 def test_where_something_is_changed_exists():
     """Each file of CONTRIBUTING.md's table exists, at most two a row, and defines the names after it."""
     table = [row for row in rows(section('CONTRIBUTING.md', 'Where is X changed?')) if '`' in row[1]]
-    assert len(table) == 11
+    assert len(table) == 13
     for row in table:
         assert 1 <= len(re.findall(r'`[\w/]+\.py`', row[1])) <= 2, row
         assert re.search(r'`test_\w+`', row[2]), row
@@ -262,7 +262,8 @@ def test_commands_are_parsed(name):
 
 @pytest.mark.parametrize('command', [
     'python run_predict.py --resume out --topk 3', 'python run_export.py --formats onnx',
-    'bash test/train_full_1p.sh --data_path=demo --epoch=3', 'python benchmarks/benchmark.py step -- --epoch 3'])
+    'bash test/train_full_1p.sh --data_path=demo --epoch=3', 'python benchmarks/benchmark.py step -- --epoch 3',
+    'bash test/check_device.sh --devices=npu'])
 def test_a_wrong_command_is_found(command):
     with pytest.raises((UserError, SystemExit)):
         check_command(command)

@@ -91,7 +91,7 @@ def test_a_file_written_by_hand(tmp_path, parse):
 
 
 @pytest.mark.parametrize('text, says', [
-    ('lrr: 3', 'lrr: no flag has this name; did you mean lr?'),
+    ('lrr: 3', 'lrr: no flag has this name; did you mean lr'),
     ('lr: -1', 'lr: must be above 0, got -1'),
     ('lr: [1]', 'lr: it takes one value, not a list'),
     ('cutmix_minmax: [0.1, 0.2, 0.3]', 'cutmix_minmax: 3 values are too many'),

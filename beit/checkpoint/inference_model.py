@@ -151,7 +151,7 @@ def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str) -> Mode
     if 'imagenet_default_mean_and_std' in overrides and changed.preprocessing.mean != spec.preprocessing.mean:
         differ.append('mean %s (the checkpoint: %s)' % (changed.preprocessing.mean, spec.preprocessing.mean))
     if differ:
-        log_main('Flags that override %s: %s' % (escape_text(path), ', '.join(differ)))
+        log_main('Flags that differ from %s: %s' % (escape_text(path), ', '.join(differ)))
     return changed
 
 

@@ -44,7 +44,8 @@ _watchdog: Optional['_Watchdog'] = None  # with several processes
 
 
 class _Watchdog:
-    def __init__(self, store: Any, seconds: float) -> None:
+    def __init__(self, store: Any, seconds: float, program: str) -> None:
+        self.program = program
         self.rank, self.processes = process_group.rank(), process_group.world_size()
         # Random keys, which only these processes know: the store answers every connection.
         token = torch.tensor([secrets.randbits(62)])
@@ -126,7 +127,7 @@ class _Watchdog:
         if self.stopped.is_set():
             return
         preemption.say_now('%s: error: %s (--dist_timeout %g)' % (
-            os.path.basename(sys.argv[0]), self.message, self.seconds))
+            self.program, self.message, self.seconds))
         until = time.monotonic() + 4 * self.beat_seconds
         while not self.received and time.monotonic() < until:  # set by the other thread
             time.sleep(self.beat_seconds / 4)
@@ -172,11 +173,11 @@ def _processes(ranks: List[int], verb: str, plural: str) -> str:
         ', '.join(map(str, ranks)), plural)
 
 
-def start(store: Any, seconds: float) -> None:
-    """Start to watch, if there are several processes. `store` is the store of the rendezvous."""
+def start(store: Any, seconds: float, program: str) -> None:
+    """Start to watch, if there are several processes. `store` is the store of the rendezvous, `program` for errors."""
     global _watchdog
     if process_group.world_size() > 1:
-        watchdog = _Watchdog(store, seconds)
+        watchdog = _Watchdog(store, seconds, program)
         process_group.barrier()  # every first beat is in the store afterwards
         _watchdog = watchdog
         process_group.set_wait_hook(_waiting)
