@@ -244,9 +244,9 @@ class Throughput:
     def bottleneck(self) -> str:
         """Whether the device or the loader limits the speed, as text."""
         waited = 'the device waited for data %.1f %% of the time' % (100 * self.data_share)
-        if self.data_share < 0.05:
+        if self.data_share < 0.1:
             return 'the device is the limit: ' + waited.replace('the device', 'it')
-        advice = '; more --num_workers or --data_backend fast may help'
+        advice = '; more --num_workers or, for JPEG files, --data_backend fast may help'
         return ('the loader is the limit: ' if self.data_share >= 0.5 else '') + waited + advice
 
 

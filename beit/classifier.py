@@ -39,8 +39,12 @@ class Classifier:
 
         Raises:
             beit.errors.UserError: the file can't be read as an image.
+            TypeError: it is neither.
             ValueError: the Pillow image holds numbers of unknown range.
         """
+        if not isinstance(image, (str, os.PathLike, Image.Image)):
+            raise TypeError('give a path or a Pillow image, not %s; PIL.Image.fromarray makes one of an array'
+                            % type(image).__name__)
         image = to_rgb(image) if isinstance(image, Image.Image) else load_image(os.fspath(image))
         evaluation = self.spec.preprocessing
         if not evaluation.resizes and not evaluation.fits(*image.size):

@@ -52,13 +52,14 @@ install() {
 
 # show_progress: print the newest line of standard input every five seconds, after the seconds since the start.
 show_progress() {
-    local line='' newest='' began=$SECONDS shown=$SECONDS status
+    local line='' newest='' printed='' began=$SECONDS shown=$SECONDS status
     while :; do
         IFS= read -r -t 5 line; status=$?
         if [ $status = 0 ]; then newest=$line; elif [ $status -le 128 ]; then break; fi  # above: nothing came in time
         if [ $((SECONDS - shown)) -ge 5 ]; then
+            [ "$newest" != "$printed" ] || newest='installing …'
             printf '  %3d s: %.66s\n' $((SECONDS - began)) "$newest"
-            shown=$SECONDS
+            shown=$SECONDS printed=$newest
         fi
     done
     cat >/dev/null  # bash 3 gives the same status for the end and for silence
@@ -357,7 +358,7 @@ launch() {
     parse_options "$@"
 
     [ -n "$data_path" ] || { [ "$kind" = eval ] && [ -n "$eval_data_path" ]; } \
-        || die "--data_path is missing; give the folder that holds train/ and val/, or the word demo"
+        || die "--data_path is missing${*:+ (given: $*)}; give the folder that holds train/ and val/, or the word demo"
     local name
     for name in data_path eval_data_path finetune resume; do printf -v "$name" %s "$(from_here "${!name}")"; done
     for name in output_dir log_dir; do

@@ -702,5 +702,7 @@ def test_a_classifier_names_a_file_that_is_no_image(large, tmp_path):
     (tmp_path / 'torn.jpg').write_bytes(b'no image')
     with pytest.raises(UserError, match='torn.jpg'):
         load(large[0]).predict(str(tmp_path / 'torn.jpg'))
+    with pytest.raises(TypeError, match='Pillow image, not ndarray'):
+        load(large[0]).predict(np.zeros((48, 48, 3), np.uint8))
     with pytest.raises(UserError, match='nothing-here'):
         load(tmp_path / 'nothing-here.pth')

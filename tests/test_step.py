@@ -266,8 +266,8 @@ def test_a_run_reports_whether_loader_or_device_is_the_limit(seconds, limit):
 def test_a_run_that_waits_for_data_less_than_half_of_the_time_names_no_limit():
     throughput = utils.Throughput(warmup_steps=0)
     throughput.update(8, 1., 0.385)
-    assert throughput.bottleneck() == ('the device waited for data 38.5 % of the time; more --num_workers or '
-                                       '--data_backend fast may help')
+    assert throughput.bottleneck() == ('the device waited for data 38.5 % of the time; more --num_workers or, '
+                                       'for JPEG files, --data_backend fast may help')
 
 
 @pytest.mark.parametrize('sizes, counted', [

@@ -132,4 +132,5 @@ def end_at_once(number: int) -> None:
 def say_now(text: str) -> None:
     """Write a line to standard error without Python's buffer, which the interrupted code may be using."""
     with contextlib.suppress(OSError):  # the stream is closed
-        os.write(2, (text + '\n').encode())
+        start = '\n' if os.isatty(2) else ''  # a terminal may show a bar there
+        os.write(2, (start + text + '\n').encode())

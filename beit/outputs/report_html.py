@@ -244,8 +244,7 @@ def _most_confident(data: Dict[str, Any]) -> str:
 
 
 def _samples(data: Dict[str, Any]) -> str:
-    return _images('Training images as the model saw them', 'The first of epoch 1, with augmentation: crops, '
-                   'colours, erasing, and mixup or cutmix.',
+    return _images('Training images as the model saw them', 'The first of epoch 1, with this run\'s augmentation.',
                    [(pixels, caption, escape(caption)) for pixels, caption in data['samples']])
 
 
