@@ -125,7 +125,7 @@ KINDS = {  # name: (function that writes such a file, text in its error)
     'bomb': (write(png(40000, 40000, b'')), 'decompression bomb'),
     'no pixels': (write(b'P6\n0 0\n255\n'), ''),
     'gone': (lambda path: None, 'No such file or directory'),
-    'dangling link': (lambda path: os.symlink('no\nwhere', path), 'a link to no\\nwhere'),
+    'dangling link': (lambda path: os.symlink('no\nwhere', path), 'link to no\\nwhere'),
     'link to itself': (lambda path: os.symlink(os.path.basename(path), path), 'symbolic links'),
     'folder': (os.mkdir, 'it is a folder'),
     'pipe': (os.mkfifo, 'it is a pipe'),
@@ -583,7 +583,8 @@ def test_check_data_finds_every_bad_file(image_folder, parse, tmp_path, capsys, 
     assert found == len(expected) == len(listed)
     assert sorted(path for path, _ in listed) == sorted(expected)
     assert [path for path, _ in listed] == sorted((path for path, _ in listed))
-    assert all(expected[path] in reason for path, reason in listed)
+    wrong = [(expected[path], reason) for path, reason in listed if expected[path] not in reason]
+    assert not wrong
 
 
 def test_check_data_applies_the_size_rule_of_small_inputs(sets, parse, tmp_path, capsys):
