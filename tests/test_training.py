@@ -257,8 +257,8 @@ def test_an_evaluation_with_an_average_resizes_with_one_line_and_names_differenc
     out = capsys.readouterr().out
     assert out.count('blocks.0.attn.relative_position_bias_table: resized from 7x7 to 15x15') == 1
     assert 'averaged network' in out and 'test_flip' not in ''.join(re.findall('^Flags that.*', out, re.M))
-    assert run_class_finetuning.run(base + ['--eval_data_backend=fast']) == 0
-    assert re.search(r'^Flags that differ from \S+: --eval_data_backend fast \(the checkpoint: exact\)$',
+    assert run_class_finetuning.run(base + ['--opt_level=O0']) == 0
+    assert re.search(r'^Flags that differ from \S+: --opt_level O0 \(the checkpoint: O2\)$',
                      capsys.readouterr().out, re.M)
 
 

@@ -116,8 +116,8 @@ def _download(address: str, path: str, wanted: str, shown: str, check: Optional[
             file.flush()
             try:
                 if not digest.hexdigest().startswith(wanted):
-                    raise UserError('%s: the server sent a file with sha256 %s, not the one asked for'
-                                    % (shown, digest.hexdigest()))
+                    raise UserError('%s: the server sent a file with another sha256, %s; check the address and the '
+                                    'hash' % (shown, digest.hexdigest()))
                 if check is not None:
                     check(file.name)
             except UserError:
