@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from beit.checkpoint.inference_model import LoadedModel, load_for_inference
-from beit.data.decode import load_image, to_rgb
+from beit.data.decode import UnreadableImage, load_image, to_rgb
 from beit.devices import accelerator
+from beit.errors import UserError
 from beit.training.metrics import top_classes
 
 Picture = Union[str, 'os.PathLike[str]', Image.Image]
@@ -45,7 +46,10 @@ class Classifier:
         if not isinstance(image, (str, os.PathLike, Image.Image)):
             raise TypeError('give a path or a Pillow image, not %s; PIL.Image.fromarray makes one of an array'
                             % type(image).__name__)
-        image = to_rgb(image) if isinstance(image, Image.Image) else load_image(os.fspath(image))
+        try:
+            image = to_rgb(image) if isinstance(image, Image.Image) else load_image(os.fspath(image))
+        except UnreadableImage as error:  # its text advises flags of the programs
+            raise UserError('%s: cannot be read as an image (%s)' % (error.path, error.reason)) from None
         evaluation = self.spec.preprocessing
         if not evaluation.resizes and not evaluation.fits(*image.size):
             image = evaluation.resize_and_crop()(image)
@@ -93,5 +97,8 @@ def load(path: str, device: str = 'cpu', use_ema: bool = False, class_names: str
     Raises:
         beit.errors.UserError: the file can't be read, or does not describe its model.
     """
-    return Classifier(load_for_inference(os.fspath(path), use_ema, class_names, **options),
-                      accelerator.find_device(device, 0, 1))
+    try:
+        loaded = load_for_inference(os.fspath(path), use_ema, class_names, **options)
+    except UserError as error:
+        raise UserError(str(error).replace('--resume ', '', 1)) from None
+    return Classifier(loaded, accelerator.find_device(device, 0, 1))
