@@ -213,6 +213,9 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('output', '', 'file to write; - is standard output'),
         Flag('format', None, 'format of --output: csv, json, jsonl', shown='by the ending; jsonl for -',
              choices=PREDICTION_FORMATS),
+        Flag('features', '', 'write the features of the images to this .npz file'),
+        Flag('layer', None, 'features of a transformer block, counted from 1: class token and mean',
+             shown='those that the head takes', type=bounded_number(int)),
         Flag('attention', None, 'write attention heat maps: cls, mean; without a value as it pools', metavar='cls|mean',
              choices=('auto',) + ATTENTION_KINDS),
         Flag('attention_block', None, 'transformer block of the heat maps, counted from 1', shown='the last',
@@ -446,6 +449,7 @@ optimizers, with an optional prefix lookahead_:
   python run_predict.py --resume train_result --input 'photos/*.jpg' --top_k 3 --output results.csv
   python run_predict.py --resume train_result photos --bad_images skip --output - | jq .predictions[0].class
   python run_predict.py --resume train_result photos --attention --attention_dir looks
+  python run_predict.py --resume train_result photos --features features.npz --layer 9
   torchrun --nproc_per_node=8 run_predict.py --resume train_result photos --output results.jsonl
 """, AnyPlaceParser),
     EXPORT: Usage('--resume PATH --format FORMAT [flags]', """examples:

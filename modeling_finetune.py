@@ -235,6 +235,11 @@ class PatchEmbed(nn.Module):
         return rearrange(self.proj(x), 'b d h w -> b (h w) d')
 
 
+def class_and_mean(tokens: Tensor) -> Tensor:
+    """[class token; mean of the patch tokens] (B, 2 D) of tokens (B, N, D): the input of the linear probe's heads."""
+    return torch.cat((tokens[:, 0], tokens[:, 1:].mean(1)), dim=1)
+
+
 class VisionTransformer(nn.Module):
     """BEiT: images (B, in_chans, height, width) to logits (B, num_classes), or features (B, D) when that is 0.
 

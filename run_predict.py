@@ -41,6 +41,7 @@ from beit.distributed import collectives, preemption, process_group, watchdog
 from beit.errors import UserError, check_output_is_open, escape_text
 from beit.files import run_folder
 from beit.outputs import attention_maps
+from beit.outputs.features import FeatureHook, FeaturesWriter, encode_features
 from beit.outputs.prediction_writers import FORMATS, LineWriter, Prediction, open_output
 from beit.training import fused_attention, loss_scaler, metrics
 
@@ -89,6 +90,12 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError('--output %s: %s; choose another name' % (escape_text(args.output), 'a folder has this name'
                             if os.path.isdir(args.output) else 'this would overwrite an image'))
         run_folder.check_writable('--output', args.output, is_file=True)
+    if args.layer is not None and not args.features:
+        raise UserError('--layer %d needs --features, the file to write' % args.layer)
+    if args.features:
+        if not args.features.endswith('.npz') or os.path.isdir(args.features):
+            raise UserError('--features %s: give a file that ends in .npz' % escape_text(args.features))
+        run_folder.check_writable('--features', args.features, is_file=True)
     if args.attention is None:
         for name in ('attention_block', 'attention_heads', 'attention_dir'):
             if getattr(args, name):
@@ -118,12 +125,14 @@ class Predictor:
     Args:
         loader: loads a `PathDataset` in the order of `sampler`.
         activation: 'softmax' or 'sigmoid', from the network's outputs to probabilities.
+        features: records what --features writes.
     """
 
     def __init__(self, model: torch.nn.Module, loader: PrefetchLoader, sampler: PathSampler, top_k: int,
-                 heatmaps: Optional[attention_maps.HeatmapWriter] = None, activation: str = 'softmax') -> None:
+                 heatmaps: Optional[attention_maps.HeatmapWriter] = None, activation: str = 'softmax',
+                 features: Optional[FeatureHook] = None) -> None:
         self.model, self.loader, self.sampler, self.top_k, self.heatmaps = model, loader, sampler, top_k, heatmaps
-        self.activation = activation
+        self.activation, self.features = activation, features
 
     def predictions(self) -> Iterator[List[Prediction]]:
         """Yield a list for each batch; the device computes the next batch meanwhile."""
@@ -137,25 +146,28 @@ class Predictor:
             yield self.read(*previous)
 
     @torch.no_grad()
-    def compute(self, batch: Any) -> Tuple[Any, List[Tuple[int, str]], Any, Any]:
-        """(batch, its inputs, probabilities and classes on the device, the inputs of the hooked attention)."""
+    def compute(self, batch: Any) -> Tuple[Any, List[Tuple[int, str]], Any, Any, Any]:
+        """(batch, its inputs, probabilities and classes on the device, what the hooks recorded of attention, features).
+        """
         entries = self.sampler.take(len(batch.images) + len(batch.unreadable))
         if not len(batch.images):
-            return batch, entries, None, None
+            return batch, entries, None, None, None
         # Padded as in an evaluation: kernels may round differently for another number of rows.
         output = self.model(engine.pad_batch(batch.images, self.loader))[:len(batch.images)].float()
         probabilities = output.sigmoid() if self.activation == 'sigmoid' else output.softmax(-1)
         classes = metrics.top_classes(output, self.top_k)
         top = probabilities.gather(1, classes), classes
-        return batch, entries, top, None if self.heatmaps is None else self.heatmaps.hook.take()
+        return batch, entries, top, self.heatmaps and self.heatmaps.hook.take(), self.features and self.features.take()
 
-    def read(self, batch: Any, entries: Sequence[Tuple[int, str]], top: Any, attended: Any) -> List[Prediction]:
+    def read(self, batch: Any, entries: Sequence[Tuple[int, str]], top: Any, attended: Any,
+             extracted: Optional[torch.Tensor]) -> List[Prediction]:
         """The `Prediction`s of a batch, from the result of `compute`."""
         rows, unreadable = {}, iter(batch.unreadable)
         if top is not None:
             rows = {number: row for row, number in enumerate(batch.indices[0].tolist())}
             probabilities, classes, resized = top[0].tolist(), top[1].tolist(), batch.targets.tolist()
         pictures = None if self.heatmaps is None or not rows else self.loader.denormalize(batch.images)
+        encoded = [] if extracted is None else encode_features(extracted[:len(rows)])
         predictions = []
         for number, path in entries:
             if number not in rows:
@@ -166,7 +178,7 @@ class Predictor:
             if self.heatmaps is not None and pictures is not None:
                 heatmap = self.heatmaps.write(path, pictures[row], attended, row)
             predictions.append(Prediction(number, path, classes[row], probabilities[row], heatmap,
-                                          resized=bool(resized[row])))
+                                          resized=bool(resized[row]), features=encoded[row] if encoded else ''))
         return predictions
 
 
@@ -196,7 +208,7 @@ def check_same_inputs(sampler: PathSampler, device: torch.device) -> None:
                         'change them during the run')
 
 
-def write_predictions(predictor: Predictor, writer: LineWriter, input_size: int, shows_progress: bool,
+def write_predictions(predictor: Predictor, writers: Sequence[LineWriter], input_size: int, shows_progress: bool,
                       device: torch.device) -> Tuple[int, int]:
     """Write the results and report files that were left out. Returns (images read, files left out).
 
@@ -216,22 +228,38 @@ def write_predictions(predictor: Predictor, writer: LineWriter, input_size: int,
                 if each.reason:
                     bar.write('Left out: %s cannot be read as an image (%s)'
                               % (escape_text(each.path), each.reason), file=sys.stderr)
-                writer.write(each)
+                for writer in writers:
+                    writer.write(each)
             left_out += sum(bool(each.reason) for each in predictions)
             read += sum(not each.reason for each in predictions)
             resized += sum(each.resized for each in predictions)
             bar.update(len(predictions))
-            if not shows_progress:
+            for writer in () if shows_progress else writers:
                 writer.file.flush()
         check_same_inputs(predictor.sampler, device)
     if not read:
         raise UserError('none of the %d images can be read; give other images' % left_out)
-    writer.end()
-    writer.file.flush()
+    for writer in writers:
+        writer.end()
+        writer.file.flush()
     return read, left_out
 
 
 # ---- the program
+
+@contextlib.contextmanager
+def open_writers(args: argparse.Namespace, classes: Sequence[str], extra: Sequence[str], stdout: TextIO
+                 ) -> Iterator[List[LineWriter]]:
+    """Open what the results go to: --features, and --output or, without --features, standard output."""
+    with contextlib.ExitStack() as files:
+        writers: List[LineWriter] = []
+        if args.output or not args.features:
+            writers.append((FORMATS[args.format] if args.output else LineWriter)(
+                files.enter_context(open_output(args.output, stdout)), classes, args.top_k, extra))
+        if args.features:
+            writers.append(FeaturesWriter(files.enter_context(open_output(args.features, stdout, '--features'))))
+        yield writers
+
 
 def build_loader(sampler: PathSampler, preprocessing: EvalTransform, data_backend: str, config: LoaderConfig,
                  device: torch.device) -> PrefetchLoader:
@@ -260,9 +288,11 @@ def main(args: argparse.Namespace, stdout: TextIO) -> None:
     watchdog.start(process_group.rendezvous_store(), args.dist_timeout, PROGRAM)
     dtype = half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     loaded = load_for_inference(args.resume, args.use_ema, args.class_names, model=args.model,
-                                input_size=args.input_size, crop_pct=args.crop_pct)
+                                input_size=args.input_size, crop_pct=args.crop_pct,
+                                needs_head=bool(args.output or not args.features))
     hook = None if args.attention is None else attention_maps.AttentionHook(
         loaded.model, args.attention_block, None if args.attention == 'auto' else args.attention)
+    features = FeatureHook(loaded.model, args.layer) if args.features else None
     sampler = PathSampler(args.inputs, {os.path.realpath(args.attention_dir)} if hook else (),
                           process_group.rank(), process_group.world_size())
     loader = build_loader(sampler, loaded.preprocessing, args.data_backend, flags.config_from(args, LoaderConfig),
@@ -276,17 +306,17 @@ def main(args: argparse.Namespace, stdout: TextIO) -> None:
 
     heatmaps = None if hook is None else attention_maps.HeatmapWriter(
         hook, args.attention_dir, common_folder(args.inputs), args.attention_heads)
-    started, to_file = time.time(), args.output not in ('', '-')
-    predictor = Predictor(model.eval(), loader, sampler, args.top_k, heatmaps, loaded.activation)
-    with open_output(args.output, stdout) as file:
-        extra = ['attention'] * (hook is not None) + ['error'] * (args.bad_images == 'skip')
-        writer = (FORMATS[args.format] if args.output else LineWriter)(file, loaded.classes, args.top_k, extra)
-        read, left_out = write_predictions(predictor, writer, loaded.config.input_size,
-                                           to_file and process_group.is_main_process(), device)
+    started = time.time()
+    to_file = ' and '.join(escape_text(each) for each in (args.output, args.features) if each not in ('', '-'))
+    predictor = Predictor(model.eval(), loader, sampler, args.top_k, heatmaps, loaded.activation, features)
+    extra = ['attention'] * (hook is not None) + ['error'] * (args.bad_images == 'skip')
+    with open_writers(args, loaded.classes, extra, stdout) as writers:
+        shows_progress = args.output != '-' and bool(to_file) and process_group.is_main_process()
+        read, left_out = write_predictions(predictor, writers, loaded.config.input_size, shows_progress, device)
     seconds = time.time() - started
     log.log_main('%d image%s in %.1f s (%.0f images/s)%s%s%s' % (
         read, '' if read == 1 else 's', seconds, read / seconds, ', %d left out' % left_out if left_out else '',
-        '; results in %s' % escape_text(args.output) if to_file else '',
+        '; results in %s' % to_file if to_file else '',
         '; pictures in %s' % escape_text(args.attention_dir) if hook else ''))
 
 

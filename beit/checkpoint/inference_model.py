@@ -66,7 +66,8 @@ class CheckpointWeights(NamedTuple):
         return self._replace(state=hf_names.to_native(state)[0])
 
 
-def load_for_inference(source: str, use_ema: bool = False, class_names: str = '', **overrides: Any) -> LoadedModel:
+def load_for_inference(source: str, use_ema: bool = False, class_names: str = '', needs_head: bool = True,
+                       **overrides: Any) -> LoadedModel:
     """Build the network of a checkpoint and load its weights.
 
     Args:
@@ -74,6 +75,7 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
             or a Hugging Face folder of `run_export.py`; or other weights of timm and Hugging Face, with `model`.
         use_ema (bool): use the averaged weights.
         class_names (str): a file of names, see `model_spec.read_class_names`.
+        needs_head (bool): refuse weights without a classification head; else their model gives features.
         overrides: flags such as `model`, `input_size` and `crop_pct`, which take precedence over the file.
 
     Raises:
@@ -88,7 +90,7 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
     path, content = discovery.load_best_or_latest(source, prefer_best=True, use_ema=use_ema)
     if known:
         overrides = dict(overrides, model=overrides.get('model') or known.model)
-    found = read_weights(path, content, use_ema, class_names, **overrides)
+    found = read_weights(path, content, use_ema, class_names, needs_head=needs_head, **overrides)
     if known and known.classes == 1000 and not found.spec.has_class_names:
         found = found._replace(spec=found.spec.with_class_names(model_spec.imagenet_wnids(1000), path))
     try:
@@ -101,7 +103,7 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
 
 def read_weights(path: str, content: Any, use_ema: bool = False, class_names: str = '',
                  model_key: str = DEFAULT_KEYS, model_prefix: str = '', defaults: Optional[Mapping[str, Any]] = None,
-                 trains: bool = False, **overrides: Any) -> CheckpointWeights:
+                 trains: bool = False, needs_head: bool = True, **overrides: Any) -> CheckpointWeights:
     """The weights in a checkpoint, for `load_state`. Other arguments and errors: see `load_for_inference`.
 
     Args:
@@ -119,7 +121,7 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
     if 'patch_embed.proj.weight' not in state:
         raise UserError('--resume %s: no weights of a BEiT: the file has no patch_embed.proj.weight; give another file'
                         % escape_text(path))
-    if not outputs:
+    if needs_head and not outputs:
         raise UserError('--resume %s: it has no classification head; fine-tune it first' % escape_text(path))
     spec = spec or spec_beside(path, outputs, state, defaults or {}, overrides)
     if spec is None:

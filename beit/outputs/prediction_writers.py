@@ -21,6 +21,7 @@ class Prediction(NamedTuple):
     heatmap: str = ''  # path of the attention map
     reason: str = ''  # why the image could not be read
     resized: bool = False  # unlike the training images, which had the input size
+    features: str = ''  # see `features.encode_features`
 
 
 class LineWriter:
@@ -98,7 +99,7 @@ FORMATS: Dict[str, Type[LineWriter]] = {'csv': CsvWriter, 'json': JsonWriter, 'j
 
 
 @contextlib.contextmanager
-def open_output(path: str, stdout: TextIO) -> Iterator[BinaryIO]:
+def open_output(path: str, stdout: TextIO, flag: str = '--output') -> Iterator[BinaryIO]:
     """Open the file for the results, in bytes: `stdout` if `path` is '' or '-'. Ranks other than 0 write nothing.
 
     A named file appears when it is complete.
@@ -121,4 +122,4 @@ def open_output(path: str, stdout: TextIO) -> Iterator[BinaryIO]:
         if isinstance(error, BrokenPipeError):
             raise
         raise UserError('cannot write %s (%s); is the disk full, or its folder gone?' % (
-            '--output ' + escape_text(path) if to_file else 'to standard output', error.strerror or error)) from None
+            flag + ' ' + escape_text(path) if to_file else 'to standard output', error.strerror or error)) from None
