@@ -82,6 +82,11 @@ def check_model(args: argparse.Namespace) -> None:
 def check_augmentation(args: argparse.Namespace) -> None:
     transforms.check_policy(args.aa)
     transforms.check_backend(flags.config_from(args, TransformConfig))
+    if args.eval_fit != 'crop' and (args.crop_pct or args.input_size <= transforms.SMALL_INPUT) and not (
+            flags.evaluates_checkpoint(args)):
+        raise UserError('--eval_fit %s: %s; leave one of them out' % (
+            args.eval_fit, '--crop_pct %g crops' % args.crop_pct if args.crop_pct else
+            'images for --input_size %d are not resized' % args.input_size))
     if args.resplit:
         raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
     if transforms.uses_mixup(flags.config_from(args, MixupConfig)) and args.batch_size % 2 and not args.eval:

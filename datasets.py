@@ -30,7 +30,8 @@ from beit.errors import UserError, escape_text
 def _reading(is_train: bool, config: InputConfig, device: Optional[torch.device] = None) -> Dict[str, Any]:
     """The arguments of an `ImageDataset` for reading its images."""
     return dict(transform=build_transform(is_train, config, device), fits=small_input_rule(is_train, config),
-                read=image_reader(is_fast(is_train, config), config.max_image_pixels))
+                read=image_reader(is_fast(is_train, config), config.max_pixels,
+                                  EvalTransform.from_config(config).reading))
 
 
 def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.device] = None,

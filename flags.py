@@ -13,7 +13,7 @@ import textwrap
 from typing import (
     Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar)
 
-from beit.config import MAX_INPUT_SIZE, default_num_workers
+from beit.config import EVAL_FITS, MAX_INPUT_SIZE, default_num_workers, parse_colour
 from beit.errors import UserError, escape_text, print_error
 from beit.parser import OneLineParser, add_bool_flag, bounded_number
 from beit.paths import project_root
@@ -104,6 +104,16 @@ class Flag:
 
 def loss_scale(text: str) -> Any:
     return text if text == 'dynamic' else bounded_number(float, 0, above=True)(text)
+
+
+def colour(text: str) -> str:
+    """An argparse type: a colour, without blanks; '' for none."""
+    text = text.replace(' ', '').lower()
+    try:
+        parse_colour(text or 'white')
+        return text
+    except ValueError:
+        raise argparse.ArgumentTypeError('%r is no colour; write white, black or R,G,B, as in 255,255,255' % text)
 
 
 whole, positive = bounded_number(int, 0), bounded_number(int, 1)
@@ -297,6 +307,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              shown='224/256; 1.0 from 384 pixels',
              type=bounded_number(float, 0, 1, above=True),
              also={PREDICT: dict(group=UNLABELLED, shown='the checkpoint\'s')}),
+        Flag('eval_fit', 'crop', 'evaluation: crop, squash to the square, letterbox (pad with the mean)',
+             choices=tuple(EVAL_FITS), metavar='FIT'),
         Flag('reprob', 0.25, 'probability of random erasing', type=share),
         Flag('remode', 'pixel', 'fill of random erasing: const, rand, pixel', choices=('const', 'rand', 'pixel')),
         Flag('recount', 1, 'number of areas to erase', type=positive),
@@ -360,8 +372,11 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              also={PREDICT: dict(group='input')}),
         Flag('max_bad_images', 0.001, 'with skip: stop at this fraction of unreadable images', type=share,
              affects_results=False),
-        Flag('max_image_pixels', 0, 'reject images with more pixels; 0: Pillow\'s limit, 179 million',
-             type=whole, affects_results=False, also={PREDICT: dict(group='input')}),
+        Flag('max_pixels', 0, 'reject images with more pixels; 0: Pillow\'s limit, 179 million',
+             type=whole, affects_results=False, aliases=('max_image_pixels',), also={PREDICT: dict(group='input')}),
+        Flag('exif', 'ignore', 'the rotation that a camera noted: ignore, follow', choices=('ignore', 'follow')),
+        Flag('background', '', 'lay transparent images on white, black or R,G,B',
+             shown='none: alpha is dropped', type=colour, metavar='COLOUR'),
         Flag('check_data', False, 'decode every image, list the unreadable ones, and exit',
              affects_results=False),
     ),

@@ -131,13 +131,13 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
     report = build_report(args, output, data, learner)
     if args.eval:
         with required_output('' if args.output_dir or args.results_file else 'the figures of the evaluation'):
-            start_table.show(report.environment, output.flags, data.classes, learner.attention)
+            start_table.show(report.environment, output.flags, data, learner.attention)
             evaluate_only(args, output, data, learner, report, checkpoint)
         return
 
     run_state = resume(args, data, learner, checkpoint)
     source = checkpoint.source if checkpoint else ''
-    start_table.show(report.environment, output.flags, data.classes, learner.attention, data.steps_per_epoch, source)
+    start_table.show(report.environment, output.flags, data, learner.attention, data.steps_per_epoch, source)
     prepare_folder(args, source, run_state)
     update_freezing(args, accelerator.unwrap(learner.model), run_state.epoch)
 

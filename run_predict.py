@@ -275,7 +275,7 @@ def build_loader(sampler: PathSampler, preprocessing: EvalTransform, data_backen
     options = loader_kwargs(workers, config.pin_mem, preprocessing.input_size, device)
     if 'persistent_workers' in options:
         options['persistent_workers'] = False  # a single pass
-    images = PathDataset(preprocessing, data_backend, config.max_image_pixels)
+    images = PathDataset(preprocessing, data_backend, config.max_pixels)
     samples = SampleDataset(images, config.bad_images == 'skip')
     return PrefetchLoader(torch.utils.data.DataLoader(samples, batch_size=found, sampler=sampler, **options), device,
                           preprocessing.mean, preprocessing.std)

@@ -47,7 +47,8 @@ class Classifier:
             raise TypeError('give a path or a Pillow image, not %s; PIL.Image.fromarray makes one of an array'
                             % type(image).__name__)
         try:
-            image = to_rgb(image) if isinstance(image, Image.Image) else load_image(os.fspath(image))
+            reading = self.spec.preprocessing.reading
+            image = to_rgb(image, reading) if isinstance(image, Image.Image) else load_image(os.fspath(image), reading)
         except UnreadableImage as error:  # its text advises flags of the programs
             raise UserError('%s: cannot be read as an image (%s)' % (error.path, error.reason)) from None
         evaluation = self.spec.preprocessing

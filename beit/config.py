@@ -5,15 +5,25 @@
 
 import dataclasses
 import os
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 MAX_INPUT_SIZE = 8192  # pixels a side
+COLOURS = {'white': (255, 255, 255), 'black': (0, 0, 0)}
+EVAL_FITS = {'crop': 'center', 'squash': 'squash', 'letterbox': 'border'}  # --eval_fit, and timm's crop_mode
 
 
 def default_num_workers() -> int:
     """The number of processors that this process can use, at most 10."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return min(10, allowed)
+
+
+def parse_colour(text: str) -> Tuple[int, ...]:
+    """(red, green, blue) of a name in `COLOURS` or of R,G,B. Raises ValueError."""
+    values = COLOURS.get(text) or tuple(int(each) for each in text.split(','))
+    if len(values) != 3 or not all(0 <= value <= 255 for value in values):
+        raise ValueError(text)
+    return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +52,9 @@ class TransformConfig:
     input_size: int = 224  # pixels a side
     imagenet_default_mean_and_std: bool = False
     crop_pct: Optional[float] = None  # None: the reference's for this input size
+    eval_fit: str = 'crop'  # of `EVAL_FITS`
+    exif: str = 'ignore'  # or 'follow'
+    background: str = ''  # a colour under transparent pixels; '': the alpha channel is dropped
     evaluation: Any = None  # the EvalTransform of a checkpoint, which takes precedence over these flags
     color_jitter: float = 0.4
     aa: str = 'rand-m9-mstd0.5-inc1'
@@ -75,7 +88,7 @@ class LoaderConfig:
     dist_eval: bool = False
     seed: int = 0
     bad_images: str = 'error'
-    max_image_pixels: int = 0  # the limit for decoding; 0: Pillow's
+    max_pixels: int = 0  # the limit for decoding; 0: Pillow's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,6 @@ from beit.paths import project_root
 
 KEY = 'model_spec'  # in a checkpoint, and in the metadata of an export
 VERSION = 1
-READING = {'exif': 'ignored', 'transparency': 'dropped'}  # by `decode.load_image`
 LARGEST_NAMES_FILE = 1 << 26  # bytes
 
 
@@ -51,8 +50,8 @@ class ModelSpec:
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain numbers, strings, lists and dicts, for checkpoints and JSON. Names are escaped to printable text."""
-        preprocessing = dict(dataclasses.asdict(self.preprocessing), **READING)
-        preprocessing.update(mean=list(self.preprocessing.mean), std=list(self.preprocessing.std))
+        preprocessing = dict(dataclasses.asdict(self.preprocessing), mean=list(self.preprocessing.mean),
+                             std=list(self.preprocessing.std))
         return {'version': VERSION, 'architecture': dataclasses.asdict(self.architecture),
                 'preprocessing': preprocessing, 'classes': [escape_text(name) for name in self.classes],
                 'has_class_names': self.has_class_names, 'loss': self.loss, 'multi_label': self.multi_label,
@@ -66,12 +65,9 @@ class ModelSpec:
             raise ValueError('it has version %.20r, and this program reads version %d'
                              % (content.get('version'), VERSION))
         content = {name: value for name, value in content.items() if name != 'version'}
-        preprocessing = dict(_expect(content.get('preprocessing'), dict, 'preprocessing'))
-        for name, value in READING.items():
-            if preprocessing.pop(name, value) != value:
-                raise ValueError('its images are read with %s not %s' % (name, value))
         content.update(architecture=_dataclass_from(ModelConfig, content.get('architecture')),
-                       preprocessing=_dataclass_from(EvalTransform, preprocessing),
+                       preprocessing=_dataclass_from(EvalTransform, _expect(content.get('preprocessing'), dict,
+                                                                           'preprocessing')),
                        classes=tuple(_names(content.get('classes'))))
         spec = _dataclass_from(cls, content)
         if spec.loss not in ('ce', 'bce') or not all(isinstance(each, str) for each in spec.origin.values()):
@@ -105,7 +101,9 @@ class ModelSpec:
         """A copy with these flags, by name; None changes nothing. Another input size gets the crop of that size."""
         changes = {name: value for name, value in changes.items() if value is not None}
         shape, images = self.architecture, self.preprocessing
-        shape = dataclasses.replace(shape, **_of_kind(ModelConfig, changes))
+        shape, images = dataclasses.replace(shape, **_of_kind(ModelConfig, changes)), images.with_flags(changes)
+        if images.crop_mode != self.preprocessing.crop_mode:
+            images = images.at_size(images.input_size)
         if shape.input_size != images.input_size:
             images = images.at_size(shape.input_size)
         if changes.get('crop_pct') and images.resizes:

@@ -14,7 +14,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor, ImageOps
 
 import average_checkpoints
 import modeling_finetune
@@ -47,7 +47,10 @@ class Draw:
         self.flags += self.some('--use_cls', '--imagenet_default_mean_and_std', '--loss=bce', '--model_ema',
                                 '--test_flip', '--layer_scale_init_value=0')
         self.flags += rng.choice(([], ['--abs_pos_emb'], ['--abs_pos_emb', '--disable_rel_pos_bias']))
-        self.flags += ['--crop_pct=0.8'] * (self.size > 32 and rng.random() < 0.5)
+        self.flags += self.some('--exif=follow', '--background=white', '--background=9,200,30')
+        fit = rng.choice(('crop', 'squash', 'letterbox')) if self.size > 32 else 'crop'
+        self.flags += ['--eval_fit=' + fit] * (fit != 'crop' or rng.random() < 0.3)
+        self.flags += ['--crop_pct=0.8'] * (self.size > 32 and fit == 'crop' and rng.random() < 0.5)
         self.flags += ['--val_split=%g' % self.split] * bool(self.split)
 
     def some(self, *flags):
@@ -64,7 +67,10 @@ class Draw:
                     shape = (32, 32) if self.size == 32 else (self.rng.choice((50, 60, 71)), self.rng.choice((50, 64)))
                     image = np.asarray(photo(1000 * (part == 'val') + 10 * label + index, *shape)) // 2
                     image[..., label % 3] += 40 * (1 + label % 4)
-                    Image.fromarray(image).save(os.path.join(where, '%d.png' % index))
+                    alpha = np.arange(image[..., :1].size, dtype=np.uint8).reshape(image[..., :1].shape)
+                    image, exif = np.concatenate([image, alpha], 2) if index % 3 == 1 else image, Image.Exif()
+                    exif[0x0112] = self.rng.randint(1, 8)
+                    Image.fromarray(image).save(os.path.join(where, '%d.png' % index), exif=exif)
 
 
 def run(capsys, program, *flags):
@@ -79,9 +85,22 @@ def run(capsys, program, *flags):
 def prepare(path, images, flip=False):
     """The network's input for a file, (1, 3, size, size), by Pillow and NumPy."""
     with Image.open(path) as file:
-        image = file.convert('RGB')
+        image = ImageOps.exif_transpose(file) if images['exif'] == 'followed' else file.copy()
+    if images['transparency'] != 'dropped' and image.mode == 'RGBA':
+        colour = images['transparency'] if images['transparency'] == 'white' else 'rgb(%s)' % images['transparency']
+        below = Image.new('RGBA', image.size, ImageColor.getrgb(colour))
+        below.alpha_composite(image)
+        image = below
+    image = image.convert('RGB')
     size = images['input_size']
-    if size > 32:
+    if size > 32 and images['crop_mode'] == 'squash':
+        image = image.resize((size, size), Image.BICUBIC)
+    elif size > 32 and images['crop_mode'] == 'border':
+        ratio = size / max(image.size)
+        small = image.resize([round(side * ratio) for side in image.size], Image.BICUBIC)
+        image = Image.new('RGB', (size, size), tuple(round(255 * value) for value in images['mean']))
+        image.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
+    elif size > 32:
         side = int(size / images['crop_pct'])
         width, height = image.size
         small = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
@@ -221,11 +240,17 @@ def changed_class_name(draw, best, capsys):
 
 
 def changed_preprocessing(draw, best, capsys):
-    flag = '--crop_pct=0.5' if draw.size > 32 else '--imagenet_default_mean_and_std'
+    given = {flag.partition('=')[0] for flag in draw.flags}
+    changes = (('--background=', 'transparency dropped'), ('--exif=ignore', 'exif ignored'),
+               ('--eval_fit=crop', 'crop_mode center'))
+    flag, says = next((change for change in changes if change[0].partition('=')[0] in given - set(draw.flags)
+                       and change[0] not in draw.flags),
+                      ('--crop_pct=0.5', 'crop_pct 0.5') if draw.size > 32 else
+                      ('--imagenet_default_mean_and_std', 'mean'))
     if flag in draw.flags:
         flag = '--no_imagenet_default_mean_and_std'
     _, text = evaluate(draw, capsys, best, flag)
-    assert 'Flags that differ' in text and ('crop_pct 0.5' in text or 'mean' in text), text
+    assert 'Flags that differ' in text and says in text, text
 
 
 def changed_images(draw, best, capsys):

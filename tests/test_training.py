@@ -454,7 +454,7 @@ DEFAULTS = dict(
     opt_level='O2', amp_dtype=None, loss_scale=None, world_size=1, local_rank=-1, dist_on_itp=False,
     dist_url='env://', hflip=0.5, jit_compile='auto', attention='auto', save_ckpt_steps=0, save_ckpt_minutes=0.,
     keep_checkpoints=0, deterministic=False, on_nonfinite='stop', bad_images='error', max_bad_images=0.001,
-    max_image_pixels=0,
+    max_pixels=0,
     check_data=False, dist_timeout=600., data_backend='exact', eval_data_backend='exact',
     skip_dropped='auto', grad_checkpointing=False, compile=False, curves=True, report=False,
     val_split=0., max_train_samples=0, val_interval=1, early_stop=0,

@@ -219,7 +219,7 @@ def test_large_images_are_read_up_to_the_size_that_pillow_refuses(tmp_path, monk
     photo(1, 64, 64).save(path)
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', pixels)
     if is_bomb:
-        with pytest.raises(decode.UnreadableImage, match='decompression bomb.*--max_image_pixels raises the limit'):
+        with pytest.raises(decode.UnreadableImage, match='decompression bomb.*--max_pixels raises the limit'):
             decode.load_image(path)
         read = transforms.image_reader(False, 64 * 64)
         assert pickle.loads(pickle.dumps(read))(path).size == (64, 64)

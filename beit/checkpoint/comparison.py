@@ -205,8 +205,11 @@ def evaluation_id(data: Dict[str, Any], spec: Optional[ModelSpec], test_flip: bo
     images = data.get('val')
     if not isinstance(images, dict) or spec is None:
         return ''
-    facts = (sorted(item for item in images.items() if item[0] != 'order'), dataclasses.astuple(spec.preprocessing),
-             len(spec.classes), bool(test_flip))
+    preparing = tuple(getattr(spec.preprocessing, field.name) for field in dataclasses.fields(spec.preprocessing)
+                      if field.name not in ('exif', 'transparency') or  # as before these fields
+                      getattr(spec.preprocessing, field.name) != field.default)
+    facts = (sorted(item for item in images.items() if item[0] != 'order'), preparing, len(spec.classes),
+             bool(test_flip))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 

@@ -147,11 +147,15 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
 def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str) -> ModelSpec:
     """The spec with the flags of the command line; a line names the flags that differ from the checkpoint's."""
     changed = spec.replace(**overrides)
+    if overrides.get('crop_pct') and changed.preprocessing.crop_mode != 'center':
+        raise UserError('--crop_pct %g: %s has the --eval_fit %s, which crops nothing; leave it out' % (
+            overrides['crop_pct'], escape_text(path), changed.preprocessing.crop_mode))
     before = dict(dataclasses.asdict(spec.architecture), crop_pct=spec.preprocessing.crop_pct, loss=spec.loss)
     differ = ['--%s %s (the checkpoint: %s)' % (name, value, before[name]) for name, value in overrides.items()
               if value is not None and name in before and value != before[name]]
-    if 'imagenet_default_mean_and_std' in overrides and changed.preprocessing.mean != spec.preprocessing.mean:
-        differ.append('mean %s (the checkpoint: %s)' % (changed.preprocessing.mean, spec.preprocessing.mean))
+    differ += ['%s %s (the checkpoint: %s)' % ((name,) + values)
+               for name in ('mean', 'exif', 'transparency', 'crop_mode') for values in [(getattr(changed.preprocessing, name), getattr(spec.preprocessing, name))]
+               if values[0] != values[1]]
     if differ:
         log_main('Flags that differ from %s: %s' % (escape_text(path), ', '.join(differ)))
     return changed

@@ -10,7 +10,7 @@ from typing import Callable, Collection, Iterable, Iterator, List, Optional, Seq
 
 import torch
 
-from beit.data.decode import image_extensions, is_image_file
+from beit.data.decode import PLUGINS, image_extensions, is_image_file
 from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text
@@ -137,8 +137,10 @@ def describe_unused(reasons: Iterable[str]) -> str:
     counts = collections.Counter(reasons)
     kinds = ['%d %s' % (count, escape_text(reason)) for reason, count in counts.most_common(6)]
     total = sum(counts.values())
-    return '%d file%s or folder%s not used (%s)' % (
-        total, *(('s', 's are') if total > 1 else ('', ' is')), ', '.join(kinds + ['…'] * (len(counts) > 6)))
+    packages = sorted({PLUGINS[reason] for reason in counts if reason in PLUGINS})
+    return '%d file%s or folder%s not used (%s)%s' % (
+        total, *(('s', 's are') if total > 1 else ('', ' is')), ', '.join(kinds + ['…'] * (len(counts) > 6)),
+        '; pip install %s reads more of them' % ' '.join(packages) if packages else '')
 
 
 def log_similar_names(classes: Sequence[str]) -> None:

@@ -1,26 +1,65 @@
 """Decodes one untrusted image file."""
 
+import contextlib
 import functools
+import importlib
 import os
 import re
 import warnings
-from typing import Any, Callable, FrozenSet, List
+from typing import Any, Callable, FrozenSet, List, NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from beit.config import parse_colour
 from beit.errors import UserError, escape_text
 from beit.files.regular_file import open_file
 
 # Pillow refuses images of more than 179 million pixels. From half of that on it warns, in each worker and without the
 # file's name.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
-PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # bytes of text, which is not used; Pillow refuses more than 1 MiB
+warnings.filterwarnings('ignore', module='PIL.TiffImagePlugin')  # of damaged EXIF
+TEXT_BYTES = PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # of text, which is not used; Pillow refuses more than 1 MiB
+# Packages that add formats to Pillow: the endings, the module and the function that registers them.
+for _module, _register in (('pillow_heif', 'register_heif_opener'), ('pillow_avif', ''), ('pillow_jxl', '')):
+    with contextlib.suppress(ImportError, OSError):
+        getattr(importlib.import_module(_module), _register, lambda: None)()
+PLUGINS = {'.heic': 'pillow-heif', '.heif': 'pillow-heif', '.hif': 'pillow-heif', '.avif': 'pillow-avif-plugin',
+           '.jxl': 'pillow-jxl-plugin'}
 
 # Formats that Pillow recognizes but decodes only through other libraries or, EPS, through Ghostscript.
 NOT_DECODED = ('BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF')
 BITS_PER_SAMPLE, PHOTOMETRIC, RANGE_TAGS = 258, 262, (340, 341)  # of TIFF; SMinSampleValue and SMaxSampleValue
+EXIF = {'ignore': 'ignored', 'follow': 'followed'}  # --exif, and its name in checkpoints
+ORIENTATION = 0x0112  # of EXIF
+TRANSPOSES = {orientation: getattr(Image, name) for orientation, name in enumerate((  # as in ImageOps.exif_transpose
+    'FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM', 'TRANSPOSE', 'ROTATE_270', 'TRANSVERSE', 'ROTATE_90'), 2)}
+ALPHA_MODES = ('RGBA', 'RGBa', 'LA', 'La', 'PA')
 _first_page_only: List[str] = []  # for `take_first_page_only`; at most one path
+
+
+class Reading(NamedTuple):
+    """How the pixels of a file become an image."""
+    exif: str = 'ignored'  # or 'followed': the rotation in EXIF
+    transparency: str = 'dropped'  # or the colour of the background, see `parse_colour`
+
+    def check(self) -> None:
+        """Raise a ValueError for values that this program does not support."""
+        if self.exif not in EXIF.values():
+            raise ValueError('exif is %.20r' % self.exif)
+        if self.transparency != 'dropped':
+            parse_colour(self.transparency)
+
+    def orientation(self, image: Image.Image) -> int:
+        """EXIF's orientation to follow, 1 (upright) to 8; 1 if it is missing, damaged, or already followed."""
+        try:
+            found = image.getexif().get(ORIENTATION) if self.exif == 'followed' else 1
+            return int(found) if found in TRANSPOSES else 1
+        except Exception:  # any, from a damaged block
+            return 1
+
+
+AS_REFERENCE = Reading()
 
 
 class UnreadableImage(UserError):
@@ -49,8 +88,8 @@ def is_image_file(path: str) -> bool:
         return False
 
 
-def load_image(path: str) -> Image.Image:
-    """The image as RGB, 8 bits per channel. Transparency is dropped, as in the reference.
+def load_image(path: str, reading: Reading = AS_REFERENCE) -> Image.Image:
+    """The image as RGB, 8 bits per channel.
 
     Of several pages or frames only the first is read; see `take_first_page_only`.
 
@@ -66,37 +105,52 @@ def load_image(path: str) -> Image.Image:
                 raise ValueError('%s files are not decoded' % image.format)
             if getattr(image, 'is_animated', False) and image.format not in ('MPO', 'PSD'):  # frames of one image
                 _first_page_only[:] = [escape_text(path)]
-            return to_rgb(image)
+            return to_rgb(image, reading)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         reason = getattr(error, 'strerror', None) or re.sub(r' <_io\.[^>]*>', '', str(error)) or type(error).__name__
-        if isinstance(error, Image.DecompressionBombError):
-            reason += ' --max_image_pixels raises the limit'
+        if isinstance(error, Image.DecompressionBombError) or re.search('text chunks|MAX_TEXT_CHUNK', reason):
+            reason += ' --max_pixels raises the limit'
+        package = PLUGINS.get(os.path.splitext(path)[1].lower())
+        if package and 'cannot identify' in reason:
+            reason = 'Pillow reads such files with the package %s; install it' % package
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
             reason = 'it is a broken link to %s' % escape_text(os.readlink(path))
         raise UnreadableImage(path, reason) from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A Pillow image as RGB, 8 bits a channel. Transparency is dropped.
+def to_rgb(image: Image.Image, reading: Reading = AS_REFERENCE) -> Image.Image:
+    """A Pillow image as RGB, 8 bits a channel.
 
     Raises:
         ValueError: its numbers have no known range.
     """
+    image.load()
+    orientation = reading.orientation(image)
     if image.mode[0] in 'IF':
         image = _scale_to_bytes(image)
+    elif reading.transparency != 'dropped' and has_alpha(image):
+        below = Image.new('RGBA', image.size, parse_colour(reading.transparency) + (255,))
+        image = Image.alpha_composite(below, image.convert('RGBA'))
     elif image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')
-    image.load()
-    return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy it
+    image = image if image.mode == 'RGB' else image.convert('RGB')  # which would copy it
+    return image.transpose(TRANSPOSES[orientation]) if orientation > 1 else image
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether pixels can be transparent."""
+    return 'transparency' in image.info or image.mode in ALPHA_MODES
 
 
 def read_up_to(max_pixels: int, read: Callable, path: str) -> Any:
-    """`read(path)` with a limit of `max_pixels`."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels // 2  # Pillow refuses twice that
+    """`read(path)` with a limit of `max_pixels`, and of as many bytes of text if that is above the usual limit."""
+    before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     try:
+        Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses twice that
+        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = max(TEXT_BYTES, max_pixels)
         return read(path)
     finally:
-        Image.MAX_IMAGE_PIXELS = before
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = before
 
 
 def _scale_to_bytes(image: Image.Image) -> Image.Image:

@@ -3,7 +3,7 @@
 import inspect
 import io
 import random
-from typing import Tuple, Union
+from typing import Any, Tuple, Union
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
-from beit.data.decode import load_image
+from beit.data.decode import AS_REFERENCE, Reading, load_image
 from beit.errors import UserError
 from beit.files.regular_file import open_file
 
@@ -42,8 +42,9 @@ def _resizes_bytes() -> bool:
     return True
 
 
-def load_tensor(path: str) -> torch.Tensor:
-    """The image as a uint8 tensor (3, H, W), channels last in memory. `load_image` reads other files than RGB JPEG.
+def load_tensor(path: str, reading: Reading = AS_REFERENCE) -> torch.Tensor:
+    """The image as a uint8 tensor (3, H, W), channels last in memory. `load_image` reads other files than upright RGB
+    JPEG.
 
     The size is checked before decoding.
 
@@ -54,11 +55,12 @@ def load_tensor(path: str) -> torch.Tensor:
         with open_file(path) as file:
             content = bytearray(file.read())
         image = Image.open(io.BytesIO(content))  # reads the header only, and refuses decompression bombs
-        if image.format == 'JPEG' and image.mode == 'RGB' and 0 not in image.size:
+        if image.format == 'JPEG' and image.mode == 'RGB' and 0 not in image.size \
+                and reading.orientation(image) == 1:
             return decode_jpeg(torch.from_numpy(np.frombuffer(content, dtype=np.uint8)))
     except Exception:  # any, as in load_image, which raises the final error
         pass
-    return to_tensor(load_image(path))
+    return to_tensor(load_image(path, reading))
 
 
 def to_tensor(image: Union[Image.Image, torch.Tensor]) -> torch.Tensor:
@@ -92,20 +94,20 @@ class RandomCrop(RandomResizedCropAndInterpolation):
         return crop if self.as_tensor else Image.fromarray(crop.permute(1, 2, 0).numpy())
 
 
-class CentreCrop:
-    """The evaluation's resizing of the shorter side and centre crop; returns a Pillow image.
+class ResizeToSquare:
+    """The resizing of `transforms.EvalTransform`, and its crop or padding; returns a Pillow image."""
 
-    Args:
-        resized (int): the shorter side before the crop.
-        size (int): a side of the crop.
-    """
-
-    def __init__(self, resized: int, size: int, interpolation: str = 'bicubic') -> None:
-        self.resized, self.crop, self.interpolation = resized, transforms.CenterCrop(size), interpolation
+    def __init__(self, evaluation: Any) -> None:
+        self.evaluation, self.crop = evaluation, transforms.CenterCrop(evaluation.input_size)
 
     def __call__(self, image: Union[Image.Image, torch.Tensor]) -> Image.Image:
-        image = to_tensor(image)
-        height, width = image.shape[1:]
-        shorter = min(height, width)
-        new = (int(self.resized * height / shorter), int(self.resized * width / shorter))
-        return Image.fromarray(self.crop(resize(image, new, self.interpolation)).permute(1, 2, 0).contiguous().numpy())
+        image, size = to_tensor(image), self.evaluation.input_size
+        width, height = self.evaluation.resized(image.shape[2], image.shape[1])
+        small = resize(image, (height, width), self.evaluation.interpolation)
+        if self.evaluation.crop_mode != 'center':
+            square = torch.tensor(self.evaluation.padding, dtype=torch.uint8).view(-1, 1, 1).repeat(1, size, size)
+            top, left = (size - height) // 2, (size - width) // 2
+            square[:, top:top + height, left:left + width] = small
+        else:
+            square = self.crop(small)
+        return Image.fromarray(square.permute(1, 2, 0).contiguous().numpy())

@@ -138,7 +138,7 @@ class PathDataset(torch.utils.data.Dataset):
 
     def __init__(self, evaluation: EvalTransform, data_backend: str = 'exact', max_pixels: int = 0) -> None:
         self.evaluation, self.transform = evaluation, evaluation.build(data_backend)
-        self.read = image_reader(evaluation.is_fast(data_backend), max_pixels)
+        self.read = image_reader(evaluation.is_fast(data_backend), max_pixels, evaluation.reading)
         self.make_fit = evaluation.resize_and_crop()
 
     def __getitem__(self, key: Tuple[int, str]) -> Tuple[torch.Tensor, int]:

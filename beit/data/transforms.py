@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import mixup_target
 from torchvision import transforms
 
-from beit.config import MAX_INPUT_SIZE, MixupConfig, TransformConfig
+from beit.config import EVAL_FITS, MAX_INPUT_SIZE, MixupConfig, TransformConfig
 from beit.data import device_randaugment, fast_decode
-from beit.data.decode import load_image, read_up_to
+from beit.data.decode import AS_REFERENCE, EXIF, Reading, load_image, read_up_to
 from beit.errors import UserError, unknown_value_error
 from modeling_finetune import INPUT_MEAN, INPUT_STD
 
@@ -38,13 +38,16 @@ PADDING = 4
 class EvalTransform:
     """The transform of evaluation, prediction, the report and every export: resize the shorter side, crop the centre,
     normalise. Images for inputs of `SMALL_INPUT` and less are not resized: they must have that size, see `fits`.
+    Training reads files in the same way.
     """
     input_size: int = 224  # pixels a side of the crop
     crop_pct: float = 224 / 256  # input_size / the shorter side
     interpolation: str = 'bicubic'
     mean: Tuple[float, ...] = INPUT_MEAN  # of pixels between 0 and 1
     std: Tuple[float, ...] = INPUT_STD
-    crop_mode: str = 'center'  # timm's name; 'squash' resizes any shape to the square
+    crop_mode: str = 'center'  # timm's name; 'squash' resizes any shape to the square, 'border' pads with the mean
+    exif: str = 'ignored'  # see `decode.Reading`
+    transparency: str = 'dropped'
 
     @classmethod
     def from_config(cls, config: TransformConfig) -> 'EvalTransform':
@@ -53,13 +56,21 @@ class EvalTransform:
             return config.evaluation
         mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if config.imagenet_default_mean_and_std else (
             INPUT_MEAN, INPUT_STD)
-        return cls(mean=tuple(mean), std=tuple(std)).at_size(config.input_size, config.crop_pct)
+        return cls(mean=tuple(mean), std=tuple(std)).with_flags(vars(config)).at_size(
+            config.input_size, config.crop_pct)
+
+    def with_flags(self, flags: Mapping[str, Any]) -> 'EvalTransform':
+        """A copy with those of --exif, --background and --eval_fit that are in `flags`."""
+        return dataclasses.replace(
+            self, exif=EXIF[flags['exif']] if 'exif' in flags else self.exif,
+            transparency=(flags['background'] or 'dropped') if 'background' in flags else self.transparency,
+            crop_mode=EVAL_FITS[flags['eval_fit']] if 'eval_fit' in flags else self.crop_mode)
 
     def at_size(self, input_size: int, crop_pct: Optional[float] = None) -> 'EvalTransform':
         """A copy for another input size; without `crop_pct`, the reference's crop for that size."""
         crop_pct = crop_pct or (224 / 256 if input_size < 384 else 1.0)
-        squashes = self.crop_mode == 'squash' or input_size <= SMALL_INPUT
-        return dataclasses.replace(self, input_size=input_size, crop_pct=1.0 if squashes else crop_pct)
+        crops = self.crop_mode == 'center' and input_size > SMALL_INPUT
+        return dataclasses.replace(self, input_size=input_size, crop_pct=crop_pct if crops else 1.0)
 
     @classmethod
     def from_timm(cls, settings: Dict[str, Any]) -> 'EvalTransform':
@@ -77,16 +88,27 @@ class EvalTransform:
         """Raise a ValueError for values that this program does not support."""
         if type(self.input_size) is not int or not 1 <= self.input_size <= MAX_INPUT_SIZE or not 0 < self.crop_pct <= 1:
             raise ValueError('input size %.20r, crop_pct %.20r' % (self.input_size, self.crop_pct))
-        if self.interpolation not in INTERPOLATIONS[1:] or self.crop_mode not in ('center', 'squash'):
+        if self.interpolation not in INTERPOLATIONS[1:] or self.crop_mode not in EVAL_FITS.values():
             raise ValueError('interpolation %.20r, crop mode %.20r' % (self.interpolation, self.crop_mode))
         if not len(self.mean) == len(self.std) == 3 or not all(map(math.isfinite, self.mean + self.std)) \
                 or min(self.std) <= 0:
             raise ValueError('mean %.60r, std %.60r' % (self.mean, self.std))
+        self.reading.check()
 
     def to_timm(self) -> Dict[str, Any]:
         """timm's data config: input_size (3, H, W), interpolation, mean, std, crop_pct and crop_mode."""
         return {'input_size': (3, self.input_size, self.input_size), 'interpolation': self.interpolation,
                 'mean': self.mean, 'std': self.std, 'crop_pct': self.crop_pct, 'crop_mode': self.crop_mode}
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.exif, self.transparency)
+
+    def preparation(self, before: str) -> str:
+        """`before` and what no other program's preprocessing holds; '' for nothing."""
+        parts = ['images are turned as EXIF says'] * (self.exif != 'ignored') + [
+            'transparent images lie on %s' % self.transparency] * (self.transparency != 'dropped')
+        return before + ', '.join(parts) if parts else ''
 
     @property
     def resizes(self) -> bool:
@@ -103,17 +125,38 @@ class EvalTransform:
 
     def is_fast(self, data_backend: str) -> bool:
         """Whether `data_backend` changes the pixels; images that are not resized stay exact."""
-        return data_backend == 'fast' and self.resizes and self.crop_mode == 'center'
+        return data_backend == 'fast' and self.resizes
+
+    def resized(self, width: int, height: int) -> Tuple[int, int]:
+        """(width, height) of an image after resizing, before the crop or the padding."""
+        if self.crop_mode == 'squash':
+            return self.input_size, self.input_size
+        if self.crop_mode == 'border':
+            ratio = max(width, height) / self.input_size
+            return max(1, round(width / ratio)), max(1, round(height / ratio))
+        shorter = min(width, height)
+        return int(self.shorter_side * width / shorter), int(self.shorter_side * height / shorter)
+
+    @property
+    def padding(self) -> Tuple[int, ...]:
+        """The colour around a letterbox: the mean, as timm has it."""
+        return tuple(round(255 * value) for value in self.mean)
 
     def resize_and_crop(self, fast: bool = False) -> Callable:
         """The transform from a Pillow image, or with `fast` also a `fast_decode.load_tensor`, to a Pillow image."""
         if fast:
-            return fast_decode.CentreCrop(self.shorter_side, self.input_size, self.interpolation)
+            return fast_decode.ResizeToSquare(self)
+        if self.crop_mode != 'center':
+            return self._resize_to_square
         mode = getattr(InterpolationMode, self.interpolation.upper())
-        if self.crop_mode == 'squash':
-            return transforms.Resize((self.input_size, self.input_size), interpolation=mode)
         return transforms.Compose([transforms.Resize(self.shorter_side, interpolation=mode),
                                    transforms.CenterCrop(self.input_size)])
+
+    def _resize_to_square(self, image: Image.Image) -> Image.Image:
+        small = image.resize(self.resized(*image.size), getattr(Image, self.interpolation.upper()))
+        square = Image.new(image.mode, (self.input_size, self.input_size), self.padding)
+        square.paste(small, ((square.width - small.width) // 2, (square.height - small.height) // 2))
+        return square
 
     def build(self, data_backend: str = 'exact') -> Callable:
         """The worker's part: a function from an image to uint8 (input_size, input_size, 3)."""
@@ -163,9 +206,9 @@ def is_fast(is_train: bool, config: TransformConfig) -> bool:
     return EvalTransform.from_config(config).is_fast(config.data_backend if is_train else config.eval_data_backend)
 
 
-def image_reader(fast: bool, max_pixels: int = 0) -> Callable:
+def image_reader(fast: bool, max_pixels: int = 0, reading: Reading = AS_REFERENCE) -> Callable:
     """The function that reads an image from a path for these transforms; for `max_pixels` see `decode.read_up_to`."""
-    read = fast_decode.load_tensor if fast else load_image
+    read = functools.partial(fast_decode.load_tensor if fast else load_image, reading=reading)
     return functools.partial(read_up_to, max_pixels, read) if max_pixels else read
 
 

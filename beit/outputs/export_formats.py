@@ -79,7 +79,8 @@ def metadata(trained: LoadedModel) -> Dict[str, str]:
         'classes': json.dumps(trained.classes),
         'preprocessing': json.dumps(trained.preprocessing.to_timm()),
         'pooling': 'mean of the patches' if trained.config.use_mean_pooling else 'class token',
-        'input': 'float32 (batch, 3, height, width): RGB from 0 to 1, less mean, divided by std',
+        'input': 'float32 (batch, 3, height, width): RGB from 0 to 1, less mean, divided by std'
+                 + trained.preprocessing.preparation('; '),
         'output': 'logits (batch, %d), in the order of classes' % len(trained.classes),
         'activation': trained.activation,
         model_spec.KEY: json.dumps(trained.spec.to_dict()),
@@ -233,8 +234,8 @@ def timm_usage(trained: LoadedModel, path: str) -> List[str]:
     else:  # as beit_nano_patch8_32
         line = 'model = timm.models.beit.Beit(%s); timm.models.load_checkpoint(model, %r)' % (
             format_arguments(arguments), path)
-    return ['Load it: ' + line, 'Prepare images: timm.data.create_transform(%s)'
-            % format_arguments(trained.preprocessing.to_timm())]
+    return ['Load it: ' + line, 'Prepare images: timm.data.create_transform(%s)%s' % (
+        format_arguments(trained.preprocessing.to_timm()), trained.preprocessing.preparation('; it does not know that '))]
 
 
 def format_arguments(arguments: Dict[str, Any]) -> str:
@@ -250,7 +251,8 @@ def make_huggingface(trained: LoadedModel, opset: int = 0) -> Tuple[Dict[str, by
                         % error) from None
     contents = _json(huggingface_config(trained)), _json(huggingface_preprocessor(trained)), _safetensors(
         tensors, dict(metadata(trained), format='pt'))
-    return dict(zip(HUGGINGFACE_FILES, contents)), 'for transformers'
+    return dict(zip(HUGGINGFACE_FILES, contents)), 'for transformers' + trained.preprocessing.preparation(
+        '; its preprocessor cannot hold that ')
 
 
 def huggingface_config(trained: LoadedModel) -> Dict[str, Any]:
@@ -278,6 +280,8 @@ def huggingface_preprocessor(trained: LoadedModel) -> Dict[str, Any]:
     BEiT's own takes no shorter side before transformers 5, and would distort the image.
     """
     images = trained.preprocessing
+    if images.crop_mode == 'border':
+        raise UserError('--format huggingface: its preprocessor has no letterbox (--eval_fit); use another --format')
     square = {'height': images.input_size, 'width': images.input_size}
     return dict(
         image_processor_type='CLIPImageProcessor', do_convert_rgb=True, do_resize=True,

@@ -1,35 +1,38 @@
 """The lines at the start of a run: device, precision, model, data, batch, checkpoints."""
 
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 
 from beit import model_spec, recipes
+from beit.data import fingerprint
 from beit.devices import accelerator
 from beit.errors import escape_text
 from beit.log import log_main, log_table, pluralize
 
 
-def show(environment: Dict[str, Any], flags: Dict[str, Any], classes: Sequence[str], attention: str,
+def show(environment: Dict[str, Any], flags: Dict[str, Any], data: Any, attention: str,
          steps_per_epoch: int = 0, source: str = '') -> None:
     """Print all flags and a table of the run.
 
     Args:
         environment: what summary.json has about a run beside its figures.
+        data: the data sets, the spec of the model and its classes.
         attention: the kernel that was chosen.
         steps_per_epoch: update steps; 0 for an evaluation.
         source: the checkpoint that the training resumes, or ''.
     """
     log_main('Flags: %s' % escape_text(' '.join('--%s=%s' % item for item in sorted(flags.items())
                                                 if item[1] is not None)), detail=True)
-    processes, side = environment['processes'], environment['input_size']
+    processes, side, classes = environment['processes'], environment['input_size'], data.classes
     rows = [('Device', '%s, %s, %d process%s' % (environment['device'], environment['device_name'], processes,
                                                  '' if processes == 1 else 'es'))]
     unused_npu = accelerator.npu_unused_reason(flags['device'], torch.device(environment['device']))
     if unused_npu:
         rows.append(('', unused_npu.rstrip()))
-    images = ['%d %s' % (environment[kind + '_images'], kind) for kind in ('training', 'validation')
+    counts = ['%d %s' % (environment[kind + '_images'], kind) for kind in ('training', 'validation')
               if environment[kind + '_images'] is not None]
+    transparent, sampled = fingerprint.count_transparent(data.val_set if data.train_set is None else data.train_set)
     rows += [('Precision', environment['precision']),
              ('Attention', attention),
              ('Model', '%s, %.2f M parameters, %s, input %dx%d' % (
@@ -37,7 +40,12 @@ def show(environment: Dict[str, Any], flags: Dict[str, Any], classes: Sequence[s
                  '%d class%s' % (len(classes), '' if len(classes) == 1 else 'es'), side, side)),
              ('Classes', model_spec.shorten_names(classes) + (
                  ' (only one: there is nothing to distinguish)' if len(classes) == 1 else '')),
-             ('Data', '%s images' % ' and '.join(images))]
+             ('Data', '%s images' % ' and '.join(counts))]
+    if transparent:
+        colour = data.spec.preprocessing.transparency
+        rows.append(('', '%d of %d images (a sample) have an alpha channel: %s' % (
+            transparent, sampled, 'it is dropped; --background white hides what lies under it' if colour == 'dropped'
+            else 'they lie on ' + colour)))
     log_table(rows + (_training_rows(flags, processes, steps_per_epoch, source) if steps_per_epoch else []))
 
 
