@@ -372,7 +372,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              also={PREDICT: dict(group='input')}),
         Flag('max_bad_images', 0.001, 'with skip: stop at this fraction of unreadable images', type=share,
              affects_results=False),
-        Flag('max_pixels', 0, 'reject images with more pixels; 0: Pillow\'s limit, 179 million',
+        Flag('max_pixels', 0, 'most pixels of an image; 0: Pillow\'s limit, 179 million',
              type=whole, affects_results=False, aliases=('max_image_pixels',), also={PREDICT: dict(group='input')}),
         Flag('exif', 'ignore', 'the rotation that a camera noted: ignore, follow', choices=('ignore', 'follow')),
         Flag('background', '', 'lay transparent images on white, black or R,G,B',

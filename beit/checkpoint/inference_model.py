@@ -153,9 +153,9 @@ def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str) -> Mode
     before = dict(dataclasses.asdict(spec.architecture), crop_pct=spec.preprocessing.crop_pct, loss=spec.loss)
     differ = ['--%s %s (the checkpoint: %s)' % (name, value, before[name]) for name, value in overrides.items()
               if value is not None and name in before and value != before[name]]
-    differ += ['%s %s (the checkpoint: %s)' % ((name,) + values)
-               for name in ('mean', 'exif', 'transparency', 'crop_mode') for values in [(getattr(changed.preprocessing, name), getattr(spec.preprocessing, name))]
-               if values[0] != values[1]]
+    for name in ('mean', 'exif', 'transparency', 'crop_mode'):
+        value, theirs = getattr(changed.preprocessing, name), getattr(spec.preprocessing, name)
+        differ += ['%s %s (the checkpoint: %s)' % (name, value, theirs)] * (value != theirs)
     if differ:
         log_main('Flags that differ from %s: %s' % (escape_text(path), ', '.join(differ)))
     return changed

@@ -234,8 +234,9 @@ def timm_usage(trained: LoadedModel, path: str) -> List[str]:
     else:  # as beit_nano_patch8_32
         line = 'model = timm.models.beit.Beit(%s); timm.models.load_checkpoint(model, %r)' % (
             format_arguments(arguments), path)
+    images = trained.preprocessing
     return ['Load it: ' + line, 'Prepare images: timm.data.create_transform(%s)%s' % (
-        format_arguments(trained.preprocessing.to_timm()), trained.preprocessing.preparation('; it does not know that '))]
+        format_arguments(images.to_timm()), images.preparation('; it does not know that '))]
 
 
 def format_arguments(arguments: Dict[str, Any]) -> str:
