@@ -13,7 +13,6 @@ if __name__ == '__main__':
 import argparse
 import collections
 import dataclasses
-import math
 import functools
 import os
 import sys
@@ -32,6 +31,7 @@ from beit.files import run_folder, weights_file
 from beit.files.weights_file import load_weights_file
 from beit.log import log_main
 from beit.model_spec import ModelSpec
+from beit.training import metrics
 
 PROGRAM = 'average_checkpoints.py'
 
@@ -66,17 +66,17 @@ def take_best(paths: Sequence[str], most: int, use_ema: bool = False) -> List[st
 
     Epochs without an evaluation do not count.
     """
-    figures, val_sets = {}, {}
+    figures, val_sets, by = {}, {}, {}
     for path in paths:
         folder, name = os.path.split(path)
         log = {stats['epoch']: stats for stats in run_folder.read_log(folder)}
         epochs = {each: epoch for (epoch, steps), each in discovery.list_checkpoints(folder or '.') if not steps}
         epoch = epochs.get(os.path.join(folder or '.', name), 0) - 1
         prefix = 'test_ema_' if use_ema else 'test_'
-        values = [log.get(epoch, {}).get(prefix + name) for name in ('mAP', 'acc1')]
-        value = next((each for each in values if isinstance(each, (int, float)) and math.isfinite(each)), None)
-        if value is not None:
-            figures[path] = value
+        found = metrics.logged_primary(log.get(epoch, {}), prefix)
+        if found is not None:
+            figure, figures[path] = found
+            by[figure.name] = path
             if log[epoch].get('val_set'):  # an earlier version did not record it
                 val_sets[log[epoch]['val_set']] = path
     if not figures:
@@ -88,9 +88,12 @@ def take_best(paths: Sequence[str], most: int, use_ema: bool = False) -> List[st
     if len(val_sets) > 1:
         raise UserError('--best %d: %s were evaluated on different validation images, or with different preprocessing; '
                         'name the files without --best' % (most, ' and '.join(map(escape_text, val_sets.values()))))
-    chosen = sorted(figures, key=lambda path: -figures[path])[:most]
+    if len(by) > 1:
+        raise UserError('--best %d: %s were trained with another --best_by (%s); name the files without --best' % (
+            most, ' and '.join(map(escape_text, by.values())), ', '.join(by)))
+    chosen = sorted(figures, key=lambda path: figures[path], reverse=not figure.lowest_is_best)[:most]
     for path in chosen:
-        print_line('%s: %.3f' % (escape_text(path), figures[path]))
+        print_line('%s: %s %.3f' % (escape_text(path), figure.summary, figures[path]))
     return chosen
 
 

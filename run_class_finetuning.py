@@ -64,8 +64,8 @@ from beit.training.losses import build_criterion
 from beit.training.metrics import (
     best_figures,
     build_metrics,
+    check_best_by,
     primary_metric,
-    primary_percent,
     summary_figures,
     write_results,
 )
@@ -252,6 +252,7 @@ def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Opt
     if val_set is not None:
         datasets.check_fits(val_set)
         build_metrics(val_set, args.results_file, args.real_labels, args.data_set)
+        check_best_by(args.best_by, spec.multi_label)
     weights = choose_class_weights(args, train_set, list(spec.classes))
     steps_per_epoch = 0 if args.eval else count_steps(args, len(train_set))
     return Data(train_set, val_set, spec, weights, steps_per_epoch, outputs,
@@ -425,10 +426,15 @@ def resume(args: argparse.Namespace, data: Data, learner: Learner,
         run_state.val_set = run_state.val_set or comparison.evaluation_id(
             comparison.saved_data(content), checkpoint.spec, model_spec.saved_args(content).get('test_flip', False))
     val_set = comparison.evaluation_id(run.data, data.spec, args.test_flip)
-    if run_state.best and val_set and run_state.val_set not in ('', val_set):
+    usual = 'mAP' if data.spec.multi_label else 'acc1'
+    theirs, mine = (each or usual for each in (checkpoint and model_spec.saved_args(checkpoint.content).get('best_by'),
+                                               args.best_by))
+    reason = 'of other validation images or another preprocessing' \
+        if val_set and run_state.val_set not in ('', val_set) else \
+        'by --best_by %s, and this run has --best_by %s' % (escape_text(str(theirs)), mine) if theirs != mine else ''
+    if run_state.best and reason:
         run_state.best, run_state.stale = {}, 0
-        log.log_main('The best figure starts again: that of %s is of other validation images or another preprocessing'
-                     % escape_text(source))
+        log.log_main('The best figure starts again: that of %s is %s' % (escape_text(source), reason))
     run_state.val_set = val_set or run_state.val_set
     run_state.run = comparison.facts_of(run)
     run_state.data = comparison.data_to_save(run.data, getattr(data.train_set, 'held_out', None))
@@ -447,12 +453,12 @@ def prepare_folder(args: argparse.Namespace, source: str, run_state: training_st
         copied = discovery.copy_best(source, args.output_dir, run_state.best)
         if copied:
             log.log_main('Copied the best checkpoint so far from the folder of %s: %s' % (
-                escape_text(source), ', '.join('%s %.3f%%' % item for item in sorted(copied.items()))))
+                escape_text(source), discovery.best_text(copied)))
         missing = {name: best for name, best in run_state.best.items() if name not in copied}
         if missing:
             run_state.best, run_state.stale = copied, 0
             log.log_main('The best figure starts again: beside %s is no checkpoint of %s' % (
-                escape_text(source), ' or '.join('%s %.3f%%' % item for item in sorted(missing.items()))))
+                escape_text(source), discovery.best_text(missing)))
 
 
 def update_freezing(args: argparse.Namespace, model: Any, epoch: int) -> bool:
@@ -565,7 +571,7 @@ def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_ima
 
     def evaluate(name, network, throughput=None, predictions=None):
         metrics = build_metrics(data.val_set, args.results_file, args.real_labels, args.data_set, data.spec.multi_label,
-                                data.spec.activation)
+                                data.spec.activation, args.topk)
         stats = engine.evaluate(
             data.val_loader, engine.WithMirrorImage(network) if args.test_flip else network, learner.device, sharded,
             throughput, stop_signal, metrics + ([predictions] if predictions is not None else []))
@@ -573,12 +579,15 @@ def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_ima
             left_out = stats.pop('unreadable')
             if left_out:
                 bad_images.report(left_out, len(data.val_set), 'validation')
+            if predictions is not None:
+                predictions.figures = stats
             lines = [run_log.scores_line(stats), run_log.accuracy_line(name, stats, len(set(left_out)))]
+            lines += [metric.message % stats for metric in metrics if metric.message]
             for line in lines:  # in training, a terminal shows the last epoch's at the end
                 log.log_main(line, detail=stop_signal is not None)
             learner.last_scores += lines
-            for message in filter(None, (metric.message % stats for metric in metrics)):
-                log.log_main(message)
+            if args.best_by and not args.eval:
+                stats['best_by'] = args.best_by
         return stats
 
     learner.last_scores.clear()
@@ -640,7 +649,7 @@ def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learne
         state.stale = 0 if improved else state.stale
         run_log.record(args.output_dir, writer, epoch, count_parameters(learner.model), train_stats, test_stats,
                        ema_stats, state.val_set)
-        log.log_epoch(epoch, args.epochs, train_stats, primary_percent(test_stats, state.best),
+        log.log_epoch(epoch, args.epochs, train_stats, run_log.best_texts(test_stats, state.best),
                       throughput.since(steps_before).images_per_second, time.time() - begun)
         report.after_epoch(writer, epoch, discovery.BEST in improved)
         if not is_whole:  # --maxstep, in mid-epoch
@@ -668,7 +677,7 @@ def finish(args: argparse.Namespace, learner: Learner, monitor: CheckpointMonito
     if should_stop_early(args, state, learner.device):
         log.log_main('Stopped early: no new best in %s (--early_stop %d)'
                      % (log.pluralize(state.stale, 'evaluation'), args.early_stop))
-    figures = dict(best_figures(state.best), loss=train_stats.get('loss'))
+    figures = dict(best_figures(state.best), loss=train_stats.get('loss'), best_by=args.best_by)
     if first >= args.epochs:
         log.log_main('Nothing left to train: all %d epochs are done; raise --epochs to continue' % args.epochs)
         if report.is_complete():

@@ -177,16 +177,16 @@ def format_metrics(meters: Dict[str, Any], images_per_second: float) -> str:
     return ', '.join(words + ['%.0f images/s' % images_per_second])
 
 
-def log_epoch(number: int, epochs: int, train_stats: Dict[str, float], validation: Optional[Tuple[float, float]],
+def log_epoch(number: int, epochs: int, train_stats: Dict[str, float], validation: Optional[Tuple[str, str]],
               images_per_second: float, seconds: float) -> None:
     """Show the figures of an epoch on a terminal, if there is one.
 
     Args:
         number: of the epoch, from 0; people read it from 1.
-        validation: the primary figure and the best one so far, in percent; None if nothing was evaluated.
+        validation: the figure that selects the best checkpoint, and the best one so far; None without an evaluation.
     """
     accuracy = '%.1f %%' % (100 * train_stats['class_acc']) if 'class_acc' in train_stats else '-'
     time = '%.1f s' % seconds if seconds < 100 else str(datetime.timedelta(seconds=int(seconds)))
     _display.show_epoch(EPOCH_ROW.format(
         '%d/%d' % (number + 1, epochs), '%.3f' % train_stats.get('loss', float('nan')), accuracy,
-        *(('%.2f %%' % figure for figure in validation) if validation else '--'), '%.0f' % images_per_second, time))
+        *(validation or '--'), '%.0f' % images_per_second, time))

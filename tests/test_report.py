@@ -267,10 +267,10 @@ def test_curves_are_the_logs_figures():
 @needs_matplotlib
 def test_curves_are_drawn(run, tmp_path):
     with Image.open(os.path.join(run[0], 'curves.png')) as picture:
-        assert picture.size == (1350, 390)
+        assert picture.size == (1800, 390)
         pixels = np.asarray(picture.convert('RGB')).reshape(-1, 3)
     colours = {curve.label: curve.colour for found in panels(log_of(run[0])).values() for curve in found}
-    for label in ('training', 'validation', 'validation, EMA', 'top-5'):
+    for label in ('training', 'validation', 'validation, EMA', 'macro F1'):
         colour = [int(colours[label][place:place + 2], 16) for place in (1, 3, 5)]
         assert (np.abs(pixels.astype(int) - colour).max(axis=1) < 3).sum() > 50, label
 
@@ -279,7 +279,7 @@ def test_curves_are_drawn_seldom_and_at_the_end(tmp_path, monkeypatch):
     (tmp_path / 'log.txt').write_text('{"epoch": 0, "train_loss": 1}\n')
     times, drawn = iter([100., 100., 105., 119., 121., 121., 122., 123.]), []
     monkeypatch.setattr(curves_module.time, 'monotonic', lambda: next(times))
-    monkeypatch.setattr(curves_module, 'draw_curves', lambda path, log: drawn.append(path))
+    monkeypatch.setattr(curves_module, 'draw_curves', lambda path, *_: drawn.append(path))
     curves, counts = Curves(str(tmp_path)), []
     for is_last in (False, False, False, False, True):
         curves.draw(is_last)
@@ -571,7 +571,8 @@ def many_classes(tmp_path, classes=100):
     return predictions, dict(
         title='t', subtitle='s', tiles=[], facts=[], plots=[], hint='',
         classes=['class %d' % label for label in range(classes)],
-        evaluated='All.', per_class=predictions.per_class(), confused=predictions.most_confused(), matrix=None,
+        evaluated='All.', figures={}, per_class=predictions.per_class(), confused=predictions.most_confused(),
+        matrix=None,
         hardest=[(picture, EvaluatedImage(0, 1, 2, 0.5, math.nan, math.inf), '/a/b/c.png')], most_confident=[],
         samples=[], flags=[], versions=[])
 

@@ -202,6 +202,12 @@ def finish_save(path: str, content: Any) -> None:
                 weights_file.save(os.path.join(os.path.dirname(path), later), content)
 
 
+def best_text(best: Dict[str, float]) -> str:
+    """The figures of the best checkpoints, as a text."""
+    return ', '.join('%s %.3f%s' % (name, value, '' if name.endswith('loss') else '%')
+                     for name, value in sorted(best.items()))
+
+
 def copy_best(source: str, folder: str, best: Dict[str, float]) -> Dict[str, float]:
     """Copy the checkpoints of the best figures so far from the folder of `source`. Returns the figures that have one.
 

@@ -299,5 +299,5 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
                         'instead' % (escape_text(source), one_line(error)[:200])) from None
     log_main('Resumed %s: %s%s' % (escape_text(source), 'epoch %d is done' % run_state.epoch if not run_state.steps else
                                    '%s of epoch %d' % (pluralize(run_state.steps, 'update'), run_state.epoch + 1),
-                                   ''.join(', best %s %.3f%%' % item for item in sorted(best.items()))))
+                                   ', best ' * bool(best) + discovery.best_text(best)))
     return run_state

@@ -19,7 +19,8 @@ run_folder.register_output(r'curves\.png')
 SECONDS_BETWEEN = 20  # two drawings: a run of short epochs must not spend its time on them
 RATE = 'Learning rate'
 GREY, BLUE = '#8c8c8c', '#2f7ed8'
-VALIDATION = ((BLUE, '#e07b00'), ('#1fa187', '#c0569b'), ('#7a5cc9', '#b09a00'))  # a panel's figures; the average's
+VALIDATION = ((BLUE, '#e07b00'), ('#1fa187', '#c0569b'), ('#7a5cc9', '#b09a00'),
+              ('#c23b3b', '#3b8fa0'))  # a panel's figures; the average's
 
 
 class Curve(NamedTuple):
@@ -29,8 +30,12 @@ class Curve(NamedTuple):
     values: Tuple[float, ...]
 
 
-def panels(log: Sequence[Dict[str, Any]]) -> Dict[str, List[Curve]]:
-    """The curves of training and of metrics that log.txt has values for, by the title of their panel."""
+def panels(log: Sequence[Dict[str, Any]], classes: float = math.inf) -> Dict[str, List[Curve]]:
+    """The curves of training and of metrics that log.txt has values for, by the title of their panel.
+
+    Args:
+        classes: their number; without more than five, top-5 is left out.
+    """
     found: Dict[str, List[Curve]] = {}
 
     def add(title: str, label: str, name: str, colour: str, factor: float = 1) -> None:
@@ -42,8 +47,8 @@ def panels(log: Sequence[Dict[str, Any]]) -> Dict[str, List[Curve]]:
     add('Loss', 'training', 'train_loss', GREY)
     add('Accuracy (%)', 'training top-1', 'train_class_acc', GREY, 100)
     drawn: Dict[str, int] = collections.Counter()
-    for spec in metrics.metric_specs():
-        if spec.title:
+    for spec in metrics.metric_specs(name for line in log for name in line):
+        if spec.title and spec.above < classes:
             title = (spec.panel or spec.title) + (' (%s)' % spec.unit if spec.unit else '')
             colour, ema_colour = VALIDATION[drawn[title] % len(VALIDATION)]
             drawn[title] += 1
@@ -75,11 +80,11 @@ def draw_panel(axes: Any, title: str, curves: Sequence[Curve]) -> None:
                 loc='upper left', bbox_to_anchor=(-0.02, -0.15))  # below, where it hides no curve
 
 
-def draw_curves(path: str, log: Sequence[Dict[str, Any]]) -> None:
+def draw_curves(path: str, log: Sequence[Dict[str, Any]], classes: float = math.inf) -> None:
     """Write curves.png, with all panels in a row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyplot would look for a display
     from matplotlib.figure import Figure
-    drawn = panels(log)
+    drawn = panels(log, classes)
     figure, file = Figure(figsize=(4.5 * len(drawn), 3.9), dpi=100), io.BytesIO()
     FigureCanvasAgg(figure)
     for place, (title, curves) in enumerate(drawn.items(), 1):
@@ -95,7 +100,8 @@ class Curves:
     It draws nothing if output_dir is ''.
     """
 
-    def __init__(self, output_dir: str) -> None:
+    def __init__(self, output_dir: str, classes: float = math.inf) -> None:
+        self.classes = classes
         self.output_dir = output_dir if process_group.is_main_process() else ''
         self.drawn = -math.inf
 
@@ -106,7 +112,7 @@ class Curves:
         if not log:
             return
         try:
-            draw_curves(os.path.join(self.output_dir, 'curves.png'), log)
+            draw_curves(os.path.join(self.output_dir, 'curves.png'), log, self.classes)
             self.drawn = time.monotonic()
         except Exception as error:  # of matplotlib; the training matters more
             log_main(failure_message('curves.png', error))

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import operator
 import os
 import re
 import time
@@ -53,7 +52,7 @@ class Report:
                  samples: Callable[[], List[Tuple[np.ndarray, str]]], prefix: str = '') -> None:
         self.output, self.environment, self.classes, self.val_set = output, environment, classes, val_set
         self.make_samples, self.prefix, self.has_log = samples, prefix, not prefix
-        self.curves = curves.Curves(output.output_dir if output.curves and not prefix else '')
+        self.curves = curves.Curves(output.output_dir if output.curves and not prefix else '', len(classes))
         self.newest: Optional[ConfusionMatrix] = None  # of the evaluation in progress
         self.best: Optional[ConfusionMatrix] = None  # of the best epoch
         self.best_epoch = -1
@@ -125,6 +124,10 @@ class Report:
         """Write all files at the end. `figures`: the run's results, for summary.json."""
         self.write_args()
         self.curves.draw(is_last=True)
+        if self.has_log and not self.prefix:
+            line = best_epoch(run_folder.read_log(self.output.output_dir)) or {}
+            figures = dict({spec.summary: line['test_' + spec.name] for spec in metrics.metric_specs(line)
+                            if spec.summary and spec.name != 'loss' and 'test_' + spec.name in line}, **figures)
         figures = dict(figures, finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
         summary.write_summary(self.output.output_dir, dict(figures, **self.environment), self.prefix + 'summary.json')
         if self.output.report and process_group.is_main_process():
@@ -139,7 +142,7 @@ class Report:
     def write_page(self, figures: Dict[str, Any]) -> None:
         path = os.path.join(self.output.output_dir, self.prefix + 'report.html')
         log = run_folder.read_log(self.output.output_dir) if self.has_log else []
-        plots, hint = svg_plots(log)
+        plots, hint = svg_plots(log, len(self.classes))
         best_line = best_epoch(log)
         if not self.prefix and best_line and best_line['epoch'] != self.best_epoch:
             self.recall_best(best_line['epoch'])
@@ -152,6 +155,7 @@ class Report:
                 self.environment['precision'], figures['finished'][:16].replace('T', ' ')),
             tiles=tiles, facts=facts, evaluated=self.evaluated,
             classes=[str(name) for name in self.classes], per_class=best and best.per_class(),
+            figures=best.figures if best else {},
             confused=best.most_confused() if best else [],
             matrix=best.matrix() if best and len(self.classes) <= report_html.HEAT_MAP_UP_TO else None,
             hardest=self.look_up(best.hardest) if best else [],
@@ -183,12 +187,14 @@ def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any],
     A training's results come from the best epoch in log.txt, also before a resume.
     """
     seconds = int(figures.get('duration_seconds') or 0)
-    is_training, specs = 'epochs' in figures, metrics.metric_specs()
-    stats = best_epoch(log) or {} if is_training else {
-        'test_' + spec.name: figures.get(spec.summary or spec.name) for spec in specs}
-    results = [(spec.title + ', best epoch' * is_training, stats.get('test_' + spec.name),
-                '%.2f %%' if spec.unit == '%' else '%.4f') for spec in specs if spec.title]
-    results += [(spec.title + ' of the EMA', figures.get('ema_' + spec.summary), '%.2f %%')
+    is_training = 'epochs' in figures
+    line = best_epoch(log) or {}
+    specs = [spec for spec in metrics.metric_specs(line if is_training else figures)
+             if spec.title and spec.above < environment['classes']]
+    results = [(spec.title + ', best epoch' * is_training,
+                line.get('test_' + spec.name) if is_training else figures.get(spec.summary or spec.name), spec.form)
+               for spec in specs]
+    results += [(spec.title + ' of the EMA', figures.get('ema_' + spec.summary), spec.form)
                 for spec in specs if spec.is_primary]
     results.append(('Last training loss', figures.get('loss') if is_training else None, '%.4f'))
     facts = [('Time', '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60), '%s'),
@@ -204,13 +210,14 @@ def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any],
 
 def best_epoch(log: Sequence[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
     """The line of log.txt by which the best checkpoint was chosen; None without one."""
-    val_set = next((line['val_set'] for line in reversed(log) if line.get('val_set')), None)
-    log = [line for line in log if line.get('val_set') in (None, val_set)]
-    for name in ['test_' + spec.name for spec in metrics.metric_specs() if spec.is_primary]:
-        lines = [line for line in log if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])]
-        if lines:
-            return max(lines, key=operator.itemgetter(name))
-    return None
+    last: Dict[str, Any] = next((line for line in reversed(log) if metrics.logged_primary(line, 'test_')), {})
+    best, best_value = None, None
+    for line in log:
+        if line.get('val_set') in (None, last.get('val_set')) and line.get('test_best_by') == last.get('test_best_by'):
+            figure = metrics.logged_primary(line, 'test_')
+            if figure is not None and figure[0].is_better(figure[1], best_value):
+                best, best_value = line, figure[1]
+    return best
 
 
 # ---- pictures
@@ -268,7 +275,7 @@ def image_grid(pictures: Sequence[np.ndarray], columns: int = 4, gap: int = 2) -
     return rearrange(cells, '(rows columns) h w c -> (rows h) (columns w) c', rows=rows)[:-gap, :-gap]
 
 
-def svg_plots(log: Sequence[Dict[str, Any]]) -> Tuple[List[str], str]:
+def svg_plots(log: Sequence[Dict[str, Any]], classes: float = math.inf) -> Tuple[List[str], str]:
     """(SVG texts of the curves, '') or ([], the reason without them). Their text has the page's colour."""
     if not log:
         return [], ''
@@ -280,7 +287,7 @@ def svg_plots(log: Sequence[Dict[str, Any]]) -> Tuple[List[str], str]:
         style: Any = dict.fromkeys(('text.color', 'axes.labelcolor', 'xtick.color', 'ytick.color', 'axes.edgecolor'),
                                    MARKER)
         with matplotlib.rc_context(dict(style, **{'svg.fonttype': 'none', 'font.family': 'sans-serif'})):
-            for title, drawn in curves.panels(log).items():
+            for title, drawn in curves.panels(log, classes).items():
                 matplotlib.rcParams['svg.hashsalt'] = title  # ids must differ within the page
                 figure, file = Figure(figsize=(4.6, 3.4)), io.StringIO()
                 FigureCanvasSVG(figure)

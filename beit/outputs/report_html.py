@@ -133,12 +133,14 @@ def render(data: Dict[str, Any]) -> str:
     Args:
         data (dict): title, subtitle; tiles, facts, flags, versions: (name, text) pairs; plots: SVG texts; hint: the
             reason without plots; classes: names; per_class: (right, images) or None; matrix: int (classes, classes) or
-            None; confused: (target, predicted, count); evaluated: which weights; hardest, most_confident: (pixels,
+            None; figures: of the evaluation, by name, {} if unknown;
+            confused: (target, predicted, count); evaluated: which weights; hardest, most_confident: (pixels,
             `EvaluatedImage`, path); samples: (pixels, caption). Pixels are uint8 (H, W, 3).
     """
     sections = [_plots(data)]
     if data['per_class'] is not None:
-        sections += [_per_class(data), _confusions(data), _hardest(data), _most_confident(data)]
+        sections += [_per_class(data), _scores(data), _reliability(data), _confusions(data), _hardest(data),
+                     _most_confident(data)]
     else:
         sections.append(_section('Evaluation', data['evaluated']))
     sections += [_samples(data), _flags(data)]
@@ -184,6 +186,39 @@ def _per_class(data: Dict[str, Any]) -> str:
         title, '\n'.join(BAR.substitute(
             name=escape(data['classes'][label]), width='%.2f' % (100 * share), share='%.1f' % (100 * share),
             right=int(right[label]), images=int(images[label])) for share, label in part)) for title, part in parts))
+
+
+def _scores(data: Dict[str, Any]) -> str:
+    figures, scores = data['figures'], ('precision', 'recall', 'f1')
+    if 'classes' not in figures:
+        return ''
+    lines = list(zip(data['classes'], figures['classes']))
+    lines += [(kind + ' average', {name: figures['%s_%s' % (kind, name)] for name in scores})
+              for kind in ('macro', 'weighted')]
+    row = '<tr><td>%s</td>' + '<td class="number">%s</td>' * 4 + '</tr>'
+    rows = [row % ('class', 'images', *scores)] + [row % (escape(name), each.get('images', ''), *(
+        '-' if each[score] is None else '%.2f' % each[score] for score in scores)) for name, each in lines]
+    return _section('Precision, recall and F1', 'In percent.', '<details class="panel"%s><summary>Of each class, and '
+                    'on average</summary><div class="scroll" tabindex="0"><table class="list">\n%s\n</table></div>'
+                    '</details>' % (' open' * (len(lines) <= BARS_UP_TO), '\n'.join(rows)))
+
+
+def _reliability(data: Dict[str, Any]) -> str:
+    """The reliability diagram: the accuracy of the predictions in each bin of probability."""
+    bins = data['figures'].get('reliability')
+    if not bins:
+        return ''
+    bars = ''.join('<rect x="%.2f" y="%.2f" width="5" height="%.2f" fill="var(--accent)"><title>probability %.1f %%, '
+                   'accuracy %.1f %%, images %d</title></rect>' % (
+                       100 * each['probability'] - 2.5, 100 - 100 * each['accuracy'], 100 * each['accuracy'],
+                       100 * each['probability'], 100 * each['accuracy'], each['images']) for each in bins)
+    return _section('Reliability', 'Bars: how often predictions of this probability are right. Line: how often they '
+                    'should be.',
+                    '<div class="plots"><div><svg viewBox="-14 -4 122 118" role="img" aria-label="Reliability" '
+                    'font-size="5" fill="currentColor">%s<path d="M0 0V100H100M0 100L100 0" fill="none" '
+                    'stroke="currentColor" stroke-width=".6"/><text x="35" y="112">probability (%%)</text>'
+                    '<text x="-13" y="-0">100</text><text x="-5" y="106">0</text><text x="95" y="106">100</text>'
+                    '<text transform="rotate(-90)" x="-62" y="-5">accuracy (%%)</text></svg></div></div>' % bars)
 
 
 def _confusions(data: Dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """A run's figures as lines, in log.txt, in TensorBoard and in summary.json."""
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
@@ -25,7 +25,7 @@ def scores_line(stats: Stats) -> str:
 
 
 def accuracy_line(name: str, stats: Stats, unreadable: int = 0) -> str:
-    """The primary figure of a network on the validation images."""
+    """The accuracy, or mAP, of a network on the validation images."""
     figure = primary_metric(stats)
     return '%s of the %s on the %d test images: %.3f%s%s' % (
         figure.title, name, stats['images'], stats[figure.name], figure.unit,
@@ -53,28 +53,42 @@ def results_row(source: str, weights: str, spec: ModelSpec, parameters: int, sta
     """A row of --results_file: the figures of one evaluation and everything that they depend on."""
     images = spec.preprocessing
     row: Stats = {'model': spec.architecture.model, 'checkpoint': escape_text(source), 'weights': weights}
-    row.update((name, value) for name, value in stats.items() if name != 'classes')
+    tables = {name: value for name, value in stats.items() if isinstance(value, list)}
+    row.update((name, value) for name, value in stats.items() if name not in tables)
     row.update(param_count=parameters, img_size=images.input_size, crop_pct=images.crop_pct,
                interpolation=images.interpolation, test_flip=test_flip)
-    return dict(row, classes=stats['classes']) if 'classes' in stats else row
+    return dict(row, **tables)
 
 
 def update_best(best: Dict[str, float], test_stats: Optional[Stats], ema_stats: Optional[Stats]) -> List[str]:
-    """Update the best figures; returns the names of the checkpoints that are new bests."""
+    """Update the figures of the best checkpoints; returns the names of those that are new.
+
+    They are the figure of --best_by, and the accuracy or mAP of the same epoch.
+    """
     improved = []
     for prefix, stats, file_name in (('', test_stats, discovery.BEST), ('ema_', ema_stats, discovery.BEST_EMA)):
         if stats is not None:
             figure = primary_metric(stats)
-            if stats[figure.name] > best.get(prefix + figure.summary, -1.):
-                best[prefix + figure.summary] = stats[figure.name]
+            if figure.is_better(stats[figure.name], best.get(prefix + figure.summary)):
+                best.update((prefix + each.summary, stats[each.name]) for each in metrics.metric_specs()
+                            if each.name in stats and (each.is_primary or each == figure))
                 improved.append(file_name)
     return improved
 
 
 def best_line(best: Dict[str, float], test_stats: Stats, has_ema: bool) -> str:
-    name = primary_metric(test_stats).summary
-    average = ', of the average: %.3f%%' % best.get('ema_' + name, float('nan')) if has_ema else ''
-    return 'Max %s: %.3f%%%s' % (name, best.get(name, float('nan')), average)
+    figure = primary_metric(test_stats)
+    values = ['%.3f%s' % (best.get(prefix + figure.summary, float('nan')), figure.unit) for prefix in ('', 'ema_')]
+    return '%s %s: %s' % ('Min' if figure.lowest_is_best else 'Max', figure.summary,
+                          ', of the average: '.join(values[:1 + has_ema]))
+
+
+def best_texts(stats: Optional[Stats], best: Dict[str, float]) -> Optional[Tuple[str, str]]:
+    """(the figure that selects the best checkpoint, the best one so far); None without statistics."""
+    if stats is None:
+        return None
+    figure = primary_metric(stats)
+    return figure.form % stats[figure.name], figure.form % best.get(figure.summary, float('nan'))
 
 
 def record(output_dir: str, writer: Any, epoch: int, parameters: int, train_stats: Stats,

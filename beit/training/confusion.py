@@ -7,7 +7,6 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from beit.distributed import collectives
 from beit.training import losses, metrics
 
 KEPT = 24  # images of each kind
@@ -30,6 +29,7 @@ class ConfusionMatrix(metrics.Metric):
         counts (Counter): {(target, predicted class): images}.
         hardest, most_confident (list of EvaluatedImage): wrong images by decreasing loss, right images by decreasing
             probability; at most `KEPT`.
+        figures: all figures of the evaluation, which its caller sets.
     """
 
     def __init__(self, nb_classes: int, activation: str = 'softmax') -> None:
@@ -38,6 +38,7 @@ class ConfusionMatrix(metrics.Metric):
         self.counts: Dict[Tuple[int, int], int] = collections.Counter()
         self.hardest: List[EvaluatedImage] = []
         self.most_confident: List[EvaluatedImage] = []
+        self.figures: Dict[str, Any] = {}
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
         targets = batch[1].to(output.device)
@@ -49,10 +50,7 @@ class ConfusionMatrix(metrics.Metric):
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         """Sort and count the images of all processes, on each. Returns {}, since it adds no figure."""
-        columns: List[Any] = [torch.cat([each.cpu() for each in column]) for column in zip(*self.batches)] or [None] * 6
-        if sharded:
-            columns = collectives.all_gather_rows(columns, device)
-        columns = [column.numpy() for column in columns]
+        columns = metrics.gather_batches(list(zip(*self.batches)) or [()] * 6, sharded, device)
         _, targets, predicted, probability, _, values = columns
         pairs, counts = np.unique(targets * self.nb_classes + predicted, return_counts=True)
         for pair, count in zip(pairs.tolist(), counts.tolist()):
@@ -66,10 +64,11 @@ class ConfusionMatrix(metrics.Metric):
     def state(self) -> Dict[str, Any]:
         """The results as JSON values, for `load_state`."""
         return {'counts': [list(pair) + [count] for pair, count in self.counts.items()],
-                'hardest': self.hardest, 'most_confident': self.most_confident}
+                'hardest': self.hardest, 'most_confident': self.most_confident, 'figures': self.figures}
 
     def load_state(self, state: Dict[str, Any]) -> None:
         self.counts = collections.Counter({(target, predicted): count for target, predicted, count in state['counts']})
+        self.figures = state.get('figures', {})  # an earlier version wrote none
         self.hardest, self.most_confident = (
             [EvaluatedImage._make(math.nan if value is None else value for value in each) for each in state[kind]]
             for kind in ('hardest', 'most_confident'))

@@ -3,13 +3,14 @@
 Figures are the same on any number of processes: metrics count images, or restore their order first.
 """
 
+import contextlib
 import csv
 import io
 import json
 import math
 import os
 import re
-from typing import Any, Dict, FrozenSet, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from beit.files.regular_file import open_file
 from beit.training import losses
 
 LOSS_UNIT = 2. ** -32  # losses are summed as multiples of this: then the sum does not depend on the order
+SHARE_UNIT = 2. ** -24  # of sums of probabilities
+BINS = 15  # of the calibration error
+BEST_BY = ('acc1', 'macro_f1', 'balanced_acc', 'loss', 'mAP')  # the values of --best_by
 
 
 class MetricSpec(NamedTuple):
@@ -33,8 +37,19 @@ class MetricSpec(NamedTuple):
     panel: str = ''  # the panel of its curve; by default a separate one
     curve: str = ''  # the label of its curve
     summary: str = ''  # its name in summary.json and, for a primary figure, in checkpoints
-    is_primary: bool = False  # the best checkpoint has the highest value
+    is_primary: bool = False  # without --best_by, the best checkpoint has the highest value
     is_logged: bool = True  # appears in log.txt
+    lowest_is_best: bool = False
+    above: int = 0  # the report shows it for more classes than this
+
+    @property
+    def form(self) -> str:
+        return '%.2f %%' if self.unit == '%' else '%.4f'
+
+    def is_better(self, value: float, best: Optional[float]) -> bool:
+        """Whether a value is better than the best one so far, or None; NaN never is."""
+        sign = -1 if self.lowest_is_best else 1
+        return sign * value > (-math.inf if best is None else sign * best)
 
 
 class Evaluation(NamedTuple):
@@ -45,6 +60,7 @@ class Evaluation(NamedTuple):
     data_set: str = ''
     multi_label: bool = False  # images have any number of classes
     activation: str = 'softmax'  # from logits to probabilities; or 'sigmoid'
+    topk: Sequence[int] = (1, 5)  # a flag
 
 
 class Metric:
@@ -70,35 +86,41 @@ class Metric:
         raise NotImplementedError
 
 
+def top_spec(k: int) -> MetricSpec:
+    return MetricSpec('acc%d' % k, 'Acc@%d %%.3f' % k, 'Accuracy' if k == 1 else 'Top-%d' % k, '%', 'Accuracy',
+                      'top-%d' % k, 'accuracy' if k == 1 else 'top%d' % k, is_primary=k == 1, above=k if k > 1 else 0)
+
+
 class TopAccuracy(Metric):
-    """Top-1 and top-5 in percent, for one class per image; counted on the device."""
+    """Top-1 and the other top-k of --topk in percent, for one class per image; counted on the device."""
 
-    specs = (MetricSpec('acc1', 'Acc@1 %.3f', 'Accuracy', '%', 'Accuracy', 'top-1', 'accuracy', is_primary=True),
-             MetricSpec('acc5', 'Acc@5 %.3f', 'Top-5', '%', 'Accuracy', 'top-5', 'top5'))
+    specs = (top_spec(1), top_spec(5))
 
-    def __init__(self) -> None:
-        self.counts: Optional[torch.Tensor] = None  # int64 (3,) on the device: top-1, top-5, images
+    def __init__(self, topk: Sequence[int] = (1, 5)) -> None:
+        self.topk = sorted({1, *topk})
+        self.counts: Optional[torch.Tensor] = None  # int64 on the device: hits for each k, images
 
     @classmethod
     def create(cls, evaluation: Evaluation) -> Optional[Metric]:
-        return None if evaluation.multi_label else cls()
+        return None if evaluation.multi_label else cls(evaluation.topk)
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> Optional[Dict[str, torch.Tensor]]:
-        hits = top_classes(output, 5) == batch[1][:, None]
-        counts = torch.stack((hits[:, 0].sum(), hits.sum(), hits.new_ones(len(hits), dtype=torch.int64).sum()))
+        hits = top_classes(output, self.topk[-1]) == batch[1][:, None]
+        counts = torch.stack([hits[:, :k].sum() for k in self.topk]
+                             + [hits.new_ones(len(hits), dtype=torch.int64).sum()])
         self.counts = counts if self.counts is None else self.counts + counts
         return {'acc1': 100 * hits[:, 0].float().mean()}
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
-        counts = [0, 0, 0] if self.counts is None else self.counts.tolist()
-        top1, top5, images = sum_counts(counts, sharded, device)
-        return {'acc1': percent(top1, images), 'acc5': percent(top5, images)}
+        counts = [0] * (len(self.topk) + 1) if self.counts is None else self.counts.tolist()
+        *hits, images = sum_counts(counts, sharded, device)
+        return {'acc%d' % k: percent(part, images) for k, part in zip(self.topk, hits)}
 
 
 class Loss(Metric):
     """The training loss per image: cross entropy, or for a sigmoid binary cross entropy, averaged over classes."""
 
-    specs = (MetricSpec('loss', 'loss %.3f', 'Loss', '', 'Loss', 'validation', 'loss'),
+    specs = (MetricSpec('loss', 'loss %.3f', 'Loss', '', 'Loss', 'validation', 'loss', lowest_is_best=True),
              MetricSpec('images', summary='images', is_logged=False))
 
     def __init__(self, activation: str = 'softmax') -> None:
@@ -150,13 +172,20 @@ def percent(part: int, whole: int) -> float:
     return 100. * part / whole if whole else math.nan
 
 
+SCORES = ('precision', 'recall', 'f1')
+AVERAGES = 'Precision, recall, F1: macro %s; weighted %s' % tuple(
+    ', '.join('%%(%s_%s).3f%%%%' % (kind, score) for score in SCORES) for kind in ('macro', 'weighted'))
+
+
 class MeanAveragePrecision(Metric):
     """mAP in percent: the mean of the average precisions of all classes with a positive image.
 
     It keeps scores and targets of all images: 8 bytes per image and class. `classes`: names, for figures of each class.
+    Precision, recall and F1 are of the classes with a probability above 0.5.
     """
 
     specs = (MetricSpec('mAP', 'mAP %.3f', 'mAP', '%', 'Accuracy', 'mAP', 'mAP', is_primary=True),)
+    message = AVERAGES
 
     def __init__(self, classes: Sequence[str] = ()) -> None:
         self.classes = classes
@@ -173,18 +202,18 @@ class MeanAveragePrecision(Metric):
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         """{'mAP': percent}; NaN if an output is NaN or no image has a class."""
-        columns: List[Any] = [torch.cat(parts) if parts else None for parts in self.columns]
-        if sharded:
-            columns = collectives.all_gather_rows(columns, device)
-        order = columns[2].argsort()
-        outputs, targets = (column[order].numpy() for column in columns[:2])
+        outputs, targets, indices = gather_batches(self.columns, sharded, device)
+        order = indices.argsort()
+        outputs, targets = outputs[order], targets[order]
         precisions = [average_precision(targets[:, label], outputs[:, label]) for label in range(targets.shape[1])]
         found = [value for value in precisions if value is not None]
-        stats: Dict[str, Any] = {'mAP': 100. * float(np.mean(found)) if found else math.nan}
+        scores = class_scores(targets.astype(int), outputs > 0)
+        stats: Dict[str, Any] = {'mAP': 100. * float(np.mean(found)) if found else math.nan, **averages(scores)}
         if len(self.classes):
             stats['classes'] = [
                 {'class': escape_text(name), 'images': int(targets[:, label].sum()),
-                 'average_precision': None if precision is None else 100. * precision}
+                 'average_precision': None if precision is None else 100. * precision,
+                 **dict(zip(SCORES, scores[:3, label].tolist()))}
                 for label, (name, precision) in enumerate(zip(self.classes, precisions))]
         return stats
 
@@ -205,26 +234,111 @@ def average_precision(targets: np.ndarray, scores: np.ndarray) -> Optional[float
 
 
 class PerClass(Metric):
-    """The accuracy of each class, for --results_file."""
+    """Precision, recall, F1 and balanced accuracy in percent, for one class per image.
+
+    Averages are over the classes that occur as a label or as a prediction, as scikit-learn's are.
+    """
+
+    specs = (MetricSpec('macro_f1', '', 'Macro F1', '%', 'Accuracy', 'macro F1', 'macro_f1'),
+             MetricSpec('balanced_acc', '', 'Balanced accuracy', '%', 'Accuracy', 'balanced accuracy', 'balanced_acc')
+             ) + tuple(MetricSpec(name, unit='%', summary=name) for name in (
+                 'macro_precision', 'macro_recall', 'weighted_precision', 'weighted_recall', 'weighted_f1'))
+    message = AVERAGES + '; balanced accuracy %(balanced_acc).3f%%'
 
     def __init__(self, classes: Sequence[str]) -> None:
-        self.classes, self.counts = classes, np.zeros((len(classes), 2), dtype=np.int64)
+        self.classes = classes
+        self.pairs: List[torch.Tensor] = []  # int64 (B,): class * classes + predicted class
 
     @classmethod
     def create(cls, evaluation: Evaluation) -> Optional[Metric]:
-        return cls(evaluation.dataset.classes) if evaluation.results_file and not evaluation.multi_label else None
+        return None if evaluation.multi_label else cls(evaluation.dataset.classes)
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
-        targets, right = batch[1].cpu().numpy(), (top_classes(output, 1)[:, 0] == batch[1]).cpu().numpy()
-        self.counts += np.stack([np.bincount(each, minlength=len(self.classes)) for each in (targets, targets[right])],
-                                axis=1)
+        self.pairs.append(batch[1] * len(self.classes) + top_classes(output, 1)[:, 0])
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
-        """{'classes': [{class, images, acc1 in percent or None without images}]}"""
-        counts = sum_counts(self.counts.tolist(), sharded, device)
-        return {'classes': [{'class': escape_text(name), 'images': images,
-                             'acc1': percent(right, images) if images else None}
-                            for name, (images, right) in zip(self.classes, counts)]}
+        """The averages, and 'classes': [{class, images, acc1, precision, recall, f1}]; None without images."""
+        pairs, counts = np.unique(gather_batches([self.pairs], sharded, device)[0], return_counts=True)
+        targets, predicted = np.divmod(pairs, len(self.classes))
+        scores = class_scores(targets, predicted, counts)
+        found = dict(zip(np.union1d(targets, predicted).tolist(), scores.T.tolist()))
+        table = []
+        for label, name in enumerate(self.classes):
+            precision, recall, f1, images = found.get(label, (None,) * 3 + (0,))
+            recall = recall if images else None
+            table.append({'class': escape_text(name), 'images': int(images), 'acc1': recall, 'precision': precision,
+                          'recall': recall, 'f1': f1})
+        return dict(averages(scores), balanced_acc=float(scores[1, scores[3] > 0].mean()), classes=table)
+
+
+def class_scores(targets: np.ndarray, predicted: np.ndarray, counts: Optional[np.ndarray] = None) -> np.ndarray:
+    """Precision, recall and F1 in percent, and the number of images, of each class: float64 (4, classes).
+
+    Args:
+        targets, predicted: class indices (n,), each pair `counts` times; or ones and zeros (images, classes).
+    """
+    from sklearn.metrics import precision_recall_fscore_support  # slow to import
+    found = np.array(precision_recall_fscore_support(targets, predicted, sample_weight=counts, zero_division=0), float)
+    return found * np.array([100., 100., 100., 1.])[:, None]
+
+
+def averages(scores: np.ndarray) -> Dict[str, float]:
+    """The mean over classes of `class_scores`, and the mean that is weighted by their images; NaN without images."""
+    images = scores[3] if scores[3].any() else scores[3] + math.nan
+    return {'%s_%s' % (kind, name): float(np.average(row, weights=weights))
+            for kind, weights in (('macro', None), ('weighted', images)) for name, row in zip(SCORES, scores)}
+
+
+class Calibration(Metric):
+    """The expected calibration error in percent (Guo et al. 2017, https://arxiv.org/abs/1706.04599), with `BINS` bins.
+
+    It compares the probability of the most likely class with how often that class is right; with several classes per
+    image, the probability of every class with how often it is present. Counted on the device.
+    """
+
+    specs = (MetricSpec('ece', '', 'Calibration error', '%', '', 'validation', 'ece', lowest_is_best=True),)
+    message = 'Expected calibration error %(ece).3f%%'
+
+    def __init__(self, activation: str = 'softmax', multi_label: bool = False) -> None:
+        self.activation, self.multi_label = activation, multi_label
+        self.counts: Optional[torch.Tensor] = None  # int64 (3, BINS): predictions, right ones, sums of probabilities
+
+    @classmethod
+    def create(cls, evaluation: Evaluation) -> Optional[Metric]:
+        return cls(evaluation.activation, evaluation.multi_label)
+
+    def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
+        shares = torch.sigmoid(output) if self.activation == 'sigmoid' else torch.softmax(output, dim=1)
+        if self.multi_label:
+            targets = losses.one_hot(batch[1], output, 0.) if batch[1].dim() == 1 else batch[1]
+            shares, right = shares.flatten(), targets.flatten() > 0
+        else:
+            predicted = top_classes(output, 1)
+            shares, right = shares.gather(1, predicted)[:, 0], predicted[:, 0] == batch[1]
+        shares = shares.masked_fill(shares != shares, 0.)
+        edges = torch.tensor([number / BINS for number in range(1, BINS)], device=output.device)
+        place = (shares[:, None] > edges).sum(dim=1)
+        member = (place[:, None] == torch.arange(BINS, device=output.device)).to(torch.int64)
+        units = (shares / SHARE_UNIT).round().to(torch.int64)
+        counts = torch.stack([(member * each[:, None]).sum(dim=0)
+                              for each in (torch.ones_like(units), right.to(torch.int64), units)])
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
+        """{'ece': percent, 'reliability': [{probability, accuracy, images}] of the bins that are not empty}"""
+        zeros = torch.zeros(3, BINS, dtype=torch.int64)
+        counts = sum_counts((zeros if self.counts is None else self.counts).tolist(), sharded, device)
+        bins = [(images, right, units * SHARE_UNIT) for images, right, units in zip(*counts) if images]
+        return {'ece': percent(sum(abs(right - total) for _, right, total in bins), sum(each[0] for each in bins)),
+                'reliability': [{'probability': total / images, 'accuracy': right / images, 'images': images}
+                                for images, right, total in bins]}
+
+
+def gather_batches(columns: Sequence[Sequence[torch.Tensor]], sharded: bool, device: torch.device) -> List[np.ndarray]:
+    """The batches of each column as an array (rows, …); of all processes if the set is sharded."""
+    joined = [torch.cat([each.cpu() for each in parts]) if parts else None for parts in columns]
+    rows: Any = collectives.all_gather_rows(joined, device) if sharded else joined
+    return [column.numpy() for column in rows]
 
 
 class RealLabels(Metric):
@@ -296,65 +410,91 @@ def read_real_labels(path: str, classes: int) -> List[FrozenSet[int]]:
 
 # ---- all of them
 
-METRICS: Tuple[Type[Metric], ...] = (TopAccuracy, MeanAveragePrecision, Loss, PerClass, RealLabels)
+METRICS: Tuple[Type[Metric], ...] = (TopAccuracy, MeanAveragePrecision, Loss, PerClass, Calibration, RealLabels)
 
 
-def metric_specs() -> List[MetricSpec]:
-    """All declared figures, in display order."""
-    return [spec for metric in METRICS for spec in metric.specs]
+def metric_specs(names: Iterable[str] = ()) -> List[MetricSpec]:
+    """All declared figures, in display order, with the top-k figures among these names of summary.json or log.txt."""
+    topk = {1, 5} | {int(k) for name in names for k in re.findall(r'^(?:test_)?(?:acc|top)(\d+)$', name)}
+    return [spec for metric in METRICS
+            for spec in (map(top_spec, sorted(topk)) if metric is TopAccuracy else metric.specs)]
 
 
 def build_metrics(dataset: Any, results_file: str = '', real_labels: str = '', data_set: str = '',
-                  multi_label: Optional[bool] = None, activation: str = 'softmax') -> List[Metric]:
+                  multi_label: Optional[bool] = None, activation: str = 'softmax', topk: Sequence[int] = (1, 5)
+                  ) -> List[Metric]:
     """New metrics for an evaluation of this validation set.
 
     Args:
-        results_file, real_labels, data_set: the flags of these names.
+        results_file, real_labels, data_set, topk: the flags of these names.
         multi_label: whether the model predicts several classes per image; None: as in the data set.
         activation: of the model's outputs, 'softmax' or 'sigmoid'.
     """
     if multi_label is None:
         multi_label = subsets.is_multi_label(getattr(dataset, 'samples', None))
-    evaluation = Evaluation(dataset, results_file, real_labels, data_set, multi_label, activation)
+    evaluation = Evaluation(dataset, results_file, real_labels, data_set, multi_label, activation, topk)
     return [metric for metric in (kind.create(evaluation) for kind in METRICS) if metric is not None]
 
 
-def primary_metric(stats: Dict[str, Any]) -> MetricSpec:
-    """The figure that selects the best checkpoint: top-1, or mAP."""
-    return next(spec for spec in metric_specs() if spec.is_primary and spec.name in stats)
+def check_best_by(best_by: Optional[str], multi_label: bool) -> None:
+    """Raise a `UserError` for a --best_by that images of this kind do not have."""
+    wrong = ('acc1', 'balanced_acc') if multi_label else ('mAP',)
+    if best_by in wrong:
+        raise UserError('--best_by %s: the images have %s; give %s' % (
+            best_by, 'several classes each' if multi_label else 'one class each',
+            ' or '.join(name for name in BEST_BY if name not in wrong)))
 
 
-def primary_percent(stats: Optional[Dict[str, Any]], best: Dict[str, float]) -> Optional[Tuple[float, float]]:
-    """(primary figure, best one so far); None without statistics."""
-    spec = None if stats is None else primary_metric(stats)
-    return None if stats is None or spec is None else (stats[spec.name], best.get(spec.summary, math.nan))
+def primary_metric(stats: Mapping[str, Any], prefix: str = '') -> MetricSpec:
+    """The figure that selects the best checkpoint: that of --best_by, which `stats` names, else top-1, or mAP.
+
+    Args:
+        stats: an evaluation's figures, or a line of log.txt, where `prefix` begins their names.
+
+    Raises:
+        StopIteration: there is no such figure.
+    """
+    best_by = stats.get(prefix + 'best_by')
+    return next(spec for spec in metric_specs() if prefix + spec.name in stats
+                and (spec.name == best_by if best_by else spec.is_primary))
+
+
+def logged_primary(line: Mapping[str, Any], prefix: str) -> Optional[Tuple[MetricSpec, float]]:
+    """(`primary_metric`, its value) of a line of log.txt; None where it has no finite one."""
+    with contextlib.suppress(StopIteration):
+        spec = primary_metric(line, prefix)
+        value = line[prefix + spec.name]
+        return (spec, value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return None
 
 
 def log_line(stats: Dict[str, Any]) -> str:
-    return ' '.join(spec.line % stats[spec.name] for spec in metric_specs() if spec.line and spec.name in stats)
+    return ' '.join(spec.line % stats[spec.name] for spec in metric_specs(stats) if spec.line and spec.name in stats)
 
 
 def logged(stats: Dict[str, Any]) -> Dict[str, Any]:
-    """The figures for log.txt."""
+    """The figures for log.txt, without tables."""
     hidden = {spec.name for spec in metric_specs() if not spec.is_logged}
-    return {name: value for name, value in stats.items() if name not in hidden}
+    return {name: value for name, value in stats.items() if name not in hidden and not isinstance(value, list)}
 
 
 def plotted(stats: Dict[str, Any]) -> Dict[str, float]:
     """The figures for TensorBoard."""
-    return {spec.name: stats[spec.name] for spec in metric_specs() if spec.line and spec.name in stats}
+    return {spec.name: stats[spec.name] for spec in metric_specs(stats)
+            if (spec.line or spec.title) and spec.name in stats}
 
 
 def summary_figures(stats: Dict[str, Any]) -> Dict[str, Any]:
     """An evaluation's figures under their names in summary.json; missing ones are None."""
-    return {spec.summary or spec.name: stats.get(spec.name) for spec in metric_specs()
+    return {spec.summary or spec.name: stats.get(spec.name) for spec in metric_specs(stats)
             if spec.summary or spec.name in stats}
 
 
 def best_figures(best: Dict[str, float]) -> Dict[str, Optional[float]]:
-    """The best figures of a training, and of its average, under their names in summary.json."""
-    return {prefix + spec.summary: best.get(prefix + spec.summary) for prefix in ('', 'ema_')
-            for spec in metric_specs() if spec.is_primary}
+    """The figures of the best checkpoints of a training, and of its average, under their names in summary.json."""
+    return {'validation_loss' if name == 'loss' else name: best.get(name) for name in
+            [prefix + spec.summary for prefix in ('', 'ema_') for spec in metric_specs() if spec.summary]
+            if name in best or name.replace('ema_', '') in ('accuracy', 'mAP')}
 
 
 # ---- --results_file
@@ -368,13 +508,13 @@ def check_results_file(path: str) -> None:
 
 
 def write_results(path: str, rows: List[Dict[str, Any]]) -> None:
-    """Write the figures of each evaluated network: a row of CSV, or a dict in a JSON list, which also has classes."""
+    """Write the figures of each evaluated network: a row of CSV, or a dict in a JSON list, which also has tables."""
     if path.endswith('.json'):
         data = json.dumps(rows, indent=2, ensure_ascii=False) + '\n'
     else:
         text = io.StringIO()
-        table = csv.DictWriter(text, [name for name in rows[0] if name != 'classes'], extrasaction='ignore',
-                               lineterminator='\n')
+        table = csv.DictWriter(text, [name for name, value in rows[0].items() if not isinstance(value, list)],
+                               extrasaction='ignore', lineterminator='\n')
         table.writeheader()
         table.writerows({name: guard_cell(value) for name, value in row.items()} for row in rows)
         data = text.getvalue()
