@@ -164,7 +164,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('val_interval', 1, 'evaluate every N epochs, and after the last', type=positive),
         Flag('early_stop', 0, 'stop after N evaluations without a new best; 0: never', type=whole,
              affects_results=False),
-        Flag('best_by', None, 'figure of the best checkpoint: ' + ', '.join(BEST_BY), shown='acc1, or mAP',
+        Flag('best_by', None, 'best checkpoint by ' + ', '.join(BEST_BY), shown='acc1, or mAP',
              choices=BEST_BY, metavar='FIGURE', affects_results=False),
         Flag('start_epoch', 0, 'first epoch, counted from 0, if no checkpoint is resumed', type=whole,
              affects_results=False),
@@ -202,7 +202,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              affects_results=False, also={
                  PREDICT: dict(group=UNLABELLED, help='class names, one per line or JSON'),
                  EXPORT: dict(group='source', help='class names, one per line or JSON')}),
-        Flag('topk', [1, 5], 'count an image as right if its class is among the first K, for each of these K',
+        Flag('topk', [1, 5], 'report the top-K accuracy for each of these K',
              shown='1 5', type=positive, nargs='+', affects_results=False),
         Flag('real_labels', '', 'with --eval: JSON file of ImageNet\'s reassessed labels', affects_results=False),
         Flag('dist_eval', False, 'split the evaluation among the processes, each image once',
