@@ -167,11 +167,12 @@ def write_results(args: argparse.Namespace, knn: Optional[Sequence[float]]) -> N
     if not evaluated:
         raise UserError('--output_dir %s: its log.txt has no evaluation' % escape_text(args.output_dir))
     rows = []
-    for number, row in enumerate(evaluated[-1]):
-        rows.append(dict(row, best_acc1=max(each[number]['acc1'] for each in evaluated)))
+    for layer, figures in evaluated[-1].items():
+        rows.append(dict({'layer': layer}, **figures, best_acc1=max(each[layer]['acc1'] for each in evaluated)))
         if knn is not None:
-            rows[-1]['knn%d_acc1' % args.knn] = knn[number]
-        log.log_main('Layer ' + ' '.join('%s %.4g' % item for item in rows[-1].items()).partition(' ')[2])
+            rows[-1]['knn%d_acc1' % args.knn] = knn[int(layer) - 1]
+        log.log_main('Layer %s: %s' % (layer, ' '.join('%s %.4g' % (name, value) for name, value in rows[-1].items()
+                                                       if name != 'layer')))
     path = os.path.join(args.output_dir, RESULTS)
     metrics.write_results(path, rows)
     log.log_main('Results: %s' % escape_text(path))

@@ -208,16 +208,16 @@ def test_heads_reach_the_losses_of_logistic_regressions_on_the_same_features():
         block.register_forward_hook(lambda _, __, tokens: hooked.append(tokens.double().numpy()))
     with torch.no_grad():
         model(images)
-    assert [row['layer'] for row in found['layers']] == [1, 2, 3]
-    assert len({round(row['loss'], 2) for row in found['layers']}) > 1
-    for tokens, row in zip(hooked, found['layers']):
+    rows = list(found['layers'].values())
+    assert len({round(row['loss'], 2) for row in rows}) > 1
+    for tokens, row in zip(hooked, rows):
         inputs = np.concatenate((tokens[:, 0], tokens[:, 1:].mean(1)), 1)
         oracle = linear_model.LogisticRegression(C=1e6, max_iter=3000).fit(inputs, targets.numpy())
         chances = oracle.predict_proba(inputs)[np.arange(240), targets.numpy()]
         assert row['loss'] == pytest.approx(-np.log(chances).mean(), abs=5e-3)
         assert row['acc1'] == pytest.approx(100 * oracle.score(inputs, targets.numpy()), abs=2)
-    best = max(found['layers'], key=lambda row: row['acc1'])
-    assert (found['acc1'], found['loss'], found['best_layer']) == (best['acc1'], best['loss'], best['layer'])
+    best = max(range(3), key=lambda layer: rows[layer]['acc1'])
+    assert (found['acc1'], found['loss'], found['best_layer']) == (rows[best]['acc1'], rows[best]['loss'], best + 1)
 
 
 def test_accuracies_of_heads_and_neighbours_by_numpy_and_sklearn(digits, tmp_path, capfd):

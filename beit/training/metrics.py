@@ -411,7 +411,7 @@ def read_real_labels(path: str, classes: int) -> List[FrozenSet[int]]:
 class OfLayers(Metric):
     """The figures of each head of a linear probe, from logits (B, layers, classes); those of the highest acc1 alone.
 
-    `layers`, in addition: [{layer, figures}].
+    `layers`, in addition: {number of the layer: figures}.
 
     Args:
         layers: the metrics of each head.
@@ -433,9 +433,9 @@ class OfLayers(Metric):
         figures = [{name: value for metric in metrics for name, value in metric.compute(sharded, device).items()}
                    for metrics in self.layers]
         best = max(range(len(figures)), key=lambda layer: figures[layer]['acc1'])
-        return dict(figures[best], best_layer=best + 1, layers=[
-            dict(layer=layer, **{name: value for name, value in logged(each).items() if isinstance(value, float)})
-            for layer, each in enumerate(figures, 1)])
+        return dict(figures[best], best_layer=best + 1, layers={
+            str(layer): {name: value for name, value in logged(each).items() if isinstance(value, float)}
+            for layer, each in enumerate(figures, 1)})
 
 
 # ---- all of them
