@@ -8,7 +8,7 @@ import flags
 import modeling_finetune
 import optim_factory
 from beit import model_spec, startup, weights
-from beit.checkpoint import discovery, hf_names, pretrained
+from beit.checkpoint import discovery, exported, hf_names, pretrained
 from beit.config import DistributedConfig, InputConfig, MixupConfig, TransformConfig
 from beit.data import locations, transforms
 from beit.devices import accelerator, half_precision, kernels, profiler
@@ -57,6 +57,7 @@ def settle(args: argparse.Namespace) -> None:
 def check_args(args: argparse.Namespace) -> None:
     """`settle` the flags, and check them before slow work starts. Raises `UserError`."""
     settle(args)
+    exported.check_flags(args)
     check_model(args)
     check_augmentation(args)
     check_schedule(args)

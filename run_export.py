@@ -12,6 +12,7 @@ if __name__ == '__main__':
     flags.check_command_line(flags.EXPORT, __doc__)
 
 import argparse
+import dataclasses
 import functools
 import os
 import sys
@@ -22,10 +23,13 @@ import torch
 
 import flags
 import modeling_finetune
+from beit.checkpoint import pretrained
 from beit.checkpoint.inference_model import LoadedModel, load_for_inference
 from beit.cli import run_interruptible
+from beit.config import ExportConfig
 from beit.errors import UserError, escape_text, print_line, unknown_value_error
 from beit.files import atomic_write, run_folder
+from beit.outputs import atc
 from beit.outputs.export_formats import (
     EXTRA, FORMATS, Format, NotChecked, example_images, import_optional, package_version)
 
@@ -36,15 +40,19 @@ TOLERANCE = 1e-3  # of the largest logit: rounding stays far below; a lost posit
 
 # ---- the comparison
 
-def compare(chosen: Format, written: Any, trained: LoadedModel) -> str:
-    """Compare the export with the checkpoint's network on batches of several sizes. Returns a line for the log.
+def compare(chosen: Format, written: Any, trained: LoadedModel, batch_size: Optional[int] = None) -> str:
+    """Compare the export with the checkpoint's network. Returns a line for the log.
+
+    Args:
+        batch_size: the only size of a batch; None: several are compared.
 
     Raises:
         UserError: the logits differ by more than rounding.
     """
     if import_optional(chosen.reader) is None:
         return 'Not checked: the check needs %s; %s' % (chosen.reader, EXTRA)
-    batches = [example_images(trained, count) for count in BATCHES]
+    sizes = BATCHES if batch_size is None else (batch_size,)
+    batches = [example_images(trained, count) for count in sizes]
     try:
         found = chosen.run(written, trained, batches)
     except NotChecked as reason:
@@ -54,7 +62,7 @@ def compare(chosen: Format, written: Any, trained: LoadedModel) -> str:
     difference = max((exported - logits).abs().max().item() if exported.shape == logits.shape else float('nan')
                      for exported, logits in zip(found, expected))
     result = 'logits differ by at most %.2g (the largest is %.3g) for batches of %s, with %s %s' % (
-        difference, largest, ', '.join(map(str, BATCHES)), chosen.reader, package_version(chosen.reader))
+        difference, largest, ', '.join(map(str, sizes)), chosen.reader, package_version(chosen.reader))
     if not difference <= TOLERANCE * largest:
         raise UserError('the export is not the checkpoint\'s network: %s; nothing was written (--no_check writes it)'
                         % result)
@@ -76,9 +84,14 @@ def check_args(args: argparse.Namespace) -> None:
         raise unknown_value_error('--format', args.format, FORMATS)
     if args.model is not None and args.model not in modeling_finetune.MODELS:
         raise unknown_value_error('--model', args.model, modeling_finetune.MODELS)
-    if args.opset and not FORMATS[args.format].takes_opset:
-        raise UserError('--opset %d goes with --format %s, not %s' % (args.opset, ' or '.join(
-            name for name, each in FORMATS.items() if each.takes_opset), args.format))
+    pretrained.refuse_exports('--resume', args.resume)
+    for field in dataclasses.fields(ExportConfig):
+        if getattr(args, field.name) and field.name not in FORMATS[args.format].takes:
+            raise UserError('--%s %s goes with --format %s, not %s' % (
+                field.name, escape_text(str(getattr(args, field.name))), ' or '.join(
+                    name for name, each in FORMATS.items() if field.name in each.takes), args.format))
+    if FORMATS[args.format].convert:
+        atc.check(args.soc_version, args.output)
     if args.output:
         check_output(args, args.output)
 
@@ -110,24 +123,31 @@ def main(args: argparse.Namespace) -> None:
     trained = load_for_inference(args.resume, args.use_ema, args.class_names, model=args.model,
                                  input_size=args.input_size)
     chosen = FORMATS[args.format]
-    path = args.output or default_output(trained.source, ('-ema' if args.use_ema else '') + chosen.ending)
-    check_output(args, path)
+    config = flags.config_from(args, ExportConfig, **{
+        name: value for name, value in chosen.defaults.items() if getattr(args, name) is None})
+    target = args.output or default_output(trained.source, ('-ema' if args.use_ema else '') + chosen.ending)
+    path = target if chosen.convert is None else os.path.splitext(target)[0] + FORMATS['onnx'].ending
+    for each in dict.fromkeys((target, path)):
+        check_output(args, each)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of tracing, about fixed sizes, which `compare` checks
-        content, description = chosen.make(trained, args.opset)
+        content, description = chosen.make(trained, config)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         if isinstance(content, dict):
             result = write_folder(path, content, lambda folder: None if args.no_check else
                                   compare(chosen, folder, trained))
         else:
-            result = None if args.no_check else compare(chosen, content, trained)
+            result = None if args.no_check else compare(chosen, content, trained, config.batch_size)
             atomic_write.write_bytes(path, content, is_given=True)
     size = sum(map(len, content.values())) if isinstance(content, dict) else len(content)
     print_line('Exported %s, %d classes, input %dx%d, from %s' % (
         trained.config.model, len(trained.classes), trained.config.input_size, trained.config.input_size,
         escape_text(trained.source)))
     print_line(result or 'Not checked (--no_check)')
-    print_line('Wrote %s (%s, %s, %.1f MB)' % (escape_text(path), args.format, description, size / 1e6))
+    print_line('Wrote %s (%s, %s, %.1f MB)' % (escape_text(path), 'onnx' if chosen.convert else args.format,
+                                               description, size / 1e6))
+    for line in chosen.convert(trained, config, path, target) if chosen.convert else ():
+        print_line(line)
     for line in chosen.usage(trained, path):
         print_line(line)
 

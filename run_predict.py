@@ -26,6 +26,7 @@ import torch
 import engine_for_finetuning as engine
 import flags
 from beit import log
+from beit.checkpoint import exported
 from beit.checkpoint.inference_model import load_for_inference
 from beit.cli import exit_process, exit_with_error, run_with_error_report
 from beit.config import DistributedConfig, LoaderConfig
@@ -67,6 +68,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     Returns:
         A Namespace of the flags with the final inputs, output, format and attention_dir.
     """
+    exported.check_flags(args)
     args = argparse.Namespace(inputs=args.images + list(itertools.chain(*args.input)), **vars(args))
     if not args.resume:
         raise UserError('--resume is missing; give the checkpoint, or the folder that holds it')
@@ -298,11 +300,12 @@ def main(args: argparse.Namespace, stdout: TextIO) -> None:
     loader = build_loader(sampler, loaded.preprocessing, args.data_backend, flags.config_from(args, LoaderConfig),
                           device)
     model, scaler = loss_scaler.initialize_amp(loaded.model.to(device), None, device, dtype, args.opt_level)
-    fused_attention.choose_attention(loaded.model, device, 'auto', dtype, loader.batch_size)
+    if hasattr(loaded.model, 'blocks'):
+        fused_attention.choose_attention(loaded.model, device, 'auto', dtype, loader.batch_size)
     log.log_main('%s: %s, %d classes, input %dx%d, %s; on %s, %s' % (
         escape_text(loaded.source), loaded.config.model, len(loaded.classes), loaded.config.input_size,
         loaded.config.input_size, 'averaged weights' if args.use_ema else 'pooled by the %s' % (
-            'mean' if loaded.model.fc_norm is not None else 'class token'), device, scaler.description))
+            'mean' if loaded.config.use_mean_pooling else 'class token'), device, scaler.description))
 
     heatmaps = None if hook is None else attention_maps.HeatmapWriter(
         hook, args.attention_dir, common_folder(args.inputs), args.attention_heads)

@@ -113,6 +113,14 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """How a network is written as a program."""
+    opset: Optional[int] = None  # of ONNX; None: the format's default
+    batch_size: Optional[int] = None  # the only size of a batch; None: any
+    soc_version: str = ''  # the Ascend processor
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer and its parameter groups."""
     opt: str = 'adamw'

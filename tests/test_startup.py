@@ -13,8 +13,7 @@ import run_class_finetuning
 from helpers import NANO, ROOT, TINY, cannot_run, copy_checkout, environment, lines_of
 
 pytestmark = pytest.mark.current_only
-PROGRAMS = ('run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py',
-            'run_linear_eval.py')
+PROGRAMS = ('run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py')
 
 
 def run(*command, cwd=ROOT, timeout=120, limit=None, **env):

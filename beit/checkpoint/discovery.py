@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 
 from beit import weights
-from beit.checkpoint import hf_names
+from beit.checkpoint import exported, hf_names
 from beit.config import OutputConfig
 from beit.distributed import collectives, process_group
 from beit.errors import UserError, escape_text
@@ -94,6 +94,8 @@ def load_best_or_latest(source: str, prefer_best: bool = False, use_ema: bool = 
         UserError: the file, or every file of the folder, is damaged or missing.
     """
     paths = candidates(source)
+    if exported.format_of(source):
+        return source, exported.load(source)
     if not os.path.isdir(source):
         path = weights.resolve(source, '--resume')
         if os.path.isdir(path):

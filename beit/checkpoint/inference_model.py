@@ -10,8 +10,8 @@ from timm.models import create_model
 
 import modeling_finetune
 from beit import model_spec, weights
-from beit.checkpoint import discovery, hf_names
-from beit.checkpoint.pretrained import DEFAULT_KEYS, adapt_state_dict, find_state_dict, mismatches, refuse_exports
+from beit.checkpoint import discovery, exported, hf_names
+from beit.checkpoint.pretrained import DEFAULT_KEYS, adapt_state_dict, find_state_dict, mismatches
 from beit.config import ModelConfig
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text, unknown_value_error
@@ -30,9 +30,11 @@ def build_model(config: ModelConfig, nb_classes: int) -> torch.nn.Module:
 
 class LoadedModel(NamedTuple):
     """A trained network with its description."""
-    model: Any  # a modeling_finetune.VisionTransformer, in evaluation mode, float32, on the CPU
+    model: Any  # a modeling_finetune.VisionTransformer or ExportedModel, in evaluation mode, float32, on the CPU
     spec: ModelSpec
     source: str  # the file
+    about: Mapping[str, Any] = {}  # a checkpoint's epoch, accuracy and args
+    is_average: bool = False  # the averaged weights (EMA)
 
     @property
     def config(self) -> ModelConfig:
@@ -59,6 +61,7 @@ class CheckpointWeights(NamedTuple):
     spec: Any  # a ModelSpec; None if a training resumes from weights without one
     has_no_spec: bool  # `spec` comes from flags or files beside the weights
     is_resized: bool  # the input size differs from that of the training
+    program: Optional[exported.ExportedModel] = None  # in place of weights
 
     def averaged(self) -> 'CheckpointWeights':
         """The averaged weights (EMA) of the same checkpoint."""
@@ -71,8 +74,8 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
     """Build the network of a checkpoint and load its weights.
 
     Args:
-        source (str): a file, an https URL, a published name, or a folder, whose best checkpoint is loaded; safetensors
-            or a Hugging Face folder of `run_export.py`; or other weights of timm and Hugging Face, with `model`.
+        source (str): a file, an https URL, a published name, or a folder, whose best checkpoint is loaded; an export of
+            `run_export.py`; or other weights of timm and Hugging Face, with `model`.
         use_ema (bool): use the averaged weights.
         class_names (str): a file of names, see `model_spec.read_class_names`.
         needs_head (bool): refuse weights without a classification head; else their model gives features.
@@ -81,7 +84,6 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
     Raises:
         UserError: the file can't be read, does not describe its model, or its weights contradict the description.
     """
-    refuse_exports('--resume', source)
     if overrides.get('model') not in (None, *modeling_finetune.MODELS):
         raise unknown_value_error('--model', overrides['model'], modeling_finetune.MODELS)
     if os.path.isfile(os.path.join(source, hf_names.CONFIG)):
@@ -93,12 +95,15 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
     found = read_weights(path, content, use_ema, class_names, needs_head=needs_head, **overrides)
     if known and known.classes == 1000 and not found.spec.has_class_names:
         found = found._replace(spec=found.spec.with_class_names(model_spec.imagenet_wnids(1000), path))
+    if found.program is not None:
+        return LoadedModel(found.program, found.spec, path)
     try:
         model = build_model(found.spec.architecture, len(found.spec.classes))
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError('--resume %s: its description fits no model (%s)' % (escape_text(path), error)) from None
     load_state(model, found)
-    return LoadedModel(model.eval(), found.spec, path)
+    about = {name: content[name] for name in ('epoch', 'progress', 'accuracy', 'args') if name in content}
+    return LoadedModel(model.eval(), found.spec, path, about, use_ema)
 
 
 def read_weights(path: str, content: Any, use_ema: bool = False, class_names: str = '',
@@ -111,10 +116,12 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
         defaults: flags for weights without a description; `overrides` and the weights take precedence.
         trains: a training resumes, whose own flags describe the model.
     """
+    program = content.get(exported.KEY) if isinstance(content, dict) else None
+    if isinstance(program, exported.ExportedModel):
+        return _read_program(path, content, program, use_ema, class_names, overrides)
     _, state = find_state_dict(content, '--resume', path, model_key, model_prefix, use_ema)
     state = hf_names.to_native(state)[0]
-    head = 'head.0.weight' if trains and 'head.0.weight' in state else 'head.weight'  # of a linear probe
-    outputs = len(state[head]) if head in state else 0
+    outputs = len(state['head.weight']) if 'head.weight' in state else 0
     spec = model_spec.spec_in(content, path, outputs) if outputs else None
     has_no_spec = spec is None
     if trains:
@@ -129,13 +136,7 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
         raise UserError('--resume %s: the file does not name its model; give --model, and --input_size if it is not '
                         '224' % escape_text(path))
     trained_size = spec.architecture.input_size
-    spec = override_spec(spec, overrides, path)
-    if class_names:
-        names = model_spec.read_class_names(class_names)
-        if spec.has_class_names and list(spec.classes) != names:
-            raise UserError('--class_names %s: %s has other class names (%s); leave the flag out' % (
-                escape_text(class_names), escape_text(path), model_spec.shorten_names(spec.classes)))
-        spec = spec.with_class_names(names, '--class_names %s' % escape_text(class_names))
+    spec = override_spec(spec, overrides, path, class_names)
     try:
         model_spec.check_architecture(spec.architecture.model, spec.architecture.input_size)
     except UserError as error:
@@ -145,7 +146,20 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
     return CheckpointWeights(path, content, state, spec, has_no_spec, spec.architecture.input_size != trained_size)
 
 
-def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str) -> ModelSpec:
+def _read_program(path, content, program, use_ema, class_names, overrides):
+    """The `CheckpointWeights` of an exported program."""
+    if use_ema:
+        raise UserError('%s is an exported program, without averaged weights; leave --use_ema out' % escape_text(path))
+    known: Any = model_spec.spec_in(content, path, len(content[model_spec.KEY]['classes']))
+    spec = override_spec(known, overrides, path, class_names)
+    for name in model_spec.SHAPING:
+        if getattr(spec.architecture, name) != getattr(known.architecture, name):
+            raise UserError('--%s %s: %s is an exported program, which computes with %s; leave the flag out' % (
+                name, getattr(spec.architecture, name), escape_text(path), getattr(known.architecture, name)))
+    return CheckpointWeights(path, content, {}, spec, False, False, program)
+
+
+def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str, class_names: str = '') -> ModelSpec:
     """The spec with the flags of the command line; a line names the flags that differ from the checkpoint's."""
     changed = spec.replace(**overrides)
     if overrides.get('crop_pct') and changed.preprocessing.crop_mode != 'center':
@@ -159,7 +173,13 @@ def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str) -> Mode
         differ += ['%s %s (the checkpoint: %s)' % (name, value, theirs)] * (value != theirs)
     if differ:
         log_main('Flags that differ from %s: %s' % (escape_text(path), ', '.join(differ)))
-    return changed
+    if not class_names:
+        return changed
+    names = model_spec.read_class_names(class_names)
+    if spec.has_class_names and list(spec.classes) != names:
+        raise UserError('--class_names %s: %s has other class names (%s); leave the flag out' % (
+            escape_text(class_names), escape_text(path), model_spec.shorten_names(spec.classes)))
+    return changed.with_class_names(names, '--class_names %s' % escape_text(class_names))
 
 
 def load_state(model: torch.nn.Module, found: CheckpointWeights, outputs: Optional[Sequence[int]] = None,

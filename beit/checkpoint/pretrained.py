@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from beit import model_spec, weights
-from beit.checkpoint import hf_names
+from beit.checkpoint import exported, hf_names
 from beit.errors import UserError, escape_text
 from beit.files.weights_file import EXPORTED_PROGRAM, load_weights_file
 from beit.log import log_main
@@ -20,10 +20,10 @@ OTHER_KEYS, AVERAGED_KEYS = ('state_dict', 'model_state_dict'), ('model_ema', 's
 
 
 def refuse_exports(flag: str, source: str) -> None:
-    """Raise a `UserError` for an exported program (ONNX, torch.export, TorchScript), by its ending."""
-    exported = next((ending for ending in ('.onnx', '.pt2', '.torchscript.pt') if source.endswith(ending)), '')
-    if exported:
-        raise UserError('%s %s: %s is %s' % (flag, escape_text(source), exported, EXPORTED_PROGRAM))
+    """Raise a `UserError` for an exported program, where weights are needed."""
+    kind = exported.format_of(source)
+    if kind:
+        raise UserError('%s %s: %s is %s' % (flag, escape_text(source), kind.ending, EXPORTED_PROGRAM))
 
 
 def check_finetune(source: str) -> None:

@@ -1,41 +1,48 @@
 """Export formats, each an entry of `FORMATS`. The network has plain attention, which every exporter supports."""
 
 import contextlib
+import functools
 import inspect
 import io
 import json
 import logging
-from typing import Any, Callable, Dict, FrozenSet, List, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from PIL import Image
 
 import modeling_finetune
 from beit import model_spec, startup
-from beit.checkpoint import hf_names
+from beit.checkpoint import exported, hf_names
+from beit.checkpoint.exported import EXTRA, PROGRAMS, import_optional
 from beit.checkpoint.inference_model import LoadedModel
+from beit.config import ExportConfig
 from beit.errors import UserError, one_line
+from beit.outputs import atc, model_card
 
 EXAMPLE = 3  # images in the exporters' example batch
 OPSETS = (23, 20, 18, 17, 13, 11)  # the first that PyTorch's exporter writes and onnxruntime reads is used
 PROTOBUF_LIMIT = 2 ** 31  # bytes of an ONNX file with its weights inside
-EXTRA = startup.pip_install(file='requirements-extra.txt')
-HUGGINGFACE_FILES = ('config.json', 'preprocessor_config.json', 'model.safetensors')
+HUGGINGFACE_FILES = ('config.json', 'preprocessor_config.json', 'model.safetensors', model_card.FILE)
 
 Logits = List[torch.Tensor]
 Batches = Sequence[torch.Tensor]
 HAS_DYNAMO = 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters
+ATC_OPSET = 11  # every ATC reads it
+DYNAMO_OPSET = 18  # the first that PyTorch's newer exporter writes
 
 
 class Format(NamedTuple):
     """Writes a network in one format, and reads it back."""
     ending: str  # of the default output's name
-    make: Callable[[LoadedModel, int], Tuple[Union[bytes, Dict[str, bytes]], str]]  # (content, a comment)
+    make: Callable[[LoadedModel, ExportConfig], Tuple[Union[bytes, Dict[str, bytes]], str]]  # (content, a comment)
     run: Callable[[Any, LoadedModel, Batches], Logits]  # the logits of the bytes, or of the folder's path
     reader: str  # the package that reads it back
     files: FrozenSet[str] = frozenset()  # of a folder, whose content `make` returns by name; empty for a single file
-    takes_opset: bool = False
+    takes: Tuple[str, ...] = ()  # the fields of `ExportConfig` that it has
     usage: Callable[[LoadedModel, str], List[str]] = lambda trained, path: []  # lines that show how to load the output
+    defaults: Mapping[str, Any] = {}  # of the fields in `takes`
+    convert: Any = None  # makes the output of the ONNX file: `atc.convert`
 
 
 class NotChecked(Exception):
@@ -48,21 +55,17 @@ def example_images(trained: LoadedModel, count: int) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
 
 
-def _check_metadata(found: Dict[str, str], trained: LoadedModel) -> None:
-    if found != metadata(trained):
+def run_program(kind: str, data: bytes, trained: LoadedModel, batches: Batches) -> Logits:
+    """The logits of an exported program. Raises `UserError` if it lost its metadata."""
+    found, start = PROGRAMS[kind].open(data)
+    if {name: value for name, value in found.items() if name != exported.BATCH_SIZE} != metadata(trained):
         raise UserError('the export lost its metadata; nothing was written')
+    program = start()
+    return [program(images) for images in batches]
 
 
 def package_version(module: str) -> str:
     return getattr(import_optional(module), '__version__', '')
-
-
-def import_optional(name: str) -> Any:
-    """A module, or None if it is not installed."""
-    try:
-        return __import__(name, fromlist=['_'])
-    except ImportError:
-        return None
 
 
 def _require_package(name: str, what: str) -> Any:
@@ -72,9 +75,11 @@ def _require_package(name: str, what: str) -> Any:
     return module
 
 
-def metadata(trained: LoadedModel) -> Dict[str, str]:
+def metadata(trained: LoadedModel, batch_size: Optional[int] = None) -> Dict[str, str]:
     """The model's spec as {name: string}; lists and dicts are JSON, in ASCII."""
     return {
+        **({exported.BATCH_SIZE: str(batch_size)} if batch_size else {}),
+        exported.PARAMETERS: str(sum(parameter.numel() for parameter in trained.model.parameters())),
         'model': trained.config.model,
         'classes': json.dumps(trained.classes),
         'preprocessing': json.dumps(trained.preprocessing.to_timm()),
@@ -87,8 +92,9 @@ def metadata(trained: LoadedModel) -> Dict[str, str]:
     }
 
 
-def make_onnx(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
-    """An ONNX file with its weights inside, for batches of any size."""
+def make_onnx(trained: LoadedModel, config: ExportConfig) -> Tuple[bytes, str]:
+    """An ONNX file with its weights inside, for batches of any size, or of `config.batch_size`."""
+    opset = config.opset
     onnx = _require_package('onnx', '--format onnx')
     if HAS_DYNAMO:
         _require_package('onnxscript', '--format onnx')
@@ -102,67 +108,57 @@ def make_onnx(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
     reasons = []
     for version in [opset] if opset else OPSETS:
         try:
-            proto = _export_onnx(onnx, trained, version)
-            found = next(each.version for each in proto.opset_import if not each.domain)
-            if found != version:
-                raise ValueError('PyTorch %s wrote opset %d instead' % (torch.__version__, found))
-            onnx.helper.set_model_props(proto, metadata(trained))
+            proto = _export_onnx(onnx, trained, version, config.batch_size)
+            onnx.helper.set_model_props(proto, metadata(trained, config.batch_size))
             data = proto.SerializeToString()
-            runtime = import_optional('onnxruntime')
-            if runtime is not None:
-                _session(runtime, data)
-            return data, 'opset %d' % version
+            if import_optional('onnxruntime') is not None:
+                exported.onnx_session(data)
+            return data, 'opset %d, %s' % (version, _described_batch(config))
         except Exception as error:  # the exporter and onnxruntime raise many types
             reasons.append((one_line(error) or type(error).__name__)[:200])
     raise UserError('--format onnx --opset %s: %s; leave --opset out, or give another'
                     % (opset or '/'.join(map(str, OPSETS)), reasons[0]))
 
 
-def _export_onnx(onnx: Any, trained: LoadedModel, opset: int) -> Any:
-    images: Any = example_images(trained, EXAMPLE)
-    names: Dict[str, Any] = dict(input_names=['image'], output_names=['logits'])
-    if HAS_DYNAMO:
+def _described_batch(config: ExportConfig) -> str:
+    return 'batches of %d' % config.batch_size if config.batch_size else 'any batch size'
+
+
+def _export_onnx(onnx: Any, trained: LoadedModel, opset: int, batch_size: Optional[int]) -> Any:
+    """The first exporter of PyTorch that writes this opset does it. Raises what the last one raises."""
+    images: Any = example_images(trained, batch_size or EXAMPLE)
+    names: Dict[str, Any] = dict(input_names=['image'], output_names=['logits'], opset_version=opset)
+    if HAS_DYNAMO and opset >= DYNAMO_OPSET:
         before = logging.root.manager.disable
         logging.disable(logging.CRITICAL)  # the exporter logs tracebacks
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # and prints its progress
                 program: Any = torch.onnx.export(
-                    trained.model, (images,), dynamo=True, verbose=False, opset_version=opset,
-                    dynamic_shapes=({0: torch.export.Dim('batch')},), **names)
-                return program.model_proto
+                    trained.model, (images,), dynamo=True, verbose=False, dynamic_shapes=_dynamic(batch_size), **names)
+                proto = program.model_proto
         finally:
             logging.disable(before)
-    file: Any = io.BytesIO()
-    torch.onnx.export(trained.model, images, file, opset_version=opset,
-                      dynamic_axes={'image': {0: 'batch'}, 'logits': {0: 'batch'}}, **names)
-    return onnx.load_model_from_string(file.getvalue())
+    else:
+        file: Any = io.BytesIO()
+        names.update({'dynamo': False} if HAS_DYNAMO else {})
+        torch.onnx.export(trained.model, images, file, **names, dynamic_axes=None if batch_size else {
+            'image': {0: 'batch'}, 'logits': {0: 'batch'}})
+        proto = onnx.load_model_from_string(file.getvalue())
+    found = next(each.version for each in proto.opset_import if not each.domain)
+    if found != opset:
+        raise ValueError('PyTorch %s wrote opset %d instead' % (torch.__version__, found))
+    return proto
 
 
-def _session(runtime: Any, data: bytes) -> Any:
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    return runtime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+def _dynamic(batch_size: Optional[int]) -> Any:
+    return None if batch_size else ({0: torch.export.Dim('batch')},)
 
 
-def run_onnx(data: bytes, trained: LoadedModel, batches: Batches) -> Logits:
-    session = _session(_require_package('onnxruntime', ''), data)
-    return [torch.from_numpy(session.run(['logits'], {'image': images.numpy()})[0]) for images in batches]
-
-
-def make_torchscript(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
+def make_torchscript(trained: LoadedModel, config: ExportConfig) -> Tuple[bytes, str]:
     file = io.BytesIO()
     traced = torch.jit.trace(trained.model, example_images(trained, EXAMPLE), check_trace=False)
     torch.jit.save(traced, file, _extra_files=_extra_files(metadata(trained)))
     return file.getvalue(), 'torch.jit.load(FILE, _extra_files={\'classes\': \'\'}) reads it'
-
-
-def run_torchscript(data: bytes, trained: LoadedModel, batches: Batches) -> Logits:
-    found = _extra_files(dict.fromkeys(metadata(trained), ''))
-    loaded = torch.jit.load(io.BytesIO(data), map_location='cpu', _extra_files=found)
-    _check_metadata({name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()},
-                    trained)
-    return [loaded(images) for images in batches]
 
 
 def _extra_files(contents: Dict[str, str]) -> Any:
@@ -173,25 +169,18 @@ def _extra_files(contents: Dict[str, str]) -> Any:
     return files
 
 
-def make_torch_export(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
+def make_torch_export(trained: LoadedModel, config: ExportConfig) -> Tuple[bytes, str]:
     if not hasattr(getattr(torch, 'export', None), 'Dim'):
         raise UserError('--format torch_export: PyTorch %s has no torch.export; use --format torchscript'
                         % torch.__version__)
-    program = torch.export.export(trained.model, (example_images(trained, EXAMPLE),),
-                                  dynamic_shapes=({0: torch.export.Dim('batch')},))
+    program = torch.export.export(trained.model, (example_images(trained, config.batch_size or EXAMPLE),),
+                                  dynamic_shapes=_dynamic(config.batch_size))
     file = io.BytesIO()
-    torch.export.save(program, file, extra_files=metadata(trained))
-    return file.getvalue(), 'torch.export.load(FILE).module() reads it'
+    torch.export.save(program, file, extra_files=metadata(trained, config.batch_size))
+    return file.getvalue(), '%s, torch.export.load(FILE).module() reads it' % _described_batch(config)
 
 
-def run_torch_export(data: bytes, trained: LoadedModel, batches: Batches) -> Logits:
-    found = dict.fromkeys(metadata(trained), '')
-    loaded = torch.export.load(io.BytesIO(data), extra_files=found).module()
-    _check_metadata(found, trained)
-    return [loaded(images) for images in batches]
-
-
-def make_safetensors(trained: LoadedModel, opset: int = 0) -> Tuple[bytes, str]:
+def make_safetensors(trained: LoadedModel, config: ExportConfig) -> Tuple[bytes, str]:
     """The state dict with timm's names and shapes, without the buffers that timm computes."""
     tensors = {name: value for name, value in trained.model.state_dict().items()
                if not name.endswith('relative_position_index')}
@@ -243,7 +232,7 @@ def format_arguments(arguments: Dict[str, Any]) -> str:
     return ', '.join('%s=%r' % item for item in arguments.items())
 
 
-def make_huggingface(trained: LoadedModel, opset: int = 0) -> Tuple[Dict[str, bytes], str]:
+def make_huggingface(trained: LoadedModel, config: ExportConfig) -> Tuple[Dict[str, bytes], str]:
     """The files of a folder for transformers."""
     try:
         tensors = hf_names.to_hugging_face(trained.model.state_dict())
@@ -251,7 +240,7 @@ def make_huggingface(trained: LoadedModel, opset: int = 0) -> Tuple[Dict[str, by
         raise UserError('--format huggingface: BeitForImageClassification has no place for %s; use another --format'
                         % error) from None
     contents = _json(huggingface_config(trained)), _json(huggingface_preprocessor(trained)), _safetensors(
-        tensors, dict(metadata(trained), format='pt'))
+        tensors, dict(metadata(trained), format='pt')), model_card.write(trained)
     return dict(zip(HUGGINGFACE_FILES, contents)), 'for transformers' + trained.preprocessing.preparation(
         '; its preprocessor cannot hold that ')
 
@@ -318,10 +307,17 @@ def _safetensors(tensors: Dict[str, torch.Tensor], description: Dict[str, str]) 
     return save({name: value.detach().contiguous().numpy() for name, value in tensors.items()}, description)
 
 
+def _program(kind: str, make: Any, *takes: str, **more: Any) -> Format:
+    program = PROGRAMS[kind]
+    return Format(program.ending, make, functools.partial(run_program, kind), program.reader, takes=takes, **more)
+
+
 FORMATS = {
-    'onnx': Format('.onnx', make_onnx, run_onnx, 'onnxruntime', takes_opset=True),
-    'torchscript': Format('.torchscript.pt', make_torchscript, run_torchscript, 'torch'),
-    'torch_export': Format('.pt2', make_torch_export, run_torch_export, 'torch'),
+    'onnx': _program('onnx', make_onnx, 'opset', 'batch_size'),
+    'om': _program('onnx', make_onnx, 'opset', 'batch_size', 'soc_version', convert=atc.convert,
+                   defaults={'opset': ATC_OPSET, 'batch_size': 1})._replace(ending=atc.ENDING),
+    'torchscript': _program('torchscript', make_torchscript),
+    'torch_export': _program('torch_export', make_torch_export, 'batch_size'),
     'safetensors': Format('.safetensors', make_safetensors, run_safetensors, 'timm', usage=timm_usage),
     'huggingface': Format('-huggingface', make_huggingface, run_huggingface, 'transformers',
                           frozenset(HUGGINGFACE_FILES)),

@@ -17,7 +17,8 @@ Stats = Dict[str, Any]  # figures by name
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return getattr(model, 'parameter_count', 0) or sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def scores_line(stats: Stats) -> str:

@@ -1,0 +1,165 @@
+"""Runs the programs that run_export.py wrote as ONNX, TorchScript and torch.export, for evaluation and prediction.
+
+The description of the model is read first, without running anything. ONNX holds a graph of known operators. TorchScript
+and torch.export hold programs and pickles, which can do anything as the user who loads them.
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import warnings
+import zipfile
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from beit import model_spec, startup, weights
+from beit.errors import UserError, escape_text, one_line
+from beit.files.untrusted_pickle import MAX_PICKLE
+from beit.log import log_main
+
+EXTRA = startup.pip_install(file='requirements-extra.txt')
+KEY = 'program'  # in the content of `load`
+BATCH_SIZE = 'batch_size'  # in the metadata of a program for batches of one size
+PARAMETERS = 'parameters'  # in the metadata: the number of weights
+LARGEST_BATCH = 65536
+NEED_WEIGHTS = ('amp', 'attention', 'calibrate', 'compile', 'features', 'model_ema', 'use_ema', 'model_key',
+                'model_prefix')
+
+Run = Callable[[torch.Tensor], torch.Tensor]  # float32 images (B, 3, H, W) to logits (B, classes)
+Opened = Tuple[Dict[str, str], Callable[[], Run]]  # the metadata, and a function that loads the program
+
+
+def import_optional(name: str) -> Any:
+    """A module, or None if it is not installed."""
+    try:
+        return __import__(name, fromlist=['_'])
+    except ImportError:
+        return None
+
+
+def onnx_session(data: bytes) -> Any:
+    """A session of onnxruntime on the CPU."""
+    runtime = import_optional('onnxruntime')
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    return runtime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+
+
+def open_onnx(data: bytes) -> Opened:
+    session = onnx_session(data)
+    return session.get_modelmeta().custom_metadata_map, lambda: lambda images: torch.from_numpy(
+        session.run(['logits'], {'image': images.cpu().numpy()})[0]).to(images.device)
+
+
+def _extra_files(data: bytes) -> Dict[str, str]:
+    """The metadata in an archive of PyTorch, by name."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return {info.filename.rpartition('/')[2]: archive.read(info).decode() for info in archive.infolist()
+                if re.search(r'(^|/)extra(_files)?/', info.filename) and info.file_size <= MAX_PICKLE}
+
+
+def open_torchscript(data: bytes) -> Opened:
+    return _extra_files(data), lambda: torch.jit.load(io.BytesIO(data), map_location='cpu')
+
+
+def open_torch_export(data: bytes) -> Opened:
+    return _extra_files(data), lambda: torch.export.load(io.BytesIO(data)).module()
+
+
+class Program(NamedTuple):
+    """A format of programs."""
+    ending: str  # of the file's name
+    reader: str  # the package that runs it
+    open: Callable[[bytes], Opened]
+    is_code: bool = True  # an untrusted file can run any code
+
+
+PROGRAMS = {
+    'onnx': Program('.onnx', 'onnxruntime', open_onnx, is_code=False),
+    'torchscript': Program('.torchscript.pt', 'torch', open_torchscript),
+    'torch_export': Program('.pt2', 'torch', open_torch_export),
+}
+
+
+class ExportedModel(torch.nn.Module):
+    """A program in place of a network: images float32 (B, 3, H, W) to logits float32 (B, classes), for any B.
+
+    A program for batches of one size gets them in parts, the last one filled with blank images.
+
+    Attributes:
+        parameter_count: the number of the network's weights.
+        outputs: the logits to return, in this order; None: all.
+    """
+
+    outputs: Optional[List[int]] = None
+
+    def __init__(self, run: Run, batch_size: int, parameter_count: int) -> None:
+        super().__init__()
+        self.run, self.batch_size, self.parameter_count = run, batch_size, parameter_count
+
+    def train(self, mode: bool = True) -> 'ExportedModel':
+        return self  # torch.export's programs refuse it; all were exported for evaluation
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        missing = -len(images) % self.batch_size if self.batch_size else 0
+        padded = torch.cat((images, images.new_zeros((missing,) + images.shape[1:])))
+        logits = torch.cat([self.run(part) for part in padded.split(self.batch_size or len(padded))])[:len(images)]
+        return logits if self.outputs is None else logits[:, self.outputs]
+
+
+def format_of(source: str) -> Optional[Program]:
+    """The format of an exported program, by the ending of its name; None for another file."""
+    found = [each for each in PROGRAMS.values() if source.endswith(each.ending) and not os.path.isdir(source)]
+    return found[0] if found else None
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse typed flags that need the weights where --resume names a program; a --config file's are ignored."""
+    if not format_of(args.resume):
+        return
+    shown = escape_text(args.resume)
+    for name in NEED_WEIGHTS:
+        if name in args.typed:
+            raise UserError('--%s: %s is an exported program, which computes as it was exported; leave the flag out, '
+                            'or give the checkpoint' % (name, shown))
+    if getattr(args, 'amp', False):
+        log_main('--amp is not used: %s is an exported program, which computes in float32' % shown)
+    vars(args).update((name, False) for name in ('amp', 'compile', 'model_ema') if name in args)
+
+
+@torch.no_grad()
+def load(path: str) -> Dict[str, Any]:
+    """The content of an exported program, as of a checkpoint: its model's description, and an `ExportedModel`.
+
+    Raises:
+        UserError: the file is damaged, does not describe its model, or computes something else.
+    """
+    kind, shown = format_of(path), '--resume %s' % escape_text(path)
+    assert kind is not None
+    if weights.is_remote(path):
+        raise UserError('%s: exported programs are not downloaded; fetch the file first' % shown)
+    if import_optional(kind.reader) is None:
+        raise UserError('%s: running it needs %s; %s' % (shown, kind.reader, EXTRA))
+    try:
+        with open(path, 'rb') as file, warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of torch.export, about its own reader
+            metadata, start = kind.open(file.read())
+            described = json.loads(metadata[model_spec.KEY])
+            spec: Any = model_spec.spec_in({model_spec.KEY: described}, path, len(described['classes']))
+            if kind.is_code:
+                log_main('%s holds a program, which can do anything: run only files that you trust' % escape_text(path))
+            model = ExportedModel(start(), range(LARGEST_BATCH)[int(metadata.get(BATCH_SIZE, 0))],
+                                  int(metadata.get(PARAMETERS, 0)))
+            shape = model(torch.zeros(1, 3, spec.preprocessing.input_size, spec.preprocessing.input_size)).shape
+            if shape != (1, len(spec.classes)):
+                raise ValueError('logits of shape %s for %d classes' % (tuple(shape), len(spec.classes)))
+    except UserError:
+        raise
+    except Exception as error:  # onnxruntime and PyTorch raise many types
+        raise UserError('%s: damaged, or no export that this PyTorch or onnxruntime can run (%s); export it again' % (
+            shown, escape_text(one_line(error))[:200] or type(error).__name__)) from None
+    return {KEY: model, model_spec.KEY: described}
