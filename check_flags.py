@@ -127,8 +127,10 @@ def check_compute(args: argparse.Namespace) -> None:
         half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     if args.cann_prof:
         profiler.check_cann_profiler()
+    if 'compile_backend' in args.typed and not args.compile:
+        raise UserError('--compile_backend %s needs --compile' % escape_text(args.compile_backend))
     if args.compile:
-        kernels.check_compile(device)
+        kernels.check_compile(device, args.compile_backend)
         if args.skip_dropped == 'on':
             raise UserError('--skip_dropped on: it changes shapes from step to step, and --compile needs one; leave '
                             'one of them out')

@@ -276,6 +276,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              synonyms='gradient_checkpointing'),
         Flag('compile', False, 'use torch.compile; the first steps take minutes',
              synonyms='torchcompile'),
+        Flag('compile_backend', 'inductor', 'of --compile; on an NPU also torchair, npugraph_ex'),
         Flag('model_ema', False, 'keep and evaluate a moving average of the weights', follows_checkpoint=True),
         Flag('model_ema_decay', 0.9999, 'decay of the average per update', type=share),
         Flag('model_ema_force_cpu', False, 'keep the average in host memory', affects_results=False),

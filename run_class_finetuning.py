@@ -389,7 +389,7 @@ def configure_speed(args: argparse.Namespace, model: Any, device: torch.device) 
         block.skips_dropped = args.skip_dropped == 'on' or (
             args.skip_dropped == 'auto' and device.type == 'cpu' and not args.compile)
     if args.compile:
-        kernels.compile_in_place(model)
+        kernels.compile_in_place(model, args.compile_backend)
 
 
 def build_report(args: argparse.Namespace, output: OutputConfig, data: Data, learner: Learner) -> Report:

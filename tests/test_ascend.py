@@ -558,3 +558,37 @@ def test_an_error_on_every_process_is_one_line(emulator, checkout, data, flags, 
     fails(run, expected)
     assert time.time() - started < 60
     assert all_end(checkout)
+
+
+# ---- compilation
+
+TORCHAIR = '''
+def get_npu_backend(**options):
+    def compile_graph(graph, inputs):
+        print('TorchAir got a graph of %d nodes' % len(graph.graph.nodes), flush=True)
+        return graph
+    return compile_graph
+'''
+
+
+def test_compile_backends_on_the_emulated_npu(train, tmp_path):
+    """Backends that compute each operator as written train as without compilation."""
+    plain = train('--maxstep=3').losses()
+    assert train('--maxstep=3', '--compile', '--compile_backend=eager').losses() == pytest.approx(plain, abs=1e-4)
+    (tmp_path / 'torchair.py').write_text(TORCHAIR)
+    path = os.pathsep.join([str(tmp_path), EMULATOR])
+    run = train('--maxstep=3', '--compile', '--compile_backend=torchair', PYTHONPATH=path)
+    assert run.losses() == pytest.approx(plain, abs=1e-4) and 'TorchAir got a graph of ' in run.out
+
+
+def test_missing_compile_backends_are_one_line(train):
+    one_line(train('--compile', '--compile_backend=torchair'), '--compile_backend torchair: TorchAir is not installed')
+    one_line(train('--compile', '--compile_backend=npugraph_ex'), '--compile_backend', 'npugraph_ex')
+
+
+def test_compile_backends_of_npus_and_unknown_ones_are_refused(refused, monkeypatch):
+    base = DIGITS + ['--device=cpu', '--compile_backend']
+    if hasattr(torch.nn.Module, 'compile'):
+        refused(base + ['torchair', '--compile'], '--compile_backend torchair: ', 'the device is cpu', 'use inductor')
+        refused(base + ['induktor', '--compile'], '--compile_backend', 'did you mean inductor')
+    refused(base + ['eager'], '--compile_backend eager needs --compile')

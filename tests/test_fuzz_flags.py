@@ -70,7 +70,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_every_flag_with_wrong_values(image_folder, folder, capfd, monkeypatch):
-    monkeypatch.setattr(kernels, 'compile_in_place', lambda model: None)  # it takes a minute; test_step.py tests it
+    monkeypatch.setattr(kernels, 'compile_in_place', lambda *_: None)  # it takes a minute; test_step.py tests it
     data = image_folder(train=4, val=2)
     base = RUN + ['--data_path=' + data, '--epochs=1', '--maxstep=1', '--batch_size=2']
     tried, refused, failures = 0, 0, []

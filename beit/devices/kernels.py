@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from beit.devices import accelerator
-from beit.errors import UserError
+from beit.errors import UserError, escape_text, unknown_value_error
 
 # By `under_apex`: the modules that may have NpuFusedAdamW, and their name for messages.
 NPU_FUSED_HOMES = {True: (('apex.optimizers',), 'Ascend\'s apex under apex.amp'),
@@ -200,18 +200,41 @@ def _npu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Opti
 
 # ---- compilation
 
-def check_compile(device: torch.device) -> None:
-    """Raise a `UserError` where torch.compile is not available."""
+TORCHAIR = 'torchair'
+NPU_BACKENDS = TORCHAIR, 'npugraph_ex'
+
+def check_compile(device: torch.device, backend: str = 'inductor') -> None:
+    """Raise a `UserError` where torch.compile, or its backend, is not available."""
     if not hasattr(torch, 'compile') or not hasattr(nn.Module, 'compile'):
         raise UserError('--compile: this PyTorch cannot compile a model in place; use 2.2 or newer, or leave it out')
-    compiler = os.environ.get('CXX', 'g++')
-    if device.type == 'cpu' and not any(shutil.which(name) for name in (compiler, 'clang++')):
+    flag, compiler = '--compile_backend %s: ' % escape_text(backend), os.environ.get('CXX', 'g++')
+    if backend in NPU_BACKENDS and device.type != 'npu':
+        raise UserError(flag + 'it compiles for an NPU, and the device is %s; use inductor' % device)
+    if backend == 'inductor' and device.type != 'cpu' and importlib.util.find_spec('triton') is None:
+        raise UserError(flag + 'it needs Triton, on an NPU the package triton-ascend; install it, or %s' % (
+            'use ' + ' or '.join(NPU_BACKENDS) if device.type == 'npu' else 'leave --compile out'))
+    if backend == 'inductor' and device.type == 'cpu' and not any(map(shutil.which, (compiler, 'clang++'))):
         raise UserError('--compile: compiling for a CPU needs a C++ compiler; install g++, or leave the flag out')
+    if backend == TORCHAIR:
+        find_torchair()
+        return
+    known = importlib.import_module('torch._dynamo').list_backends(exclude_tags=())  # of every installed package
+    if backend not in known:
+        raise unknown_value_error('--compile_backend', escape_text(backend), known)
 
 
-def compile_in_place(model: nn.Module) -> None:
+def find_torchair() -> Any:
+    """TorchAir's backend. torch_npu without TorchAir registers one as well, which compiles nothing."""
+    for home in ('torchair', 'torch_npu.dynamo.torchair'):
+        with contextlib.suppress(ImportError, AttributeError):
+            return importlib.import_module(home).get_npu_backend()
+    raise UserError('--compile_backend %s: TorchAir is not installed, nor a part of this torch_npu; install it, or use '
+                    'another backend' % TORCHAIR)
+
+
+def compile_in_place(model: nn.Module, backend: str = 'inductor') -> None:
     """Compile a module's forward and backward pass, one graph for each new shape; the names of weights stay."""
     limits = importlib.import_module('torch._dynamo').config
     name = 'recompile_limit' if hasattr(limits, 'recompile_limit') else 'cache_size_limit'
     setattr(limits, name, max(getattr(limits, name), 64))  # --bad_images skip gives batches of several sizes
-    model.compile(fullgraph=True, dynamic=False)
+    model.compile(fullgraph=True, dynamic=False, backend=find_torchair() if backend == TORCHAIR else backend)
