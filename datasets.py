@@ -4,6 +4,7 @@ A `config` can be any object with these attributes, such as the parsed flags.
 """
 
 import contextlib
+import copy
 import os
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -172,6 +173,18 @@ def limit_samples(train: Any, config: DataConfig) -> Any:
     subset: Any = torch.utils.data.Subset(train, indices.tolist())
     subset.targets = np.asarray(train.targets)[indices]
     return subset
+
+
+def without_augmentation(dataset: Any, config: InputConfig) -> Any:
+    """The images of a training set as an evaluation reads them."""
+    if hasattr(dataset, 'subset'):
+        return dataset.subset(np.arange(len(dataset)), **_reading(False, config))
+    changed = copy.copy(dataset)  # CIFAR, or a Subset of it
+    if hasattr(dataset, 'dataset'):
+        changed.dataset = without_augmentation(dataset.dataset, config)
+    else:
+        changed.transform = build_transform(False, config)
+    return changed
 
 
 def relabel(dataset: Any, new_labels: Sequence[int], classes: List[str]) -> Any:

@@ -165,8 +165,8 @@ def training_meters(state: Optional[Dict[str, Any]], batch_size: int) -> utils.M
 
 
 def class_accuracy(output: torch.Tensor, targets: torch.Tensor) -> Optional[torch.Tensor]:
-    """Accuracy (0 to 1), a 0-dim tensor on the device; None with several classes per image."""
-    return (output.argmax(-1) == targets).float().mean() if targets.dim() == 1 else None
+    """Accuracy (0 to 1), a 0-dim tensor on the device; None with several classes per image, or several heads."""
+    return (output.argmax(-1) == targets).float().mean() if targets.dim() == 1 and output.dim() == 2 else None
 
 
 def read_updates(updates: List[StepState], scaler: LossScaler, monitor: StepMonitor, log_writer: Any,

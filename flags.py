@@ -18,8 +18,8 @@ from beit.errors import UserError, escape_text, print_error
 from beit.parser import OneLineParser, add_bool_flag, bounded_number
 from beit.paths import project_root
 
-TRAINING, PREDICT, EXPORT, AVERAGE = PROGRAMS = (
-    'run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py')
+TRAINING, PREDICT, EXPORT, AVERAGE, PROBE = PROGRAMS = (
+    'run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py', 'run_linear_eval.py')
 
 
 def names_in(path: str, table: str) -> Tuple[Any, ...]:
@@ -127,12 +127,23 @@ LAUNCHED = {PREDICT: dict(group='distributed')}
 
 DEEPSPEED = {'amp': True, 'opt_level': 'O2', 'loss_scale': 'dynamic'}  # what --enable_deepspeed stands for
 
+# The linear probe has the flags of a training with these defaults, but not those that are fixed.
+PROBE_DEFAULTS = dict(epochs=50, warmup_epochs=0, lr=4e-3, min_lr=0., weight_decay=1e-4, aa='none', color_jitter=0.,
+                      smoothing=0., reprob=0.)
+PROBE_FIXED = ('eval', 'check_data', 'prof', 'cann_prof', 'report', 'results_file', 'class_names', 'real_labels',
+               'best_by', 'robust_test', 'test_flip', 'model_ema', 'model_ema_decay', 'model_ema_force_cpu',
+               'disable_eval_during_finetuning', 'layer_decay', 'drop', 'drop_path', 'attn_drop_rate', 'skip_dropped',
+               'grad_checkpointing', 'rel_pos_bias', 'abs_pos_emb', 'qkv_bias', 'use_mean_pooling',
+               'layer_scale_init_value', 'init_scale', 'freeze_backbone', 'unfreeze_epoch',
+               'disable_weight_decay_on_rel_pos_bias')
+
 GROUPS = {  # in the order of --help
     TRAINING: ('run', 'model', 'optimizer', 'augmentation', 'fine-tuning', 'data', 'output', 'precision',
                'distributed'),
     PREDICT: ('input', 'results', 'run', UNLABELLED, 'distributed'),
     EXPORT: ('source', 'export'),
     AVERAGE: ('flags',)}
+GROUPS[PROBE] = ('probe',) + GROUPS[TRAINING]
 
 FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --help has each group in this order
     (TRAINING, 'run'): (
@@ -213,6 +224,9 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('robust_test', None, 'with --eval: evaluate on the 200 classes of imagenet_r or imagenet_a',
              choices=('imagenet_r', 'imagenet_a'), metavar='SET', affects_results=False),
     ),
+    (PROBE, 'probe'): (
+        Flag('knn', 0, 'also classify by the N nearest training images; 0: off', type=whole, affects_results=False),
+    ),
     (AVERAGE, 'flags'): (
         Flag('inputs', [], 'checkpoints, or folders with checkpoints of whole epochs', shown='required', nargs='+'),
         Flag('output', '', 'the file to write', shown='required'),
@@ -253,7 +267,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
     (TRAINING, 'model'): (
         Flag('model', 'beit_base_patch16_224', 'model name; --help lists them', synonyms='arch',
              also={PREDICT: dict(group=UNLABELLED, default=None, shown='the checkpoint\'s'),
-                   EXPORT: dict(group='source', default=None, shown='the checkpoint\'s')}),
+                   EXPORT: dict(group='source', default=None, shown='the checkpoint\'s'),
+                   PROBE: dict(group='model', shown='the checkpoint\'s')}),
         Flag('rel_pos_bias', True, 'relative position bias in every block', off='disable_rel_pos_bias'),
         Flag('abs_pos_emb', False, 'learned absolute position embedding'),
         Flag('qkv_bias', True, 'a bias on queries and values', off='disable_qkv_bias'),
@@ -265,7 +280,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              also={PREDICT: dict(group=UNLABELLED, default=None, help='image width and height in pixels',
                                  shown='the checkpoint\'s, else 224'),
                    EXPORT: dict(group='source', default=None, help='image width and height in pixels',
-                                shown='the checkpoint\'s, else 224')}),
+                                shown='the checkpoint\'s, else 224'),
+                   PROBE: dict(group='model', shown='the checkpoint\'s, else 224')}),
         Flag('drop', 0., 'dropout probability', type=below_one),
         Flag('attn_drop_rate', 0., 'dropout probability of attention weights', type=below_one),
         Flag('drop_path', 0.1, 'stochastic depth of the last block, rising from 0', type=below_one,
@@ -414,11 +430,15 @@ def flags_of(program: str) -> Iterator[Tuple[str, Flag]]:
             elif program in flag.also:
                 changes = dict(flag.also[program])
                 yield changes.pop('group'), dataclasses.replace(flag, **changes)
+            elif (home, program) == (TRAINING, PROBE) and flag.name not in PROBE_FIXED:
+                yield group, dataclasses.replace(flag, default=PROBE_DEFAULTS[flag.name], shown=None) \
+                    if flag.name in PROBE_DEFAULTS else flag
 
 
 def without_effect() -> FrozenSet[str]:
-    """The names of the training flags that do not affect the results."""
-    return frozenset(flag.name for _, flag in flags_of(TRAINING) if not flag.affects_results)
+    """The names of the flags of trainings that do not affect the results."""
+    return frozenset(flag.name for program in (TRAINING, PROBE) for _, flag in flags_of(program)
+                     if not flag.affects_results)
 
 
 class AnyPlaceParser(OneLineParser):
@@ -494,6 +514,11 @@ optimizers, with an optional prefix lookahead_:
   python average_checkpoints.py --inputs out --best 5 --output avg.pth
   python run_class_finetuning.py --eval --resume avg.pth --data_path /data/ImageNet2012
 """),
+    PROBE: Usage('--finetune WEIGHTS --data_path DIR --output_dir DIR [flags]', """examples:
+  python run_linear_eval.py --finetune beit_base_patch16_224_pt22k --data_path DIR --output_dir probe --amp
+  python run_linear_eval.py --recipe beit_base_linear_probe --data_path DIR --output_dir probe --knn 20
+  torchrun --nproc_per_node=8 run_linear_eval.py --finetune out/checkpoint-best.pth --data_path DIR --output_dir probe
+"""),
 }
 
 
@@ -502,6 +527,9 @@ def build_parser(program: str = TRAINING, description: Optional[str] = None) -> 
     usage = USAGES[program]
     parser = usage.parser(program, usage.usage, description=description, epilog=usage.examples)
     groups = {title: parser.add_argument_group(title) for title in GROUPS[program]}
+    if program == PROBE:
+        parser.set_defaults(**dict({flag.name: flag.default for _, flag in flags_of(TRAINING)}, freeze_backbone=True,
+                                   layer_decay=1.))
     for group, flag in flags_of(program):
         flag.add_to(groups[group])
         parser.synonyms.update((name, flag.name) for name in flag.synonyms.split())

@@ -11,7 +11,7 @@ import inspect
 import math
 import warnings
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -254,6 +254,7 @@ class VisionTransformer(nn.Module):
     """
 
     default_cfg: Dict[str, Any]
+    head: nn.Module
 
     def __init__(self, img_size: Pixels = 224, patch_size: Pixels = 16, in_chans: int = 3, num_classes: int = 1000,
                  embed_dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.,
@@ -333,8 +334,18 @@ class VisionTransformer(nn.Module):
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images to pooled, normalised features (B, D)."""
+    def probe_layers(self, num_classes: int) -> None:
+        """Give each block a linear classifier of its class token and mean; `forward` returns (B, depth, num_classes).
+        """
+        self.num_classes = num_classes
+        heads = [nn.Linear(2 * self.embed_dim, num_classes) for _ in self.blocks]
+        for head in heads:
+            trunc_normal_(head.weight, std=.01)
+            nn.init.zeros_(head.bias)
+        self.head = nn.ModuleList(heads)
+
+    def forward_features(self, x: Tensor, layers: Optional[List[Tensor]] = None) -> Tensor:
+        """Images to pooled, normalised features (B, D); `layers` receives `class_and_mean` of each block."""
         x = self.patch_embed(x)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, N, D)
         if self.pos_embed is not None:
@@ -346,11 +357,17 @@ class VisionTransformer(nn.Module):
                 x = checkpoint(block, x, shared_bias, **_CHECKPOINTING)
             else:
                 x = block(x, shared_bias)
+            if layers is not None:
+                layers.append(class_and_mean(x))
         x = self.norm(x)
         return x[:, 0] if self.fc_norm is None else self.fc_norm(reduce(x[:, 1:], 'b n d -> b d', 'mean'))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.forward_features(x))
+        if not isinstance(self.head, nn.ModuleList):
+            return self.head(self.forward_features(x))
+        layers: List[Tensor] = []
+        self.forward_features(x, layers)
+        return torch.stack([head(layer) for head, layer in zip(self.head, layers)], dim=1)
 
 
 _BASE = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)

@@ -62,6 +62,7 @@ from beit.training import fused_attention, loss_scaler, losses
 from beit.training.confusion import ConfusionMatrix
 from beit.training.losses import build_criterion
 from beit.training.metrics import (
+    OfLayers,
     best_figures,
     build_metrics,
     check_best_by,
@@ -89,6 +90,7 @@ class Data:
     outputs: Optional[List[int]] = None  # the checkpoint's outputs that --robust_test keeps; None: all
     train_loader: Any = None
     val_loader: Any = None
+    layers: int = 0  # the heads of a linear probe
 
     @property
     def classes(self) -> List[str]:
@@ -127,7 +129,7 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
     output = config_from(args, OutputConfig, flags=dict(vars(args)))
 
     data = prepare_data(args, device, checkpoint)
-    learner = build_learner(args, data, checkpoint, device, dtype)
+    learner = build_learner(args, data, build_model(args, data, checkpoint), checkpoint, device, dtype)
     report = build_report(args, output, data, learner)
     if args.eval:
         with required_output('' if args.output_dir or args.results_file else 'the figures of the evaluation'):
@@ -154,12 +156,12 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
 
 # ---- steps of main
 
-def start(args: argparse.Namespace) -> torch.device:
+def start(args: argparse.Namespace, program: str = PROGRAM) -> torch.device:
     """Connect this process to the others; returns its device."""
     if args.deterministic:
         accelerator.prepare_determinism()
     device = process_group.init_distributed_mode(config_from(args, DistributedConfig))
-    watchdog.start(process_group.rendezvous_store(), args.dist_timeout, PROGRAM)
+    watchdog.start(process_group.rendezvous_store(), args.dist_timeout, program)
     log.start_display()
     accelerator.set_compile_mode(device, args.jit_compile)
     if args.deterministic:
@@ -231,10 +233,14 @@ def choose_precision(args: argparse.Namespace, device: torch.device) -> Optional
         return None
 
 
-def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Optional[CheckpointWeights]) -> Data:
-    """Build the data sets, their loaders, their class weights and the spec of the model."""
+def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Optional[CheckpointWeights],
+                 preprocessing: Optional[EvalTransform] = None) -> Data:
+    """Build the data sets, their loaders, their class weights and the spec of the model.
+
+    `preprocessing`: of the weights that a linear probe starts from.
+    """
     known = checkpoint.spec if checkpoint and args.eval else None
-    inputs = config_from(args, InputConfig, evaluation=known and known.preprocessing,
+    inputs = config_from(args, InputConfig, evaluation=known.preprocessing if known else preprocessing,
                          **(dict(nb_classes=0) if known else {}))
     held_out = comparison.held_out_before(checkpoint.source, checkpoint.content, args.val_split, args.seed) \
         if checkpoint else None
@@ -350,9 +356,8 @@ def count_steps(args: argparse.Namespace, images: int) -> int:
     return steps
 
 
-def build_learner(args: argparse.Namespace, data: Data, checkpoint: Optional[CheckpointWeights],
-                  device: torch.device, dtype: Optional[torch.dtype]) -> Learner:
-    """Build the model with its weights, the optimizer and the moving average, in the chosen precision."""
+def build_model(args: argparse.Namespace, data: Data, checkpoint: Optional[CheckpointWeights]) -> torch.nn.Module:
+    """Build the model with the weights of --finetune or, for an evaluation, of the checkpoint."""
     spec = data.spec
     if checkpoint and checkpoint.program is not None:
         checkpoint.program.outputs = data.outputs
@@ -362,6 +367,13 @@ def build_learner(args: argparse.Namespace, data: Data, checkpoint: Optional[Che
         inference_model.load_state(model, checkpoint, data.outputs)
     elif args.finetune:
         pretrained.load_pretrained(model, args.finetune, args.model_key, args.model_prefix, spec.classes)
+    return model
+
+
+def build_learner(args: argparse.Namespace, data: Data, model: torch.nn.Module,
+                  checkpoint: Optional[CheckpointWeights], device: torch.device, dtype: Optional[torch.dtype]
+                  ) -> Learner:
+    """Build the optimizer and the moving average of a model, in the chosen precision."""
     model.to(device)
     optimizer = None if args.eval else build_optimizer(args, model, half_precision.apex_amp(device, dtype) is not None)
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
@@ -574,8 +586,10 @@ def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_ima
     sharded = args.dist_eval and process_group.world_size() > 1
 
     def evaluate(name, network, throughput=None, predictions=None):
-        metrics = build_metrics(data.val_set, args.results_file, args.real_labels, args.data_set, data.spec.multi_label,
-                                data.spec.activation, args.topk)
+        metrics, *others = [build_metrics(data.val_set, args.results_file, args.real_labels, args.data_set,
+                                          data.spec.multi_label, data.spec.activation, args.topk)
+                            for _ in range(data.layers or 1)]
+        metrics = [OfLayers([metrics, *others])] if data.layers else metrics
         stats = engine.evaluate(
             data.val_loader, engine.WithMirrorImage(network) if args.test_flip else network, learner.device, sharded,
             throughput, stop_signal, metrics + ([predictions] if predictions is not None else []))
@@ -642,7 +656,8 @@ def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learne
                              % (log.pluralize(report.environment['validation_images'], 'image'), args.maxstep))
             test_stats, ema_stats = evaluate_all(args, data, learner, monitor.bad_images, None,
                                                  lambda: monitor.signals.stop_signal,
-                                                 report.predictions(data.spec.multi_label, data.spec.activation))
+                                                 report.predictions(data.spec.multi_label or data.layers > 0,
+                                                                    data.spec.activation))
             if test_stats is None:
                 monitor.stop_after(epoch, steps, learner.device)
         improved = run_log.update_best(state.best, test_stats, ema_stats)
@@ -698,13 +713,14 @@ def should_stop_early(args: argparse.Namespace, run_state: training_state.RunSta
         process_group.is_main_process() and run_state.stale >= args.early_stop, device)
 
 
-def run(argv: Optional[Sequence[str]] = None) -> int:
+def run(argv: Optional[Sequence[str]] = None, program: str = PROGRAM, description: Optional[str] = __doc__,
+        work: Callable[[argparse.Namespace, preemption.Signals], None] = main) -> int:
     """Run the command line. A user error is one line and exit status 2; a signal gives 128 + its number."""
     signals, parsed = preemption.Signals(), {}
 
     def parse_and_run() -> None:
-        parsed['args'] = build_parser(description=__doc__).parse_args(argv)
-        main(parsed['args'], signals)
+        parsed['args'] = build_parser(program, description).parse_args(argv)
+        work(parsed['args'], signals)
 
     def resume_hint(condition: str = '') -> str:
         args = parsed.get('args')
@@ -713,17 +729,17 @@ def run(argv: Optional[Sequence[str]] = None) -> int:
 
     try:
         with signals:
-            return run_with_error_report(PROGRAM, parse_and_run, 'lower --batch_size and raise --update_freq by as '
+            return run_with_error_report(program, parse_and_run, 'lower --batch_size and raise --update_freq by as '
                                          'much, or lower --input_size', resume_hint)
     except preemption.Stopped as stop:  # also during an error report: another process may have caused the error
         watchdog.stop()
         if str(stop):
-            log.log_main('%s: %s' % (PROGRAM, stop))
+            log.log_main('%s: %s' % (program, stop))
             process_group.defer_error_report(first=process_group.is_main_process())
             return exit_process(128 + stop.number)
         if not process_group.is_error_reporter():
             return exit_process(128 + stop.number)
-        return exit_with_error(PROGRAM, 'interrupted by %s%s' % (
+        return exit_with_error(program, 'interrupted by %s%s' % (
             preemption.name(stop.number), resume_hint('with --output_dir, ')), 128 + stop.number)
 
 

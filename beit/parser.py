@@ -122,7 +122,7 @@ class OneLineParser(argparse.ArgumentParser):
         parsed, known = ParsedFlags(), self._option_string_actions
         parsed.given = set()
         for key, value in args_yaml.read(path).items() if path else ():
-            if key in no_flags:
+            if key in no_flags and '--' + key not in known:
                 continue
             shown, flag = '--config %s: %s' % (escape_text(path or ''), escape_text(key)), '--' + key.replace('-', '_')
             if flag in ('--help', '--config'):

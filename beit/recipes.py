@@ -12,7 +12,7 @@ from beit.errors import UserError, escape_text, print_error, unknown_value_error
 from beit.paths import project_root
 
 AUTO, FOLDER = 'auto', os.path.join(project_root(), 'recipes')
-NO_FLAGS = ('devices',)  # what a recipe says beside flags
+NO_FLAGS = ('devices', 'freeze_backbone')  # what a recipe says that may be no flag of the program
 
 
 def path_of(name: str) -> str:

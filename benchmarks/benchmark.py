@@ -6,6 +6,7 @@
         --compile both --json step.json -- --attention=fused     flags after -- go to run_class_finetuning.py
     python benchmarks/benchmark.py eval                     evaluation
     python benchmarks/benchmark.py data                     the loader against torchvision and timm's transform
+    python benchmarks/benchmark.py checkpoint               saving and reading, against torch.save and torch.load
     python benchmarks/benchmark.py startup                  large folders: time to the first step
     python benchmarks/benchmark.py script                   test/train_performance_1p.sh against its own step
     python benchmarks/benchmark.py scaling                  1, 2, 4 and 8 processes
@@ -243,6 +244,7 @@ class Entry:
         seconds = time.perf_counter() - start
         if getattr(self.contender, 'skipped_steps', None):
             self.record['skipped_steps'] = self.contender.skipped_steps
+        self.record.update(getattr(self.contender, 'figures', {}))
         return seconds
 
     def rate(self, steps):
@@ -293,9 +295,9 @@ class Apart(Entry):
         self.record.update(record)
         return seconds
 
-    def run(self, steps):
+    def run(self, steps, work=''):
         with contextlib.suppress(BrokenPipeError):  # it is dead and will not answer
-            print(steps, file=self.process.stdin, flush=True)
+            print(steps, work, file=self.process.stdin, flush=True)
         seconds = self.answer()
         if seconds is None:
             raise UserError('%s %s: %s' % (self.record['contender'], self.record['mode'], self.record['not_available']))
@@ -320,7 +322,9 @@ def entry_main(order):
 
     answer(entry.seconds)
     for line in sys.stdin:
-        answer(entry.run(int(line)))
+        steps, *work = line.split()
+        entry.work = work[0] if work else entry.work
+        answer(entry.run(int(steps)))
 
 
 def measure_row(ours, other, options, setting, device, work, flops, peak):
@@ -451,6 +455,56 @@ def step_main(options, device):
 
 def eval_main(options, device):
     sides(options, device, 'evaluate')
+
+
+# ---- checkpoint
+
+def checkpoint_main(options, device):
+    setting = setting_of(options, device)
+    mode = Mode('float32' if device.type == 'cpu' else 'bfloat16')
+    report = about_run(options, device)
+    report.update(model=setting.model, batch_size=setting.batch_size, mode=str(mode), extra_flags=options.extra)
+    entries, folder = [], tempfile.TemporaryDirectory(dir='.')  # a disk, as of --output_dir
+
+    def measure(what, sample):
+        progress(what)
+        ours, theirs = take_turns([functools.partial(sample, entry) for entry in entries], options.pairs)
+        add_row(options, report, dict(what=what, ours=summary(ours), other=summary(theirs), ratio=ratios(ours, theirs)))
+
+    def stall(entry):
+        return -entry.run(steps, 'train') + entry.run(steps, 'save')
+
+    try:
+        for kind in ('checkpoints', 'torch.save'):
+            extra = (*setting.extra, '--output_dir=' + os.path.join(os.path.abspath(folder.name), kind))
+            entries.append(Apart(kind, setting._replace(extra=extra), mode, 'train', options.warmup, device))
+            if not entries[-1].is_able():
+                raise UserError('%s cannot run here: %s' % (mode, entries[-1].record['not_available']))
+        before = [entry.record['peak_memory_mib'] for entry in entries]
+        first = [entry.run(1, 'save') for entry in entries]  # allocates the copy
+        steps = options.steps or int(3 * max(first) / entries[1].run(1, 'train')) + 2
+        report['steps_per_sample'] = steps
+        measure('one save in %d steps, s' % steps, stall)
+        memory = [summary([entry.record['peak_memory_mib'] - least]) for entry, least in zip(entries, before)]
+        measure('the same content under two names, s', lambda entry: entry.run(1, 'save_twice'))
+        for entry in entries:  # a file that ours wrote is not in the system's cache
+            entry.run(1, 'load')
+        measure('reading, s', lambda entry: entry.run(1, 'load'))
+        add_row(options, report, dict(what='memory of saving, MiB', ours=memory[0], other=memory[1]))
+        report.update(file_mib=entries[0].record['file_mib'], waits=summary(entries[0].record['waits'][1:]))
+    finally:
+        for entry in entries:
+            entry.end()
+        folder.cleanup()
+    write_json(options, report)
+
+    def cells(row):
+        return [row['what']] + [shown(row[side]['median'], '%.2f') for side in ('ours', 'other')] \
+            + about_ratio(row.get('ratio'))
+
+    print_report(options, report, [setting.model, 'ours', 'torch.save, torch.load'] + RATIO, cells)
+    print('The file has %.0f MiB. Of a save, training waits %.3f s (%.3f..%.3f) for the copy to host memory.' % (
+        report['file_mib'], report['waits']['median'], report['waits']['min'], report['waits']['max']))
 
 
 # ---- data
@@ -883,7 +937,7 @@ def build_parser():
     positive = bounded_number(int, 1)
     parser = Parser('benchmark.py', description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest='command', metavar='step|eval|data|startup|script|scaling')
+    commands = parser.add_subparsers(dest='command', metavar='step|eval|checkpoint|data|startup|script|scaling')
 
     def command(name, main, help_text, description=''):
         description = '%s%s. %s' % (help_text[0].upper(), help_text[1:], description)
@@ -922,6 +976,14 @@ def build_parser():
         sub.add_argument('--seconds', default=2., type=bounded_number(float, 0), help='minimum length of a sample (2)')
         sub.add_argument('--peak', default=None, type=bounded_number(float, 0, above=True),
                          help='the device\'s dense peak in FLOP/s (known for H100, H200 and A100)')
+
+    sub = command('checkpoint', checkpoint_main, 'a save during training and the reading of its file, against '
+                  'torch.save with fsync and torch.load(weights_only=True)',
+                  'The time of a save is what it adds to the steps during which it is written. The files are in a '
+                  'temporary folder of the current folder.')
+    model(sub)
+    sub.add_argument('--steps', default=0, type=bounded_number(int, 0),
+                     help='steps in a sample (as long as three saves)')
 
     sub = command('data', data_main, 'the loader, against torchvision\'s ImageFolder and timm\'s create_transform')
     sub.add_argument('--data_path', default='', help='a folder with train/ in it (JPEGs of ImageNet\'s sizes are made)')
@@ -966,7 +1028,7 @@ def parse(argv):
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
     if options.command is None:
-        raise UserError('choose what to measure: step, eval, data, startup, script or scaling; see --help')
+        raise UserError('choose what to measure: step, eval, checkpoint, data, startup, script or scaling; see --help')
     if rest:
         known = parser._subparsers._group_actions[0].choices[options.command]._option_string_actions
         near = nearest(rest[0].partition('=')[0], known)

@@ -9,6 +9,8 @@ AdamW with layer decay 0.85, stochastic depth 0.1 and clipping at 1.0 are the sa
   includes its set-up and its final averages.
 - `Timm` is the step of timm's train.py: its model with the attention that it chooses, its `create_optimizer_v2` with
   fused AdamW where PyTorch has that, its `NativeScaler` for float16. It logs nothing and never waits: timm at its best.
+- `OurCheckpoints` is `Ours` with saves in mid-epoch; `TorchCheckpoints` is the same run that saves as most scripts do,
+  by torch.save of the live state dicts and fsync.
 - `Reference` computes as the reference does: attention one operator at a time, an unfused optimizer, float32 on a CPU,
   float16 under autocast elsewhere; in every step it reads loss and gradient norm and waits for the device. Its model is
   timm's with fused attention off, so none of our optimisations speeds it up.
@@ -18,6 +20,7 @@ loses small updates, so it is another training. TF32, which timm's train.py allo
 """
 
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -25,6 +28,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 import typing
 from unittest import mock
 
@@ -43,10 +47,12 @@ import modeling_finetune
 import optim_factory
 import run_class_finetuning as program
 import utils
+from beit.checkpoint.training_state import remove_old_checkpoints
 from beit.data.loader import Batch
 from beit.devices import accelerator, half_precision
 from beit.distributed import preemption, process_group
 from beit.errors import UserError
+from beit.files import weights_file
 
 PRECISIONS = ('float32', 'bfloat16', 'float16', 'O2')
 UPDATES = 10 ** 4  # of the run that `Ours` is set up for
@@ -247,6 +253,69 @@ class Ours:
             engine.evaluate(Repeated(self.batch, batches), self.training['model'], self.device)
 
 
+class OurCheckpoints(Ours):
+    """This repository's loop; `setting.extra` has its --output_dir.
+
+    `figures` has the seconds that training stands still in each save, before the file is complete, and the file's MiB.
+    """
+
+    def __init__(self, setting, mode):
+        super().__init__(setting, mode)
+        self.monitor, self.save_at, self.saves, self.path = self.training['monitor'], -1, 0, ''
+        self.monitor.timer.due = lambda update_step: update_step == self.save_at
+        self.write, self.monitor._write = self.monitor._write, lambda _: self.write_numbered()
+        self.figures = dict(waits=[])
+        os.makedirs(self.args.output_dir, exist_ok=True)
+
+    def write_numbered(self, *more):
+        """Save under a new name, as a run does, and the names `more`."""
+        self.saves += 1
+        name, start = 'checkpoint-0-step%d.pth' % self.saves, time.perf_counter()
+        self.write([name, *more])
+        self.figures['waits'].append(time.perf_counter() - start)
+        self.path = os.path.join(self.args.output_dir, name)
+
+    def save(self, steps):
+        """Train this many steps; a checkpoint is due after the first, and complete at the end."""
+        self.save_at = self.steps
+        self.train(steps)
+        self.monitor.saving.wait()
+        self.figures['file_mib'] = os.path.getsize(self.path) / 2 ** 20
+
+    def save_twice(self, times):
+        """Save under two names, as after an epoch with a new best accuracy."""
+        for _ in range(times):
+            self.write_numbered('checkpoint-best.pth')
+            self.monitor.saving.wait()
+
+    def load(self, times):
+        for _ in range(times):
+            weights_file.load_weights_file(self.path)
+
+
+class TorchCheckpoints(OurCheckpoints):
+    """The same loop with torch.save, fsync and torch.load."""
+
+    def __init__(self, setting, mode):
+        super().__init__(setting, mode)
+        self.write = functools.partial(_write_with_torch, self.monitor)
+
+    def load(self, times):
+        for _ in range(times):
+            torch.load(self.path, map_location='cpu', weights_only=True)
+
+
+def _write_with_torch(monitor, names):
+    content = dict(model=monitor.parts['model'].state_dict(), optimizer=monitor.parts['optimizer'].state_dict(),
+                   epoch=monitor.run_state.epoch, args=dict(monitor.output.flags))
+    for name in names:
+        with open(os.path.join(monitor.output.output_dir, name), 'wb') as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    remove_old_checkpoints(monitor.output.output_dir, 0)
+
+
 # ---- timm's
 
 def timm_model(setting):
@@ -430,4 +499,5 @@ class _ScalerWithNorm:
         return norm
 
 
-CONTENDERS = {'ours': Ours, 'timm': Timm, 'reference': Reference}
+CONTENDERS = {'ours': Ours, 'timm': Timm, 'reference': Reference, 'checkpoints': OurCheckpoints,
+              'torch.save': TorchCheckpoints}

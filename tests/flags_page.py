@@ -21,10 +21,12 @@ import modeling_finetune  # noqa: E402
 import optim_factory  # noqa: E402
 import run_class_finetuning  # noqa: E402
 import run_export  # noqa: E402
+import run_linear_eval  # noqa: E402
 import run_predict  # noqa: E402
 
 PROGRAMS = {'run_class_finetuning.py': run_class_finetuning, 'run_predict.py': run_predict,
-            'run_export.py': run_export, 'average_checkpoints.py': average_checkpoints}
+            'run_export.py': run_export, 'average_checkpoints.py': average_checkpoints,
+            'run_linear_eval.py': run_linear_eval}
 TITLE = 'Which flags are there?'
 NOTES = ('A value follows its flag after a blank or `=`. A flag with the default on or off takes no value: `--amp` '
          'turns it on, `--no_amp` off. `-` and `_` are the same in names. Names cannot be shortened.',

@@ -383,7 +383,7 @@ def test_a_signal_ends_child_processes(tmp_path, argv, working):
     (['data', '--data_path=/nowhere/at all'], 'no such folder'),
     (['step', '--json=/nowhere/at all/figures.json'], 'cannot be written'),
     (['scaling', '--device=tpu'], '--device must be'),
-    ([], 'step, eval, data, startup, script or scaling'),
+    ([], 'step, eval, checkpoint, data, startup, script or scaling'),
 ])
 def test_a_mistake_is_one_line_and_status_2(argv, words, capfd):
     assert benchmark.main(argv) == 2
@@ -398,3 +398,34 @@ def test_the_exit_status_is_that_of_the_program():
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.splitlines() == [
         'benchmark.py: error: --workers=3: unknown flag of step; see step --help']
+
+
+# ---- checkpoint
+
+def test_checkpoints_are_saved_and_read(bench, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for the files
+    report, out = bench('checkpoint', '--pairs=2', '--steps=2', '--warmup=1', *NANO)
+    twice, reading, memory = report['rows'][1:]
+    for row in (twice, reading):
+        for side in ('ours', 'other'):
+            check_summary(row[side], 2)
+    assert report['rows'][0]['what'] == 'one save in 2 steps, s' and len(report['rows'][0]['ours']['samples']) == 2
+    assert report['waits']['min'] > 0 and report['file_mib'] > 1
+    assert 'reading, s' in out and not [name for name in os.listdir(str(tmp_path)) if name != 'figures.json']
+
+
+def test_both_contenders_write_the_same_weights(tmp_path):
+    files = []
+    for kind in ('checkpoints', 'torch.save'):
+        setting = contenders.Setting('beit_nano_patch8_32', 32, 2, 'cpu', 10, ('--output_dir=%s' % (tmp_path / kind),))
+        contender = contenders.CONTENDERS[kind](setting, contenders.Mode('float32'))
+        contender.save(2)
+        contender.save_twice(1)
+        files.append(torch.load(contender.path, weights_only=True))
+        names = set(os.listdir(str(tmp_path / kind)))
+        assert {'checkpoint-best.pth', 'checkpoint-0-step1.pth', 'checkpoint-0-step2.pth'} <= names
+        assert len(contender.figures['waits']) == 2
+    ours, theirs = files
+    assert {name: value.shape for name, value in ours['model'].items()} == \
+        {name: value.shape for name, value in theirs['model'].items()}
+    assert len(ours['optimizer']['state']) == len(theirs['optimizer']['state']) > 10

@@ -1,6 +1,7 @@
 """Weights files: resizing against recorded figures, reading without running code, atomic saving, exact resuming."""
 
 import argparse
+import errno
 import os
 import random
 import threading
@@ -12,7 +13,7 @@ import torch
 import modeling_finetune
 import run_class_finetuning
 import utils
-from beit.checkpoint import discovery, pretrained
+from beit.checkpoint import discovery, pretrained, training_state
 from beit.errors import UserError
 from beit.files import weights_file
 from beit.training.step_control import CheckpointMonitor
@@ -254,6 +255,7 @@ def test_a_checkpoint_of_the_reference_resumes(image_folder, tmp_path, parse):
     content = weights_file.load_weights_file(path)
     reference = {name: content[name] for name in ('model', 'optimizer', 'epoch')}
     reference.update(scaler={'scale': 65536., 'growth_factor': 2.}, args=argparse.Namespace(**content['args']))
+    os.remove(path)  # its tensors are the file's pages
     torch.save(reference, path)
     assert run_class_finetuning.run(base + ['--resume=' + path]) == 0
     assert [line['epoch'] for line in lines_of(output)] == [0, 1]
@@ -430,3 +432,49 @@ def test_a_changed_byte_of_a_tensor_is_found(tmp_path):
         file.write(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
     with pytest.raises(UserError, match=r'checkpoint-0\.pth: .*damaged.*checksum'):
         weights_file.load_weights_file(path)
+
+
+def test_a_resumed_optimizer_does_not_depend_on_the_file(tmp_path):
+    path, model = str(tmp_path / 'checkpoint-0.pth'), randomised(torch.nn.Linear(64, 64))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    expected = [value.clone() for values in optimizer.state.values() for value in values.values()
+                if torch.is_tensor(value)]
+    weights_file.save(path, {'optimizer': training_state.HostCopies().optimizer(optimizer)})
+    resumed = torch.optim.AdamW(model.parameters())
+    training_state.load_optimizer(path, resumed, weights_file.load_weights_file(path)['optimizer'])
+    with open(path, 'r+b') as file:
+        file.write(bytes(os.path.getsize(path)))
+    found = [value for values in resumed.state.values() for value in values.values() if torch.is_tensor(value)]
+    assert all(map(torch.equal, found, expected)) and len(found) == len(expected)
+
+
+def test_changing_what_was_read_does_not_change_the_file(tmp_path):
+    path, values = str(tmp_path / 'x.pth'), torch.randn(100, 100)
+    weights_file.save(path, {'weight': values, 'none': torch.zeros(0), 'flag': torch.ones(3, dtype=torch.bool)})
+    weights_file.load_weights_file(path)['weight'].zero_()
+    content = torch.load(path)
+    assert torch.equal(content['weight'], values) and len(content['none']) == 0 and content['flag'].all()
+
+
+def test_a_save_in_parts_writes_the_same_file(tmp_path, monkeypatch):
+    content = {'model': {str(index): torch.randn(1000) for index in range(20)}}
+    paths, synced = [str(tmp_path / name / 'x.pth') for name in ('whole', 'parts')], []
+    for path in paths:
+        os.mkdir(os.path.dirname(path))
+    weights_file.save(paths[0], content)
+    monkeypatch.setattr(weights_file, 'CACHED_BYTES', 10000)
+    monkeypatch.setattr(os, 'fdatasync', lambda handle: synced.append(os.fstat(handle).st_size))
+    weights_file.save(paths[1], content)
+    assert len(synced) >= 5 and max(synced) > 5 * min(synced)
+    whole, parts = (open(path, 'rb').read() for path in paths)
+    assert whole == parts
+
+    def full(_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fdatasync', full)
+    with pytest.raises(UserError, match='--output_dir: cannot write .*No space'):
+        weights_file.save(paths[1], {'model': {}, **content})
+    assert open(paths[1], 'rb').read() == parts and os.listdir(os.path.dirname(paths[1])) == ['x.pth']

@@ -120,7 +120,8 @@ def test_what_cannot_be_printed_is_an_error(data, trained, where):
     evaluation = ['run_class_finetuning.py', '--eval', '--resume', trained, '--data_path', data, '--num_workers=0']
     assert 'the figures of the evaluation' in lost(where, *evaluation)
     assert 'the result of --check_data' in lost(where, evaluation[0], '--check_data', *evaluation[4:])
-    for program in ('run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py'):
+    for program in ('run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py',
+                    'run_linear_eval.py'):
         assert 'the help' in lost(where, program, '--help')
     lost(where, 'run_predict.py', '--resume', trained, data)
 

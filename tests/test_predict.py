@@ -362,7 +362,8 @@ def test_the_name_of_standard_output(large, photos, tmp_path):
     assert shown.startswith(b'file,') and len(shown.splitlines()) == 7 and shown.endswith(b'\nand more\n')
 
 
-@pytest.mark.parametrize('program', ['run_class_finetuning', 'run_predict', 'run_export', 'average_checkpoints'])
+@pytest.mark.parametrize('program', ['run_class_finetuning', 'run_predict', 'run_export', 'average_checkpoints',
+                                     'run_linear_eval'])
 def test_ctrl_c_while_pytorch_is_imported(program):
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, program + '.py')], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))

@@ -86,7 +86,7 @@ def test_help_has_the_groups_of_the_flags_page_and_examples():
     ('run_class_finetuning.py', '--data-dir', '--data_path'), ('run_export.py', '--checkpoint', '--resume'),
     ('run_predict.py', '--atention', '--attention'), ('run_export.py', '--formt', '--format'),
     ('run_export.py', '--over-write', '--overwrite'), ('average_checkpoints.py', '--input', '--inputs'),
-    ('average_checkpoints.py', '--use-em', '--use_ema')])
+    ('average_checkpoints.py', '--use-em', '--use_ema'), ('run_linear_eval.py', '--kn', '--knn')])
 def test_an_unknown_flag_finds_the_nearest(program, wrong, near):
     with pytest.raises(UserError, match=r'%s: unknown flag; did you mean.* %s\b' % (wrong.replace('-', '[-_]'), near)):
         PROGRAMS[program].build_parser().parse_args([wrong + '=1'])

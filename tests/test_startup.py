@@ -13,7 +13,8 @@ import run_class_finetuning
 from helpers import NANO, ROOT, TINY, cannot_run, copy_checkout, environment, lines_of
 
 pytestmark = pytest.mark.current_only
-PROGRAMS = ('run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py')
+PROGRAMS = ('run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py',
+            'run_linear_eval.py')
 
 
 def run(*command, cwd=ROOT, timeout=120, limit=None, **env):

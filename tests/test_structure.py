@@ -17,8 +17,9 @@ from structure import (
     untyped,
 )
 
-ROOT_MODULES = {'run_class_finetuning', 'run_predict', 'run_export', 'average_checkpoints', 'engine_for_finetuning',
-                'modeling_finetune', 'datasets', 'optim_factory', 'utils', 'flags', 'check_flags'}
+ROOT_MODULES = {'run_class_finetuning', 'run_linear_eval', 'run_predict', 'run_export', 'average_checkpoints',
+                'engine_for_finetuning', 'modeling_finetune', 'datasets', 'optim_factory', 'utils', 'flags',
+                'check_flags'}
 # The constructors of the network have the reference's parameters.
 REFERENCES_OWN = {('modeling_finetune.py', '__init__')}
 

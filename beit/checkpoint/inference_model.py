@@ -121,7 +121,8 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
         return _read_program(path, content, program, use_ema, class_names, overrides)
     _, state = find_state_dict(content, '--resume', path, model_key, model_prefix, use_ema)
     state = hf_names.to_native(state)[0]
-    outputs = len(state['head.weight']) if 'head.weight' in state else 0
+    head = 'head.0.weight' if trains and 'head.0.weight' in state else 'head.weight'  # of a linear probe
+    outputs = len(state[head]) if head in state else 0
     spec = model_spec.spec_in(content, path, outputs) if outputs else None
     has_no_spec = spec is None
     if trains:

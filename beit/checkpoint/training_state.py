@@ -234,8 +234,8 @@ def load_optimizer(source: str, optimizer: torch.optim.Optimizer, state: Dict[st
                        **{name: group[name] for name in COUNTERS if type(group.get(name)) is int})
                   for mine, group in zip(optimizer.param_groups, theirs)]
         _check_moments(optimizer, groups, state['state'])
-        optimizer.load_state_dict(dict({name: state[name] for name in ('state', 'slow_state') if name in state},
-                                       param_groups=groups))
+        optimizer.load_state_dict(dict(
+            {name: _copies(state[name]) for name in ('state', 'slow_state') if name in state}, param_groups=groups))
         inner = kernels.base_optimizer(optimizer)
         if hasattr(inner, 'generator') and 'generator' in state:
             inner.generator = torch.Generator(inner.param_groups[0]['params'][0].device)
@@ -246,6 +246,12 @@ def load_optimizer(source: str, optimizer: torch.optim.Optimizer, state: Dict[st
         raise UserError('--resume %s: its optimizer state does not fit this run (%s); use the --opt and model flags of '
                         'that run, or give the file to --finetune'
                         % (escape_text(source), one_line(error)[:200])) from None
+
+
+def _copies(states):
+    """Copies of an optimizer's tensors: on a CPU it would keep those that lie in the file, which may be replaced."""
+    return {key: {name: value.clone() if torch.is_tensor(value) else value for name, value in values.items()}
+            for key, values in states.items()}
 
 
 def _check_moments(optimizer, groups, state):

@@ -8,6 +8,7 @@ import argparse
 import collections
 import ctypes
 import io
+import mmap
 import os
 import pickle
 import re
@@ -27,7 +28,8 @@ MAX_PICKLE = 4 << 20  # bytes of names and plain values; the largest BEiT's chec
 MAX_DIRECTORY = 16 << 20  # bytes of a zip archive's directory: 200,000 tensors
 MAX_NODES = 10 ** 6  # values in a file; shared values count once per reference
 MAX_DEPTH = 100
-CRC_THREADS = 2  # a checksum is compared while the next storage is read
+CRC_THREADS = min(4, os.cpu_count() or 1)  # they compare checksums while other storages are read
+ALIGNMENT = 64  # bytes; of the records of torch.save
 CALL_BYTES = 1000  # upper bound for a tensor's memory without its values
 
 
@@ -127,16 +129,17 @@ class Unpickler(_PythonUnpickler):
 
     Args:
         size (int): the file's, in bytes.
-        storages (dict): receives uninitialized tensors of one dimension, by key.
+        storages (dict): receives tensors of one dimension, by key.
         record_sizes (dict): {key: bytes in the file}; None if the sizes follow the pickle.
+        read (function): a storage's values, of (key, length, dtype); None leaves them uninitialized.
     """
 
     dispatch = {code: step for code, step in _PythonUnpickler.dispatch.items() if code in _OPCODES}
 
     def __init__(self, file: BinaryIO, size: int, storages: Dict[str, torch.Tensor],
-                 record_sizes: Optional[Dict[str, int]] = None) -> None:
+                 record_sizes: Optional[Dict[str, int]] = None, read: Optional[Callable] = None) -> None:
         super().__init__(file)
-        self.storages, self.record_sizes, self.unread = storages, record_sizes, size
+        self.storages, self.record_sizes, self.unread, self.read_values = storages, record_sizes, size, read
         self.max_bytes, self.called_bytes = _max_bytes(size), 0
         self.hooks: List[Any] = []
 
@@ -162,7 +165,8 @@ class Unpickler(_PythonUnpickler):
             self.unread -= length
             require(self.unread >= 0 if self.record_sizes is None else self.record_sizes[key] == length,
                     'storage %s does not have its %d bytes' % (key, length), ValueError)
-            self.storages[key] = torch.empty(numel, dtype=dtype)
+            self.storages[key] = self.read_values(key, numel, dtype) if self.read_values and numel else \
+                torch.empty(numel, dtype=dtype)
         values = self.storages[key]
         require((values.dtype, len(values)) == (dtype, numel), 'storage %s has two sizes' % key)
         return _Storage(values)
@@ -294,21 +298,40 @@ def _load_zip(file: BinaryIO, size: int) -> List[Any]:
     for info in records.values():
         info.CRC = info.CRC or None  # 0: not written
     sizes = {name[len('data/'):]: info.file_size for name, info in records.items() if name.startswith('data/')}
-    storages: Dict[str, torch.Tensor] = {}
-    content = Unpickler(io.BytesIO(archive.read(records['data.pkl'])), size, storages, sizes).load()
+    mapped = _map(file)
+    checks = []
     with ThreadPoolExecutor(CRC_THREADS) as pool:
-        checks = []
-        for key, values in storages.items():
+        def read(key: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
             info = records['data/' + key]
             archive.open(info).close()  # compares the directory with the record's header
             file.seek(info.header_offset + 26)
-            file.seek(sum(struct.unpack('<2H', file.read(4))), os.SEEK_CUR)  # name and padding
-            buffer = _read_values(file, values, key)
-            if info.CRC is not None and buffer is not None:
+            start = info.header_offset + 30 + sum(struct.unpack('<2H', file.read(4)))  # after name and padding
+            if mapped is not None and not start % ALIGNMENT:
+                values = torch.frombuffer(mapped, dtype=dtype, count=numel, offset=start)
+                buffer: Any = memoryview(mapped)[start:start + info.file_size]
+            else:
+                file.seek(start)
+                values = torch.empty(numel, dtype=dtype)
+                buffer = _read_values(file, values, key)
+            if info.CRC is not None:
                 checks.append((key, info.CRC, pool.submit(zlib.crc32, buffer)))
+            return values
+
+        content = Unpickler(io.BytesIO(archive.read(records['data.pkl'])), size, {}, sizes, read).load()
         for key, expected, found in checks:
             require(found.result() == expected, 'storage %s does not match its checksum' % key, ValueError)
     return [content]
+
+
+def _map(file: BinaryIO) -> Optional[mmap.mmap]:
+    """The file as memory: pages are read when they are used, and copied when they are changed. None where this
+    PyTorch makes no tensor of it, or the file system has no such memory."""
+    if not hasattr(torch, 'frombuffer'):
+        return None
+    try:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError:
+        return None
 
 
 def _load_legacy(file: BinaryIO, size: int) -> List[Any]:
@@ -324,14 +347,13 @@ def _load_legacy(file: BinaryIO, size: int) -> List[Any]:
     file.seek(head.tell())
     for key in keys:
         require(struct.unpack('<q', file.read(8))[0] == len(storages[key]), 'storage %s is cut' % key, ValueError)
-        _read_values(file, storages[key], key)
+        if len(storages[key]):
+            _read_values(file, storages[key], key)
     return [content, system]
 
 
 def _read_values(file: Any, values: torch.Tensor, key: str) -> Any:
-    """Read a storage's values from the file's position; returns their memory, or None for an empty storage."""
-    if not len(values):
-        return None
+    """Read a storage's values, not none, from the file's position; returns their memory."""
     buffer = (ctypes.c_char * _nbytes(values)).from_address(values.data_ptr())
     require(file.readinto(buffer) == _nbytes(values), 'storage %s is cut' % key, ValueError)
     return buffer

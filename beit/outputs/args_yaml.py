@@ -10,7 +10,8 @@ from beit.errors import UserError, escape_text
 from beit.files.atomic_write import write_bytes
 from beit.log import log_main
 
-HEAD = '# The flags of this run, all of them. To start another with them: run_class_finetuning.py --config THIS_FILE\n'
+MARK = '# The flags of this run, all of them. '
+HEAD = MARK + 'To start another with them, give the program --config THIS_FILE\n'
 LARGEST = 1 << 20  # bytes; far more than all flags take
 NULLS = ('', '~', 'null', 'Null', 'NULL')
 ESCAPED = '[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]'  # not in YAML
@@ -20,7 +21,7 @@ def write(path: str, flags: Dict[str, Any]) -> None:
     """Write {flag: value (bool, number, str, list or None)}. Does not replace a file that no run wrote."""
     if os.path.isfile(path):
         with open(path, 'rb') as file:
-            if file.read(len(HEAD)) != HEAD.encode():  # the user's, for --config
+            if file.read(len(MARK)) != MARK.encode():  # the user's, for --config
                 log_main('%s was not written by a run, and is kept' % escape_text(path))
                 return
     lines = ['%s: %s' % (name, json.dumps(flags[name], ensure_ascii=False)) for name in sorted(flags)]

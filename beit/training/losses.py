@@ -6,7 +6,7 @@ import json
 import math
 import os
 import zlib
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,17 @@ LOSSES = ('auto', 'ce', 'bce')
 def activation(loss: str, multi_label: bool = False) -> str:
     """The function from logits to probabilities that fits the loss of `build_criterion`."""
     return 'sigmoid' if loss == 'bce' or multi_label else 'softmax'
+
+
+class SumOverLayers(torch.nn.Module):
+    """The sum of the losses of all heads of a linear probe, from their logits (B, layers, classes)."""
+
+    def __init__(self, criterion: Callable) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.criterion(logits, targets) for logits in output.unbind(1)]).sum()
 
 
 def build_criterion(loss: str, smoothing: float, mixup: Any, weights: Optional[torch.Tensor] = None,

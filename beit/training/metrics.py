@@ -408,6 +408,36 @@ def read_real_labels(path: str, classes: int) -> List[FrozenSet[int]]:
     return [frozenset(each) for each in content]
 
 
+class OfLayers(Metric):
+    """The figures of each head of a linear probe, from logits (B, layers, classes); those of the highest acc1 alone.
+
+    `layers`, in addition: {number of the layer: figures}.
+
+    Args:
+        layers: the metrics of each head.
+    """
+
+    message = 'Best layer: %(best_layer)d'
+
+    def __init__(self, layers: Sequence[Sequence[Metric]]) -> None:
+        self.layers = layers
+
+    def update(self, batch: Sequence[Any], output: torch.Tensor) -> Optional[Dict[str, torch.Tensor]]:
+        shown: Dict[str, torch.Tensor] = {}  # of the last layer
+        for metrics, logits in zip(self.layers, output.unbind(1)):
+            for metric in metrics:
+                shown.update(metric.update(batch, logits) or {})
+        return shown
+
+    def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
+        figures = [{name: value for metric in metrics for name, value in metric.compute(sharded, device).items()}
+                   for metrics in self.layers]
+        best = max(range(len(figures)), key=lambda layer: figures[layer]['acc1'])
+        return dict(figures[best], best_layer=best + 1, layers={
+            str(layer): {name: value for name, value in logged(each).items() if isinstance(value, float)}
+            for layer, each in enumerate(figures, 1)})
+
+
 # ---- all of them
 
 METRICS: Tuple[Type[Metric], ...] = (TopAccuracy, MeanAveragePrecision, Loss, PerClass, Calibration, RealLabels)

@@ -62,7 +62,7 @@ class StepState:
         """Indices of the images with a non-finite output; all indices if every output is finite."""
         found = []
         for indices, output in zip(self.indices, self.outputs):
-            rows = (~torch.isfinite(output.float()).all(dim=1)).cpu()[:len(indices)]
+            rows = (~torch.isfinite(output.float()).flatten(1).all(dim=1)).cpu()[:len(indices)]
             found += indices[rows].tolist()
         return found or [index for indices in self.indices for index in indices.tolist()]
 
