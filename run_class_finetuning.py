@@ -361,7 +361,7 @@ def build_model(args: argparse.Namespace, data: Data, checkpoint: Optional[Check
     spec = data.spec
     if checkpoint and checkpoint.program is not None:
         checkpoint.program.outputs = data.outputs
-        return Learner(checkpoint.program.to(device), None, loss_scaler.LossScaler(), None, device, None, 'as exported')
+        return checkpoint.program
     model = inference_model.build_model(spec.architecture, len(spec.classes))
     if args.eval and checkpoint:
         inference_model.load_state(model, checkpoint, data.outputs)
@@ -375,6 +375,8 @@ def build_learner(args: argparse.Namespace, data: Data, model: torch.nn.Module,
                   ) -> Learner:
     """Build the optimizer and the moving average of a model, in the chosen precision."""
     model.to(device)
+    if checkpoint and checkpoint.program is not None:
+        return Learner(model, None, loss_scaler.LossScaler(), None, device, None, 'as exported')
     optimizer = None if args.eval else build_optimizer(args, model, half_precision.apex_amp(device, dtype) is not None)
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
         if args.model_ema else None
