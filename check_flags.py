@@ -9,7 +9,7 @@ import modeling_finetune
 import optim_factory
 from beit import model_spec, startup, weights
 from beit.checkpoint import discovery, exported, hf_names, pretrained
-from beit.config import DistributedConfig, InputConfig, MixupConfig, TransformConfig
+from beit.config import DistributedConfig, InputConfig, MixupConfig, OptimizerConfig, TransformConfig
 from beit.data import locations, transforms
 from beit.devices import accelerator, half_precision, kernels, profiler
 from beit.distributed import process_group
@@ -95,6 +95,11 @@ def check_augmentation(args: argparse.Namespace) -> None:
     for flag in ('mixup', 'cutmix'):
         if 0 < getattr(args, flag) < 1e-6:  # NumPy's beta distribution gives no number there
             raise UserError('--%s %g: an alpha below 1e-6 mixes nothing; 0 turns it off' % (flag, getattr(args, flag)))
+    if args.mixup_off_epoch and not transforms.uses_mixup(flags.config_from(args, MixupConfig)):
+        raise UserError('--mixup_off_epoch %d: there is no --mixup or --cutmix to turn off; leave it out'
+                        % args.mixup_off_epoch)
+    if args.model_ema_warmup and not args.model_ema:
+        raise UserError('--model_ema_warmup needs --model_ema, without which there is no average')
     if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         raise UserError('--cutmix_minmax %g %g: the first must be below the second' % tuple(args.cutmix_minmax))
     if args.class_weights and not args.eval:
@@ -141,7 +146,7 @@ def check_optimizer(args: argparse.Namespace) -> None:
         raise UserError('--opt_betas %s: give 2 numbers, as in --opt_betas 0.9 0.999'
                         % ' '.join(map(str, args.opt_betas)))
     if not args.eval:
-        optim_factory.check_optimizer(args.opt, args.momentum)
+        optim_factory.check_optimizer(flags.config_from(args, OptimizerConfig))
     if args.unfreeze_epoch:
         check_unfreezing(args)
 

@@ -112,7 +112,7 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
         optimizer.zero_grad()
         update.skipped = scaler.last_skipped
         if config.model_ema is not None:
-            config.model_ema.update(scaler.fp32_state_dict(model), update.skipped)
+            config.model_ema.update(scaler.fp32_state_dict(model), update.skipped, update_step)
         unread.append(update)
         must_read = monitor.finish_sync(update, device) or line_is_due
         if must_read or accelerator.is_synchronous(device) or update.skipped is True or len(unread) >= UNREAD_UPDATES:

@@ -132,9 +132,9 @@ PROBE_DEFAULTS = dict(epochs=50, warmup_epochs=0, lr=4e-3, min_lr=0., weight_dec
                       smoothing=0., reprob=0.)
 PROBE_FIXED = ('eval', 'check_data', 'prof', 'cann_prof', 'report', 'results_file', 'class_names', 'real_labels',
                'best_by', 'robust_test', 'test_flip', 'model_ema', 'model_ema_decay', 'model_ema_force_cpu',
-               'disable_eval_during_finetuning', 'layer_decay', 'drop', 'drop_path', 'attn_drop_rate', 'skip_dropped',
-               'grad_checkpointing', 'rel_pos_bias', 'abs_pos_emb', 'qkv_bias', 'use_mean_pooling',
-               'layer_scale_init_value', 'init_scale', 'freeze_backbone', 'unfreeze_epoch',
+               'model_ema_warmup', 'disable_eval_during_finetuning', 'layer_decay', 'drop', 'drop_path',
+               'attn_drop_rate', 'skip_dropped', 'grad_checkpointing', 'rel_pos_bias', 'abs_pos_emb', 'qkv_bias',
+               'use_mean_pooling', 'layer_scale_init_value', 'init_scale', 'freeze_backbone', 'unfreeze_epoch',
                'disable_weight_decay_on_rel_pos_bias')
 
 GROUPS = {  # in the order of --help
@@ -295,11 +295,12 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('compile_backend', 'inductor', 'of --compile; on an NPU also torchair, npugraph_ex'),
         Flag('model_ema', False, 'keep and evaluate a moving average of the weights', follows_checkpoint=True),
         Flag('model_ema_decay', 0.9999, 'decay of the average per update', type=share),
+        Flag('model_ema_warmup', False, 'start the average with a lower decay'),
         Flag('model_ema_force_cpu', False, 'keep the average in host memory', affects_results=False),
         Flag('disable_eval_during_finetuning', False, 'skip the evaluations during training'),
     ),
     (TRAINING, 'optimizer'): (
-        Flag('opt', 'adamw', 'optimizer name; --help lists them'),
+        Flag('opt', 'adamw', 'optimizer name, also of the installed timm, such as lion; --help lists others'),
         Flag('opt_eps', 1e-8, 'epsilon of the optimizer', shown='1e-8', type=bounded_number(float, 0, above=True)),
         Flag('opt_betas', None, 'betas of the optimizer', shown='the optimizer\'s defaults', type=below_one, nargs='+'),
         Flag('clip_grad', None, 'clip the norm of all gradients to this value', shown='no clipping', type=rate,
@@ -344,6 +345,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('cutmix_minmax', None, 'minimum and maximum area of cutmix, instead of its alpha', type=share, nargs=2),
         Flag('mixup_prob', 1., 'probability of mixing a batch', type=share),
         Flag('mixup_switch_prob', 0.5, 'probability of cutmix instead of mixup, if both are on', type=share),
+        Flag('mixup_off_epoch', 0, 'mix no more from epoch N, counted from 0; 0: mix in all', type=whole),
         Flag('mixup_mode', 'batch', 'unit of one mixing ratio: batch, pair, elem', choices=('batch', 'pair', 'elem')),
     ),
     (TRAINING, 'fine-tuning'): (
@@ -485,7 +487,7 @@ USAGES = {
 models:
 %s
 
-optimizers, with an optional prefix lookahead_:
+optimizers, with an optional prefix lookahead_, besides those of timm.optim.list_optimizers():
 %s
 """ % tuple(textwrap.fill(', '.join(names), 100, initial_indent='  ', subsequent_indent='  ')
             for names in (MODELS, OPTIMIZERS))),

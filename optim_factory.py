@@ -4,18 +4,22 @@ Layer-wise learning rates and weight decay follow the reference's optim_factory.
 https://arxiv.org/abs/2106.08254, appendix; the idea is ELECTRA's, https://arxiv.org/abs/2003.10555).
 """
 
+import copy
 import inspect
 import math
-from typing import Any, Collection, Dict, List, Optional, Set, Tuple
+import re
+from typing import Any, Collection, Dict, Iterable, List, Optional, Set, Tuple
 
 import numpy as np
 import timm.optim
 import torch
 from torch import nn
 
+from beit.checkpoint.training_state import HostCopies, load_optimizer
 from beit.config import OptimizerConfig
 from beit.devices import kernels
-from beit.errors import UserError, unknown_value_error
+from beit.errors import UserError, escape_text, one_line, unknown_value_error
+from modeling_finetune import VisionTransformer
 
 # ---- parameter groups
 
@@ -72,7 +76,7 @@ def _fused(name, **fixed):
     return lambda under_apex: (kernels.fused_optimizer(name, under_apex), fixed)
 
 
-# Name to a function from `under_apex` to (class, fixed arguments).
+# Name to a function from `under_apex` to (class, fixed arguments). The installed timm has other names.
 OPTIMIZERS = {
     'adamw': _torch('AdamW'),
     'adam': _torch('Adam'),
@@ -98,6 +102,7 @@ OPTIMIZERS = {
     'fusedlamb': _fused('FusedLAMB'),
     'fusednovograd': _fused('FusedNovoGrad', betas=(0.95, 0.98)),
 }
+SAME_STATE = {'adam': 'adamw', 'nesterov': 'sgd', 'momentum': 'sgd'}  # they continue from each other's moments
 
 
 def optimizer_class(name: str, under_apex: Optional[bool] = None) -> Tuple[Any, Dict[str, Any], bool]:
@@ -110,18 +115,80 @@ def optimizer_class(name: str, under_apex: Optional[bool] = None) -> Tuple[Any, 
         UserError: the name is unknown, or its library is missing.
     """
     lookahead, _, base = name.lower().rpartition('lookahead_')
-    if base not in OPTIMIZERS or lookahead:
-        raise unknown_value_error('--opt', name, list(OPTIMIZERS) + ['lookahead_adamw'])
-    cls, fixed = OPTIMIZERS[base](under_apex)
+    known: List[str] = getattr(timm.optim, 'list_optimizers', list)()
+    if base not in [*OPTIMIZERS, *known] or lookahead:
+        raise unknown_value_error('--opt', name, [*OPTIMIZERS, *known, 'lookahead_adamw'])
+    if base in OPTIMIZERS:
+        cls, fixed = OPTIMIZERS[base](under_apex)
+    else:
+        try:
+            cls = timm.optim.get_optimizer_class(base, bind_defaults=False)
+        except (AssertionError, ImportError) as error:
+            raise UserError('--opt %s: %s; use --opt adamw' % (name, one_line(error))) from None
+        fixed = dict(timm.optim.get_optimizer_info(base).defaults or {})
     if cls is None:
         raise UserError('--opt %s: neither this PyTorch nor this timm has it; use --opt adamw' % name)
     return cls, fixed, name.lower().startswith('lookahead_')
 
 
-def check_optimizer(name: str, momentum: float) -> None:
-    """Raise a `UserError` for a value of --opt that is not available, or that needs momentum."""
-    if optimizer_class(name)[1].get('nesterov') and momentum == 0:
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Raise a `UserError` for a value of --opt that is not available, needs momentum, or fails its trial."""
+    name = config.opt
+    if optimizer_class(name)[1].get('nesterov') and config.momentum == 0:
         raise UserError('--momentum 0: --opt %s needs momentum; use --opt momentum for plain descent' % name)
+    if name.lower().replace('lookahead_', '') not in OPTIMIZERS:
+        try:
+            problem = trial_problem(config)
+        except UserError:
+            raise
+        except Exception as error:  # of any library
+            problem = 'it fails on a small model (%s: %s)' % (type(error).__name__, one_line(error)[:200])
+        if problem:
+            raise UserError('--opt %s: %s; use --opt adamw' % (name, problem))
+
+
+def trial_problem(config: OptimizerConfig) -> str:
+    """Why a run cannot use an optimizer; '' if a tiny model resumes exactly and follows the rates of its groups."""
+    if optimizer_class(config.opt)[0].state_dict is not torch.optim.Optimizer.state_dict:
+        return 'it has more state than moments, such as random numbers, which a checkpoint does not hold'
+    with torch.random.fork_rng([]):
+        model = VisionTransformer(4, 2, 3, 2, embed_dim=4, depth=1, num_heads=1, qkv_bias=True, init_values=0.1,
+                                  use_rel_pos_bias=True)
+
+    def learner(model: Any) -> Tuple[Any, torch.optim.Optimizer]:
+        model = copy.deepcopy(model)
+        return model, create_optimizer(model, config)
+
+    def update(model: Any, optimizer: Any, steps: Iterable[int], rate: float = 0.01) -> torch.Tensor:
+        for step in steps:
+            for group in optimizer.param_groups:
+                group['lr'] = rate * (step + 1) * group['lr_scale']
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    broken = learner(model)
+    update(*broken, range(2))
+    resumed = learner(broken[0])
+    try:
+        load_optimizer('', resumed[1], copy.deepcopy(HostCopies().optimizer(broken[1])))
+    except UserError:
+        return 'a checkpoint cannot hold its state'
+    if not torch.equal(update(*resumed, range(2, 4)), update(*learner(model), range(4))):
+        return 'a checkpoint does not hold all of its state, so a resumed run would compute other numbers'
+    before, high, low = (update(*learner(model), range(steps), rate) for steps, rate in ((0, 0.), (3, 0.01), (3, 1e-4)))
+    follows = (low - before).abs().sum() < 0.5 * (high - before).abs().sum()
+    return '' if follows else 'it does not follow the learning rates of layer decay and the schedule'
+
+
+def check_same_state(source: str, theirs: Any, opt: str) -> None:
+    """Raise a `UserError` where a run cannot continue from the moments of a checkpoint's optimizer, `theirs`."""
+    kinds = [re.sub('^(lookahead_)?((npu)?fused)?', '', str(name).lower()) for name in (theirs, opt)]
+    if theirs and len({SAME_STATE.get(kind, kind) for kind in kinds}) > 1:
+        raise UserError('--opt %s: %s was trained with --opt %s, whose moments are of another kind; give its --opt, or '
+                        'give the file to --finetune' % (opt, escape_text(source), escape_text(str(theirs)[:40])))
 
 
 def create_optimizer(model: nn.Module, config: Optional[OptimizerConfig] = None, under_apex: Optional[bool] = None,
@@ -148,9 +215,12 @@ def create_optimizer(model: nn.Module, config: Optional[OptimizerConfig] = None,
         'lr': config.lr, 'weight_decay': config.weight_decay, 'eps': config.opt_eps, 'momentum': config.momentum}
     if betas is not None:
         chosen['betas'] = tuple(betas)
-    if cls.__name__ == 'Adafactor':
-        chosen.pop('eps')  # Adafactor has two, with their own defaults
+    is_ours = opt.lower().replace('lookahead_', '') in OPTIMIZERS
+    if cls.__name__ == 'Adafactor' or not is_ours and config.opt_eps == OptimizerConfig.opt_eps:
+        chosen.pop('eps')  # their defaults differ, and Adafactor has two
     chosen.update(fixed)
+    for group in groups if fixed.get('corrected_weight_decay') else ():
+        group['max_lr_snapshot'] = config.lr * group['lr_scale']  # the decay relates the rate to it
     chosen = {name: value for name, value in chosen.items() if name in accepted}
     optimizer = cls(groups, **chosen) if under_apex else kernels.build_optimizer(cls, groups, **chosen)
     return timm.optim.Lookahead(optimizer) if lookahead else optimizer

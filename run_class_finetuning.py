@@ -378,7 +378,8 @@ def build_learner(args: argparse.Namespace, data: Data, model: torch.nn.Module,
     if checkpoint and checkpoint.program is not None:
         return Learner(model, None, loss_scaler.LossScaler(), None, device, None, 'as exported')
     optimizer = None if args.eval else build_optimizer(args, model, half_precision.apex_amp(device, dtype) is not None)
-    ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None) \
+    ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None,
+                         args.model_ema_warmup) \
         if args.model_ema else None
     if ema is not None and args.eval and checkpoint:
         inference_model.load_state(ema.ema, checkpoint.averaged(), data.outputs, quiet=True)
@@ -430,6 +431,8 @@ def resume(args: argparse.Namespace, data: Data, learner: Learner,
     if checkpoint is not None:
         source, content = checkpoint.source, checkpoint.content
         comparison.check_unseen(source, content, data.val_set, args.val_split)
+        if isinstance(content.get('optimizer'), dict):
+            optim_factory.check_same_state(source, model_spec.saved_args(content).get('opt'), args.opt)
         run_state = training_state.resume_training(source, content, learner.model, learner.optimizer, learner.scaler,
                                                    learner.ema, model_key=args.model_key,
                                                    model_prefix=args.model_prefix)
@@ -644,6 +647,8 @@ def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learne
         is_due, is_whole = epochs % args.val_interval == 0, steps == data.steps_per_epoch
         is_last = epoch * data.steps_per_epoch + steps >= step_limit
         unfreeze_when_due(args, learner, epoch)
+        if training['mixup_fn'] is not None:
+            training['mixup_fn'].mixup_enabled = not 0 < args.mixup_off_epoch <= epoch
         training['data_loader'].sampler.set_epoch(epoch, state.steps * args.update_freq * args.batch_size)
         train_stats = engine.train_one_epoch(
             model=learner.model, device=learner.device, epoch=epoch, log_writer=writer,

@@ -306,28 +306,33 @@ class ModelEma:
 
     Attributes:
         ema (Module): the averaged model, for evaluation.
+
+    Args:
+        warmup (bool): begin with a lower decay, as timm's ModelEmaV3 with `use_warmup`.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float = 0.9999,
-                 device: Union[str, torch.device, None] = None) -> None:
+                 device: Union[str, torch.device, None] = None, warmup: bool = False) -> None:
         self.ema = copy.deepcopy(model).eval()
-        self.decay = decay
+        self.decay, self.warmup = decay, warmup
         if device is not None:
             self.ema.to(device)
         for parameter in self.ema.parameters():
             parameter.requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, state: Dict[str, torch.Tensor], skip: Any = False) -> None:
+    def update(self, state: Dict[str, torch.Tensor], skip: Any = False, step: int = 0) -> None:
         """Update the average with `state`, the model's weights and buffers, {name: float32 tensor}, unless `skip`.
 
         Args:
+            step (int): the update step of the run, from 0.
             skip (bool or 0-dim bool tensor): whether the update was skipped, as `LossScaler.last_skipped` says.
         """
         averages = self.ema.state_dict()
         floats = [name for name, average in averages.items() if average.is_floating_point()]
         values = [state[name].to(averages[name].device) for name in floats]
-        kernels.foreach_lerp([averages[name] for name in floats], values, self.decay, skip)
+        decay = min(self.decay, 1 - (1 + step) ** (-2 / 3)) if self.warmup else self.decay
+        kernels.foreach_lerp([averages[name] for name in floats], values, decay, skip)
         for name in set(averages) - set(floats):
             averages[name].copy_(state[name])
 

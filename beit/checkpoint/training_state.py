@@ -172,6 +172,8 @@ class HostCopies:
             if part in state:
                 state[part] = {key: {name: self._portable((part, key, name), value) for name, value in values.items()}
                                for key, values in state[part].items()}
+        state['param_groups'] = [{name: float(value) if torch.is_tensor(value) else value
+                                  for name, value in group.items()} for group in state['param_groups']]
         if hasattr(kernels.base_optimizer(optimizer), 'generator'):  # Adahessian's
             state['generator'] = kernels.base_optimizer(optimizer).generator.get_state()
         return state
@@ -231,12 +233,15 @@ def load_optimizer(source: str, optimizer: torch.optim.Optimizer, state: Dict[st
         if len(theirs) != len(optimizer.param_groups):
             raise ValueError('it has %d parameter groups, this run %d' % (len(theirs), len(optimizer.param_groups)))
         groups = [dict({name: value for name, value in mine.items() if name != 'params'}, params=group['params'],
-                       **{name: group[name] for name in COUNTERS if type(group.get(name)) is int})
+                       **{name: group[name] for name in COUNTERS if type(group.get(name)) in (int, float)})
                   for mine, group in zip(optimizer.param_groups, theirs)]
         _check_moments(optimizer, groups, state['state'])
         optimizer.load_state_dict(dict(
             {name: _copies(state[name]) for name in ('state', 'slow_state') if name in state}, param_groups=groups))
         inner = kernels.base_optimizer(optimizer)
+        for values in inner.state.values() if type(inner).__module__.startswith('timm.') else ():
+            if type(values.get('step')) is float:  # a tensor before `HostCopies`
+                values['step'] = torch.tensor(values['step'])
         if hasattr(inner, 'generator') and 'generator' in state:
             inner.generator = torch.Generator(inner.param_groups[0]['params'][0].device)
             inner.generator.set_state(state['generator'])
