@@ -51,7 +51,7 @@ def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.de
 
 def build_class_folders(is_train: bool, config: InputConfig, device: Optional[torch.device]) -> ImageFolder:
     flag, root = locations.split_root(is_train, config)
-    return ImageFolder(root, flag, device, config.check_data, **_reading(is_train, config, device))
+    return ImageFolder(root, flag, device, config.check_data, config.class_depth, **_reading(is_train, config, device))
 
 
 def build_cifar(is_train: bool, config: InputConfig, device: Optional[torch.device]) -> torchvision_datasets.CIFAR100:
@@ -104,7 +104,9 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
         raise UserError('--train_csv %s: its images have several classes, and class folders give one; give --val_csv'
                         % escape_text(config.train_csv))
     if train_classes and val_classes and train_classes != val_classes:
-        empty = {os.path.basename(path) for part in (train, val) for path in getattr(part, 'empty', ())}  # --check_data
+        parts: List[Any] = [train, val]
+        empty = {os.path.relpath(path, escape_text(part.samples.root)) for part in parts
+                 for path in getattr(part, 'empty', ())}  # --check_data
         only = [('train', set(train_classes) - set(val_classes) - empty),
                 ('val', set(val_classes) - set(train_classes) - empty)]
         differ = '; '.join('only in %s: %s' % (split, ', '.join(map(escape_text, sorted(names)[:5])))

@@ -52,7 +52,7 @@ from beit.data.unreadable import LIST, UnreadableFiles
 from beit.devices import accelerator, half_precision, kernels
 from beit.distributed import collectives, preemption, process_group, watchdog
 from beit.errors import UserError, escape_text, required_output
-from beit.files import run_folder
+from beit.files import archives, run_folder
 from beit.model_spec import ModelSpec
 from beit.outputs import run_log, start_table
 from beit.outputs.report import Report, augmented_samples
@@ -203,7 +203,7 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[
     if not args.eval:
         return inference_model.read_weights(path, content, trains=True, **keys)
     saved = model_spec.saved_args(content)
-    if args.eval_data_path or args.val_csv or os.path.isdir(os.path.join(args.data_path, 'val')):
+    if args.eval_data_path or args.val_csv or archives.isdir(locations.part_of(args.data_path, 'val')):
         saved = {name: value for name, value in saved.items() if name != 'val_split'}
     given = args.given & {field.name for kind in (ModelConfig, TransformConfig) for field in dataclasses.fields(kind)}
     given |= args.given & {'loss'} if args.loss != 'auto' else set()

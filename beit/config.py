@@ -44,6 +44,7 @@ class DataConfig:
     eval: bool = False  # no training set is needed
     disable_eval_during_finetuning: bool = False
     check_data: bool = False
+    class_depth: int = 1  # folders from the root to a class's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from beit.data.decode import PLUGINS, image_extensions, is_image_file
 from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text
+from beit.files import archives
 from beit.log import log_main
 
 # Files and folders of file managers, archives and NAS systems, besides names that begin with a dot.
@@ -23,12 +24,13 @@ NOT_DATA = {'__MACOSX', '@eaDir', '@tmp', '@Recycle', '#recycle', '#snapshot', '
 OnSkip = Callable[[str, str], None]  # receives the path of an unused file or folder, and the reason
 
 
-def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List[str], SampleList, List]:
+def scan_classes(root: str, device: Optional[torch.device] = None, depth: int = 1
+                 ) -> Tuple[List[str], SampleList, List]:
     """(class names, images, [path, reason] of unused files), in the order of torchvision's `DatasetFolder`.
 
     Every folder in `root` is a class, with the image files in it at any depth; links are followed. A file's ending or,
     without one, its content makes it an image. Paths have surrogates for bytes that aren't text; class names are in
-    `normalize`'s form.
+    `normalize`'s form. With a `depth` of 2, the classes are the folders in these, with names such as dog/husky.
 
     Args:
         device: this process's, if all processes of a job call this: the main process broadcasts its result. None: each
@@ -39,22 +41,24 @@ def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List
             or counted twice. (A broken link named like an image is an unreadable file.)
     """
     packed = collectives.broadcast_from_main(lambda keep_alive: _scan(root, keep_alive), device)
-    found, unused = json.loads(packed.decode())
+    every, unused = json.loads(packed.decode())
+    found = [(folder, files) for folder, files in every if len(folder.split(os.sep)) >= depth]
+    unused += [(os.path.join(root, folder, name), 'above the folders of --class_depth %d' % depth)
+               for folder, files in every if len(folder.split(os.sep)) < depth for name in files.split('/') if name]
     filled = {folder for folder, files in found if files}
-    nested = sorted(folder for folder in filled if os.sep in folder and folder.split(os.sep)[0] not in filled)
+    nested = sorted(folder for folder in filled if _class_of(folder, depth) not in filled)
     if nested:
-        log_main('%s: %s: subfolders hold all images of the class %s. To make them separate classes, list the images '
-                 'in a CSV file (--train_csv, --val_csv)' % (
-                     escape_text(root), ', '.join(map(escape_text, nested[:3])),
-                     escape_text(nested[0].split(os.sep)[0])))
-    classes = sorted(normalize(folder) for folder, _ in found if os.sep not in folder)
+        log_main('%s: %s: subfolders hold all images of the class %s. To make them separate classes, give '
+                 '--class_depth %d' % (escape_text(root), ', '.join(map(escape_text, nested[:3])),
+                                       escape_text(_class_of(nested[0], depth)), depth + 1))
+    classes = sorted(normalize(_class_of(folder, depth)) for folder, _ in found if folder.count(os.sep) == depth - 1)
     for name, following in zip(classes, classes[1:]):
         if name == following:
             raise UserError('%s: two class folders are called %s, in two Unicode forms; put their images in one'
                             % (escape_text(root), escape_text(name)))
     index_of = {name: index for index, name in enumerate(classes)}
     text, ends, labels = bytearray(), array.array('q', [0]), array.array('q')
-    for label, folder, files in sorted((index_of[normalize(folder.split(os.sep)[0])], folder, files)
+    for label, folder, files in sorted((index_of[normalize(_class_of(folder, depth))], folder, files)
                                        for folder, files in found):
         prefix = os.fsencode(folder + os.sep)
         for name in files.split('/') if files else ():
@@ -62,6 +66,11 @@ def scan_classes(root: str, device: Optional[torch.device] = None) -> Tuple[List
             ends.append(len(text))
             labels.append(label)
     return classes, SampleList(root, bytes(text), ends, labels), unused
+
+
+def _class_of(folder: str, depth: int) -> str:
+    """The name of the class of a folder, with / between its parts."""
+    return '/'.join(folder.split(os.sep)[:depth])
 
 
 def _scan(root: str, keep_alive: Callable[[], None]) -> bytes:
@@ -97,7 +106,7 @@ def walk_folders(root: str, on_skip: OnSkip, exclude: Collection[str] = ()) -> I
             continue
         folders: List[str] = []
         try:
-            with os.scandir(path) as entries:
+            with archives.scandir(path) as entries:
                 yield folder, _image_names(entries, path, folders, on_skip)
         except OSError as error:
             raise _listing_error(error, path) from None

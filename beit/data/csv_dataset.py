@@ -22,6 +22,7 @@ from beit.data.class_folders import is_image_name, normalize
 from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text, nearest
+from beit.files import archives
 from beit.files.regular_file import open_file
 from beit.log import log_main
 
@@ -297,7 +298,7 @@ def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_e
     for folder, indices in folders.items():
         keep_alive()
         listed = np.zeros(0, dtype=np.int64)
-        with contextlib.suppress(OSError), os.scandir(folder or '.') as entries:
+        with contextlib.suppress(OSError), archives.scandir(folder or '.') as entries:
             listed = np.fromiter((hash(entry.name) for entry in entries), np.int64)
         hashes = np.fromiter((hash(os.path.basename(samples.path(index))) for index in indices), np.int64, len(indices))
         for index in np.array(indices)[~np.isin(hashes, listed)].tolist():

@@ -23,6 +23,7 @@ from beit.data import subsets
 from beit.data.decode import has_alpha
 from beit.data.image_dataset import label_source
 from beit.distributed import collectives, process_group
+from beit.files import archives
 from beit.files.regular_file import open_file
 from beit.log import log_main
 
@@ -111,7 +112,7 @@ def _size(dataset, index):
     """Bytes; -1 if the file is missing."""
     pixels = _array(dataset, index)
     try:
-        return pixels.nbytes if pixels is not None else os.stat(dataset.samples[index][0]).st_size
+        return pixels.nbytes if pixels is not None else archives.size(dataset.samples[index][0])
     except (OSError, ValueError):
         return -1
 

@@ -11,6 +11,7 @@ from beit.data.class_folders import describe_unused, scan_classes
 from beit.data.decode import load_image
 from beit.data.transforms import SMALL_INPUT
 from beit.errors import UserError, escape_text
+from beit.files import archives
 from beit.log import log_main
 
 
@@ -65,7 +66,7 @@ class ImageFolder(ImageDataset):
     """Class folders of images; the classes are the folders' names in sorted order.
 
     Args:
-        device, reading: see `class_folders.scan_classes` and `ImageDataset`.
+        device, depth, reading: see `class_folders.scan_classes` and `ImageDataset`.
         allow_empty: for --check_data; `empty` lists the class folders without an image.
 
     Raises:
@@ -73,15 +74,15 @@ class ImageFolder(ImageDataset):
     """
 
     def __init__(self, root: str, flag: str = '--data_path', device: Optional[torch.device] = None,
-                 allow_empty: bool = False, **reading: Any) -> None:
+                 allow_empty: bool = False, depth: int = 1, **reading: Any) -> None:
         shown = escape_text(root)
-        if not os.path.isdir(root):
+        if not archives.isdir(root):
             raise UserError('%s: there is no folder %s; it must hold one folder of images per class' % (flag, shown))
-        classes, samples, self.unused = scan_classes(root, device)
+        classes, samples, self.unused = scan_classes(root, device, depth)
         super().__init__(samples, classes, **reading)
         if not classes:
-            raise UserError('%s: %s has no class folders; put the images of each class in a separate folder'
-                            % (flag, shown))
+            raise UserError('%s: %s has no class folders%s; put the images of each class in a separate folder'
+                            % (flag, shown, ' at --class_depth %d' % depth if depth > 1 else ''))
         counts = np.bincount(samples.targets, minlength=len(classes)).tolist()
         empty = [escape_text(os.path.join(root, name)) for name, count in zip(classes, counts) if not count]
         self.empty = empty

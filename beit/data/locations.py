@@ -14,6 +14,7 @@ from beit.data import csv_dataset
 from beit.data.class_folders import is_image_name
 from beit.data.transforms import SMALL_INPUT
 from beit.errors import UserError, escape_text, unknown_value_error
+from beit.files import archives
 from beit.log import log_main
 from beit.paths import cache_folder, project_root
 
@@ -92,11 +93,12 @@ def check_class_folders(config: InputConfig) -> None:
                         if not config.train_csv else '--train_csv %s: there are no validation images; give --val_csv, '
                         'or --val_split 0.1 to hold out a tenth of these' % escape_text(config.train_csv))
     for flag, path in (('--data_path', config.data_path), ('--eval_data_path', config.eval_data_path)):
-        if path and (path, flag) != ('demo', '--data_path') and not os.path.isdir(path):
-            raise UserError('%s %s: no such folder' % (flag, escape_text(path)))
+        if path and (path, flag) != ('demo', '--data_path') and not archives.isdir(path):
+            raise UserError('%s %s: %s' % (flag, escape_text(path), 'a file; give a folder, or a .zip or .tar that is '
+                            'not compressed further' if os.path.isfile(path) else 'no such folder'))
     for is_train in in_folders if config.data_path != 'demo' else ():
         flag, root = split_root(is_train, config)
-        if not os.path.isdir(root):
+        if not archives.isdir(root):
             folder = getattr(config, flag[2:])
             raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s' % (
                 flag, escape_text(folder), escape_text(root), _layout_remedy(folder, is_train)
@@ -108,15 +110,21 @@ def _layout_remedy(folder: str, is_train: bool) -> str:
     """The flags that read other folders in --data_path than train/ and val/."""
     if os.path.basename(os.path.normpath(folder)) in ('train', 'val'):
         return '; or give the folder above, if that holds train/ and val/'
-    with os.scandir(folder) as entries:
-        folders = {entry.name: entry.path for entry in entries if os.path.isdir(entry.path)}
+    with archives.scandir(folder) as entries:
+        folders = {entry.name: entry.path for entry in entries if archives.isdir(entry.path)}
     for name, path in sorted(folders.items(), reverse=True):  # valid before test
         if csv_dataset.SPLITS.get(name.lower()) in (('train',) if is_train else ('val', 'test')):
             return ('; --data_set image_folder --data_path %s reads that folder' if is_train else
                     '; --eval_data_path %s reads that folder') % escape_text(path)
+    for path in folders.values():  # an archive of a folder
+        if archives.isdir(part_of(path, 'train' if is_train else 'val')):
+            return '; give %s' % escape_text(path)
     if {'train', 'val'} & set(folders):
         return ''
-    with_images = [name for name, path in folders.items() if any(map(is_image_name, os.listdir(path)))]
+    with_images = []
+    for name, path in folders.items():
+        with archives.scandir(path) as entries:
+            with_images += [name] * any(is_image_name(entry.name) for entry in entries)
     if not with_images:
         return ''
     return '; --data_set image_folder --data_path %s reads the class folders in it (%s%s), with --val_split or ' \
@@ -144,11 +152,12 @@ def check_split(config: DataConfig) -> None:
             raise UserError(prefix + '--%s names the validation images; leave one of the two out' % flag)
     if config.data_set == 'CIFAR':
         raise UserError(prefix + 'CIFAR has a test set; leave the flag out')
-    val = os.path.join(resolve_data_path(config.data_path), 'val')
-    if config.data_set == 'IMNET' and config.data_path and not config.train_csv and os.path.lexists(val):
+    val = part_of(resolve_data_path(config.data_path), 'val')
+    if config.data_set == 'IMNET' and config.data_path and not config.train_csv and (
+            os.path.lexists(val) or archives.isdir(val)):
         raise UserError(prefix + 'there is a folder %s with validation images; leave the flag out, or name the class '
                         'folders with --data_set image_folder --data_path %s'
-                        % (escape_text(val), escape_text(os.path.join(os.path.dirname(val), 'train'))))
+                        % (escape_text(val), escape_text(part_of(resolve_data_path(config.data_path), 'train'))))
 
 
 def check_csv_flags(config: DataConfig) -> None:
@@ -192,7 +201,17 @@ def split_root(is_train: bool, config: DataConfig) -> Tuple[str, str]:
         return '--eval_data_path', config.eval_data_path
     if not is_train and config.eval_data_path:
         return '--eval_data_path', config.eval_data_path
-    return '--data_path', os.path.join(resolve_data_path(config.data_path), 'train' if is_train else 'val')
+    return '--data_path', part_of(resolve_data_path(config.data_path), 'train' if is_train else 'val')
+
+
+def part_of(folder: str, part: str) -> str:
+    """The class folders of train or val: a folder there, or an archive, whose uppermost folder can have that name."""
+    path = os.path.join(folder, part)
+    for archive in [path + ending for ending in archives.READERS] if not archives.isdir(path) else ():
+        if os.path.isfile(archive):
+            inside = os.path.join(archive, part)
+            return inside if archives.isdir(inside) else archive
+    return path
 
 
 def cifar_root(data_path: str) -> str:

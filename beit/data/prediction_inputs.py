@@ -15,6 +15,7 @@ import torch
 from beit.data.class_folders import OnSkip, describe_unused, extension_of, is_image_name, walk_folders
 from beit.data.transforms import EvalTransform, image_reader
 from beit.errors import UserError, escape_text
+from beit.files import archives
 from beit.log import log_main
 
 SORTED_AT_ONCE = 1 << 16  # names; they bound the memory
@@ -45,7 +46,7 @@ def in_order(names: Iterable[str]) -> Iterator[str]:
 def check_inputs(inputs: Sequence[str]) -> None:
     """Raise a `UserError` for an input without a file."""
     for name in inputs:
-        if not os.path.lexists(name) and next(glob.iglob(name, recursive=True), None) is None:
+        if not (os.path.lexists(name) or archives.isdir(name)) and next(glob.iglob(name, recursive=True), None) is None:
             raise UserError('%s: %s' % (escape_text(name), 'no file matches' if glob.has_magic(name) else
                                         'no such file or folder'))
 
@@ -58,7 +59,7 @@ def find_images(inputs: Sequence[str], exclude: Collection[str] = (),
     folders count with all images in them, unless the pattern is recursive (**).
     """
     for name in inputs:
-        if os.path.isdir(name):
+        if archives.isdir(name):
             yield from walk_images(name, exclude, on_skip)
         elif os.path.lexists(name):
             yield name

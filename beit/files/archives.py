@@ -1,0 +1,183 @@
+"""Reads zip and tar archives in place. Paths go on inside of them: DIR/data.zip/train/cat/1.png.
+
+Each process indexes an archive once, before it forks its loader processes. A file is then read at its offset with
+`os.pread`, which has no position to share.
+"""
+
+import array
+import collections
+import contextlib
+import functools
+import os
+import re
+import struct
+import tarfile
+import types
+import zipfile
+import zlib
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+
+from beit.errors import UserError, escape_text
+
+LARGEST = 1 << 30  # bytes of one file; an archive can claim any size
+JOINED = 1 << 20  # bytes after the end of a tar; packers fill up to some kilobytes
+Row = Tuple[str, int, int, int, int, int]  # name, with / for a folder; offset, bytes stored, bytes, deflated, CRC or -1
+Read = Callable[[int, int], bytes]  # (bytes, offset) to their content
+
+
+class ZipReader:
+    """Files that are stored or deflated; the offset is that of the local header."""
+
+    @staticmethod
+    def rows(path: str) -> Iterator[Row]:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.flag_bits & 1:
+                    raise ValueError('%s is encrypted' % info.filename)
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError('%s is neither stored nor deflated' % info.filename)
+                yield (info.filename, info.header_offset, info.compress_size, info.file_size,
+                       info.compress_type == zipfile.ZIP_DEFLATED, info.CRC)
+
+    @staticmethod
+    def content(read: Read, offset: int, stored: int, size: int, deflated: int, crc: int) -> bytes:
+        header = read(30, offset)
+        data = read(stored, offset + 30 + sum(struct.unpack('<HH', header[26:])))
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1) if deflated else data
+        if header[:4] != b'PK\3\4' or len(data) != size or zlib.crc32(data) != crc:
+            raise ValueError('it is damaged in the archive: its checksum differs')
+        return data
+
+
+class TarReader:
+    """Files of an uncompressed tar."""
+
+    @staticmethod
+    def rows(path: str) -> Iterator[Row]:
+        with tarfile.open(path, 'r:', encoding='utf-8', errors='surrogateescape') as archive:
+            for info in iter(archive.next, None):
+                if not (info.isdir() or info.isreg()) or info.issparse():
+                    raise ValueError('%s is a link or special; pack with tar --dereference --hard-dereference'
+                                     % info.name)
+                yield info.name + '/' * info.isdir(), info.offset_data, info.size, info.size, 0, -1
+                archive.members.clear()  # type: ignore[attr-defined]  # saves memory
+            with open(path, 'rb') as file:
+                file.seek(archive.offset)
+                is_end = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+                if not is_end or file.seek(0, os.SEEK_END) > archive.offset + JOINED:
+                    raise ValueError('it is damaged, truncated or joined of several at byte %d' % archive.offset)
+
+    @staticmethod
+    def content(read: Read, offset: int, stored: int, size: int, deflated: int, crc: int) -> bytes:
+        return read(size, offset)
+
+
+READERS: Dict[str, Any] = {'.zip': ZipReader, '.tar': TarReader}  # by the ending
+_archives: Dict[str, 'Archive'] = {}
+
+
+class Archive:
+    """The index of an archive.
+
+    Attributes:
+        folders: {folder: names of the files and folders in it, joined by /; folders end with a NUL}.
+
+    Raises:
+        UserError: it can't be read, or holds names that no folder can hold.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path, self.reader, self.handles = path, READERS[path[-4:].lower()], {}  # type: str, Any, Dict[int, int]
+        found: Dict[str, List[str]] = {'': []}
+        keys, rows = array.array('q'), array.array('q')
+        try:
+            status = os.stat(path)
+            self.stamp = status.st_size, status.st_mtime_ns
+            for name, *row in self.reader.rows(path):
+                parts = [part for part in name.split('/') if part != '.']
+                is_folder = name.endswith('/')
+                parts = parts[:-1] if is_folder else parts
+                if '..' in parts or '' in parts or re.search(r'[\\\0]', name):
+                    raise ValueError('%s is no name in a folder' % name)
+                if not 0 <= row[0] <= row[0] + row[1] <= status.st_size:
+                    raise ValueError('%s is not all in it; it is truncated' % name)
+                for depth in range(1, len(parts) + is_folder):
+                    if '/'.join(parts[:depth]) not in found:
+                        found['/'.join(parts[:depth])] = []
+                        found['/'.join(parts[:depth - 1])].append(parts[depth - 1] + '\0')
+                if not is_folder:
+                    found['/'.join(parts[:-1])].append(parts[-1])
+                    keys.append(hash('/'.join(parts)))
+                    rows.extend(row)
+        except Exception as error:  # the libraries raise nearly anything on a damaged file
+            raise UserError('%s: cannot be read as an archive (%s); unpack it, or pack a .zip or a .tar that is not '
+                            'compressed' % (escape_text(path), escape_text(str(error)[:200]))) from None
+        order = np.argsort(np.asarray(keys), kind='stable')
+        self.keys, self.rows = np.asarray(keys)[order], np.asarray(rows).reshape(-1, 5)[order]
+        self.folders = {folder: '/'.join(names) for folder, names in found.items()}
+        for folder, names in found.items() if (np.diff(self.keys) == 0).any() else ():
+            twice = [name for name, count in collections.Counter(names).items() if count > 1]
+            if twice:
+                raise UserError('%s: it holds %s twice; pack it again'
+                                % (escape_text(path), escape_text('/'.join(filter(None, (folder, twice[0]))))))
+
+    def row(self, name: str) -> List[int]:
+        """Offset, bytes stored, bytes, whether deflated, CRC of a file. Raises FileNotFoundError."""
+        index = np.searchsorted(self.keys, hash(name))
+        if index == len(self.keys) or self.keys[index] != hash(name):
+            raise FileNotFoundError(2, 'no such file in the archive', name)
+        return self.rows[index].tolist()
+
+    def content(self, name: str) -> bytes:
+        row = self.row(name)
+        if row[2] > LARGEST:
+            raise ValueError('it has %.1f GiB; the limit in an archive is 1' % (row[2] / LARGEST))
+        return self.reader.content(self.read, *row)
+
+    def read(self, count: int, offset: int) -> bytes:
+        """The bytes at an offset. Each process opens the archive for itself."""
+        handle = self.handles.get(os.getpid())
+        if handle is None:
+            handle = self.handles[os.getpid()] = os.open(self.path, os.O_RDONLY)
+        status, data = os.fstat(handle), os.pread(handle, count, offset)
+        if len(data) != count or (status.st_size, status.st_mtime_ns) != self.stamp:
+            raise ValueError('the archive has changed since the start')
+        return data
+
+
+# ---- paths that may lead into an archive
+
+def find(path: str) -> Optional[Tuple[Archive, str]]:
+    """(the archive that a path leads to, the name in it), or None."""
+    for match in re.finditer(r'\.(?:zip|tar)(?=/|$)', path, re.IGNORECASE):
+        archive = path[:match.end()]
+        if archive in _archives or os.path.isfile(archive):
+            if archive not in _archives:
+                _archives[archive] = Archive(archive)
+            return _archives[archive], os.path.normpath('/' + path[match.end():])[1:].lstrip('/')
+    return None
+
+
+def isdir(path: str) -> bool:
+    found = find(path)
+    return found[1] in found[0].folders if found else os.path.isdir(path)
+
+
+def size(path: str) -> int:
+    found = find(path)
+    return found[0].row(found[1])[2] if found else os.stat(path).st_size
+
+
+def scandir(path: str) -> ContextManager[Any]:
+    """`os.scandir`, also of folders in an archive. Raises OSError."""
+    found = find(path)
+    if not found:
+        return os.scandir(path)
+    if found[1] not in found[0].folders:
+        raise FileNotFoundError(2, 'no such folder in the archive', path)
+    names = found[0].folders[found[1]].split('/') if found[0].folders[found[1]] else []
+    return contextlib.closing(  # type: ignore[return-value]
+        types.SimpleNamespace(name=name.rstrip('\0'), path=os.path.join(path, name.rstrip('\0')), is_symlink=bool,
+                              is_dir=functools.partial(bool, name.endswith('\0'))) for name in names)
