@@ -210,9 +210,10 @@ def build_loaders(config: InputConfig, train: Any, val: Any, device: Optional[to
     evaluation, device = EvalTransform.from_config(config), device or torch.device('cpu')
     train_loader = val_loader = None
 
+    pixels = len(evaluation.mean) * config.input_size ** 2
     # Workers of training stay alive while the others load their batches.
     sizes = [config.batch_size] * (train is not None) + [int(1.5 * config.batch_size)] * (val is not None)
-    num_workers = workers_that_fit(config.num_workers, *(size * 3 * config.input_size ** 2 for size in sizes))
+    num_workers = workers_that_fit(config.num_workers, *(size * pixels for size in sizes))
 
     def load(samples: SampleDataset, **options: Any) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(samples, **options, **loader_kwargs(

@@ -282,6 +282,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
                    EXPORT: dict(group='source', default=None, help='image width and height in pixels',
                                 shown='the checkpoint\'s, else 224'),
                    PROBE: dict(group='model', shown='the checkpoint\'s, else 224')}),
+        Flag('in_chans', 3, 'channels of an image: 1 (grey), 3 (RGB), 4 (RGBA)',
+             type=int, choices=(1, 3, 4)),  # type: ignore[arg-type]
         Flag('drop', 0., 'dropout probability', type=below_one),
         Flag('attn_drop_rate', 0., 'dropout probability of attention weights', type=below_one),
         Flag('drop_path', 0.1, 'stochastic depth of the last block, rising from 0', type=below_one,

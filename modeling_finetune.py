@@ -400,7 +400,8 @@ def _entry_point(name: str) -> Callable:
                         if not key.startswith('pretrained_cfg') and key != 'cache_dir')  # from timm's create_model
         model = VisionTransformer(**settings)
         model.default_cfg = dict(
-            url='', num_classes=model.num_classes, input_size=(3,) + model.patch_embed.img_size, pool_size=None,
+            url='', num_classes=model.num_classes, pool_size=None,
+            input_size=(model.patch_embed.proj.in_channels,) + model.patch_embed.img_size,
             crop_pct=.9, interpolation='bicubic', first_conv='patch_embed.proj', classifier='head',
             **dict(zip(('mean', 'std'), input_statistics(name))))
         return model

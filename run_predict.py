@@ -273,7 +273,7 @@ def build_loader(sampler: PathSampler, preprocessing: EvalTransform, data_backen
     if workers is None:
         cores = (os.cpu_count() or 1) // process_group.world_size()
         workers = 0 if found < config.batch_size else max(1, min(8, cores))
-    workers = workers_that_fit(workers, found * 3 * preprocessing.input_size ** 2)
+    workers = workers_that_fit(workers, found * len(preprocessing.mean) * preprocessing.input_size ** 2)
     options = loader_kwargs(workers, config.pin_mem, preprocessing.input_size, device)
     if 'persistent_workers' in options:
         options['persistent_workers'] = False  # a single pass

@@ -36,7 +36,7 @@ class Classifier:
             image: a path, or a Pillow image of any mode and size.
 
         Returns:
-            torch.Tensor: float32 (3, H, W), normalised, on the CPU.
+            torch.Tensor: float32 (C, H, W), normalised, on the CPU.
 
         Raises:
             beit.errors.UserError: the file can't be read as an image.
@@ -55,7 +55,7 @@ class Classifier:
         if not evaluation.resizes and not evaluation.fits(*image.size):
             image = evaluation.resize_and_crop()(image)
         pixels = evaluation.build()(image).permute(2, 0, 1).float()
-        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (evaluation.mean, evaluation.std))
+        mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (evaluation.mean, evaluation.std))
         return pixels.div_(255).sub_(mean).div_(std)
 
     @torch.no_grad()

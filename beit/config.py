@@ -53,6 +53,7 @@ class TransformConfig:
     input_size: int = 224  # pixels a side
     imagenet_default_mean_and_std: bool = False
     crop_pct: Optional[float] = None  # None: the reference's for this input size
+    in_chans: int = 3  # 1 (grey), 3 (RGB), 4 (RGBA)
     eval_fit: str = 'crop'  # of `EVAL_FITS`
     exif: str = 'ignore'  # or 'follow'
     background: str = ''  # a colour under transparent pixels; '': the alpha channel is dropped
@@ -111,6 +112,7 @@ class ModelConfig:
     abs_pos_emb: bool = False
     layer_scale_init_value: float = 0.1
     qkv_bias: bool = True
+    in_chans: int = 3
 
 
 @dataclasses.dataclass(frozen=True)

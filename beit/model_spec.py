@@ -73,6 +73,9 @@ class ModelSpec:
         if spec.loss not in ('ce', 'bce') or not all(isinstance(each, str) for each in spec.origin.values()):
             raise ValueError('its loss or origin is invalid')
         spec.preprocessing.check()
+        if spec.architecture.in_chans != len(spec.preprocessing.mean):
+            raise ValueError('it has %d channels, and a mean of %d'
+                             % (spec.architecture.in_chans, len(spec.preprocessing.mean)))
         return spec
 
     @classmethod
@@ -136,7 +139,8 @@ class ModelSpec:
         return found
 
 
-SHAPING = ('model', 'input_size', 'use_mean_pooling', 'rel_pos_bias', 'abs_pos_emb', 'qkv_bias')  # of ModelConfig
+SHAPING = ('model', 'input_size', 'use_mean_pooling', 'rel_pos_bias', 'abs_pos_emb', 'qkv_bias',  # of ModelConfig
+           'in_chans')
 
 
 def check_architecture(model: str, input_size: int) -> None:

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
@@ -16,11 +17,14 @@ import datasets
 import run_class_finetuning
 import run_export
 import run_predict
+from beit.checkpoint import inference_model
+from beit.checkpoint.pretrained import adapt_state_dict
+from beit.config import ModelConfig
 from beit.data import decode, fast_decode, transforms
 from beit.data.decode import Reading, load_image
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError
-from helpers import NANO, ROOT, needs_extra, photo, run_program
+from helpers import NANO, ROOT, lines_of, needs_extra, photo, run_program
 
 FOLLOW = Reading('followed')
 
@@ -287,3 +291,145 @@ def test_a_letterbox_of_a_damaged_file_is_refused():
     for change in (dict(transparency='pink'), dict(exif='x'), dict(crop_mode='stretch'), dict(transparency='1,2')):
         with pytest.raises(ValueError):
             EvalTransform(**change).check()
+
+
+# ---- --in_chans
+
+def stored(path, mode):
+    """An image of another mode with photo-like bands."""
+    pixels = np.asarray(photo(3, 40, 30))
+    if mode == 'L':
+        Image.fromarray(pixels[..., 0]).save(path)
+    elif mode in ('RGBA', 'CMYK', 'RGBX'):
+        Image.fromarray(np.dstack([pixels, pixels[..., 1]]), mode).save(path)
+    else:
+        Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.mark.parametrize('mode, ending', (('L', 'png'), ('RGB', 'png'), ('RGBA', 'png'), ('CMYK', 'jpg'), ('P', 'png'),
+                                          ('LA', 'png'), ('RGBX', 'tif'), ('1', 'png')))
+def test_images_are_read_with_each_number_of_channels(tmp_path, mode, ending):
+    path = str(tmp_path / ('a.' + ending))
+    stored(path, mode)
+    with Image.open(path) as file:
+        file.load()
+        rgb = file.convert('RGB')
+        grey = file.convert('L') if mode != 'RGBX' else rgb.convert('L')
+        rgba = file.convert('RGBA') if mode not in ('RGBX', 'CMYK') else rgb.convert('RGBA')
+        bands = np.asarray(file)
+    assert np.array_equal(load_image(path), rgb)
+    assert np.array_equal(load_image(path, Reading(channels=1)), grey)
+    expected = bands if mode in ('RGBX', 'RGBA') else np.asarray(rgba)
+    assert np.array_equal(load_image(path, Reading(channels=4)), expected)
+
+
+@pytest.mark.parametrize('channels', (1, 4))
+def test_patches_are_adapted_as_timm_does(channels, capsys):
+    pretrained = inference_model.build_model(ModelConfig(model='beit_nano_patch8_32', input_size=32), 3)
+    model = inference_model.build_model(ModelConfig(model='beit_nano_patch8_32', input_size=32, in_chans=channels), 3)
+    state = dict(pretrained.state_dict())
+    weight = state['patch_embed.proj.weight']
+    adapt_state_dict(state, model)
+    model.load_state_dict(state, strict=False)
+    assert 'adapted from 3 channels to %d' % channels in capsys.readouterr().out
+    grey = weight.sum(1, keepdim=True)
+    expected = grey if channels == 1 else torch.cat([weight, weight[:, :1]], 1) * 0.75
+    assert torch.allclose(model.patch_embed.proj.weight, expected)
+    if hasattr(timm.models, 'adapt_input_conv'):
+        assert torch.equal(model.patch_embed.proj.weight, timm.models.adapt_input_conv(channels, weight))
+    if channels == 1:  # a grey image in three channels gives the same
+        image = torch.randn(2, 1, 32, 32)
+        with torch.no_grad():
+            assert torch.allclose(model.eval()(image), pretrained.eval()(image.expand(-1, 3, -1, -1)), atol=1e-5)
+
+
+@pytest.mark.parametrize('flags', (['--aa=rand-m9-mstd0.5-inc1'], ['--aa=rand-m10-n4'], ['--aa=original'], ['--aa=v0'],
+                                   ['--aa=augmix-m3-w3'], ['--aa=none', '--color_jitter=0.4']), ids=str)
+@pytest.mark.parametrize('channels, size', ((1, 48), (1, 32), (4, 48)))
+def test_augmentations_of_other_channels(parse, flags, channels, size):
+    if channels == 4 and '--aa=none' not in flags:
+        pytest.skip('refused')
+    config = parse('--in_chans=%d' % channels, '--input_size=%d' % size, *flags)
+    transform = transforms.build_transform(True, config)
+    image = photo(1, 60, 50).convert(decode.MODES[channels])
+    torch.manual_seed(0)
+    different = set()
+    for _ in range(25):
+        pixels = transform(image)
+        assert pixels.shape == (size, size, channels) and pixels.dtype == torch.uint8
+        different.add(pixels.float().mean().item())
+    assert len(different) > 10
+
+
+def test_means_of_other_channels(parse):
+    half = EvalTransform.from_config(parse('--in_chans=1'))
+    assert half.mean == half.std == (0.5,) and EvalTransform.from_config(parse('--in_chans=4')).mean == (0.5,) * 4
+    imagenet = EvalTransform.from_config(parse('--in_chans=4', '--imagenet_default_mean_and_std'))
+    assert imagenet.mean[:3] == (0.485, 0.456, 0.406) and imagenet.mean[3] == pytest.approx(0.449)
+    assert imagenet.to_timm()['input_size'] == (4, 224, 224)
+    assert EvalTransform.from_timm(imagenet.to_timm()) == imagenet
+
+
+@pytest.fixture(scope='module', params=(1, 4))
+def other_channels(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('channels')
+    for part in ('train', 'val'):
+        for name in ('a', 'b'):
+            (folder / part / name).mkdir(parents=True)
+            for index in range(6):
+                stored(str(folder / part / name / ('%d.png' % index)), ('L', 'RGB', 'RGBA', 'LA')[index % 4])
+    (folder / 'train' / 'a' / 'bad.png').write_bytes(b'x')
+    out = str(folder / 'out')
+    status, _, err = run_program(*NANO, '--data_path', str(folder), '--input_size=48', '--epochs=1', '--batch_size=4',
+                                 '--in_chans=%d' % request.param, '--warmup_epochs=0', '--output_dir', out, '--report',
+                                 '--bad_images=skip', '--max_bad_images=0.5',
+                                 *(['--aa=none'] if request.param == 4 else []))
+    assert status == 0, err
+    return request.param, str(folder), out
+
+
+@pytest.mark.current_only
+@needs_extra('onnx', 'onnxruntime', 'onnxscript', 'safetensors')
+def test_other_channels_train_predict_and_export(other_channels, tmp_path, capsys):
+    channels, folder, out = other_channels
+    image = os.path.join(folder, 'val', 'a', '2.png')
+    classifier = beit.load(out)
+    expected = np.asarray(Image.open(image).convert(decode.MODES[channels])).reshape(30, 40, channels)
+    classifier.spec.preprocessing.check()
+    inputs = classifier.transform(image)
+    assert inputs.shape == (channels, 48, 48) and expected.shape[2] == channels
+    logged = lines_of(out)[-1]['test_acc1']
+    assert run_class_finetuning.run(['--eval', '--resume', out, '--data_path', folder, '--num_workers=0',
+                                     '--device=cpu']) == 0
+    assert '%.3f' % logged in capsys.readouterr().out
+    assert run_predict.run(['--resume', out, '--num_workers=0', image, '--attention', '--attention_dir',
+                            str(tmp_path / 'maps')]) == 0
+    assert len(list((tmp_path / 'maps').iterdir())) == 1
+    for form in ('onnx', 'safetensors', 'torchscript'):
+        assert run_export.run(['--resume', out, '--format', form, '--output', str(tmp_path / form)]) == 0
+        assert 'Checked: logits differ' in capsys.readouterr().out
+    import onnxruntime
+    session = onnxruntime.InferenceSession(str(tmp_path / 'onnx'), providers=['CPUExecutionProvider'])
+    assert session.get_inputs()[0].shape[1:] == [channels, 48, 48]
+    with torch.no_grad():
+        logits = session.run(None, {'image': inputs[None].numpy()})[0]
+        assert np.allclose(logits, classifier.model(inputs[None]).numpy(), atol=1e-5)
+    assert beit.load(str(tmp_path / 'safetensors')).spec == classifier.spec
+    assert run_export.run(['--resume', out, '--format=huggingface', '--output', str(tmp_path / 'hf')]) == 2
+    assert '--in_chans' in capsys.readouterr().err
+    assert run_class_finetuning.run(['--eval', '--resume', out, '--data_path', folder, '--in_chans=3']) == 2
+    assert '--in_chans 3: %s' % out in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('flags, words', (
+    (['--in_chans=2'], "--in_chans"), (['--in_chans=4'], '--in_chans 4: it keeps the alpha channel'),
+    (['--in_chans=1', '--data_backend=fast'], '--in_chans 1: the backend fast reads RGB')))
+def test_channels_that_cannot_be_are_refused(refused, flags, words):
+    refused(NANO + ['--data_path=demo'] + flags, words)
+
+
+def test_an_unreadable_batch_has_the_channels(parse):
+    from beit.data.device_loader import PrefetchLoader
+    from beit.data.loader import Unreadable, collate
+    loader = PrefetchLoader(None, torch.device('cpu'), (0.5,) * 4, (0.5,) * 4)
+    assert loader.prepare(collate([Unreadable('a', 'b')], 48)).images.shape == (0, 4, 48, 48)

@@ -25,7 +25,8 @@ def build_model(config: ModelConfig, nb_classes: int) -> torch.nn.Module:
         config.model, pretrained=False, num_classes=nb_classes, img_size=config.input_size, drop_rate=config.drop,
         drop_path_rate=config.drop_path, attn_drop_rate=config.attn_drop_rate, init_scale=config.init_scale,
         use_mean_pooling=config.use_mean_pooling, use_rel_pos_bias=config.rel_pos_bias,
-        use_abs_pos_emb=config.abs_pos_emb, init_values=config.layer_scale_init_value, qkv_bias=config.qkv_bias)
+        use_abs_pos_emb=config.abs_pos_emb, init_values=config.layer_scale_init_value, qkv_bias=config.qkv_bias,
+        in_chans=config.in_chans)
 
 
 class LoadedModel(NamedTuple):
@@ -166,6 +167,9 @@ def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str, class_n
     if overrides.get('crop_pct') and changed.preprocessing.crop_mode != 'center':
         raise UserError('--crop_pct %g: %s has the --eval_fit %s, which crops nothing; leave it out' % (
             overrides['crop_pct'], escape_text(path), changed.preprocessing.crop_mode))
+    if changed.architecture.in_chans != len(changed.preprocessing.mean):
+        raise UserError('--in_chans %d: %s prepares images of %d channels; leave it out' % (
+            changed.architecture.in_chans, escape_text(path), len(changed.preprocessing.mean)))
     before = dict(dataclasses.asdict(spec.architecture), crop_pct=spec.preprocessing.crop_pct, loss=spec.loss)
     differ = ['--%s %s (the checkpoint: %s)' % (name, value, before[name]) for name, value in overrides.items()
               if value is not None and name in before and value != before[name]]
@@ -273,7 +277,8 @@ def _flags_of_weights(state):
     patches = len(state['pos_embed'][0]) - 1 if 'pos_embed' in state and state['pos_embed'].dim() == 3 else 0
     grid = (round((len(tables[0]) - 3) ** 0.5) + 1) // 2 if tables and len(tables[0]) > 3 else round(patches ** 0.5)
     if grid and state['patch_embed.proj.weight'].dim() == 4:
-        size = {'input_size': grid * state['patch_embed.proj.weight'].shape[-1]}
+        size = dict(input_size=grid * state['patch_embed.proj.weight'].shape[-1],
+                    in_chans=state['patch_embed.proj.weight'].shape[1])
     return dict(size, rel_pos_bias=any('relative_position_bias_table' in name for name in state),
                 abs_pos_emb='pos_embed' in state, qkv_bias='blocks.0.attn.q_bias' in state,
                 use_mean_pooling='fc_norm.weight' in state,

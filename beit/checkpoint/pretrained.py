@@ -9,6 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+try:
+    from timm.models import adapt_input_conv
+except ImportError:  # timm before 0.9
+    from timm.models.helpers import adapt_input_conv
+
 from beit import model_spec, weights
 from beit.checkpoint import exported, hf_names
 from beit.errors import UserError, escape_text
@@ -167,6 +172,10 @@ def adapt_state_dict(state: Dict[str, torch.Tensor], model: Any, quiet: bool = F
     if any(name in state and name in target and state[name].shape != target[name].shape
            for name in ('head.weight', 'head.bias')):
         dropped = [name for name in ('head.weight', 'head.bias') if state.pop(name, None) is not None]
+    first, channels = 'patch_embed.proj.weight', model.patch_embed.proj.in_channels
+    if first in state and state[first].dim() == 4 and state[first].shape[1] == 3 != channels:
+        state[first] = adapt_input_conv(channels, state[first])
+        log_main('%s: adapted from 3 channels to %d, as timm does' % (first, channels))
     shared = 'rel_pos_bias.relative_position_bias_table'
     if shared in state and shared not in target:
         table = state.pop(shared)

@@ -34,6 +34,7 @@ EXIF = {'ignore': 'ignored', 'follow': 'followed'}  # --exif, and its name in ch
 ORIENTATION = 0x0112  # of EXIF
 TRANSPOSES = {orientation: getattr(Image, name) for orientation, name in enumerate((  # as in ImageOps.exif_transpose
     'FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM', 'TRANSPOSE', 'ROTATE_270', 'TRANSVERSE', 'ROTATE_90'), 2)}
+MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # by --in_chans
 ALPHA_MODES = ('RGBA', 'RGBa', 'LA', 'La', 'PA')
 _first_page_only: List[str] = []  # for `take_first_page_only`; at most one path
 
@@ -42,6 +43,7 @@ class Reading(NamedTuple):
     """How the pixels of a file become an image."""
     exif: str = 'ignored'  # or 'followed': the rotation in EXIF
     transparency: str = 'dropped'  # or the colour of the background, see `parse_colour`
+    channels: int = 3
 
     def check(self) -> None:
         """Raise a ValueError for values that this program does not support."""
@@ -119,7 +121,7 @@ def load_image(path: str, reading: Reading = AS_REFERENCE) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, reading: Reading = AS_REFERENCE) -> Image.Image:
-    """A Pillow image as RGB, 8 bits a channel.
+    """A Pillow image as RGB, or in the mode of other `reading.channels`, 8 bits a channel.
 
     Raises:
         ValueError: its numbers have no known range.
@@ -133,7 +135,10 @@ def to_rgb(image: Image.Image, reading: Reading = AS_REFERENCE) -> Image.Image:
         image = Image.alpha_composite(below, image.convert('RGBA'))
     elif image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')
-    image = image if image.mode == 'RGB' else image.convert('RGB')  # which would copy it
+    elif image.mode == 'RGBX' and reading.channels == 4:  # the fourth band of a TIFF file
+        image = Image.merge('RGBA', image.split())
+    mode = MODES[reading.channels]
+    image = image if image.mode == mode else image.convert(mode)  # which would copy it
     return image.transpose(TRANSPOSES[orientation]) if orientation > 1 else image
 
 

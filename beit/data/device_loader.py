@@ -49,7 +49,7 @@ class PrefetchLoader:
 
     Args:
         loader (DataLoader): gives `loader.Batch`es of uint8 (B, 3, H, W).
-        mean, std (sequence of 3 float): of images between 0 and 1.
+        mean, std (sequence of float): of each channel of images between 0 and 1.
         remode (str): erases with 'const' 0, 'rand' one normal colour per box, 'pixel' normal noise.
     """
 
@@ -83,7 +83,8 @@ class PrefetchLoader:
         if batch.first_page_only and not PrefetchLoader.logged_first_page:
             PrefetchLoader.logged_first_page = True
             log_main('%s has several pages or frames: only the first of such files is used' % batch.first_page_only[0])
-        images = batch.images.permute(0, 2, 3, 1).to(self.device, non_blocking=True)  # in memory order: one plain copy
+        images = batch.images if len(batch.images) else batch.images[:, :1].expand(-1, self.mean.shape[1], -1, -1)
+        images = images.permute(0, 2, 3, 1).to(self.device, non_blocking=True)  # in memory order: one plain copy
         images = images.permute(0, 3, 1, 2).contiguous()
         device_randaugment.apply(images, batch.augmenting)
         images = images.float()
@@ -97,15 +98,21 @@ class PrefetchLoader:
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:
         """The pixels of images from `prepare`, as uint8 (B, H, W, 3) on the CPU."""
-        return ((images * self.std + self.mean) * self.white).round().byte().permute(0, 2, 3, 1).cpu()
+        return as_rgb(((images * self.std + self.mean) * self.white).round().byte().permute(0, 2, 3, 1).cpu())
 
     def pixels(self, height: int, width: int) -> torch.Tensor:
-        """The pixels that erase a box: (3, height, width), or (3, 1, 1)."""
+        """The pixels that erase a box: (C, height, width), or (C, 1, 1)."""
+        channels = self.mean.shape[1]
         if self.remode == 'const':
-            return torch.zeros(3, 1, 1, device=self.device)
-        shape = (3, height, width) if self.remode == 'pixel' else (3, 1, 1)
+            return torch.zeros(channels, 1, 1, device=self.device)
+        shape = (channels, height, width) if self.remode == 'pixel' else (channels, 1, 1)
         noise = torch.empty(shape, device=self.generator.device).normal_(generator=self.generator)
         return noise.to(self.device)
+
+
+def as_rgb(pixels: Any) -> Any:
+    """Pixels (…, C) of a picture to show, (…, 3): grey in each channel, or without alpha."""
+    return pixels[..., [0, 1, 2] if pixels.shape[-1] > 2 else [0, 0, 0]]
 
 
 def _detect_worker_death(batches: Iterator) -> Iterator:

@@ -137,6 +137,8 @@ def check_cifar(config: InputConfig) -> None:
     if not config.data_path:
         raise UserError('--data_path is missing; give the folder that holds cifar-100-python')
     cifar_root(config.data_path)
+    if config.in_chans != 3:
+        raise UserError('--in_chans %d: the images of CIFAR are RGB; leave it out' % config.in_chans)
     if config.input_size < SMALL_INPUT:
         raise UserError('--input_size %d: the images of CIFAR are 32x32 and cannot be made smaller; use 32 or more'
                         % config.input_size)

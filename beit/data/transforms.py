@@ -17,7 +17,7 @@ from torchvision import transforms
 
 from beit.config import EVAL_FITS, MAX_INPUT_SIZE, MixupConfig, TransformConfig
 from beit.data import device_randaugment, fast_decode
-from beit.data.decode import AS_REFERENCE, EXIF, Reading, load_image, read_up_to
+from beit.data.decode import AS_REFERENCE, EXIF, MODES, Reading, load_image, read_up_to
 from beit.errors import UserError, unknown_value_error
 from modeling_finetune import INPUT_MEAN, INPUT_STD
 
@@ -54,9 +54,11 @@ class EvalTransform:
         """From the flags; without --crop_pct, the reference's crop for this input size."""
         if getattr(config, 'evaluation', None) is not None:
             return config.evaluation
-        mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if config.imagenet_default_mean_and_std else (
+        rgb = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if config.imagenet_default_mean_and_std else (
             INPUT_MEAN, INPUT_STD)
-        return cls(mean=tuple(mean), std=tuple(std)).with_flags(vars(config)).at_size(
+        mean, std = (values[:config.in_chans // 3 * 3] + (sum(values) / 3,) * (config.in_chans != 3)
+                     for values in map(tuple, rgb))
+        return cls(mean=mean, std=std).with_flags(vars(config)).at_size(
             config.input_size, config.crop_pct)
 
     def with_flags(self, flags: Mapping[str, Any]) -> 'EvalTransform':
@@ -90,19 +92,19 @@ class EvalTransform:
             raise ValueError('input size %.20r, crop_pct %.20r' % (self.input_size, self.crop_pct))
         if self.interpolation not in INTERPOLATIONS[1:] or self.crop_mode not in EVAL_FITS.values():
             raise ValueError('interpolation %.20r, crop mode %.20r' % (self.interpolation, self.crop_mode))
-        if not len(self.mean) == len(self.std) == 3 or not all(map(math.isfinite, self.mean + self.std)) \
+        if not len(self.mean) == len(self.std) in MODES or not all(map(math.isfinite, self.mean + self.std)) \
                 or min(self.std) <= 0:
             raise ValueError('mean %.60r, std %.60r' % (self.mean, self.std))
         self.reading.check()
 
     def to_timm(self) -> Dict[str, Any]:
-        """timm's data config: input_size (3, H, W), interpolation, mean, std, crop_pct and crop_mode."""
-        return {'input_size': (3, self.input_size, self.input_size), 'interpolation': self.interpolation,
+        """timm's data config: input_size (C, H, W), interpolation, mean, std, crop_pct and crop_mode."""
+        return {'input_size': (len(self.mean), self.input_size, self.input_size), 'interpolation': self.interpolation,
                 'mean': self.mean, 'std': self.std, 'crop_pct': self.crop_pct, 'crop_mode': self.crop_mode}
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.exif, self.transparency)
+        return Reading(self.exif, self.transparency, len(self.mean))
 
     def preparation(self, before: str) -> str:
         """`before` and what no other program's preprocessing holds; '' for nothing."""
@@ -124,8 +126,8 @@ class EvalTransform:
         return self.resizes or (width, height) == (self.input_size, self.input_size)
 
     def is_fast(self, data_backend: str) -> bool:
-        """Whether `data_backend` changes the pixels; images that are not resized stay exact."""
-        return data_backend == 'fast' and self.resizes
+        """Whether `data_backend` changes the pixels; images that are not resized, and other than RGB, stay exact."""
+        return data_backend == 'fast' and self.resizes and len(self.mean) == 3
 
     def resized(self, width: int, height: int) -> Tuple[int, int]:
         """(width, height) of an image after resizing, before the crop or the padding."""
@@ -159,7 +161,7 @@ class EvalTransform:
         return square
 
     def build(self, data_backend: str = 'exact') -> Callable:
-        """The worker's part: a function from an image to uint8 (input_size, input_size, 3)."""
+        """The worker's part: a function from an image to uint8 (input_size, input_size, C)."""
         steps = [self.resize_and_crop(self.is_fast(data_backend))] if self.resizes else []
         return transforms.Compose(steps + [to_uint8])
 
@@ -197,8 +199,8 @@ def build_transform(is_train: bool, config: TransformConfig, device: Optional[to
 
 
 def to_uint8(image: Image.Image) -> torch.Tensor:
-    """A Pillow image as uint8 (H, W, 3), which collates faster than (3, H, W), the result of timm's last step."""
-    return torch.from_numpy(np.array(image))
+    """A Pillow image as uint8 (H, W, C), which collates faster than (C, H, W), the result of timm's last step."""
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
 
 
 def is_fast(is_train: bool, config: TransformConfig) -> bool:

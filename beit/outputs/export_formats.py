@@ -17,6 +17,7 @@ from beit.checkpoint import exported, hf_names
 from beit.checkpoint.exported import EXTRA, PROGRAMS, import_optional
 from beit.checkpoint.inference_model import LoadedModel
 from beit.config import ExportConfig
+from beit.data.decode import MODES
 from beit.errors import UserError, one_line
 from beit.outputs import atc, model_card
 
@@ -50,9 +51,9 @@ class NotChecked(Exception):
 
 
 def example_images(trained: LoadedModel, count: int) -> torch.Tensor:
-    """Random images (count, 3, H, W), with a fixed seed."""
+    """Random images (count, C, H, W), with a fixed seed."""
     size = trained.preprocessing.input_size
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+    return torch.randn(count, trained.config.in_chans, size, size, generator=torch.Generator().manual_seed(count))
 
 
 def run_program(kind: str, data: bytes, trained: LoadedModel, batches: Batches) -> Logits:
@@ -84,8 +85,8 @@ def metadata(trained: LoadedModel, batch_size: Optional[int] = None) -> Dict[str
         'classes': json.dumps(trained.classes),
         'preprocessing': json.dumps(trained.preprocessing.to_timm()),
         'pooling': 'mean of the patches' if trained.config.use_mean_pooling else 'class token',
-        'input': 'float32 (batch, 3, height, width): RGB from 0 to 1, less mean, divided by std'
-                 + trained.preprocessing.preparation('; '),
+        'input': 'float32 (batch, %d, height, width): %s from 0 to 1, less mean, divided by std' % (
+            trained.config.in_chans, MODES[trained.config.in_chans]) + trained.preprocessing.preparation('; '),
         'output': 'logits (batch, %d), in the order of classes' % len(trained.classes),
         'activation': trained.activation,
         model_spec.KEY: json.dumps(trained.spec.to_dict()),
@@ -206,7 +207,7 @@ def timm_arguments(trained: LoadedModel) -> Dict[str, Any]:
         depth=len(model.blocks), num_heads=block.attn.num_heads, num_classes=len(trained.classes),
         global_pool='avg' if model.fc_norm is not None else 'token', use_abs_pos_emb=model.pos_embed is not None,
         use_rel_pos_bias=block.attn.has_relative_position, init_values=_layer_scale(trained),
-        qkv_bias=block.attn.q_bias is not None)
+        qkv_bias=block.attn.q_bias is not None, in_chans=trained.config.in_chans)
 
 
 def timm_usage(trained: LoadedModel, path: str) -> List[str]:
@@ -214,7 +215,7 @@ def timm_usage(trained: LoadedModel, path: str) -> List[str]:
     arguments, name = timm_arguments(trained), trained.config.model
     if hasattr(import_optional('timm.models.beit'), name):
         usual = dict(img_size=modeling_finetune.MODELS[name]['img_size'], global_pool='avg', use_abs_pos_emb=False,
-                     use_rel_pos_bias=True, qkv_bias=True)
+                     use_rel_pos_bias=True, qkv_bias=True, in_chans=3)
         chosen = {key: arguments[key] for key in usual if arguments[key] != usual[key]}
         if not arguments['init_values']:
             chosen['init_values'] = 0.  # create_model drops arguments that are None
@@ -270,8 +271,9 @@ def huggingface_preprocessor(trained: LoadedModel) -> Dict[str, Any]:
     BEiT's own takes no shorter side before transformers 5, and would distort the image.
     """
     images = trained.preprocessing
-    if images.crop_mode == 'border':
-        raise UserError('--format huggingface: its preprocessor has no letterbox (--eval_fit); use another --format')
+    if images.crop_mode == 'border' or len(images.mean) != 3:
+        raise UserError('--format huggingface: its preprocessor has no letterbox (--eval_fit) and reads RGB '
+                        '(--in_chans); use another --format')
     square = {'height': images.input_size, 'width': images.input_size}
     return dict(
         image_processor_type='CLIPImageProcessor', do_convert_rgb=True, do_resize=True,

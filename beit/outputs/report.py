@@ -16,7 +16,7 @@ from einops import rearrange
 from beit.checkpoint import discovery
 from beit.config import MixupConfig, OutputConfig, TransformConfig
 from beit.data import transforms
-from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
+from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes, as_rgb
 from beit.data.image_dataset import image_name
 from beit.data.loader import EpochSampler, SeededDataset, collate
 from beit.data.subsets import is_multi_label
@@ -170,7 +170,8 @@ class Report:
         found = []
         for image in images:
             try:
-                found.append((np.asarray(self.val_set[image.index][0]), image, image_name(self.val_set, image.index)))
+                pixels = as_rgb(np.asarray(self.val_set[image.index][0]))
+                found.append((pixels, image, image_name(self.val_set, image.index)))
             except (OSError, UserError):
                 continue
         return found
@@ -249,7 +250,7 @@ def augmented_samples(train_set: Any, classes: Sequence[str], transform: Transfo
         finally:
             np.random.set_state(state)
     white, mean, std = loader.white, loader.mean, loader.std
-    pixels = ((images * std + mean) * white).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pixels = as_rgb(((images * std + mean) * white).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
     captions = [caption(classes, target, None if shares is None else shares[place], mixing.smoothing)
                 for place, target in enumerate(batch.targets.tolist())]
     return list(zip(pixels, captions))

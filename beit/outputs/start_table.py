@@ -41,7 +41,7 @@ def show(environment: Dict[str, Any], flags: Dict[str, Any], data: Any, attentio
              ('Classes', model_spec.shorten_names(classes) + (
                  ' (only one: there is nothing to distinguish)' if len(classes) == 1 else '')),
              ('Data', '%s images' % ' and '.join(counts))]
-    if transparent:
+    if transparent and data.spec.architecture.in_chans != 4:
         colour = data.spec.preprocessing.transparency
         rows.append(('', '%d of %d images (a sample) have an alpha channel: %s' % (
             transparent, sampled, 'it is dropped; --background white hides what lies under it' if colour == 'dropped'
