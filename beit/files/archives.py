@@ -132,8 +132,8 @@ class Archive:
 
     def content(self, name: str) -> bytes:
         row = self.row(name)
-        if row[2] > LARGEST:
-            raise ValueError('it has %.1f GiB; the limit in an archive is 1' % (row[2] / LARGEST))
+        if max(row[1:3]) > LARGEST:
+            raise ValueError('it has %.1f GiB; the limit in an archive is 1' % (max(row[1:3]) / LARGEST))
         return self.reader.content(self.read, *row)
 
     def read(self, count: int, offset: int) -> bytes:
