@@ -462,7 +462,8 @@ DEFAULTS = dict(
     class_names='', train_csv='', val_csv='',
     loss='auto', class_weights='', test_flip=False, results_file='', real_labels='',
     freeze_backbone=False, unfreeze_epoch=0, recipe='', blr=0., enable_deepspeed=False, robust_test=None, qkv_bias=True,
-    image_folder_class_index_file='', exif='ignore', background='', eval_fit='crop')
+    image_folder_class_index_file='', exif='ignore', background='', eval_fit='crop',
+    class_depth=1, in_chans=3)
 
 
 def test_flags_and_defaults_are_the_references(parse):

@@ -135,8 +135,6 @@ def to_rgb(image: Image.Image, reading: Reading = AS_REFERENCE) -> Image.Image:
         image = Image.alpha_composite(below, image.convert('RGBA'))
     elif image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')
-    elif image.mode == 'RGBX' and reading.channels == 4:  # the fourth band of a TIFF file
-        image = Image.merge('RGBA', image.split())
     mode = MODES[reading.channels]
     image = image if image.mode == mode else image.convert(mode)  # which would copy it
     return image.transpose(TRANSPOSES[orientation]) if orientation > 1 else image
