@@ -343,7 +343,8 @@ def test_patches_are_adapted_as_timm_does(channels, capsys):
 
 @pytest.mark.parametrize('channels, size, policy', [
     (1, size, policy) for size in (32, 48)
-    for policy in ('rand-m9-mstd0.5-inc1', 'rand-m10-n4', 'original', 'v0', 'augmix-m3-w3', 'none')] + [(4, 48, 'none')])
+    for policy in ('rand-m9-mstd0.5-inc1', 'rand-m10-n4', 'original', 'v0', 'augmix-m3-w3', 'none')] + [
+        (4, 48, 'none')])
 def test_augmentations_of_other_channels(parse, channels, size, policy):
     config = parse('--in_chans=%d' % channels, '--input_size=%d' % size, '--aa', policy)
     transform = transforms.build_transform(True, config)

@@ -47,7 +47,10 @@ class Draw:
         self.flags += self.some('--use_cls', '--imagenet_default_mean_and_std', '--loss=bce', '--model_ema',
                                 '--test_flip', '--layer_scale_init_value=0')
         self.flags += rng.choice(([], ['--abs_pos_emb'], ['--abs_pos_emb', '--disable_rel_pos_bias']))
-        self.flags += self.some('--exif=follow', '--background=white', '--background=9,200,30')
+        self.channels = rng.choice((1, 3, 3, 3, 4))
+        self.flags += ['--in_chans=%d' % self.channels] * (self.channels != 3)
+        self.flags += self.some('--exif=follow', *(['--background=white', '--background=9,200,30']
+                                                   if self.channels != 4 else []))
         fit = rng.choice(('crop', 'squash', 'letterbox')) if self.size > 32 else 'crop'
         self.flags += ['--eval_fit=' + fit] * (fit != 'crop' or rng.random() < 0.3)
         self.flags += ['--crop_pct=0.8'] * (self.size > 32 and fit == 'crop' and rng.random() < 0.5)
@@ -91,14 +94,15 @@ def prepare(path, images, flip=False):
         below = Image.new('RGBA', image.size, ImageColor.getrgb(colour))
         below.alpha_composite(image)
         image = below
-    image = image.convert('RGB')
+    mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}[len(images['mean'])]
+    image = image.convert(mode)
     size = images['input_size']
     if size > 32 and images['crop_mode'] == 'squash':
         image = image.resize((size, size), Image.BICUBIC)
     elif size > 32 and images['crop_mode'] == 'border':
         ratio = size / max(image.size)
         small = image.resize([round(side * ratio) for side in image.size], Image.BICUBIC)
-        image = Image.new('RGB', (size, size), tuple(round(255 * value) for value in images['mean']))
+        image = Image.new(mode, (size, size), tuple(round(255 * value) for value in images['mean']))
         image.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
     elif size > 32:
         side = int(size / images['crop_pct'])
@@ -107,7 +111,8 @@ def prepare(path, images, flip=False):
         image = image.resize(small, {'bicubic': Image.BICUBIC}[images['interpolation']])
         left, top = int(round((small[0] - size) / 2.)), int(round((small[1] - size) / 2.))
         image = image.crop((left, top, left + size, top + size))
-    pixels = (np.asarray(image, np.float64) / 255 - images['mean']) / images['std']
+    pixels = np.asarray(image, np.float64).reshape(size, size, -1) / 255
+    pixels = (pixels - images['mean']) / images['std']
     if flip:
         pixels = pixels[:, ::-1].copy()
     return torch.from_numpy(pixels.transpose(2, 0, 1)[None]).float()
@@ -123,7 +128,7 @@ class Reference:
         self.model = getattr(modeling_finetune, shape['model'])(
             img_size=shape['input_size'], num_classes=len(spec['classes']), use_mean_pooling=shape['use_mean_pooling'],
             use_rel_pos_bias=shape['rel_pos_bias'], use_abs_pos_emb=shape['abs_pos_emb'],
-            init_values=shape['layer_scale_init_value'])
+            init_values=shape['layer_scale_init_value'], in_chans=shape['in_chans'])
         self.model.load_state_dict(content[key], strict=False)
         self.model.eval()
         self.test_flip = content['args']['test_flip']
