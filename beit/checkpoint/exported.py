@@ -154,7 +154,7 @@ def load(path: str) -> Dict[str, Any]:
                 log_main('%s holds a program, which can do anything: run only files that you trust' % escape_text(path))
             model = ExportedModel(start(), range(LARGEST_BATCH)[int(metadata.get(BATCH_SIZE, 0))],
                                   int(metadata.get(PARAMETERS, 0)))
-            shape = model(torch.zeros(1, 3, spec.preprocessing.input_size, spec.preprocessing.input_size)).shape
+            shape = model(torch.zeros(1, *spec.preprocessing.to_timm()['input_size'])).shape
             if shape != (1, len(spec.classes)):
                 raise ValueError('logits of shape %s for %d classes' % (tuple(shape), len(spec.classes)))
     except UserError:

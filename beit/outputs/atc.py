@@ -35,7 +35,8 @@ def convert(trained: LoadedModel, config: ExportConfig, onnx: str, path: str) ->
     def arguments(onnx: str, output: str) -> List[str]:
         side = trained.config.input_size  # ATC adds .om to `output`
         return ['--framework=5', '--model=' + onnx, '--output=' + output, '--soc_version=' + config.soc_version,
-                '--input_format=NCHW', '--input_shape=image:%d,3,%d,%d' % (config.batch_size or 1, side, side)]
+                '--input_format=NCHW', '--input_shape=image:%d,%d,%d,%d' % (
+                    config.batch_size or 1, trained.config.in_chans, side, side)]
 
     shown = ' '.join(map(shlex.quote, ['atc'] + arguments(onnx, path[:-len(ENDING)])))
     inside = [os.path.join(os.environ.get('ASCEND_TOOLKIT_HOME') or '/nowhere', folder)
