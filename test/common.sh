@@ -88,6 +88,7 @@ stamp() {
 # keep_torch BASE TORCH: make a $VENV that sees the packages of the Python BASE and keeps its torch, for example the one
 # for an Ascend machine's torch_npu. BASE may be in a virtual environment.
 keep_torch() {
+    start_venv
     "$1" -m venv --system-site-packages "$VENV" 2>/dev/null || return
     echo "torch==$2" >"$VENV/constraints.txt"
     "$1" -c 'import sys, sysconfig
@@ -100,6 +101,9 @@ if sys.prefix != sys.base_prefix: print(sysconfig.get_paths()["purelib"])' \
     "$VENV/bin/python" -m pip install --quiet 'numpy<2' >>"$VENV/install.log" 2>&1
     has_packages "$VENV/bin/python" $PACKAGES
 }
+
+# start_venv: mark $VENV as made by the scripts; they may make it again after an interruption.
+start_venv() { mkdir -p "$VENV" && : >"$VENV/install.log"; }
 
 # lock_venv PYTHON: hold the lock of $VENV until `exec 8>&-`; wait until no other script installs packages there.
 lock_venv() {
@@ -115,20 +119,31 @@ except OSError as error:  # of another kind if the file system has no locks
     "$1" -c "$lock" 2>/dev/null
 }
 
-# need_venv BASE: make $VENV unless it has the packages of $REQUIREMENTS.
+# need_venv BASE: let $VENV have the packages of $REQUIREMENTS; make it if it is missing.
 need_venv() {
     if [ -e "$VENV/bin/python" ] && ! "$VENV/bin/python" -c '' 2>/dev/null; then
         die "$VENV/bin/python cannot be executed; remove $VENV, or name another Python with PYTHON="
     fi
     installed "$REQUIREMENTS" && return
     lock_venv "$1"
-    installed "$REQUIREMENTS" || make_venv "$1"
+    if installed "$REQUIREMENTS"; then :
+    elif [ -f "$VENV/install.log" ] || ! { [ -e "$VENV" ] || [ -L "$VENV" ]; }; then make_venv "$1"
+    elif ! has_packages "$VENV/bin/python" $PACKAGES; then  # a user's
+        die "$VENV $(reason_against "$VENV/bin/python" 2>/dev/null || echo has no Python), and the scripts did not make" \
+            "it; run: $VENV/bin/python -m pip install -r $REQUIREMENTS, or name another Python with PYTHON="
+    fi
     exec 8>&-
 }
 
-# make_venv BASE: make $VENV from the Python BASE, with the packages of $REQUIREMENTS.
+# make_venv BASE: make $VENV from the Python BASE, with the packages of $REQUIREMENTS, or install newer ones there.
 make_venv() {
     local torch reason
+    if [ -f "$VENV/installed.txt" ]; then
+        say "Installing $(basename "$REQUIREMENTS"), which has changed, into $VENV"
+        install "$REQUIREMENTS" || die "pip could not install $(basename "$REQUIREMENTS"); see $VENV/install.log," \
+            "or remove $VENV to make it again"
+        return
+    fi
     say "Installing $(basename "$REQUIREMENTS") into $VENV, once; this takes a few minutes ($1 lacks packages)"
     torch=$("$1" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)
     rm -rf "$VENV" 2>/dev/null || die "$VENV cannot be replaced; remove it, or name another Python with PYTHON="
@@ -137,6 +152,7 @@ make_venv() {
         say "The torch $torch of $1 does not go with $(basename "$REQUIREMENTS"); installing another torch"
         rm -rf "$VENV"
     fi
+    start_venv
     reason=$("$1" -m venv "$VENV" 2>&1) || die "$1 cannot make a virtual environment at $VENV" \
         "($(tail -n 1 <<<"$reason")); install its venv module (apt-get install python3-venv) where it has none," \
         "or name another Python with PYTHON="

@@ -137,6 +137,38 @@ def test_an_installation_shows_signs_of_life_and_what_it_made(tmp_path, checkout
     assert '%s/bin/python run_class_finetuning.py' % venv in use
 
 
+@pytest.mark.parametrize('found, status, words', [
+    ('lacks packages', 2, ('lacks torch', 'did not make it', 'pip install -r', 'PYTHON=')),
+    ('has packages', 0, ()), ('dangling', 2, ('has no Python',)), ('made, older requirements', 0, ('has changed',)),
+    ('made, interrupted', 0, ('Made ',))])
+def test_what_the_scripts_did_not_make_is_not_removed(tmp_path, checkout, found, status, words):
+    """An environment of the user, or of the scripts with packages that the user added, keeps its files."""
+    base, venv = tmp_path / 'base', tmp_path / 'venv'
+    base.write_text(FAKE_BASE.replace('sleep 7;', '').replace('case "$*" in\n    ', 'case "$*" in\n    '
+                    '*find_spec*"not all"*|*torch.from_numpy*|*fcntl*) exit ${PACKAGES_STATUS:-0} ;;\n    '
+                    '*find_spec*) echo lacks torch; exit ;;\n    ', 1))
+    base.chmod(0o755)
+    subprocess.run([str(base), '-m', 'venv', str(venv)], check=True)
+    (venv / 'kept').write_text('')
+    if found.startswith('made'):
+        (venv / 'install.log').write_text('')
+    if 'older' in found:
+        (venv / 'installed.txt').write_text('torch')
+    link = os.path.join(checkout, '.venv')
+    os.symlink(str(venv) if found != 'dangling' else str(tmp_path / 'gone'), link)
+    if found == 'made, interrupted':  # what the scripts began is made again
+        os.remove(link)
+        shutil.copytree(str(venv), link)
+    done = subprocess.run(['bash', '-c', 'source test/common.sh; need_venv "$0"', str(base)], cwd=checkout,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                          env=environment(PACKAGES_STATUS='1' if found == 'lacks packages' else '0'))
+    assert done.returncode == status, done.stderr
+    assert (venv / 'kept').exists() and (found == 'made, interrupted' or os.path.islink(link))
+    assert os.path.exists(os.path.join(link, 'kept')) == (found not in ('dangling', 'made, interrupted'))
+    for word in words:
+        assert word in done.stdout + done.stderr
+
+
 # ---- what a script hands to Python, read by a stand-in for it
 
 STAND_IN = """#!/usr/bin/env bash
