@@ -133,7 +133,8 @@ def average(paths: Sequence[str], use_ema: bool = False) -> Dict[str, Any]:
     if first['data']:
         content['data'] = first['data']
     if first['spec'] is not None:
-        known = dataclasses.replace(first['spec'], origin=dict(first['spec'].origin, averaged=', '.join(names)))
+        known = first['spec'].without_temperature()  # no temperature was fitted for the average
+        known = dataclasses.replace(known, origin=dict(known.origin, averaged=', '.join(names)))
         content.update({model_spec.KEY: known.to_dict()}, classes=list(known.classes), activation=known.activation)
     return content
 

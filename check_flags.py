@@ -62,12 +62,17 @@ def check_args(args: argparse.Namespace) -> None:
     check_augmentation(args)
     check_schedule(args)
     if not flags.evaluates_checkpoint(args):  # else the checkpoint may name the data set
-        locations.check_paths(flags.config_from(args, InputConfig))
+        check_data_paths(args)
     check_compute(args)
     check_optimizer(args)
     check_evaluation(args)
     check_weights(args)
     check_outputs(args)
+
+
+def check_data_paths(args: argparse.Namespace) -> None:
+    for path in flags.evaluation_sets(args):
+        locations.check_paths(flags.config_from(args, InputConfig, eval_data_path=path))
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -172,9 +177,14 @@ def check_unfreezing(args: argparse.Namespace) -> None:
 def check_evaluation(args: argparse.Namespace) -> None:
     if args.eval and 'recipe' in args.typed and args.recipe:
         raise UserError('--recipe %s: it belongs to training; leave it out of --eval' % escape_text(args.recipe))
-    for flag in ('results_file', 'real_labels', 'robust_test'):
+    for flag in ('results_file', 'real_labels', 'robust_test', 'calibrate'):
         if getattr(args, flag) and not args.eval:
             raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
+    sets = [escape_text(str(path)) for path in flags.evaluation_sets(args)]
+    for flag in [each for each in ('report', 'log_dir', 'calibrate') if getattr(args, each) or not args.eval]:
+        if sets[1:]:
+            raise UserError('--eval_data_path %s: several sets %s; name one' % (
+                ' '.join(sets), 'have no --' + flag if args.eval else 'belong to --eval'))
     if args.results_file:
         metrics.check_results_file(args.results_file)
         run_folder.check_writable('--results_file', args.results_file, is_file=True)

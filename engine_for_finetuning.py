@@ -273,15 +273,23 @@ def evaluate(data_loader: Any, model: torch.nn.Module, device: torch.device, sha
     return dict(stats, unreadable=[tuple(pair) for _, pairs in parts for pair in pairs])
 
 
-class WithMirrorImage(torch.nn.Module):
-    """Averages a network's logits of each image and its mirror image (--test_flip)."""
+class EvaluatedNetwork(torch.nn.Module):
+    """A network as an evaluation uses it.
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    Args:
+        flip: average the logits of each image and its mirror image (--test_flip).
+        outputs: the logits to return, in this order; None: all.
+    """
+
+    def __init__(self, network: torch.nn.Module, flip: bool = False, outputs: Optional[Sequence[int]] = None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.flip, self.outputs = network, flip, outputs
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return (self.network(images).float() + self.network(images.flip(3)).float()) / 2
+        logits = self.network(images).float()
+        if self.flip:
+            logits = (logits + self.network(images.flip(3)).float()) / 2
+        return logits if self.outputs is None else logits[:, self.outputs]
 
 
 def pad_batch(images: torch.Tensor, data_loader: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import (
 
 from beit.config import EVAL_FITS, MAX_INPUT_SIZE, default_num_workers, parse_colour
 from beit.errors import UserError, escape_text, print_error
-from beit.parser import OneLineParser, add_bool_flag, bounded_number
+from beit.parser import OneLineParser, OneOrMore, add_bool_flag, bounded_number
 from beit.paths import project_root
 
 TRAINING, PREDICT, EXPORT, AVERAGE, PROBE = PROGRAMS = (
@@ -66,7 +66,7 @@ class Flag:
     choices: Optional[Sequence[str]] = None
     nargs: Any = None
     metavar: Optional[str] = None
-    action: Optional[str] = None
+    action: Any = None
     aliases: Tuple[str, ...] = ()
     off: Optional[str] = None
     synonyms: str = ''
@@ -218,6 +218,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
                  EXPORT: dict(group='source', help='class names, one per line or JSON')}),
         Flag('topk', [1, 5], 'report the top-K accuracy for each of these K',
              shown='1 5', type=positive, nargs='+', affects_results=False),
+        Flag('calibrate', False, 'with --eval: fit a temperature, and write it into the checkpoint',
+             affects_results=False),
         Flag('real_labels', '', 'with --eval: JSON file of ImageNet\'s reassessed labels', affects_results=False),
         Flag('dist_eval', False, 'split the evaluation among the processes, each image once',
              affects_results=False),
@@ -245,6 +247,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('output', '', 'file to write; - is standard output'),
         Flag('format', None, 'format of --output: csv, json, jsonl', shown='by the ending; jsonl for -',
              choices=PREDICTION_FORMATS),
+        Flag('threshold', 0., 'mark images whose best probability is lower as unsure; 0: none', type=share),
         Flag('features', '', 'write the features of the images to this .npz file'),
         Flag('layer', None, 'features of a transformer block, counted from 1: class token and mean',
              shown='those that the head takes', type=bounded_number(int)),
@@ -381,7 +384,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
     (TRAINING, 'data'): (
         Flag('data_path', '', 'folder, .zip or .tar with train/ and val/; demo: digits',
              synonyms='data data_dir root', affects_results=False),
-        Flag('eval_data_path', None, 'class folders to evaluate on, instead of data_path/val', affects_results=False),
+        Flag('eval_data_path', None, 'class folders to evaluate on, not data_path/val; with --eval several',
+             action=OneOrMore, nargs='+', affects_results=False),
         Flag('train_csv', '', 'CSV file of training images: path,label or path,label;label', affects_results=False),
         Flag('val_csv', '', 'CSV file of validation images', affects_results=False),
         Flag('val_split', 0., 'fraction of each class to hold out for evaluation, without a val/',
@@ -565,6 +569,11 @@ def config_from(args: argparse.Namespace, kind: Callable[..., Config], **given: 
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     return kind(**dict({field.name: getattr(args, field.name) for field in fields if hasattr(args, field.name)},
                        **given))
+
+
+def evaluation_sets(args: argparse.Namespace) -> List[Optional[str]]:
+    """The values of --eval_data_path; [None] without any."""
+    return args.eval_data_path if isinstance(args.eval_data_path, list) else [args.eval_data_path]
 
 
 def evaluates_checkpoint(args: argparse.Namespace) -> bool:

@@ -58,10 +58,11 @@ from beit.outputs import run_log, start_table
 from beit.outputs.report import Report, augmented_samples
 from beit.outputs.run_log import count_parameters, print_result, speed_figures
 from beit.outputs.summary import project_version
-from beit.training import fused_attention, loss_scaler, losses
+from beit.training import fused_attention, loss_scaler, losses, temperature
 from beit.training.confusion import ConfusionMatrix
 from beit.training.losses import build_criterion
 from beit.training.metrics import (
+    Metric,
     OfLayers,
     best_figures,
     build_metrics,
@@ -71,8 +72,8 @@ from beit.training.metrics import (
     write_results,
 )
 from beit.training.step_control import CheckpointMonitor
-from check_flags import check_args
-from flags import build_parser, config_from, evaluates_checkpoint, follow_checkpoint, without_effect
+from check_flags import check_args, check_data_paths
+from flags import build_parser, config_from, evaluates_checkpoint, evaluation_sets, follow_checkpoint, without_effect
 
 PROGRAM = 'run_class_finetuning.py'
 ROBUST_CLASSES = 200  # of ImageNet-R and ImageNet-A
@@ -87,14 +88,16 @@ class Data:
     spec: ModelSpec
     class_weights: Optional[torch.Tensor]  # in the loss, float32 (classes,)
     steps_per_epoch: int  # updates; 0 for an evaluation
-    outputs: Optional[List[int]] = None  # the checkpoint's outputs that --robust_test keeps; None: all
+    outputs: Optional[List[int]] = None  # the model's outputs that are evaluated, in this order; None: all
+    path: str = ''  # of the set to evaluate
     train_loader: Any = None
     val_loader: Any = None
     layers: int = 0  # the heads of a linear probe
 
     @property
     def classes(self) -> List[str]:
-        return list(self.spec.classes)
+        return [self.spec.classes[output] for output in (range(len(self.spec.classes)) if self.outputs is None else
+                                                         self.outputs)]
 
 
 @dataclasses.dataclass
@@ -128,13 +131,14 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
     utils.seed_everything(args.seed)
     output = config_from(args, OutputConfig, flags=dict(vars(args)))
 
-    data = prepare_data(args, device, checkpoint)
+    sets = [prepare_data(args, device, checkpoint, path=path) for path in evaluation_sets(args)]
+    data = sets[0]
     learner = build_learner(args, data, build_model(args, data, checkpoint), checkpoint, device, dtype)
     report = build_report(args, output, data, learner)
     if args.eval:
         with required_output('' if args.output_dir or args.results_file else 'the figures of the evaluation'):
             start_table.show(report.environment, output.flags, data, learner.attention)
-            evaluate_only(args, output, data, learner, report, checkpoint)
+            evaluate_only(args, sets, learner, report, checkpoint)
         return
 
     run_state = resume(args, data, learner, checkpoint)
@@ -173,9 +177,10 @@ def check_data(args: argparse.Namespace) -> None:
     """Decode every image. Raises `UserError` with the number of unreadable images and of empty class folders."""
     if process_group.launch_environment(config_from(args, DistributedConfig))[0] != 0:
         return  # the first process decodes all of them
-    train_set, val_set, _ = datasets.build_datasets(config_from(args, InputConfig))
+    parts = [part for path in evaluation_sets(args)
+             for part in datasets.build_datasets(config_from(args, InputConfig, eval_data_path=path))[:2]]
     with run_folder.locked(args.output_dir):
-        damaged, empty = unreadable.check_data((train_set, val_set), args.num_workers, args.output_dir)
+        damaged, empty = unreadable.check_data(parts, args.num_workers, args.output_dir)
     if damaged:
         listed = ', listed in %s' % os.path.join(args.output_dir, LIST) if args.output_dir else ''
         raise UserError('--check_data: %s cannot be read%s; repair or remove the files, or leave them out with '
@@ -217,7 +222,7 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[
     if args.model_ema and not content.get('model_ema'):
         log.log_main('%s holds no averaged weights' % escape_text(path))
         args.model_ema = False
-    locations.check_paths(config_from(args, InputConfig))
+    check_data_paths(args)
     return checkpoint
 
 
@@ -234,13 +239,16 @@ def choose_precision(args: argparse.Namespace, device: torch.device) -> Optional
 
 
 def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Optional[CheckpointWeights],
-                 preprocessing: Optional[EvalTransform] = None) -> Data:
+                 preprocessing: Optional[EvalTransform] = None, path: Optional[str] = None) -> Data:
     """Build the data sets, their loaders, their class weights and the spec of the model.
 
-    `preprocessing`: of the weights that a linear probe starts from.
+    Args:
+        preprocessing: of the weights that a linear probe starts from.
+        path: this one of --eval_data_path.
     """
     known = checkpoint.spec if checkpoint and args.eval else None
     inputs = config_from(args, InputConfig, evaluation=known.preprocessing if known else preprocessing,
+                         eval_data_path=path,
                          **(dict(nb_classes=0) if known else {}))
     held_out = comparison.held_out_before(checkpoint.source, checkpoint.content, args.val_split, args.seed) \
         if checkpoint else None
@@ -251,19 +259,24 @@ def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Opt
         fingerprint.report_shared_files(train_set, val_set)
     spec = known or build_spec(args, inputs, val_set if train_set is None else train_set, classes)
     outputs = None
-    if args.robust_test and checkpoint:
-        outputs = subset_outputs(args, checkpoint, classes)
-        spec = dataclasses.replace(spec, classes=tuple(classes), has_class_names=True)
-    elif checkpoint:
-        train_set, val_set, spec = use_classes_of(args, checkpoint, spec, train_set, val_set, classes)
+    if checkpoint:
+        train_set, val_set, spec, outputs = use_classes_of(args, checkpoint, spec, train_set, val_set, classes, path)
     if val_set is not None:
         datasets.check_fits(val_set)
-        build_metrics(val_set, args.results_file, args.real_labels, args.data_set)
         check_best_by(args.best_by, spec.multi_label)
     weights = choose_class_weights(args, train_set, list(spec.classes))
     steps_per_epoch = 0 if args.eval else count_steps(args, len(train_set))
-    return Data(train_set, val_set, spec, weights, steps_per_epoch, outputs,
+    data = Data(train_set, val_set, spec, weights, steps_per_epoch, outputs, path or args.val_csv or args.data_path,
                 *datasets.build_loaders(inputs, train_set, val_set, device))
+    if val_set is not None:
+        metrics_of(args, data)
+    return data
+
+
+def metrics_of(args: argparse.Namespace, data: Data) -> List[Metric]:
+    """New metrics for an evaluation. Raises `UserError` where a flag does not fit the validation set."""
+    return build_metrics(data.val_set, args.results_file, args.real_labels, args.data_set, data.spec.multi_label,
+                         data.spec.activation, args.topk, data.outputs, len(data.spec.classes))
 
 
 def build_spec(args: argparse.Namespace, inputs: InputConfig, dataset: Any, classes: Sequence[str]) -> ModelSpec:
@@ -289,27 +302,23 @@ def match_classes(known: ModelSpec, source: str, classes: Sequence[str], trains:
     return known, places
 
 
-def subset_outputs(args: argparse.Namespace, checkpoint: CheckpointWeights, classes: Sequence[str]) -> List[int]:
-    """The outputs of the checkpoint that --robust_test evaluates on, in the order of the data's classes."""
-    for what, count in (('the data has', len(classes)), ('--nb_classes is', args.nb_classes or ROBUST_CLASSES)):
-        if count != ROBUST_CLASSES:
-            raise UserError('--robust_test %s: that set has %d classes, and %s %d; correct that, or leave the flag out'
-                            % (args.robust_test, ROBUST_CLASSES, what, count))
-    known, outputs = match_classes(checkpoint.spec, checkpoint.source, classes)
-    log.log_main('Evaluated on the logits of %d of the %d classes of %s (--robust_test %s)' % (
-        len(outputs), len(known.classes), escape_text(checkpoint.source), args.robust_test))
-    return outputs
-
-
 def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec: ModelSpec, train_set: Any,
-                   val_set: Any, classes: List[str]) -> Tuple[Any, Any, ModelSpec]:
-    """Match the data's classes with the checkpoint's by name; returns (training set, validation set, spec)."""
+                   val_set: Any, classes: List[str], path: Optional[str]
+                   ) -> Tuple[Any, Any, ModelSpec, Optional[List[int]]]:
+    """Match the data's classes with the checkpoint's by name; returns (training set, validation set, spec, outputs).
+
+    The outputs are those to evaluate, None for all: where each image has one class, the folders' alone compete.
+    """
     known = checkpoint.spec
     if known is None:
         log.log_main('%s does not name its classes: its outputs are assigned to the data\'s classes by position'
                      % escape_text(checkpoint.source))
-        return train_set, val_set, spec
-    if args.eval and args.nb_classes not in (0, len(known.classes)):
+        return train_set, val_set, spec, None
+    for what, count in (('the data has', len(classes)), ('--nb_classes is', args.nb_classes or ROBUST_CLASSES)):
+        if args.robust_test and count != ROBUST_CLASSES:
+            raise UserError('--robust_test %s: that set has %d classes, and %s %d; correct that, or leave the flag out'
+                            % (args.robust_test, ROBUST_CLASSES, what, count))
+    if args.eval and args.nb_classes not in (0, len(known.classes), len(classes)):
         raise UserError('--nb_classes %d: %s has %d classes; leave the flag out'
                         % (args.nb_classes, escape_text(checkpoint.source), len(known.classes)))
     if args.loss == 'auto' and known.loss != spec.loss:
@@ -317,19 +326,27 @@ def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec
                         'have %s; give --loss %s, or start a new run with --finetune' % (
                             escape_text(checkpoint.source), known.loss, spec.loss,
                             'several labels each' if spec.multi_label else 'one label each', known.loss))
-    known, places = match_classes(known, checkpoint.source, classes, trains=not args.eval)
+    try:
+        known, places = match_classes(known, checkpoint.source, classes, trains=not args.eval)
+    except UserError as error:
+        raise UserError('--eval_data_path %s: %s' % (escape_text(path), error) if path else str(error)) from None
+    if args.robust_test or args.eval and len(classes) < len(known.classes) and not known.multi_label:
+        log.log_main('Evaluated on the logits of %d of the %d classes of %s; the data%s names no others%s' % (
+            len(places), len(known.classes), escape_text(checkpoint.source), path and ' in ' + escape_text(path) or '',
+            args.robust_test and ' (--robust_test %s)' % args.robust_test or ''))
+        return train_set, val_set, known, places
     names = list(known.classes) if known.has_class_names else [classes[places.index(k)] for k in range(len(places))]
     if list(classes) != names:
         train_set, val_set = (each and datasets.relabel(each, places, names) for each in (train_set, val_set))
         if known.has_class_names and len(classes) == len(names):
             log.log_main('Classes are in the checkpoint\'s order: %s' % model_spec.shorten_names(names))
-    if val_set is not None and args.eval:
+    if val_set is not None:
         counts = subsets.class_counts(label_source(val_set), len(names))
         absent = [name for name, count in zip(names, counts) if not count]
         if absent:
-            log.log_main('Evaluated on %d of the checkpoint\'s %d classes; there is no image of %s' % (
-                len(names) - len(absent), len(names), model_spec.shorten_names(absent)))
-    return train_set, val_set, dataclasses.replace(spec, classes=tuple(names))
+            log.log_main('Evaluated on all logits: there is no validation image of %d of the %d classes (%s)' % (
+                len(absent), len(names), model_spec.shorten_names(absent)))
+    return train_set, val_set, dataclasses.replace(spec, classes=tuple(names)), None
 
 
 def choose_class_weights(args: argparse.Namespace, train_set: Any, classes: List[str]) -> Optional[torch.Tensor]:
@@ -360,11 +377,10 @@ def build_model(args: argparse.Namespace, data: Data, checkpoint: Optional[Check
     """Build the model with the weights of --finetune or, for an evaluation, of the checkpoint."""
     spec = data.spec
     if checkpoint and checkpoint.program is not None:
-        checkpoint.program.outputs = data.outputs
         return checkpoint.program
     model = inference_model.build_model(spec.architecture, len(spec.classes))
     if args.eval and checkpoint:
-        inference_model.load_state(model, checkpoint, data.outputs)
+        inference_model.load_state(model, checkpoint)
     elif args.finetune:
         pretrained.load_pretrained(model, args.finetune, args.model_key, args.model_prefix, spec.classes)
     return model
@@ -382,7 +398,7 @@ def build_learner(args: argparse.Namespace, data: Data, model: torch.nn.Module,
                          args.model_ema_warmup) \
         if args.model_ema else None
     if ema is not None and args.eval and checkpoint:
-        inference_model.load_state(ema.ema, checkpoint.averaged(), data.outputs, quiet=True)
+        inference_model.load_state(ema.ema, checkpoint.averaged(), quiet=True)
     model, scaler = loss_scaler.initialize_amp(model, optimizer, device, dtype, args.opt_level, args.loss_scale)
     attention = 'plain' if args.deterministic and args.attention == 'auto' else args.attention
     chosen = fused_attention.choose_attention(accelerator.unwrap(model), device, attention, dtype, args.batch_size)
@@ -546,23 +562,34 @@ def build_monitor(args: argparse.Namespace, output: OutputConfig, signals: preem
 
 # ---- evaluation
 
-def evaluate_only(args: argparse.Namespace, output: OutputConfig, data: Data, learner: Learner, report: Report,
+def evaluate_only(args: argparse.Namespace, sets: List[Data], learner: Learner, report: Report,
                   checkpoint: Optional[CheckpointWeights]) -> None:
+    """Evaluate the sets one after another; write a row of --results_file for each, with all weights."""
     started, source, epoch = time.time(), args.finetune, 0
+    rows, of_sets, bad_images = [], [], UnreadableFiles(args.output_dir, args.max_bad_images)
+    throughput = utils.Throughput(warmup_steps=1)
     if checkpoint:
         source, epoch = checkpoint.source, discovery.last_epoch(checkpoint.content)
-        log.log_main('Evaluating %s' % escape_text(source))
-        comparison.check_evaluation(source, checkpoint.content, data.val_set, data.classes, args.val_split,
-                                    learner.device)
-    bad_images = UnreadableFiles(args.output_dir, args.max_bad_images)
-    throughput = utils.Throughput(warmup_steps=1)
-    stats, ema_stats = evaluate_all(args, data, learner, bad_images, throughput,
-                                    predictions=report.predictions(data.spec.multi_label, data.spec.activation))
+        if args.calibrate:
+            calibrate(args, sets[0], learner, checkpoint)
+    for data in sets:
+        if checkpoint:
+            log.log_main('Evaluating %s%s' % (escape_text(source), sets[1:] and ' on ' + escape_text(data.path) or ''))
+            comparison.check_evaluation(source, checkpoint.content, data.val_set, data.classes, args.val_split,
+                                        learner.device)
+        stats, ema_stats = evaluate_all(args, data, learner, bad_images, throughput,
+                                        predictions=report.predictions(data.spec.multi_label, data.spec.activation))
+        rows += [dict(run_log.results_row(source, weights, data.spec, count_parameters(learner.model), each,
+                                          args.test_flip), data=escape_text(data.path))
+                 for weights, each in (('model', stats), ('model_ema', ema_stats)) if each is not None]
+        figure = primary_metric(stats)
+        of_sets.append(dict(summary_figures(stats), data=escape_text(data.path),
+                            **{'ema_' + figure.summary: ema_stats and ema_stats[figure.name]}))
     if args.results_file and process_group.is_main_process():
-        write_results(args.results_file, [
-            run_log.results_row(source, weights, data.spec, count_parameters(learner.model), each, args.test_flip)
-            for weights, each in (('model', stats), ('model_ema', ema_stats)) if each is not None])
-    figures = summary_figures(stats)
+        write_results(args.results_file, rows)
+    if sets[1:]:
+        run_log.print_sets(rows)
+    figures = {'sets': of_sets} if sets[1:] else of_sets[0]
     print_result(throughput, figures)
     if args.log_dir and process_group.is_main_process():
         writer = utils.TensorboardLogger(os.path.join(args.log_dir, 'eval'))  # apart from the training's figures
@@ -570,9 +597,36 @@ def evaluate_only(args: argparse.Namespace, output: OutputConfig, data: Data, le
         report.draw_confusions(writer, epoch)
         writer.close()
     report.of_weights(source)
-    figure = primary_metric(stats)
-    report.finish(dict(figures, **{'ema_' + figure.summary: ema_stats and ema_stats[figure.name]},
-                       bad_images=len(bad_images.listed), **speed_figures(throughput, time.time() - started)))
+    report.environment['validation_images'] = sum(len(each) for each in (data.val_set for data in sets) if each)
+    report.finish(dict(figures, bad_images=len(bad_images.listed), **speed_figures(throughput, time.time() - started)))
+
+
+def calibrate(args: argparse.Namespace, data: Data, learner: Learner, checkpoint: CheckpointWeights) -> None:
+    """Fit the temperature of the network and of its average; apply them, and write them into the checkpoint."""
+    path = temperature.calibrated_path(checkpoint, args.output_dir)
+    if data.outputs is not None:
+        raise UserError('--calibrate: the data has %d of the %d classes of %s; evaluate a set with all of them'
+                        % (len(data.classes), len(data.spec.classes), escape_text(checkpoint.source)))
+    sharded, fitted = args.dist_eval and process_group.world_size() > 1, {}
+    for name, what, model in ((model_spec.TEMPERATURES[0], 'network', learner.model),
+                              (model_spec.TEMPERATURES[1], 'averaged network (EMA)', averaged_network(args, learner))):
+        if model is not None:
+            metric = temperature.Temperature(data.spec.activation, data.spec.multi_label)
+            stats = engine.evaluate(data.val_loader, engine.EvaluatedNetwork(model), learner.device, sharded,
+                                    metrics=[metric]) or {}
+            fitted[name] = stats['temperature'] * getattr(data.spec, name)
+            log.log_main('Calibrated the %s: temperature %.4f, ' % (what, fitted[name]) + metric.message % stats)
+            head: Any = accelerator.unwrap(model).head
+            for parameter in head.parameters():
+                parameter.data.div_(stats['temperature'])
+    if process_group.is_main_process():
+        temperature.write(path, checkpoint, fitted)
+
+
+def averaged_network(args: argparse.Namespace, learner: Learner) -> Any:
+    """The moving average on the device, in the precision of an evaluation; None without one."""
+    return learner.ema and loss_scaler.autocast_for_evaluation(learner.ema.ema.to(learner.device), learner.device,
+                                                               learner.dtype, args.opt_level)
 
 
 def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_images: UnreadableFiles,
@@ -591,17 +645,17 @@ def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_ima
     sharded = args.dist_eval and process_group.world_size() > 1
 
     def evaluate(name, network, throughput=None, predictions=None):
-        metrics, *others = [build_metrics(data.val_set, args.results_file, args.real_labels, args.data_set,
-                                          data.spec.multi_label, data.spec.activation, args.topk)
-                            for _ in range(data.layers or 1)]
-        metrics = [OfLayers([metrics, *others])] if data.layers else metrics
+        metrics = metrics_of(args, data)
+        if data.layers:
+            metrics = [OfLayers([metrics] + [metrics_of(args, data) for _ in range(data.layers - 1)])]
         stats = engine.evaluate(
-            data.val_loader, engine.WithMirrorImage(network) if args.test_flip else network, learner.device, sharded,
+            data.val_loader, engine.EvaluatedNetwork(network, args.test_flip, data.outputs), learner.device, sharded,
             throughput, stop_signal, metrics + ([predictions] if predictions is not None else []))
         if stats is not None:
             left_out = stats.pop('unreadable')
             if left_out:
-                bad_images.report(left_out, len(data.val_set), 'validation')
+                bad_images.report(left_out, len(data.val_set), escape_text(data.path) if len(evaluation_sets(args)) > 1
+                                  else 'validation')
             if predictions is not None:
                 predictions.figures = stats
             lines = [run_log.scores_line(stats), run_log.accuracy_line(name, stats, len(set(left_out)))]
@@ -616,10 +670,8 @@ def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_ima
     learner.last_scores.clear()
     stats, ema_stats = evaluate('network', learner.model, throughput, predictions), None
     if learner.ema is not None and stats is not None:
-        ema, device = learner.ema.ema, learner.device
-        ema_stats = evaluate('averaged network (EMA)', loss_scaler.autocast_for_evaluation(
-            ema.to(device), device, learner.dtype, args.opt_level))
-        ema.to('cpu' if args.model_ema_force_cpu else device)
+        ema_stats = evaluate('averaged network (EMA)', averaged_network(args, learner))
+        learner.ema.ema.to('cpu' if args.model_ema_force_cpu else learner.device)
         stats = stats if ema_stats is not None else None
     return stats, ema_stats
 

@@ -64,7 +64,7 @@ def probe(args: argparse.Namespace, signals: preemption.Signals, device: torch.d
     known = {flag.name for _, flag in flags.flags_of(flags.PROBE)} - {'config'}
     output = flags.config_from(args, OutputConfig, flags={name: vars(args)[name] for name in sorted(known)})
 
-    data = finetuning.prepare_data(args, device, checkpoint, loaded.preprocessing)
+    data = finetuning.prepare_data(args, device, checkpoint, loaded.preprocessing, args.eval_data_path)
     check_data(args, data)
     loaded.model.probe_layers(len(data.classes))
     data.layers = len(loaded.model.blocks)

@@ -257,7 +257,7 @@ def open_writers(args: argparse.Namespace, classes: Sequence[str], extra: Sequen
         writers: List[LineWriter] = []
         if args.output or not args.features:
             writers.append((FORMATS[args.format] if args.output else LineWriter)(
-                files.enter_context(open_output(args.output, stdout)), classes, args.top_k, extra))
+                files.enter_context(open_output(args.output, stdout)), classes, args.top_k, extra, args.threshold))
         if args.features:
             writers.append(FeaturesWriter(files.enter_context(open_output(args.features, stdout, '--features'))))
         yield writers
@@ -312,7 +312,8 @@ def main(args: argparse.Namespace, stdout: TextIO) -> None:
     started = time.time()
     to_file = ' and '.join(escape_text(each) for each in (args.output, args.features) if each not in ('', '-'))
     predictor = Predictor(model.eval(), loader, sampler, args.top_k, heatmaps, loaded.activation, features)
-    extra = ['attention'] * (hook is not None) + ['error'] * (args.bad_images == 'skip')
+    extra = ['unsure'] * (args.threshold > 0) + ['attention'] * (hook is not None) + [
+        'error'] * (args.bad_images == 'skip')
     with open_writers(args, loaded.classes, extra, stdout) as writers:
         shows_progress = args.output != '-' and bool(to_file) and process_group.is_main_process()
         read, left_out = write_predictions(predictor, writers, loaded.config.input_size, shows_progress, device)

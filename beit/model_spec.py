@@ -33,7 +33,9 @@ class ModelSpec:
         classes: the names of the outputs, in order; their numbers where `has_class_names` is false.
         loss: 'ce' (softmax, one class an image) or 'bce' (sigmoid, each class independently).
         multi_label: whether an image can have several classes, or none.
-        origin: for people: the program's version, --finetune, averaged files.
+        origin: for people: the program's version, --finetune, averaged files, the temperature of an export's weights.
+        temperature: `inference_model.load_state` divides the logits by it; of --calibrate.
+        ema_temperature: the averaged weights' (EMA).
     """
     architecture: ModelConfig
     preprocessing: EvalTransform
@@ -42,6 +44,8 @@ class ModelSpec:
     loss: str = 'ce'
     multi_label: bool = False
     origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    temperature: float = 1.
+    ema_temperature: float = 1.
 
     @property
     def activation(self) -> str:
@@ -55,7 +59,8 @@ class ModelSpec:
         return {'version': VERSION, 'architecture': dataclasses.asdict(self.architecture),
                 'preprocessing': preprocessing, 'classes': [escape_text(name) for name in self.classes],
                 'has_class_names': self.has_class_names, 'loss': self.loss, 'multi_label': self.multi_label,
-                'origin': dict(self.origin)}
+                'origin': dict(self.origin),
+                **{name: getattr(self, name) for name in TEMPERATURES if getattr(self, name) != 1}}
 
     @classmethod
     def from_dict(cls, content: Any) -> 'ModelSpec':
@@ -72,6 +77,8 @@ class ModelSpec:
         spec = _dataclass_from(cls, content)
         if spec.loss not in ('ce', 'bce') or not all(isinstance(each, str) for each in spec.origin.values()):
             raise ValueError('its loss or origin is invalid')
+        if not all(0 < getattr(spec, name) < float('inf') for name in TEMPERATURES):
+            raise ValueError('its temperature is invalid')
         spec.preprocessing.check()
         if spec.architecture.in_chans != len(spec.preprocessing.mean):
             raise ValueError('it has %d channels, and a mean of %d'
@@ -125,6 +132,14 @@ class ModelSpec:
                             % (where, len(names), len(self.classes)))
         return dataclasses.replace(self, classes=tuple(names), has_class_names=True)
 
+    def of_average(self) -> 'ModelSpec':
+        """The spec of the averaged weights (EMA)."""
+        return dataclasses.replace(self, temperature=self.ema_temperature)
+
+    def without_temperature(self) -> 'ModelSpec':
+        """The spec of weights that hold the temperature, or that it was not fitted for."""
+        return dataclasses.replace(self, temperature=1., ema_temperature=1.)
+
     def differences(self, other: 'ModelSpec') -> List[str]:
         """The differences from another model that make weights or figures incomparable, as text."""
         rows = [('--' + field.name, getattr(self.architecture, field.name), getattr(other.architecture, field.name))
@@ -139,6 +154,7 @@ class ModelSpec:
         return found
 
 
+TEMPERATURES = ('temperature', 'ema_temperature')
 SHAPING = ('model', 'input_size', 'use_mean_pooling', 'rel_pos_bias', 'abs_pos_emb', 'qkv_bias',  # of ModelConfig
            'in_chans')
 

@@ -134,7 +134,7 @@ class OneLineParser(argparse.ArgumentParser):
             parsed.given.add(known[flag].dest)
             if known[flag].nargs == 0:
                 flag, value = self.bool_option(known[flag], value, shown), []
-            elif isinstance(value, list) != (known[flag].nargs is not None):
+            elif not isinstance(known[flag], OneOrMore) and isinstance(value, list) != (known[flag].nargs is not None):
                 raise UserError('%s: it takes %s' % (shown, 'one value, not a list' if known[flag].nargs is None else
                                                      'a list of numbers, as in [0.9, 0.999]'))
             try:
@@ -214,6 +214,13 @@ def bounded_number(kind: Callable[[str], Any], low: Optional[float] = None, high
             raise argparse.ArgumentTypeError('must be at most %s, got %s' % (high, text))
         return value
     return parse
+
+
+class OneOrMore(argparse.Action):
+    """Takes one value, as it is, or several as a list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
 def add_bool_flag(group: Any, name: str, default: bool, help: str, off: Optional[str] = None) -> None:

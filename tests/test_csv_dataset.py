@@ -540,4 +540,6 @@ def test_counts_of_three_processes_are_added_up(monkeypatch):
     for kind, score in enumerate(alone):
         monkeypatch.setattr(metrics.collectives, 'all_gather_json', lambda value, device: [
             each[kind].counts.tolist() for each in parts])  # noqa: B023
+        monkeypatch.setattr(metrics.collectives, 'all_gather_rows', lambda columns, device: [
+            torch.cat([pairs for each in parts for pairs in each[kind].pairs])])  # noqa: B023
         assert parts[0][kind].compute(True, CPU) == score.compute(False, CPU)

@@ -2,25 +2,34 @@
 
 import csv
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy import optimize
 from sklearn import metrics as sklearn_metrics
 from sklearn.calibration import calibration_curve
 
 import average_checkpoints
+import engine_for_finetuning as engine
 import run_class_finetuning
+import run_export
+import run_predict
+from beit import classifier, model_spec
+from beit.checkpoint import inference_model
 from beit.data.loader import Batch
 from beit.errors import UserError
 from beit.files import weights_file
 from beit.outputs import report, report_html, run_log
-from beit.training import metrics
-from helpers import CPU, ROOT, RUN, free_port, lines_of, write_images
+from beit.training import metrics, temperature
+from helpers import CPU, ROOT, RUN, free_port, lines_of
 
 pytestmark = pytest.mark.fast
 
@@ -120,11 +129,24 @@ def test_the_reliability_diagram_has_a_bar_for_each_bin():
     assert report_html._reliability({'figures': {}}) == ''
 
 
+def write_tinted(root, classes, count, seed):
+    """Class folders of noise, in which the channel of the class is often a bit brighter."""
+    rng = np.random.RandomState(seed)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.randint(0, 200, (32, 32, 3)).astype(float) + 20 * rng.randn(3)
+            pixels[..., ('ant', 'bee', 'cow', 'yak').index(name) % 3] += 30
+            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(str(root / name / ('%02d.png' % index)))
+
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """(data, output, log.txt): three classes, and epochs whose accuracy and loss disagree about the best."""
     root = tmp_path_factory.mktemp('metrics')
-    data, output = write_images(root / 'data', classes=('ant', 'bee', 'cow'), val=5), str(root / 'out')
+    data, output = str(root / 'data'), str(root / 'out')
+    for seed, (split, count) in enumerate((('train', 32), ('val', 20))):
+        write_tinted(root / 'data' / split, ('ant', 'bee', 'cow'), count, seed)
     assert run_class_finetuning.run(RUN + ['--data_path', data, '--output_dir', output, '--epochs=4', '--lr=2e-3',
                                            '--save_ckpt_freq=1', '--best_by=loss', '--report', '--topk', '1', '2',
                                            '--model_ema', '--model_ema_decay=0.5']) == 0
@@ -157,7 +179,7 @@ def test_every_figure_is_in_every_output(trained, tmp_path, capsys):
                       summary[name.replace('acc2', 'top2')]):
             assert found == pytest.approx(best['test_' + name]), name
     assert [each['class'] for each in rows['json']['classes']] == ['ant', 'bee', 'cow']
-    assert sum(each['images'] for each in rows['json']['reliability']) == 15
+    assert sum(each['images'] for each in rows['json']['reliability']) == 60
     assert 'classes' not in rows['csv'] and 'reliability' not in rows['csv']
     line = 'Precision, recall, F1: macro %(macro_precision).3f%%, %(macro_recall).3f%%, %(macro_f1).3f%%; weighted ' \
         '%(weighted_precision).3f%%, %(weighted_recall).3f%%, %(weighted_f1).3f%%; balanced accuracy ' \
@@ -228,13 +250,14 @@ import torch
 from beit.config import DistributedConfig
 from beit.data.loader import Batch
 from beit.distributed import process_group
-from beit.training import metrics
+from beit.training import metrics, temperature
 from test_metrics import outputs
 device = process_group.init_distributed_mode(DistributedConfig(device='cpu'))
 rank, world = process_group.rank(), process_group.world_size()
 targets, output = outputs()
 found = {}
-for metric in (metrics.TopAccuracy((1, 3)), metrics.PerClass(list('abcdefg')), metrics.Calibration()):
+for metric in (metrics.TopAccuracy((1, 3)), metrics.PerClass(list('abcdefg')), metrics.Calibration(),
+               temperature.Temperature()):
     for start in range(50 * rank, 300, 50 * world):
         metric.update(Batch(None, targets[start:start + 50], torch.arange(start, start + 50), []),
                       output[start:start + 50])
@@ -255,3 +278,223 @@ def test_two_processes_give_the_figures_of_one():
         for process in started:
             found.append(re.search('RESULTS (.*)', process.communicate(timeout=120)[0]).group(1))
     assert found[0] == found[1] == found[2]
+
+
+# ---- subsets of the classes, several sets
+
+@pytest.fixture(scope='module')
+def sets(trained, tmp_path_factory):
+    """Folders of classes of `trained`: all, two of them, and a wrong one."""
+    root = tmp_path_factory.mktemp('sets')
+    for seed, (name, classes) in enumerate((('all', 'cow ant bee'), ('some', 'cow ant'), ('wrong', 'cow yak'))):
+        write_tinted(root / name, classes.split(), 12, seed + 10)
+    return root
+
+
+def logits_of(source, folder, classes):
+    """(float64 logits, class names) by Pillow and the network alone."""
+    loaded = inference_model.load_for_inference(source)
+    paths = [(name, path) for name in classes for path in sorted((folder / name).iterdir())]
+    images = torch.from_numpy(np.stack([np.asarray(Image.open(str(path)).convert('RGB'), np.float32).transpose(2, 0, 1)
+                                        for _, path in paths]) / 255)
+    with torch.no_grad():
+        return loaded.model((images - 0.5) / 0.5).double(), [name for name, _ in paths], list(loaded.classes)
+
+
+def test_a_folder_of_some_classes_is_evaluated_on_their_logits(trained, sets, tmp_path, capsys):
+    _, output, _ = trained
+    logits, names, classes = logits_of(output, sets / 'some', ('cow', 'ant'))
+    kept = [classes.index('ant'), classes.index('cow')]
+    targets = torch.tensor([('ant', 'cow').index(name) for name in names])
+    results = str(tmp_path / 'r.json')
+    assert run_class_finetuning.run(['--eval', '--resume', output, '--eval_data_path', str(sets / 'some'),
+                                     '--device=cpu', '--num_workers=0', '--results_file', results]) == 0
+    out = capsys.readouterr().out
+    assert 'Evaluated on the logits of 2 of the 3 classes' in out and str(sets / 'some') in out
+    with open(results, encoding='utf-8') as file:
+        row = json.load(file)[0]
+    assert row['loss'] == pytest.approx(float(torch.nn.functional.cross_entropy(logits[:, kept], targets)), rel=1e-4)
+    assert row['acc1'] == pytest.approx(100 * float((logits[:, kept].argmax(1) == targets).double().mean()))
+    assert row['macro_f1'] == pytest.approx(100 * sklearn_metrics.f1_score(
+        targets, logits[:, kept].argmax(1), average='macro'))
+    assert [each['class'] for each in row['classes']] == ['ant', 'cow']
+
+
+def test_reassessed_labels_of_a_subset(tmp_path):
+    """Labels of other classes than the evaluated ones are no right answers."""
+    path, output = 'ILSVRC2012_val_%08d.JPEG', torch.tensor([[3., 1.], [1., 2.], [5., 0.], [0., 1.]])
+
+    class Data:
+        classes, samples = ['b', 'd'], [(path % number, 0) for number in (1, 2, 3, 4)]
+
+    labels = tmp_path / 'real.json'
+    labels.write_text('[[1], [0, 3], [2], [1]]')
+    found = metrics.build_metrics(Data(), real_labels=str(labels), multi_label=False, outputs=[1, 3], nb_classes=4)[-1]
+    found.update(Batch(None, None, torch.arange(4), []), output)
+    assert found.compute(False, CPU) == {'real_acc1': pytest.approx(200 / 3), 'real_acc5': 100., 'real_images': 3}
+
+
+def test_models_of_several_classes_per_image_keep_all_logits():
+    """The other classes do not compete, so a folder of some classes changes nothing."""
+    model = engine.EvaluatedNetwork(torch.nn.Linear(3, 4), outputs=None)
+    assert model(torch.zeros(2, 3)).shape == (2, 4)
+    assert engine.EvaluatedNetwork(torch.nn.Linear(3, 4), outputs=[3, 1])(torch.ones(2, 3)).shape == (2, 2)
+
+
+def test_several_sets_give_a_table_and_a_row_each(trained, sets, tmp_path, capsys):
+    data, output, _ = trained
+    paths, results = [os.path.join(data, 'val'), str(sets / 'all'), str(sets / 'some')], str(tmp_path / 'r.csv')
+    base = ['--eval', '--resume', output, '--device=cpu', '--num_workers=0', '--results_file', results]
+    singly = []
+    for path in paths:
+        assert run_class_finetuning.run(base + ['--eval_data_path', path]) == 0
+        with open(results, newline='', encoding='utf-8') as file:
+            singly += list(csv.DictReader(file))
+    capsys.readouterr()
+    assert run_class_finetuning.run(base + ['--output_dir', str(tmp_path / 'o'), '--eval_data_path'] + paths) == 0
+    out = capsys.readouterr().out
+    with open(results, newline='', encoding='utf-8') as file:
+        assert list(csv.DictReader(file)) == singly
+    assert [(row['data'], row['weights']) for row in singly] == [
+        (path, weights) for path in paths for weights in ('model', 'model_ema')]
+    table = out[re.search('^data +weights', out, re.M).start():].splitlines()
+    for row, line in zip(singly, table[1:]):
+        assert line.split()[:4] == [row['data'], row['weights'], row['images'], '%.3f' % float(row['acc1'])]
+    found = summary_of(str(tmp_path / 'o'), 'eval-summary.json')['sets']
+    assert [each['data'] for each in found] == paths
+    assert [each['accuracy'] for each in found] == [float(row['acc1']) for row in singly[::2]]
+    assert [each['ema_accuracy'] for each in found] == [float(row['acc1']) for row in singly[1::2]]
+    with open(str(tmp_path / 'o' / 'eval-args.yaml'), encoding='utf-8') as file:
+        args = run_class_finetuning.build_parser().parse_args(['--config', file.name])
+    assert args.eval_data_path == paths
+
+
+def test_a_bad_set_is_found_before_the_first_is_evaluated(trained, sets, refused, capsys):
+    base = ['--eval', '--resume', trained[1], '--device=cpu', '--num_workers=0', '--eval_data_path', str(sets / 'all')]
+    for path, says in ((sets / 'wrong', 'yak'), (sets / 'gone', 'no such folder')):
+        refused(base + [str(path)], '--eval_data_path %s' % path, says)
+    assert 'Evaluating' not in capsys.readouterr().out
+    for flags, says in ((['--report', '--output_dir=x'], '--report'), (['--calibrate'], '--calibrate'),
+                        (['--no_eval', '--data_path', trained[0]], 'belong to --eval')):
+        refused(base + [str(sets / 'some')] + flags, 'several sets', says)
+
+
+# ---- calibration
+
+def evaluated(output, folder, tmp_path, *flags):
+    results = str(tmp_path / 'calibrated.json')
+    assert run_class_finetuning.run(['--eval', '--resume', output, '--eval_data_path', str(folder), '--device=cpu',
+                                     '--num_workers=0', '--results_file', results, *flags]) == 0
+    with open(results, encoding='utf-8') as file:
+        return json.load(file)
+
+
+def test_a_temperature_is_scipys_and_goes_everywhere(trained, sets, tmp_path, capsys):
+    """Into the checkpoint, from there into evaluation, prediction, beit.load and an export, but not into an average."""
+    folder = tmp_path / 'copy'
+    shutil.copytree(trained[1], str(folder))
+    best = str(folder / 'checkpoint-best.pth')
+    before, content = evaluated(best, sets / 'all', tmp_path), weights_file.load_weights_file(best)
+    logits, names, classes = logits_of(best, sets / 'all', ('ant', 'bee', 'cow'))
+    targets = torch.tensor([classes.index(name) for name in names])
+    expected = optimize.minimize(lambda log: float(torch.nn.functional.cross_entropy(
+        logits * math.exp(-log[0]), targets)), [0.], method='Nelder-Mead', options={'xatol': 1e-6, 'fatol': 1e-12})
+    assert abs(expected.x[0]) > 0.01
+    capsys.readouterr()
+    after = evaluated(best, sets / 'all', tmp_path, '--calibrate')
+    out, calibrated = capsys.readouterr().out, weights_file.load_weights_file(best)
+    spec = calibrated['model_spec']
+    assert spec['temperature'] == pytest.approx(math.exp(expected.x[0]), rel=1e-3)
+    assert spec['ema_temperature'] != spec['temperature']
+    assert 'NLL %.4f -> %.4f, calibration error %.3f%% -> %.3f%%' % (
+        before[0]['loss'], expected.fun, before[0]['ece'], after[0]['ece']) in out
+    assert 'Wrote the temperature into %s' % best in out
+    assert after[0]['loss'] == pytest.approx(expected.fun, rel=1e-5) and after[0]['acc1'] == before[0]['acc1']
+    assert after == evaluated(best, sets / 'all', tmp_path)
+    assert set(calibrated) == set(content) and all(
+        torch.equal(calibrated['model'][name], value) for name, value in content['model'].items())
+    share = torch.softmax(logits / spec['temperature'], 1)
+    image = str(sets / 'all' / 'ant' / '00.png')
+    loaded = classifier.load(best)
+    assert loaded.probabilities([image])[0].tolist() == pytest.approx(share[0].tolist(), rel=1e-4)
+    assert classifier.load(best, use_ema=True).spec.origin['temperature'] == '%g' % spec['ema_temperature']
+    exported = str(tmp_path / 'e.safetensors')
+    assert run_export.run(['--resume', best, '--format=safetensors', '--output', exported, '--no_check']) == 0
+    assert classifier.load(exported).probabilities([image])[0].tolist() == pytest.approx(share[0].tolist(), rel=1e-4)
+    capsys.readouterr()
+    assert run_predict.run(['--resume', best, '--output=-', '--format=json', image]) == 0
+    best_share = json.loads(capsys.readouterr().out)[0]['predictions'][0]['probability']
+    assert best_share == pytest.approx(float(share[0].max()), abs=2e-5)
+    average = str(tmp_path / 'average.pth')
+    assert average_checkpoints.run(['--inputs', best, str(folder / 'checkpoint-0.pth'), '--output', average]) == 0
+    assert 'temperature' not in weights_file.load_weights_file(average)['model_spec']
+    assert 'temperature' not in content['model_spec']
+
+
+def test_a_calibrated_checkpoint_goes_to_another_output_dir(trained, sets, tmp_path, capsys):
+    output = str(tmp_path / 'new')
+    evaluated(trained[1], sets / 'all', tmp_path, '--calibrate', '--output_dir', output)
+    assert 'temperature' in weights_file.load_weights_file(os.path.join(output, 'checkpoint-best.pth'))['model_spec']
+    best = os.path.join(trained[1], 'checkpoint-best.pth')
+    assert 'temperature' not in weights_file.load_weights_file(best)['model_spec']
+
+
+def test_what_cannot_be_calibrated_is_refused(trained, sets, tmp_path, refused):
+    base = ['--device=cpu', '--num_workers=0', '--calibrate', '--eval_data_path']
+    refused(base + [str(sets / 'some'), '--eval', '--resume', trained[1]], '--calibrate', '2 of the 3 classes')
+    refused(base + [str(sets / 'all'), '--data_path', trained[0]], '--calibrate', 'belongs to --eval')
+    folder = tmp_path / 'there'
+    folder.mkdir()
+    (folder / 'checkpoint-best.pth').write_text('')
+    refused(base + [str(sets / 'all'), '--eval', '--resume', trained[1], '--output_dir', str(folder)],
+            '--output_dir', 'it holds a checkpoint-best.pth already')
+    content = weights_file.load_weights_file(os.path.join(trained[1], 'checkpoint-best.pth'))
+    bare = str(tmp_path / 'bare.pth')
+    torch.save({name: value for name, value in content.items() if name != 'model_spec'}, bare)
+    refused(base + [str(sets / 'all'), '--eval', '--resume', bare], '--calibrate', 'no description of its model')
+    metric = temperature.Temperature()
+    metric.update((None, torch.tensor([0, 1]), torch.arange(2)), torch.tensor([[1., 0.], [0., 1.]]))
+    with pytest.raises(UserError, match='nearly every prediction is right'):
+        metric.compute(False, CPU)
+    for value in (0., -1., math.nan, math.inf):
+        damaged = dict(content, model_spec=dict(content['model_spec'], temperature=value))
+        with pytest.raises(UserError, match='temperature is invalid'):
+            model_spec.spec_in(damaged, 'x.pth', 3)
+
+
+def test_a_temperature_for_several_classes_per_image():
+    generator = torch.Generator().manual_seed(1)
+    targets = (torch.rand(200, 3, generator=generator) > 0.6).float()
+    output = 4 * torch.randn(200, 3, generator=generator) + 2 * targets
+    metric = temperature.Temperature('sigmoid', multi_label=True)
+    metric.update((None, targets, torch.arange(200)), output)
+    stats = metric.compute(False, CPU)
+
+    def nll(scale):
+        return float(torch.nn.functional.binary_cross_entropy_with_logits(output.double() / scale, targets.double()))
+
+    assert stats['nll_before'] == pytest.approx(nll(1.)) and stats['nll'] == pytest.approx(nll(stats['temperature']))
+    assert stats['nll'] <= min(nll(stats['temperature'] * factor) for factor in (0.99, 1.01)) and stats['ece'] < \
+        stats['ece_before']
+
+
+def test_unsure_images_are_marked_in_every_format(trained, sets, tmp_path, capsys):
+    folder = sets / 'all' / 'ant'
+    logits, _, _ = logits_of(trained[1], sets / 'all', ('ant',))
+    shares = torch.softmax(logits, 1).max(1).values.tolist()
+    limit = float(np.median(shares))
+    expected = [share < limit for share in shares]
+    assert any(expected) and not all(expected)
+    found = {}
+    for kind in ('text', 'csv', 'json', 'jsonl'):
+        capsys.readouterr()
+        assert run_predict.run(['--resume', trained[1], '--threshold=%.9f' % limit, str(folder)]
+                               + (['--format', kind] if kind != 'text' else [])) == 0
+        found[kind] = capsys.readouterr().out
+    assert [': unsure, ' in line for line in found['text'].splitlines()] == expected
+    assert [row['unsure'] for row in csv.DictReader(found['csv'].splitlines())] == [
+        'unsure' if each else '' for each in expected]
+    assert [each['unsure'] for each in json.loads(found['json'])] == expected
+    assert [json.loads(line)['unsure'] for line in found['jsonl'].splitlines()] == expected
+    assert run_predict.run(['--resume', trained[1], '--format=csv', str(folder)]) == 0
+    assert 'unsure' not in capsys.readouterr().out

@@ -458,7 +458,7 @@ DEFAULTS = dict(
     check_data=False, dist_timeout=600., data_backend='exact', eval_data_backend='exact',
     skip_dropped='auto', grad_checkpointing=False, compile=False, curves=True, report=False,
     val_split=0., max_train_samples=0, val_interval=1, early_stop=0,
-    best_by=None, topk=[1, 5],
+    best_by=None, topk=[1, 5], calibrate=False,
     class_names='', train_csv='', val_csv='',
     loss='auto', class_weights='', test_flip=False, results_file='', real_labels='',
     freeze_backbone=False, unfreeze_epoch=0, recipe='', blr=0., enable_deepspeed=False, robust_test=None, qkv_bias=True,

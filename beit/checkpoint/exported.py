@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 import zipfile
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -92,10 +92,7 @@ class ExportedModel(torch.nn.Module):
 
     Attributes:
         parameter_count: the number of the network's weights.
-        outputs: the logits to return, in this order; None: all.
     """
-
-    outputs: Optional[List[int]] = None
 
     def __init__(self, run: Run, batch_size: int, parameter_count: int) -> None:
         super().__init__()
@@ -107,8 +104,7 @@ class ExportedModel(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         missing = -len(images) % self.batch_size if self.batch_size else 0
         padded = torch.cat((images, images.new_zeros((missing,) + images.shape[1:])))
-        logits = torch.cat([self.run(part) for part in padded.split(self.batch_size or len(padded))])[:len(images)]
-        return logits if self.outputs is None else logits[:, self.outputs]
+        return torch.cat([self.run(part) for part in padded.split(self.batch_size or len(padded))])[:len(images)]
 
 
 def format_of(source: str) -> Optional[Program]:

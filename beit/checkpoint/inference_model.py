@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 import torch
 from timm.models import create_model
@@ -67,7 +67,7 @@ class CheckpointWeights(NamedTuple):
     def averaged(self) -> 'CheckpointWeights':
         """The averaged weights (EMA) of the same checkpoint."""
         state = find_state_dict(self.content, '--resume', self.source, use_ema=True)[1]
-        return self._replace(state=hf_names.to_native(state)[0])
+        return self._replace(state=hf_names.to_native(state)[0], spec=self.spec.of_average())
 
 
 def load_for_inference(source: str, use_ema: bool = False, class_names: str = '', needs_head: bool = True,
@@ -103,8 +103,11 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError('--resume %s: its description fits no model (%s)' % (escape_text(path), error)) from None
     load_state(model, found)
+    spec = found.spec.without_temperature()
+    if found.spec.temperature != 1:
+        spec = dataclasses.replace(spec, origin=dict(spec.origin, temperature='%g' % found.spec.temperature))
     about = {name: content[name] for name in ('epoch', 'progress', 'accuracy', 'args') if name in content}
-    return LoadedModel(model.eval(), found.spec, path, about, use_ema)
+    return LoadedModel(model.eval(), spec, path, about, use_ema)
 
 
 def read_weights(path: str, content: Any, use_ema: bool = False, class_names: str = '',
@@ -137,6 +140,7 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
     if spec is None:
         raise UserError('--resume %s: the file does not name its model; give --model, and --input_size if it is not '
                         '224' % escape_text(path))
+    spec = spec.of_average() if use_ema else spec
     trained_size = spec.architecture.input_size
     spec = override_spec(spec, overrides, path, class_names)
     try:
@@ -187,20 +191,21 @@ def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str, class_n
     return changed.with_class_names(names, '--class_names %s' % escape_text(class_names))
 
 
-def load_state(model: torch.nn.Module, found: CheckpointWeights, outputs: Optional[Sequence[int]] = None,
-               quiet: bool = False) -> None:
+def load_state(model: torch.nn.Module, found: CheckpointWeights, quiet: bool = False) -> None:
     """Load a checkpoint's weights; tables are resized to the model's input size, as --finetune does.
 
+    The weights of the head are divided by the checkpoint's temperature: every user of the network gets calibrated
+    logits.
+
     Args:
-        outputs: the rows of the head that the model has, in its order; None: all.
         quiet: log nothing: the same was logged for other weights of the file.
 
     Raises:
         UserError: they belong to another model.
     """
     state, shown = dict(found.state), escape_text(found.source)
-    if outputs is not None:
-        state.update((name, state[name][list(outputs)]) for name in ('head.weight', 'head.bias'))
+    if found.spec.temperature != 1:
+        state.update((name, state[name] / found.spec.temperature) for name in ('head.weight', 'head.bias'))
     if found.has_no_spec or found.is_resized:
         adapt_state_dict(state, model, quiet)
     unused = sorted(set(state) - set(model.state_dict())) if found.has_no_spec else []  # such as a mask token

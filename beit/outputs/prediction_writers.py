@@ -25,16 +25,27 @@ class Prediction(NamedTuple):
 
 
 class LineWriter:
-    """A line of text for each readable image. `extra`: the optional fields of the results, 'attention' and 'error'."""
+    """A line of text for each readable image.
 
-    def __init__(self, file: BinaryIO, classes: Sequence[str], top_k: int = 1, extra: Sequence[str] = ()) -> None:
+    Args:
+        extra: the optional fields of the results, 'unsure', 'attention' and 'error'.
+        threshold: an image is unsure if its best probability is lower.
+    """
+
+    def __init__(self, file: BinaryIO, classes: Sequence[str], top_k: int = 1, extra: Sequence[str] = (),
+                 threshold: float = 0.) -> None:
         self.file, self.classes, self.top_k, self.extra = file, classes, min(top_k, len(classes)), extra
+        self.threshold = threshold
+
+    def is_unsure(self, prediction: Prediction) -> bool:
+        return bool(prediction.probabilities) and prediction.probabilities[0] < self.threshold
 
     def write(self, prediction: Prediction) -> None:
         if not prediction.reason:
-            self.write_text('%s: %s\n' % (escape_text(prediction.path), ', '.join(
+            words = ['unsure'] * self.is_unsure(prediction) + [
                 '%s (%.1f %%)' % (escape_text(self.classes[index]), 100 * probability)
-                for index, probability in zip(prediction.classes, prediction.probabilities))))
+                for index, probability in zip(prediction.classes, prediction.probabilities)]
+            self.write_text('%s: %s\n' % (escape_text(prediction.path), ', '.join(words)))
 
     def end(self) -> None:
         pass
@@ -46,8 +57,9 @@ class LineWriter:
 class CsvWriter(LineWriter):
     """A row for each image: file, class_1, probability_1, class_2, …, then `extra`."""
 
-    def __init__(self, file: BinaryIO, classes: Sequence[str], top_k: int = 1, extra: Sequence[str] = ()) -> None:
-        super().__init__(file, classes, top_k, extra)
+    def __init__(self, file: BinaryIO, classes: Sequence[str], top_k: int = 1, extra: Sequence[str] = (),
+                 threshold: float = 0.) -> None:
+        super().__init__(file, classes, top_k, extra, threshold)
         self.write_row(['file'] + ['%s_%d' % (name, rank + 1) for rank in range(self.top_k)
                                    for name in ('class', 'probability')] + list(extra))
 
@@ -59,7 +71,8 @@ class CsvWriter(LineWriter):
     def write(self, prediction: Prediction) -> None:
         pairs = [value for index, probability in zip(prediction.classes, prediction.probabilities)
                  for value in (escape_text(self.classes[index]), '%.6f' % probability)]
-        fields = {'attention': escape_text(prediction.heatmap), 'error': prediction.reason}
+        fields = {'unsure': 'unsure' * self.is_unsure(prediction),
+                  'attention': escape_text(prediction.heatmap), 'error': prediction.reason}
         self.write_row([escape_text(prediction.path)] + (pairs or ['', ''] * self.top_k)
                        + [fields[name] for name in self.extra])
 
@@ -80,6 +93,8 @@ class JsonLinesWriter(LineWriter):
             content['predictions'] = [
                 {'class': self.classes[index], 'index': index, 'probability': round(probability, 6)}
                 for index, probability in zip(prediction.classes, prediction.probabilities)]
+        if 'unsure' in self.extra and not prediction.reason:
+            content['unsure'] = self.is_unsure(prediction)
         if prediction.heatmap:
             content['attention'] = prediction.heatmap
         self.write_text((self.between if self.count else self.start) + json.dumps(content, ensure_ascii=False))

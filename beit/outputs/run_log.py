@@ -61,6 +61,18 @@ def results_row(source: str, weights: str, spec: ModelSpec, parameters: int, sta
     return dict(row, **tables)
 
 
+def print_sets(rows: List[Stats]) -> None:
+    """Print a table of the evaluated sets, from the rows of --results_file."""
+    specs = [spec for spec in metrics.metric_specs(rows[0]) if spec.title and spec.name in rows[0]]
+    table = [['data', 'weights', 'images'] + [spec.name for spec in specs]]
+    table += [[row['data'], row['weights'], str(row['images'])] + [
+        '%.*f' % (3 if spec.unit else 4, row[spec.name]) for spec in specs] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for cells in table:
+        log_main('  '.join(cell.ljust(width) if place < 2 else cell.rjust(width)
+                           for place, (cell, width) in enumerate(zip(cells, widths))))
+
+
 def update_best(best: Dict[str, float], test_stats: Optional[Stats], ema_stats: Optional[Stats]) -> List[str]:
     """Update the figures of the best checkpoints; returns the names of those that are new.
 

@@ -23,7 +23,6 @@ from beit.files.regular_file import open_file
 from beit.training import losses
 
 LOSS_UNIT = 2. ** -32  # losses are summed as multiples of this: then the sum does not depend on the order
-SHARE_UNIT = 2. ** -24  # of sums of probabilities
 BINS = 15  # of the calibration error
 BEST_BY = ('acc1', 'macro_f1', 'balanced_acc', 'loss', 'mAP')  # the values of --best_by
 
@@ -61,6 +60,8 @@ class Evaluation(NamedTuple):
     multi_label: bool = False  # images have any number of classes
     activation: str = 'softmax'  # from logits to probabilities; or 'sigmoid'
     topk: Sequence[int] = (1, 5)  # a flag
+    outputs: Optional[Sequence[int]] = None  # the model's logits that are evaluated, in this order; None: all
+    nb_classes: int = 0  # of the model, if `outputs` are some of them
 
 
 class Metric:
@@ -293,7 +294,7 @@ class Calibration(Metric):
     """The expected calibration error in percent (Guo et al. 2017, https://arxiv.org/abs/1706.04599), with `BINS` bins.
 
     It compares the probability of the most likely class with how often that class is right; with several classes per
-    image, the probability of every class with how often it is present. Counted on the device.
+    image, the probability of every class with how often it is present.
     """
 
     specs = (MetricSpec('ece', '', 'Calibration error', '%', '', 'validation', 'ece', lowest_is_best=True),)
@@ -301,7 +302,7 @@ class Calibration(Metric):
 
     def __init__(self, activation: str = 'softmax', multi_label: bool = False) -> None:
         self.activation, self.multi_label = activation, multi_label
-        self.counts: Optional[torch.Tensor] = None  # int64 (3, BINS): predictions, right ones, sums of probabilities
+        self.columns: Tuple[List[torch.Tensor], ...] = ([], [], [])  # probabilities, right ones, indices
 
     @classmethod
     def create(cls, evaluation: Evaluation) -> Optional[Metric]:
@@ -310,28 +311,24 @@ class Calibration(Metric):
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
         shares = torch.sigmoid(output) if self.activation == 'sigmoid' else torch.softmax(output, dim=1)
         if self.multi_label:
-            targets = losses.one_hot(batch[1], output, 0.) if batch[1].dim() == 1 else batch[1]
-            shares, right = shares.flatten(), targets.flatten() > 0
+            right = (losses.one_hot(batch[1], output, 0.) if batch[1].dim() == 1 else batch[1]).cpu()
+            shares = shares.cpu()
         else:
             predicted = top_classes(output, 1)
-            shares, right = shares.gather(1, predicted)[:, 0], predicted[:, 0] == batch[1]
-        shares = shares.masked_fill(shares != shares, 0.)
-        edges = torch.tensor([number / BINS for number in range(1, BINS)], device=output.device)
-        place = (shares[:, None] > edges).sum(dim=1)
-        member = (place[:, None] == torch.arange(BINS, device=output.device)).to(torch.int64)
-        units = (shares / SHARE_UNIT).round().to(torch.int64)
-        counts = torch.stack([(member * each[:, None]).sum(dim=0)
-                              for each in (torch.ones_like(units), right.to(torch.int64), units)])
-        self.counts = counts if self.counts is None else self.counts + counts
+            shares, right = shares.gather(1, predicted), (predicted == batch[1][:, None]).float()
+        for column, values in zip(self.columns, (shares, right, batch[2])):
+            column.append(values)
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
         """{'ece': percent, 'reliability': [{probability, accuracy, images}] of the bins that are not empty}"""
-        zeros = torch.zeros(3, BINS, dtype=torch.int64)
-        counts = sum_counts((zeros if self.counts is None else self.counts).tolist(), sharded, device)
-        bins = [(images, right, units * SHARE_UNIT) for images, right, units in zip(*counts) if images]
-        return {'ece': percent(sum(abs(right - total) for _, right, total in bins), sum(each[0] for each in bins)),
-                'reliability': [{'probability': total / images, 'accuracy': right / images, 'images': images}
-                                for images, right, total in bins]}
+        shares, right, indices = gather_batches(self.columns, sharded, device)
+        order = indices.argsort()
+        shares, right = np.nan_to_num(shares[order].ravel().astype(np.float64)), right[order].ravel()
+        place = np.searchsorted(np.arange(1, BINS) / BINS, shares)
+        images, hits, sums = (np.bincount(place, weights, BINS) for weights in (None, right, shares))
+        return {'ece': 100. * float(np.abs(hits - sums).sum()) / len(shares),
+                'reliability': [{'probability': float(sums[each] / images[each]), 'images': int(images[each]),
+                                 'accuracy': float(hits[each] / images[each])} for each in np.flatnonzero(images)]}
 
 
 def gather_batches(columns: Sequence[Sequence[torch.Tensor]], sharded: bool, device: torch.device) -> List[np.ndarray]:
@@ -365,7 +362,10 @@ class RealLabels(Metric):
             return None
         if not hasattr(evaluation.dataset, 'samples'):
             raise UserError('--real_labels: --data_set %s has no image files; leave it out' % evaluation.data_set)
-        labels = read_real_labels(evaluation.real_labels, len(evaluation.dataset.classes))
+        labels = read_real_labels(evaluation.real_labels, evaluation.nb_classes or len(evaluation.dataset.classes))
+        if evaluation.outputs is not None:
+            places = {output: place for place, output in enumerate(evaluation.outputs)}
+            labels = [frozenset(places[label] for label in each if label in places) for each in labels]
         return cls(labels, evaluation.dataset.samples, evaluation.real_labels)
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
@@ -451,18 +451,20 @@ def metric_specs(names: Iterable[str] = ()) -> List[MetricSpec]:
 
 
 def build_metrics(dataset: Any, results_file: str = '', real_labels: str = '', data_set: str = '',
-                  multi_label: Optional[bool] = None, activation: str = 'softmax', topk: Sequence[int] = (1, 5)
-                  ) -> List[Metric]:
+                  multi_label: Optional[bool] = None, activation: str = 'softmax', topk: Sequence[int] = (1, 5),
+                  outputs: Optional[Sequence[int]] = None, nb_classes: int = 0) -> List[Metric]:
     """New metrics for an evaluation of this validation set.
 
     Args:
         results_file, real_labels, data_set, topk: the flags of these names.
         multi_label: whether the model predicts several classes per image; None: as in the data set.
         activation: of the model's outputs, 'softmax' or 'sigmoid'.
+        outputs, nb_classes: see `Evaluation`.
     """
     if multi_label is None:
         multi_label = subsets.is_multi_label(getattr(dataset, 'samples', None))
-    evaluation = Evaluation(dataset, results_file, real_labels, data_set, multi_label, activation, topk)
+    evaluation = Evaluation(dataset, results_file, real_labels, data_set, multi_label, activation, topk, outputs,
+                            nb_classes)
     return [metric for metric in (kind.create(evaluation) for kind in METRICS) if metric is not None]
 
 
