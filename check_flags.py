@@ -28,14 +28,14 @@ def settle(args: argparse.Namespace) -> None:
     elif args.eval and {'resume', 'finetune'} <= args.typed and args.finetune:
         raise UserError('--finetune %s: --eval evaluates --resume; leave one of them out' % escape_text(args.finetune))
     known = weights.published(args.resume if args.eval else args.finetune)
-    for name in ('model', 'input_size'):
-        if known and name not in args.given and getattr(args, name) != getattr(known, name):
-            setattr(args, name, getattr(known, name))
-            lines.append('--%s %s, as %s' % (name, getattr(args, name), known.name))
-    if modeling_finetune.input_statistics(args.model)[0] != modeling_finetune.INPUT_MEAN and not (
-            args.imagenet_default_mean_and_std or 'imagenet_default_mean_and_std' in args.given):
-        args.imagenet_default_mean_and_std = True
-        lines.append('--imagenet_default_mean_and_std, as --model %s' % args.model)
+    is_v2 = modeling_finetune.input_statistics(args.model)[0] != modeling_finetune.INPUT_MEAN
+    implied = known.flags if known else {'imagenet_default_mean_and_std': True} if is_v2 else {}
+    differ = {name: value for name, value in implied.items() if getattr(args, name) != value}
+    vars(args).update((name, value) for name, value in differ.items() if name not in args.given)
+    if differ:
+        lines.append('%s: %s' % (known.name if known else '--model ' + args.model, ', '.join(
+            '--%s %s%s' % (name, getattr(args, name), ' (given; published: %s)' % value * (name in args.given))
+            for name, value in differ.items())))
     if args.enable_deepspeed:
         vars(args).update((name, value) for name, value in flags.DEEPSPEED.items() if name not in args.given)
         args.given |= set(flags.DEEPSPEED)

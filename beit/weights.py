@@ -6,7 +6,7 @@
 import os
 import re
 import sys
-from typing import List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 from beit import startup
 from beit.distributed import process_group
@@ -48,6 +48,13 @@ class Weights(NamedTuple):
         width, depth = (1024, 24) if '_large_' in self.name else (768, 12)
         return 4 * (12 * depth * width + self.classes) * width // 10 ** 6
 
+    @property
+    def flags(self) -> Dict[str, Any]:
+        """What the flags of its architecture and preprocessing are."""
+        import modeling_finetune  # imports timm, which `list` does not need
+        return dict(model=self.model, input_size=self.input_size, imagenet_default_mean_and_std=(
+            modeling_finetune.input_statistics(self.model)[0] != modeling_finetune.INPUT_MEAN))
+
     def accuracy(self) -> str:
         return ' / '.join('%g' % each for each in (self.acc1, self.acc5) if each is not None) or '-'
 
@@ -77,13 +84,16 @@ PUBLISHED = {each.name: each for each in (
 
 
 def published(source: str) -> Optional[Weights]:
-    """The published weights that a flag names, unless a file or folder has that name."""
+    """The published weights that a flag names: by name, unless a file or folder has it; by a URL or file of it."""
+    named = re.search(r'(?:^|/)(\w+)\.pth(?:[?#].*)?$', source)
+    if named and ('://' in source or os.path.isfile(source)):
+        return PUBLISHED.get(named.group(1))
     return None if os.path.exists(source) else PUBLISHED.get(source)
 
 
 def is_remote(source: str) -> bool:
     """Whether `resolve` may have to download it."""
-    return bool(re.match('[a-z]+://|' + HUB, source) or published(source))
+    return bool(re.match('[a-z]+://|' + HUB, source)) or source in PUBLISHED and not os.path.exists(source)
 
 
 def resolve(source: str, flag: str) -> str:
@@ -94,10 +104,10 @@ def resolve(source: str, flag: str) -> str:
     Raises:
         UserError: the download fails, or the file holds other weights than its name says.
     """
-    known = published(source) or next((each for each in PUBLISHED.values() if each.url == source), None)
+    known = published(source)
     if source.startswith(HUB):
         return resolve_hub(source, flag)
-    if known is None:
+    if known is None or source not in (known.name, known.url):
         return download.resolve_url(source, flag)
     path = find(known) or os.path.join(folders()[0], known.name + '.pth')
     shown = '%s %s' % (flag, escape_text(source))

@@ -13,7 +13,7 @@ import check_flags
 import modeling_finetune
 import run_class_finetuning
 from beit import weights
-from beit.checkpoint import inference_model
+from beit.checkpoint import inference_model, pretrained
 from beit.config import ModelConfig
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError
@@ -141,9 +141,33 @@ def test_a_published_evaluation_gives_the_accuracy_of_the_named_classes(command,
 
 
 def test_published_weights_keep_their_positions_on_folders_of_other_names():
-    assert imagenet_wnids(1000, ['cat', 'dog']) == imagenet_wnids(1000, ['n01440764', 'n99999999']) == []
+    assert imagenet_wnids(1000, ['cat', 'dog']) == imagenet_wnids(1000, ['n01440764', 'n99999999', 'cat']) == []
     assert imagenet_wnids(21841, ['n01440764']) == imagenet_wnids(1000, []) == []
     assert len(set(WNIDS)) == 1000 and sorted(WNIDS) == WNIDS
+
+
+@pytest.mark.parametrize('right, wrong', [([900, 3], 'cat'), ([900, 3], 'a'), ([900, 3], 'n99999999'),
+                                          (range(1, 1000), 'aardvark'), (range(1, 1000), 'zebra')])
+def test_a_folder_that_is_not_imagenets_is_named_and_shifts_no_label(published, refused, tmp_path, right, wrong):
+    published('beit_base_patch16_224')
+    photo(0, 40, 32).save(str(tmp_path / 'a.png'))
+    for name in [wrong] + [WNIDS[place] for place in right]:
+        (tmp_path / 'val' / name).mkdir(parents=True)
+        os.link(str(tmp_path / 'a.png'), str(tmp_path / 'val' / name / 'a.png'))
+    refused(['--eval', '--finetune=https://x/w.pth', '--model=beit_base_patch16_224', '--device=cpu', '--num_workers=0',
+             '--data_path', str(tmp_path)], 'the data has classes that the checkpoint does not know: %s;' % wrong)
+
+
+def test_training_gives_a_misnamed_folder_no_row_of_another_class():
+    state = {'head.weight': torch.arange(1000.)[:, None], 'head.bias': torch.arange(1000.)}
+    model = torch.nn.Sequential()
+    model.add_module('head', torch.nn.Linear(1, 1000))
+    before = model.head.bias.detach().clone()
+    classes = sorted(['aardvark'] + WNIDS[1:])
+    pretrained.keep_head_rows(state, model, [], classes)
+    assert state['head.bias'][0] == before[0]
+    assert state['head.bias'][1:].tolist() == state['head.weight'][1:, 0].tolist() == [
+        WNIDS.index(name) for name in classes[1:]]
 
 
 def test_the_folder_names_are_those_that_timm_ships():

@@ -22,7 +22,7 @@ from beit.checkpoint import inference_model, pretrained
 from beit.config import ModelConfig
 from beit.errors import UserError
 from beit.files import download
-from helpers import NANO, ROOT, TEST_DIR, cannot_run, write_images
+from helpers import NANO, ROOT, TEST_DIR, cannot_run, photo, write_images
 
 pytestmark = pytest.mark.fast
 
@@ -123,8 +123,9 @@ def certificate(tmp_path_factory):
 @pytest.fixture
 def server(certificate, tmp_path, monkeypatch):
     """The releases' server, which sends the weights of a narrow network under every name."""
-    monkeypatch.setitem(modeling_finetune.MODELS, 'beit_base_patch16_224', dict(
-        modeling_finetune.MODELS['beit_base_patch16_224'], embed_dim=32, depth=2, num_heads=2, patch_size=32))
+    for name in ('beit_base_patch16_224', 'beitv2_base_patch16_224'):
+        monkeypatch.setitem(modeling_finetune.MODELS, name, dict(
+            modeling_finetune.MODELS[name], embed_dim=32, depth=2, num_heads=2, patch_size=32))
     server = http.server.ThreadingHTTPServer(('localhost', 0), Server)
     server.daemon_threads, server.asked, server.breaks, server.tag, server.ranges = True, [], 0, '"v1"', True
     server.handle_error = lambda *_: None
@@ -239,7 +240,7 @@ def test_a_file_or_folder_of_that_name_wins(tmp_path, monkeypatch):
     assert weights.resolve(NAME, '--finetune') == NAME
 
 
-def test_a_name_says_its_model_and_preprocessing(capsys):
+def test_a_name_url_or_file_says_its_model_and_preprocessing(tmp_path, capsys):
     def settled(*words):
         args = run_class_finetuning.build_parser().parse_args(list(words))
         check_flags.settle(args)
@@ -247,13 +248,75 @@ def test_a_name_says_its_model_and_preprocessing(capsys):
 
     assert settled('--finetune=beitv2_large_patch16_224_pt1k') == ('beitv2_large_patch16_224', 224, True)
     out = capsys.readouterr().out
-    assert '--model beitv2_large_patch16_224, as beitv2_large_patch16_224_pt1k' in out
-    assert '--imagenet_default_mean_and_std, as --model beitv2' in out
+    assert 'pt1k: --model beitv2_large_patch16_224, --imagenet_default_mean_and_std True' in out
+    url = weights.PUBLISHED['beitv2_large_patch16_224_pt1k_ft1k'].url
+    mirror = 'https://mirror/a/beitv2_large_patch16_224_pt1k_ft1k.pth?sig=a/b'
+    (tmp_path / 'beitv2_large_patch16_224_pt1k_ft1k.pth').write_bytes(b'')
+    for source in (url, url + '#sha256=' + '0' * 64, mirror, str(tmp_path / 'beitv2_large_patch16_224_pt1k_ft1k.pth')):
+        for words in (['--finetune', source], ['--eval', '--resume', source], ['--eval', '--finetune', source]):
+            assert settled(*words) == ('beitv2_large_patch16_224', 224, True)
+    capsys.readouterr()
+    assert settled('--finetune', url, '--no_imagenet_default_mean_and_std', '--model=beit_large_patch16_224') == (
+        'beit_large_patch16_224', 224, False)
+    assert capsys.readouterr().out == (
+        'beitv2_large_patch16_224_pt1k_ft1k: --model beit_large_patch16_224 (given; published: '
+        'beitv2_large_patch16_224), --imagenet_default_mean_and_std False (given; published: True)\n')
+    # A published command names v1's architecture for weights of v2: their mean and deviation stay ImageNet's.
+    assert settled('--finetune', url, '--model=beit_large_patch16_224') == ('beit_large_patch16_224', 224, True)
+    assert settled('--finetune=beit_base_patch16_224_pt22k', '--model=beitv2_base_patch16_224') == (
+        'beitv2_base_patch16_224', 224, False)
     assert settled('--eval', '--resume=beit_large_patch16_512_pt22k_ft22kto1k') == (
         'beit_large_patch16_512', 512, False)
     assert settled('--finetune=' + NAME, '--model=beit_base_patch16_384', '--input_size=384') == (
         'beit_base_patch16_384', 384, False)  # flags win
-    assert settled('--finetune=x.pth') == ('beit_base_patch16_224', 224, False)
+    for source in ('x.pth', 'gone/beitv2_large_patch16_224_pt1k_ft1k.pth', url + 'x'):  # not published, not there
+        assert settled('--finetune', source) == ('beit_base_patch16_224', 224, False)
+
+
+@pytest.mark.parametrize('place', ['name', 'url', 'mirror', 'file'])
+def test_evaluation_prediction_and_python_prepare_images_of_v2_alike(server, tmp_path, monkeypatch, capsys, place):
+    """With ImageNet's mean and deviation, and without a line that says another one."""
+    name = 'beitv2_base_patch16_224_pt1k_ft1k'
+    (tmp_path / 'checkpoints').mkdir()
+    path = tmp_path / ('checkpoints' if place in ('name', 'url') else 'elsewhere') / (name + '.pth')
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(server.body)
+    source = {'name': name, 'url': weights.PUBLISHED[name].url, 'file': str(path),
+              'mirror': 'https://localhost:%d/%s.pth' % (server.server_port, name)}[place]
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    loaded = load(source)
+    assert loaded.spec.preprocessing.mean == (0.485, 0.456, 0.406)
+    assert loaded.spec.architecture.model == 'beitv2_base_patch16_224' and loaded.classes[0] == 'n01440764'
+    assert 'does not describe' not in capsys.readouterr().out
+    given = inference_model.load_for_inference(source, model='beit_base_patch16_224',
+                                               imagenet_default_mean_and_std=False)
+    assert given.preprocessing.mean == (0.5,) * 3 and given.config.model == 'beit_base_patch16_224'
+    out = capsys.readouterr().out
+    assert '--model beit_base_patch16_224 (the checkpoint: beitv2_base_patch16_224), mean (0.5, 0.5, 0.5)' in out
+    means = []
+    monkeypatch.setattr(run_class_finetuning.datasets, 'build_loaders', lambda inputs, *_: means.append(
+        inputs.evaluation.mean) or refuse())
+    (tmp_path / 'val' / 'n01440764').mkdir(parents=True)
+    photo(0).save(str(tmp_path / 'val' / 'n01440764' / 'a.png'))
+    command = ['--eval', '--resume', source, '--data_path', str(tmp_path), '--device=cpu', '--num_workers=0']
+    assert run_class_finetuning.run(command) == 2
+    assert means == [(0.485, 0.456, 0.406)]
+    out = capsys.readouterr().out
+    assert 'does not describe' not in out and name + ': --model beitv2_base_patch16_224, --imagenet' in out
+
+
+def refuse():
+    raise UserError('far enough')
+
+
+def test_the_line_on_unknown_preprocessing_says_what_is_used(server, tmp_path, capsys):
+    path = tmp_path / 'other.pth'
+    path.write_bytes(server.body)
+    for model, says in (('beit_base_patch16_224', 'a mean and deviation of 0.5'), ('beitv2_base_patch16_224',
+                                                                                  "ImageNet's mean and deviation")):
+        mean = inference_model.load_for_inference(str(path), model=model).preprocessing.mean
+        assert (mean == (0.5,) * 3) == ('0.5' in says)
+        assert '%s does not describe its preprocessing; using %s and' % (path, says) in capsys.readouterr().out
 
 
 def test_a_misspelt_name_is_refused_before_anything_starts(refused, tmp_path):

@@ -91,11 +91,10 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
         source = hf_names.hf_weights_path(source, '--resume')
     known = weights.published(source)
     path, content = discovery.load_best_or_latest(source, prefer_best=True, use_ema=use_ema)
-    if known:
-        overrides = dict(overrides, model=overrides.get('model') or known.model)
     found = read_weights(path, content, use_ema, class_names, needs_head=needs_head, **overrides)
-    if known and known.classes == 1000 and not found.spec.has_class_names:
-        found = found._replace(spec=found.spec.with_class_names(model_spec.imagenet_wnids(1000), path))
+    wnids = model_spec.imagenet_wnids(len(found.spec.classes)) if known and not found.spec.has_class_names else []
+    if wnids:
+        found = found._replace(spec=found.spec.with_class_names(wnids, path))
     if found.program is not None:
         return LoadedModel(found.program, found.spec, path)
     try:
@@ -222,7 +221,7 @@ def load_state(model: torch.nn.Module, found: CheckpointWeights, quiet: bool = F
 
 def spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], defaults: Mapping[str, Any],
                 overrides: Mapping[str, Any]) -> Optional[ModelSpec]:
-    """A spec from an export's metadata, Hugging Face's files beside the weights, or flags; None without a model's name.
+    """A spec from metadata, Hugging Face's files beside the weights, a published name, or flags; None without a model.
 
     Args:
         defaults, overrides: flags of lower and of higher precedence than the weights and their files.
@@ -238,7 +237,9 @@ def spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], default
             raise UserError('--resume %s: its metadata is damaged' % escape_text(path)) from None
         _check_beside(path, spec, names)
         return spec
-    flags, known = dict(defaults, **_flags_of_weights(state)), {}
+    published = weights.published(path)
+    facts, known = published.flags if published else {}, {}
+    flags = {**facts, **defaults, **_flags_of_weights(state)}
     try:
         images = EvalTransform.from_timm(json.loads(metadata['preprocessing']))
         flags.update(model=str(metadata['model']), input_size=images.input_size)
@@ -247,17 +248,19 @@ def spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], default
         images = hf_names.hf_preprocessing(path)
         if images is not None:
             flags.update(input_size=images.input_size)
-    flags.update((name, value) for name, value in overrides.items() if value is not None)
+    flags.update((name, value) for name, value in overrides.items() if value is not None and name not in facts)
     if not flags.get('model'):
         return None
     if images is not None:
         known['preprocessing'] = images
-    elif overrides.get('crop_pct') is None and 'imagenet_default_mean_and_std' not in overrides:
-        log_main('%s does not describe its preprocessing; using a mean and deviation of 0.5 and the default --crop_pct'
-                 % escape_text(path))
     sigmoid = metadata.get('activation') == 'sigmoid' or hf_names.hf_is_multi_label(path) or flags.get('loss') == 'bce'
     spec = ModelSpec.from_flags(flags, names if names and len(names) == outputs else None, outputs,
                                 loss='bce' if sigmoid else 'ce', multi_label=sigmoid, **known)
+    if images is None and not facts and overrides.get('crop_pct') is None and (
+            'imagenet_default_mean_and_std' not in overrides):
+        log_main('%s does not describe its preprocessing; using %s and the default --crop_pct' % (
+            escape_text(path), 'a mean and deviation of 0.5' if set(spec.preprocessing.mean) == {0.5} else
+            "ImageNet's mean and deviation"))
     if images is not None and flags['input_size'] != images.input_size:
         spec = dataclasses.replace(spec, preprocessing=images.at_size(flags['input_size']))
     return spec
