@@ -263,7 +263,7 @@ def make_hostile(path, kind):
     return name
 
 
-HOSTILE = {'parent': 'is no name', 'absolute': 'is no name', 'backslash': 'is no name', 'twice': 'holds a/1.png twice',
+HOSTILE = {'parent': 'is no name', 'absolute': 'is no name', 'backslash': 'is no name', 'twice': 'a holds a name twice',
            'method': 'neither stored nor deflated', 'encrypted': 'is encrypted', 'truncated': 'cannot be read',
            'empty': 'cannot be read', 'tar parent': 'is no name', 'tar link': 'is a link or special',
            'tar device': 'is a link or special', 'tar truncated': 'cannot be read', 'tar without end': 'truncated',

@@ -5,7 +5,6 @@ Each process indexes an archive once, before it forks its loader processes. A fi
 """
 
 import array
-import collections
 import contextlib
 import functools
 import os
@@ -24,7 +23,6 @@ from beit.errors import UserError, escape_text
 LARGEST = 1 << 30  # bytes of one file; an archive can claim any size
 JOINED = 1 << 20  # bytes after the end of a tar; packers fill up to some kilobytes
 Row = Tuple[str, int, int, int, int, int]  # name, with / for a folder; offset, bytes stored, bytes, deflated, CRC or -1
-Read = Callable[[int, int], bytes]  # (bytes, offset) to their content
 
 
 class ZipReader:
@@ -42,7 +40,7 @@ class ZipReader:
                        info.compress_type == zipfile.ZIP_DEFLATED, info.CRC)
 
     @staticmethod
-    def content(read: Read, offset: int, stored: int, size: int, deflated: int, crc: int) -> bytes:
+    def content(read: Callable, offset: int, stored: int, size: int, deflated: int, crc: int) -> bytes:
         header = read(30, offset)
         data = read(stored, offset + 30 + sum(struct.unpack('<HH', header[26:])))
         data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1) if deflated else data
@@ -70,7 +68,7 @@ class TarReader:
                     raise ValueError('it is damaged, truncated or joined of several at byte %d' % archive.offset)
 
     @staticmethod
-    def content(read: Read, offset: int, stored: int, size: int, deflated: int, crc: int) -> bytes:
+    def content(read: Callable, offset: int, stored: int, size: int, deflated: int, crc: int) -> bytes:
         return read(size, offset)
 
 
@@ -111,17 +109,15 @@ class Archive:
                     found['/'.join(parts[:-1])].append(parts[-1])
                     keys.append(hash('/'.join(parts)))
                     rows.extend(row)
+            for folder, names in found.items():
+                if len(set(names)) < len(names):
+                    raise ValueError('%s holds a name twice' % (folder or 'it'))
         except Exception as error:  # the libraries raise nearly anything on a damaged file
             raise UserError('%s: cannot be read as an archive (%s); unpack it, or pack a .zip or a .tar that is not '
                             'compressed' % (escape_text(path), escape_text(str(error)[:200]))) from None
         order = np.argsort(np.asarray(keys), kind='stable')
         self.keys, self.rows = np.asarray(keys)[order], np.asarray(rows).reshape(-1, 5)[order]
         self.folders = {folder: '/'.join(names) for folder, names in found.items()}
-        for folder, names in found.items() if (np.diff(self.keys) == 0).any() else ():
-            twice = [name for name, count in collections.Counter(names).items() if count > 1]
-            if twice:
-                raise UserError('%s: it holds %s twice; pack it again'
-                                % (escape_text(path), escape_text('/'.join(filter(None, (folder, twice[0]))))))
 
     def row(self, name: str) -> List[int]:
         """Offset, bytes stored, bytes, whether deflated, CRC of a file. Raises FileNotFoundError."""
@@ -132,15 +128,16 @@ class Archive:
 
     def content(self, name: str) -> bytes:
         row = self.row(name)
-        if max(row[1:3]) > LARGEST:
-            raise ValueError('it has %.1f GiB; the limit in an archive is 1' % (max(row[1:3]) / LARGEST))
+        if not row[2] or max(row[1:3]) > LARGEST:
+            raise ValueError('it has %.1f GiB; the limit in an archive is 1' % (max(row[1:3]) / LARGEST) if row[2] else
+                             'it is empty')
         return self.reader.content(self.read, *row)
 
     def read(self, count: int, offset: int) -> bytes:
         """The bytes at an offset. Each process opens the archive for itself."""
-        handle = self.handles.get(os.getpid())
-        if handle is None:
-            handle = self.handles[os.getpid()] = os.open(self.path, os.O_RDONLY)
+        if os.getpid() not in self.handles:
+            self.handles[os.getpid()] = os.open(self.path, os.O_RDONLY)
+        handle = self.handles[os.getpid()]
         status, data = os.fstat(handle), os.pread(handle, count, offset)
         if len(data) != count or (status.st_size, status.st_mtime_ns) != self.stamp:
             raise ValueError('the archive has changed since the start')

@@ -14,10 +14,7 @@ def open_file(path: str) -> typing.BinaryIO:
     """Open a regular, non-empty file for reading. Raises ValueError for others, such as a pipe, which could block."""
     found = archives.find(path)
     if found and found[1]:
-        content = found[0].content(found[1])
-        if not content:
-            raise ValueError('it is empty')
-        return io.BytesIO(content)
+        return io.BytesIO(found[0].content(found[1]))
     handle = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0))
     try:
         status = os.fstat(handle)
