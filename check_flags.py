@@ -86,16 +86,16 @@ def check_model(args: argparse.Namespace) -> None:
 
 
 def check_augmentation(args: argparse.Namespace) -> None:
-    transforms.check_policy(args.aa)
+    if args.in_chans != 3 and 'fast' in (args.data_backend, args.eval_data_backend):
+        raise UserError('--in_chans %d: the backend fast reads RGB; leave --data_backend and --eval_data_backend out'
+                        % args.in_chans)
+    transforms.check_policy(args.aa, args.in_chans)
     transforms.check_backend(flags.config_from(args, TransformConfig))
     if args.eval_fit != 'crop' and (args.crop_pct or args.input_size <= transforms.SMALL_INPUT) and not (
             flags.evaluates_checkpoint(args)):
         raise UserError('--eval_fit %s: %s; leave one of them out' % (
             args.eval_fit, '--crop_pct %g crops' % args.crop_pct if args.crop_pct else
             'images for --input_size %d are not resized' % args.input_size))
-    if args.in_chans != 3 and 'fast' in (args.data_backend, args.eval_data_backend):
-        raise UserError('--in_chans %d: the backend fast reads RGB; leave --data_backend and --eval_data_backend out'
-                        % args.in_chans)
     if args.in_chans == 4 and (transforms.policy_or_none(args.aa) or args.background) and not args.eval:
         raise UserError('--in_chans 4: it keeps the alpha channel, which --aa %s and a --background cannot; give '
                         '--aa none' % args.aa)

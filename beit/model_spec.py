@@ -100,10 +100,12 @@ class ModelSpec:
         v2 = modeling_finetune.input_statistics(str(flags.get('model')))[0] != modeling_finetune.INPUT_MEAN
         transform = _dataclass_from(TransformConfig, dict({'imagenet_default_mean_and_std': v2},
                                                           **_of_kind(TransformConfig, flags)))
+        images = EvalTransform.from_config(transform)
+        images.check()
         names = [str(number) for number in range(outputs)] if classes is None else list(classes)
         loss = 'bce' if flags.get('loss') == 'bce' else 'ce'
         return cls(**dict(dict(architecture=_dataclass_from(ModelConfig, _of_kind(ModelConfig, flags)),
-                               preprocessing=EvalTransform.from_config(transform), classes=tuple(names),
+                               preprocessing=images, classes=tuple(names),
                                has_class_names=classes is not None, loss=loss), **known))
 
     def replace(self, **changes: Any) -> 'ModelSpec':

@@ -24,6 +24,7 @@ from beit.data import decode, fast_decode, transforms
 from beit.data.decode import Reading, load_image
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError
+from beit.model_spec import ModelSpec
 from helpers import NANO, ROOT, lines_of, needs_extra, photo, run_program
 
 FOLLOW = Reading('followed')
@@ -287,6 +288,12 @@ def test_an_evaluation_names_other_settings(trained, capsys):
     assert '--crop_pct 0.8' in capsys.readouterr().err
 
 
+def test_damaged_flags_of_a_checkpoint_are_refused():
+    for change in (dict(exif='x'), dict(eval_fit='x'), dict(background='pink'), dict(in_chans=5)):
+        with pytest.raises(ValueError):
+            ModelSpec.from_flags(dict(change, model='beit_nano_patch8_32'), None, 2)
+
+
 def test_a_letterbox_of_a_damaged_file_is_refused():
     for change in (dict(transparency='pink'), dict(exif='x'), dict(crop_mode='stretch'), dict(transparency='1,2')):
         with pytest.raises(ValueError):
@@ -347,6 +354,11 @@ def test_patches_are_adapted_as_timm_does(channels, capsys):
         (4, 48, 'none')])
 def test_augmentations_of_other_channels(parse, channels, size, policy):
     config = parse('--in_chans=%d' % channels, '--input_size=%d' % size, '--aa', policy)
+    if policy.startswith('augmix') and not hasattr(timm.models, 'adapt_input_conv'):
+        with pytest.raises(UserError, match='--aa augmix-m3-w3: this timm cannot apply it to images of --in_chans 1'):
+            transforms.check_policy(policy, channels)
+        return
+    transforms.check_policy(policy, channels)
     transform = transforms.build_transform(True, config)
     image = photo(1, 60, 50).convert(decode.MODES[channels])
     torch.manual_seed(0)

@@ -110,7 +110,7 @@ def load_image(path: str, reading: Reading = AS_REFERENCE) -> Image.Image:
             return to_rgb(image, reading)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         reason = getattr(error, 'strerror', None) or re.sub(r' <_io\.[^>]*>', '', str(error)) or type(error).__name__
-        if isinstance(error, Image.DecompressionBombError) or re.search('text chunks|MAX_TEXT_CHUNK', reason):
+        if isinstance(error, Image.DecompressionBombError) or re.search('(?i)text chunks|decompressed data', reason):
             reason += ' --max_pixels raises the limit'
         package = PLUGINS.get(os.path.splitext(path)[1].lower())
         if package and 'cannot identify' in reason:

@@ -56,17 +56,17 @@ class EvalTransform:
             return config.evaluation
         rgb = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if config.imagenet_default_mean_and_std else (
             INPUT_MEAN, INPUT_STD)
-        mean, std = (values[:config.in_chans // 3 * 3] + (sum(values) / 3,) * (config.in_chans != 3)
+        mean, std = (values[:config.in_chans // 3 * 3] + (sum(values) / 3,) * (config.in_chans % 3)
                      for values in map(tuple, rgb))
         return cls(mean=mean, std=std).with_flags(vars(config)).at_size(
             config.input_size, config.crop_pct)
 
     def with_flags(self, flags: Mapping[str, Any]) -> 'EvalTransform':
-        """A copy with those of --exif, --background and --eval_fit that are in `flags`."""
+        """A copy with those of --exif, --background and --eval_fit that are in `flags`; see `check`."""
         return dataclasses.replace(
-            self, exif=EXIF[flags['exif']] if 'exif' in flags else self.exif,
+            self, exif=EXIF.get(flags['exif'], flags['exif']) if 'exif' in flags else self.exif,
             transparency=(flags['background'] or 'dropped') if 'background' in flags else self.transparency,
-            crop_mode=EVAL_FITS[flags['eval_fit']] if 'eval_fit' in flags else self.crop_mode)
+            crop_mode=EVAL_FITS.get(flags['eval_fit'], '') if 'eval_fit' in flags else self.crop_mode)
 
     def at_size(self, input_size: int, crop_pct: Optional[float] = None) -> 'EvalTransform':
         """A copy for another input size; without `crop_pct`, the reference's crop for that size."""
@@ -242,8 +242,8 @@ def policy_or_none(policy: Optional[str]) -> Optional[str]:
     return None if policy in (None, '', 'none', 'None') else policy
 
 
-def check_policy(policy: Optional[str]) -> None:
-    """Raise a `UserError` for a --aa that timm doesn't know."""
+def check_policy(policy: Optional[str], channels: int = 3) -> None:
+    """Raise a `UserError` for a --aa that timm doesn't know, or cannot apply to grey images."""
     policy = policy_or_none(policy)
     if policy is None:
         return
@@ -254,6 +254,12 @@ def check_policy(policy: Optional[str]) -> None:
     except (AssertionError, ValueError, KeyError, IndexError, TypeError):
         raise unknown_value_error('--aa', policy, ['rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', 'originalr',
                                                    'v0', 'v0r', 'none']) from None
+    try:
+        if channels == 1:
+            build(policy, {'translate_const': 9, 'img_mean': (128,)})(Image.new('L', (32, 32)))
+    except ValueError:
+        raise UserError('--aa %s: this timm cannot apply it to images of --in_chans 1; give --aa none'
+                        % policy) from None
 
 
 # ---- a batch
