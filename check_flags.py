@@ -9,7 +9,7 @@ import modeling_finetune
 import optim_factory
 from beit import model_spec, startup, weights
 from beit.checkpoint import discovery, exported, hf_names, pretrained
-from beit.config import DistributedConfig, InputConfig, MixupConfig, OptimizerConfig, TransformConfig
+from beit.config import DistributedConfig, InputConfig, MixupConfig, TransformConfig
 from beit.data import locations, transforms
 from beit.devices import accelerator, half_precision, kernels, profiler
 from beit.distributed import process_group
@@ -157,7 +157,7 @@ def check_optimizer(args: argparse.Namespace) -> None:
         raise UserError('--opt_betas %s: give 2 numbers, as in --opt_betas 0.9 0.999'
                         % ' '.join(map(str, args.opt_betas)))
     if not args.eval:
-        optim_factory.check_optimizer(flags.config_from(args, OptimizerConfig))
+        optim_factory.check_optimizer(args.opt, args.momentum)
     if args.unfreeze_epoch:
         check_unfreezing(args)
 

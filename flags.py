@@ -131,11 +131,11 @@ DEEPSPEED = {'amp': True, 'opt_level': 'O2', 'loss_scale': 'dynamic'}  # what --
 PROBE_DEFAULTS = dict(epochs=50, warmup_epochs=0, lr=4e-3, min_lr=0., weight_decay=1e-4, aa='none', color_jitter=0.,
                       smoothing=0., reprob=0.)
 PROBE_FIXED = ('eval', 'check_data', 'prof', 'cann_prof', 'report', 'results_file', 'class_names', 'real_labels',
-               'best_by', 'robust_test', 'test_flip', 'model_ema', 'model_ema_decay', 'model_ema_force_cpu',
-               'model_ema_warmup', 'disable_eval_during_finetuning', 'layer_decay', 'drop', 'drop_path',
-               'attn_drop_rate', 'skip_dropped', 'grad_checkpointing', 'rel_pos_bias', 'abs_pos_emb', 'qkv_bias',
-               'use_mean_pooling', 'layer_scale_init_value', 'init_scale', 'freeze_backbone', 'unfreeze_epoch',
-               'disable_weight_decay_on_rel_pos_bias')
+               'best_by', 'calibrate', 'in_chans', 'robust_test', 'test_flip', 'model_ema', 'model_ema_decay',
+               'model_ema_force_cpu', 'model_ema_warmup', 'disable_eval_during_finetuning', 'layer_decay', 'drop',
+               'drop_path', 'attn_drop_rate', 'skip_dropped', 'grad_checkpointing', 'rel_pos_bias', 'abs_pos_emb',
+               'qkv_bias', 'use_mean_pooling', 'layer_scale_init_value', 'init_scale', 'freeze_backbone',
+               'unfreeze_epoch', 'disable_weight_decay_on_rel_pos_bias')
 
 GROUPS = {  # in the order of --help
     TRAINING: ('run', 'model', 'optimizer', 'augmentation', 'fine-tuning', 'data', 'output', 'precision',

@@ -77,7 +77,7 @@ def probe(args: argparse.Namespace, signals: preemption.Signals, device: torch.d
     finetuning.update_freezing(args, accelerator.unwrap(learner.model), run_state.epoch)
 
     training = finetuning.build_training(args, data, learner)
-    training['criterion'] = losses.SumOverLayers(training['criterion'])
+    training['criterion'] = losses.sum_over_layers(training['criterion'])
     finetuning.distribute(learner)
     monitor = finetuning.build_monitor(args, output, signals, run_state, data, learner)
     with signals.deferred(), monitor:
@@ -132,7 +132,8 @@ def neighbor_accuracies(args: argparse.Namespace, data: finetuning.Data, learner
 
     A neighbour weighs exp(similarity / 0.07). The memory holds the validation features; training images are streamed.
     """
-    network, device, model = learner.model.eval(), learner.device, accelerator.unwrap(learner.model)
+    network, device, model = learner.model, learner.device, accelerator.unwrap(learner.model)
+    network.eval()  # in PyTorch 1.5, DistributedDataParallel returns nothing
     model.head = torch.nn.ModuleList(torch.nn.Identity() for _ in range(data.layers))
     config = flags.config_from(args, InputConfig, evaluation=data.spec.preprocessing, dist_eval=True)
     train_set = datasets.without_augmentation(data.train_set, config)

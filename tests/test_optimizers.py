@@ -50,7 +50,7 @@ def test_the_current_timm_has_new_optimizers():
 def test_a_checkpoint_in_between_changes_no_bit_and_rates_follow_the_layers(name, tmp_path):
     config = OptimizerConfig(opt=name, lr=0.02, layer_decay=0.5)
     try:
-        optim_factory.check_optimizer(config)
+        optim_factory.check_optimizer(name, 0.9)
     except UserError as error:
         text = str(error)
         assert name in REFUSED or 'fused' in name or 'neither this PyTorch' in text or 'unknown value' in text, text
@@ -77,7 +77,8 @@ def test_a_checkpoint_in_between_changes_no_bit_and_rates_follow_the_layers(name
     assert not torch.equal(whole.head.weight, tiny().head.weight)
 
 
-@pytest.mark.parametrize('name', [name for name in TIMMS if name not in REFUSED and '_' not in name])
+@pytest.mark.needs('current', bool(TIMMS), 'this timm has no further optimizers')
+@pytest.mark.parametrize('name', [name for name in TIMMS if name not in REFUSED] or [''])
 def test_steps_are_those_of_timms_factory(name):
     """With settings as timm's train.py passes them, on groups without layer decay."""
     ours, theirs = tiny(), tiny()
@@ -111,29 +112,6 @@ def test_an_adamw_run_is_not_continued_by_lion(image_folder, tmp_path, capsys):
     assert '--opt lion: ' in error and 'trained with --opt adamw' in error
     assert run_class_finetuning.run(base + ['--opt=kron']) == 2
     assert '--opt kron: it has more state than moments' in capsys.readouterr().err
-
-
-def test_an_optimizer_that_forgets_or_ignores_rates_is_refused(monkeypatch):
-    class Forgets(torch.optim.SGD):
-        """Its pace is in no checkpoint."""
-        steps = 0
-
-        def step(self, closure=None):
-            self.steps += 1
-            for group in self.param_groups:
-                group['lr'] *= self.steps
-            return super().step(closure)
-
-    class Ignores(torch.optim.SGD):
-        def step(self, closure=None):
-            for group in self.param_groups:
-                group['lr'] = 0.1
-            return super().step(closure)
-
-    for cls, says in ((Forgets, 'would compute other numbers'), (Ignores, 'does not follow the learning rates')):
-        monkeypatch.setattr(optim_factory, 'optimizer_class', lambda *_, cls=cls: (cls, {}, False))
-        with pytest.raises(UserError, match='--opt new: .*' + says):
-            optim_factory.check_optimizer(OptimizerConfig(opt='new'))
 
 
 @pytest.mark.needs('current', hasattr(model_ema, 'ModelEmaV3'), 'this timm has no ModelEmaV3')

@@ -24,15 +24,9 @@ def activation(loss: str, multi_label: bool = False) -> str:
     return 'sigmoid' if loss == 'bce' or multi_label else 'softmax'
 
 
-class SumOverLayers(torch.nn.Module):
-    """The sum of the losses of all heads of a linear probe, from their logits (B, layers, classes)."""
-
-    def __init__(self, criterion: Callable) -> None:
-        super().__init__()
-        self.criterion = criterion
-
-    def forward(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return torch.stack([self.criterion(logits, targets) for logits in output.unbind(1)]).sum()
+def sum_over_layers(criterion: Callable) -> Callable:
+    """A criterion of all heads of a linear probe, from their logits (B, layers, classes): the sum of their losses."""
+    return lambda output, targets: torch.stack([criterion(logits, targets) for logits in output.unbind(1)]).sum()
 
 
 def build_criterion(loss: str, smoothing: float, mixup: Any, weights: Optional[torch.Tensor] = None,
