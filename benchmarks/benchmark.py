@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Measure this repository against timm and torchvision, side by side on the same machine.
 
+    python benchmarks/benchmark.py                          a table in three minutes; --all measures everything
     python benchmarks/benchmark.py step                     training steps, on the available device
     python benchmarks/benchmark.py step --model beit_base_patch16_224 --batch_size 128 --precision bfloat16 O2 \\
         --compile both --json step.json -- --attention=fused     flags after -- go to run_class_finetuning.py
@@ -181,6 +182,9 @@ def table(head, rows, markdown=False):
 
 
 def print_report(options, report, head, cells):
+    options.report = report
+    if options.is_part:
+        return
     hardware, versions = report['hardware'], report['versions']
     print('%s; %s, %d cores, %d threads; Python %s, torch %s, torchvision %s, timm %s; %d pairs' % (
         hardware['device'], hardware['cpu'], hardware['cores'], hardware['threads'], versions['python'],
@@ -926,6 +930,53 @@ def scaling_main(options, device):
                  + RATIO[1:] + ['note'], cells)
 
 
+# ---- the table without a command
+
+# (flags, what a row measures, what it is compared with): three minutes on two CPU cores.
+OVERVIEW = (
+    (['step', '--pairs=3', '--warmup=1', '--seconds=1', '--against=timm'], 'training, {ours[mode]}', 'timm\'s model'),
+    (['eval', '--pairs=3', '--warmup=1', '--seconds=1', '--against=timm', '--precision=float32'],
+     'evaluation, {ours[mode]}', 'timm\'s model'),
+    (['data', '--pairs=3', '--images=128', '--distinct=16'], 'loading, {backend}', 'ImageFolder, timm\'s transform'))
+
+
+def overview_main(options, device):
+    """One table: this project's images per second beside the field's, and their ratio."""
+    rows = []
+    for flags, what, other in OVERVIEW:
+        part = parse(flags)
+        part.is_part = True
+        if device.type == 'cpu' and hasattr(part, 'steps'):
+            part.steps = part.steps or 2  # a step takes seconds
+        part.main(part, device)
+        for row in part.report['rows']:
+            sides = [row.get(side, {}) for side in ('ours', 'other' if 'other' in row else 'baseline')]
+            rates = [side.get('images_per_second', side).get('median') for side in sides]
+            reason = row.get('not_available') or next(filter(None, (side.get('not_available') for side in sides)), '')
+            rows.append([what.format(**row)] + [shown(rate, '%.1f images/s') for rate in rates] + [
+                other, '%.2f (%.2f to %.2f)' % tuple(row['ratio'][key] for key in ('median', 'min', 'max'))
+                if row.get('ratio') else 'n/a: ' + reason])
+    hardware, versions = part.report['hardware'], part.report['versions']
+    print('%s, %s, %d cores; torch %s, torchvision %s, timm %s\n' % (
+        hardware['device'], hardware['cpu'], hardware['cores'], versions['torch'], versions['torchvision'],
+        versions['timm']))
+    print(table(['BEiT base, 224 pixels', 'this project', 'the other', 'which is', 'times as fast'], rows))
+    print('\nAbove 1, this project is faster; in brackets the extremes of 3 pairs, a trial. "workers alone" leaves out '
+          'what a device would\ndo. --all measures everything, with more pairs; docs/performance.md explains it.',
+          flush=True)
+
+
+def all_main(options, device):
+    """Every command with its defaults, one table each."""
+    for name in build_parser()._subparsers._group_actions[0].choices:
+        print('\n== %s' % name, flush=True)
+        part = parse([name])
+        try:
+            part.main(part, device)
+        except UserError as error:  # measure the others
+            print('not measured: %s' % error, flush=True)
+
+
 # ---- flags
 
 class Parser(argparse.ArgumentParser):
@@ -937,6 +988,7 @@ def build_parser():
     positive = bounded_number(int, 1)
     parser = Parser('benchmark.py', description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--all', action='store_true', help='measure everything; hours on a CPU')
     commands = parser.add_subparsers(dest='command', metavar='step|eval|checkpoint|data|startup|script|scaling')
 
     def command(name, main, help_text, description=''):
@@ -1027,8 +1079,15 @@ def parse(argv):
         argv, extra = argv[:argv.index('--')], argv[argv.index('--') + 1:]
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
+    options.is_part = False  # of the table without a command
     if options.command is None:
-        raise UserError('choose what to measure: step, eval, checkpoint, data, startup, script or scaling; see --help')
+        if rest or extra:
+            raise UserError('%s: name what to measure first: %s; see --help' % (
+                (rest + extra)[0], ', '.join(parser._subparsers._group_actions[0].choices)))
+        options.main, options.device = all_main if options.all else overview_main, 'auto'
+        return options
+    if options.all:
+        raise UserError('--all: it measures everything; leave %s out' % options.command)
     if rest:
         known = parser._subparsers._group_actions[0].choices[options.command]._option_string_actions
         near = nearest(rest[0].partition('=')[0], known)

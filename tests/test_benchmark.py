@@ -250,6 +250,29 @@ def test_data(bench):
     assert 'images/s per worker' in out
 
 
+def test_without_a_command_one_table(monkeypatch, capfd):
+    """Its rates and ratios are those of the commands' reports; --all has the commands' tables."""
+    monkeypatch.setattr(sys, 'executable', python())
+    tiny = {'step': NANO + ['--pairs=2', '--steps=1', '--seconds=0'], 'eval': NANO + ['--pairs=1', '--steps=1'],
+            'data': ['--device=cpu', '--pairs=2', '--images=4', '--batch_size=2', '--distinct=3', '--input_size=64']}
+    monkeypatch.setattr(benchmark, 'OVERVIEW', tuple((flags + tiny[flags[0]], what, other)
+                                                     for flags, what, other in benchmark.OVERVIEW))
+    reports, add_row = [], benchmark.add_row
+    monkeypatch.setattr(benchmark, 'add_row', lambda options, report, row: reports.append(row) or add_row(
+        options, report, row))
+    assert benchmark.main([]) == 0
+    out = capfd.readouterr().out
+    lines = [line for line in out.splitlines() if 'images/s' in line or 'n/a' in line]
+    assert len(lines) == len(reports) == 7 and out.count('times as fast') == 1
+    for line, row in zip(lines, reports):
+        if 'ratio' in row:
+            assert '%.2f (%.2f to %.2f)' % tuple(row['ratio'][key] for key in ('median', 'min', 'max')) in line
+    assert lines[0].startswith('training, float32') and lines[2].startswith('evaluation, float32')
+    assert lines[3].startswith('loading, exact')
+    assert {'step', 'eval', 'checkpoint', 'data', 'startup', 'script', 'scaling'} <= set(
+        benchmark.build_parser()._subparsers._group_actions[0].choices)
+
+
 @pytest.mark.parametrize('damage, words', [
     pytest.param('class000/.hidden', 'Found no valid file for the classes .hidden', marks=pytest.mark.needs(
         'current', hasattr(torchvision.datasets.folder, 'find_classes'), 'this torchvision allows empty classes')),
@@ -383,7 +406,7 @@ def test_a_signal_ends_child_processes(tmp_path, argv, working):
     (['data', '--data_path=/nowhere/at all'], 'no such folder'),
     (['step', '--json=/nowhere/at all/figures.json'], 'cannot be written'),
     (['scaling', '--device=tpu'], '--device must be'),
-    ([], 'step, eval, checkpoint, data, startup, script or scaling'),
+    (['--pairs=2'], '--pairs=2: name what to measure first: step, eval, '), (['--all', 'step'], '--all'),
 ])
 def test_a_mistake_is_one_line_and_status_2(argv, words, capfd):
     assert benchmark.main(argv) == 2
