@@ -287,7 +287,7 @@ def test_a_folder_that_the_baseline_cannot_read(tmp_path, damage, words, capfd):
     else:
         path.unlink()
         path.write_bytes(b'junk')
-    assert benchmark.main(['data', '--device=cpu', '--data_path=%s' % tmp_path, '--images=8', '--batch_size=2',
+    assert benchmark.main(['data', '--device=cpu', '--data_path=%s' % tmp_path, '--images=10', '--batch_size=2',  # all
                            '--warmup=1', '--input_size=64', '--pairs=1', '--', '--bad_images=skip']) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if 'error: ' in line]
     assert len(lines) == 1 and 'ImageFolder, the baseline, cannot read it' in lines[0] and words in lines[0]
