@@ -343,7 +343,7 @@ def run(argv: Optional[Sequence[str]] = None) -> int:
         watchdog.stop()
         if not process_group.is_error_reporter():
             return exit_process(128 + stop.number)
-        return exit_with_error(PROGRAM, 'interrupted by %s; a file for --output is not written'
+        return exit_with_error(PROGRAM, str(stop) or 'interrupted by %s; a file for --output is not written'
                                % preemption.name(stop.number), 128 + stop.number)
 
 

@@ -68,8 +68,8 @@ def run_interruptible(program: str, work: Callable[[], Any], memory_remedy: str)
         with preemption.Signals():
             return run_with_error_report(program, work, memory_remedy)
     except preemption.Stopped as stop:
-        return exit_with_error(program, 'interrupted by %s; nothing was written' % preemption.name(stop.number),
-                               128 + stop.number)
+        return exit_with_error(program, str(stop) or 'interrupted by %s; nothing was written'
+                               % preemption.name(stop.number), 128 + stop.number)
 
 
 def exit_with_error(program: str, message: str, status: int, rank: Optional[int] = None) -> int:

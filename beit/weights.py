@@ -51,7 +51,7 @@ class Weights(NamedTuple):
     @property
     def flags(self) -> Dict[str, Any]:
         """What the flags of its architecture and preprocessing are."""
-        import modeling_finetune  # imports timm, which `list` does not need
+        import modeling_finetune  # and timm, which `list` does not need
         return dict(model=self.model, input_size=self.input_size, imagenet_default_mean_and_std=(
             modeling_finetune.input_statistics(self.model)[0] != modeling_finetune.INPUT_MEAN))
 
@@ -111,7 +111,7 @@ def resolve(source: str, flag: str) -> str:
         return download.resolve_url(source, flag)
     path = find(known) or os.path.join(folders()[0], known.name + '.pth')
     shown = '%s %s' % (flag, escape_text(source))
-    download.fetch(known.url, path, shown, check=lambda file: check_content(known, file, shown),
+    download.fetch(known.url, path, shown, check=lambda file: check_content(known, file, file == path, shown),
                    remedy='copy it to checkpoints/ on each machine')
     return path
 
@@ -128,18 +128,33 @@ def find(known: Weights) -> str:
     return next(filter(os.path.isfile, paths), '')
 
 
-def check_content(known: Weights, path: str, shown: str) -> None:
-    """Raise a `UserError` where a file is damaged, or its network is not the one published under its name."""
-    import modeling_finetune  # imports timm, which `list` does not need
-    content = weights_file.load_weights_file(path)
+def check_content(known: Weights, path: str, is_kept: bool, shown: str) -> None:
+    """Raise a `UserError` where a file, kept or just downloaded, is damaged or not the network of its name."""
+    import torch  # which `list` does not need
+    import modeling_finetune
+    where = escape_text(path) if is_kept else known.url
+    try:
+        content = weights_file.load_weights_file(path)
+    except UserError as error:
+        raise UserError('%s: %s' % (shown, str(error).replace(escape_text(path), where))) from None
     states = [content] + [content.get(key) for key in ('model', 'module')] if isinstance(content, dict) else []
-    state = next((each for each in states if isinstance(each, dict) and 'patch_embed.proj.weight' in each), {})
-    for name, rows in (('patch_embed.proj.weight', modeling_finetune.MODELS[known.model]['embed_dim']),
-                       ('head.weight', known.classes)):
-        found = len(state.get(name, ()))
-        if rows and found and found != rows:
-            raise UserError('%s: %s sent other weights: %s has %d rows, not %d; fetch the file yourself '
-                            'and give its path' % (shown, known.url, name, found, rows))
+    state = next((each for each in states if isinstance(each, dict) and 'cls_token' in each), {})
+    with torch.random.fork_rng(devices=[]):  # the run's random numbers stay as they are
+        block = getattr(modeling_finetune, known.model)(depth=1, num_classes=known.classes, img_size=known.input_size,
+                                                        use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+    shapes = {name: tuple(value.shape) for name, value in block.state_dict().items()
+              if not re.search('_index$' if known.classes else '_index$|^fc_norm', name)}  # pretraining: another norm
+    depth = modeling_finetune.MODELS[known.model]['depth']
+    wanted = {name.replace('blocks.0.', 'blocks.%d.' % number): shape for number in range(depth)
+              for name, shape in shapes.items()}
+    for name in [*wanted, 'head.weight', 'blocks.%d.norm1.weight' % depth]:
+        shared = state.get('rel_pos_bias.relative_position_bias_table') if name.endswith('_bias_table') else None
+        found, right = (str(each or 'missing') for each in (
+            tuple(getattr(state.get(name, shared), 'shape', ())), wanted.get(name)))
+        if found != right:
+            raise UserError('%s: %s has other weights: %s is %s there and %s in %s; %s' % (
+                shown, where, name, found, right, known.name, 'remove that file' if is_kept else
+                'fetch the file yourself and give its path'))
 
 
 def resolve_hub(source: str, flag: str) -> str:
@@ -180,13 +195,15 @@ def main(argv: List[str]) -> int:
     if argv != ['list']:
         print_error('usage: python -m beit.weights list')
         return 2
-    row = '%-40s %8s %6s %8s %15s  %s'
+    row = '%-39s %5s %5s %7s %15s  %s'
     print(row % ('name', 'MB', 'input', 'classes', 'acc@1 / acc@5', 'on this machine'))
     for each in PUBLISHED.values():
         path = find(each)
         megabytes = '%d' % (os.path.getsize(path) // 10 ** 6) if path else '~%d' % each.megabytes
         print(row % (each.name, megabytes, each.input_size, each.classes or '-', each.accuracy(),
-                     escape_text(path) or '-'))
+                     escape_text(os.path.dirname(path).replace(os.path.join(os.getcwd(), ''), '')) or '-'))
+    print('\nmodel: the name up to the input size, such as beit_base_patch16_224\nURL:   %s' % '\n       '.join(
+        sorted({each.url.replace(each.name, 'NAME') for each in PUBLISHED.values()}, reverse=True)))
     return 0
 
 

@@ -1,15 +1,18 @@
 """Weights by name: the table, the way from a server to checkpoints/, broken downloads, the Hub, and the pages."""
 
-import fcntl
+import collections
+import errno
 import hashlib
 import http.server
 import json
 import os
 import re
+import signal
 import ssl
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ import torch
 import check_flags
 import modeling_finetune
 import run_class_finetuning
+import run_predict
 from beit import load, weights
 from beit.checkpoint import inference_model, pretrained
 from beit.config import ModelConfig
@@ -72,14 +76,20 @@ def test_list_shows_each_and_where_it_is(monkeypatch, tmp_path, capsys):
     (tmp_path / (NAME + '.pth')).write_bytes(bytes(3 * 10 ** 6))
     assert weights.main(['list']) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].split()[:4] == ['name', 'MB', 'input', 'classes'] and len(out) == 22
+    assert out[0].split()[:4] == ['name', 'MB', 'input', 'classes'] and len(out) == 26
+    assert not out[22] and out[23].startswith('model: the name up to the input size')
+    assert [line.split()[-1] for line in out[24:]] == sorted(
+        {facts['url'].replace(facts['name'], 'NAME') for facts in PUBLISHED}, reverse=True)
+    assert max(len(line.replace(str(tmp_path), 'checkpoints')) for line in out) <= 100
     line = next(line for line in out if line.startswith(NAME + ' '))
-    assert line.split() == [NAME, '3', '224', '1000', '83.7', '/', '96.6', str(tmp_path / (NAME + '.pth'))]
+    assert line.split() == [NAME, '3', '224', '1000', '83.7', '/', '96.6', str(tmp_path)]
     assert next(line for line in out if line.startswith('beit_base_patch16_224_pt22k ')).split()[1:] == [
         '~339', '224', '-', '-', '-']
     assert weights.main([]) == 2 and 'python -m beit.weights list' in capsys.readouterr().err
     done = subprocess.run([sys.executable, '-m', 'beit.weights', 'list'], cwd=ROOT, stdout=subprocess.PIPE)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 22
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 26
+    monkeypatch.chdir(str(tmp_path.parent))
+    assert weights.main(['list']) == 0 and ' 96.6  %s\n' % tmp_path.name in capsys.readouterr().out
 
 
 # ---- a server that can send the rest of a file, and breaks off
@@ -143,10 +153,12 @@ def server(certificate, tmp_path, monkeypatch):
     server.server_close()
 
 
-def published_file(folder, classes):
+def published_file(folder, classes, change=lambda state: None, **settings):
     torch.manual_seed(0)
     path = str(folder / 'made.pth')
-    torch.save({'model': inference_model.build_model(ModelConfig(), classes).state_dict()}, path)
+    state = inference_model.build_model(ModelConfig(**settings), classes).state_dict()
+    change(state)
+    torch.save({'model': state}, path)
     with open(path, 'rb') as file:
         body = file.read()
     os.remove(path)
@@ -211,26 +223,157 @@ def test_a_server_that_ignores_the_range_does_not_spoil_the_file(server, tmp_pat
     assert NAME + '.pth' not in kept(tmp_path)
 
 
-@pytest.mark.parametrize('spoil, says', [
+def without(*names):
+    return lambda state: [state.pop(name) for name in names]
+
+
+SPOILT = [
     (lambda folder: b'<html>a captive portal</html>', 'not a weights file'),
-    (lambda folder: published_file(folder, 10), r'head\.weight has 10 rows, not 1000')])
-def test_what_is_not_these_weights_is_not_kept(server, tmp_path, spoil, says):
-    server.body = spoil(tmp_path)
-    with pytest.raises(UserError, match=says):
-        weights.resolve(NAME, '--finetune')
-    assert kept(tmp_path) == {}
+    (lambda folder: published_file(folder, 10), r'head.weight is (10, 32) there and (1000, 32) in ' + NAME),
+    (lambda folder: published_file(folder, 0), r'head.weight is missing there and (1000, 32) in ' + NAME),
+    (lambda folder: published_file(folder, 1000, model='beit_base_patch16_384', input_size=384),
+     'blocks.0.attn.relative_position_bias_table is (532, 2) there and (172, 2) in ' + NAME),
+    (lambda folder: published_file(folder, 1000, model='beit_large_patch16_224'),
+     'blocks.2.norm1.weight is (32,) there and missing in ' + NAME),
+    (lambda folder: published_file(folder, 1000, without('blocks.1.mlp.fc2.bias')),
+     'blocks.1.mlp.fc2.bias is missing there and (32,) in ' + NAME),
+    (lambda folder: published_file(folder, 1000, without('patch_embed.proj.weight')), 'patch_embed.proj.weight')]
 
 
-def test_two_programs_do_not_write_one_file(server, tmp_path):
-    server.breaks = 3 * 10 ** 5
-    with pytest.raises(UserError):
+@pytest.mark.parametrize('place', ['url', 'path'])
+@pytest.mark.parametrize('spoil, says', SPOILT, ids=[says[:20] for _, says in SPOILT])
+def test_what_is_not_these_weights_is_refused_and_not_kept(server, tmp_path, monkeypatch, spoil, says, place):
+    """From the server, and where it lies in checkpoints/; only what was downloaded is removed."""
+    small = modeling_finetune.MODELS['beit_base_patch16_224']
+    monkeypatch.setitem(modeling_finetune.MODELS, 'beit_base_patch16_384', dict(small, img_size=384))
+    monkeypatch.setitem(modeling_finetune.MODELS, 'beit_large_patch16_224', dict(small, depth=3))
+    server.body, before, path = spoil(tmp_path), {}, tmp_path / 'checkpoints' / (NAME + '.pth')
+    if place == 'path':
+        path.parent.mkdir()
+        path.write_bytes(server.body)
+        before = kept(tmp_path)
+    with pytest.raises(UserError) as caught:
         weights.resolve(NAME, '--finetune')
+    where = str(path) if place == 'path' else weights.PUBLISHED[NAME].url
+    assert str(caught.value).startswith('--finetune %s: %s' % (NAME, where)) and says in str(caught.value)
+    assert kept(tmp_path) == before and '.part' not in str(caught.value)
+
+
+@pytest.mark.parametrize('name, classes, change', [
+    ('beit_base_patch16_224_pt22k', 0, 'pretrained'), ('beitv2_base_patch16_224_pt1k_ft21k', 21841, None)])
+def test_files_as_they_are_published_pass(server, tmp_path, name, classes, change):
+    """Pretraining shares one bias table, has a last norm and heads of its own."""
+    def pretrained_layout(state):
+        tables = [key for key in state if '.relative_position_' in key]
+        state['rel_pos_bias.relative_position_bias_table'] = state[tables[0]]
+        state.update({'norm.weight': state.pop('fc_norm.weight'), 'norm.bias': state.pop('fc_norm.bias'),
+                      'mask_token': torch.zeros(1, 1, 32), 'lm_head.weight': torch.zeros(8, 32)})
+        without(*tables)(state)
+
+    server.body = published_file(tmp_path, classes, pretrained_layout if change else lambda state: None)
+    random = torch.random.get_rng_state()
+    for _ in range(2):
+        assert os.path.isfile(weights.resolve(name, '--finetune'))
+    assert torch.equal(torch.random.get_rng_state(), random)  # the run draws the same numbers
+    server.body = published_file(tmp_path, 1000)  # fine-tuned weights are no pretrained ones
+    os.remove(str(tmp_path / 'checkpoints' / (name + '.pth')))
+    with pytest.raises(UserError, match=r'head\.weight is \(1000, 32\) there|bias_table|norm'):
+        weights.resolve(name, '--finetune')
+
+
+@pytest.mark.parametrize('first', ['ends', 'breaks off'])
+def test_a_second_program_waits_for_the_download_of_the_first(server, tmp_path, monkeypatch, first):
+    lines, results, locked, gate = [], [], threading.Event(), threading.Event()
+    monkeypatch.setattr(download, 'log_main', lines.append)
+    server.breaks = 3 * 10 ** 5 if first == 'breaks off' else 0
+
+    def resolve():
+        try:
+            results.append(weights.resolve(NAME, '--finetune'))
+        except UserError as error:
+            results.append(str(error))
+
+    def until(condition):
+        end = time.monotonic() + 15
+        while not condition():
+            assert time.monotonic() < end, (lines, results)
+            time.sleep(0.01)
+
+    receive = download._receive
+    monkeypatch.setattr(download, '_receive', lambda *args: (locked.set(), gate.wait(20), receive(*args))[2])
+    one, two = threading.Thread(target=resolve), threading.Thread(target=resolve)
+    one.start()
+    until(locked.is_set)  # the first has the file
+    two.start()
+    until(lambda: 'Another program is downloading it; waiting for that to end' in lines)
     server.breaks = 0
-    with open(str(tmp_path / 'checkpoints' / next(iter(kept(tmp_path)))), 'ab') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match='another program is downloading it'):
+    assert not results
+    gate.set()
+    for thread in (one, two):
+        thread.join(20)
+    path = str(tmp_path / 'checkpoints' / (NAME + '.pth'))
+    assert path in results and kept(tmp_path) == {NAME + '.pth': len(server.body)}
+    with open(path, 'rb') as file:
+        assert file.read() == server.body
+    assert [each for each in results if each != path] == [] if first == 'ends' else 'broke off' in str(results)
+    assert len([line for line in lines if line.startswith('Resuming')]) == (first == 'breaks off')
+
+
+def test_a_full_disk_says_where_and_how_much_and_the_next_run_resumes(server, tmp_path, monkeypatch):
+    usage = collections.namedtuple('usage', 'free')
+    real = download._receive
+
+    def receive(response, file, *rest):
+        file.write(response.read(3 * 10 ** 5))
+        file.flush()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    size = len(server.body) / 1e6
+    for free, needed in ((10 ** 9, size - 0.3), (10 ** 5, size - 0.3)):  # in the middle, and seen before
+        monkeypatch.setattr(download, '_receive', receive)
+        monkeypatch.setattr(download.shutil, 'disk_usage', lambda _, free=free: usage(free))
+        with pytest.raises(UserError) as caught:
             weights.resolve(NAME, '--finetune')
-    weights.resolve(NAME, '--finetune')
+        says = '%s: no space for %.1f MB; %.1f MB are free); make room, then try again to resume it' % (
+            tmp_path / 'checkpoints', needed, free / 1e6)
+        assert says in str(caught.value) and '--finetune ' + NAME in str(caught.value)
+        assert list(kept(tmp_path).values()) == [300000]
+    monkeypatch.undo()
+    monkeypatch.setattr(download, '_receive', real)
+
+
+@pytest.mark.parametrize('folder', ['/proc/x/beit/checkpoints', 'file/checkpoints'])
+def test_a_folder_that_cannot_be_written_to_is_named(server, tmp_path, monkeypatch, folder):
+    (tmp_path / 'file').write_bytes(b'')
+    folder = os.path.join(str(tmp_path), folder)
+    monkeypatch.setattr(weights, 'folders', lambda: [folder])
+    with pytest.raises(UserError) as caught:
+        weights.resolve(NAME, '--finetune')
+    assert '--finetune %s: download failed (%s: cannot be written to: ' % (NAME, folder) in str(caught.value)
+    assert 'set XDG_CACHE_HOME to another folder' in str(caught.value)
+
+
+@pytest.mark.parametrize('program', ['training', 'prediction'])
+def test_an_interrupted_download_says_that_it_resumes(server, tmp_path, monkeypatch, capsys, program):
+    def receive(response, file, *rest):
+        file.write(response.read(3 * 10 ** 5))
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    real = download._receive
+    monkeypatch.setattr(download, '_receive', receive)
+    data = write_images(tmp_path / 'data')
+    run, words = {'training': (run_class_finetuning.run, ['--eval', '--num_workers=0', '--data_path', data]),
+                  'prediction': (run_predict.run, [os.path.join(data, 'val', 'cat')])}[program]
+    assert run(words + ['--resume', NAME, '--device=cpu']) == 130
+    (part, size), = kept(tmp_path).items()
+    out, err = capsys.readouterr()
+    says = 'interrupted by SIGINT; %s keeps what was downloaded, and the same command resumes it' % (
+        tmp_path / 'checkpoints' / part)
+    assert size == 300000 and says in out + err and 'nothing was' not in out + err
+    monkeypatch.setattr(download, '_receive', real)
+    weights.resolve(NAME, '--resume')
+    assert server.asked[-1][1] == 'bytes=300000-'
 
 
 def test_a_file_or_folder_of_that_name_wins(tmp_path, monkeypatch):

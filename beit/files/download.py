@@ -1,15 +1,17 @@
 """Weights from https addresses, kept in the cache that torch.hub uses, or under a path of the caller's."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import http.client
 import os
 import re
+import shutil
 import urllib.request
 from typing import Any, BinaryIO, Callable, Iterator, Optional
 
-from beit.distributed import process_group
+from beit.distributed import preemption, process_group
 from beit.errors import UserError, escape_text
 from beit.files.atomic_write import atomic_write
 from beit.log import current_display, log_main
@@ -68,13 +70,15 @@ def fetch(address: str, path: str, shown: str, wanted: str = '', check: Optional
     Args:
         shown: what errors begin with.
         wanted: the beginning of its sha256.
-        check: called with the path of the whole file, before it takes its name.
+        check: called with the path of the whole file, before it takes its name, or of the file that was there.
         remedy: for a machine that does not see the first process's file.
 
     Raises:
         UserError: the server fails, or sends another file.
     """
-    if process_group.is_main_process() and not os.path.isfile(path):
+    if check is not None and process_group.is_main_process() and os.path.isfile(path):
+        check(path)
+    while process_group.is_main_process() and not os.path.isfile(path):  # again, after another program's download
         log_main('Downloading %s to %s' % (escape_text(address), path))
         _download(address, path, wanted, shown, check)
     process_group.barrier()
@@ -87,11 +91,11 @@ def _download(address: str, path: str, wanted: str, shown: str, check: Optional[
     """Download an address to `path`, which appears only when the file is complete and passes its checks.
 
     If the server can send the rest of a file (a strong ETag, Accept-Ranges), a broken download stays in `path`.part-…,
-    and the next one resumes it.
+    and the next one resumes it. Where another program downloads it, this waits for that, and then returns.
     """
-    part = ''
+    part, folder, length = '', os.path.dirname(path), None
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         with contextlib.ExitStack() as stack:
             response = stack.enter_context(_open(address))
             length, tag = _length(response, wanted, shown), response.headers.get('ETag', '')
@@ -102,6 +106,8 @@ def _download(address: str, path: str, wanted: str, shown: str, check: Optional[
             for block in iter(lambda: file.read(1 << 20) if part else b'', b''):
                 digest.update(block)
                 received += len(block)
+            if (length or 0) - received > shutil.disk_usage(folder).free:
+                raise OSError(errno.ENOSPC, '')
             if length and 0 < received < length:
                 log_main('Resuming after %d of %d bytes' % (received, length))
                 response.close()
@@ -124,10 +130,23 @@ def _download(address: str, path: str, wanted: str, shown: str, check: Optional[
                 if part:
                     os.remove(part)
                 raise
+    except BlockingIOError:
+        return
+    except preemption.Stopped as stop:
+        raise preemption.Stopped(stop.number, 'interrupted by %s; %s keeps what was downloaded, and the same command '
+                                 'resumes it' % (preemption.name(stop.number), part) if part else '') from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = escape_text(str(error)) or type(error).__name__
+        reason, remedy = escape_text(str(error)) or type(error).__name__, 'try again to resume it, or ' if part else ''
+        if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+            missing = ((length or 0) - (os.path.getsize(part) if os.path.isfile(part) else 0)) / 1e6
+            reason = '%s: no space for %s; %.1f MB are free' % (
+                escape_text(folder), '%.1f MB' % missing if length else 'it', shutil.disk_usage(folder).free / 1e6)
+            remedy = 'make room, then %s' % (remedy or 'try again, or ')
+        elif isinstance(error, (PermissionError, FileNotFoundError, NotADirectoryError)) or 'Read-only' in reason:
+            reason = '%s: cannot be written to: %s' % (escape_text(folder), reason)
+            remedy = 'set %s to another folder, or ' % ('XDG_CACHE_HOME' if check else 'TORCH_HOME')
         raise UserError('%s: download failed (%s); %sfetch the file yourself and give its path' % (
-            shown, reason, 'try again to resume it, or ' if part else '')) from None
+            shown, reason, remedy)) from None
 
 
 def _open(address: str, start: int = 0) -> Any:
@@ -178,7 +197,11 @@ def _open_part(part: str, path: str) -> Iterator[BinaryIO]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError('another program is downloading it') from None
+            log_main('Another program is downloading it; waiting for that to end')
+            fcntl.flock(file, fcntl.LOCK_EX)
+            raise
+        if not (os.path.isfile(part) and os.path.samestat(os.fstat(file.fileno()), os.stat(part))):
+            raise BlockingIOError  # the other program ended in between
         file.seek(0)
         yield file
         os.fsync(file.fileno())
