@@ -773,13 +773,13 @@ def should_stop_early(args: argparse.Namespace, run_state: training_state.RunSta
 
 
 def run(argv: Optional[Sequence[str]] = None, program: str = PROGRAM, description: Optional[str] = __doc__,
-        work: Callable[[argparse.Namespace, preemption.Signals], None] = main) -> int:
+        work: Optional[Callable[[argparse.Namespace, preemption.Signals], None]] = None) -> int:
     """Run the command line. A user error is one line and exit status 2; a signal gives 128 + its number."""
     signals, parsed = preemption.Signals(), {}
 
     def parse_and_run() -> None:
         parsed['args'] = build_parser(program, description).parse_args(argv)
-        work(parsed['args'], signals)
+        (work or main)(parsed['args'], signals)
 
     def resume_hint(condition: str = '') -> str:
         args = parsed.get('args')
