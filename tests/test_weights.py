@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import fcntl
 import hashlib
 import http.server
 import json
@@ -317,6 +318,27 @@ def test_a_second_program_waits_for_the_download_of_the_first(server, tmp_path, 
         assert file.read() == server.body
     assert [each for each in results if each != path] == [] if first == 'ends' else 'broke off' in str(results)
     assert len([line for line in lines if line.startswith('Resuming')]) == (first == 'breaks off')
+
+
+def test_the_wait_for_another_program_is_interruptible(server, tmp_path, monkeypatch, capsys):
+    server.breaks = 3 * 10 ** 5
+    with pytest.raises(UserError):
+        weights.resolve(NAME, '--resume')
+    server.breaks, log = 0, download.log_main
+
+    def log_and_interrupt(line):
+        log(line)
+        if line.startswith('Another program'):
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    monkeypatch.setattr(download, 'log_main', log_and_interrupt)
+    with open(str(tmp_path / 'checkpoints' / next(iter(kept(tmp_path)))), 'ab') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run_class_finetuning.run(['--eval', '--resume', NAME, '--device=cpu', '--num_workers=0', '--data_path',
+                                         write_images(tmp_path / 'data')]) == 130
+    out = capsys.readouterr().out
+    assert out.count('Another program is downloading it; waiting for that to end') == 1
+    assert 'interrupted by SIGINT' in out and list(kept(tmp_path).values()) == [300000]
 
 
 def test_a_full_disk_says_where_and_how_much_and_the_next_run_resumes(server, tmp_path, monkeypatch):
