@@ -534,7 +534,8 @@ def test_other_layouts_name_the_flags_that_read_them(image_folder, refused, caps
     os.rename(root + ' 2', root + ' 3/train/pets/kinds')
     assert datasets.ImageFolder(root + ' 3/train').classes == ['pets']
     out = capsys.readouterr().out
-    assert 'pets/kinds/dog: subfolders hold all images of the class pets' in out and '--train_csv' in out
+    assert 'pets/kinds/dog: subfolders hold all images of the class pets' in out and 'give --class_depth 3' in out
+    assert datasets.ImageFolder(root + ' 3/train', depth=3).classes == ['pets/kinds/cat', 'pets/kinds/dog']
 
 
 def test_samples_are_those_of_torchvision_in_its_order(tmp_path, monkeypatch):

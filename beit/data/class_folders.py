@@ -50,7 +50,7 @@ def scan_classes(root: str, device: Optional[torch.device] = None, depth: int = 
     if nested:
         log_main('%s: %s: subfolders hold all images of the class %s. To make them separate classes, give '
                  '--class_depth %d' % (escape_text(root), ', '.join(map(escape_text, nested[:3])),
-                                       escape_text(_class_of(nested[0], depth)), depth + 1))
+                                       escape_text(_class_of(nested[0], depth)), nested[0].count(os.sep) + 1))
     classes = sorted(normalize(_class_of(folder, depth)) for folder, _ in found if folder.count(os.sep) == depth - 1)
     for name, following in zip(classes, classes[1:]):
         if name == following:
