@@ -362,7 +362,7 @@ def test_nested_class_folders(tmp_path, parse, capsys, refused):
         assert '/%s/' % classes[label] in path
     assert '1 file or folder is not used (1 above the folders of --class_depth 2)' in capsys.readouterr().out
     assert samples_of(root, parse)[2] == ['cat', 'dog']
-    assert '--class_depth 2' in capsys.readouterr().out  # all of cat's images are in a subfolder
+    assert '--class_depth 3' in capsys.readouterr().out  # all of cat's images are in tabby/deep
     refused(TRAINING + ['--data_path', root, '--class_depth=4'], 'no class folders at --class_depth 4')
     make_archive(root, tmp_path / 'a.tar')
     assert samples_of(str(tmp_path / 'a.tar'), parse, '--class_depth=2')[2] == classes
