@@ -7,8 +7,9 @@ The file holds model, model_spec and args, as a checkpoint does, without the opt
 if __name__ == '__main__':
     from beit import startup
     startup.prepare()
+    import check_flags
     import flags
-    flags.check_command_line(flags.AVERAGE, __doc__)
+    check_flags.check_command_line(flags.AVERAGE, __doc__)
 
 import argparse
 import collections
@@ -22,12 +23,13 @@ import torch
 
 import flags
 from beit import model_spec
-from beit.checkpoint import comparison, discovery
+from beit.checkpoint import comparison, sources
 from beit.checkpoint.inference_model import spec_beside
 from beit.checkpoint.pretrained import find_state_dict, mismatches
 from beit.cli import run_interruptible
 from beit.errors import UserError, escape_text, print_line
 from beit.files import run_folder, weights_file
+from beit.files.atomic_write import check_writable
 from beit.files.weights_file import load_weights_file
 from beit.log import log_main
 from beit.model_spec import ModelSpec
@@ -46,14 +48,13 @@ def find(inputs: Sequence[str]) -> List[str]:
     found = []
     for source in inputs:
         if os.path.isdir(source):
-            paths = [path for (_, steps), path in discovery.list_checkpoints(source) if not steps]
+            paths = [path for (_, steps), path in sources.list_checkpoints(source) if not steps]
             if not paths:
                 raise UserError('--inputs %s: the folder holds no checkpoint-<epoch>.pth' % escape_text(source))
             found += paths
-        elif os.path.isfile(source):
-            found.append(source)
         else:
-            raise UserError('--inputs %s: no such file or folder' % escape_text(source))
+            sources.check_exists('--inputs', source)
+            found.append(source)
     real = [os.path.realpath(path) for path in found]
     twice = [path for path, where in zip(found, real) if real.count(where) > 1]
     if twice:
@@ -70,7 +71,7 @@ def take_best(paths: Sequence[str], most: int, use_ema: bool = False) -> List[st
     for path in paths:
         folder, name = os.path.split(path)
         log = {stats['epoch']: stats for stats in run_folder.read_log(folder)}
-        epochs = {each: epoch for (epoch, steps), each in discovery.list_checkpoints(folder or '.') if not steps}
+        epochs = {each: epoch for (epoch, steps), each in sources.list_checkpoints(folder or '.') if not steps}
         epoch = epochs.get(os.path.join(folder or '.', name), 0) - 1
         prefix = 'test_ema_' if use_ema else 'test_'
         found = metrics.logged_primary(log.get(epoch, {}), prefix)
@@ -173,7 +174,7 @@ def main(args: argparse.Namespace) -> None:
     if os.path.lexists(args.output) and not (args.overwrite and os.path.isfile(args.output)):
         raise UserError('--output %s exists; choose another%s' % (
             escape_text(args.output), ', or give --overwrite' if os.path.isfile(args.output) else ''))
-    run_folder.check_writable('--output', args.output, is_file=True)
+    check_writable('--output', args.output, is_file=True)
     paths = find(args.inputs)
     if args.best:
         paths = take_best(paths, args.best, args.use_ema)

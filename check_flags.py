@@ -1,26 +1,67 @@
-"""Checks of a training's or an evaluation's flags before slow work starts."""
+"""Checks of the flags before slow work starts. This module imports no PyTorch; the functions that need it do."""
 
 import argparse
 import importlib.util
 import os
+import sys
+from typing import Optional
 
 import flags
-import modeling_finetune
-import optim_factory
-from beit import model_spec, startup, weights
-from beit.checkpoint import discovery, exported, hf_names, pretrained
-from beit.config import DistributedConfig, InputConfig, MixupConfig, TransformConfig
-from beit.data import locations, transforms
-from beit.devices import accelerator, half_precision, kernels, profiler
-from beit.distributed import process_group
-from beit.errors import UserError, escape_text, unknown_value_error
-from beit.files import run_folder
+from beit import startup, weights
+from beit.checkpoint import sources
+from beit.config import SMALL_INPUT, DistributedConfig, InputConfig, MixupConfig, TransformConfig
+from beit.distributed.launch_environment import defer_report, launch_environment, reports_errors
+from beit.errors import UserError, escape_text, print_error, unknown_value_error
+from beit.files.atomic_write import check_writable
 from beit.log import log_main
-from beit.training import losses, metrics
+
+
+def check_command_line(program: str, description: Optional[str]) -> None:
+    """Print --help, or one line about a wrong flag, name or file, and exit.
+
+    A program calls this before it imports PyTorch, which takes seconds. Later it parses and checks everything.
+    """
+    parser = flags.build_parser(program, description)
+    parser.logs = False
+    try:
+        check_early(program, parser.parse_args())
+    except UserError as error:
+        defer_report(reports_errors(), seconds=20)
+        print_error('%s: error: %s' % (program, error))
+        sys.exit(2)
+
+
+def check_early(program: str, args: argparse.Namespace) -> None:
+    """Raise a `UserError` for a wrong name, file, folder or schedule: all checks that need no PyTorch."""
+    if getattr(args, 'model', None) is not None and args.model not in flags.MODELS:
+        raise unknown_value_error('--model', args.model, flags.MODELS)
+    if program in (flags.TRAINING, flags.PROBE):
+        check_schedule(args)
+        if not flags.evaluates_checkpoint(args) and args.data_path != 'demo':
+            check_data_paths(args)
+        check_evaluation(args)
+        check_weights(args)
+        check_outputs(args)
+    elif program == flags.PREDICT:
+        from beit.data import locations
+        locations.check_inputs(args.images + [each for group in args.input for each in group])
+    elif program == flags.EXPORT:
+        if args.format and args.format not in flags.EXPORT_FORMATS:
+            raise unknown_value_error('--format', args.format, flags.EXPORT_FORMATS)
+    else:
+        for source in args.inputs:
+            sources.check_exists('--inputs', source)
+    if program in (flags.PREDICT, flags.EXPORT) and args.resume and not is_hugging_face(args.resume):
+        sources.candidates(args.resume)
+
+
+def is_hugging_face(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, weights.HUB_FILES[0]))
 
 
 def settle(args: argparse.Namespace) -> None:
     """Set the flags that others stand for or imply, and log each. Raises `UserError`."""
+    import modeling_finetune
     lines = []
     if args.eval and args.finetune and not args.resume:
         args.resume, args.finetune = args.finetune, ''
@@ -46,16 +87,17 @@ def settle(args: argparse.Namespace) -> None:
             raise UserError('--blr %g: --lr is given too; leave one of them out' % args.blr)
         args.blr = 0.
     if args.blr:
-        processes = process_group.launch_environment(flags.config_from(args, DistributedConfig))[1]
+        processes = launch_environment(flags.config_from(args, DistributedConfig))[1]
         images = args.batch_size * args.update_freq * processes
         args.lr = args.blr * images / 256
         lines.append('--lr %g: --blr %g x %d images an update / 256' % (args.lr, args.blr, images))
-    for line in lines if process_group.is_error_reporter() else ():
+    for line in lines if reports_errors() else ():
         log_main(line)
 
 
 def check_args(args: argparse.Namespace) -> None:
     """`settle` the flags, and check them before slow work starts. Raises `UserError`."""
+    from beit.checkpoint import exported
     settle(args)
     exported.check_flags(args)
     check_model(args)
@@ -71,27 +113,31 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def check_data_paths(args: argparse.Namespace) -> None:
+    from beit.data import locations  # imports NumPy and Pillow, which --help does not need
     for path in flags.evaluation_sets(args):
         locations.check_paths(flags.config_from(args, InputConfig, eval_data_path=path))
 
 
 def check_model(args: argparse.Namespace) -> None:
+    from beit import model_spec
     if not flags.evaluates_checkpoint(args):
         model_spec.check_architecture(args.model, args.input_size)
-    elif args.model not in modeling_finetune.MODELS:
-        raise unknown_value_error('--model', args.model, modeling_finetune.MODELS)
+    elif args.model not in flags.MODELS:
+        raise unknown_value_error('--model', args.model, flags.MODELS)
     if args.class_names and not (args.eval and (args.resume or args.finetune)):
         raise UserError('--class_names %s: it belongs to --eval --resume; a training takes the names of its data'
                         % escape_text(args.class_names))
 
 
 def check_augmentation(args: argparse.Namespace) -> None:
+    from beit.data import transforms
+    from beit.training import losses
     if args.in_chans != 3 and 'fast' in (args.data_backend, args.eval_data_backend):
         raise UserError('--in_chans %d: the backend fast reads RGB; leave --data_backend and --eval_data_backend out'
                         % args.in_chans)
     transforms.check_policy(args.aa, args.in_chans)
     transforms.check_backend(flags.config_from(args, TransformConfig))
-    if args.eval_fit != 'crop' and (args.crop_pct or args.input_size <= transforms.SMALL_INPUT) and not (
+    if args.eval_fit != 'crop' and (args.crop_pct or args.input_size <= SMALL_INPUT) and not (
             flags.evaluates_checkpoint(args)):
         raise UserError('--eval_fit %s: %s; leave one of them out' % (
             args.eval_fit, '--crop_pct %g crops' % args.crop_pct if args.crop_pct else
@@ -131,7 +177,8 @@ def check_schedule(args: argparse.Namespace) -> None:
 
 def check_compute(args: argparse.Namespace) -> None:
     """The device, and what it can do."""
-    _, processes, local_rank = process_group.launch_environment(flags.config_from(args, DistributedConfig))
+    from beit.devices import accelerator, half_precision, kernels, profiler
+    _, processes, local_rank = launch_environment(flags.config_from(args, DistributedConfig))
     if args.world_size > 1 and processes == 1:
         raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
                         '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))
@@ -157,12 +204,14 @@ def check_optimizer(args: argparse.Namespace) -> None:
         raise UserError('--opt_betas %s: give 2 numbers, as in --opt_betas 0.9 0.999'
                         % ' '.join(map(str, args.opt_betas)))
     if not args.eval:
+        import optim_factory
         optim_factory.check_optimizer(args.opt, args.momentum)
     if args.unfreeze_epoch:
         check_unfreezing(args)
 
 
 def check_unfreezing(args: argparse.Namespace) -> None:
+    import optim_factory
     flag = '--unfreeze_epoch %d: ' % args.unfreeze_epoch
     if not args.freeze_backbone:
         raise UserError(flag + 'it needs --freeze_backbone, without which nothing is frozen')
@@ -186,8 +235,11 @@ def check_evaluation(args: argparse.Namespace) -> None:
             raise UserError('--eval_data_path %s: several sets %s; name one' % (
                 ' '.join(sets), 'have no --' + flag if args.eval else 'belong to --eval'))
     if args.results_file:
-        metrics.check_results_file(args.results_file)
-        run_folder.check_writable('--results_file', args.results_file, is_file=True)
+        if os.path.splitext(args.results_file)[1] not in ('.csv', '.json'):
+            raise UserError('--results_file %s: it must end in .csv or .json' % escape_text(args.results_file))
+        if os.path.isdir(args.results_file):
+            raise UserError('--results_file %s: there is a folder of that name' % escape_text(args.results_file))
+        check_writable('--results_file', args.results_file, is_file=True)
     if args.real_labels and not os.path.isfile(args.real_labels):
         raise UserError('--real_labels %s: no such file' % args.real_labels)
     if args.eval and not (args.resume or args.finetune):
@@ -196,12 +248,13 @@ def check_evaluation(args: argparse.Namespace) -> None:
 
 def check_weights(args: argparse.Namespace) -> None:
     """The files that a run starts from."""
+    source = args.resume or args.finetune if args.eval else args.resume
     if not args.eval:
-        pretrained.check_finetune(args.finetune)
-    if args.eval and os.path.isfile(os.path.join(args.resume, hf_names.CONFIG)):
+        sources.check_finetune(args.finetune)
+    elif is_hugging_face(source):
         return
-    if args.resume and not (args.auto_resume and args.output_dir and discovery.list_checkpoints(args.output_dir)):
-        discovery.candidates(args.resume)  # else it may have been removed since, and isn't needed
+    if source and not (args.auto_resume and args.output_dir and sources.list_checkpoints(args.output_dir)):
+        sources.candidates(source)  # else it may have been removed since, and isn't needed
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -210,4 +263,4 @@ def check_outputs(args: argparse.Namespace) -> None:
     if args.log_dir and importlib.util.find_spec('tensorboardX') is None:
         raise UserError('--log_dir %s needs tensorboardX; %s' % (args.log_dir, startup.pip_install('tensorboardX')))
     for flag, folder in (('--output_dir', args.output_dir), ('--log_dir', args.log_dir)):
-        run_folder.check_writable(flag, folder)
+        check_writable(flag, folder)

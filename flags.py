@@ -14,7 +14,7 @@ from typing import (
     Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar)
 
 from beit.config import EVAL_FITS, MAX_INPUT_SIZE, default_num_workers, parse_colour
-from beit.errors import UserError, escape_text, print_error
+from beit.errors import UserError, escape_text
 from beit.parser import OneLineParser, OneOrMore, add_bool_flag, bounded_number
 from beit.paths import project_root
 
@@ -544,21 +544,6 @@ def build_parser(program: str = TRAINING, description: Optional[str] = None) -> 
         flag.add_to(groups[group])
         parser.synonyms.update((name, flag.name) for name in flag.synonyms.split())
     return parser
-
-
-def check_command_line(program: str, description: Optional[str]) -> None:
-    """Print --help, or one line about a wrong flag, and exit.
-
-    A program calls this before it imports PyTorch, which takes seconds, and parses again later. The first of several
-    processes reports errors, so these wait until it is known; a --config file logs what it does, once.
-    """
-    if os.environ.get('WORLD_SIZE', '1') != '1' or any(arg.startswith('--config') for arg in sys.argv):
-        return
-    try:
-        build_parser(program, description).parse_args()
-    except UserError as error:
-        print_error('%s: error: %s' % (program, error))
-        sys.exit(2)
 
 
 Config = TypeVar('Config')

@@ -12,8 +12,9 @@ The scripts in test/ call this with the published hyper-parameters. BEiT base fi
 if __name__ == '__main__':
     from beit import startup
     startup.prepare()
+    import check_flags
     import flags
-    flags.check_command_line(flags.TRAINING, __doc__)
+    check_flags.check_command_line(flags.TRAINING, __doc__)
 
 import argparse
 import dataclasses

@@ -8,8 +8,9 @@ compared with the checkpoint's network; if they differ, nothing is written.
 if __name__ == '__main__':
     from beit import startup
     startup.prepare()
+    import check_flags
     import flags
-    flags.check_command_line(flags.EXPORT, __doc__)
+    check_flags.check_command_line(flags.EXPORT, __doc__)
 
 import argparse
 import dataclasses
@@ -28,7 +29,7 @@ from beit.checkpoint.inference_model import LoadedModel, load_for_inference
 from beit.cli import run_interruptible
 from beit.config import ExportConfig
 from beit.errors import UserError, escape_text, print_line, unknown_value_error
-from beit.files import atomic_write, run_folder
+from beit.files import atomic_write
 from beit.outputs import atc
 from beit.outputs.export_formats import (
     EXTRA, FORMATS, Format, NotChecked, example_images, import_optional, package_version)
@@ -105,7 +106,7 @@ def default_output(source: str, ending: str) -> str:
 def check_output(args: argparse.Namespace, path: str) -> None:
     """Raise a `UserError` where the output cannot be written, or would replace other files."""
     shown, files = '--output %s' % escape_text(path), FORMATS[args.format].files
-    run_folder.check_writable('--output', path, is_file=True)
+    atomic_write.check_writable('--output', path, is_file=True)
     if not os.path.lexists(path):
         return
     if os.path.isdir(path) != bool(files):

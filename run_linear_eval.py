@@ -8,8 +8,9 @@ epoch; output_dir/linear_eval.csv has the accuracy of each. --knn adds the accur
 if __name__ == '__main__':
     from beit import startup
     startup.prepare()
+    import check_flags
     import flags
-    flags.check_command_line(flags.PROBE, __doc__)
+    check_flags.check_command_line(flags.PROBE, __doc__)
 
 import argparse
 import dataclasses

@@ -8,8 +8,9 @@ Classes, input size, mean and deviation, and pooling come from the checkpoint. R
 if __name__ == '__main__':
     from beit import startup
     startup.prepare()
+    import check_flags
     import flags
-    flags.check_command_line(flags.PREDICT, __doc__)
+    check_flags.check_command_line(flags.PREDICT, __doc__)
 
 import argparse
 import contextlib
@@ -31,16 +32,17 @@ from beit.checkpoint.inference_model import load_for_inference
 from beit.cli import exit_process, exit_with_error, run_with_error_report
 from beit.config import DistributedConfig, LoaderConfig
 from beit.data import fast_decode
-from beit.data.class_folders import is_image_name
+from beit.data.decode import is_image_name
 from beit.data.device_loader import PrefetchLoader
 from beit.data.loader import SampleDataset, loader_kwargs
-from beit.data.prediction_inputs import PathDataset, PathSampler, check_inputs, common_folder
+from beit.data.locations import check_inputs
+from beit.data.prediction_inputs import PathDataset, PathSampler, common_folder
 from beit.data.shared_memory import workers_that_fit
 from beit.data.transforms import EvalTransform
 from beit.devices import accelerator, half_precision
 from beit.distributed import collectives, preemption, process_group, watchdog
 from beit.errors import UserError, check_output_is_open, escape_text
-from beit.files import run_folder
+from beit.files.atomic_write import check_writable
 from beit.outputs import attention_maps
 from beit.outputs.features import FeatureHook, FeaturesWriter, encode_features
 from beit.outputs.prediction_writers import FORMATS, LineWriter, Prediction, open_output
@@ -91,13 +93,13 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         if os.path.isdir(args.output) or is_image_name(args.output):
             raise UserError('--output %s: %s; choose another name' % (escape_text(args.output), 'a folder has this name'
                             if os.path.isdir(args.output) else 'this would overwrite an image'))
-        run_folder.check_writable('--output', args.output, is_file=True)
+        check_writable('--output', args.output, is_file=True)
     if args.layer is not None and not args.features:
         raise UserError('--layer %d needs --features, the file to write' % args.layer)
     if args.features:
         if not args.features.endswith('.npz') or os.path.isdir(args.features):
             raise UserError('--features %s: give a file that ends in .npz' % escape_text(args.features))
-        run_folder.check_writable('--features', args.features, is_file=True)
+        check_writable('--features', args.features, is_file=True)
     if args.attention is None:
         for name in ('attention_block', 'attention_heads', 'attention_dir'):
             if getattr(args, name):
@@ -109,7 +111,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         if any(os.path.join(os.path.realpath(each), '').startswith(folder) for each in args.inputs):
             raise UserError('--attention_dir %s holds inputs, and its pictures would become inputs too; choose another '
                             'folder' % escape_text(args.attention_dir))
-        run_folder.check_writable('--attention_dir', args.attention_dir)
+        check_writable('--attention_dir', args.attention_dir)
     if args.data_backend == 'fast':
         fast_decode.check_available()
     _, processes, local_rank = process_group.launch_environment(flags.config_from(args, DistributedConfig))

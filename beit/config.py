@@ -8,7 +8,10 @@ import os
 from typing import Any, Dict, Optional, Sequence, Tuple
 
 MAX_INPUT_SIZE = 8192  # pixels a side
+SMALL_INPUT = 32  # up to this size images are not resized, and random crops have padding
 COLOURS = {'white': (255, 255, 255), 'black': (0, 0, 0)}
+SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val',
+          'test': 'test', 'testing': 'test'}  # names of folders and in CSV files
 EVAL_FITS = {'crop': 'center', 'squash': 'squash', 'letterbox': 'border'}  # --eval_fit, and timm's crop_mode
 
 

@@ -7,6 +7,7 @@ import sys
 from typing import Any, Callable, Container, Dict, FrozenSet, Iterable, List, Optional
 
 from beit import recipes
+from beit.distributed.launch_environment import reports_errors
 from beit.errors import UserError, escape_text, nearest, print_line, required_output
 from beit.log import log_main
 from beit.outputs import args_yaml
@@ -53,12 +54,14 @@ class OneLineParser(argparse.ArgumentParser):
 
     Attributes:
         synonyms (dict): names of flags in other projects, for `nearest_flags`.
+        logs (bool): log which flags of a --config file do not count.
     """
 
     def __init__(self, prog: str, usage: str, **options: Any) -> None:
         super().__init__(prog, usage='python %s %s' % (prog, usage), allow_abbrev=False,
                          formatter_class=OneLineHelp, **options)
         self.synonyms: Dict[str, str] = {}
+        self.logs = True
         self._optionals.title = 'options'  # before Python 3.10 "optional arguments"
 
     def error(self, message: str) -> Any:
@@ -67,8 +70,9 @@ class OneLineParser(argparse.ArgumentParser):
                                'be one of %s' % (found.group(1), found.group(2).replace("'", '')), message))
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        with required_output('the help'):
-            print_line(message.rstrip('\n'))
+        if reports_errors():
+            with required_output('the help'):
+                print_line(message.rstrip('\n'))
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = normalize_argv(sys.argv[1:] if args is None else list(args))
@@ -78,7 +82,8 @@ class OneLineParser(argparse.ArgumentParser):
         typed = frozenset(given)
         if getattr(parsed, 'config', None) or getattr(parsed, 'recipe', ''):  # again: the command line overrides files
             config = self.read_config(parsed.config)
-            drop_flags_of_folder(config, self.parse_known_args(args, argparse.Namespace(output_dir=None))[0].output_dir)
+            drop_flags_of_folder(config, self.parse_known_args(args, argparse.Namespace(output_dir=None))[0].output_dir,
+                                 self.logs and reports_errors())
             recipe = self.add_recipe(config, parsed, typed)
             given.update(name for name, value in vars(config).items() if value != self.get_default(name))
             parsed, rest = self.parse_known_args(args, config)
@@ -159,7 +164,7 @@ class OneLineParser(argparse.ArgumentParser):
 OF_FOLDER = ('log_dir', 'resume', 'auto_resume', 'start_epoch', 'results_file')  # valid for one output_dir only
 
 
-def drop_flags_of_folder(config: argparse.Namespace, output_dir: Optional[str]) -> None:
+def drop_flags_of_folder(config: argparse.Namespace, output_dir: Optional[str], logs: bool) -> None:
     """Drop a --config file's flags that are valid for its output_dir only, if the command line names another.
 
     Args:
@@ -174,8 +179,7 @@ def drop_flags_of_folder(config: argparse.Namespace, output_dir: Optional[str]) 
                if hasattr(config, name) and not (name == 'resume' and evaluates)}
     shown = ['--%s%s' % (name, '' if value is True else ' ' + escape_text(str(value)))
              for name, value in dropped.items() if value]
-    from beit.distributed import process_group  # imports PyTorch
-    if shown and process_group.is_error_reporter():
+    if shown and logs:
         log_main('Not taken from --config, because they belong to its output_dir %s: %s'
                  % (escape_text(theirs), ', '.join(shown)))
 

@@ -9,9 +9,7 @@ import sys
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from beit import startup
-from beit.distributed import process_group
 from beit.errors import UserError, escape_text, print_error
-from beit.files import download, weights_file
 from beit.paths import cache_folder, project_root
 
 RELEASES = 'https://github.com/addf400/files/releases/download'
@@ -104,6 +102,7 @@ def resolve(source: str, flag: str) -> str:
     Raises:
         UserError: the download fails, or the file holds other weights than its name says.
     """
+    from beit.files import download  # imports PyTorch, for several processes
     known = published(source)
     if source.startswith(HUB):
         return resolve_hub(source, flag)
@@ -132,6 +131,7 @@ def check_content(known: Weights, path: str, is_kept: bool, shown: str) -> None:
     """Raise a `UserError` where a file, kept or just downloaded, is damaged or not the network of its name."""
     import torch  # which `list` does not need
     import modeling_finetune
+    from beit.files import weights_file
     where = escape_text(path) if is_kept else known.url
     try:
         content = weights_file.load_weights_file(path)
@@ -165,6 +165,7 @@ def resolve_hub(source: str, flag: str) -> str:
         from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
         raise UserError('%s needs huggingface_hub; %s' % (shown, startup.pip_install('huggingface_hub'))) from None
+    from beit.distributed import process_group
     repository, _, revision = source[len(HUB):].partition('@')
 
     def fetch(name: str) -> str:

@@ -19,7 +19,8 @@ from timm.models import create_model
 import run_class_finetuning
 from beit.devices import accelerator, half_precision
 from beit.errors import UserError, escape_text
-from beit.files import run_folder
+from beit.files.atomic_write import check_writable
+from flags import colour
 from helpers import NANO, assert_one_line, cannot_run, launch, photo, write_images
 
 pytestmark = pytest.mark.fast
@@ -141,7 +142,7 @@ def test_data_path_left_out(refused):
 
 def test_data_path_that_is_a_file(refused, data):
     path = os.path.join(data, 'train', 'cat', '0.png')
-    refused('--data_path', path, says=['--data_path', path, 'no such folder'])
+    refused('--data_path', path, says=['--data_path', path, 'a file'])
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -447,7 +448,7 @@ def test_unknown_flag(refused, flag, near):
 def numeric_flags():
     """(flag, how many values it takes) for every flag of the parser that takes numbers."""
     return sorted((action.option_strings[0], action.nargs) for action in run_class_finetuning.build_parser()._actions
-                  if action.type is not None and action.type is not str)
+                  if action.type not in (None, str, colour))
 
 
 def with_value(flag, nargs, value):
@@ -538,7 +539,7 @@ def test_the_write_check_leaves_no_file_even_when_killed(monkeypatch, tmp_path):
         cannot_run('linux', 'every file has a name here')
     for name in ('remove', 'unlink'):
         monkeypatch.setattr(os, name, lambda *_: pytest.fail('the file had a name'))
-    run_folder.check_writable('--output_dir', str(tmp_path / 'new' / 'er'))
+    check_writable('--output_dir', str(tmp_path / 'new' / 'er'))
     assert os.listdir(str(tmp_path)) == []
 
 

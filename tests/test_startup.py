@@ -291,6 +291,41 @@ def test_help_and_wrong_flags_come_before_the_slow_imports(program, flags, statu
         assert line.startswith('%s: error: --no_such_flag: unknown flag' % program)
 
 
+EARLY = {
+    'run_class_finetuning.py': (
+        ['--config', '{epochs}', '--epoks=2'], ['--config', '{epoks}'], ['--config', '/nosuch'], [],
+        ['--data_path=/nosuch'],
+        ['--data_path={empty}'], ['--data_path=demo', '--epochs=2', '--warmup_epochs=5'], ['--model=nosuch'],
+        ['--data_path=demo', '--finetune=nosuch'], ['--data_path=demo', '--resume=nosuch'], ['--eval'],
+        ['--eval', '--resume={empty}'], ['--data_path=demo', '--report'], ['--data_path=demo', '--output_dir=/proc/x'],
+        ['--data_path={empty}', '--train_csv=nosuch.csv'], ['--recipe=nosuch']),
+    'run_predict.py': (['--resume=nosuch', '{empty}'], ['--resume={empty}', 'nosuch.png'],
+                       ['--resume=x', '--model=no']),
+    'run_export.py': (['--resume=nosuch', '--format=onnx'], ['--resume={empty}', '--format=onx']),
+    'average_checkpoints.py': (['--inputs=nosuch', '--output=x'],)}
+
+
+@pytest.mark.parametrize('program, flags', [(program, each) for program, flags in EARLY.items() for each in flags])
+def test_wrong_names_and_files_come_before_the_import_of_pytorch(program, flags, tmp_path):
+    """One line from the first of the processes of a machine, none from the others until the launcher ends them."""
+    for name, text in (('epochs', 'epochs: 2'), ('epoks', 'epoks: 2')):
+        (tmp_path / name).write_text(text)
+    (tmp_path / 'empty').mkdir()
+    flags = [flag.format(**{name: str(tmp_path / name) for name in ('epochs', 'epoks', 'empty')}) for flag in flags]
+    done = run(sys.executable, '-X', 'importtime', os.path.join(ROOT, program), *flags, cwd=str(tmp_path),
+               RANK='0', WORLD_SIZE='2', LOCAL_RANK='0')
+    lines = [line for line in done.stderr.splitlines() if not line.startswith('import time:')]
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith(program + ': error: ')
+    assert not set(re.findall(r'^import time:.*\| +(\w+)', done.stderr, re.M)) & {'torch', 'torchvision', 'timm'}
+
+
+def test_one_process_prints_the_help(tmp_path):
+    for rank in '01':
+        done = run(sys.executable, os.path.join(ROOT, 'run_class_finetuning.py'), '--help', RANK=rank, WORLD_SIZE='2',
+                   LOCAL_RANK=rank)
+        assert (done.returncode, bool(done.stdout), done.stderr) == (0, rank == '0', '')
+
+
 def test_the_tables_that_flags_reads_are_those_of_the_modules():
     import flags
     import modeling_finetune

@@ -10,30 +10,13 @@ import torch
 
 from beit import weights
 from beit.checkpoint import exported, hf_names
+from beit.checkpoint.sources import BEST, BEST_EMA, candidates, list_checkpoints, position_in_name
 from beit.config import OutputConfig
 from beit.distributed import collectives, process_group
 from beit.errors import UserError, escape_text
 from beit.files import weights_file
 from beit.files.weights_file import load_weights_file
 from beit.log import log_main
-
-BEST, BEST_EMA = 'checkpoint-best.pth', 'checkpoint-best-ema.pth'
-
-
-def list_checkpoints(folder: str) -> List[Tuple[Tuple[int, int], str]]:
-    """((finished epochs, finished updates of the next), path) of a folder's numbered checkpoints, oldest first."""
-    found = [(position_in_name(path), path)
-             for path in glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth'))]
-    return sorted((position, path) for position, path in found if position is not None)
-
-
-def position_in_name(path: str) -> Optional[Tuple[int, int]]:
-    """(finished epochs, finished updates of the next) from a checkpoint's name, or None."""
-    found = re.search(r'checkpoint-(\d+)(?:-step(\d+))?\.pth$', path)
-    if not found:
-        return None
-    return (int(found.group(1)), int(found.group(2))) if found.group(2) else (int(found.group(1)) + 1, 0)
-
 
 def position_in_content(content: Dict[str, Any]) -> Tuple[int, int]:
     """The same from a file's content; (-1, 0) if it holds no epoch."""
@@ -45,25 +28,6 @@ def position_in_content(content: Dict[str, Any]) -> Tuple[int, int]:
 def last_epoch(content: Any) -> int:
     """The index of a checkpoint's last finished epoch; 0 if it holds none."""
     return min(max(0, position_in_content(content)[0] - 1), 2 ** 31 - 1)
-
-
-def candidates(source: str) -> List[str]:
-    """The files that --resume can refer to: a file, URL or name itself; a folder's checkpoints, the newest first.
-
-    Raises:
-        UserError: there is none.
-    """
-    if weights.is_remote(source) or os.path.isfile(source):
-        return [source]
-    if not os.path.isdir(source):
-        raise UserError('--resume %s: no such file or folder' % escape_text(source))
-    found = [path for _, path in reversed(list_checkpoints(source))]
-    found += [os.path.join(source, name) for name in (BEST, BEST_EMA) if os.path.isfile(os.path.join(source, name))]
-    if not found:
-        raise UserError('--resume %s: the folder holds no checkpoint-<epoch>.pth or %s; give %s' % (
-            escape_text(source), BEST, 'a Hugging Face folder to --finetune, with --eval as well' if os.path.isfile(
-                os.path.join(source, 'config.json')) else 'the --output_dir of a run, or a file'))
-    return found
 
 
 def later_checkpoints(source: str, position: Tuple[int, int]) -> List[str]:

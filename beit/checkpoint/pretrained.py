@@ -15,7 +15,7 @@ except ImportError:  # timm before 0.9
     from timm.models.helpers import adapt_input_conv
 
 from beit import model_spec, weights
-from beit.checkpoint import exported, hf_names
+from beit.checkpoint import exported, hf_names, sources
 from beit.errors import UserError, escape_text
 from beit.files.weights_file import EXPORTED_PROGRAM, load_weights_file
 from beit.log import log_main
@@ -29,16 +29,6 @@ def refuse_exports(flag: str, source: str) -> None:
     kind = exported.format_of(source)
     if kind:
         raise UserError('%s %s: %s is %s' % (flag, escape_text(source), kind.ending, EXPORTED_PROGRAM))
-
-
-def check_finetune(source: str) -> None:
-    """Raise a `UserError` where --finetune names a missing file. Cheap, so it runs first."""
-    refuse_exports('--finetune', source)
-    if source and os.path.isdir(source):
-        hf_names.hf_weights_path(source, '--finetune')
-    elif source and not weights.is_remote(source) and not os.path.isfile(source):
-        raise UserError('--finetune %s: no such file; put the pretrained weights there, give a name that '
-                        'checkpoints/README.md lists, or train from scratch with --finetune=' % source)
 
 
 def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAULT_KEYS, model_prefix: str = '',
@@ -57,7 +47,8 @@ def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAUL
     Raises:
         UserError: the file can't be read, or belongs to another model; the message lists names and shapes.
     """
-    check_finetune(source)
+    refuse_exports('--finetune', source)
+    sources.check_finetune(source)
     path = weights.resolve(source, '--finetune')
     path = hf_names.hf_weights_path(path, '--finetune') if os.path.isdir(path) else path
     content = load_weights_file(path, '--finetune')

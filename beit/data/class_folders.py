@@ -10,7 +10,7 @@ from typing import Callable, Collection, Iterable, Iterator, List, Optional, Seq
 
 import torch
 
-from beit.data.decode import PLUGINS, image_extensions, is_image_file
+from beit.data.decode import PLUGINS, is_image_name
 from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text
@@ -129,12 +129,6 @@ def _image_names(entries: Iterable[os.DirEntry], path: str, folders: List[str], 
                 on_skip(entry.path, extension_of(entry.name))
     except OSError as error:
         raise _listing_error(error, path) from None
-
-
-def is_image_name(name: str, path: str = '') -> bool:
-    """Whether a name's ending or, without one, the content of `path` is an image's."""
-    extension = os.path.splitext(name)[1].lower()
-    return extension in image_extensions() if extension else bool(path) and is_image_file(path)
 
 
 def extension_of(path: str) -> str:

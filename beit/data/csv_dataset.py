@@ -18,7 +18,9 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import numpy as np
 import torch
 
-from beit.data.class_folders import is_image_name, normalize
+from beit.config import SPLITS
+from beit.data.class_folders import normalize
+from beit.data.decode import is_image_name
 from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text, nearest
@@ -28,8 +30,6 @@ from beit.log import log_main
 
 PATHS = ('path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_path')
 LABELS = ('label', 'labels', 'class', 'classes', 'category')
-SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val',
-          'test': 'test', 'testing': 'test'}
 DOUBTFUL = ('na', 'n/a', 'none', 'null', 'nat', '-nan')  # classes or missing values
 MISSING = ('nan', '<na>', '#n/a')  # missing values of pandas and spreadsheets
 SEVERAL = re.compile(r'(?<!\\);')  # between the labels of an image; \; is a semicolon in a name

@@ -90,6 +90,12 @@ def is_image_file(path: str) -> bool:
         return False
 
 
+def is_image_name(name: str, path: str = '') -> bool:
+    """Whether a name's ending or, without one, the content of `path` is an image's."""
+    extension = os.path.splitext(name)[1].lower()
+    return extension in image_extensions() if extension else bool(path) and is_image_file(path)
+
+
 def load_image(path: str, reading: Reading = AS_REFERENCE) -> Image.Image:
     """The image as RGB, 8 bits per channel.
 

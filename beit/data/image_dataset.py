@@ -7,9 +7,9 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
+from beit.config import SMALL_INPUT
 from beit.data.class_folders import describe_unused, scan_classes
 from beit.data.decode import load_image
-from beit.data.transforms import SMALL_INPUT
 from beit.errors import UserError, escape_text
 from beit.files import archives
 from beit.log import log_main

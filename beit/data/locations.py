@@ -1,18 +1,14 @@
 """Finds the folders and files that the flags name, and writes the digits of --data_path demo."""
 
+import glob
 import os
 import shutil
 import tempfile
-from typing import List, Optional, Tuple
-
-import numpy as np
-from PIL import Image
+from typing import List, Optional, Sequence, Tuple
 
 from beit import startup
-from beit.config import DataConfig, InputConfig
-from beit.data import csv_dataset
-from beit.data.class_folders import is_image_name
-from beit.data.transforms import SMALL_INPUT
+from beit.config import SMALL_INPUT, SPLITS, DataConfig, InputConfig
+from beit.data.decode import is_image_name
 from beit.errors import UserError, escape_text, unknown_value_error
 from beit.files import archives
 from beit.log import log_main
@@ -24,6 +20,8 @@ def write_digits(root: str) -> None:
 
     The 8x8 scans become 32x32 PNG files. The folder appears complete or not at all.
     """
+    import numpy as np
+    from PIL import Image
     from sklearn.datasets import load_digits  # slow to import, for the demo only
     from sklearn.model_selection import train_test_split
 
@@ -113,7 +111,7 @@ def _layout_remedy(folder: str, is_train: bool) -> str:
     with archives.scandir(folder) as entries:
         folders = {entry.name: entry.path for entry in entries if archives.isdir(entry.path)}
     for name, path in sorted(folders.items(), reverse=True):  # valid before test
-        if csv_dataset.SPLITS.get(name.lower()) in (('train',) if is_train else ('val', 'test')):
+        if SPLITS.get(name.lower()) in (('train',) if is_train else ('val', 'test')):
             return ('; --data_set image_folder --data_path %s reads that folder' if is_train else
                     '; --eval_data_path %s reads that folder') % escape_text(path)
     for path in folders.values():  # an archive of a folder
@@ -228,3 +226,11 @@ def cifar_root(data_path: str) -> str:
 
 # The values of --data_set, with the function that checks its flags; `datasets.BUILDERS` opens the files.
 DATA_SETS = {'IMNET': check_class_folders, 'image_folder': check_class_folders, 'CIFAR': check_cifar}
+
+
+def check_inputs(inputs: Sequence[str]) -> None:
+    """Raise a `UserError` for an input without a file."""
+    for name in inputs:
+        if not (os.path.lexists(name) or archives.isdir(name)) and next(glob.iglob(name, recursive=True), None) is None:
+            raise UserError('%s: %s' % (escape_text(name), 'no file matches' if glob.has_magic(name) else
+                                        'no such file or folder'))

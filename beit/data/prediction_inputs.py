@@ -12,7 +12,8 @@ from typing import Collection, Deque, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 
-from beit.data.class_folders import OnSkip, describe_unused, extension_of, is_image_name, walk_folders
+from beit.data.class_folders import OnSkip, describe_unused, extension_of, walk_folders
+from beit.data.decode import is_image_name
 from beit.data.transforms import EvalTransform, image_reader
 from beit.errors import UserError, escape_text
 from beit.files import archives
@@ -41,14 +42,6 @@ def in_order(names: Iterable[str]) -> Iterator[str]:
         yield from chunk
         if len(chunk) < SORTED_AT_ONCE:
             return
-
-
-def check_inputs(inputs: Sequence[str]) -> None:
-    """Raise a `UserError` for an input without a file."""
-    for name in inputs:
-        if not (os.path.lexists(name) or archives.isdir(name)) and next(glob.iglob(name, recursive=True), None) is None:
-            raise UserError('%s: %s' % (escape_text(name), 'no file matches' if glob.has_magic(name) else
-                                        'no such file or folder'))
 
 
 def find_images(inputs: Sequence[str], exclude: Collection[str] = (),

@@ -15,7 +15,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import mixup_target
 from torchvision import transforms
 
-from beit.config import EVAL_FITS, MAX_INPUT_SIZE, MixupConfig, TransformConfig
+from beit.config import EVAL_FITS, MAX_INPUT_SIZE, SMALL_INPUT, MixupConfig, TransformConfig
 from beit.data import device_randaugment, fast_decode
 from beit.data.decode import AS_REFERENCE, EXIF, MODES, Reading, load_image, read_up_to
 from beit.errors import UserError, unknown_value_error
@@ -28,7 +28,6 @@ except ImportError:  # torchvision before 0.9 takes Pillow's constants
 
 INTERPOLATIONS = ('random', 'bilinear', 'bicubic', 'lanczos')
 BACKENDS = ('exact', 'fast')
-SMALL_INPUT = 32  # up to this size images are not resized, and random crops have padding
 PADDING = 4
 
 

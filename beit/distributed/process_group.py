@@ -10,13 +10,14 @@ import signal
 import socket
 import sys
 import time
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List
 
 import torch
 import torch.distributed as dist
 
 from beit.config import DistributedConfig
 from beit.devices import accelerator
+from beit.distributed.launch_environment import defer_report, launch_environment, reports_errors, wait_seconds
 from beit.errors import UserError, escape_text, one_line
 
 
@@ -67,34 +68,6 @@ def barrier() -> None:
     if world_size() > 1:
         with waiting():
             dist.barrier()
-
-
-def launch_environment(config: DistributedConfig) -> Tuple[int, int, int]:
-    """(rank, world_size, local_rank) from torchrun, Open MPI (--dist_on_itp) or SLURM; (0, 1, 0) without them."""
-    def number(name: str, default: Optional[str] = None) -> int:
-        text = os.environ.get(name, default)
-        if text is None:
-            raise UserError('--dist_on_itp: %s is not set; start the program with mpirun, or leave the flag out' % name)
-        if not text.isdigit():
-            raise UserError('%s=%s in the environment is not a whole number; unset it, or start the program with a '
-                            'launcher, which sets it' % (name, text))
-        return int(text)
-
-    if config.dist_on_itp:
-        return (number('OMPI_COMM_WORLD_RANK'), number('OMPI_COMM_WORLD_SIZE'), number('OMPI_COMM_WORLD_LOCAL_RANK'))
-    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
-        return number('RANK'), number('WORLD_SIZE'), number('LOCAL_RANK', str(max(config.local_rank, 0)))
-    if number('SLURM_NTASKS', '1') > 1 and 'SLURM_PROCID' in os.environ and 'MASTER_ADDR' in os.environ:
-        return number('SLURM_PROCID'), number('SLURM_NTASKS'), number('SLURM_LOCALID', '0')
-    return 0, 1, 0
-
-
-def wait_seconds(default: int) -> int:
-    """The seconds to wait for the other processes or machines at the start: DIST_WAIT_SECONDS, or the default."""
-    text = os.environ.get('DIST_WAIT_SECONDS') or str(default)
-    if not text.isdigit() or not 0 < int(text) <= 10 ** 6:
-        raise UserError('DIST_WAIT_SECONDS=%s in the environment is not a whole number of seconds; unset it' % text)
-    return int(text)
 
 
 rendezvous_stores: List[Any] = []  # the store of the rendezvous
@@ -207,7 +180,7 @@ def shutdown() -> None:
 
 def is_error_reporter() -> bool:
     """Whether this process reports a shared error: the main process; before the rendezvous, one per machine."""
-    return is_main_process() if _initialized() else os.environ.get('LOCAL_RANK', '0') == '0'
+    return is_main_process() if _initialized() else reports_errors()
 
 
 def defer_error_report(first: bool = False) -> None:
@@ -216,8 +189,7 @@ def defer_error_report(first: bool = False) -> None:
     Several processes often have the same error, or one loses its connection to a failed one. After the first line, the
     launcher ends the waiting processes.
     """
-    if not first and int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        time.sleep(5 if _initialized() else 20)  # start-up times differ
+    defer_report(first, 5 if _initialized() else 20)  # start-up times differ
 
 
 def is_peer_failure(error: BaseException) -> bool:

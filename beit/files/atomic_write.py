@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import stat
+import tempfile
 import typing
 
 from beit.errors import UserError, escape_text
@@ -106,3 +107,20 @@ def write_bytes(path: str, data: bytes, is_given: bool = False) -> None:
     except OSError as error:
         raise UserError('cannot write %s (%s); is the disk full, or its folder gone?'
                         % (escape_text(path), error.strerror or error)) from None
+
+
+def check_writable(flag: str, path: str, is_file: bool = False) -> None:
+    """Raise `UserError` if a folder, or a file's folder, can't be made or written to. Makes no folder."""
+    if not path:
+        return
+    existing = os.path.dirname(os.path.abspath(path)) if is_file else os.path.abspath(path)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        raise UserError('%s %s: %s is a file, not a folder; choose another' % (flag, path, existing))
+    try:
+        with tempfile.TemporaryFile(prefix='.write-test-', dir=existing):  # without a name, if the system supports that
+            pass
+    except OSError as error:
+        raise UserError('%s %s: %s cannot be written to (%s); choose another'
+                        % (flag, escape_text(path), existing, error.strerror or error)) from None

@@ -12,7 +12,6 @@ import re
 import shutil
 import socket
 import stat
-import tempfile
 import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Pattern, Sequence
 
@@ -58,23 +57,6 @@ def _begins_as_append_log_writes(path):
 
 
 register_output(r'log\.txt', proves_run=True, is_ours=_begins_as_append_log_writes)
-
-
-def check_writable(flag: str, path: str, is_file: bool = False) -> None:
-    """Raise `UserError` if a folder, or a file's folder, can't be made or written to. Makes no folder."""
-    if not path:
-        return
-    existing = os.path.dirname(os.path.abspath(path)) if is_file else os.path.abspath(path)
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing):
-        raise UserError('%s %s: %s is a file, not a folder; choose another' % (flag, path, existing))
-    try:
-        with tempfile.TemporaryFile(prefix='.write-test-', dir=existing):  # without a name, if the system supports that
-            pass
-    except OSError as error:
-        raise UserError('%s %s: %s cannot be written to (%s); choose another'
-                        % (flag, escape_text(path), existing, error.strerror or error)) from None
 
 
 # ---- one run at a time

@@ -531,14 +531,6 @@ def best_figures(best: Dict[str, float]) -> Dict[str, Optional[float]]:
 
 # ---- --results_file
 
-def check_results_file(path: str) -> None:
-    """Raise `UserError` for a wrong --results_file."""
-    if os.path.splitext(path)[1] not in ('.csv', '.json'):
-        raise UserError('--results_file %s: it must end in .csv or .json' % escape_text(path))
-    if os.path.isdir(path):
-        raise UserError('--results_file %s: there is a folder of that name' % escape_text(path))
-
-
 def write_results(path: str, rows: List[Dict[str, Any]]) -> None:
     """Write the figures of each evaluated network: a row of CSV, or a dict in a JSON list, which also has tables."""
     if path.endswith('.json'):

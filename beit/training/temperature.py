@@ -11,7 +11,8 @@ from beit.checkpoint import discovery
 from beit.checkpoint.inference_model import CheckpointWeights
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text
-from beit.files import run_folder, weights_file
+from beit.files import weights_file
+from beit.files.atomic_write import check_writable
 from beit.log import log_main
 from beit.training import losses, metrics
 
@@ -78,7 +79,7 @@ def calibrated_path(checkpoint: CheckpointWeights, output_dir: str) -> str:
     if path != source and os.path.lexists(path):
         raise UserError('--output_dir %s: it holds a %s already; name another folder, or leave it out to calibrate '
                         '%s in place' % tuple(map(escape_text, (output_dir, os.path.basename(path), source))))
-    run_folder.check_writable('--calibrate', path, is_file=True)
+    check_writable('--calibrate', path, is_file=True)
     return path
 
 
