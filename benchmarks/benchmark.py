@@ -6,7 +6,7 @@
     python benchmarks/benchmark.py step --model beit_base_patch16_224 --batch_size 128 --precision bfloat16 O2 \\
         --compile both --json step.json -- --attention=fused     flags after -- go to run_class_finetuning.py
     python benchmarks/benchmark.py eval                     evaluation
-    python benchmarks/benchmark.py data                     the loader against torchvision and timm's transform
+    python benchmarks/benchmark.py data                     the loader against timm's and torchvision's
     python benchmarks/benchmark.py checkpoint               saving and reading, against torch.save and torch.load
     python benchmarks/benchmark.py startup                  large folders: time to the first step
     python benchmarks/benchmark.py script                   test/train_performance_1p.sh against its own step
@@ -570,12 +570,26 @@ def our_batches(options, args, device, alone=False):
     return iter(loader.loader if alone else loader)
 
 
-def baseline_batches(options, root, device):
+AUGMENTATION = dict(color_jitter=0.4, auto_augment='rand-m9-mstd0.5-inc1', interpolation='bicubic', re_prob=0.25,
+                    re_mode='pixel', re_count=1, mean=modeling_finetune.INPUT_MEAN, std=modeling_finetune.INPUT_STD)
+
+
+def timm_batches(options, root, device, alone=False):
+    """An iterator over timm's own loader: fast collate, bytes from its workers, normalised and erased on the device.
+
+    Args:
+        alone (bool): as the workers send them.
+    """
+    loader = timm.data.create_loader(
+        timm.data.create_dataset('', root=os.path.join(root, 'train')), (3, options.input_size, options.input_size),
+        options.batch_size, is_training=True, use_prefetcher=True, num_workers=options.workers, device=device,
+        persistent_workers=False, pin_memory=accelerator.can_pin_memory(device), **AUGMENTATION)
+    return iter(loader.loader if alone else loader)
+
+
+def folder_batches(options, root, device):
     """An iterator over torchvision's ImageFolder with timm's create_transform and PyTorch's own collate function."""
-    transform = timm.data.create_transform(
-        input_size=options.input_size, is_training=True, color_jitter=0.4, auto_augment='rand-m9-mstd0.5-inc1',
-        interpolation='bicubic', re_prob=0.25, re_mode='pixel', re_count=1, mean=modeling_finetune.INPUT_MEAN,
-        std=modeling_finetune.INPUT_STD)
+    transform = timm.data.create_transform(input_size=options.input_size, is_training=True, **AUGMENTATION)
     folder = torchvision.datasets.ImageFolder(os.path.join(root, 'train'), transform)
     return iter(torch.utils.data.DataLoader(
         folder, batch_size=options.batch_size, shuffle=True, num_workers=options.workers, drop_last=True,
@@ -608,18 +622,18 @@ def loader_rate(start, options, device):
         (batches.close if hasattr(batches, 'close') else batches._shutdown_workers)()
 
 
-def baseline_rate(options, root, device):
-    """`loader_rate` of the baseline.
+def baseline_rate(start, options, root, device):
+    """`loader_rate` of a baseline.
 
     Raises:
         UserError: it cannot read something in the folder.
     """
     try:
-        return loader_rate(functools.partial(baseline_batches, options, root, device), options, device)
+        return loader_rate(start, options, device)
     except StopIteration:
         raise
     except Exception as error:  # torchvision's and Pillow's, wrapped in a worker's traceback
-        raise UserError('--data_path %s: ImageFolder, the baseline, cannot read it (%s); repair or remove that file'
+        raise UserError('--data_path %s: a baseline cannot read it (%s); repair or remove that file'
                         % (escape_text(root), str(error).strip().splitlines()[-1][:300])) from None
 
 
@@ -645,14 +659,18 @@ def data_main(options, device):
                 + (['--data_backend=' + name] if name else []))
             locations.check_paths(args)
             row = dict(backend=(name or 'default') + (', workers alone' if alone else ''))
-            progress('loader %s against ImageFolder' % row['backend'])
+            progress('loader %s against timm\'s and ImageFolder' % row['backend'])
+            baselines = [functools.partial(folder_batches, options, root, device),
+                         functools.partial(timm_batches, options, root, device, alone)]
             try:
                 transforms.check_backend(args)
-                ours, theirs = take_turns([
-                    functools.partial(loader_rate, functools.partial(our_batches, options, args, device, alone),
-                                      options, device),
-                    functools.partial(baseline_rate, options, root, device)], options.pairs)
-                row.update(ours=summary(ours), baseline=summary(theirs), ratio=ratios(ours, theirs))
+                ours, folders, timms = take_turns(
+                    [functools.partial(loader_rate, functools.partial(our_batches, options, args, device, alone),
+                                       options, device)]
+                    + [functools.partial(baseline_rate, start, options, root, device) for start in baselines],
+                    options.pairs)
+                row.update(ours=summary(ours), timm=summary(timms), ratio=ratios(ours, timms),
+                           baseline=summary(folders), baseline_ratio=ratios(ours, folders))
             except StopIteration:
                 raise UserError('--data_path %s: too few images, for a sample needs %d; lower --images, --batch_size '
                                 'or --workers' % (escape_text(root), sum(rounds(options)) * options.workers
@@ -665,11 +683,12 @@ def data_main(options, device):
     write_json(options, report)
 
     def cells(row):
-        return [row['backend']] + [shown(row.get(side) and row[side]['median']) for side in ('ours', 'baseline')] \
-            + about_ratio(row.get('ratio')) + [row.get('not_available', '')]
+        return [row['backend']] + [shown(row.get(side) and row[side]['median']) for side in ('ours', 'timm')] \
+            + about_ratio(row.get('ratio')) + [shown(row.get('baseline') and row['baseline']['median'])] \
+            + about_ratio(row.get('baseline_ratio')) + [row.get('not_available', '')]
 
-    print_report(options, report, ['loader', 'images/s per worker', 'ImageFolder + timm\'s'] + RATIO + ['note'],
-                 cells)
+    print_report(options, report, ['loader', 'images/s per worker', 'timm\'s loader'] + RATIO
+                 + ['ImageFolder + timm\'s transform'] + RATIO + ['note'], cells)
 
 
 # ---- startup
@@ -1037,7 +1056,7 @@ def build_parser():
     sub.add_argument('--steps', default=0, type=bounded_number(int, 0),
                      help='steps in a sample (as long as three saves)')
 
-    sub = command('data', data_main, 'the loader, against torchvision\'s ImageFolder and timm\'s create_transform')
+    sub = command('data', data_main, 'the loader, against timm\'s and torchvision\'s ImageFolder')
     sub.add_argument('--data_path', default='', help='a folder with train/ in it (JPEGs of ImageNet\'s sizes are made)')
     sub.add_argument('--input_size', default=224, type=bounded_number(int, 33, 8192),
                      help='pixels a side; up to 32, training does not resize as timm\'s does (224)')

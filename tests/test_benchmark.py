@@ -245,7 +245,7 @@ def test_data(bench):
                                                           'fast, workers alone']
     assert {row['backend'] for row in report['rows'] if 'not_available' in row} == missing
     for row in report['rows']:
-        for name in ('ours', 'baseline', 'ratio') if row['backend'] not in missing else ():
+        for name in ('ours', 'timm', 'baseline', 'ratio', 'baseline_ratio') if row['backend'] not in missing else ():
             check_summary(row[name], 2)
     assert 'images/s per worker' in out
 
@@ -290,7 +290,7 @@ def test_a_folder_that_the_baseline_cannot_read(tmp_path, damage, words, capfd):
     assert benchmark.main(['data', '--device=cpu', '--data_path=%s' % tmp_path, '--images=10', '--batch_size=2',  # all
                            '--warmup=1', '--input_size=64', '--pairs=1', '--', '--bad_images=skip']) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if 'error: ' in line]
-    assert len(lines) == 1 and 'ImageFolder, the baseline, cannot read it' in lines[0] and words in lines[0]
+    assert len(lines) == 1 and 'a baseline cannot read it' in lines[0] and words in lines[0]
 
 
 @pytest.mark.parametrize('workers, images, expected', [
