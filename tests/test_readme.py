@@ -282,7 +282,8 @@ def test_flags_that_the_text_names_exist():
     for sub in benchmark.build_parser()._subparsers._group_actions[0].choices.values():
         known |= set(sub._option_string_actions)
     assert flags.build_parser()._option_string_actions.keys() < known
-    foreign = {'--key', '--requeue', '--shm_size', '--signal', '--untyped', '--use_env', '--valid_labels'}
+    foreign = {'--key', '--requeue', '--shm_size', '--signal', '--untyped', '--use_env', '--valid_labels',
+               '--precision_mode'}
     for name in PAGES + CHINESE:
         for flag in re.findall(r'`(--[a-z][\w-]*)(?=[`= ])', read(name)):
             assert re.sub(r'(?<=\w)-', '_', flag) in known | foreign, (name, flag)
