@@ -533,6 +533,15 @@ def test_sigkill_at_successive_points(life, unbroken, points):
     run.finish().equals(reference)
 
 
+def test_sigkill_in_an_update_while_a_checkpoint_is_written(life, unbroken):
+    reference, run = unbroken('plain'), life('plain')
+    assert run.attempt(dict(call='os.fsync', path='checkpoint-0-step2', do='sleep', seconds=60.),
+                       dies(STEPS + 'CheckpointMonitor.begin_sync', nth=4))  # training does not wait for the file
+    assert [name for name in os.listdir(str(run.out)) if name.startswith('checkpoint-0-step2.pth.tmp-')]
+    assert reached(run.out) == (-1, 0)
+    run.finish().equals(reference)
+
+
 @pytest.mark.parametrize('opt', ['adahessian', 'novograd'])  # they keep state outside the usual places
 def test_an_optimizer_with_hidden_state_resumes(life, opt):
     reference, run = (life('plain', '--opt=' + opt, '--epochs=2', '--lr=1e-3') for _ in range(2))
