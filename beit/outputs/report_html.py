@@ -214,11 +214,12 @@ def _reliability(data: Dict[str, Any]) -> str:
                        100 * each['probability'], 100 * each['accuracy'], each['images']) for each in bins)
     return _section('Reliability', 'Bars: how often predictions of this probability are right. Line: how often they '
                     'should be.',
-                    '<div class="plots"><div><svg viewBox="-14 -4 122 118" role="img" aria-label="Reliability" '
-                    'font-size="5" fill="currentColor">%s<path d="M0 0V100H100M0 100L100 0" fill="none" '
+                    '<div class="panel" style="max-width:24rem"><svg viewBox="-14 -4 122 118" role="img" '
+                    'aria-label="Reliability" font-size="5" fill="currentColor">%s<path fill="none" '
+                    'd="M0 0V100H100M0 100L100 0" '
                     'stroke="currentColor" stroke-width=".6"/><text x="35" y="112">probability (%%)</text>'
                     '<text x="-13" y="-0">100</text><text x="-5" y="106">0</text><text x="95" y="106">100</text>'
-                    '<text transform="rotate(-90)" x="-62" y="-5">accuracy (%%)</text></svg></div></div>' % bars)
+                    '<text transform="rotate(-90)" x="-62" y="-5">accuracy (%%)</text></svg></div>' % bars)
 
 
 def _confusions(data: Dict[str, Any]) -> str:
