@@ -77,6 +77,8 @@ SIZES = {
 # The largest distance from float64, relative to the norm: (logits, gradient of any weight). A CPU reaches in float32
 # 5.6e-7 and 1.3e-6, in bfloat16 1.5e-2 and 7.3e-2; other devices add up in another order.
 NUMERICS_LIMIT = {'float32': (2e-5, 5e-5), 'float16': (6e-3, 3e-2), 'bfloat16': (5e-2, 2e-1)}
+ATTENTION_LIMIT = {dtype: fused_attention.TOLERANCE[getattr(torch, dtype)] for dtype in HALVES}
+ATTENTION_LIMIT['float32'] = NUMERICS_LIMIT['float32'][0]
 HALF_LOSS_LIMIT = 0.02  # of a loss in half precision, from the recorded one in float32
 OPTIMIZER_LIMIT = 1e-4  # of the weights' way in ten updates
 DEVICES_LIMIT = {'losses': 1e-5, 'weights': 2e-5, 'evaluation': 1e-6}  # several processes against one, absolute
@@ -188,9 +190,10 @@ def describe_environment(check):
 
 def environment(check):
     found = describe_environment(check)
-    detail = '; '.join('%s %s' % (name, found[key] or 'unknown') for name, key in (
-        ('driver', 'driver'), ('CANN', 'cann'), ('CUDA', 'cuda'), ('torch_npu', 'torch_npu')) if found[key]
-        or name == 'driver' and found['device_type'] != 'cpu') or 'no accelerator'
+    kind = found['device_type']  # a PyTorch for CUDA may run on a CPU
+    detail = '; '.join('%s %s' % (name, found[key] or 'unknown') for name, key, wanted in (
+        ('driver', 'driver', kind != 'cpu'), ('CANN', 'cann', found['cann']), ('CUDA', 'cuda', kind == 'cuda'),
+        ('torch_npu', 'torch_npu', found['torch_npu'])) if wanted) or 'no accelerator'
     detail += '; torch %s; apex: %s; %d cores; %s' % (
         found['versions']['torch'], found['apex'], found['cores'],
         ', '.join('%s %s GiB' % pair for pair in found['memory_gib'].items() if pair[1]))
@@ -277,9 +280,9 @@ def numerics(check, size, dtype):
     gradient, worst = max((distance(found[each], expected[each]), each) for each in expected if each != 'logits')
     limits = NUMERICS_LIMIT[dtype]
     return (PASS if logits <= limits[0] and gradient <= limits[1] else FAIL,
-            'logits %.1e, gradients %.1e' % (logits, gradient),
-            'limits %.0e and %.0e; farthest: %s; %s, %d blocks, %d images'
-            % (limits + (worst, name, len(model.blocks), count)))
+            'logits %.1e (limit %.0e), gradients %.1e (%.0e), %d blocks' % (
+                logits, limits[0], gradient, limits[1], len(model.blocks)),
+            'farthest: %s; %s, %d images' % (worst, name, count))
 
 
 # ---- attention
@@ -323,22 +326,26 @@ def attention_path(check, name):
             figures.append('%s: %s' % (dtype, accelerator.first_line(error)[:80]))
             continue
         farthest, worst = max((distance(found[each], expected[each]), each) for each in expected)
-        figures.append('%s %.1e' % (dtype, farthest))
-        limit = fused_attention.TOLERANCE[getattr(torch, dtype)]
+        limit = ATTENTION_LIMIT[dtype]
+        figures.append('%s %.1e (%.0e)' % (dtype, farthest, limit))
         if farthest > limit:
             wrong.append('%s: the %s %s' % (dtype, worst, 'differs by %.2g %%' % (
                 100 * farthest) if math.isfinite(farthest) else 'is missing or not finite'))
     if not any(':' not in figure for figure in figures):
         raise Unavailable('; '.join(figures))
-    limits = ', '.join('%s %.0e' % (dtype, fused_attention.TOLERANCE[getattr(torch, dtype)]) for dtype in DTYPES)
-    return FAIL if wrong else PASS, ', '.join(figures), '; '.join(wrong) or 'limits: ' + limits
+    return FAIL if wrong else PASS, ', '.join(figures), '; '.join(wrong) or 'limits in brackets'
 
 
 def attention_used(check):
-    """Which attention --attention=auto chooses."""
-    model = build_network(BASE, 1).to(check.device)
-    said = fused_attention.choose_attention(model, check.device, 'auto', None, check.sizes['base_images'])
-    return PASS, said.partition(',')[0].partition(';')[0], said
+    """Which attention --attention=auto chooses, and whether a block of base computes right with it."""
+    model = build_network(BASE, 1)
+    images, targets = random_batch(model, check.sizes['base_images'])
+    expected = network_results(copy.deepcopy(model).double(), images, targets, torch.float64)
+    said = fused_attention.choose_attention(model.to(check.device), check.device, 'auto', None, len(images))
+    found = network_results(model, images.to(check.device), targets.to(check.device), torch.float32)
+    farthest, limit = max(distance(found[name], expected[name]) for name in expected), NUMERICS_LIMIT['float32'][1]
+    return (PASS if farthest <= limit else FAIL, '%s: %.1e (limit %.0e)' % (
+        said.partition(',')[0].partition(';')[0], farthest, limit), said)
 
 
 # ---- training
@@ -351,7 +358,7 @@ def golden(check):
     limits = TRAJECTORY_LIMIT[kind]
     expected = recorded['microbatch_losses'].tolist()
     farthest = max(abs(mine / theirs - 1) for mine, theirs in zip(losses, expected))
-    figure = '%d losses, largest distance %.1e' % (len(losses), farthest)
+    figure = '%d losses, largest distance %.1e (limit %.0e)' % (len(losses), farthest, limits[0])
     try:
         trajectory.check_trajectory(recorded, stats, losses, model, *limits)
     except AssertionError as error:
@@ -399,8 +406,8 @@ def half_training(check, level, dtype, by_apex=False):
                    for mine, theirs in zip(losses, recorded['microbatch_losses'].tolist()))
     skipped = sum(epoch['skipped_steps'] for epoch in stats)
     return (PASS if farthest <= HALF_LOSS_LIMIT and not skipped else FAIL,
-            '%d losses, largest distance %.1e' % (len(losses), farthest),
-            'limit %.0e; %d updates skipped' % (HALF_LOSS_LIMIT, skipped))
+            '%d losses, largest distance %.1e (limit %.0e)' % (len(losses), farthest, HALF_LOSS_LIMIT),
+            '%d updates skipped' % skipped)
 
 
 OVERFLOWING = (2, 4)  # of six updates
@@ -469,8 +476,8 @@ def optimizer(check, name):
         expected.step()
     farthest = max(distance(mine.detach().cpu() - before, theirs.detach() - before)
                    for mine, theirs, before in zip(model.parameters(), plain.parameters(), start))
-    return (PASS if farthest <= OPTIMIZER_LIMIT else FAIL, 'largest distance %.1e' % farthest,
-            'limit %.0e; %s' % (OPTIMIZER_LIMIT, about))
+    return (PASS if farthest <= OPTIMIZER_LIMIT else FAIL, 'largest distance %.1e (limit %.0e)' % (
+        farthest, OPTIMIZER_LIMIT), about)
 
 
 # ---- several devices
@@ -527,9 +534,9 @@ def several_devices(check):
                                                                                one['evaluations'])))
     fine = all(far[name] <= limit for name, limit in DEVICES_LIMIT.items())
     return (PASS if fine and images == [4 * count + leftover for leftover in LEFTOVERS] else FAIL,
-            '%d processes: ' % count + ', '.join('%s %.1e' % pair for pair in far.items()),
-            'limits: %s; %s; images counted: %s' % (
-                ', '.join('%s %.0e' % pair for pair in DEVICES_LIMIT.items()),
+            '%d processes: ' % count + ', '.join('%s %.1e (%.0e)' % (name, value, DEVICES_LIMIT[name])
+                                                 for name, value in far.items()),
+            'limits in brackets; %s; images counted: %s' % (
                 accelerator.PROCESS_GROUP_BACKEND[check.device.type], ', '.join(map(str, images))))
 
 
@@ -557,8 +564,8 @@ def checkpoint(check):
         difference = distance(model.eval()(images.to(check.device)).cpu(), on_cpu.eval()(images))
     where = {value.device.type for value in tensors}
     return (PASS if same and where == {'cpu'} and difference <= NUMERICS_LIMIT['float32'][0] else FAIL,
-            'logits %.1e' % difference, '%d tensors on %s, weights %s; limit %.0e' % (
-                len(tensors), ', '.join(sorted(where)), 'equal' if same else 'differ', NUMERICS_LIMIT['float32'][0]))
+            'logits %.1e (limit %.0e)' % (difference, NUMERICS_LIMIT['float32'][0]), '%d tensors on %s, weights %s' % (
+                len(tensors), ', '.join(sorted(where)), 'equal' if same else 'differ'))
 
 
 def file_times(check):
@@ -610,8 +617,8 @@ def compiled(check):
         contenders.forget_compiled()
     farthest, worst = max((distance(found[name], expected[name]), name) for name in expected)
     limit = NUMERICS_LIMIT['float32'][1]
-    return (PASS if farthest <= limit else FAIL, 'largest distance %.1e' % farthest,
-            'limit %.0e; farthest: %s; %.0f s to compile' % (limit, worst, time.perf_counter() - start))
+    return (PASS if farthest <= limit else FAIL, 'largest distance %.1e (limit %.0e)' % (farthest, limit),
+            'farthest: %s; %.0f s to compile' % (worst, time.perf_counter() - start))
 
 
 def step_rate(check, precision):
@@ -639,10 +646,13 @@ def step_rate(check, precision):
     parts = ['%.2f images/s' % ours['images_per_second']['median']]
     parts += ['timm %.2f' % timms['images_per_second']['median']] if 'images_per_second' in timms else []
     details = ['timm: ' + timms['not_available']] if 'not_available' in timms else []
-    share = '%.1f %% of peak' % (100 * ours['peak_fraction']) if 'peak_fraction' in ours else 'share of peak unknown'
+    if 'peak_fraction' in ours:
+        parts.append('%.1f %% of peak' % (100 * ours['peak_fraction']))
     memory = ['%.0f MiB' % record['peak_memory_mib'] if record.get('peak_memory_mib') else 'unknown'
               for record in (ours, timms)]
-    details += ['%.2f TFLOP/s, %s' % (ours['flops_per_second'] / 1e12, share), 'memory %s, timm %s' % tuple(memory),
+    parts.append('memory %s, timm %s' % tuple(memory))
+    details += ['%.2f TFLOP/s%s' % (ours['flops_per_second'] / 1e12,
+                                    '' if 'peak_fraction' in ours else ', peak unknown'),
                 '%s, batch %d, measured steps: %d' % (
                     setting.model, setting.batch_size, options.pairs * row.get('steps_per_sample', 0))]
     return PASS, ', '.join(parts), '; '.join(details)
@@ -783,7 +793,7 @@ def write_report(report, folder):
         atomic_write.write_bytes(os.path.join(folder, name), content.encode())
 
 
-def shorten(text, length=70):
+def shorten(text, length=90):
     return text if len(text) <= length else text[:length - 1] + '…'
 
 

@@ -116,7 +116,9 @@ def test_a_small_model_agrees_with_float64(cpu_check):
         if cpu_check.half_problem(dtype):
             continue
         status, figure, detail = check_device.numerics(cpu_check, 'small', dtype)
-        assert status == 'PASS' and re.match(r'logits [\d.e-]+, gradients [\d.e-]+$', figure) and 'limits' in detail
+        assert status == 'PASS' and re.match(
+            r'logits [\d.e-]+ \(limit [\d.e-]+\), gradients [\d.e-]+ \([\d.e-]+\), \d+ blocks$', figure), figure
+        assert 'farthest' in detail
 
 
 def lose_the_bias(monkeypatch):
@@ -199,7 +201,7 @@ def test_the_emulated_npu_passes_and_is_called_emulated(on_npu):
         ['plain', 'scaled_dot_product_attention', 'npu_fusion_attention', 'used'], 'PASS')
     assert statuses(rows, 'overflow') == {'overflow skipped by %s' % by: 'PASS' for by in ('PyTorch', 'apex')}
     assert statuses(rows, 'optimizer')['npufusedadamw'] == 'PASS'
-    assert rows['attention', 'used']['figure'] == 'fused'
+    assert rows['attention', 'used']['figure'].startswith('fused: ')
 
 
 @pytest.mark.soak
@@ -210,12 +212,24 @@ def test_every_section_runs_on_the_emulated_npu(on_npu):
     assert statuses(rows, 'compile') == {'compiled': 'not available'}
 
 
+def test_a_chosen_attention_that_computes_wrongly_is_found(cpu_check, monkeypatch):
+    assert check_device.attention_used(cpu_check)[0] == 'PASS'
+
+    def choose(model, *arguments):
+        for block in model.blocks:
+            block.attn.fused = lambda q, k, v, bias, scale: check_device.modeling_finetune.plain_attention(
+                q, k, v, bias * 0., scale)
+        return 'fused, as chosen'
+    monkeypatch.setattr(fused_attention, 'choose_attention', choose)
+    assert check_device.attention_used(cpu_check)[0] == 'FAIL'
+
+
 @pytest.mark.parametrize('fault', ['drop_bias', 'scale_bias'])
 def test_an_attention_that_treats_the_bias_wrongly_is_found(on_npu, fault):
     _, rows, out = on_npu('attention', FAKE_NPU_SDPA=fault)
     assert statuses(rows, 'attention') == {
         'plain': 'PASS', 'scaled_dot_product_attention': 'FAIL', 'npu_fusion_attention': 'FAIL', 'used': 'PASS'}
-    assert rows['attention', 'used']['figure'] == 'plain'
+    assert rows['attention', 'used']['figure'].startswith('plain: ')
     for name in ('scaled_dot_product_attention', 'npu_fusion_attention'):
         assert re.search('FAIL attention, %s: float32: the gradient of the bias table ' % name, out)
 
