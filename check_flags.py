@@ -142,9 +142,11 @@ def check_augmentation(args: argparse.Namespace) -> None:
         raise UserError('--eval_fit %s: %s; leave one of them out' % (
             args.eval_fit, '--crop_pct %g crops' % args.crop_pct if args.crop_pct else
             'images for --input_size %d are not resized' % args.input_size))
-    if args.in_chans == 4 and (transforms.policy_or_none(args.aa) or args.background) and not args.eval:
-        raise UserError('--in_chans 4: it keeps the alpha channel, which --aa %s and a --background cannot; give '
-                        '--aa none' % args.aa)
+    if args.in_chans == 4 and not args.eval and args.background:
+        raise UserError('--background %s: --in_chans 4 keeps the alpha channel; leave --background out'
+                        % args.background)
+    if args.in_chans == 4 and not args.eval and transforms.policy_or_none(args.aa):
+        raise UserError('--in_chans 4: it keeps the alpha channel, which --aa %s cannot; give --aa none' % args.aa)
     if args.resplit:
         raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
     if transforms.uses_mixup(flags.config_from(args, MixupConfig)) and args.batch_size % 2 and not args.eval:

@@ -219,7 +219,7 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[
                      % (escape_text(path), ', '.join(differ)))
     checkpoint = inference_model.read_weights(path, content, class_names=args.class_names, defaults=vars(args), **keys,
                                               **{name: getattr(args, name) for name in given})
-    vars(args).update(dataclasses.asdict(checkpoint.spec.architecture), loss=checkpoint.spec.loss)
+    vars(args).update(checkpoint.spec.flags, loss=checkpoint.spec.loss)
     if args.model_ema and not content.get('model_ema'):
         log.log_main('%s holds no averaged weights' % escape_text(path))
         args.model_ema = False

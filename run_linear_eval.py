@@ -96,7 +96,7 @@ def load_backbone(args: argparse.Namespace) -> LoadedModel:
                                     **given)
     except UserError as error:
         raise UserError(str(error).replace('--resume', '--finetune')) from None
-    vars(args).update(dataclasses.asdict(loaded.config))
+    vars(args).update(dataclasses.asdict(loaded.config), **loaded.preprocessing.flags)
     return loaded
 
 

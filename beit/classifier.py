@@ -84,6 +84,9 @@ class Classifier:
                 for row, best in zip(probabilities, top_classes(probabilities, top_k))]
 
 
+OPTIONS = ('model', 'input_size', 'crop_pct', 'eval_fit', 'exif', 'background', 'imagenet_default_mean_and_std')
+
+
 def load(path: str, device: str = 'cpu', use_ema: bool = False, class_names: str = '', **options: Any) -> Classifier:
     """Load a classifier.
 
@@ -93,11 +96,13 @@ def load(path: str, device: str = 'cpu', use_ema: bool = False, class_names: str
         device (str): where the network computes.
         use_ema (bool): take the averaged weights.
         class_names (str): a file with the names of classes, one a line or JSON, for weights without names.
-        options: `model`, `input_size`, `crop_pct`: as the flags of these names; they win over the file.
+        options: `OPTIONS`, as the flags of these names; they win over the file.
 
     Raises:
         beit.errors.UserError: the file can't be read, or does not describe its model.
     """
+    for name in set(options) - set(OPTIONS):
+        raise TypeError('beit.load has no option %s; it has %s' % (name, ', '.join(OPTIONS)))
     try:
         loaded = load_for_inference(os.fspath(path), use_ema, class_names, **options)
     except UserError as error:

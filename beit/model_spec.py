@@ -108,6 +108,11 @@ class ModelSpec:
                                preprocessing=images, classes=tuple(names),
                                has_class_names=classes is not None, loss=loss), **known))
 
+    @property
+    def flags(self) -> Dict[str, Any]:
+        """The flags of the architecture and of `EvalTransform.flags`."""
+        return dict(dataclasses.asdict(self.architecture), **self.preprocessing.flags)
+
     def replace(self, **changes: Any) -> 'ModelSpec':
         """A copy with these flags, by name; None changes nothing. Another input size gets the crop of that size."""
         changes = {name: value for name, value in changes.items() if value is not None}
@@ -121,7 +126,7 @@ class ModelSpec:
             images = dataclasses.replace(images, crop_pct=changes['crop_pct'])
         if 'imagenet_default_mean_and_std' in changes:
             other = EvalTransform.from_config(TransformConfig(
-                imagenet_default_mean_and_std=changes['imagenet_default_mean_and_std']))
+                imagenet_default_mean_and_std=changes['imagenet_default_mean_and_std'], in_chans=len(images.mean)))
             images = dataclasses.replace(images, mean=other.mean, std=other.std)
         loss = changes['loss'] if changes.get('loss') in ('ce', 'bce') else self.loss
         return dataclasses.replace(self, architecture=shape, preprocessing=images, loss=loss)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image, ImageOps, PngImagePlugin
 
 import beit
@@ -276,16 +277,36 @@ def test_the_settings_go_with_the_checkpoint(trained, capsys, tmp_path):
 
 
 @pytest.mark.current_only
-def test_an_evaluation_names_other_settings(trained, capsys):
+def test_an_evaluation_names_other_settings(trained, capsys, tmp_path):
     folder, out, _ = trained
     run = run_class_finetuning.run
     flags = ['--eval', '--resume', out, '--data_path', folder, '--num_workers=0', '--device=cpu']
+    target = str(tmp_path / 'evaluated')
+    assert run(flags + ['--output_dir', target, '--results_file', str(tmp_path / 'r.json')]) == 0
+    assert '--exif=follow' in capsys.readouterr().out
+    with open(os.path.join(target, 'eval-args.yaml'), encoding='utf-8') as file:
+        recorded = yaml.safe_load(file)
+    row, = json.loads((tmp_path / 'r.json').read_text())
+    for found in (recorded, row):
+        assert (found['exif'], found['background'], found['eval_fit']) == ('follow', 'white', 'letterbox')
     assert run(flags + ['--exif=ignore', '--background=']) == 0
     text = capsys.readouterr().out
     assert 'exif ignored (the checkpoint: followed), transparency dropped (the checkpoint: white)' in text
     assert '8 of 16 images (a sample) have an alpha channel: it is dropped; --background white' in text
     assert run(flags + ['--crop_pct=0.8']) == 2
     assert '--crop_pct 0.8' in capsys.readouterr().err
+
+
+@pytest.mark.current_only
+def test_options_of_the_loader_are_checked(trained):
+    _, out, _ = trained
+    assert beit.load(out, exif='ignore').spec.preprocessing.exif == 'ignored'
+    for options, word in ((dict(exif='bogus'), 'bogus'), (dict(background='purple'), 'purple'),
+                          (dict(eval_fit='stretch'), 'crop mode')):
+        with pytest.raises(UserError, match=word):
+            beit.load(out, **options)
+    with pytest.raises(TypeError, match='eval_fitt'):
+        beit.load(out, eval_fitt='crop')
 
 
 def test_damaged_flags_of_a_checkpoint_are_refused():
@@ -428,10 +449,16 @@ def test_other_channels_train_predict_and_export(other_channels, tmp_path, capsy
     assert '--in_chans' in capsys.readouterr().err
     assert run_class_finetuning.run(['--eval', '--resume', out, '--data_path', folder, '--in_chans=3']) == 2
     assert '--in_chans 3: %s' % out in capsys.readouterr().err
+    loaded = beit.load(out, imagenet_default_mean_and_std=channels == 3)
+    assert loaded.spec.preprocessing.mean == classifier.spec.preprocessing.mean
+    if channels == 4:
+        with pytest.raises(UserError, match='--background'):
+            beit.load(out, background='white')
 
 
 @pytest.mark.parametrize('flags, words', (
     (['--in_chans=2'], "--in_chans"), (['--in_chans=4'], '--in_chans 4: it keeps the alpha channel'),
+    (['--in_chans=4', '--aa=none', '--background=white'], '--background white: --in_chans 4'),
     (['--in_chans=1', '--data_backend=fast'], '--in_chans 1: the backend fast reads RGB')))
 def test_channels_that_cannot_be_are_refused(refused, flags, words):
     refused(NANO + ['--data_path=demo'] + flags, words)

@@ -167,6 +167,13 @@ def _read_program(path, content, program, use_ema, class_names, overrides):
 def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str, class_names: str = '') -> ModelSpec:
     """The spec with the flags of the command line; a line names the flags that differ from the checkpoint's."""
     changed = spec.replace(**overrides)
+    try:
+        changed.preprocessing.check()
+    except ValueError as error:  # from `beit.load`; the programs have checked their flags
+        raise UserError('%s: %s is not supported; correct the option' % (escape_text(path), error)) from None
+    if len(changed.preprocessing.mean) == 4 and changed.preprocessing.transparency != 'dropped':
+        raise UserError('--background %s: %s keeps the alpha channel as its fourth; leave it out' % (
+            changed.preprocessing.transparency, escape_text(path)))
     if overrides.get('crop_pct') and changed.preprocessing.crop_mode != 'center':
         raise UserError('--crop_pct %g: %s has the --eval_fit %s, which crops nothing; leave it out' % (
             overrides['crop_pct'], escape_text(path), changed.preprocessing.crop_mode))

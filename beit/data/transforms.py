@@ -67,6 +67,13 @@ class EvalTransform:
             transparency=(flags['background'] or 'dropped') if 'background' in flags else self.transparency,
             crop_mode=EVAL_FITS.get(flags['eval_fit'], '') if 'eval_fit' in flags else self.crop_mode)
 
+    @property
+    def flags(self) -> Dict[str, Any]:
+        """The flags of `with_flags` that give this transform's values."""
+        return {'exif': next(flag for flag, value in EXIF.items() if value == self.exif),
+                'background': '' if self.transparency == 'dropped' else self.transparency,
+                'eval_fit': next(flag for flag, value in EVAL_FITS.items() if value == self.crop_mode)}
+
     def at_size(self, input_size: int, crop_pct: Optional[float] = None) -> 'EvalTransform':
         """A copy for another input size; without `crop_pct`, the reference's crop for that size."""
         crop_pct = crop_pct or (224 / 256 if input_size < 384 else 1.0)

@@ -57,7 +57,7 @@ def results_row(source: str, weights: str, spec: ModelSpec, parameters: int, sta
     tables = {name: value for name, value in stats.items() if isinstance(value, list)}
     row.update((name, value) for name, value in stats.items() if name not in tables)
     row.update(param_count=parameters, img_size=images.input_size, crop_pct=images.crop_pct,
-               interpolation=images.interpolation, test_flip=test_flip)
+               interpolation=images.interpolation, test_flip=test_flip, **images.flags)
     return dict(row, **tables)
 
 
