@@ -36,6 +36,7 @@ def check_early(program: str, args: argparse.Namespace) -> None:
     if getattr(args, 'model', None) is not None and args.model not in flags.MODELS:
         raise unknown_value_error('--model', args.model, flags.MODELS)
     if program in (flags.TRAINING, flags.PROBE):
+        check_combinations(args)
         check_schedule(args)
         if not flags.evaluates_checkpoint(args) and args.data_path != 'demo':
             check_data_paths(args)
@@ -101,6 +102,7 @@ def check_args(args: argparse.Namespace) -> None:
     settle(args)
     exported.check_flags(args)
     check_model(args)
+    check_combinations(args)
     check_augmentation(args)
     check_schedule(args)
     if not flags.evaluates_checkpoint(args):  # else the checkpoint may name the data set
@@ -129,14 +131,11 @@ def check_model(args: argparse.Namespace) -> None:
                         % escape_text(args.class_names))
 
 
-def check_augmentation(args: argparse.Namespace) -> None:
-    from beit.data import transforms
-    from beit.training import losses
+def check_combinations(args: argparse.Namespace) -> None:
+    """The flags that contradict one another."""
     if args.in_chans != 3 and 'fast' in (args.data_backend, args.eval_data_backend):
         raise UserError('--in_chans %d: the backend fast reads RGB; leave --data_backend and --eval_data_backend out'
                         % args.in_chans)
-    transforms.check_policy(args.aa, args.in_chans)
-    transforms.check_backend(flags.config_from(args, TransformConfig))
     if args.eval_fit != 'crop' and (args.crop_pct or args.input_size <= SMALL_INPUT) and not (
             flags.evaluates_checkpoint(args)):
         raise UserError('--eval_fit %s: %s; leave one of them out' % (
@@ -145,22 +144,37 @@ def check_augmentation(args: argparse.Namespace) -> None:
     if args.in_chans == 4 and not args.eval and args.background:
         raise UserError('--background %s: --in_chans 4 keeps the alpha channel; leave --background out'
                         % args.background)
-    if args.in_chans == 4 and not args.eval and transforms.policy_or_none(args.aa):
-        raise UserError('--in_chans 4: it keeps the alpha channel, which --aa %s cannot; give --aa none' % args.aa)
     if args.resplit:
         raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
-    if transforms.uses_mixup(flags.config_from(args, MixupConfig)) and args.batch_size % 2 and not args.eval:
+    if flags.config_from(args, MixupConfig).mixes and args.batch_size % 2 and not args.eval:
         raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
     for flag in ('mixup', 'cutmix'):
         if 0 < getattr(args, flag) < 1e-6:  # NumPy's beta distribution gives no number there
             raise UserError('--%s %g: an alpha below 1e-6 mixes nothing; 0 turns it off' % (flag, getattr(args, flag)))
-    if args.mixup_off_epoch and not transforms.uses_mixup(flags.config_from(args, MixupConfig)):
+    if args.mixup_off_epoch and not flags.config_from(args, MixupConfig).mixes:
         raise UserError('--mixup_off_epoch %d: there is no --mixup or --cutmix to turn off; leave it out'
                         % args.mixup_off_epoch)
     if args.model_ema_warmup and not args.model_ema:
         raise UserError('--model_ema_warmup needs --model_ema, without which there is no average')
     if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         raise UserError('--cutmix_minmax %g %g: the first must be below the second' % tuple(args.cutmix_minmax))
+    if 'compile_backend' in args.typed and not args.compile:
+        raise UserError('--compile_backend %s needs --compile' % escape_text(args.compile_backend))
+    if args.compile and args.skip_dropped == 'on':
+        raise UserError('--skip_dropped on: it changes shapes from step to step, and --compile needs one; leave '
+                        'one of them out')
+    if args.opt_betas is not None and len(args.opt_betas) != 2:
+        raise UserError('--opt_betas %s: give 2 numbers, as in --opt_betas 0.9 0.999'
+                        % ' '.join(map(str, args.opt_betas)))
+
+
+def check_augmentation(args: argparse.Namespace) -> None:
+    from beit.data import transforms
+    from beit.training import losses
+    transforms.check_policy(args.aa, args.in_chans)
+    transforms.check_backend(flags.config_from(args, TransformConfig))
+    if args.in_chans == 4 and not args.eval and transforms.policy_or_none(args.aa):
+        raise UserError('--in_chans 4: it keeps the alpha channel, which --aa %s cannot; give --aa none' % args.aa)
     if args.class_weights and not args.eval:
         losses.check_weights(args.class_weights)
 
@@ -192,19 +206,11 @@ def check_compute(args: argparse.Namespace) -> None:
         half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     if args.cann_prof:
         profiler.check_cann_profiler()
-    if 'compile_backend' in args.typed and not args.compile:
-        raise UserError('--compile_backend %s needs --compile' % escape_text(args.compile_backend))
     if args.compile:
         kernels.check_compile(device, args.compile_backend)
-        if args.skip_dropped == 'on':
-            raise UserError('--skip_dropped on: it changes shapes from step to step, and --compile needs one; leave '
-                            'one of them out')
 
 
 def check_optimizer(args: argparse.Namespace) -> None:
-    if args.opt_betas is not None and len(args.opt_betas) != 2:
-        raise UserError('--opt_betas %s: give 2 numbers, as in --opt_betas 0.9 0.999'
-                        % ' '.join(map(str, args.opt_betas)))
     if not args.eval:
         import optim_factory
         optim_factory.check_optimizer(args.opt, args.momentum)

@@ -114,7 +114,7 @@ def optimizer_class(name: str, under_apex: Optional[bool] = None) -> Tuple[Any, 
     lookahead, _, base = name.lower().rpartition('lookahead_')
     known: List[str] = getattr(timm.optim, 'list_optimizers', list)()
     if base not in [*OPTIMIZERS, *known] or lookahead:
-        raise unknown_value_error('--opt', name, [*OPTIMIZERS, *known, 'lookahead_adamw'])
+        raise unknown_value_error('--opt', name, list(dict.fromkeys([*OPTIMIZERS, *known, 'lookahead_adamw'])))
     if base in OPTIMIZERS:
         cls, fixed = OPTIMIZERS[base](under_apex)
     else:

@@ -83,6 +83,10 @@ class MixupConfig:
     mixup_mode: str = 'batch'
     smoothing: float = 0.1
 
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
 
 @dataclasses.dataclass(frozen=True)
 class LoaderConfig:

@@ -293,16 +293,12 @@ def _mix_dense(targets: torch.Tensor, share: float, smoothing: float) -> torch.T
     return targets * share + targets.flip(0) * (1. - share)
 
 
-def uses_mixup(config: MixupConfig) -> bool:
-    return config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
-
-
 def build_mixup(config: MixupConfig, nb_classes: int) -> Optional[DeviceMixup]:
     """A function that mixes a batch in place, (images, targets) to (images, soft targets (B, classes)); or None.
 
     Targets are class indices (B,), or ones and zeros (B, classes) if images have several classes.
     """
-    if not uses_mixup(config):
+    if not config.mixes:
         return None
     return DeviceMixup(mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, cutmix_minmax=config.cutmix_minmax,
                        prob=config.mixup_prob, switch_prob=config.mixup_switch_prob, mode=config.mixup_mode,
