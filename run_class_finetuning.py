@@ -615,6 +615,13 @@ def calibrate(args: argparse.Namespace, data: Data, learner: Learner, checkpoint
             metric = temperature.Temperature(data.spec.activation, data.spec.multi_label)
             stats = engine.evaluate(data.val_loader, engine.EvaluatedNetwork(model), learner.device, sharded,
                                     metrics=[metric]) or {}
+            if stats['reason']:
+                text = '--calibrate: no temperature from %g to %g fits the %s, since %s' % (
+                    *temperature.LIMITS, what, stats['reason'])
+                if name == model_spec.TEMPERATURES[0]:
+                    raise UserError(text)
+                log.log_main('%s. Its temperature stays %g' % (text, getattr(data.spec, name)))
+                continue
             fitted[name] = stats['temperature'] * getattr(data.spec, name)
             log.log_main('Calibrated the %s: temperature %.4f, ' % (what, fitted[name]) + metric.message % stats)
             head: Any = accelerator.unwrap(model).head

@@ -246,7 +246,7 @@ def test_accuracies_of_heads_and_neighbours_by_numpy_and_sklearn(digits, tmp_pat
         if not name.endswith('relative_position_index'):
             assert torch.equal(states[1][name], value), name
     assert run_predict.run(['--resume', str(tmp_path / 'out'), data]) == 2
-    assert 'no classification head' in capfd.readouterr().err.splitlines()[-1]
+    assert 'one classifier per layer' in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_a_stopped_probe_resumes_to_the_same_figures_on_two_processes_too(digits, tmp_path, capfd):

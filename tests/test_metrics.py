@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -357,6 +358,8 @@ def test_several_sets_give_a_table_and_a_row_each(trained, sets, tmp_path, capsy
         assert list(csv.DictReader(file)) == singly
     assert [(row['data'], row['weights']) for row in singly] == [
         (path, weights) for path in paths for weights in ('model', 'model_ema')]
+    result, = re.findall('Result: .*', out)
+    assert re.fullmatch(r'Result: images_per_second [\d.]+ step_milliseconds [\d.]+', result)
     table = out[re.search('^data +weights', out, re.M).start():].splitlines()
     for row, line in zip(singly, table[1:]):
         assert line.split()[:4] == [row['data'], row['weights'], row['images'], '%.3f' % float(row['acc1'])]
@@ -452,14 +455,57 @@ def test_what_cannot_be_calibrated_is_refused(trained, sets, tmp_path, refused):
     bare = str(tmp_path / 'bare.pth')
     torch.save({name: value for name, value in content.items() if name != 'model_spec'}, bare)
     refused(base + [str(sets / 'all'), '--eval', '--resume', bare], '--calibrate', 'no description of its model')
-    metric = temperature.Temperature()
-    metric.update((None, torch.tensor([0, 1]), torch.arange(2)), torch.tensor([[1., 0.], [0., 1.]]))
-    with pytest.raises(UserError, match='nearly every prediction is right'):
-        metric.compute(False, CPU)
     for value in (0., -1., math.nan, math.inf):
         damaged = dict(content, model_spec=dict(content['model_spec'], temperature=value))
         with pytest.raises(UserError, match='temperature is invalid'):
             model_spec.spec_in(damaged, 'x.pth', 3)
+
+
+@pytest.mark.parametrize('logits, reason', [
+    ([[1., 0.], [0., 1.]], 'nearly every prediction is right'), ([[0., 1.], [1., 0.]], 'no better than chance'),
+    ([[1e-4, 0.], [0., 1e-4]], 'nearly equal'), ([[0., 1e-4], [1e-4, 0.]], 'nearly equal'),
+    ([[0., 0.], [0., 0.]], 'nearly equal'), ([[2., 0.], [3., 0.]], 'no better than chance'),
+    ([[3., 0.], [1., 0.]], '')])
+def test_why_there_is_no_temperature(logits, reason):
+    metric = temperature.Temperature()
+    metric.update((None, torch.tensor([0, 1]), torch.arange(2)), torch.tensor(logits))
+    found = metric.compute(False, CPU)['reason']
+    assert reason in found and bool(reason) == bool(found)
+
+
+def test_an_average_without_a_temperature_leaves_the_networks(trained, sets, tmp_path, capsys, refused):
+    """An average of few epochs is nearly untrained."""
+    content = weights_file.load_weights_file(os.path.join(trained[1], 'checkpoint-best.pth'))
+    for key in ('model_ema', 'model'):  # from the second on, both have equal outputs
+        content[key] = {name: value * 1e-6 if name.startswith('head.') else value
+                        for name, value in content[key].items()}
+        path = str(tmp_path / (key + '.pth'))
+        torch.save(content, path)
+        before = pathlib.Path(path).read_bytes()
+        if key == 'model_ema':
+            rows = evaluated(path, sets / 'all', tmp_path, '--calibrate')
+            lines = [line for line in capsys.readouterr().out.splitlines() if 'no temperature' in line]
+            assert len(lines) == 1 and lines[0].endswith(
+                'fits the averaged network (EMA), since its outputs are nearly equal for all classes; train longer. '
+                'Its temperature stays 1')
+            spec = weights_file.load_weights_file(path)['model_spec']
+            assert spec['temperature'] != 1 and 'ema_temperature' not in spec
+            assert rows == evaluated(path, sets / 'all', tmp_path)
+        else:
+            refused(['--eval', '--resume', path, '--eval_data_path', str(sets / 'all'), '--device=cpu', '--calibrate',
+                     '--num_workers=0'], 'fits the network, since its outputs are nearly equal for all classes')
+            assert pathlib.Path(path).read_bytes() == before
+
+
+def test_a_checkpoint_of_the_linear_probe_is_named(trained, tmp_path, capsys, refused):
+    content = weights_file.load_weights_file(os.path.join(trained[1], 'checkpoint-best.pth'))
+    content['model'] = {name.replace('head.', 'head.0.'): value for name, value in content['model'].items()}
+    path = str(tmp_path / 'probe.pth')
+    torch.save(content, path)
+    refused(['--eval', '--resume', path, '--data_path', trained[0], '--device=cpu', '--num_workers=0'],
+            'run_linear_eval.py', 'one classifier per layer')
+    assert run_predict.run(['--resume', path, trained[0]]) == 2
+    assert 'one classifier per layer, of run_linear_eval.py' in capsys.readouterr().err
 
 
 def test_a_temperature_for_several_classes_per_image():

@@ -134,7 +134,8 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
         raise UserError('--resume %s: no weights of a BEiT: the file has no patch_embed.proj.weight; give another file'
                         % escape_text(path))
     if needs_head and not outputs:
-        raise UserError('--resume %s: it has no classification head; fine-tune it first' % escape_text(path))
+        raise UserError('--resume %s: it has %s' % (escape_text(path), 'no classification head; fine-tune it first' if
+            'head.0.weight' not in state else 'one classifier per layer, of run_linear_eval.py; give its --finetune'))
     spec = spec or spec_beside(path, outputs, state, defaults or {}, overrides)
     if spec is None:
         raise UserError('--resume %s: the file does not name its model; give --model, and --input_size if it is not '

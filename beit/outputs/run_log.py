@@ -34,12 +34,11 @@ def accuracy_line(name: str, stats: Stats, unreadable: int = 0) -> str:
 
 
 def print_result(throughput: Any, figures: Stats) -> None:
-    """The result line. A missing figure is n/a; a missing mAP is left out."""
-    accuracy, loss, average_precision = (figures.get(name) for name in ('accuracy', 'loss', 'mAP'))
-    log_main('Result: images_per_second %.2f step_milliseconds %.3f accuracy %s loss %s%s' % (
-        throughput.images_per_second, throughput.step_milliseconds,
-        'n/a' if accuracy is None else '%.3f' % accuracy, 'n/a' if loss is None else '%.4f' % loss,
-        '' if average_precision is None else ' mAP %.3f' % average_precision))
+    """The result line, with the figures that exist."""
+    log_main('Result: images_per_second %.2f step_milliseconds %.3f' % (
+        throughput.images_per_second, throughput.step_milliseconds) + ''.join(
+            ' %s %.*f' % (name, places, figures[name]) for name, places in (('accuracy', 3), ('loss', 4), ('mAP', 3))
+            if figures.get(name) is not None))
 
 
 def speed_figures(throughput: Any, seconds: float) -> Dict[str, Optional[float]]:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, Sequence
 
 import torch
 
@@ -20,25 +20,17 @@ LIMITS = 0.05, 20.  # of a temperature
 ROWS = 4096  # images at a time
 
 
-class Temperature(metrics.Metric):
-    """Fits the temperature that minimises the loss without smoothing (NLL). It keeps the logits of all images."""
+class Temperature(metrics.Calibration):
+    """Fits the temperature that minimises the loss without smoothing (NLL). `columns`: logits, targets, indices."""
 
     message = 'NLL %(nll_before).4f -> %(nll).4f, calibration error %(ece_before).3f%% -> %(ece).3f%%'
-
-    def __init__(self, activation: str = 'softmax', multi_label: bool = False) -> None:
-        self.activation, self.multi_label = activation, multi_label
-        self.columns: List[List[torch.Tensor]] = [[], [], []]  # logits, targets, indices
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
         for column, values in zip(self.columns, (output, batch[1], batch[2])):
             column.append(values.cpu())
 
     def compute(self, sharded: bool, device: torch.device) -> Dict[str, Any]:
-        """{'temperature', 'nll_before', 'nll', 'ece_before', 'ece'}, the same on every process.
-
-        Raises:
-            UserError: the loss has no minimum within `LIMITS`.
-        """
+        """The temperature, losses and errors; 'reason': why none in `LIMITS` fits, or ''. The same on every process."""
         from scipy.optimize import minimize_scalar  # slow to import
         outputs, targets, indices = map(torch.from_numpy, metrics.gather_batches(self.columns, sharded, device))
         order = indices.argsort()
@@ -55,13 +47,14 @@ class Temperature(metrics.Metric):
 
         low, high = map(math.log, LIMITS)
         found = float(minimize_scalar(nll, bounds=(low, high), method='bounded', options={'xatol': 1e-6}).x)
-        found = collectives.all_gather_json(found, device)[0]  # the first process's
-        if not low + 1e-3 < found < high - 1e-3:
-            raise UserError('--calibrate: no temperature from %g to %g fits these %d images, since nearly %s '
-                            'prediction is right; calibrate on other images' % (
-                                *LIMITS, len(order), 'every' if found < 0 else 'no'))
+        ends, reason = (nll(low), nll(high)), ''
+        if not (low + 1e-3 < found < high - 1e-3 and nll(found) < min(ends)):
+            reason = 'nearly every prediction is right; calibrate on other images' if ends[0] < ends[1] / 2 else \
+                'its predictions are no better than chance; train longer' if ends[0] > ends[1] * 2 else \
+                'its outputs are nearly equal for all classes; train longer'
+        found, reason = collectives.all_gather_json([found, reason], device)[0]  # the first process's
         return {'temperature': math.exp(found), 'nll_before': nll(0.), 'nll': nll(found), 'ece_before': ece(0.),
-                'ece': ece(found)}
+                'ece': ece(found), 'reason': reason}
 
 
 def calibrated_path(checkpoint: CheckpointWeights, output_dir: str) -> str:
