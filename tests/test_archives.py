@@ -194,6 +194,21 @@ def zip_of(path, *members, **options):
             archive.writestr(name, content)
 
 
+def clear_flags(path):
+    """Clear the flag of UTF-8 in each header of a zip."""
+    with zipfile.ZipFile(path) as archive:
+        infos, position = archive.infolist(), archive.start_dir
+    with open(path, 'rb') as file:
+        data = bytearray(file.read())
+    for info in infos:
+        data[info.header_offset + 7] &= 0xf7
+        position = data.index(b'PK\1\2', position)
+        data[position + 9] &= 0xf7
+        position += 4
+    with open(path, 'wb') as file:
+        file.write(data)
+
+
 def image_bytes():
     content = io.BytesIO()
     photo(1, 32, 32).save(content, 'PNG')
@@ -218,6 +233,25 @@ def make_hostile(path, kind):
         zip_of(path, ('a\\1.png', content))
     elif kind == 'twice':
         zip_of(path, ('a/1.png', content), ('b/1.png', content), ('a/1.png', content))
+    elif kind == 'both':
+        zip_of(path, ('a/1.png', content), ('a/1.png/x.png', content))
+    elif kind == 'both, at the top':
+        zip_of(path, ('a/', b''), ('b/1.png', content), ('a', content))
+    elif kind == 'a tar':
+        tar_with(path, 'a/1.png')
+    elif kind == 'tar that is a zip':
+        zip_of(path, ('a/1.png', content))
+    elif kind == 'tar empty':
+        path.write_bytes(b'')
+    elif kind == 'tar twice':
+        tar_with(path, 'b/1.png')
+    elif kind == 'tar both':
+        tar_with(path, 'b/1.png/x.png')
+    elif kind in ('tar joined, small', 'tar joined of whole records'):
+        tar_with(path, 'a/1.png')
+        first = path.read_bytes()
+        tar_with(path, 'a/2.png')
+        path.write_bytes(first + path.read_bytes() + bytes(3 << 20) * ('whole' in kind))
     elif kind == 'method':
         zip_of(path, ('a/1.png', content), compression=zipfile.ZIP_LZMA)
     elif kind == 'encrypted':
@@ -263,19 +297,41 @@ def make_hostile(path, kind):
     return name
 
 
-HOSTILE = {'parent': 'is no name', 'absolute': 'is no name', 'backslash': 'is no name', 'twice': 'a holds a name twice',
-           'method': 'neither stored nor deflated', 'encrypted': 'is encrypted', 'truncated': 'cannot be read',
-           'empty': 'cannot be read', 'tar parent': 'is no name', 'tar link': 'is a link or special',
-           'tar device': 'is a link or special', 'tar truncated': 'cannot be read', 'tar without end': 'truncated',
-           'tar broken header': 'damaged', 'tar joined': 'joined of several', 'tar negative': 'cannot be read',
-           'tar compressed': 'not compressed'}
+REPACK, AGAIN = 'unpack it, or pack a .zip or a .tar that is not compressed', '; fetch or copy it again'
+HOSTILE = {
+    'parent': ('is no name', REPACK), 'absolute': ('is no name', REPACK), 'backslash': ('is no name', REPACK),
+    'twice': ('a/1.png is in it 2 times); ', REPACK),
+    'both': ('(a/1.png is in it 2 times, as a file and as a folder)',),
+    'both, at the top': ('(a is in it 2 times, as a file and as a folder)',),
+    'a tar': ('; its content is a .tar; rename it',), 'method': ('neither stored nor deflated', REPACK),
+    'encrypted': ('is encrypted', REPACK), 'truncated': ('cannot be read', AGAIN), 'empty': ('; it is empty' + AGAIN,),
+    'tar that is a zip': ('; its content is a .zip; rename it',), 'tar empty': ('; it is empty' + AGAIN,),
+    'tar twice': ('(b/1.png is in it 2 times); ', REPACK), 'tar both': ('(b/1.png is in it 2 times, as a file and',),
+    'tar joined, small': ('joined of several at byte', 'tar --ignore-zeros'),
+    'tar joined of whole records': ('joined of several at byte',),
+    'tar parent': ('is no name', REPACK), 'tar link': ('is a link or special',),
+    'tar device': ('is a link or special',),
+    'tar truncated': ('cannot be read', AGAIN), 'tar without end': ('truncated', AGAIN),
+    'tar broken header': ('damaged', AGAIN), 'tar joined': ('joined of several',), 'tar negative': ('cannot be read',),
+    'tar compressed': ('not compressed', REPACK)}
 
 
 @pytest.mark.filterwarnings('ignore:Duplicate name')
 @pytest.mark.parametrize('kind', sorted(HOSTILE))
 def test_hostile_archives_are_one_line(tmp_path, kind, refused):
     path = make_hostile(tmp_path / ('a.tar' if kind.startswith('tar') else 'a.zip'), kind)
-    refused(TRAINING + ['--data_path', path], path, HOSTILE[kind])
+    refused(TRAINING + ['--data_path', path], path, *HOSTILE[kind])
+
+
+def test_a_missing_archive_is_no_file(tmp_path, refused):
+    refused(TRAINING + ['--data_path', str(tmp_path / 'none.zip')], 'none.zip: no such file or folder')
+
+
+def test_a_tar_can_end_with_many_zeros(tmp_path):
+    tar_with(tmp_path / 'a.tar', 'a/1.png')
+    with open(str(tmp_path / 'a.tar'), 'ab') as file:
+        file.write(bytes(3 << 20))
+    assert archives.isdir(str(tmp_path / 'a.tar/a')) and archives.isdir(str(tmp_path / 'a.tar/b'))
 
 
 def test_a_compressed_tar_is_refused(tmp_path, refused):
@@ -339,6 +395,42 @@ def test_infozip_writes_what_is_read(image_folder, parse, tmp_path):
     root, path = image_folder(), str(tmp_path / 'a.zip')
     subprocess.check_call(['zip', '-qr', path, '.'], cwd=root)
     assert [len(each) for each in samples_of(path, parse)] == [32, 12, 2]
+
+
+# ---- names of a zip without the flag of UTF-8
+
+@pytest.mark.parametrize('packer', ('python', 'zip'))
+def test_names_in_utf8_without_the_flag(image_folder, parse, tmp_path, packer):
+    """Info-ZIP writes UTF-8 and no flag (0x800) that says so."""
+    root, path = image_folder(classes=('käse', '猫')), str(tmp_path / 'a.zip')
+    for part in ('train', 'val'):
+        photo(99, 32, 32).save(os.path.join(root, part, 'käse', 'übung.png'))
+    if packer == 'python':
+        make_archive(root, path)
+        clear_flags(path)
+    elif shutil.which('zip') is None:
+        pytest.skip('needs zip')
+    else:
+        subprocess.check_call(['zip', '-qr', path, '.'], cwd=root)
+    with zipfile.ZipFile(path) as archive:
+        assert not any(info.flag_bits & 0x800 for info in archive.infolist())
+    for flags, inside in (((), ''), (('--data_set=image_folder', '--val_split=0.3'), '/train')):
+        found, expected = (samples_of(each + inside, parse, *flags) for each in (path, root))
+        assert found[2] == expected[2] == ['käse', '猫']
+        for mine, theirs in zip(found[:2], expected[:2]):
+            assert [name[len(path):] for name, _ in mine.samples] == [name[len(root):] for name, _ in theirs.samples]
+            for (name, _), (other, _) in zip(mine.samples, theirs.samples):
+                with open_file(name) as file, open(other, 'rb') as plain:
+                    assert file.read() == plain.read()
+
+
+def test_names_that_are_not_utf8_are_cp437(tmp_path):
+    path = tmp_path / 'a.zip'
+    zip_of(path, ('kXse/1.png', image_bytes()), ('gr\u00fcn/1.png', image_bytes()))  # the second has the flag
+    path.write_bytes(path.read_bytes().replace(b'kXse', b'k\x84se'))
+    with archives.scandir(str(path)) as entries:
+        assert sorted(entry.name for entry in entries) == ['gr\u00fcn', 'k\u00e4se']
+    assert load_image(str(path) + '/k\u00e4se/1.png').size == (32, 32)
 
 
 # ---- --class_depth

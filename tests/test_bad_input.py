@@ -94,9 +94,9 @@ def test_the_good_data_passes(data, tmp_path, capsys):
 # ---- flags alone
 
 @pytest.mark.parametrize('flags, says', [
-    *[(['--data_path', path], ['--data_path', escape_text(path), 'no such folder'])
+    *[(['--data_path', path], ['--data_path', escape_text(path), 'no such file or folder'])
       for path in ('/does/not/exist', 'dat a', 'Demo', 'two\nlines')],
-    (['--eval_data_path=/does/not/exist'], ['--eval_data_path', '/does/not/exist', 'no such folder']),
+    (['--eval_data_path=/does/not/exist'], ['--eval_data_path', '/does/not/exist', 'no such file or folder']),
     (['--nb_classes=1000'], ['--nb_classes 1000', '2 classes', 'leave the flag out']),
     (['--batch_size=17'], ['--batch_size 17', '16 of the training set', 'lower']),
     (['--update_freq=5'], ['--update_freq 5', '20 images', '16 of the training set', 'lower']),

@@ -403,7 +403,7 @@ def test_a_signal_ends_child_processes(tmp_path, argv, working):
     (['scaling', '--device=cpu', '--', '--update-freq', '2'], '--update-freq after --'),
     (['data', '--', '--batch_size=3'], '--batch_size=3 after --'),
     (['data', '--input_size=32'], '--input_size: must be at least 33'),
-    (['data', '--data_path=/nowhere/at all'], 'no such folder'),
+    (['data', '--data_path=/nowhere/at all'], 'no such file or folder'),
     (['step', '--json=/nowhere/at all/figures.json'], 'cannot be written'),
     (['scaling', '--device=tpu'], '--device must be'),
     (['--pairs=2'], '--pairs=2: name what to measure first: step, eval, '), (['--all', 'step'], '--all'),

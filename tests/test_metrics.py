@@ -374,7 +374,7 @@ def test_several_sets_give_a_table_and_a_row_each(trained, sets, tmp_path, capsy
 
 def test_a_bad_set_is_found_before_the_first_is_evaluated(trained, sets, refused, capsys):
     base = ['--eval', '--resume', trained[1], '--device=cpu', '--num_workers=0', '--eval_data_path', str(sets / 'all')]
-    for path, says in ((sets / 'wrong', 'yak'), (sets / 'gone', 'no such folder')):
+    for path, says in ((sets / 'wrong', 'yak'), (sets / 'gone', 'no such file or folder')):
         refused(base + [str(path)], '--eval_data_path %s' % path, says)
     assert 'Evaluating' not in capsys.readouterr().out
     for flags, says in ((['--report', '--output_dir=x'], '--report'), (['--calibrate'], '--calibrate'),

@@ -93,7 +93,7 @@ def check_class_folders(config: InputConfig) -> None:
     for flag, path in (('--data_path', config.data_path), ('--eval_data_path', config.eval_data_path)):
         if path and (path, flag) != ('demo', '--data_path') and not archives.isdir(path):
             raise UserError('%s %s: %s' % (flag, escape_text(path), 'a file; give a folder, or a .zip or .tar that is '
-                            'not compressed further' if os.path.isfile(path) else 'no such folder'))
+                            'not compressed further' if os.path.isfile(path) else 'no such file or folder'))
     for is_train in in_folders if config.data_path != 'demo' else ():
         flag, root = split_root(is_train, config)
         if not archives.isdir(root):

@@ -5,6 +5,7 @@ Each process indexes an archive once, before it forks its loader processes. A fi
 """
 
 import array
+import collections
 import contextlib
 import functools
 import os
@@ -21,7 +22,6 @@ import numpy as np
 from beit.errors import UserError, escape_text
 
 LARGEST = 1 << 30  # bytes of one file; an archive can claim any size
-JOINED = 1 << 20  # bytes after the end of a tar; packers fill up to some kilobytes
 Row = Tuple[str, int, int, int, int, int]  # name, with / for a folder; offset, bytes stored, bytes, deflated, CRC or -1
 
 
@@ -36,7 +36,11 @@ class ZipReader:
                     raise ValueError('%s is encrypted' % info.filename)
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise ValueError('%s is neither stored nor deflated' % info.filename)
-                yield (info.filename, info.header_offset, info.compress_size, info.file_size,
+                name = info.filename
+                if not info.flag_bits & 0x800 and name == info.orig_filename:  # Info-ZIP writes UTF-8 without the flag
+                    with contextlib.suppress(UnicodeDecodeError):
+                        name = name.encode('cp437').decode('utf-8')
+                yield (name, info.header_offset, info.compress_size, info.file_size,
                        info.compress_type == zipfile.ZIP_DEFLATED, info.CRC)
 
     @staticmethod
@@ -54,18 +58,17 @@ class TarReader:
 
     @staticmethod
     def rows(path: str) -> Iterator[Row]:
-        with tarfile.open(path, 'r:', encoding='utf-8', errors='surrogateescape') as archive:
+        with open(path, 'rb') as file, tarfile.open(None, 'r:', file, encoding='utf-8') as archive:
             for info in iter(archive.next, None):
                 if not (info.isdir() or info.isreg()) or info.issparse():
-                    raise ValueError('%s is a link or special; pack with tar --dereference --hard-dereference'
-                                     % info.name)
+                    raise ValueError(info.name + ' is a link or special; use tar --dereference --hard-dereference')
                 yield info.name + '/' * info.isdir(), info.offset_data, info.size, info.size, 0, -1
                 archive.members.clear()  # type: ignore[attr-defined]  # saves memory
-            with open(path, 'rb') as file:
-                file.seek(archive.offset)
-                is_end = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-                if not is_end or file.seek(0, os.SEEK_END) > archive.offset + JOINED:
-                    raise ValueError('it is damaged, truncated or joined of several at byte %d' % archive.offset)
+            file.seek(archive.offset)
+            rest = iter(functools.partial(file.read, 1 << 20), b'')  # packers fill up with zeros
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or any(each.strip(b'\0') for each in rest):
+                raise EOFError('it is damaged, truncated or joined of several at byte %d; tar --ignore-zeros unpacks '
+                               'joined ones' % archive.offset)
 
     @staticmethod
     def content(read: Callable, offset: int, stored: int, size: int, deflated: int, crc: int) -> bytes:
@@ -89,18 +92,18 @@ class Archive:
     def __init__(self, path: str) -> None:
         self.path, self.reader, self.handles = path, READERS[path[-4:].lower()], {}  # type: str, Any, Dict[int, int]
         found: Dict[str, List[str]] = {'': []}
-        keys, rows = array.array('q'), array.array('q')
+        keys, rows, head = array.array('q'), array.array('q'), b' '
         try:
             status = os.stat(path)
             self.stamp = status.st_size, status.st_mtime_ns
+            head = np.fromfile(path, np.uint8, tarfile.BLOCKSIZE).tobytes()
             for name, *row in self.reader.rows(path):
-                parts = [part for part in name.split('/') if part != '.']
                 is_folder = name.endswith('/')
-                parts = parts[:-1] if is_folder else parts
+                parts = [part for part in name[:len(name) - is_folder].split('/') if part != '.']
                 if '..' in parts or '' in parts or re.search(r'[\\\0]', name):
                     raise ValueError('%s is no name in a folder' % name)
                 if not 0 <= row[0] <= row[0] + row[1] <= status.st_size:
-                    raise ValueError('%s is not all in it; it is truncated' % name)
+                    raise EOFError('%s is not all in it; it is truncated' % name)
                 for depth in range(1, len(parts) + is_folder):
                     if '/'.join(parts[:depth]) not in found:
                         found['/'.join(parts[:depth])] = []
@@ -110,11 +113,18 @@ class Archive:
                     keys.append(hash('/'.join(parts)))
                     rows.extend(row)
             for folder, names in found.items():
-                if len(set(names)) < len(names):
-                    raise ValueError('%s holds a name twice' % (folder or 'it'))
+                for name, count in collections.Counter(each.rstrip('\0') for each in names).most_common(1):
+                    if count > 1:
+                        raise ValueError('%s is in it %d times%s' % (os.path.join(folder, name), count, (
+                            ', as a file and as a folder' if name + '\0' in names else '')))
         except Exception as error:  # the libraries raise nearly anything on a damaged file
-            raise UserError('%s: cannot be read as an archive (%s); unpack it, or pack a .zip or a .tar that is not '
-                            'compressed' % (escape_text(path), escape_text(str(error)[:200]))) from None
+            kind = '.zip' if head[:4] == b'PK\3\4' else '.tar' if head[257:262] == b'ustar' else ''
+            is_damaged = kind and not isinstance(error, (ValueError, NotImplementedError))
+            remedy = ('its content is a %s; rename it' % kind if kind not in ('', path[-4:].lower()) else
+                      '%sfetch or copy it again' % ('' if head else 'it is empty; ') if is_damaged or not head else
+                      'unpack it, or pack a .zip or a .tar that is not compressed')
+            raise UserError('%s: cannot be read as an archive (%s); %s' % (
+                escape_text(path), escape_text(str(error)[:200]), remedy)) from None
         order = np.argsort(np.asarray(keys), kind='stable')
         self.keys, self.rows = np.asarray(keys)[order], np.asarray(rows).reshape(-1, 5)[order]
         self.folders = {folder: '/'.join(names) for folder, names in found.items()}
