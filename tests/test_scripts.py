@@ -386,7 +386,7 @@ def test_two_scripts_do_not_share_an_output_folder(checkout, data):
 def test_a_mistake_ends_in_one_line_and_status_2(checkout, data, tmp_path, script, where):
     for flags, expected in (
             ([], '--data_path is missing'),
-            (['--data_path=/no/such folder'], '--data_path /no/such folder: no such file or folder'),
+            (['--data_path=/no/such folder'], '--data_path /no/such folder: no such folder'),
             (['--data_path'], '--data_path needs a value'),
             (['--data_path=' + data, '--resume=' + str(tmp_path / 'nothing')], '/nothing: no such file or folder'),
             (['--data_path=' + data, '--resume=' + data, '--batch_size=many'], "--batch_size must be a whole number"),
