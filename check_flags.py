@@ -122,6 +122,9 @@ def check_data_paths(args: argparse.Namespace) -> None:
 
 def check_model(args: argparse.Namespace) -> None:
     from beit import model_spec
+    from beit.checkpoint import pretrained
+    if not args.eval:
+        pretrained.check_finetune(args.finetune)
     if not flags.evaluates_checkpoint(args):
         model_spec.check_architecture(args.model, args.input_size)
     elif args.model not in flags.MODELS:

@@ -381,7 +381,8 @@ launch() {
         case ${!name} in ''|/*) ;; *) printf -v "$name" %s "$CALLED_FROM/${!name}" ;; esac
     done
     cd "$ROOT" || exit 2
-    [ -z "$data_path" ] || [ "$data_path" = demo ] || [ -d "$data_path" ] || die "--data_path $data_path: no such folder"
+    [ -z "$data_path" ] || [ "$data_path" = demo ] || [ -d "$data_path" ] \
+        || case $data_path in *.zip|*.tar|*.zip/*|*.tar/*) ;; *) die "--data_path $data_path: no such folder" ;; esac
     [ -z "$resume" ] || [ -e "$resume" ] || flag_given auto_resume \
         || case $resume in *://*|hf-hub:*|beit_*_pt*|beitv2_*_pt*) ;; *) die "--resume $resume: no such file or folder" ;; esac
     [ "$kind" != eval ] || [ -n "$resume$finetune" ] \

@@ -252,6 +252,12 @@ def make_hostile(path, kind):
         first = path.read_bytes()
         tar_with(path, 'a/2.png')
         path.write_bytes(first + path.read_bytes() + bytes(3 << 20) * ('whole' in kind))
+    elif kind == 'joined':
+        zip_of(path, ('b/1.png', content))
+        first = path.read_bytes()
+        path.unlink()
+        zip_of(path, ('a/1.png', content))
+        path.write_bytes(first + path.read_bytes())
     elif kind == 'method':
         zip_of(path, ('a/1.png', content), compression=zipfile.ZIP_LZMA)
     elif kind == 'encrypted':
@@ -303,6 +309,7 @@ HOSTILE = {
     'twice': ('a/1.png is in it 2 times); ', REPACK),
     'both': ('(a/1.png is in it 2 times, as a file and as a folder)',),
     'both, at the top': ('(a is in it 2 times, as a file and as a folder)',),
+    'joined': ('joined of several',),
     'a tar': ('; its content is a .tar; rename it',), 'method': ('neither stored nor deflated', REPACK),
     'encrypted': ('is encrypted', REPACK), 'truncated': ('cannot be read', AGAIN), 'empty': ('; it is empty' + AGAIN,),
     'tar that is a zip': ('; its content is a .zip; rename it',), 'tar empty': ('; it is empty' + AGAIN,),

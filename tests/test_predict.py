@@ -365,7 +365,8 @@ def test_the_name_of_standard_output(large, photos, tmp_path):
 @pytest.mark.parametrize('program', ['run_class_finetuning', 'run_predict', 'run_export', 'average_checkpoints',
                                      'run_linear_eval'])
 def test_ctrl_c_while_pytorch_is_imported(program):
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, program + '.py')], stdout=subprocess.PIPE,
+    flags = ['--data_path=demo'] if program in ('run_class_finetuning', 'run_linear_eval') else []
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, program + '.py')] + flags, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     until = time.monotonic() + 60
     while b'libtorch' not in pathlib.Path('/proc/%d/maps' % process.pid).read_bytes() and time.monotonic() < until:

@@ -15,12 +15,14 @@ import modeling_finetune
 import optim_factory
 import run_class_finetuning
 import utils
+from beit.config import MixupConfig
 from beit.data import transforms
 from beit.devices import kernels
 from beit.distributed import preemption
 from beit.errors import UserError
 from beit.outputs import curves
 from beit.training import fused_attention, loss_scaler, metrics
+from flags import config_from
 from helpers import CPU, RUN, Batches, cannot_run, check_trajectory, lines_of, scalars, summaries, toy, trajectory_run
 
 pytestmark = [pytest.mark.fast, pytest.mark.computes]
@@ -415,7 +417,8 @@ def test_a_run_with_every_training_feature(image_folder, tmp_path, capsys):
     ('0.1', '0.5', 'SoftTargetCrossEntropy')))
 def test_choice_of_the_loss(parse, smoothing, mixup, expected):
     args = parse('--smoothing', smoothing, '--mixup', mixup)
-    criterion = run_class_finetuning.build_criterion(args.loss, args.smoothing, transforms.build_mixup(args, 3))
+    criterion = run_class_finetuning.build_criterion(args.loss, args.smoothing, transforms.build_mixup(
+        config_from(args, MixupConfig), 3))
     assert type(criterion).__name__ == expected
 
 

@@ -31,6 +31,14 @@ def refuse_exports(flag: str, source: str) -> None:
         raise UserError('%s %s: %s is %s' % (flag, escape_text(source), kind.ending, EXPORTED_PROGRAM))
 
 
+def check_finetune(source: str) -> None:
+    """Raise a `UserError` where --finetune names no file, an export, or a folder without BEiT's weights. Cheap."""
+    refuse_exports('--finetune', source)
+    sources.check_finetune(source)
+    if os.path.isdir(source):
+        hf_names.hf_weights_path(source, '--finetune')
+
+
 def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAULT_KEYS, model_prefix: str = '',
                     classes: Optional[Sequence[str]] = None) -> None:
     """Load pretrained weights into a model of any input size and class count.
@@ -47,8 +55,7 @@ def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAUL
     Raises:
         UserError: the file can't be read, or belongs to another model; the message lists names and shapes.
     """
-    refuse_exports('--finetune', source)
-    sources.check_finetune(source)
+    check_finetune(source)
     path = weights.resolve(source, '--finetune')
     path = hf_names.hf_weights_path(path, '--finetune') if os.path.isdir(path) else path
     content = load_weights_file(path, '--finetune')

@@ -31,6 +31,8 @@ class ZipReader:
     @staticmethod
     def rows(path: str) -> Iterator[Row]:
         with zipfile.ZipFile(path) as archive:
+            if min([info.header_offset for info in archive.infolist()] or [0]):
+                raise EOFError('it is joined of several or begins with other data; pack one archive')
             for info in archive.infolist():
                 if info.flag_bits & 1:
                     raise ValueError('%s is encrypted' % info.filename)
