@@ -9,6 +9,7 @@ import contextlib
 import glob
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import pickle
@@ -404,3 +405,26 @@ def launch(processes, *flags, timeout=240, preset=RUN):
         timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
         env=dict(os.environ, OMP_NUM_THREADS='1', PYTHON_EXEC=python()))
     return result.returncode, result.stdout, result.stderr
+
+
+with_export = pytest.mark.needs('current', hasattr(getattr(torch, 'export', None), 'Dim'), 'it needs torch.export')
+with_dynamo = pytest.mark.needs('current', 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters,
+                                'it needs the exporter of PyTorch 2')
+
+
+def shake(model, seed=0):
+    """Give every weight a distinct value, because tables and biases start at zero and gammas are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def save_random_weights(path, args, classes, **more):
+    """(the path, the network) of a checkpoint, written with random weights, flags and class names."""
+    from beit.checkpoint import inference_model
+    from beit.files import weights_file
+    model = shake(inference_model.build_model(args, len(classes)))
+    weights_file.save(path, dict({'model': model.state_dict(), 'args': vars(args), 'classes': classes}, **more))
+    return path, model

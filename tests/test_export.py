@@ -1,6 +1,5 @@
 """Other programs read the exports and give equal logits; their weights are loaded here."""
 
-import inspect
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from beit.errors import UserError
 from beit.files import weights_file
 from beit.model_spec import ModelSpec
 from beit.outputs import export_formats
-from helpers import ROOT, needs_extra, photo
+from helpers import ROOT, needs_extra, photo, save_random_weights, shake, with_dynamo, with_export
 
 pytestmark = pytest.mark.current_only
 
@@ -36,33 +35,16 @@ except ImportError:
 
 with_timm = pytest.mark.needs('current', hasattr(timm_beit, 'Beit') and timm_registry is not None,
                               'it needs a timm with BEiT')
-with_export = pytest.mark.needs('current', hasattr(getattr(torch, 'export', None), 'Dim'), 'it needs torch.export')
-with_dynamo = pytest.mark.needs('current', 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters,
-                                'it needs the exporter of PyTorch 2')
 NANO = ('--model', 'beit_nano_patch8_32', '--input_size', '32')
 CLASSES = ['cat', 'grüner "Hund"', '鸟']
 PLAIN = ('--disable_rel_pos_bias', '--abs_pos_emb', '--use_cls', '--layer_scale_init_value', '0')
 
 
-def shake(model, seed=0):
-    """Give every weight a distinct value, because tables and biases start at zero and gammas are equal."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
 @pytest.fixture
 def trained(tmp_path, parse):
     """trained(*flags): the path of a checkpoint of a network with three classes, and the network."""
-    def make(*flags, classes=CLASSES, **more):
-        args = parse(*(flags or NANO))
-        model = shake(inference_model.build_model(args, len(classes)))
-        path = str(tmp_path / 'weights.pth')
-        weights_file.save(path, dict({'model': model.state_dict(), 'args': vars(args), 'classes': classes}, **more))
-        return path, model
-    return make
+    return lambda *flags, classes=CLASSES, **more: save_random_weights(
+        str(tmp_path / 'weights.pth'), parse(*(flags or NANO)), classes, **more)
 
 
 @pytest.fixture

@@ -19,13 +19,21 @@ import run_predict
 from beit.checkpoint import exported, inference_model
 from beit.config import ExportConfig
 from beit.outputs import export_formats
-from helpers import NANO, launch, needs_extra, photo
-from test_export import trained, with_dynamo, with_export  # noqa: F401  (a fixture)
+from helpers import NANO, launch, needs_extra, photo, save_random_weights, with_dynamo, with_export
 
 QUIET = ['--no_curves', '--num_workers=0', '--device=cpu']
 CLASSES = ['dog', 'cat', 'ox']  # not in the order of the folders
 KINDS = {'onnx': [needs_extra('onnx', 'onnxscript', 'onnxruntime'), with_dynamo, pytest.mark.current_only],
          'torch_export': [with_export, pytest.mark.current_only], 'torchscript': []}
+
+
+@pytest.fixture
+def trained(tmp_path, parse):
+    """trained(*flags): the path of a checkpoint of a network with random weights, and the network."""
+    return lambda *flags, classes=('cat', 'grüner "Hund"', '鸟'), **more: save_random_weights(
+        str(tmp_path / 'weights.pth'), parse(*(flags or NANO)), list(classes), **more)
+
+
 every_program = pytest.mark.parametrize('kind, size', [
     pytest.param(kind, size, marks=KINDS[kind]) for kind, size in (
         ('onnx', 0), ('onnx', 3), ('torchscript', 0), ('torch_export', 0), ('torch_export', 4))])
