@@ -59,7 +59,8 @@ def check_terminal(shown):
     assert not re.search(r'Averaged stats|Epoch: \[|Test:', shown), shown
     end = shown[re.search(EPOCH % 2, shown).end():]  # the last evaluation's, and no other's
     assert re.match(r'\* Acc@1 [\d.]+ Acc@5 [\d.]+ loss [\d.]+\r\nAccuracy of the network on the \d+ test images: '
-                    r'[\d.]+%\r\nMax accuracy: [\d.]+%\r\n', end), end
+                    r'[\d.]+%\r\nPrecision, recall, F1: macro [^M]*\r\nExpected calibration error [\d.]+%\r\n'
+                    r'Max accuracy: [\d.]+%\r\n', end), end
     assert shown.count('* Acc@1') == 1
     assert widest(shown) <= 80
 
