@@ -19,11 +19,13 @@ import datasets
 import engine_for_finetuning as engine
 import run_class_finetuning
 from beit.checkpoint import inference_model
+from beit.config import MixupConfig
 from beit.data import transforms
 from beit.data.loader import Batch
 from beit.files import weights_file
 from beit.training import metrics
 from beit.training.losses import BinaryCrossEntropy, WeightedCrossEntropy, build_criterion, class_weights
+from flags import config_from
 from helpers import ROOT, RUN, Batches, launch, lines_of, photo
 
 pytestmark = pytest.mark.fast
@@ -314,11 +316,10 @@ def test_weighted_cross_entropy_is_pytorchs():
 def test_mixup_of_several_classes(parse):
     args = parse('--mixup=0.8', '--smoothing=0.1')
     for mode in ('batch', 'pair', 'elem'):
-        args.mixup_mode = mode
         np.random.seed(0)
         images, dense = torch.rand(5, 3, 8, 8), torch.rand(5, 3).round()
         before = images.clone()
-        mixed, soft = transforms.build_mixup(args, 3)(images, dense)
+        mixed, soft = transforms.build_mixup(config_from(args, MixupConfig, mixup_mode=mode), 3)(images, dense)
         smooth = dense * 0.9 + 0.05
         assert soft.shape == (5, 3) and torch.allclose(soft[4], smooth[4]) and torch.equal(mixed[4], before[4])
         for row, other in ((0, 3), (1, 2)):
