@@ -127,7 +127,7 @@ LAUNCHED = {PREDICT: dict(group='distributed')}
 
 DEEPSPEED = {'amp': True, 'opt_level': 'O2', 'loss_scale': 'dynamic'}  # what --enable_deepspeed stands for
 
-# The linear probe has the flags of a training with these defaults, but not those that are fixed.
+# The linear probe has the flags of a training with these defaults, but not the flags that are fixed.
 PROBE_DEFAULTS = dict(epochs=50, warmup_epochs=0, lr=4e-3, min_lr=0., weight_decay=1e-4, aa='none', color_jitter=0.,
                       smoothing=0., reprob=0.)
 PROBE_FIXED = ('eval', 'check_data', 'prof', 'cann_prof', 'report', 'results_file', 'class_names', 'real_labels',

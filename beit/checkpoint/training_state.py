@@ -254,7 +254,7 @@ def load_optimizer(source: str, optimizer: torch.optim.Optimizer, state: Dict[st
 
 
 def _copies(states):
-    """Copies of an optimizer's tensors: on a CPU it would keep those that lie in the file, which may be replaced."""
+    """Copies of the tensors: on a CPU an optimizer would keep tensors of the mapped file, which may be replaced."""
     return {key: {name: value.clone() if torch.is_tensor(value) else value for name, value in values.items()}
             for key, values in states.items()}
 

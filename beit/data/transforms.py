@@ -61,7 +61,7 @@ class EvalTransform:
             config.input_size, config.crop_pct)
 
     def with_flags(self, flags: Mapping[str, Any]) -> 'EvalTransform':
-        """A copy with those of --exif, --background and --eval_fit that are in `flags`; see `check`."""
+        """A copy with the --exif, --background and --eval_fit in `flags`; see `check`."""
         return dataclasses.replace(
             self, exif=EXIF.get(flags['exif'], flags['exif']) if 'exif' in flags else self.exif,
             transparency=(flags['background'] or 'dropped') if 'background' in flags else self.transparency,

@@ -1,4 +1,4 @@
-"""Reads zip and tar archives in place. Paths go on inside of them: DIR/data.zip/train/cat/1.png.
+"""Reads zip and tar archives in place. Paths continue inside them: DIR/data.zip/train/cat/1.png.
 
 Each process indexes an archive once, before it forks its loader processes. A file is then read at its offset with
 `os.pread`, which has no position to share.

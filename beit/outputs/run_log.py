@@ -73,7 +73,7 @@ def print_sets(rows: List[Stats]) -> None:
 
 
 def update_best(best: Dict[str, float], test_stats: Optional[Stats], ema_stats: Optional[Stats]) -> List[str]:
-    """Update the figures of the best checkpoints; returns the names of those that are new.
+    """Update the figures of the best checkpoints; returns the names of the new ones.
 
     They are the figure of --best_by, and the accuracy or mAP of the same epoch.
     """
