@@ -50,11 +50,13 @@ install() {
         -r "$1" 2>&1 | tee -a "$VENV/install.log" | show_progress && cp "$1" "$(stamp "$1")"
 }
 
-# show_progress: print the newest line of standard input every five seconds, after the seconds since the start.
+# show_progress: print the newest line of standard input every five seconds, after the seconds since the start; at the
+# end, pip's last error.
 show_progress() {
-    local line='' newest='' printed='' began=$SECONDS shown=$SECONDS status
+    local line='' newest='' printed='' error='' began=$SECONDS shown=$SECONDS status
     while :; do
         IFS= read -r -t 5 line; status=$?
+        case $line in "ERROR: pip's dependency resolver"*) ;; ERROR:*) error=$line ;; esac
         if [ $status = 0 ]; then newest=$line; elif [ $status -le 128 ]; then break; fi  # above: nothing came in time
         if [ $((SECONDS - shown)) -ge 5 ]; then
             [ "$newest" != "$printed" ] || newest='installing …'
@@ -63,6 +65,7 @@ show_progress() {
         fi
     done
     cat >/dev/null  # bash 3 gives the same status for the end and for silence
+    [ -z "$error" ] || say "$error" >&2
 }
 
 # made_line: what the installation made, and where.
