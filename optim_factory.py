@@ -4,6 +4,7 @@ Layer-wise learning rates and weight decay follow the reference's optim_factory.
 https://arxiv.org/abs/2106.08254, appendix; the idea is ELECTRA's, https://arxiv.org/abs/2003.10555).
 """
 
+import functools
 import inspect
 import math
 import re
@@ -60,13 +61,13 @@ def weight_decay_skip_list(model: Any, disable_weight_decay_on_rel_pos_bias: boo
 
 # ---- optimizers
 
-def _torch(name, **fixed):
-    return lambda under_apex: (getattr(torch.optim, name, None) or getattr(timm.optim, name, None), fixed)
+def _timm(*names, homes=(timm.optim,), **fixed):
+    found = (getattr(home, name) for home in homes for name in names if hasattr(home, name))
+    cls = next(found, None)
+    return lambda under_apex: (cls, fixed)
 
 
-def _timm(*names, **fixed):
-    return lambda under_apex: (
-        next((getattr(timm.optim, name) for name in names if hasattr(timm.optim, name)), None), fixed)
+_torch = functools.partial(_timm, homes=(torch.optim, timm.optim))
 
 
 def _fused(name, **fixed):

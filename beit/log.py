@@ -34,42 +34,15 @@ def pluralize(number: int, noun: str) -> str:
     return '%d %s%s' % (number, noun, '' if number == 1 else 's')
 
 
-class NoDisplay:
-    """The display without a terminal: lines on standard output, no bar."""
-
-    def log(self, text: str, detail: bool = False) -> None:
-        """Print a line. A terminal does not show a `detail`."""
-        if _is_main_process():
-            print_line(text)
-
-    def log_row(self, name: str, value: str, width: int) -> None:
-        """Print a line 'name: value'; a terminal shows the values in a column that begins at `width`."""
-        NoDisplay.log(self, '%s: %s' % (name, value) if name else value)
-
-    def show(self, text: str) -> None:
-        """Print a line on the terminal only."""
-
-    def show_epoch(self, row: str) -> None:
-        """Print the row of an epoch on the terminal only, the first one below a head."""
-
-    def begin(self, header: str, total: int, done: int = 0) -> None:
-        """Start a bar of `total` steps; `header` is the beginning of the log's lines."""
-
-    def step(self, figures: Optional[Callable[[], str]] = None) -> None:
-        """Advance the bar by a step; `figures()` gives the text after it."""
-
-    def end(self) -> None:
-        """Remove the bar."""
-
-
-class ProgressDisplay(NoDisplay):
-    """A terminal with at most one bar at its bottom. Lines break between words.
+class Display:
+    """Lines on standard output and, on a terminal, lines that break between words and at most one bar below them.
 
     Args:
-        logs (bool): standard output is another file, which gets every line.
+        stream: the terminal; without one the methods for it do nothing.
+        logs (bool): standard output is no terminal, and gets every line.
     """
 
-    def __init__(self, stream: Any, tqdm: Any, logs: bool) -> None:
+    def __init__(self, stream: Any = None, tqdm: Any = None, logs: bool = True) -> None:
         self.stream, self.tqdm, self.logs = stream, tqdm, logs
         self.bar: Any = None
         self.is_short = self.has_head = False
@@ -80,17 +53,21 @@ class ProgressDisplay(NoDisplay):
         return DEFAULT_COLUMNS
 
     def log(self, text: str, detail: bool = False) -> None:
-        if self.logs:
+        """Print a line. A terminal does not show a `detail`."""
+        if self.logs and _is_main_process():
             print_line(text)
         if not detail:
             self.show(text)
 
     def log_row(self, name: str, value: str, width: int) -> None:
-        if self.logs:
-            super().log_row(name, value, width)
+        """Print a line 'name: value'; a terminal shows the values in a column that begins at `width`."""
+        self.log('%s: %s' % (name, value) if name else value, detail=True)
         self.show(name.ljust(width) + value, indent=width)
 
     def show(self, text: str, indent: int = 0) -> None:
+        """Print a line on the terminal only."""
+        if self.stream is None:
+            return
         lines = textwrap.wrap(text, max(self.columns(), indent + 20), subsequent_indent=' ' * indent,
                               break_long_words=False, break_on_hyphens=False)
         with contextlib.suppress(OSError, ValueError):  # the terminal has been closed
@@ -98,13 +75,17 @@ class ProgressDisplay(NoDisplay):
             self.stream.flush()
 
     def show_epoch(self, row: str) -> None:
+        """Print the row of an epoch on the terminal only, the first one below a head."""
         if not self.has_head:
             self.show(EPOCH_HEAD)
         self.has_head = True
         self.show(row)
 
     def begin(self, header: str, total: int, done: int = 0) -> None:
+        """Start a bar of `total` steps; `header` is the beginning of the log's lines."""
         self.end()
+        if self.stream is None:
+            return
         name = re.sub(r'Epoch: \[(\d+)\]', lambda found: 'Epoch %d' % (int(found.group(1)) + 1), header)
         name = 'Validation' if name == 'Test:' else name
         with contextlib.suppress(OSError, ValueError):
@@ -118,6 +99,7 @@ class ProgressDisplay(NoDisplay):
                                  mininterval=SLOWEST_DRAW, **shape)
 
     def step(self, figures: Optional[Callable[[], str]] = None) -> None:
+        """Advance the bar by a step; `figures()` gives the text after it."""
         if self.bar is None:
             return
         with contextlib.suppress(OSError, ValueError):
@@ -133,10 +115,10 @@ class ProgressDisplay(NoDisplay):
                 bar.close()
 
 
-_display = NoDisplay()
+_display = Display()
 
 
-def current_display() -> NoDisplay:
+def current_display() -> Display:
     """The display of this process."""
     return _display
 
@@ -144,14 +126,14 @@ def current_display() -> NoDisplay:
 def start_display() -> None:
     """Use the terminal of the first process, if there is one. Raises nothing: a run does not depend on its display."""
     global _display
-    _display = NoDisplay()
+    _display = Display()
     path = os.environ.get('BEIT_TERMINAL')
     with contextlib.suppress(ImportError, OSError, ValueError, AttributeError):  # no tqdm, or no such terminal
         from tqdm import tqdm
         tqdm.monitor_interval = 0  # its thread must not exist when processes are forked
         stream = open(path, 'w', encoding='utf-8', errors='backslashreplace') if path else sys.stdout
         if _is_main_process() and os.environ.get('TERM') != 'dumb' and stream.isatty():
-            _display = ProgressDisplay(stream, tqdm, logs=bool(path))
+            _display = Display(stream, tqdm, logs=bool(path))
 
 
 def log_main(text: str, detail: bool = False) -> None:

@@ -201,7 +201,8 @@ def print_report(options, report, head, cells):
 
 def build(kind, setting, mode, device):
     """(contender, MiB in use on the device before it)."""
-    accelerator.reset_max_memory(device)
+    if device.type != 'cpu':
+        accelerator.device_module(device).reset_peak_memory_stats()
     before = accelerator.max_memory_mb(device)
     return CONTENDERS[kind](setting, mode), before
 
@@ -583,7 +584,7 @@ def timm_batches(options, root, device, alone=False):
     loader = timm.data.create_loader(
         timm.data.create_dataset('', root=os.path.join(root, 'train')), (3, options.input_size, options.input_size),
         options.batch_size, is_training=True, use_prefetcher=True, num_workers=options.workers, device=device,
-        persistent_workers=False, pin_memory=accelerator.can_pin_memory(device), **AUGMENTATION)
+        persistent_workers=False, pin_memory=device.type != 'cpu', **AUGMENTATION)
     return iter(loader.loader if alone else loader)
 
 
@@ -593,7 +594,7 @@ def folder_batches(options, root, device):
     folder = torchvision.datasets.ImageFolder(os.path.join(root, 'train'), transform)
     return iter(torch.utils.data.DataLoader(
         folder, batch_size=options.batch_size, shuffle=True, num_workers=options.workers, drop_last=True,
-        pin_memory=accelerator.can_pin_memory(device)))
+        pin_memory=device.type != 'cpu'))
 
 
 def rounds(options):

@@ -143,7 +143,7 @@ class HostCopies:
         buffer, dtype = self.buffers.get(key), dtype or value.dtype
         if buffer is None or buffer.shape != value.shape or buffer.dtype != dtype:
             buffer = torch.empty(value.shape, dtype=dtype)
-            if accelerator.can_pin_memory(value.device):
+            if value.device.type != 'cpu':
                 buffer = buffer.pin_memory()
         self.device = value.device if value.device.type != 'cpu' else self.device
         self.used[key] = buffer.copy_(value.detach(), non_blocking=True)

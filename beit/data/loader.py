@@ -21,7 +21,6 @@ from torch.utils.data.dataloader import default_collate
 from beit.data import device_randaugment
 from beit.data.decode import UnreadableImage, take_first_page_only
 from beit.data.device_loader import RandomErasingBoxes
-from beit.devices import accelerator
 from beit.distributed import process_group
 from beit.errors import UserError
 
@@ -189,7 +188,7 @@ def _exit_on_sigterm_of(parent: int) -> None:
 def loader_kwargs(num_workers: int, pin_mem: bool, input_size: int, device: torch.device) -> Dict[str, Any]:
     """A DataLoader's arguments, as far as this PyTorch has them. Workers persist between epochs."""
     wanted = dict(
-        num_workers=num_workers, pin_memory=pin_mem and accelerator.can_pin_memory(device),
+        num_workers=num_workers, pin_memory=pin_mem and device.type != 'cpu',
         worker_init_fn=worker_init, collate_fn=functools.partial(collate, size=input_size),
         persistent_workers=num_workers > 0,
         generator=torch.Generator())  # seeds of new workers must not use the run's random numbers

@@ -101,8 +101,9 @@ def select_device(name: str = 'auto', local_rank: int = 0, processes: int = 1) -
 
 
 def device_module(device: Any) -> Any:
-    """torch.npu or torch.cuda, or None for the CPU."""
-    return getattr(torch, getattr(device, 'type', device), None) if getattr(device, 'type', device) != 'cpu' else None
+    """torch.npu or torch.cuda, or None for the CPU. Takes a device or its type."""
+    kind = getattr(device, 'type', device)
+    return None if kind == 'cpu' else getattr(torch, kind, None)
 
 
 def npu_unused_reason(name: str, device: torch.device) -> str:
@@ -140,11 +141,6 @@ def elapsed_seconds(start: Any, end: Any) -> float:
 def max_memory_mb(device: torch.device) -> float:
     """Peak memory of tensors on the device, in MiB; 0 on a CPU."""
     return device_module(device).max_memory_allocated() / 2 ** 20 if device_module(device) else 0.
-
-
-def reset_max_memory(device: torch.device) -> None:
-    if device_module(device):
-        device_module(device).reset_peak_memory_stats()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -188,11 +184,6 @@ def set_compile_mode(device: torch.device, mode: str) -> None:
     device_module(device).set_compile_mode(jit_compile=mode == 'on')
 
 
-def can_pin_memory(device: torch.device) -> bool:
-    """Whether page-locked memory makes sense for batches of this device."""
-    return device.type != 'cpu'
-
-
 def noise_generator(device: torch.device) -> torch.Generator:
     """A random generator of the device, or of the CPU if this PyTorch has none for the device."""
     try:
@@ -230,8 +221,6 @@ def is_synchronous(device: torch.device) -> bool:
     """Whether reading a number from the device never waits for pending work."""
     return device.type == 'cpu'
 
-
-# ---- distribution
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """The model in DistributedDataParallel.

@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import shutil
 from typing import Any, Callable, Dict, Iterable, List, Optional
@@ -101,53 +102,27 @@ def step_scaled(optimizer: Any, divisor: Optional[torch.Tensor] = None, skip: Op
 _HAS_FOREACH = hasattr(torch, '_foreach_copy_')
 
 
-def foreach_mul(tensors: List[torch.Tensor], factor: float) -> None:
-    """Multiply each tensor in place by a number."""
-    if _HAS_FOREACH:
-        torch._foreach_mul_(tensors, factor)
-        return
-    for tensor in tensors:
-        tensor.mul_(factor)
-
-
-def foreach_add(tensors: List[torch.Tensor], others: List[torch.Tensor]) -> None:
-    """tensor += other for each pair, in place; dtypes may differ."""
-    others = [other.to(tensor.dtype) for tensor, other in zip(tensors, others)]
+def foreach(method: str, tensors: List[torch.Tensor], others: Any, **options: float) -> None:
+    """tensor.add_(other), or `method` 'mul' or 'copy', for each pair; `others` is a list, or one factor for all."""
     if _HAS_FOREACH and tensors:
-        torch._foreach_add_(tensors, others)
+        getattr(torch, '_foreach_%s_' % method)(tensors, others, **options)
         return
-    for tensor, other in zip(tensors, others):
-        tensor.add_(other)
-
-
-def foreach_copy(tensors: List[torch.Tensor], others: List[torch.Tensor]) -> None:
-    """Copy other into tensor for each pair; dtypes may differ."""
-    if _HAS_FOREACH and tensors:
-        torch._foreach_copy_(tensors, others)
-        return
-    for tensor, other in zip(tensors, others):
-        tensor.copy_(other)
+    for tensor, other in zip(tensors, others if isinstance(others, list) else itertools.repeat(others)):
+        getattr(tensor, method + '_')(other, **options)
 
 
 def foreach_lerp(averages: List[torch.Tensor], values: List[torch.Tensor], decay: float, skip: Any = False) -> None:
     """average = decay * average + (1 - decay) * value for each, in place, unless `skip`, a bool or 0-dim tensor."""
     if skip is True:
         return
-    if skip is not False:  # a tensor on the device: a step of length 0 skips
-        length = ((1 - decay) * (~skip).float()).to(averages[0].device)
-        if _HAS_FOREACH:
-            steps = torch._foreach_sub(values, averages)
-            torch._foreach_mul_(steps, length)
-            torch._foreach_add_(averages, steps)
-            return
-        for average, value in zip(averages, values):
-            average.add_((value - average) * length)
-    elif _HAS_FOREACH:
-        torch._foreach_mul_(averages, decay)
-        torch._foreach_add_(averages, values, alpha=1 - decay)
-    else:
-        for average, value in zip(averages, values):
-            average.mul_(decay).add_(value, alpha=1 - decay)
+    if skip is False:
+        foreach('mul', averages, decay)
+        foreach('add', averages, values, alpha=1 - decay)
+        return
+    # On the device, a step of length 0 skips.
+    steps = list(torch._foreach_sub(values, averages) if _HAS_FOREACH else map(torch.sub, values, averages))
+    foreach('mul', steps, ((1 - decay) * (~skip).float()).to(averages[0].device))
+    foreach('add', averages, steps)
 
 
 # ---- attention

@@ -20,24 +20,25 @@ def profiler(device: torch.device, folder: str, rank: int = 0, cann: bool = Fals
         cann (bool): with torch_npu's profiler, for Ascend's tools; else a Chrome trace, trace_rank<N>.json.
     """
     os.makedirs(folder, exist_ok=True)
+    profile: Any
     if cann:
-        with _cann_profiler(folder):
-            yield
-        return
-    path = os.path.join(folder, 'trace_rank%d.json' % rank)
-    if hasattr(torch, 'profiler') and hasattr(torch.profiler, 'ProfilerActivity'):
-        activities = [getattr(torch.profiler.ProfilerActivity, name) for name in ('CPU', 'CUDA', 'PrivateUse1')
-                      if hasattr(torch.profiler.ProfilerActivity, name)
-                      and (name == 'CPU' or (name == 'CUDA') == (device.type == 'cuda') and device.type != 'cpu')]
-        with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
-            yield
-            accelerator.synchronize(device)
+        torch_npu = importlib.import_module('torch_npu')
+        profile = torch_npu.profiler.profile(
+            activities=[torch_npu.profiler.ProfilerActivity.CPU, torch_npu.profiler.ProfilerActivity.NPU],
+            on_trace_ready=torch_npu.profiler.tensorboard_trace_handler(folder))
+    elif hasattr(torch, 'profiler') and hasattr(torch.profiler, 'ProfilerActivity'):
+        names = {'cpu': ['CPU'], 'cuda': ['CPU', 'CUDA']}.get(device.type, ['CPU', 'PrivateUse1'])
+        activities = [getattr(torch.profiler.ProfilerActivity, name) for name in names
+                      if hasattr(torch.profiler.ProfilerActivity, name)]
+        profile = torch.profiler.profile(activities=activities, record_shapes=True)
     else:  # PyTorch 1.5
         options: Any = {'use_cuda': device.type == 'cuda'}
-        with torch.autograd.profiler.profile(**options) as profile:
-            yield
-            accelerator.synchronize(device)
-    profile.export_chrome_trace(path)
+        profile = torch.autograd.profiler.profile(**options)
+    with profile:
+        yield
+        accelerator.synchronize(device)
+    if not cann:
+        profile.export_chrome_trace(os.path.join(folder, 'trace_rank%d.json' % rank))
 
 
 def check_cann_profiler() -> None:
@@ -47,10 +48,3 @@ def check_cann_profiler() -> None:
         problem = 'this torch_npu has no profiler; use --prof'
     if problem:
         raise UserError('--cann_prof: %s' % problem)
-
-
-def _cann_profiler(folder: str) -> Any:
-    torch_npu = importlib.import_module('torch_npu')
-    return torch_npu.profiler.profile(
-        activities=[torch_npu.profiler.ProfilerActivity.CPU, torch_npu.profiler.ProfilerActivity.NPU],
-        on_trace_ready=torch_npu.profiler.tensorboard_trace_handler(folder))

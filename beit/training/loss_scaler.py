@@ -90,7 +90,7 @@ class LossScaler:
         if kernels.supports_grad_scale(optimizer) and not (self.dynamic or half_precision.saturates(device)):
             return self._finish_on_device(optimizer, parameters, clip_grad, device, scale)
         if scale != 1.:
-            kernels.foreach_mul([parameter.grad for parameter in parameters], 1. / scale)
+            kernels.foreach('mul', [parameter.grad for parameter in parameters], 1. / scale)
         grad_norm = self._clip(optimizer, parameters, clip_grad)
         if not self.count(self._overflowed(grad_norm, device)):
             optimizer.step()
@@ -173,11 +173,11 @@ class MasterWeightScaler(LossScaler):
         # Accumulate in float32, in buffers that keep their addresses: NpuFusedAdamW never looks for new ones.
         pairs = [pair for pair in self.pairs if pair[0].grad is not None]
         begun = [pair for pair in pairs if pair[1].grad is not None]
-        kernels.foreach_add([master.grad for _, master in begun], [parameter.grad for parameter, _ in begun])
+        kernels.foreach('add', [master.grad for _, master in begun], [parameter.grad.float() for parameter, _ in begun])
         fresh = [pair for pair in pairs if pair[1].grad is None]
         for _, master in fresh:
             master.grad = torch.empty_like(master)
-        kernels.foreach_copy([master.grad for _, master in fresh], [parameter.grad for parameter, _ in fresh])
+        kernels.foreach('copy', [master.grad for _, master in fresh], [parameter.grad for parameter, _ in fresh])
         for parameter, _ in pairs:
             parameter.grad = None
 
@@ -198,7 +198,8 @@ class MasterWeightScaler(LossScaler):
         return state
 
     def sync_model_weights(self) -> None:
-        kernels.foreach_copy([parameter.data for parameter, _ in self.pairs], [master.data for _, master in self.pairs])
+        kernels.foreach('copy', [parameter.data for parameter, _ in self.pairs],
+                        [master.data for _, master in self.pairs])
 
 
 class AmpLibraryScaler(MasterWeightScaler):
@@ -216,7 +217,7 @@ class AmpLibraryScaler(MasterWeightScaler):
                 factor: float) -> Norm:
         masters = [master for master in self.amp.master_params(optimizer) if master.grad is not None]
         if factor != 1.:
-            kernels.foreach_mul([master.grad for master in masters], factor)
+            kernels.foreach('mul', [master.grad for master in masters], factor)
         grad_norm = self._clip(optimizer, masters, clip_grad)
         before, self.scale = self.scale, float(next(iter(self.amp.state_dict().values()))['loss_scale'])
         if self.dynamic:  # the library decided, and replaced a step to skip by a no-op, which must be called
