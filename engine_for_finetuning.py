@@ -15,7 +15,7 @@ from beit.files import run_folder
 from beit.log import log_main
 from beit.training.loss_scaler import LossScaler
 from beit.training.metrics import Loss, Metric, TopAccuracy
-from beit.training.step_control import StepMonitor, StepState
+from beit.training.step_control import CheckpointMonitor, StepState
 
 run_folder.register_output('prof')
 
@@ -39,7 +39,7 @@ class EpochSettings:
     seed: Optional[int] = None  # seeds every update (`utils.seed_step`); None: no seeding
     first_step: int = 0  # updates of this epoch before a resume; the loader starts after them
     state: Optional[Dict[str, Any]] = None  # the averages of those updates, from the checkpoint
-    monitor: Optional[StepMonitor] = None  # signals, checkpoints in mid-epoch, unreadable images, non-finite losses
+    monitor: Optional[CheckpointMonitor] = None  # signals, saves in mid-epoch, unreadable images, non-finite losses
 
 
 def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: Any,
@@ -63,7 +63,7 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
     """
     config = EpochSettings(*settings, **named_settings)
     model.train()
-    monitor, update_freq = config.monitor or StepMonitor(), config.update_freq or 1
+    monitor, update_freq = config.monitor or CheckpointMonitor(), config.update_freq or 1
     scaler = loss_scaler if loss_scaler is not None else LossScaler()
     meters = training_meters(config.state, getattr(data_loader, 'batch_size', None) or 1)
     skipped_before = config.state['skipped_before'] if config.state else scaler.skipped
@@ -120,7 +120,7 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
             unread, line_is_due = [], False
         monitor.after_step(update, epoch, micro_step // update_freq + 1, state, device)
 
-    monitor.on_epoch_end(state())
+    monitor.epoch_state = state()
     meters.synchronize_between_processes(device)
     stats = meters.averages()
     log_main('Averaged stats: ' + '  '.join('%s: %.4g' % item for item in stats.items()), detail=True)
@@ -169,7 +169,7 @@ def class_accuracy(output: torch.Tensor, targets: torch.Tensor) -> Optional[torc
     return (output.argmax(-1) == targets).float().mean() if targets.dim() == 1 and output.dim() == 2 else None
 
 
-def read_updates(updates: List[StepState], scaler: LossScaler, monitor: StepMonitor, log_writer: Any,
+def read_updates(updates: List[StepState], scaler: LossScaler, monitor: CheckpointMonitor, log_writer: Any,
                  device: torch.device) -> None:
     """Copy the outcomes of updates from the device at once, and report skipped updates."""
     numbers = iter(utils.to_floats([number for update in updates for number in (update.grad_norm, update.skipped)]))

@@ -169,7 +169,7 @@ class Numbered(list):
             yield Batch(images, targets, self.newest, [])
 
 
-class Listener(step_control.StepMonitor):
+class Listener(step_control.CheckpointMonitor):
     """Names images by their indices, and keeps the reports."""
 
     def __init__(self, on_nonfinite):

@@ -65,8 +65,8 @@ def test_the_host_reads_nothing_between_two_lines(far_device, monkeypatch):
                 asked.append(len(steps))
             return function(*args, **(kwargs or {}))
 
-    steps, step = [], step_control.StepMonitor.begin_sync
-    monkeypatch.setattr(step_control.StepMonitor, 'begin_sync', lambda *args: steps.append(1) or step(*args))
+    steps, step = [], step_control.CheckpointMonitor.begin_sync
+    monkeypatch.setattr(step_control.CheckpointMonitor, 'begin_sync', lambda *args: steps.append(1) or step(*args))
     monkeypatch.setattr(accelerator, 'synchronize', lambda device: waited.append(len(steps) - 1))
     read = utils.to_floats
     monkeypatch.setattr(utils, 'to_floats', lambda values: reads.append(len(steps) - 1) or read(values))

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import json
 import math
 import os
@@ -67,29 +68,50 @@ class StepState:
         return found or [index for indices in self.indices for index in indices.tolist()]
 
 
-class StepMonitor:
-    """Decides the outcome of an update, together with all processes; stops at the first non-finite loss.
+class CheckpointMonitor:
+    """Decides the outcome of an update, together with all processes, which call each method at the same point.
 
-    `CheckpointMonitor` also saves. All processes call each method at the same point.
+    It saves in mid-epoch and at a signal, stops at a non-finite loss, and writes reports to output_dir.
+
+    Args:
+        output: the folder and interval of checkpoints, and the flags that they hold.
+        signals: the source of requests to stop.
+        run_state: the start of the run; updated with its progress.
+        bad_images: collects unreadable files.
+        parts: model, optimizer, scaler and ema, for `training_state.build_checkpoint`.
+        on_nonfinite: 'stop' at a non-finite loss, or 'skip' the update.
     """
 
-    on_nonfinite = 'stop'
-
-    def __init__(self) -> None:
+    def __init__(self, output: Optional[OutputConfig] = None, signals: Optional[preemption.Signals] = None,
+                 run_state: Optional[training_state.RunState] = None, bad_images: Optional[UnreadableFiles] = None,
+                 train_set: Any = None, parts: Optional[Dict[str, Any]] = None, on_nonfinite: str = 'stop') -> None:
+        self.output, self.signals = output or OutputConfig(), signals or preemption.Signals()
+        self.run_state, self.parts = run_state or training_state.RunState(), parts or {}
+        self.bad_images: Any = bad_images
+        self.train_set, self.on_nonfinite = train_set, on_nonfinite
+        self.saves = bool(self.output.output_dir and self.output.save_ckpt)
+        self.timer = training_state.SaveTimer(self.output.save_ckpt_steps, self.output.save_ckpt_minutes)
+        self.spent: Callable[[], List[float]] = lambda: self.run_state.spent  # of the whole run, until now
+        self.saving, self.host = weights_file.BackgroundSave(), training_state.HostCopies()
+        self.epoch_state: Optional[Dict[str, Any]] = None  # the averages of the last complete epoch
         self.norms: Any = collections.deque(maxlen=NORMS_KEPT)  # gradient norms of the last updates
         self.requests: Any = None  # waits for the requests of all processes, and returns them
         self.votes: Optional[List[List[float]]] = None  # its result
 
-    def local_requests(self, update_step: int) -> Tuple[int, bool]:
-        """This process's requests: (signal that asks to stop or 0, whether to save after this update)."""
-        return 0, False
+    def __enter__(self) -> 'CheckpointMonitor':
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Whatever ends the training, a save that has begun is completed."""
+        self.saving.join()
 
     def begin_sync(self, update: StepState, device: torch.device) -> None:
         """Before the step: send this process's requests; the others' arrive while the step runs."""
         watchdog.mark_waiting()
-        stop, save = self.local_requests(update.step)
+        self.saving.check()
         self.requests, self.votes = collectives.all_gather_async(
-            [stop, save, sum(update.images), update.files], device), None
+            [self.signals.stop_signal, self.saves and self.timer.due(update.step), sum(update.images), update.files],
+            device), None
 
     def wait(self) -> List[List[float]]:
         """[stop, save, images read, files] of each process in this update."""
@@ -107,28 +129,25 @@ class StepMonitor:
         stops, saves, images, files = zip(*self.wait())
         update.stop, update.save, update.images_of_all = int(max(stops)), any(saves), int(sum(images))
         if images != files:
-            pairs_of_each = collectives.all_gather_json(update.unreadable, device)
-            self.unreadable([(path, reason) for pairs in pairs_of_each for path, reason in pairs])
+            unreadable = collectives.all_gather_json(update.unreadable, device)
+            if self.bad_images is not None:
+                self.bad_images.report(itertools.chain(*unreadable), len(self.train_set), 'training')
         return bool(update.stop or update.save)
-
-    def unreadable(self, pairs: List[Tuple[str, str]]) -> None:
-        """Handle unreadable files, (path, reason), of all processes."""
 
     def name_images(self, indices: List[int]) -> List[str]:
         """Printable names of images, by their indices in the data set."""
-        return []
+        return [] if self.train_set is None else [image_name(self.train_set, index) for index in indices]
 
     def skipped(self, update: StepState, scaler: Any, device: torch.device) -> None:
         """Handle a skipped update, on every process: an error unless an overflow explains it."""
         losses = [loss for loss, in collectives.all_gather_numbers([update.loss], device)]
-        nonfinite = [not math.isfinite(loss) for loss in losses]
-        if not any(nonfinite) and scaler.overflows:
+        bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        if not bad and scaler.overflows:
             return
-        names = collectives.all_gather_json(self.name_images(update.nonfinite_indices())
-                                            if not any(nonfinite) or not math.isfinite(update.loss) else [], device)
-        images = [name for names_of_process in names for name in names_of_process]
+        named = [] if bad and math.isfinite(update.loss) else self.name_images(update.nonfinite_indices())
+        images = list(itertools.chain(*collectives.all_gather_json(named, device)))
         what = '%s at update step %d' % (
-            'the loss is %s' % losses[nonfinite.index(True)] if any(nonfinite) else
+            'the loss is %s' % losses[bad[0]] if bad else
             'the gradients are not finite (their norm is %s, the loss %.4f)' % (update.grad_norm, update.loss),
             update.step)
         where = self.write_report(dict(update_step=update.step, what=what, loss_scale=scaler.scale, images=images,
@@ -141,67 +160,10 @@ class StepMonitor:
             log_main(text)
             return
         raise UserError(text + '; lower --lr, set --clip_grad, look at the images, or --on_nonfinite skip',
-                        rank=nonfinite.index(True) if any(nonfinite) and process_group.world_size() > 1 else None)
+                        rank=bad[0] if bad and process_group.world_size() > 1 else None)
 
     def write_report(self, record: Dict[str, Any]) -> str:
-        """Write a record to a file; returns ' (all in FILE)', or ''."""
-        return ''
-
-    def after_step(self, update: StepState, epoch: int, steps: int, state: Callable[[], Dict[str, Any]],
-                   device: torch.device) -> None:
-        """After the step: save or stop if `update` requests it.
-
-        Args:
-            steps: updates of the epoch so far.
-            state: returns the state that a resumed epoch needs.
-        """
-
-    def on_epoch_end(self, state: Dict[str, Any]) -> None:
-        """Called after the last update of an epoch."""
-
-
-class CheckpointMonitor(StepMonitor):
-    """The monitor of a run: saves in mid-epoch and at a signal, and writes reports to output_dir.
-
-    Args:
-        output: the folder and interval of checkpoints, and the flags that they hold.
-        signals: the source of requests to stop.
-        run_state: the start of the run; updated with its progress.
-        bad_images: collects unreadable files.
-        parts: model, optimizer, scaler and ema, for `training_state.build_checkpoint`.
-        on_nonfinite: 'stop' at a non-finite loss, or 'skip' the update.
-    """
-
-    def __init__(self, output: OutputConfig, signals: preemption.Signals, run_state: training_state.RunState,
-                 bad_images: UnreadableFiles, train_set: Any, parts: Dict[str, Any],
-                 on_nonfinite: str = 'stop') -> None:
-        super().__init__()
-        self.output, self.signals, self.run_state, self.parts = output, signals, run_state, parts
-        self.bad_images, self.train_set, self.on_nonfinite = bad_images, train_set, on_nonfinite
-        self.saves = bool(output.output_dir and output.save_ckpt)
-        self.timer = training_state.SaveTimer(output.save_ckpt_steps, output.save_ckpt_minutes)
-        self.spent: Callable[[], List[float]] = lambda: run_state.spent  # of the whole run, until now
-        self.saving, self.host = weights_file.BackgroundSave(), training_state.HostCopies()
-        self.epoch_state: Optional[Dict[str, Any]] = None  # the averages of the last complete epoch
-
-    def __enter__(self) -> 'CheckpointMonitor':
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        """Whatever ends the training, a save that has begun is completed."""
-        self.saving.join()
-
-    def local_requests(self, update_step: int) -> Tuple[int, bool]:
-        self.saving.check()
-        return self.signals.stop_signal, self.saves and self.timer.due(update_step)
-
-    def unreadable(self, pairs: List[Tuple[str, str]]) -> None:
-        self.bad_images.report(pairs, len(self.train_set), 'training')
-
-    def name_images(self, indices: List[int]) -> List[str]:
-        return [image_name(self.train_set, index) for index in indices]
-
-    def write_report(self, record: Dict[str, Any]) -> str:
+        """Add a record to nonfinite.txt; returns ' (all in FILE)', or '' without an output_dir."""
         if not self.output.output_dir:
             return ''
         path = os.path.join(self.output.output_dir, 'nonfinite.txt')
@@ -216,13 +178,16 @@ class CheckpointMonitor(StepMonitor):
 
     def after_step(self, update: StepState, epoch: int, steps: int, state: Callable[[], Dict[str, Any]],
                    device: torch.device) -> None:
+        """After the step: save or stop if `update` requests it.
+
+        Args:
+            steps: updates of the epoch so far.
+            state: returns the state that a resumed epoch needs.
+        """
         if update.stop or update.save:
             self.save(epoch, steps, state(), device)
         if update.stop:
             self.stop(update.stop, epoch, steps)
-
-    def on_epoch_end(self, state: Dict[str, Any]) -> None:
-        self.epoch_state = state
 
     def save(self, epoch: int, steps: int, state: Optional[Dict[str, Any]], device: torch.device) -> None:
         """Write a checkpoint in mid-epoch, on the first process, with the averages of every process."""
