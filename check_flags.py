@@ -178,8 +178,8 @@ def check_augmentation(args: argparse.Namespace) -> None:
     transforms.check_backend(flags.config_from(args, TransformConfig))
     if args.in_chans == 4 and not args.eval and transforms.policy_or_none(args.aa):
         raise UserError('--in_chans 4: it keeps the alpha channel, which --aa %s cannot; give --aa none' % args.aa)
-    if args.class_weights and not args.eval:
-        losses.check_weights(args.class_weights)
+    if args.class_weights not in ('', 'balanced') and not args.eval:
+        losses.read_weights(args.class_weights)
 
 
 def check_schedule(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ import gc
 import os
 import sys
 import time
+import zlib
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -63,6 +64,7 @@ from beit.training import fused_attention, loss_scaler, losses, temperature
 from beit.training.confusion import ConfusionMatrix
 from beit.training.losses import build_criterion
 from beit.training.metrics import (
+    Evaluation,
     Metric,
     OfLayers,
     best_figures,
@@ -276,8 +278,9 @@ def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Opt
 
 def metrics_of(args: argparse.Namespace, data: Data) -> List[Metric]:
     """New metrics for an evaluation. Raises `UserError` where a flag does not fit the validation set."""
-    return build_metrics(data.val_set, args.results_file, args.real_labels, args.data_set, data.spec.multi_label,
-                         data.spec.activation, args.topk, data.outputs, len(data.spec.classes))
+    return build_metrics(Evaluation(data.val_set, args.results_file, args.real_labels, args.data_set,
+                                    data.spec.multi_label, data.spec.activation, args.topk, data.outputs,
+                                    len(data.spec.classes)))
 
 
 def build_spec(args: argparse.Namespace, inputs: InputConfig, dataset: Any, classes: Sequence[str]) -> ModelSpec:
@@ -355,7 +358,7 @@ def choose_class_weights(args: argparse.Namespace, train_set: Any, classes: List
     if args.eval or not args.class_weights:
         return None
     counts = subsets.class_counts(label_source(train_set), len(classes))
-    weights: Any = losses.class_weights(args.class_weights, classes, counts)
+    weights = losses.class_weights(args.class_weights, classes, counts)
     log.log_main(losses.describe_weights(weights, classes))
     return weights
 
@@ -443,7 +446,7 @@ def resume(args: argparse.Namespace, data: Data, learner: Learner,
     total_batch = args.batch_size * args.update_freq * process_group.world_size()
     run = comparison.Run(vars(args), learner.device,
                          fingerprint.of_data(data.train_set, data.val_set, data.classes, learner.device),
-                         None if data.class_weights is None else losses.fingerprint(data.class_weights))
+                         None if data.class_weights is None else zlib.crc32(data.class_weights.numpy().tobytes()))
     run_state = training_state.RunState(args.start_epoch)
     if checkpoint is not None:
         source, content = checkpoint.source, checkpoint.content
@@ -666,7 +669,7 @@ def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_ima
                                   else 'validation')
             if predictions is not None:
                 predictions.figures = stats
-            lines = [run_log.scores_line(stats), run_log.accuracy_line(name, stats, len(set(left_out)))]
+            lines = run_log.score_lines(name, stats, len(set(left_out)))
             lines += [metric.message % stats for metric in metrics if metric.message]
             for line in lines:  # in training, a terminal shows the last epoch's at the end
                 log.log_main(line, detail=stop_signal is not None)

@@ -276,7 +276,7 @@ def test_a_multi_label_model_turns_class_indices_into_multi_label_targets():
     class Data:
         classes = list('abcd')
 
-    found = metrics.build_metrics(Data(), multi_label=True, activation='sigmoid')
+    found = metrics.build_metrics(metrics.Evaluation(Data(), multi_label=True, activation='sigmoid'))
     assert [type(each) for each in found] == [metrics.MeanAveragePrecision, metrics.Loss, metrics.Calibration]
     stats = {}
     for metric in found:

@@ -330,7 +330,7 @@ def test_reassessed_labels_of_a_subset(tmp_path):
 
     labels = tmp_path / 'real.json'
     labels.write_text('[[1], [0, 3], [2], [1]]')
-    found = metrics.build_metrics(Data(), real_labels=str(labels), multi_label=False, outputs=[1, 3], nb_classes=4)[-1]
+    found = metrics.build_metrics(metrics.Evaluation(Data(), real_labels=str(labels), outputs=[1, 3], nb_classes=4))[-1]
     found.update(Batch(None, None, torch.arange(4), []), output)
     assert found.compute(False, CPU) == {'real_acc1': pytest.approx(200 / 3), 'real_acc5': 100., 'real_images': 3}
 

@@ -98,7 +98,8 @@ class PrefetchLoader:
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:
         """The pixels of images from `prepare`, as uint8 (B, H, W, 3) on the CPU."""
-        return as_rgb(((images * self.std + self.mean) * self.white).round().byte().permute(0, 2, 3, 1).cpu())
+        pixels = ((images * self.std + self.mean) * self.white).clamp(0, 255).round().byte()
+        return as_rgb(pixels.permute(0, 2, 3, 1).cpu())
 
     def pixels(self, height: int, width: int) -> torch.Tensor:
         """The pixels that erase a box: (C, height, width), or (C, 1, 1)."""

@@ -38,11 +38,9 @@ def read(path: str) -> Dict[str, Union[str, List[str], None]]:
         if len(data) > LARGEST:
             raise UserError('%s: larger than 1 MiB, so not a file of flags' % shown)
         text = data.decode('utf-8-sig')
-    except OSError as error:
-        raise UserError('%s: cannot be read (%s); give a file such as the args.yaml of a run'
-                        % (shown, error.strerror or error)) from None
-    except UnicodeDecodeError:
-        raise UserError('%s: not a text file; give a file such as the args.yaml of a run' % shown) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = 'cannot be read (%s)' % (error.strerror or error) if isinstance(error, OSError) else 'not a text file'
+        raise UserError('%s: %s; give a file such as the args.yaml of a run' % (shown, reason)) from None
     try:
         import yaml  # slow to import
     except ImportError:

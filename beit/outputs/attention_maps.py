@@ -1,6 +1,5 @@
 """Attention maps: the attention of one block, as a heat map over the model's input image."""
 
-import io
 import os
 from typing import Any, Optional
 
@@ -79,7 +78,7 @@ class HeatmapWriter:
     With `heads`, it also writes a map for each head.
     """
 
-    def __init__(self, hook: AttentionHook, folder: str, origin: str, heads: bool = False) -> None:
+    def __init__(self, hook: AttentionHook, folder: str, origin: str, heads: bool) -> None:
         self.hook, self.folder, self.origin, self.heads = hook, folder, origin, heads
 
     def write(self, path: str, picture: torch.Tensor, inputs: tuple, row: int) -> str:
@@ -92,13 +91,8 @@ class HeatmapWriter:
         except OSError as error:
             raise UserError('--attention_dir: cannot make %s (%s)'
                             % (escape_text(os.path.dirname(target)), error.strerror)) from None
-        save(target + '.attention.png', paint(picture, maps.mean(0)))
-        for head, heat in enumerate(maps if self.heads else (), 1):
-            save('%s.head%d.png' % (target, head), paint(picture, heat))
+        heats = [('attention', maps.mean(0))] + [('head%d' % head, heat) for head, heat in enumerate(maps, 1)]
+        for name, heat in heats if self.heads else heats[:1]:
+            with atomic_write.atomic_write('%s.%s.png' % (target, name)) as file:
+                paint(picture, heat).save(file, 'PNG')
         return target + '.attention.png'
-
-
-def save(path: str, image: Image.Image) -> None:
-    content = io.BytesIO()
-    image.save(content, 'PNG')
-    atomic_write.write_bytes(path, content.getvalue())

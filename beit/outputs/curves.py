@@ -82,11 +82,9 @@ def draw_panel(axes: Any, title: str, curves: Sequence[Curve]) -> None:
 
 def draw_curves(path: str, log: Sequence[Dict[str, Any]], classes: float = math.inf) -> None:
     """Write curves.png, with all panels in a row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyplot would look for a display
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # pyplot would look for a display
     drawn = panels(log, classes)
     figure, file = Figure(figsize=(4.5 * len(drawn), 3.9), dpi=100), io.BytesIO()
-    FigureCanvasAgg(figure)
     for place, (title, curves) in enumerate(drawn.items(), 1):
         draw_panel(figure.add_subplot(1, len(drawn), place), title, curves)
     figure.tight_layout(pad=1.2, w_pad=2.2)

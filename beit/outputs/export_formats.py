@@ -69,13 +69,6 @@ def package_version(module: str) -> str:
     return getattr(import_optional(module), '__version__', '')
 
 
-def _require_package(name: str, what: str) -> Any:
-    module = import_optional(name)
-    if module is None:
-        raise UserError('%s needs %s; %s' % (what, name, EXTRA))
-    return module
-
-
 def metadata(trained: LoadedModel, batch_size: Optional[int] = None) -> Dict[str, str]:
     """The model's spec as {name: string}; lists and dicts are JSON, in ASCII."""
     return {
@@ -95,10 +88,10 @@ def metadata(trained: LoadedModel, batch_size: Optional[int] = None) -> Dict[str
 
 def make_onnx(trained: LoadedModel, config: ExportConfig) -> Tuple[bytes, str]:
     """An ONNX file with its weights inside, for batches of any size, or of `config.batch_size`."""
-    opset = config.opset
-    onnx = _require_package('onnx', '--format onnx')
-    if HAS_DYNAMO:
-        _require_package('onnxscript', '--format onnx')
+    opset, onnx = config.opset, import_optional('onnx')
+    for name in ('onnx', 'onnxscript') if HAS_DYNAMO else ('onnx',):
+        if import_optional(name) is None:
+            raise UserError('--format onnx needs %s; %s' % (name, EXTRA))
     size = sum(value.numel() * value.element_size() for value in trained.model.state_dict().values())
     if size >= PROTOBUF_LIMIT:
         raise UserError('--format onnx: the weights take %.1f GB, and a file holds 2 at most; use --format torch_export'

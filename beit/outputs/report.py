@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -19,16 +20,16 @@ from beit.data import transforms
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes, as_rgb
 from beit.data.image_dataset import image_name
 from beit.data.loader import EpochSampler, SeededDataset, collate
-from beit.data.subsets import is_multi_label
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
 from beit.files import run_folder
 from beit.files.atomic_write import write_bytes
 from beit.log import log_main
-from beit.outputs import curves, report_html, summary
+from beit.outputs import args_yaml, curves, report_html, summary
 from beit.training import metrics
 from beit.training.confusion import ConfusionMatrix, EvaluatedImage
 
+run_folder.register_output(r'(eval-)?args\.yaml')
 run_folder.register_output(r'(eval-)?report\.html', at_end=True)
 run_folder.register_output(r'confusions\.json')
 
@@ -67,13 +68,8 @@ class Report:
         if writer is not None and self.samples:
             writer.image('images/training', 0, image_grid([pixels for pixels, _ in self.samples]))
 
-    def predictions(self, multi_label: Optional[bool] = None, activation: str = 'softmax') -> Optional[ConfusionMatrix]:
-        """The matrix for the next evaluation to fill; None if no output needs it, or images have several classes.
-
-        Args: see `metrics.build_metrics`.
-        """
-        if multi_label is None:
-            multi_label = is_multi_label(getattr(self.val_set, 'samples', None))
+    def predictions(self, multi_label: bool, activation: str) -> Optional[ConfusionMatrix]:
+        """The matrix for the next evaluation to fill; None if no output needs it, or images have several classes."""
         is_needed = (self.output.report or self.output.log_dir) and not multi_label
         self.newest = ConfusionMatrix(len(self.classes), activation) if is_needed else None
         return self.newest
@@ -102,9 +98,12 @@ class Report:
 
     def write_args(self) -> None:
         """Write args.yaml once, after the first epoch: a run that fails at its first step leaves no file."""
-        if not self.has_args:
-            summary.write_args(self.output, self.prefix + 'args.yaml')
-            self.has_args = True
+        folder = self.output.output_dir
+        if folder and not self.has_args and process_group.is_main_process():
+            with summary.best_effort():
+                os.makedirs(folder, exist_ok=True)
+                args_yaml.write(os.path.join(folder, self.prefix + 'args.yaml'), self.output.flags)
+        self.has_args = True
 
     def recall_best(self, epoch: int) -> None:
         """After a resume: read the confusions of the best epoch from its file, if that epoch came before."""
@@ -169,11 +168,9 @@ class Report:
         """(model's input pixels, result, path) of validation images, without files that are gone."""
         found = []
         for image in images:
-            try:
+            with contextlib.suppress(OSError, UserError):
                 pixels = as_rgb(np.asarray(self.val_set[image.index][0]))
                 found.append((pixels, image, image_name(self.val_set, image.index)))
-            except (OSError, UserError):
-                continue
         return found
 
 
@@ -233,15 +230,15 @@ def augmented_samples(train_set: Any, classes: Sequence[str], transform: Transfo
     loader = PrefetchLoader(None, torch.device('cpu'), evaluation.mean, evaluation.std, remode=transform.remode)
     erasing = RandomErasingBoxes(transform.reprob, transform.recount) if transform.reprob > 0 else None
     samples = SeededDataset(train_set, seed, True, erasing)
-    order = iter(EpochSampler(len(train_set), seed=seed))
     try:
-        items = [samples[next(order)] for _ in range(min(SAMPLES, len(train_set)))]
+        items = [samples[each] for each in itertools.islice(EpochSampler(len(train_set), seed=seed), SAMPLES)]
     except UserError:
         return []
     batch = loader.prepare(collate(items, transform.input_size))
     if not len(batch.images):
         return []
-    images, shares, mixup = batch.images, None, transforms.build_mixup(mixing, len(classes))
+    images, mixup = batch.images, transforms.build_mixup(mixing, len(classes))
+    shares: Any = [None] * len(images)
     if mixup is not None:
         state = np.random.get_state()
         try:
@@ -249,11 +246,8 @@ def augmented_samples(train_set: Any, classes: Sequence[str], transform: Transfo
             images, shares = mixup(images.clone(), batch.targets)
         finally:
             np.random.set_state(state)
-    white, mean, std = loader.white, loader.mean, loader.std
-    pixels = as_rgb(((images * std + mean) * white).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
-    captions = [caption(classes, target, None if shares is None else shares[place], mixing.smoothing)
-                for place, target in enumerate(batch.targets.tolist())]
-    return list(zip(pixels, captions))
+    captions = [caption(classes, *each, mixing.smoothing) for each in zip(batch.targets.tolist(), shares)]
+    return list(zip(loader.denormalize(images).numpy(), captions))
 
 
 def caption(classes: Sequence[str], target: Any, shares: Optional[torch.Tensor], smoothing: float) -> str:
@@ -268,12 +262,12 @@ def caption(classes: Sequence[str], target: Any, shares: Optional[torch.Tensor],
         if len(top) > 1 else str(classes[top[0] if top else target])
 
 
-def image_grid(pictures: Sequence[np.ndarray], columns: int = 4, gap: int = 2) -> np.ndarray:
-    """Arrange pictures in rows with a thin gap: uint8 (H, W, 3)."""
-    rows, side = -(-len(pictures) // columns), len(pictures[0]) + gap
-    cells = np.full((rows * columns, side, side, 3), 255, np.uint8)
-    cells[:len(pictures), :-gap, :-gap] = pictures
-    return rearrange(cells, '(rows columns) h w c -> (rows h) (columns w) c', rows=rows)[:-gap, :-gap]
+def image_grid(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrange pictures in rows of four with a gap of two pixels: uint8 (H, W, 3)."""
+    rows, side = -(-len(pictures) // 4), len(pictures[0]) + 2
+    cells = np.full((rows * 4, side, side, 3), 255, np.uint8)
+    cells[:len(pictures), :-2, :-2] = pictures
+    return rearrange(cells, '(rows columns) h w c -> (rows h) (columns w) c', rows=rows)[:-2, :-2]
 
 
 def svg_plots(log: Sequence[Dict[str, Any]], classes: float = math.inf) -> Tuple[List[str], str]:

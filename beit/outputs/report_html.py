@@ -7,12 +7,15 @@ import math
 import string
 from typing import Any, Dict, List, Sequence, Tuple
 
+from PIL import Image
+
 from beit.errors import escape_text
 
 HEAT_MAP_UP_TO = 30  # classes; above, the most confused pairs
 BARS_UP_TO = 40  # classes; above, the worst and best `BARS_OF_MANY`
 BARS_OF_MANY = 20
 PATH_LETTERS = 60
+SIDE = 160  # pixels of an image, at most
 
 PAGE = string.Template('''<!DOCTYPE html>
 <html lang="en">
@@ -115,11 +118,10 @@ $sections
 </html>
 ''')
 
-SECTION = string.Template('<section>\n<h2>$title</h2>\n<p class="note">$note</p>\n$body\n</section>')
-BAR = string.Template('<span class="name">$name</span><span class="track"><i style="width:$width%"></i></span>'
-                      '<span class="number">$share % <small>$right of $images</small></span>')
+BAR = ('<span class="name">%s</span><span class="track"><i style="width:%.2f%%"></i></span>'
+       '<span class="number">%.1f %% <small>%d of %d</small></span>')
+FIGURE = '<figure><img src="data:image/jpeg;base64,%s" alt="%s"%s><figcaption>%s</figcaption></figure>'
 SCROLL = '<div class="panel"><div class="scroll" tabindex="0">%s</div></div>'  # its edges are dark where more is hidden
-FIGURE = string.Template('<figure><img src="$source" alt="$alt"$tiny><figcaption>$caption</figcaption></figure>')
 
 
 def escape(text: Any) -> str:
@@ -137,36 +139,30 @@ def render(data: Dict[str, Any]) -> str:
             confused: (target, predicted, count); evaluated: which weights; hardest, most_confident: (pixels,
             `EvaluatedImage`, path); samples: (pixels, caption). Pixels are uint8 (H, W, 3).
     """
-    sections = [_plots(data)]
+    sections = []
+    if data['plots'] or data['hint']:
+        plots = '\n'.join('<div>%s</div>' % plot for plot in data['plots'])
+        sections.append(_section('Curves', data['hint'], '<div class="plots">\n%s\n</div>' % plots))
     if data['per_class'] is not None:
         sections += [_per_class(data), _scores(data), _reliability(data), _confusions(data), _hardest(data),
                      _most_confident(data)]
     else:
         sections.append(_section('Evaluation', data['evaluated']))
-    sections += [_samples(data), _flags(data)]
+    sections.append(_images('Training images as the model saw them', 'The first of epoch 1, with this run\'s '
+                            'augmentation.', [(pixels, text, escape(text)) for pixels, text in data['samples']]))
+    sections.append(_section('Flags', '', '<details class="panel"><summary>All %d, and versions</summary>\n'
+                             '<dl class="flags">\n%s\n</dl>\n</details>'
+                             % (len(data['flags']), _pairs(data['flags'] + data['versions']))))
     return PAGE.substitute(title=escape(data['title']), subtitle=escape(data['subtitle']), tiles=_pairs(data['tiles']),
                            facts=_pairs(data['facts']), sections='\n'.join(filter(None, sections)))
 
 
 def _section(title: str, note: str, body: str = '') -> str:
-    return SECTION.substitute(title=escape(title), note=escape(note), body=body)
+    return '<section>\n<h2>%s</h2>\n<p class="note">%s</p>\n%s\n</section>' % (escape(title), escape(note), body)
 
 
 def _pairs(pairs: Sequence[Tuple[str, str]]) -> str:
     return '\n'.join('<div><dt>%s</dt><dd>%s</dd></div>' % (escape(name), escape(text)) for name, text in pairs)
-
-
-def _plots(data: Dict[str, Any]) -> str:
-    if not data['plots'] and not data['hint']:
-        return ''
-    return _section('Curves', data['hint'], '<div class="plots">\n%s\n</div>' % '\n'.join(
-        '<div>%s</div>' % plot for plot in data['plots']))
-
-
-def _flags(data: Dict[str, Any]) -> str:
-    return _section('Flags', '', '<details class="panel"><summary>All %d, and versions</summary>\n'
-                    '<dl class="flags">\n%s\n</dl>\n</details>'
-                    % (len(data['flags']), _pairs(data['flags'] + data['versions'])))
 
 
 # ---- classes
@@ -183,9 +179,8 @@ def _per_class(data: Dict[str, Any]) -> str:
         note += ' %d more have no validation image.' % (len(images) - len(rows))
     panel = '<div class="panel">%s<div class="bars">\n%s\n</div></div>'
     return _section('Accuracy of each class', note, '\n'.join(panel % (
-        title, '\n'.join(BAR.substitute(
-            name=escape(data['classes'][label]), width='%.2f' % (100 * share), share='%.1f' % (100 * share),
-            right=int(right[label]), images=int(images[label])) for share, label in part)) for title, part in parts))
+        title, '\n'.join(BAR % (escape(data['classes'][label]), 100 * share, 100 * share, right[label], images[label])
+                         for share, label in part)) for title, part in parts))
 
 
 def _scores(data: Dict[str, Any]) -> str:
@@ -279,26 +274,16 @@ def _most_confident(data: Dict[str, Any]) -> str:
         for pixels, image, path in data['most_confident']])
 
 
-def _samples(data: Dict[str, Any]) -> str:
-    return _images('Training images as the model saw them', 'The first of epoch 1, with this run\'s augmentation.',
-                   [(pixels, caption, escape(caption)) for pixels, caption in data['samples']])
-
-
 def _images(title: str, note: str, images: List[Tuple[Any, str, str]]) -> str:
     """A section of images (pixels, alternative text, caption as HTML); '' without images."""
-    return _section(title, note, '<div class="images">\n%s\n</div>' % '\n'.join(
-        FIGURE.substitute(source=data_uri(pixels), alt=escape(alt), caption=caption,
-                          tiny=' class="tiny"' if max(pixels.shape[:2]) <= 96 else '')
-        for pixels, alt, caption in images)) if images else ''
-
-
-def data_uri(pixels: Any, side: int = 160) -> str:
-    """A data URI: a JPEG of at most `side` pixels a side."""
-    from PIL import Image  # slow to import
-    picture, file = Image.fromarray(pixels), io.BytesIO()
-    picture.thumbnail((side, side), Image.LANCZOS)  # type: ignore[attr-defined]
-    picture.save(file, 'JPEG', quality=88)
-    return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode()
+    figures = []
+    for pixels, alt, caption in images:
+        picture, file = Image.fromarray(pixels), io.BytesIO()
+        tiny = ' class="tiny"' if max(picture.size) <= 96 else ''
+        picture.thumbnail((SIDE, SIDE), Image.LANCZOS)  # type: ignore[attr-defined]
+        picture.save(file, 'JPEG', quality=88)
+        figures.append(FIGURE % (base64.b64encode(file.getvalue()).decode(), escape(alt), tiny, caption))
+    return _section(title, note, '<div class="images">\n%s\n</div>' % '\n'.join(figures)) if images else ''
 
 
 def percent(share: float) -> str:

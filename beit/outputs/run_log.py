@@ -21,16 +21,14 @@ def count_parameters(model: torch.nn.Module) -> int:
         parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def scores_line(stats: Stats) -> str:
-    return '* ' + metrics.log_line(stats)
-
-
-def accuracy_line(name: str, stats: Stats, unreadable: int = 0) -> str:
-    """The accuracy, or mAP, of a network on the validation images."""
+def score_lines(name: str, stats: Stats, unreadable: int) -> List[str]:
+    """A line of all scores of a network on the validation images, and one of its accuracy, or mAP."""
     figure = primary_metric(stats)
-    return '%s of the %s on the %d test images: %.3f%s%s' % (
-        figure.title, name, stats['images'], stats[figure.name], figure.unit,
-        ' (%d more could not be read and are not counted)' % unreadable if unreadable else '')
+    return ['* ' + ' '.join(spec.line % stats[spec.name] for spec in metrics.metric_specs(stats)
+                            if spec.line and spec.name in stats),
+            '%s of the %s on the %d test images: %.3f%s%s' % (
+                figure.title, name, stats['images'], stats[figure.name], figure.unit,
+                ' (%d more could not be read and are not counted)' % unreadable if unreadable else '')]
 
 
 def print_result(throughput: Any, figures: Stats) -> None:
@@ -124,6 +122,7 @@ def record(output_dir: str, writer: Any, epoch: int, parameters: int, train_stat
 
 
 def record_scores(writer: Any, epoch: int, test_stats: Optional[Stats], ema_stats: Optional[Stats]) -> None:
-    for prefix, stats in (('test', test_stats), ('ema', ema_stats)):
-        writer.update('perf', epoch, **{'%s_%s' % (prefix, name): value
-                                        for name, value in metrics.plotted(stats or {}).items()})
+    for prefix, stats in (('test', test_stats or {}), ('ema', ema_stats or {})):
+        writer.update('perf', epoch, **{'%s_%s' % (prefix, spec.name): stats[spec.name]
+                                        for spec in metrics.metric_specs(stats)
+                                        if (spec.line or spec.title) and spec.name in stats})

@@ -17,7 +17,6 @@ def show(environment: Dict[str, Any], flags: Dict[str, Any], data: Any, attentio
 
     Args:
         environment: what summary.json has about a run beside its figures.
-        data: the data sets, the spec of the model and its classes.
         attention: the kernel that was chosen.
         steps_per_epoch: update steps; 0 for an evaluation.
         source: the checkpoint that the training resumes, or ''.

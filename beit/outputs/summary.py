@@ -1,4 +1,4 @@
-"""args.yaml and summary.json, which a run writes beside its checkpoints."""
+"""summary.json, which a run writes beside its checkpoints."""
 
 import contextlib
 import importlib
@@ -11,16 +11,13 @@ from typing import Any, Dict, Iterator, Optional
 
 import torch
 
-from beit.config import OutputConfig
 from beit.distributed import process_group
 from beit.errors import UserError, one_line
 from beit.files import run_folder
 from beit.files.atomic_write import write_bytes
 from beit.log import log_main
-from beit.outputs import args_yaml
 from beit.paths import project_root
 
-run_folder.register_output(r'(eval-)?args\.yaml')
 run_folder.register_output(r'(eval-)?summary\.json', at_end=True)
 
 
@@ -31,14 +28,6 @@ def best_effort() -> Iterator[None]:
         yield
     except (OSError, UserError) as error:
         log_main('Not written: ' + one_line(error))
-
-
-def write_args(output: OutputConfig, name: str = 'args.yaml') -> None:
-    """Write output_dir/args.yaml, on the first process."""
-    if output.output_dir and process_group.is_main_process():
-        with best_effort():
-            os.makedirs(output.output_dir, exist_ok=True)
-            args_yaml.write(os.path.join(output.output_dir, name), output.flags)
 
 
 def write_summary(output_dir: str, figures: Dict[str, Any], name: str = 'summary.json') -> None:

@@ -16,8 +16,9 @@ from beit.distributed import collectives
 Norm = Union[float, torch.Tensor, None]
 
 
-def total_norm(gradients: List[torch.Tensor]) -> torch.Tensor:
+def total_norm(parameters: List[Any]) -> torch.Tensor:
     """The norm of all gradients together. Not by clipping to infinity, which would set an NPU's overflow flag."""
+    gradients = [parameter.grad for parameter in parameters]
     if hasattr(nn.utils, 'get_total_norm'):
         return nn.utils.get_total_norm(gradients)
     return torch.norm(torch.stack([torch.norm(gradient) for gradient in gradients]))
@@ -94,13 +95,17 @@ class LossScaler:
         grad_norm = self._clip(optimizer, parameters, clip_grad)
         if not self.count(self._overflowed(grad_norm, device)):
             optimizer.step()
-        self._adapt_scale()
+        self.good_updates = 0 if self.last_skipped else self.good_updates + 1
+        if self.dynamic and self.last_skipped:
+            self.scale = max(self.scale / 2, self.SMALLEST)
+        elif self.dynamic and self.good_updates % self.GROWTH_INTERVAL == 0:
+            self.scale = min(self.scale * 2, self.LARGEST)
         return grad_norm
 
     def _finish_on_device(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float],
                           device: torch.device, scale: float) -> torch.Tensor:
         """The same without waiting: the optimizer's kernel divides by scale and clipping, and skips."""
-        grad_norm = total_norm([parameter.grad for parameter in parameters])
+        grad_norm = total_norm(parameters)
         divisor = None
         if scale != 1.:
             grad_norm = grad_norm / scale
@@ -122,17 +127,10 @@ class LossScaler:
 
     def _clip(self, optimizer: Any, parameters: List[Any], clip_grad: Optional[float]) -> float:
         if not clip_grad:
-            return float(total_norm([parameter.grad for parameter in parameters]))
+            return float(total_norm(parameters))
         if hasattr(optimizer, 'clip_grad_norm_fused_'):  # such an optimizer uses its own copies of the gradients
             return float(optimizer.clip_grad_norm_fused_(clip_grad))
         return float(nn.utils.clip_grad_norm_(parameters, clip_grad))
-
-    def _adapt_scale(self) -> None:
-        self.good_updates = 0 if self.last_skipped else self.good_updates + 1
-        if self.dynamic and self.last_skipped:
-            self.scale = max(self.scale / 2, self.SMALLEST)
-        elif self.dynamic and self.good_updates % self.GROWTH_INTERVAL == 0:
-            self.scale = min(self.scale * 2, self.LARGEST)
 
     def count(self, skipped: bool) -> bool:
         """Record whether an update was skipped, and return that. The caller does it when `last_skipped` is a tensor."""
@@ -194,7 +192,7 @@ class MasterWeightScaler(LossScaler):
         state = super().fp32_state_dict(model)
         masters = {id(parameter): master for parameter, master in self.pairs}
         for name, parameter in accelerator.unwrap(model).named_parameters():
-            state[name] = masters[id(parameter)].data if id(parameter) in masters else parameter.data
+            state[name] = masters.get(id(parameter), parameter).data
         return state
 
     def sync_model_weights(self) -> None:
@@ -243,27 +241,21 @@ class AmpLibraryScaler(MasterWeightScaler):
             self.amp.load_state_dict(state['apex'])
 
 
-class Autocast(nn.Module):
-    """Native O1: runs the model under autocast, with float32 output."""
+class HalfPrecision(nn.Module):
+    """Native O1 runs the model under autocast on `device_type`; O2, without it, casts its weights and input to `dtype`.
 
-    def __init__(self, module: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+    The output is float32.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, device_type: str = '') -> None:
         super().__init__()
-        self.module, self.device_type, self.dtype = module, device_type, dtype
+        self.module, self.dtype, self.device_type = module if device_type else module.to(dtype), dtype, device_type
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.device_type:
+            return self.module(images.to(self.dtype)).float()
         with half_precision.autocast(self.device_type, self.dtype):
             return self.module(images).float()
-
-
-class HalfPrecision(nn.Module):
-    """Native O2: casts the model's weights and its input to half precision, its output to float32."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.module, self.dtype = module.to(dtype), dtype
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.module(images.to(self.dtype)).float()
 
 
 def initialize_amp(model: nn.Module, optimizer: Optional[torch.optim.Optimizer], device: torch.device,
@@ -300,7 +292,7 @@ def initialize_amp(model: nn.Module, optimizer: Optional[torch.optim.Optimizer],
     if opt_level == 'O1' and not half_precision.has_autocast(device.type, dtype):
         return model, LossScaler()  # an evaluation, where only the library's training has O1
     if opt_level == 'O1':
-        return Autocast(model, device.type, dtype), LossScaler(**scaling)
+        return HalfPrecision(model, dtype, device.type), LossScaler(**scaling)
     pairs = []
     for group in optimizer.param_groups if optimizer is not None else []:
         masters = [nn.Parameter(parameter.detach().clone()) for parameter in group['params']]
@@ -314,4 +306,4 @@ def autocast_for_evaluation(model: nn.Module, device: torch.device, dtype: Optio
     """A float32 model, such as the averaged weights, wrapped for evaluation in the run's precision."""
     if dtype is None or opt_level != 'O1' or not half_precision.has_autocast(device.type, dtype):
         return model
-    return Autocast(model, device.type, dtype)
+    return HalfPrecision(model, dtype, device.type)

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import zlib
 from typing import Any, Callable, Dict, Optional, Sequence
 
 import numpy as np
@@ -36,7 +35,6 @@ def build_criterion(loss: str, smoothing: float, mixup: Any, weights: Optional[t
     Args:
         mixup: None, or the function that mixes and smooths the targets.
         weights (float32 (classes,)): see `class_weights`; None for equal weights.
-        multi_label (bool): whether an image can have several classes.
     """
     if activation(loss, multi_label) == 'sigmoid':
         return BinaryCrossEntropy(smoothing, weights, smooths_dense=mixup is None)
@@ -106,20 +104,18 @@ class WeightedCrossEntropy(torch.nn.Module):
 
 # ---- class weights
 
-def class_weights(source: str, classes: Sequence[str], counts: np.ndarray) -> Optional[torch.Tensor]:
-    """float32 (classes,): the weights of --class_weights, or None.
+def class_weights(source: str, classes: Sequence[str], counts: np.ndarray) -> torch.Tensor:
+    """float32 (classes,): the weights of --class_weights.
 
     'balanced' is scikit-learn's: all labels / (classes * labels of this class), with an average of 1 over the labels.
 
     Args:
-        source (str): '', 'balanced', or a CSV file of `class,weight` rows or a JSON object.
+        source (str): 'balanced', or a CSV file of `class,weight` rows or a JSON object.
         counts (array of int): the number of training images of each class.
 
     Raises:
         UserError: a class has no training image, or the file is invalid.
     """
-    if not source:
-        return None
     flag = '--class_weights %s: ' % escape_text(source)
     if source == 'balanced':
         missing = [name for name, count in zip(classes, counts) if not count]
@@ -127,10 +123,10 @@ def class_weights(source: str, classes: Sequence[str], counts: np.ndarray) -> Op
             raise UserError(flag + 'no training image of class %s; add some, or give the weights in a file'
                             % ', '.join(map(escape_text, missing[:5])))
         return torch.tensor(np.sum(counts) / (len(classes) * np.asarray(counts, dtype=np.float64)), dtype=torch.float32)
-    by_class, known = _read_weights(source), set(classes)
-    unknown = [name for name in by_class if name not in known]
-    if unknown:
-        name = unknown[0]
+    by_class, known = read_weights(source), set(classes)
+    for name in by_class:
+        if name in known:
+            continue
         near = [] if name.isdigit() else nearest(name, classes)  # 12 is no misspelling of 1 or 2
         raise UserError(flag + 'there is no class %s; %s' % (
             escape_text(name), 'did you mean %s?' % ' or '.join(map(escape_text, near)) if near else
@@ -146,14 +142,8 @@ def class_weights(source: str, classes: Sequence[str], counts: np.ndarray) -> Op
     return weights
 
 
-def check_weights(source: str) -> None:
-    """Raise a `UserError` where the file of --class_weights can't be read. Cheap, so it runs first."""
-    if source and source != 'balanced':
-        _read_weights(source)
-
-
-def _read_weights(path: str) -> Dict[str, float]:
-    """{class: weight} of a file, each at least 0."""
+def read_weights(path: str) -> Dict[str, float]:
+    """{class: weight} of a file, each at least 0. Raises a `UserError` where it can't be read."""
     flag = '--class_weights %s' % escape_text(path)
     if not os.path.isfile(path):
         raise UserError('%s: no such file; give balanced, or a CSV or JSON file of class and weight' % flag)
@@ -178,11 +168,6 @@ def _read_weights(path: str) -> Dict[str, float]:
                             % (flag, number, escape_text(str(row)[:100])))
         weights[name] = weight
     return weights
-
-
-def fingerprint(weights: torch.Tensor) -> int:
-    """A checksum of the weights for a checkpoint, independent of their file."""
-    return zlib.crc32(weights.numpy().tobytes())
 
 
 def describe_weights(weights: torch.Tensor, classes: Sequence[str]) -> str:

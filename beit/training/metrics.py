@@ -15,7 +15,6 @@ from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Op
 import numpy as np
 import torch
 
-from beit.data import subsets
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text, guard_cell
 from beit.files import atomic_write
@@ -53,7 +52,7 @@ class MetricSpec(NamedTuple):
 
 class Evaluation(NamedTuple):
     """An evaluation's data and flags, which decide whether a metric applies."""
-    dataset: Any
+    dataset: Any  # the validation set
     results_file: str = ''  # this and the next two are flags
     real_labels: str = ''
     data_set: str = ''
@@ -78,7 +77,7 @@ class Metric:
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> Optional[Dict[str, torch.Tensor]]:
         """Add a `loader.Batch`, with targets on the device, and its logits, float32 (B, classes).
 
-        May return means over the batch for the progress line, as 0-dim tensors on the device.
+        Returns means over the batch for the progress line, as 0-dim tensors on the device, if any.
         """
         raise NotImplementedError
 
@@ -181,8 +180,8 @@ AVERAGES = 'Precision, recall, F1: macro %s; weighted %s' % tuple(
 class MeanAveragePrecision(Metric):
     """mAP in percent: the mean of the average precisions of all classes with a positive image.
 
-    It keeps scores and targets of all images: 8 bytes per image and class. `classes`: names, for figures of each class.
-    Precision, recall and F1 are of the classes with a probability above 0.5.
+    It keeps 8 bytes per image and class. `classes`: names, for figures of each class. Precision, recall and F1 are of
+    the classes with a probability above 0.5.
     """
 
     specs = (MetricSpec('mAP', 'mAP %.3f', 'mAP', '%', 'Accuracy', 'mAP', 'mAP', is_primary=True),)
@@ -220,10 +219,7 @@ class MeanAveragePrecision(Metric):
 
 
 def average_precision(targets: np.ndarray, scores: np.ndarray) -> Optional[float]:
-    """The sum over thresholds of precision times the increase in recall, as in scikit-learn; None without a positive.
-
-    Args: targets (ones and zeros) and scores, arrays (images,).
-    """
+    """The sum over thresholds of precision times the increase in recall, as scikit-learn's; None without a positive."""
     if not targets.any():
         return None
     if not np.isfinite(scores).all():
@@ -275,8 +271,7 @@ class PerClass(Metric):
 def class_scores(targets: np.ndarray, predicted: np.ndarray, counts: Optional[np.ndarray] = None) -> np.ndarray:
     """Precision, recall and F1 in percent, and the number of images, of each class: float64 (4, classes).
 
-    Args:
-        targets, predicted: class indices (n,), each pair `counts` times; or ones and zeros (images, classes).
+    `targets`, `predicted`: class indices (n,), each pair `counts` times; or ones and zeros (images, classes).
     """
     from sklearn.metrics import precision_recall_fscore_support  # slow to import
     found = np.array(precision_recall_fscore_support(targets, predicted, sample_weight=counts, zero_division=0), float)
@@ -344,17 +339,24 @@ class RealLabels(Metric):
     An image may have several right labels; images without a label are not counted.
 
     Args:
-        labels: class indices of ILSVRC2012_val_00000001 and the following images.
+        labels: class indices of ILSVRC2012_val_00000001 and the following images, from the file `source`.
         samples: (path, class index) of the validation images. Raises `UserError` for a file with another name.
-        source: the file of the labels.
     """
 
     specs = (MetricSpec('real_acc1', unit='%'), MetricSpec('real_acc5', unit='%'), MetricSpec('real_images'))
     message = 'By real labels: top-1 %(real_acc1).3f%%, top-5 %(real_acc5).3f%% of %(real_images)d images'
 
     def __init__(self, labels: Sequence[FrozenSet[int]], samples: Sequence[Any], source: str = 'labels') -> None:
-        self.right = [labels[image_number(samples[index][0], len(labels), source)] for index in range(len(samples))]
-        self.counts = np.zeros(3, dtype=np.int64)
+        self.counts, self.right = np.zeros(3, dtype=np.int64), []
+        for index in range(len(samples)):
+            path = samples[index][0]
+            found = re.match(r'ILSVRC2012_val_(\d{8})\.', os.path.basename(path))
+            if not found or not 1 <= int(found.group(1)) <= len(labels):
+                raise UserError(
+                    '--real_labels %s: its list is of %d images, ILSVRC2012_val_00000001.JPEG to _%08d.JPEG, and %s is '
+                    'none of them; it is for ImageNet\'s validation set only' % (
+                        escape_text(source), len(labels), len(labels), escape_text(path)))
+            self.right.append(labels[int(found.group(1)) - 1])
 
     @classmethod
     def create(cls, evaluation: Evaluation) -> Optional[Metric]:
@@ -380,16 +382,6 @@ class RealLabels(Metric):
         return {'real_acc1': percent(top1, images), 'real_acc5': percent(top5, images), 'real_images': images}
 
 
-def image_number(path: str, images: int, source: str) -> int:
-    """The number of an image in ImageNet's validation set, from 0. Raises `UserError` without a label for it."""
-    found = re.match(r'ILSVRC2012_val_(\d{8})\.', os.path.basename(path))
-    if not found or not 1 <= int(found.group(1)) <= images:
-        raise UserError('--real_labels %s: its list is of %d images, ILSVRC2012_val_00000001.JPEG to _%08d.JPEG, and '
-                        '%s is none of them; it is for ImageNet\'s validation set only' % (
-                            escape_text(source), images, images, escape_text(path)))
-    return int(found.group(1)) - 1
-
-
 def read_real_labels(path: str, classes: int) -> List[FrozenSet[int]]:
     """Read a JSON list of lists of class indices below `classes`."""
     flag = '--real_labels %s' % escape_text(path)
@@ -411,10 +403,7 @@ def read_real_labels(path: str, classes: int) -> List[FrozenSet[int]]:
 class OfLayers(Metric):
     """The figures of each head of a linear probe, from logits (B, layers, classes); those of the highest acc1 alone.
 
-    `layers`, in addition: {number of the layer: figures}.
-
-    Args:
-        layers: the metrics of each head.
+    `layers`, in addition: {number of the layer: figures}. The argument: the metrics of each head.
     """
 
     message = 'Best layer: %(best_layer)d'
@@ -450,21 +439,8 @@ def metric_specs(names: Iterable[str] = ()) -> List[MetricSpec]:
             for spec in (map(top_spec, sorted(topk)) if metric is TopAccuracy else metric.specs)]
 
 
-def build_metrics(dataset: Any, results_file: str = '', real_labels: str = '', data_set: str = '',
-                  multi_label: Optional[bool] = None, activation: str = 'softmax', topk: Sequence[int] = (1, 5),
-                  outputs: Optional[Sequence[int]] = None, nb_classes: int = 0) -> List[Metric]:
-    """New metrics for an evaluation of this validation set.
-
-    Args:
-        results_file, real_labels, data_set, topk: the flags of these names.
-        multi_label: whether the model predicts several classes per image; None: as in the data set.
-        activation: of the model's outputs, 'softmax' or 'sigmoid'.
-        outputs, nb_classes: see `Evaluation`.
-    """
-    if multi_label is None:
-        multi_label = subsets.is_multi_label(getattr(dataset, 'samples', None))
-    evaluation = Evaluation(dataset, results_file, real_labels, data_set, multi_label, activation, topk, outputs,
-                            nb_classes)
+def build_metrics(evaluation: Evaluation) -> List[Metric]:
+    """New metrics for an evaluation. Raises `UserError` where a flag does not fit the validation set."""
     return [metric for metric in (kind.create(evaluation) for kind in METRICS) if metric is not None]
 
 
@@ -480,11 +456,8 @@ def check_best_by(best_by: Optional[str], multi_label: bool) -> None:
 def primary_metric(stats: Mapping[str, Any], prefix: str = '') -> MetricSpec:
     """The figure that selects the best checkpoint: that of --best_by, which `stats` names, else top-1, or mAP.
 
-    Args:
-        stats: an evaluation's figures, or a line of log.txt, where `prefix` begins their names.
-
-    Raises:
-        StopIteration: there is no such figure.
+    `stats`: an evaluation's figures, or a line of log.txt, where `prefix` begins their names. Raises StopIteration if
+    there is no such figure.
     """
     best_by = stats.get(prefix + 'best_by')
     return next(spec for spec in metric_specs() if prefix + spec.name in stats
@@ -500,20 +473,10 @@ def logged_primary(line: Mapping[str, Any], prefix: str) -> Optional[Tuple[Metri
     return None
 
 
-def log_line(stats: Dict[str, Any]) -> str:
-    return ' '.join(spec.line % stats[spec.name] for spec in metric_specs(stats) if spec.line and spec.name in stats)
-
-
 def logged(stats: Dict[str, Any]) -> Dict[str, Any]:
     """The figures for log.txt, without tables."""
     hidden = {spec.name for spec in metric_specs() if not spec.is_logged}
     return {name: value for name, value in stats.items() if name not in hidden and not isinstance(value, list)}
-
-
-def plotted(stats: Dict[str, Any]) -> Dict[str, float]:
-    """The figures for TensorBoard."""
-    return {spec.name: stats[spec.name] for spec in metric_specs(stats)
-            if (spec.line or spec.title) and spec.name in stats}
 
 
 def summary_figures(stats: Dict[str, Any]) -> Dict[str, Any]:
