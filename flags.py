@@ -7,11 +7,11 @@ modules that do.
 import argparse
 import ast
 import dataclasses
+import functools
 import os
 import sys
 import textwrap
-from typing import (
-    Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar)
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeVar
 
 from beit.config import EVAL_FITS, MAX_INPUT_SIZE, default_num_workers, parse_colour
 from beit.errors import UserError, escape_text
@@ -103,6 +103,9 @@ class Flag:
         return '%g' % self.default if isinstance(self.default, (int, float)) else str(self.default)
 
 
+Neutral = functools.partial(Flag, affects_results=False)  # a flag on which the results of a training do not depend
+
+
 def loss_scale(text: str) -> Any:
     return text if text == 'dynamic' else bounded_number(float, 0, above=True)(text)
 
@@ -123,7 +126,14 @@ below_one = bounded_number(float, 0, 0.999)
 
 UNLABELLED = 'weights without metadata'
 TRAINED = dict(help='checkpoint, https URL, or a folder: its best checkpoint', shown='required')
-LAUNCHED = {PREDICT: dict(group='distributed')}
+SIZE = dict(help='image width and height in pixels', shown='the checkpoint\'s, else 224')
+IN_RUN, LAUNCHED = {PREDICT: dict(group='run')}, {PREDICT: dict(group='distributed')}
+
+
+def described(**changes: Any) -> Dict[str, Any]:
+    """The programs that take a flag for weights without metadata, and its differences there."""
+    return {PREDICT: dict(changes, group=UNLABELLED), EXPORT: dict(changes, group='source')}
+
 
 DEEPSPEED = {'amp': True, 'opt_level': 'O2', 'loss_scale': 'dynamic'}  # what --enable_deepspeed stands for
 
@@ -147,100 +157,80 @@ GROUPS[PROBE] = ('probe',) + GROUPS[TRAINING]
 
 FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --help has each group in this order
     (TRAINING, 'run'): (
-        Flag('batch_size', 64, 'images per device and forward pass', type=positive, synonyms='bs b',
-             affects_results=False, also={
-                 PREDICT: dict(group='run', help='images per device and forward pass'),
-                 EXPORT: dict(group='export', default=None, help='the only batch size of onnx, om, torch_export',
-                              shown='any; om: 1')}),
+        Neutral('batch_size', 64, 'images per device and forward pass', type=positive, synonyms='bs b', also={
+            PREDICT: dict(group='run'),
+            EXPORT: dict(group='export', default=None, help='the only batch size of onnx, om, torch_export',
+                         shown='any; om: 1')}),
         Flag('epochs', 30, 'passes over the training images', type=bounded_number(int, 1, 10 ** 6)),
-        Flag('update_freq', 1, 'batches whose gradients are accumulated for one update', type=positive,
-             synonyms='accum_iter grad_accum_steps gradient_accumulation_steps', affects_results=False),
-        Flag('save_ckpt_freq', 5, 'save a checkpoint every N epochs, and after the last', type=positive,
-             affects_results=False),
-        Flag('save_ckpt_steps', 0, 'save within an epoch every N updates; 0: never', type=whole,
-             affects_results=False),
-        Flag('save_ckpt_minutes', 0., 'save within an epoch every N minutes; 0: never', type=rate,
-             affects_results=False),
-        Flag('keep_checkpoints', 0, 'keep the newest N of each kind; 0: all of whole epochs, 2 within epochs',
-             type=whole, affects_results=False),
-        Flag('deterministic', False, 'compute bit-identical results on the same machine',
-             affects_results=False),
+        Neutral('update_freq', 1, 'batches whose gradients are accumulated for one update', type=positive,
+                synonyms='accum_iter grad_accum_steps gradient_accumulation_steps'),
+        Neutral('save_ckpt_freq', 5, 'save a checkpoint every N epochs, and after the last', type=positive),
+        Neutral('save_ckpt_steps', 0, 'save within an epoch every N updates; 0: never', type=whole),
+        Neutral('save_ckpt_minutes', 0., 'save within an epoch every N minutes; 0: never', type=rate),
+        Neutral('keep_checkpoints', 0, 'keep the newest N of each kind; 0: all of whole epochs, 2 within epochs',
+                type=whole),
+        Neutral('deterministic', False, 'compute bit-identical results on the same machine'),
         Flag('on_nonfinite', 'stop', 'if a loss or gradient is infinite or NaN: stop, or skip the update',
              choices=('stop', 'skip')),
         Flag('seed', 0, 'random seed', type=bounded_number(int, 0, 2 ** 62), follows_checkpoint=True),
-        Flag('num_workers', default_num_workers(), 'loader processes per device; 0: none',
-             shown='one per processor, at most 10', type=bounded_number(int, 0, 1024), affects_results=False,
-             also={PREDICT: dict(group='run', default=None, help='loader processes per device',
-                                 shown='one per core, up to 8; 0 for one batch')}),
-        Flag('pin_mem', True, 'page-locked host memory for batches (npu, cuda)', affects_results=False,
-             also={PREDICT: dict(group='run')}),
+        Neutral('num_workers', default_num_workers(), 'loader processes per device; 0: none',
+                shown='one per processor, at most 10', type=bounded_number(int, 0, 1024),
+                also={PREDICT: dict(group='run', default=None, help='loader processes per device',
+                                    shown='one per core, up to 8; 0 for one batch')}),
+        Neutral('pin_mem', True, 'page-locked host memory for batches (npu, cuda)', also=IN_RUN),
         Flag('max_train_samples', 0, 'train on a fixed subset of N images; 0: all', type=whole),
         Flag('val_interval', 1, 'evaluate every N epochs, and after the last', type=positive),
-        Flag('early_stop', 0, 'stop after N evaluations without a new best; 0: never', type=whole,
-             affects_results=False),
-        Flag('best_by', None, 'best checkpoint by ' + ', '.join(BEST_BY), shown='acc1, or mAP',
-             choices=BEST_BY, metavar='FIGURE', affects_results=False),
-        Flag('start_epoch', 0, 'first epoch, counted from 0, if no checkpoint is resumed', type=whole,
-             affects_results=False),
-        Flag('device', 'auto', 'npu, cuda, cpu, cuda:1 …; auto: the first of npu, cuda, cpu', synonyms='gpu',
-             affects_results=False, also={PREDICT: dict(group='run')}),
+        Neutral('early_stop', 0, 'stop after N evaluations without a new best; 0: never', type=whole),
+        Neutral('best_by', None, 'best checkpoint by ' + ', '.join(BEST_BY), shown='acc1, or mAP', choices=BEST_BY,
+                metavar='FIGURE'),
+        Neutral('start_epoch', 0, 'first epoch, counted from 0, if no checkpoint is resumed', type=whole),
+        Neutral('device', 'auto', 'npu, cuda, cpu, cuda:1 …; auto: the first of npu, cuda, cpu', synonyms='gpu',
+                also=IN_RUN),
         Flag('jit_compile', 'auto', 'npu: compile operators: on, off, auto (on for 910A, off for 910B)',
              choices=('auto', 'on', 'off')),
-        Flag('maxstep', 0, 'stop after N updates; 0: no limit', type=whole, affects_results=False),
-        Flag('prof', False, 'profile 5 updates, write a Chrome trace to output_dir/prof, and exit',
-             affects_results=False),
-        Flag('cann_prof', False, 'the same with torch_npu\'s profiler', affects_results=False),
+        Neutral('maxstep', 0, 'stop after N updates; 0: no limit', type=whole),
+        Neutral('prof', False, 'profile 5 updates, write a Chrome trace to output_dir/prof, and exit'),
+        Neutral('cann_prof', False, 'the same with torch_npu\'s profiler'),
     ),
     (TRAINING, 'output'): (
-        Flag('output_dir', '', 'folder for checkpoints, log.txt and reports', shown='empty: write none',
-             synonyms='output', affects_results=False),
+        Neutral('output_dir', '', 'folder for checkpoints, log.txt and reports', shown='empty: write none',
+                synonyms='output'),
         Flag('config', None, 'read flags from a file, such as args.yaml; the command line wins', metavar='FILE'),
-        Flag('recipe', '', 'published hyper-parameters of recipes/; auto: by model and weights',
-             metavar='NAME', affects_results=False),
-        Flag('curves', True, 'draw output_dir/curves.png, at most every 20 s', affects_results=False),
-        Flag('report', False, 'write output_dir/report.html: curves, classes, confusions, images',
-             affects_results=False),
-        Flag('log_dir', None, 'TensorBoard folder', affects_results=False),
-        Flag('resume', '', 'checkpoint, or a folder: its newest one; with --eval its best one', synonyms='checkpoint',
-             affects_results=False, also={PREDICT: dict(TRAINED, group='input'),
-                                          EXPORT: dict(TRAINED, group='source')}),
-        Flag('auto_resume', False, 'resume the newest checkpoint of output_dir, if it holds one',
-             affects_results=False),
-        Flag('save_ckpt', True, 'write checkpoints', affects_results=False),
-        Flag('eval', False, 'evaluate --resume without training', synonyms='evaluate eval_only test_only',
-             affects_results=False),
-        Flag('test_flip', False, 'evaluate the mean logits of each image and its mirror image',
-             follows_checkpoint=True, names_difference=False),
-        Flag('results_file', '', 'with --eval: write the results to this .csv or .json file', affects_results=False),
-        Flag('class_names', '', 'with --eval: class names, for weights without them',
-             affects_results=False, also={
-                 PREDICT: dict(group=UNLABELLED, help='class names, one per line or JSON'),
-                 EXPORT: dict(group='source', help='class names, one per line or JSON')}),
-        Flag('topk', [1, 5], 'report the top-K accuracy for each of these K',
-             shown='1 5', type=positive, nargs='+', affects_results=False),
-        Flag('calibrate', False, 'with --eval: fit a temperature, and write it into the checkpoint',
-             affects_results=False),
-        Flag('real_labels', '', 'with --eval: JSON file of ImageNet\'s reassessed labels', affects_results=False),
-        Flag('dist_eval', False, 'split the evaluation among the processes, each image once',
-             affects_results=False),
-        Flag('robust_test', None, 'with --eval: evaluate on the 200 classes of imagenet_r or imagenet_a',
-             choices=('imagenet_r', 'imagenet_a'), metavar='SET', affects_results=False),
+        Neutral('recipe', '', 'published hyper-parameters of recipes/; auto: by model and weights', metavar='NAME'),
+        Neutral('curves', True, 'draw output_dir/curves.png, at most every 20 s'),
+        Neutral('report', False, 'write output_dir/report.html: curves, classes, confusions, images'),
+        Neutral('log_dir', None, 'TensorBoard folder'),
+        Neutral('resume', '', 'checkpoint, or a folder: its newest one; with --eval its best one',
+                synonyms='checkpoint',
+                also={PREDICT: dict(TRAINED, group='input'), EXPORT: dict(TRAINED, group='source')}),
+        Neutral('auto_resume', False, 'resume the newest checkpoint of output_dir, if it holds one'),
+        Neutral('save_ckpt', True, 'write checkpoints'),
+        Neutral('eval', False, 'evaluate --resume without training', synonyms='evaluate eval_only test_only'),
+        Flag('test_flip', False, 'evaluate the mean logits of each image and its mirror image', follows_checkpoint=True,
+             names_difference=False),
+        Neutral('results_file', '', 'with --eval: write the results to this .csv or .json file'),
+        Neutral('class_names', '', 'with --eval: class names, for weights without them',
+                also=described(help='class names, one per line or JSON')),
+        Neutral('topk', [1, 5], 'report the top-K accuracy for each of these K', shown='1 5', type=positive, nargs='+'),
+        Neutral('calibrate', False, 'with --eval: fit a temperature, and write it into the checkpoint'),
+        Neutral('real_labels', '', 'with --eval: JSON file of ImageNet\'s reassessed labels'),
+        Neutral('dist_eval', False, 'split the evaluation among the processes, each image once'),
+        Neutral('robust_test', None, 'with --eval: evaluate on the 200 classes of imagenet_r or imagenet_a',
+                choices=('imagenet_r', 'imagenet_a'), metavar='SET'),
     ),
     (PROBE, 'probe'): (
-        Flag('knn', 0, 'also classify by the N nearest training images; 0: off', type=whole, affects_results=False),
+        Neutral('knn', 0, 'also classify by the N nearest training images; 0: off', type=whole),
     ),
     (AVERAGE, 'flags'): (
         Flag('inputs', [], 'checkpoints, or folders with checkpoints of whole epochs', shown='required', nargs='+'),
         Flag('output', '', 'the file to write', shown='required'),
-        Flag('best', 0, 'average only the N best by the log.txt beside them', shown='all',
-             type=positive),
+        Flag('best', 0, 'average only the N best by the log.txt beside them', shown='all', type=positive),
     ),
     (PREDICT, 'input'): (
         Flag('input', [], 'images, folders and patterns, the same as without a flag', nargs='+', action='append'),
-        Flag('use_ema', False, 'use the averaged weights of --model_ema',
-             also={EXPORT: dict(group='source', off=''),
-                   AVERAGE: dict(group='flags', off='',
-                                 help='average the averaged weights of --model_ema')}),
+        Flag('use_ema', False, 'use the averaged weights of --model_ema', also={
+            EXPORT: dict(group='source', off=''),
+            AVERAGE: dict(group='flags', off='', help='average the averaged weights of --model_ema')}),
     ),
     (PREDICT, 'results'): (
         Flag('top_k', 5, 'classes per image, most probable first', type=positive),
@@ -249,8 +239,8 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              choices=PREDICTION_FORMATS),
         Flag('threshold', 0., 'mark images whose best probability is lower as unsure; 0: none', type=share),
         Flag('features', '', 'write the features of the images to this .npz file'),
-        Flag('layer', None, 'features of block N, from 1: its class token and mean',
-             shown='the head\'s input', type=bounded_number(int)),
+        Flag('layer', None, 'features of block N, from 1: its class token and mean', shown='the head\'s input',
+             type=bounded_number(int)),
         Flag('attention', None, 'write attention heat maps: cls, mean; without a value as it pools', metavar='cls|mean',
              choices=('auto',) + ATTENTION_KINDS),
         Flag('attention_block', None, 'transformer block of the heat maps, counted from 1', shown='the last',
@@ -269,8 +259,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
     ),
     (TRAINING, 'model'): (
         Flag('model', 'beit_base_patch16_224', 'model name; --help lists them', synonyms='arch',
-             also={PREDICT: dict(group=UNLABELLED, default=None, shown='the checkpoint\'s'),
-                   EXPORT: dict(group='source', default=None, shown='the checkpoint\'s'),
+             also={**described(default=None, shown='the checkpoint\'s'),
                    PROBE: dict(group='model', shown='the checkpoint\'s')}),
         Flag('rel_pos_bias', True, 'relative position bias in every block', off='disable_rel_pos_bias'),
         Flag('abs_pos_emb', False, 'learned absolute position embedding'),
@@ -280,12 +269,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('layer_scale_init_value', 0.1, 'layer scale: 0.1 for base, 1e-5 for large, 0 for none', type=rate),
         Flag('input_size', 224, 'image width and height in pixels, a multiple of the patch size',
              type=bounded_number(int, 1, MAX_INPUT_SIZE), synonyms='img_size',
-             also={PREDICT: dict(group=UNLABELLED, default=None, help='image width and height in pixels',
-                                 shown='the checkpoint\'s, else 224'),
-                   EXPORT: dict(group='source', default=None, help='image width and height in pixels',
-                                shown='the checkpoint\'s, else 224'),
-                   PROBE: dict(group='model', help='image width and height in pixels',
-                               shown='the checkpoint\'s, else 224')}),
+             also={**described(default=None, **SIZE), PROBE: dict(SIZE, group='model')}),
         Flag('in_chans', 3, 'channels of an image: 1 (grey), 3 (RGB), 4 (RGBA)',
              type=int, choices=(1, 3, 4)),  # type: ignore[arg-type]
         Flag('drop', 0., 'dropout probability', type=below_one),
@@ -296,13 +280,12 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
              choices=('auto', 'on', 'off')),
         Flag('grad_checkpointing', False, 'recompute activations in the backward pass: less memory, slower',
              synonyms='gradient_checkpointing'),
-        Flag('compile', False, 'use torch.compile; the first steps take minutes',
-             synonyms='torchcompile'),
+        Flag('compile', False, 'use torch.compile; the first steps take minutes', synonyms='torchcompile'),
         Flag('compile_backend', 'inductor', 'of --compile; on an NPU also torchair, npugraph_ex'),
         Flag('model_ema', False, 'keep and evaluate a moving average of the weights', follows_checkpoint=True),
         Flag('model_ema_decay', 0.9999, 'decay of the average per update', type=share),
         Flag('model_ema_warmup', False, 'start the average with a lower decay'),
-        Flag('model_ema_force_cpu', False, 'keep the average in host memory', affects_results=False),
+        Neutral('model_ema_force_cpu', False, 'keep the average in host memory'),
         Flag('disable_eval_during_finetuning', False, 'skip the evaluations during training'),
     ),
     (TRAINING, 'optimizer'): (
@@ -316,8 +299,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('weight_decay_end', None, 'final weight decay of a cosine schedule', shown='--weight_decay', type=rate),
         Flag('lr', 5e-4, 'learning rate of the last layers, not scaled by the batch size', shown='5e-4',
              type=bounded_number(float, 0, above=True), synonyms='learning_rate base_lr'),
-        Flag('blr', 0., 'learning rate per 256 images of an update, instead of --lr; 0: use --lr', type=rate,
-             affects_results=False),
+        Neutral('blr', 0., 'learning rate per 256 images of an update, instead of --lr; 0: use --lr', type=rate),
         Flag('layer_decay', 0.9, 'factor on the learning rate per layer, from the head down; 1: none',
              type=bounded_number(float, 0, 1, above=True)),
         Flag('warmup_lr', 0., 'learning rate at the start of the warm-up', type=rate),
@@ -336,8 +318,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('smoothing', 0.1, 'label smoothing', type=below_one, synonyms='label_smoothing'),
         Flag('train_interpolation', 'bicubic', 'interpolation of random crops: random, bilinear, bicubic, lanczos',
              choices=names_in('beit/data/transforms.py', 'INTERPOLATIONS')),
-        Flag('crop_pct', None, 'center crop, relative to the resized image',
-             shown='224/256; 1.0 from 384 pixels',
+        Flag('crop_pct', None, 'center crop, relative to the resized image', shown='224/256; 1.0 from 384 pixels',
              type=bounded_number(float, 0, 1, above=True),
              also={PREDICT: dict(group=UNLABELLED, shown='the checkpoint\'s')}),
         Flag('eval_fit', 'crop', 'evaluation: crop, squash to the square, letterbox (pad with the mean)',
@@ -355,14 +336,11 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('mixup_mode', 'batch', 'unit of one mixing ratio: batch, pair, elem', choices=('batch', 'pair', 'elem')),
     ),
     (TRAINING, 'fine-tuning'): (
-        Flag('finetune', '', 'weights: file, folder, URL, name, hf-hub:NAME',
-             shown='empty: from scratch',
-             synonyms='pretrained initial_checkpoint', affects_results=False),
-        Flag('model_key', 'model|module', 'keys of the weights in the file; the first one found counts',
-             affects_results=False),
-        Flag('model_prefix', '', 'prefix of the parameter names in the file', aliases=('model_filter_name',),
-             affects_results=False),
-        Flag('init_scale', 0.001, 'factor on the initial weights of the head', type=rate, affects_results=False),
+        Neutral('finetune', '', 'weights: file, folder, URL, name, hf-hub:NAME', shown='empty: from scratch',
+                synonyms='pretrained initial_checkpoint'),
+        Neutral('model_key', 'model|module', 'keys of the weights in the file; the first one found counts'),
+        Neutral('model_prefix', '', 'prefix of the parameter names in the file', aliases=('model_filter_name',)),
+        Neutral('init_scale', 0.001, 'factor on the initial weights of the head', type=rate),
         Flag('use_mean_pooling', True, 'pool the patch tokens, not the class token', off='use_cls'),
         Flag('freeze_backbone', False, 'train only the head: linear probing'),
         Flag('unfreeze_epoch', 0, 'with --freeze_backbone: train all from epoch N, counted from 0; 0: never',
@@ -373,61 +351,50 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('amp', False, 'mixed precision, by apex if installed, else by PyTorch',
              synonyms='fp16 bf16 mixed_precision', follows_checkpoint=True,
              also={PREDICT: dict(group='run', help='mixed precision')}),
-        Flag('opt_level', 'O2', 'O0 float32, O1 autocast, O2 half-precision weights',
-             choices=OPT_LEVELS, metavar='O0|O1|O2', follows_checkpoint=True,
-             also={PREDICT: dict(group='run', aliases=('opt-level',))}),
-        Flag('enable_deepspeed', False, 'the reference\'s flag for --amp --opt_level O2 --loss_scale dynamic',
-             affects_results=False),
-        Flag('amp_dtype', None, 'float16, bfloat16', shown='float16; bfloat16 on a CPU',
-             choices=AMP_DTYPES, follows_checkpoint=True, also={PREDICT: dict(group='run')}),
+        Flag('opt_level', 'O2', 'O0 float32, O1 autocast, O2 half-precision weights', choices=OPT_LEVELS,
+             metavar='O0|O1|O2', follows_checkpoint=True, also={PREDICT: dict(group='run', aliases=('opt-level',))}),
+        Neutral('enable_deepspeed', False, 'the reference\'s flag for --amp --opt_level O2 --loss_scale dynamic'),
+        Flag('amp_dtype', None, 'float16, bfloat16', shown='float16; bfloat16 on a CPU', choices=AMP_DTYPES,
+             follows_checkpoint=True, also=IN_RUN),
         Flag('loss_scale', None, 'loss scale: a number, or dynamic', shown='128 for float16, else 1', type=loss_scale),
     ),
     (TRAINING, 'data'): (
-        Flag('data_path', '', 'folder, .zip or .tar with train/ and val/; demo: digits',
-             synonyms='data data_dir root', affects_results=False),
-        Flag('eval_data_path', None, 'class folders to evaluate on, not data_path/val; with --eval several',
-             action=OneOrMore, nargs='+', affects_results=False),
-        Flag('train_csv', '', 'CSV file of training images: path,label or path,label;label', affects_results=False),
-        Flag('val_csv', '', 'CSV file of validation images', affects_results=False),
+        Neutral('data_path', '', 'folder, .zip or .tar with train/ and val/; demo: digits',
+                synonyms='data data_dir root'),
+        Neutral('eval_data_path', None, 'class folders to evaluate on, not data_path/val; with --eval several',
+                action=OneOrMore, nargs='+'),
+        Neutral('train_csv', '', 'CSV file of training images: path,label or path,label;label'),
+        Neutral('val_csv', '', 'CSV file of validation images'),
         Flag('val_split', 0., 'fraction of each class to hold out for evaluation, without a val/',
              type=bounded_number(float, 0, 0.9), follows_checkpoint=True),
         Flag('class_depth', 1, 'class folders are N folders deep; at 2 a class is called dog/husky', type=positive,
              follows_checkpoint=True),
-        Flag('nb_classes', 0, 'expected number of classes; 0: as many as the data has', type=whole,
-             affects_results=False),
+        Neutral('nb_classes', 0, 'expected number of classes; 0: as many as the data has', type=whole),
         Flag('image_folder_class_index_file', '', 'file of class folders in the outputs\' order'),
         Flag('imagenet_default_mean_and_std', False, 'normalise with ImageNet\'s mean and std instead of 0.5'),
         Flag('data_set', 'IMNET', 'IMNET (train/, val/), image_folder (class folders), CIFAR (100)',
              follows_checkpoint=True, names_difference=False),
-        Flag('data_backend', 'exact', 'exact (Pillow), fast (torchvision; pixels differ slightly)',
-             choices=BACKENDS,
-             also={PREDICT: dict(group='run')}),
+        Flag('data_backend', 'exact', 'exact (Pillow), fast (torchvision; pixels differ slightly)', choices=BACKENDS,
+             also=IN_RUN),
         Flag('eval_data_backend', 'exact', 'the same for evaluation: exact, fast', choices=BACKENDS,
              follows_checkpoint=True),
         Flag('bad_images', 'error', 'unreadable images: error (stop), skip (leave out and list)',
-             choices=('error', 'skip'),
-             also={PREDICT: dict(group='input')}),
-        Flag('max_bad_images', 0.001, 'with skip: stop at this fraction of unreadable images', type=share,
-             affects_results=False),
-        Flag('max_pixels', 0, 'most pixels of an image; 0: Pillow\'s limit, 179 million',
-             type=whole, affects_results=False, aliases=('max_image_pixels',), also={PREDICT: dict(group='input')}),
+             choices=('error', 'skip'), also={PREDICT: dict(group='input')}),
+        Neutral('max_bad_images', 0.001, 'with skip: stop at this fraction of unreadable images', type=share),
+        Neutral('max_pixels', 0, 'most pixels of an image; 0: Pillow\'s limit, 179 million', type=whole,
+                aliases=('max_image_pixels',), also={PREDICT: dict(group='input')}),
         Flag('exif', 'ignore', 'the rotation that a camera noted: ignore, follow', choices=('ignore', 'follow')),
-        Flag('background', '', 'lay transparent images on white, black or R,G,B',
-             shown='none: alpha is dropped', type=colour, metavar='COLOUR'),
-        Flag('check_data', False, 'decode every image, list the unreadable ones, and exit',
-             affects_results=False),
+        Flag('background', '', 'lay transparent images on white, black or R,G,B', shown='none: alpha is dropped',
+             type=colour, metavar='COLOUR'),
+        Neutral('check_data', False, 'decode every image, list the unreadable ones, and exit'),
     ),
     (TRAINING, 'distributed'): (
-        Flag('world_size', 1, 'set by the launcher', type=positive, affects_results=False),
-        Flag('local_rank', -1, 'set by the launcher', type=bounded_number(int, -1), affects_results=False,
-             also=LAUNCHED),
-        Flag('dist_on_itp', False, 'read the ranks from Open MPI\'s environment', affects_results=False,
-             also=LAUNCHED),
-        Flag('dist_timeout', 600., 'end the job if a process blocks the others for N seconds',
-             type=bounded_number(float, 1, 10 ** 6), affects_results=False,
-             also=LAUNCHED),
-        Flag('dist_url', 'env://', 'rendezvous address', affects_results=False,
-             also=LAUNCHED),
+        Neutral('world_size', 1, 'set by the launcher', type=positive),
+        Neutral('local_rank', -1, 'set by the launcher', type=bounded_number(int, -1), also=LAUNCHED),
+        Neutral('dist_on_itp', False, 'read the ranks from Open MPI\'s environment', also=LAUNCHED),
+        Neutral('dist_timeout', 600., 'end the job if a process blocks the others for N seconds',
+                type=bounded_number(float, 1, 10 ** 6), also=LAUNCHED),
+        Neutral('dist_url', 'env://', 'rendezvous address', also=LAUNCHED),
     ),
 }
 
@@ -474,15 +441,8 @@ class AnyPlaceParser(OneLineParser):
         return parsed, rest
 
 
-class Usage(NamedTuple):
-    """The text of a program's --help besides its flags, and its kind of parser."""
-    usage: str
-    examples: str
-    parser: Type[OneLineParser] = OneLineParser
-
-
-USAGES = {
-    TRAINING: Usage('--data_path DIR [flags]', """examples:
+USAGES = {  # of each program: how it is called, and the end of its --help
+    TRAINING: ('--data_path DIR [flags]', """examples:
   try it on handwritten digits, one minute on a CPU:
     bash test/train_full_1p.sh --data_path=demo
   fine-tune pretrained weights on your own class folders, and open out/report.html:
@@ -500,15 +460,15 @@ optimizers, with an optional prefix lookahead_, besides those of timm.optim.list
 %s
 """ % tuple(textwrap.fill(', '.join(names), 100, initial_indent='  ', subsequent_indent='  ')
             for names in (MODELS, OPTIMIZERS))),
-    PREDICT: Usage('--resume PATH IMAGES [flags]', """examples:
+    PREDICT: ('--resume PATH IMAGES [flags]', """examples:
   python run_predict.py --resume train_result photo.jpg holiday/
   python run_predict.py --resume train_result --input 'photos/*.jpg' --top_k 3 --output results.csv
   python run_predict.py --resume train_result photos --bad_images skip --output - | jq .predictions[0].class
   python run_predict.py --resume train_result photos --attention --attention_dir looks
   python run_predict.py --resume train_result photos --features features.npz --layer 9
   torchrun --nproc_per_node=8 run_predict.py --resume train_result photos --output results.jsonl
-""", AnyPlaceParser),
-    EXPORT: Usage('--resume PATH --format FORMAT [flags]', """examples:
+"""),
+    EXPORT: ('--resume PATH --format FORMAT [flags]', """examples:
   the best checkpoint of a run, for onnxruntime, beside it:
     python run_export.py --resume out --format onnx
   for an Ascend processor, by CANN's atc where it is installed:
@@ -520,12 +480,12 @@ optimizers, with an optional prefix lookahead_, besides those of timm.optim.list
   weights of timm or Hugging Face, which do not name their model:
     python run_export.py --resume model.safetensors --model beit_base_patch16_224 --format onnx
 """),
-    AVERAGE: Usage('--inputs PATHS --output FILE [flags]', """examples:
+    AVERAGE: ('--inputs PATHS --output FILE [flags]', """examples:
   python average_checkpoints.py --inputs out/checkpoint-8.pth out/checkpoint-9.pth --output avg.pth
   python average_checkpoints.py --inputs out --best 5 --output avg.pth
   python run_class_finetuning.py --eval --resume avg.pth --data_path /data/ImageNet2012
 """),
-    PROBE: Usage('--finetune WEIGHTS --data_path DIR --output_dir DIR [flags]', """examples:
+    PROBE: ('--finetune WEIGHTS --data_path DIR --output_dir DIR [flags]', """examples:
   python run_linear_eval.py --finetune beit_base_patch16_224_pt22k --data_path DIR --output_dir probe --amp
   python run_linear_eval.py --recipe beit_base_linear_probe --data_path DIR --output_dir probe --knn 20
   torchrun --nproc_per_node=8 run_linear_eval.py --finetune out/checkpoint-best.pth --data_path DIR --output_dir probe
@@ -535,8 +495,9 @@ optimizers, with an optional prefix lookahead_, besides those of timm.optim.list
 
 def build_parser(program: str = TRAINING, description: Optional[str] = None) -> OneLineParser:
     """The parser of a program. `description` is the beginning of --help."""
-    usage = USAGES[program]
-    parser = usage.parser(program, usage.usage, description=description, epilog=usage.examples)
+    usage, examples = USAGES[program]
+    kind = AnyPlaceParser if program == PREDICT else OneLineParser
+    parser = kind(program, usage, description=description, epilog=examples)
     groups = {title: parser.add_argument_group(title) for title in GROUPS[program]}
     if program == PROBE:
         parser.set_defaults(**dict({flag.name: flag.default for _, flag in flags_of(TRAINING)}, freeze_backbone=True,
