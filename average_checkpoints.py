@@ -34,6 +34,7 @@ from beit.files.weights_file import load_weights_file
 from beit.log import log_main
 from beit.model_spec import ModelSpec
 from beit.training import metrics
+from check_flags import check_early
 
 PROGRAM = 'average_checkpoints.py'
 
@@ -53,7 +54,6 @@ def find(inputs: Sequence[str]) -> List[str]:
                 raise UserError('--inputs %s: the folder holds no checkpoint-<epoch>.pth' % escape_text(source))
             found += paths
         else:
-            sources.check_exists('--inputs', source)
             found.append(source)
     real = [os.path.realpath(path) for path in found]
     twice = [path for path, where in zip(found, real) if real.count(where) > 1]
@@ -168,9 +168,7 @@ def check_alike(path: str, state: Dict[str, torch.Tensor], spec: Optional[ModelS
 
 
 def main(args: argparse.Namespace) -> None:
-    for flag in ('inputs', 'output'):
-        if not getattr(args, flag):
-            raise UserError('--%s is missing; see --help' % flag)
+    check_early(flags.AVERAGE, args)
     if os.path.lexists(args.output) and not (args.overwrite and os.path.isfile(args.output)):
         raise UserError('--output %s exists; choose another%s' % (
             escape_text(args.output), ', or give --overwrite' if os.path.isfile(args.output) else ''))

@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import os
 import sys
-from typing import Optional
+from typing import Any, Optional
 
 import flags
 from beit import startup, weights
@@ -43,16 +43,24 @@ def check_early(program: str, args: argparse.Namespace) -> None:
         check_evaluation(args)
         check_weights(args)
         check_outputs(args)
-    elif program == flags.PREDICT:
-        from beit.data import locations
-        locations.check_inputs(args.images + [each for group in args.input for each in group])
-    elif program == flags.EXPORT:
-        if args.format and args.format not in flags.EXPORT_FORMATS:
-            raise unknown_value_error('--format', args.format, flags.EXPORT_FORMATS)
-    else:
+    elif program == flags.AVERAGE:
+        for flag in ('inputs', 'output'):
+            refuse(not getattr(args, flag), args, flag, ' is missing; see --help')
         for source in args.inputs:
             sources.check_exists('--inputs', source)
-    if program in (flags.PREDICT, flags.EXPORT) and args.resume and not is_hugging_face(args.resume):
+    elif program == flags.PREDICT:
+        from beit.data import locations
+        inputs = args.images + [each for group in args.input for each in group]
+        refuse(not args.resume, args, 'resume', ' is missing; give the checkpoint, or the folder that holds it')
+        if not inputs:
+            raise UserError('no image is named; give files, folders, or a quoted pattern such as \'photos/*.jpg\'')
+        locations.check_inputs(inputs)
+    else:
+        refuse(not args.resume, args, 'resume', ': name the checkpoint to export, or the folder that holds it')
+        refuse(not args.format, args, 'format', ' is missing; give one of ' + ', '.join(flags.EXPORT_FORMATS))
+        if args.format not in flags.EXPORT_FORMATS:
+            raise unknown_value_error('--format', args.format, flags.EXPORT_FORMATS)
+    if program in (flags.PREDICT, flags.EXPORT) and not is_hugging_face(args.resume):
         sources.candidates(args.resume)
 
 
@@ -101,17 +109,13 @@ def check_args(args: argparse.Namespace) -> None:
     from beit.checkpoint import exported
     settle(args)
     exported.check_flags(args)
+    check_early(flags.TRAINING, args)
     check_model(args)
-    check_combinations(args)
     check_augmentation(args)
-    check_schedule(args)
-    if not flags.evaluates_checkpoint(args):  # else the checkpoint may name the data set
-        check_data_paths(args)
+    if args.data_path == 'demo' and not flags.evaluates_checkpoint(args):
+        check_data_paths(args)  # may write the digits
     check_compute(args)
     check_optimizer(args)
-    check_evaluation(args)
-    check_weights(args)
-    check_outputs(args)
 
 
 def check_data_paths(args: argparse.Namespace) -> None:
@@ -127,48 +131,44 @@ def check_model(args: argparse.Namespace) -> None:
         pretrained.check_finetune(args.finetune)
     if not flags.evaluates_checkpoint(args):
         model_spec.check_architecture(args.model, args.input_size)
-    elif args.model not in flags.MODELS:
-        raise unknown_value_error('--model', args.model, flags.MODELS)
-    if args.class_names and not (args.eval and (args.resume or args.finetune)):
-        raise UserError('--class_names %s: it belongs to --eval --resume; a training takes the names of its data'
-                        % escape_text(args.class_names))
+
+
+def refuse(wrong: Any, args: argparse.Namespace, flag: str, reason: str) -> None:
+    """Raise a `UserError`, '--flag value' and the reason, if something is `wrong`."""
+    if wrong:
+        value = getattr(args, flag)
+        words = ['%g' % each if isinstance(each, float) else escape_text(str(each))
+                 for each in (value if isinstance(value, list) else [value]) if each is not True and each != '']
+        raise UserError(' '.join(['--' + flag, *words]) + reason)
 
 
 def check_combinations(args: argparse.Namespace) -> None:
     """The flags that contradict one another."""
-    if args.in_chans != 3 and 'fast' in (args.data_backend, args.eval_data_backend):
-        raise UserError('--in_chans %d: the backend fast reads RGB; leave --data_backend and --eval_data_backend out'
-                        % args.in_chans)
-    if args.eval_fit != 'crop' and (args.crop_pct or args.input_size <= SMALL_INPUT) and not (
-            flags.evaluates_checkpoint(args)):
-        raise UserError('--eval_fit %s: %s; leave one of them out' % (
-            args.eval_fit, '--crop_pct %g crops' % args.crop_pct if args.crop_pct else
-            'images for --input_size %d are not resized' % args.input_size))
-    if args.in_chans == 4 and not args.eval and args.background:
-        raise UserError('--background %s: --in_chans 4 keeps the alpha channel; leave --background out'
-                        % args.background)
-    if args.resplit:
-        raise UserError('--resplit needs augmentation splits, which this recipe does not have; leave it out')
-    if flags.config_from(args, MixupConfig).mixes and args.batch_size % 2 and not args.eval:
-        raise UserError('--batch_size %d: mixup and cutmix pair images, so it must be even' % args.batch_size)
-    for flag in ('mixup', 'cutmix'):
-        if 0 < getattr(args, flag) < 1e-6:  # NumPy's beta distribution gives no number there
-            raise UserError('--%s %g: an alpha below 1e-6 mixes nothing; 0 turns it off' % (flag, getattr(args, flag)))
-    if args.mixup_off_epoch and not flags.config_from(args, MixupConfig).mixes:
-        raise UserError('--mixup_off_epoch %d: there is no --mixup or --cutmix to turn off; leave it out'
-                        % args.mixup_off_epoch)
-    if args.model_ema_warmup and not args.model_ema:
-        raise UserError('--model_ema_warmup needs --model_ema, without which there is no average')
-    if args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
-        raise UserError('--cutmix_minmax %g %g: the first must be below the second' % tuple(args.cutmix_minmax))
-    if 'compile_backend' in args.typed and not args.compile:
-        raise UserError('--compile_backend %s needs --compile' % escape_text(args.compile_backend))
-    if args.compile and args.skip_dropped == 'on':
-        raise UserError('--skip_dropped on: it changes shapes from step to step, and --compile needs one; leave '
-                        'one of them out')
-    if args.opt_betas is not None and len(args.opt_betas) != 2:
-        raise UserError('--opt_betas %s: give 2 numbers, as in --opt_betas 0.9 0.999'
-                        % ' '.join(map(str, args.opt_betas)))
+    evaluates, mixes = flags.evaluates_checkpoint(args), flags.config_from(args, MixupConfig).mixes
+    refuse(args.in_chans != 3 and 'fast' in (args.data_backend, args.eval_data_backend), args, 'in_chans',
+           ': the backend fast reads RGB; leave --data_backend and --eval_data_backend out')
+    refuse(args.eval_fit != 'crop' and args.crop_pct and not evaluates, args, 'eval_fit',
+           ': --crop_pct %g crops; leave one of them out' % (args.crop_pct or 0))
+    refuse(args.eval_fit != 'crop' and args.input_size <= SMALL_INPUT and not evaluates, args, 'eval_fit',
+           ': images for --input_size %d are not resized; leave one of them out' % args.input_size)
+    refuse(args.in_chans == 4 and not args.eval and args.background, args, 'background',
+           ': --in_chans 4 keeps the alpha channel; leave --background out')
+    refuse(args.resplit, args, 'resplit', ' needs augmentation splits, which this recipe does not have; leave it out')
+    refuse(mixes and args.batch_size % 2 and not args.eval, args, 'batch_size',
+           ': mixup and cutmix pair images, so it must be even')
+    for flag in ('mixup', 'cutmix'):  # NumPy's beta distribution gives no number there
+        refuse(0 < getattr(args, flag) < 1e-6, args, flag, ': an alpha below 1e-6 mixes nothing; 0 turns it off')
+    refuse(args.mixup_off_epoch and not mixes, args, 'mixup_off_epoch',
+           ': there is no --mixup or --cutmix to turn off; leave it out')
+    refuse(args.model_ema_warmup and not args.model_ema, args, 'model_ema_warmup',
+           ' needs --model_ema, without which there is no average')
+    refuse(args.cutmix_minmax is not None and args.cutmix_minmax[0] >= args.cutmix_minmax[1], args, 'cutmix_minmax',
+           ': the first must be below the second')
+    refuse('compile_backend' in args.typed and not args.compile, args, 'compile_backend', ' needs --compile')
+    refuse(args.compile and args.skip_dropped == 'on', args, 'skip_dropped',
+           ': it changes shapes from step to step, and --compile needs one; leave one of them out')
+    refuse(args.opt_betas is not None and len(args.opt_betas) != 2, args, 'opt_betas',
+           ': give 2 numbers, as in --opt_betas 0.9 0.999')
 
 
 def check_augmentation(args: argparse.Namespace) -> None:
@@ -176,31 +176,27 @@ def check_augmentation(args: argparse.Namespace) -> None:
     from beit.training import losses
     transforms.check_policy(args.aa, args.in_chans)
     transforms.check_backend(flags.config_from(args, TransformConfig))
-    if args.in_chans == 4 and not args.eval and transforms.policy_or_none(args.aa):
-        raise UserError('--in_chans 4: it keeps the alpha channel, which --aa %s cannot; give --aa none' % args.aa)
+    refuse(args.in_chans == 4 and not args.eval and transforms.policy_or_none(args.aa), args, 'in_chans',
+           ': it keeps the alpha channel, which --aa %s cannot; give --aa none' % args.aa)
     if args.class_weights not in ('', 'balanced') and not args.eval:
         losses.read_weights(args.class_weights)
 
 
 def check_schedule(args: argparse.Namespace) -> None:
-    if args.warmup_steps <= 0 and args.warmup_epochs > args.epochs:
-        raise UserError('--warmup_epochs %d is longer than --epochs %d; give --warmup_epochs=%d or fewer'
-                        % (args.warmup_epochs, args.epochs, args.epochs))
-    if args.start_epoch >= args.epochs:
-        raise UserError('--start_epoch %d: --epochs %d leaves nothing to train; raise --epochs'
-                        % (args.start_epoch, args.epochs))
-    if args.early_stop and args.disable_eval_during_finetuning:
-        raise UserError('--early_stop %d: --disable_eval_during_finetuning evaluates nothing to stop by; leave one of '
-                        'them out' % args.early_stop)
+    refuse(args.warmup_steps <= 0 and args.warmup_epochs > args.epochs, args, 'warmup_epochs',
+           ' is longer than --epochs %d; give --warmup_epochs=%d or fewer' % (args.epochs, args.epochs))
+    refuse(args.start_epoch >= args.epochs, args, 'start_epoch',
+           ': --epochs %d leaves nothing to train; raise --epochs' % args.epochs)
+    refuse(args.early_stop and args.disable_eval_during_finetuning, args, 'early_stop',
+           ': --disable_eval_during_finetuning evaluates nothing to stop by; leave one of them out')
 
 
 def check_compute(args: argparse.Namespace) -> None:
     """The device, and what it can do."""
     from beit.devices import accelerator, half_precision, kernels, profiler
     _, processes, local_rank = launch_environment(flags.config_from(args, DistributedConfig))
-    if args.world_size > 1 and processes == 1:
-        raise UserError('--world_size %d is set by the launcher; start the processes with test/train_full_8p.sh '
-                        '--nproc_per_node=%d, or torchrun' % (args.world_size, args.world_size))
+    refuse(args.world_size > 1 and processes == 1, args, 'world_size', ' is set by the launcher; start the processes '
+           'with test/train_full_8p.sh --nproc_per_node=%d, or torchrun' % args.world_size)
     # Too few devices are an error of all processes of a machine, so that none waits for one that cannot come.
     highest = os.environ.get('LOCAL_WORLD_SIZE', '1')
     device = accelerator.find_device(
@@ -214,47 +210,39 @@ def check_compute(args: argparse.Namespace) -> None:
 
 
 def check_optimizer(args: argparse.Namespace) -> None:
-    if not args.eval:
-        import optim_factory
-        optim_factory.check_optimizer(args.opt, args.momentum)
-    if args.unfreeze_epoch:
-        check_unfreezing(args)
-
-
-def check_unfreezing(args: argparse.Namespace) -> None:
     import optim_factory
-    flag = '--unfreeze_epoch %d: ' % args.unfreeze_epoch
-    if not args.freeze_backbone:
-        raise UserError(flag + 'it needs --freeze_backbone, without which nothing is frozen')
-    if args.unfreeze_epoch >= args.epochs and not args.eval:
-        raise UserError(flag + '--epochs %d ends before; lower it, or leave it out to train the head alone'
-                        % args.epochs)
-    if 'fused' in args.opt.lower() or optim_factory.optimizer_class(args.opt)[0].__name__ == 'NovoGrad':
-        raise UserError(flag + '--opt %s looks for gradients in its first step and for no others later; use '
-                        '--opt adamw, or two runs, the second with --finetune' % args.opt)
+    if not args.eval:
+        optim_factory.check_optimizer(args.opt, args.momentum)
+    if not args.unfreeze_epoch:
+        return
+    refuse(not args.freeze_backbone, args, 'unfreeze_epoch',
+           ': it needs --freeze_backbone, without which nothing is frozen')
+    refuse(args.unfreeze_epoch >= args.epochs and not args.eval, args, 'unfreeze_epoch',
+           ': --epochs %d ends before; lower it, or leave it out to train the head alone' % args.epochs)
+    refuse('fused' in args.opt.lower() or optim_factory.optimizer_class(args.opt)[0].__name__ == 'NovoGrad', args,
+           'unfreeze_epoch', ': --opt %s looks for gradients in its first step and for no others later; use --opt '
+           'adamw, or two runs, the second with --finetune' % args.opt)
 
 
 def check_evaluation(args: argparse.Namespace) -> None:
-    if args.eval and 'recipe' in args.typed and args.recipe:
-        raise UserError('--recipe %s: it belongs to training; leave it out of --eval' % escape_text(args.recipe))
+    refuse(args.eval and 'recipe' in args.typed and args.recipe, args, 'recipe',
+           ': it belongs to training; leave it out of --eval')
     for flag in ('results_file', 'real_labels', 'robust_test', 'calibrate'):
-        if getattr(args, flag) and not args.eval:
-            raise UserError('--%s %s: it belongs to --eval; leave it out of training' % (flag, getattr(args, flag)))
-    sets = [escape_text(str(path)) for path in flags.evaluation_sets(args)]
-    for flag in [each for each in ('report', 'log_dir', 'calibrate') if getattr(args, each) or not args.eval]:
-        if sets[1:]:
-            raise UserError('--eval_data_path %s: several sets %s; name one' % (
-                ' '.join(sets), 'have no --' + flag if args.eval else 'belong to --eval'))
+        refuse(getattr(args, flag) and not args.eval, args, flag, ': it belongs to --eval; leave it out of training')
+    sets = flags.evaluation_sets(args)
+    for flag in ('report', 'log_dir', 'calibrate'):
+        refuse(sets[1:] and (getattr(args, flag) or not args.eval), args, 'eval_data_path', ': several sets %s; name '
+               'one' % ('have no --' + flag if args.eval else 'belong to --eval'))
     if args.results_file:
-        if os.path.splitext(args.results_file)[1] not in ('.csv', '.json'):
-            raise UserError('--results_file %s: it must end in .csv or .json' % escape_text(args.results_file))
-        if os.path.isdir(args.results_file):
-            raise UserError('--results_file %s: there is a folder of that name' % escape_text(args.results_file))
+        refuse(os.path.splitext(args.results_file)[1] not in ('.csv', '.json'), args, 'results_file',
+               ': it must end in .csv or .json')
+        refuse(os.path.isdir(args.results_file), args, 'results_file', ': there is a folder of that name')
         check_writable('--results_file', args.results_file, is_file=True)
-    if args.real_labels and not os.path.isfile(args.real_labels):
-        raise UserError('--real_labels %s: no such file' % args.real_labels)
-    if args.eval and not (args.resume or args.finetune):
-        raise UserError('--eval needs --resume: the checkpoint to evaluate, or the folder that holds it')
+    refuse(args.real_labels and not os.path.isfile(args.real_labels), args, 'real_labels', ': no such file')
+    refuse(args.class_names and not (args.eval and (args.resume or args.finetune)), args, 'class_names',
+           ': it belongs to --eval --resume; a training takes the names of its data')
+    refuse(args.eval and not (args.resume or args.finetune), args, 'eval',
+           ' needs --resume: the checkpoint to evaluate, or the folder that holds it')
 
 
 def check_weights(args: argparse.Namespace) -> None:
@@ -269,9 +257,8 @@ def check_weights(args: argparse.Namespace) -> None:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    if args.report and not args.output_dir:
-        raise UserError('--report needs --output_dir, the folder for report.html')
-    if args.log_dir and importlib.util.find_spec('tensorboardX') is None:
-        raise UserError('--log_dir %s needs tensorboardX; %s' % (args.log_dir, startup.pip_install('tensorboardX')))
+    refuse(args.report and not args.output_dir, args, 'report', ' needs --output_dir, the folder for report.html')
+    refuse(args.log_dir and importlib.util.find_spec('tensorboardX') is None, args, 'log_dir',
+           ' needs tensorboardX; ' + startup.pip_install('tensorboardX'))
     for flag, folder in (('--output_dir', args.output_dir), ('--log_dir', args.log_dir)):
         check_writable(flag, folder)

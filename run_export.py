@@ -23,16 +23,16 @@ from typing import Any, Callable, Dict, Optional, Sequence
 import torch
 
 import flags
-import modeling_finetune
 from beit.checkpoint import pretrained
 from beit.checkpoint.inference_model import LoadedModel, load_for_inference
 from beit.cli import run_interruptible
 from beit.config import ExportConfig
-from beit.errors import UserError, escape_text, print_line, unknown_value_error
+from beit.errors import UserError, escape_text, print_line
 from beit.files import atomic_write
 from beit.outputs import atc
 from beit.outputs.export_formats import (
     EXTRA, FORMATS, Format, NotChecked, example_images, import_optional, package_version)
+from check_flags import check_early
 
 PROGRAM = 'run_export.py'
 BATCHES = (1, 2, 5)  # images at a time in the comparison
@@ -77,14 +77,7 @@ build_parser = functools.partial(flags.build_parser, flags.EXPORT, __doc__)
 
 def check_args(args: argparse.Namespace) -> None:
     """Check the flags before the checkpoint is read. Raises `UserError`."""
-    if not args.resume:
-        raise UserError('--resume: name the checkpoint to export, or the folder that holds it')
-    if args.format not in FORMATS:
-        if not args.format:
-            raise UserError('--format is missing; give one of %s' % ', '.join(FORMATS))
-        raise unknown_value_error('--format', args.format, FORMATS)
-    if args.model is not None and args.model not in modeling_finetune.MODELS:
-        raise unknown_value_error('--model', args.model, modeling_finetune.MODELS)
+    check_early(flags.EXPORT, args)
     pretrained.refuse_exports('--resume', args.resume)
     for field in dataclasses.fields(ExportConfig):
         if getattr(args, field.name) and field.name not in FORMATS[args.format].takes:

@@ -35,7 +35,6 @@ from beit.data import fast_decode
 from beit.data.decode import is_image_name
 from beit.data.device_loader import PrefetchLoader
 from beit.data.loader import SampleDataset, loader_kwargs
-from beit.data.locations import check_inputs
 from beit.data.prediction_inputs import PathDataset, PathSampler, common_folder
 from beit.data.shared_memory import workers_that_fit
 from beit.data.transforms import EvalTransform
@@ -47,6 +46,7 @@ from beit.outputs import attention_maps
 from beit.outputs.features import FeatureHook, FeaturesWriter, encode_features
 from beit.outputs.prediction_writers import FORMATS, LineWriter, Prediction, open_output
 from beit.training import fused_attention, loss_scaler, metrics
+from check_flags import check_early, refuse
 
 PROGRAM = 'run_predict.py'
 
@@ -70,13 +70,9 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     Returns:
         A Namespace of the flags with the final inputs, output, format and attention_dir.
     """
+    check_early(flags.PREDICT, args)
     exported.check_flags(args)
     args = argparse.Namespace(inputs=args.images + list(itertools.chain(*args.input)), **vars(args))
-    if not args.resume:
-        raise UserError('--resume is missing; give the checkpoint, or the folder that holds it')
-    if not args.inputs:
-        raise UserError('no image is named; give files, folders, or a quoted pattern such as \'photos/*.jpg\'')
-    check_inputs(args.inputs)
     if args.format and not args.output:
         args.output = '-'
     if args.output and _is_standard_output(args.output):
@@ -86,19 +82,16 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     if args.output:
         ending = os.path.splitext(args.output)[1][1:].lower()
         args.format = args.format or ('jsonl' if args.output == '-' else ending)
-        if args.format not in FORMATS:
-            raise UserError('--output %s: its ending names no format; end it in .%s, or give --format'
-                            % (escape_text(args.output), ', .'.join(sorted(FORMATS))))
+        refuse(args.format not in FORMATS, args, 'output',
+               ': its ending names no format; end it in .%s, or give --format' % ', .'.join(sorted(FORMATS)))
     if args.output not in ('', '-'):
-        if os.path.isdir(args.output) or is_image_name(args.output):
-            raise UserError('--output %s: %s; choose another name' % (escape_text(args.output), 'a folder has this name'
-                            if os.path.isdir(args.output) else 'this would overwrite an image'))
+        refuse(os.path.isdir(args.output), args, 'output', ': a folder has this name; choose another name')
+        refuse(is_image_name(args.output), args, 'output', ': this would overwrite an image; choose another name')
         check_writable('--output', args.output, is_file=True)
-    if args.layer is not None and not args.features:
-        raise UserError('--layer %d needs --features, the file to write' % args.layer)
+    refuse(args.layer is not None and not args.features, args, 'layer', ' needs --features, the file to write')
     if args.features:
-        if not args.features.endswith('.npz') or os.path.isdir(args.features):
-            raise UserError('--features %s: give a file that ends in .npz' % escape_text(args.features))
+        refuse(not args.features.endswith('.npz') or os.path.isdir(args.features), args, 'features',
+               ': give a file that ends in .npz')
         check_writable('--features', args.features, is_file=True)
     if args.attention is None:
         for name in ('attention_block', 'attention_heads', 'attention_dir'):
@@ -108,9 +101,8 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         beside = '' if args.output in ('', '-') else os.path.dirname(args.output)
         args.attention_dir = args.attention_dir or os.path.join(beside, 'attention')
         folder = os.path.join(os.path.realpath(args.attention_dir), '')
-        if any(os.path.join(os.path.realpath(each), '').startswith(folder) for each in args.inputs):
-            raise UserError('--attention_dir %s holds inputs, and its pictures would become inputs too; choose another '
-                            'folder' % escape_text(args.attention_dir))
+        refuse(any(os.path.join(os.path.realpath(each), '').startswith(folder) for each in args.inputs), args,
+               'attention_dir', ' holds inputs, and its pictures would become inputs too; choose another folder')
         check_writable('--attention_dir', args.attention_dir)
     if args.data_backend == 'fast':
         fast_decode.check_available()
