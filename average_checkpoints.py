@@ -36,9 +36,6 @@ from beit.model_spec import ModelSpec
 from beit.training import metrics
 from check_flags import check_early
 
-PROGRAM = 'average_checkpoints.py'
-
-
 build_parser = functools.partial(flags.build_parser, flags.AVERAGE, __doc__)
 
 
@@ -185,7 +182,7 @@ def main(args: argparse.Namespace) -> None:
 
 def run(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; a user error is one line and exit status 2."""
-    return run_interruptible(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
+    return run_interruptible(flags.AVERAGE, lambda: main(build_parser().parse_args(argv)), 'close other programs')
 
 
 if __name__ == '__main__':

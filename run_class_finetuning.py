@@ -32,21 +32,15 @@ import torch
 
 import datasets
 import engine_for_finetuning as engine
+import flags
 import optim_factory
 import utils
 from beit import log, model_spec
 from beit.checkpoint import comparison, discovery, hf_names, inference_model, pretrained, training_state
 from beit.checkpoint.inference_model import CheckpointWeights
-from beit.cli import exit_process, exit_with_error, run_with_error_report
+from beit.cli import run_interruptible
 from beit.config import (
-    DistributedConfig,
-    InputConfig,
-    MixupConfig,
-    ModelConfig,
-    OptimizerConfig,
-    OutputConfig,
-    TransformConfig,
-)
+    DistributedConfig, InputConfig, MixupConfig, ModelConfig, OptimizerConfig, OutputConfig, TransformConfig)
 from beit.data import fingerprint, locations, subsets, transforms, unreadable
 from beit.data.image_dataset import ImageDataset, label_source
 from beit.data.transforms import EvalTransform
@@ -60,25 +54,13 @@ from beit.outputs import run_log, start_table
 from beit.outputs.report import Report, augmented_samples
 from beit.outputs.run_log import count_parameters, print_result, speed_figures
 from beit.outputs.summary import project_version
-from beit.training import fused_attention, loss_scaler, losses, temperature
+from beit.training import fused_attention, loss_scaler, losses, metrics, temperature
 from beit.training.confusion import ConfusionMatrix
 from beit.training.losses import build_criterion
-from beit.training.metrics import (
-    Evaluation,
-    Metric,
-    OfLayers,
-    best_figures,
-    build_metrics,
-    check_best_by,
-    primary_metric,
-    summary_figures,
-    write_results,
-)
 from beit.training.step_control import CheckpointMonitor
 from check_flags import check_args, check_data_paths
 from flags import build_parser, config_from, evaluates_checkpoint, evaluation_sets, follow_checkpoint, without_effect
 
-PROGRAM = 'run_class_finetuning.py'
 ROBUST_CLASSES = 200  # of ImageNet-R and ImageNet-A
 Stats = Dict[str, Any]  # figures by name
 
@@ -163,7 +145,7 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
 
 # ---- steps of main
 
-def start(args: argparse.Namespace, program: str = PROGRAM) -> torch.device:
+def start(args: argparse.Namespace, program: str = flags.TRAINING) -> torch.device:
     """Connect this process to the others; returns its device."""
     if args.deterministic:
         accelerator.prepare_determinism()
@@ -266,7 +248,7 @@ def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Opt
         train_set, val_set, spec, outputs = use_classes_of(args, checkpoint, spec, train_set, val_set, classes, path)
     if val_set is not None:
         datasets.check_fits(val_set)
-        check_best_by(args.best_by, spec.multi_label)
+        metrics.check_best_by(args.best_by, spec.multi_label)
     weights = choose_class_weights(args, train_set, list(spec.classes))
     steps_per_epoch = 0 if args.eval else count_steps(args, len(train_set))
     data = Data(train_set, val_set, spec, weights, steps_per_epoch, outputs, path or args.val_csv or args.data_path,
@@ -276,11 +258,11 @@ def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Opt
     return data
 
 
-def metrics_of(args: argparse.Namespace, data: Data) -> List[Metric]:
+def metrics_of(args: argparse.Namespace, data: Data) -> List[metrics.Metric]:
     """New metrics for an evaluation. Raises `UserError` where a flag does not fit the validation set."""
-    return build_metrics(Evaluation(data.val_set, args.results_file, args.real_labels, args.data_set,
-                                    data.spec.multi_label, data.spec.activation, args.topk, data.outputs,
-                                    len(data.spec.classes)))
+    return metrics.build_metrics(metrics.Evaluation(
+        data.val_set, args.results_file, args.real_labels, args.data_set, data.spec.multi_label, data.spec.activation,
+        args.topk, data.outputs, len(data.spec.classes)))
 
 
 def build_spec(args: argparse.Namespace, inputs: InputConfig, dataset: Any, classes: Sequence[str]) -> ModelSpec:
@@ -586,11 +568,11 @@ def evaluate_only(args: argparse.Namespace, sets: List[Data], learner: Learner, 
         rows += [dict(run_log.results_row(source, weights, data.spec, count_parameters(learner.model), each,
                                           args.test_flip), data=escape_text(data.path))
                  for weights, each in (('model', stats), ('model_ema', ema_stats)) if each is not None]
-        figure = primary_metric(stats)
-        of_sets.append(dict(summary_figures(stats), data=escape_text(data.path),
+        figure = metrics.primary_metric(stats)
+        of_sets.append(dict(metrics.summary_figures(stats), data=escape_text(data.path),
                             **{'ema_' + figure.summary: ema_stats and ema_stats[figure.name]}))
     if args.results_file and process_group.is_main_process():
-        write_results(args.results_file, rows)
+        metrics.write_results(args.results_file, rows)
     if sets[1:]:
         run_log.print_sets(rows)
     figures = {'sets': of_sets} if sets[1:] else of_sets[0]
@@ -656,12 +638,12 @@ def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_ima
     sharded = args.dist_eval and process_group.world_size() > 1
 
     def evaluate(name, network, throughput=None, predictions=None):
-        metrics = metrics_of(args, data)
+        wanted = metrics_of(args, data)
         if data.layers:
-            metrics = [OfLayers([metrics] + [metrics_of(args, data) for _ in range(data.layers - 1)])]
+            wanted = [metrics.OfLayers([metrics_of(args, data) for _ in range(data.layers)])]
         stats = engine.evaluate(
             data.val_loader, engine.EvaluatedNetwork(network, args.test_flip, data.outputs), learner.device, sharded,
-            throughput, stop_signal, metrics + ([predictions] if predictions is not None else []))
+            throughput, stop_signal, wanted + ([predictions] if predictions is not None else []))
         if stats is not None:
             left_out = stats.pop('unreadable')
             if left_out:
@@ -670,7 +652,7 @@ def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_ima
             if predictions is not None:
                 predictions.figures = stats
             lines = run_log.score_lines(name, stats, len(set(left_out)))
-            lines += [metric.message % stats for metric in metrics if metric.message]
+            lines += [metric.message % stats for metric in wanted if metric.message]
             for line in lines:  # in training, a terminal shows the last epoch's at the end
                 log.log_main(line, detail=stop_signal is not None)
             learner.last_scores += lines
@@ -766,7 +748,7 @@ def finish(args: argparse.Namespace, learner: Learner, monitor: CheckpointMonito
     if should_stop_early(args, state, learner.device):
         log.log_main('Stopped early: no new best in %s (--early_stop %d)'
                      % (log.pluralize(state.stale, 'evaluation'), args.early_stop))
-    figures = dict(best_figures(state.best), loss=train_stats.get('loss'), best_by=args.best_by)
+    figures = dict(metrics.best_figures(state.best), loss=train_stats.get('loss'), best_by=args.best_by)
     if first >= args.epochs:
         log.log_main('Nothing left to train: all %d epochs are done; raise --epochs to continue' % args.epochs)
         if report.is_complete():
@@ -783,7 +765,7 @@ def should_stop_early(args: argparse.Namespace, run_state: training_state.RunSta
         process_group.is_main_process() and run_state.stale >= args.early_stop, device)
 
 
-def run(argv: Optional[Sequence[str]] = None, program: str = PROGRAM, description: Optional[str] = __doc__,
+def run(argv: Optional[Sequence[str]] = None, program: str = flags.TRAINING, description: Optional[str] = __doc__,
         work: Optional[Callable[[argparse.Namespace, preemption.Signals], None]] = None) -> int:
     """Run the command line. A user error is one line and exit status 2; a signal gives 128 + its number."""
     signals, parsed = preemption.Signals(), {}
@@ -797,20 +779,8 @@ def run(argv: Optional[Sequence[str]] = None, program: str = PROGRAM, descriptio
         return '; nothing was saved' if args is None or args.eval or args.check_data else \
             '; %sthe same command with --auto_resume continues from the last checkpoint' % condition
 
-    try:
-        with signals:
-            return run_with_error_report(program, parse_and_run, 'lower --batch_size and raise --update_freq by as '
-                                         'much, or lower --input_size', resume_hint)
-    except preemption.Stopped as stop:  # also during an error report: another process may have caused the error
-        watchdog.stop()
-        if str(stop):
-            log.log_main('%s: %s' % (program, stop))
-            process_group.defer_error_report(first=process_group.is_main_process())
-            return exit_process(128 + stop.number)
-        if not process_group.is_error_reporter():
-            return exit_process(128 + stop.number)
-        return exit_with_error(program, 'interrupted by %s%s' % (
-            preemption.name(stop.number), resume_hint('with --output_dir, ')), 128 + stop.number)
+    return run_interruptible(program, parse_and_run, 'lower --batch_size and raise --update_freq by as much, or lower '
+                             '--input_size', resume_hint, lambda: resume_hint('with --output_dir, '), signals)
 
 
 if __name__ == '__main__':

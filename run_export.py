@@ -34,7 +34,6 @@ from beit.outputs.export_formats import (
     EXTRA, FORMATS, Format, NotChecked, example_images, import_optional, package_version)
 from check_flags import check_early
 
-PROGRAM = 'run_export.py'
 BATCHES = (1, 2, 5)  # images at a time in the comparison
 TOLERANCE = 1e-3  # of the largest logit: rounding stays far below; a lost position bias is above
 
@@ -161,7 +160,7 @@ def write_folder(path: str, files: Dict[str, bytes], check: Callable[[str], Any]
 
 def run(argv: Optional[Sequence[str]] = None) -> int:
     """Parse and export; a user error is one line and exit status 2."""
-    return run_interruptible(PROGRAM, lambda: main(build_parser().parse_args(argv)), 'close other programs')
+    return run_interruptible(flags.EXPORT, lambda: main(build_parser().parse_args(argv)), 'close other programs')
 
 
 if __name__ == '__main__':

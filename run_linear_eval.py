@@ -38,7 +38,7 @@ from beit.outputs import start_table
 from beit.training import losses, metrics
 from check_flags import check_args
 
-PROGRAM, RESULTS = 'run_linear_eval.py', 'linear_eval.csv'
+RESULTS = 'linear_eval.csv'
 TEMPERATURE = 0.07  # of the neighbours' weights, as in DINO (https://arxiv.org/abs/2104.14294, appendix)
 run_folder.register_output(r'linear_eval\.csv', at_end=True)
 
@@ -51,7 +51,7 @@ def main(args: argparse.Namespace, signals: preemption.Signals) -> None:
             raise UserError('--%s is missing; give the %s' % (name, {
                 'finetune': 'weights to probe', 'output_dir': 'folder for the results'}[name]))
     check_args(args)
-    device = finetuning.start(args, PROGRAM)
+    device = finetuning.start(args, flags.PROBE)
     with run_folder.locked(args.output_dir, device):
         probe(args, signals, device)
 
@@ -182,7 +182,7 @@ def write_results(args: argparse.Namespace, knn: Optional[Sequence[float]]) -> N
 
 def run(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; exit statuses as in a training."""
-    return finetuning.run(argv, PROGRAM, __doc__, main)
+    return finetuning.run(argv, flags.PROBE, __doc__, main)
 
 
 if __name__ == '__main__':

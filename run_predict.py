@@ -29,7 +29,7 @@ import flags
 from beit import log
 from beit.checkpoint import exported
 from beit.checkpoint.inference_model import load_for_inference
-from beit.cli import exit_process, exit_with_error, run_with_error_report
+from beit.cli import exit_process, run_interruptible
 from beit.config import DistributedConfig, LoaderConfig
 from beit.data import fast_decode
 from beit.data.decode import is_image_name
@@ -39,7 +39,7 @@ from beit.data.prediction_inputs import PathDataset, PathSampler, common_folder
 from beit.data.shared_memory import workers_that_fit
 from beit.data.transforms import EvalTransform
 from beit.devices import accelerator, half_precision
-from beit.distributed import collectives, preemption, process_group, watchdog
+from beit.distributed import collectives, process_group, watchdog
 from beit.errors import UserError, check_output_is_open, escape_text
 from beit.files.atomic_write import check_writable
 from beit.outputs import attention_maps
@@ -47,11 +47,6 @@ from beit.outputs.features import FeatureHook, FeaturesWriter, encode_features
 from beit.outputs.prediction_writers import FORMATS, LineWriter, Prediction, open_output
 from beit.training import fused_attention, loss_scaler, metrics
 from check_flags import check_early, refuse
-
-PROGRAM = 'run_predict.py'
-
-
-# ---- flags
 
 build_parser = functools.partial(flags.build_parser, flags.PREDICT, __doc__)
 
@@ -281,7 +276,7 @@ def main(args: argparse.Namespace, stdout: TextIO) -> None:
     """Predict, and write the results to `stdout`, a text file, or to --output."""
     args = check_args(args)
     device = process_group.init_distributed_mode(flags.config_from(args, DistributedConfig))
-    watchdog.start(process_group.rendezvous_store(), args.dist_timeout, PROGRAM)
+    watchdog.start(process_group.rendezvous_store(), args.dist_timeout, flags.PREDICT)
     dtype = half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     loaded = load_for_inference(args.resume, args.use_ema, args.class_names, model=args.model,
                                 input_size=args.input_size, crop_pct=args.crop_pct,
@@ -329,16 +324,11 @@ def run(argv: Optional[Sequence[str]] = None) -> int:
         stdout.flush()  # several processes exit without flushing
 
     try:
-        with preemption.Signals(), contextlib.redirect_stdout(sys.stderr):  # only results go to stdout
-            return run_with_error_report(PROGRAM, work, 'lower --batch_size')
+        with contextlib.redirect_stdout(sys.stderr):  # only results go to stdout
+            return run_interruptible(flags.PREDICT, work, 'lower --batch_size',
+                                     lost=lambda: '; a file for --output is not written')
     except BrokenPipeError:  # the reader of the results has closed the pipe
         return exit_process(128 + signal.SIGPIPE)
-    except preemption.Stopped as stop:
-        watchdog.stop()
-        if not process_group.is_error_reporter():
-            return exit_process(128 + stop.number)
-        return exit_with_error(PROGRAM, str(stop) or 'interrupted by %s; a file for --output is not written'
-                               % preemption.name(stop.number), 128 + stop.number)
 
 
 if __name__ == '__main__':

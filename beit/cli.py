@@ -9,7 +9,7 @@ from typing import Any, Callable, Optional
 from beit.devices import accelerator
 from beit.distributed import preemption, process_group, watchdog
 from beit.errors import UserError, loader_limit_message, one_line, print_error, worker_death_message
-from beit.log import current_display
+from beit.log import current_display, log_main
 
 # ---- errors and the exit status
 
@@ -62,14 +62,27 @@ def end_loader_processes() -> None:
         child.kill()
 
 
-def run_interruptible(program: str, work: Callable[[], Any], memory_remedy: str) -> int:
-    """`run_with_error_report`, for a program that a signal ends without any output; then 128 + the signal's number."""
+def run_interruptible(program: str, work: Callable[[], Any], memory_remedy: str, resume_hint: Callable[[], str] = str,
+                      lost: Callable[[], str] = lambda: '; nothing was written',
+                      signals: Optional[preemption.Signals] = None) -> int:
+    """`run_with_error_report`, for a program that a signal ends with one line; then 128 + the signal's number.
+
+    Args:
+        lost: gives the end of that line, what the signal prevented.
+        signals: a training's, which logs what it has saved.
+    """
     try:
-        with preemption.Signals():
-            return run_with_error_report(program, work, memory_remedy)
-    except preemption.Stopped as stop:
-        return exit_with_error(program, str(stop) or 'interrupted by %s; nothing was written'
-                               % preemption.name(stop.number), 128 + stop.number)
+        with signals or preemption.Signals():
+            return run_with_error_report(program, work, memory_remedy, resume_hint)
+    except preemption.Stopped as stop:  # also during an error report: another process may have caused the error
+        watchdog.stop()
+        if str(stop) and signals is not None:
+            log_main('%s: %s' % (program, stop))
+            process_group.defer_error_report(first=process_group.is_main_process())
+        elif process_group.is_error_reporter():
+            exit_with_error(program, str(stop) or 'interrupted by %s%s' % (preemption.name(stop.number), lost()),
+                            128 + stop.number)
+        return exit_process(128 + stop.number)
 
 
 def exit_with_error(program: str, message: str, status: int, rank: Optional[int] = None) -> int:
