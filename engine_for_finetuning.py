@@ -21,6 +21,7 @@ run_folder.register_output('prof')
 
 SKIPS_IN_A_ROW = 20
 UNREAD_UPDATES = 10  # whose outcome may stay on the device, at most
+RATE: Dict[str, Any] = dict(window_size=1, fmt='{value:.4g}')  # in a line, the newest learning rate
 
 
 @dataclasses.dataclass
@@ -83,7 +84,7 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
     # Without --bad_images skip, a step does not depend on the image counts of the other processes.
     grad_factor = monitor.grad_factor if getattr(getattr(data_loader, 'dataset', None), 'skips', True) else None
     timer = utils.StepTimer(device, process_group.world_size(), config.throughput)
-    batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps, 10,
+    batches = meters.log_every(itertools.islice(data_loader, micro_steps - first_micro_step), micro_steps,
                                'Epoch: [%d]' % epoch, timer, first_micro_step)
     optimizer.zero_grad()
     scaler.clear_overflow(device)
@@ -156,8 +157,7 @@ def training_meters(state: Optional[Dict[str, Any]], batch_size: int) -> utils.M
     """
     meters = utils.MetricLogger(hidden=('loss_scale',))
     for name in ('lr', 'min_lr', 'loss', 'class_acc', 'weight_decay', 'grad_norm', 'loss_scale'):
-        meters.add_meter(name, utils.SmoothedValue(window_size=1, fmt='{value:.4g}') if name in ('lr', 'min_lr')
-                         else utils.SmoothedValue())
+        meters.meters[name] = utils.SmoothedValue(**(RATE if name in ('lr', 'min_lr') else {}))
     if state:
         meters.load_state({name: [part * batch_size for part in totals] if name in ('loss', 'class_acc') and not
                            state.get('counts_images') else totals for name, totals in state['meters'].items()})
@@ -245,10 +245,10 @@ def evaluate(data_loader: Any, model: torch.nn.Module, device: torch.device, sha
     metrics = [TopAccuracy(), Loss()] if metrics is None else metrics
     sharded = sharded and process_group.world_size() > 1
     meters = utils.MetricLogger()
-    meters.add_meter('loss', utils.SmoothedValue())  # first in the line, as in training
+    meters.meters['loss'] = utils.SmoothedValue()  # first in the line, as in training
     timer = utils.StepTimer(device, process_group.world_size() if sharded else 1, throughput)
     seen, unreadable, stop = 0, [], 0  # type: int, List[Any], int
-    for batch in meters.log_every(data_loader, len(data_loader), 10, 'Test:', timer):
+    for batch in meters.log_every(data_loader, len(data_loader), 'Test:', timer):
         stop = stop_signal() if stop_signal else 0
         if stop:
             break

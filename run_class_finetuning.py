@@ -124,21 +124,30 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
         with required_output('' if args.output_dir or args.results_file else 'the figures of the evaluation'):
             start_table.show(report.environment, output.flags, data, learner.attention)
             evaluate_only(args, sets, learner, report, checkpoint)
-        return
+    else:
+        resume_and_train(args, signals, data, learner, report, checkpoint)
 
+
+def resume_and_train(args: argparse.Namespace, signals: preemption.Signals, data: Data, learner: Learner,
+                     report: Report, checkpoint: Optional[CheckpointWeights]) -> None:
+    """Train from a checkpoint, or from the start without one."""
     run_state = resume(args, data, learner, checkpoint)
     source = checkpoint.source if checkpoint else ''
-    start_table.show(report.environment, output.flags, data, learner.attention, data.steps_per_epoch, source)
+    start_table.show(report.environment, report.output.flags, data, learner.attention, data.steps_per_epoch, source)
     prepare_folder(args, source, run_state)
     update_freezing(args, accelerator.unwrap(learner.model), run_state.epoch)
 
     training = build_training(args, data, learner)
     distribute(learner)
     if args.prof or args.cann_prof:
-        engine.profile(os.path.join(args.output_dir or '.', 'prof'), device, learner.model, cann=args.cann_prof,
-                       **training)
+        engine.profile(os.path.join(args.output_dir or '.', 'prof'), learner.device, learner.model,
+                       cann=args.cann_prof, **training)
         return
-    monitor = build_monitor(args, output, signals, run_state, data, learner)
+    parts = dict(model=accelerator.unwrap(learner.model), optimizer=learner.optimizer, scaler=learner.scaler,
+                 ema=learner.ema, spec=data.spec)
+    bad_images = UnreadableFiles(args.output_dir, args.max_bad_images)
+    monitor = CheckpointMonitor(report.output, signals, run_state, bad_images, data.train_set, parts,
+                                args.on_nonfinite)
     with signals.deferred(), monitor:
         train(args, training, data, learner, monitor, report)
 
@@ -199,8 +208,7 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[
     given |= args.given & {'loss'} if args.loss != 'auto' else set()
     differ = follow_checkpoint(args, saved, path)
     if differ:
-        log.log_main('Flags that differ from %s: %s'
-                     % (escape_text(path), ', '.join(differ)))
+        log.log_main('Flags that differ from %s: %s' % (escape_text(path), ', '.join(differ)))
     checkpoint = inference_model.read_weights(path, content, class_names=args.class_names, defaults=vars(args), **keys,
                                               **{name: getattr(args, name) for name in given})
     vars(args).update(checkpoint.spec.flags, loss=checkpoint.spec.loss)
@@ -430,35 +438,35 @@ def resume(args: argparse.Namespace, data: Data, learner: Learner,
                          fingerprint.of_data(data.train_set, data.val_set, data.classes, learner.device),
                          None if data.class_weights is None else zlib.crc32(data.class_weights.numpy().tobytes()))
     run_state = training_state.RunState(args.start_epoch)
+    val_set = comparison.evaluation_id(run.data, data.spec, args.test_flip)
     if checkpoint is not None:
-        source, content = checkpoint.source, checkpoint.content
+        source, content, saved = checkpoint.source, checkpoint.content, model_spec.saved_args(checkpoint.content)
         comparison.check_unseen(source, content, data.val_set, args.val_split)
         if isinstance(content.get('optimizer'), dict):
-            optim_factory.check_same_state(source, model_spec.saved_args(content).get('opt'), args.opt)
+            optim_factory.check_same_state(source, saved.get('opt'), args.opt)
         run_state = training_state.resume_training(source, content, learner.model, learner.optimizer, learner.scaler,
                                                    learner.ema, model_key=args.model_key,
                                                    model_prefix=args.model_prefix)
-    if run_state.steps and run_state.run.get('total_batch') != total_batch:
-        raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; keep '
-                        '--batch_size x --update_freq x processes, or resume the checkpoint of a whole epoch'
-                        % (source, run_state.run.get('total_batch'), total_batch))
-    if checkpoint is not None:
+        if run_state.steps and run_state.run.get('total_batch') != total_batch:
+            raise UserError('--resume %s: it was saved in mid-epoch with a total batch of %s, and this one is %d; keep '
+                            '--batch_size x --update_freq x processes, or resume the checkpoint of a whole epoch'
+                            % (source, run_state.run.get('total_batch'), total_batch))
         log.log_main(comparison.resume_message(comparison.resume_differences(content, run, without_effect())))
         if source == args.resume or not discovery.is_inside(source, args.output_dir):
             run_state.origin = args.resume
-        run_state.val_set = run_state.val_set or comparison.evaluation_id(
-            comparison.saved_data(content), checkpoint.spec, model_spec.saved_args(content).get('test_flip', False))
-    val_set = comparison.evaluation_id(run.data, data.spec, args.test_flip)
-    usual = 'mAP' if data.spec.multi_label else 'acc1'
-    theirs, mine = (each or usual for each in (checkpoint and model_spec.saved_args(checkpoint.content).get('best_by'),
-                                               args.best_by))
-    reason = 'of other validation images or another preprocessing' \
-        if val_set and run_state.val_set not in ('', val_set) else \
-        'by --best_by %s, and this run has --best_by %s' % (escape_text(str(theirs)), mine) if theirs != mine else ''
-    if run_state.best and reason:
-        run_state.best, run_state.stale = {}, 0
-        log.log_main('The best figure starts again: that of %s is %s' % (escape_text(source), reason))
-    run_state.val_set = val_set or run_state.val_set
+        before = run_state.val_set or comparison.evaluation_id(
+            comparison.saved_data(content), checkpoint.spec, saved.get('test_flip', False))
+        theirs, mine = (each or ('mAP' if data.spec.multi_label else 'acc1')
+                        for each in (saved.get('best_by'), args.best_by))
+        reason = 'by --best_by %s, and this run has --best_by %s' % (escape_text(str(theirs)), mine) \
+            if theirs != mine else ''
+        if val_set and before not in ('', val_set):
+            reason = 'of other validation images or another preprocessing'
+        if run_state.best and reason:
+            run_state.best, run_state.stale = {}, 0
+            log.log_main('The best figure starts again: that of %s is %s' % (escape_text(source), reason))
+        val_set = val_set or before
+    run_state.val_set = val_set
     run_state.run = comparison.facts_of(run)
     run_state.data = comparison.data_to_save(run.data, getattr(data.train_set, 'held_out', None))
     return run_state
@@ -504,7 +512,8 @@ def build_training(args: argparse.Namespace, data: Data, learner: Learner) -> Di
     """The arguments of `engine.train_one_epoch` that are the same in every epoch."""
     mixup = transforms.build_mixup(config_from(args, MixupConfig), len(data.classes))
     weights = None if data.class_weights is None else data.class_weights.to(learner.device)
-    criterion = build_criterion(args.loss, args.smoothing, mixup, weights, data.spec.multi_label)
+    criterion: Any = build_criterion(args.loss, args.smoothing, mixup, weights, data.spec.multi_label)
+    criterion = losses.sum_over_layers(criterion) if data.layers else criterion
     lr_values, wd_values = build_schedules(args, data.steps_per_epoch)
     return dict(criterion=criterion, data_loader=data.train_loader, optimizer=learner.optimizer,
                 loss_scaler=learner.scaler, max_norm=args.clip_grad, model_ema=learner.ema, mixup_fn=mixup,
@@ -535,15 +544,6 @@ def unfreeze_when_due(args: argparse.Namespace, learner: Learner, epoch: int) ->
         distribute(learner)
     if 0 < args.unfreeze_epoch <= epoch:
         optim_factory.complete_momenta(learner.optimizer)
-
-
-def build_monitor(args: argparse.Namespace, output: OutputConfig, signals: preemption.Signals,
-                  run_state: training_state.RunState, data: Data, learner: Learner) -> CheckpointMonitor:
-    """The monitor between two updates: signals, checkpoints, unreadable images, non-finite losses."""
-    parts = dict(model=accelerator.unwrap(learner.model), optimizer=learner.optimizer, scaler=learner.scaler,
-                 ema=learner.ema, spec=data.spec)
-    bad_images = UnreadableFiles(args.output_dir, args.max_bad_images)
-    return CheckpointMonitor(output, signals, run_state, bad_images, data.train_set, parts, args.on_nonfinite)
 
 
 # ---- evaluation

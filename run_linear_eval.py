@@ -34,8 +34,7 @@ from beit.devices import accelerator
 from beit.distributed import collectives, preemption, process_group
 from beit.errors import UserError, escape_text
 from beit.files import run_folder
-from beit.outputs import start_table
-from beit.training import losses, metrics
+from beit.training import metrics
 from check_flags import check_args
 
 RESULTS = 'linear_eval.csv'
@@ -71,18 +70,7 @@ def probe(args: argparse.Namespace, signals: preemption.Signals, device: torch.d
     data.layers = len(loaded.model.blocks)
     learner = finetuning.build_learner(args, data, loaded.model, checkpoint, device, dtype)
     report = finetuning.build_report(args, output, data, learner)
-    run_state = finetuning.resume(args, data, learner, checkpoint)
-    source = checkpoint.source if checkpoint else ''
-    start_table.show(report.environment, output.flags, data, learner.attention, data.steps_per_epoch, source)
-    finetuning.prepare_folder(args, source, run_state)
-    finetuning.update_freezing(args, accelerator.unwrap(learner.model), run_state.epoch)
-
-    training = finetuning.build_training(args, data, learner)
-    training['criterion'] = losses.sum_over_layers(training['criterion'])
-    finetuning.distribute(learner)
-    monitor = finetuning.build_monitor(args, output, signals, run_state, data, learner)
-    with signals.deferred(), monitor:
-        finetuning.train(args, training, data, learner, monitor, report)
+    finetuning.resume_and_train(args, signals, data, learner, report, checkpoint)
     write_results(args, neighbor_accuracies(args, data, learner) if args.knn else None)
 
 
@@ -115,7 +103,7 @@ def unit_features(network: torch.nn.Module, loader: Any, device: torch.device
                   ) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
     """Yield (features of each layer, float32 (layers, B, 2 D) of length 1; class indices (B,)) of each batch."""
     timer = utils.StepTimer(device)
-    for batch in utils.MetricLogger().log_every(loader, len(loader), 10, 'Features:', timer):
+    for batch in utils.MetricLogger().log_every(loader, len(loader), 'Features:', timer):
         if len(batch.images):
             found = network(engine.pad_batch(batch.images, loader))[:len(batch.images)].float()
             yield F.normalize(found, dim=2).transpose(0, 1), batch.targets

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import datetime
-import functools
 import math
 import os
 import random
@@ -52,8 +51,6 @@ class SmoothedValue:
         return self.window[-1]
 
     def __str__(self) -> str:
-        if not self.window:
-            return '-'
         return self.fmt.format(median=self.median, global_avg=self.global_avg, value=self.value)
 
 
@@ -73,46 +70,40 @@ class MetricLogger:
         hidden (tuple of str): meters that are not printed.
     """
 
-    def __init__(self, delimiter: str = '  ', hidden: Sequence[str] = ()) -> None:
+    def __init__(self, hidden: Sequence[str] = ()) -> None:
         self.meters: Dict[str, SmoothedValue] = defaultdict(SmoothedValue)
-        self.delimiter, self.hidden = delimiter, hidden
+        self.hidden = hidden
         self.unread: List[Tuple[str, Any, int]] = []  # (name, number or 0-dim tensor, the count that it averages)
-
-    def add_meter(self, name: str, meter: SmoothedValue) -> None:
-        self.meters[name] = meter
 
     def update(self, n: int = 1, **values: Any) -> None:
         """Record numbers or 0-dim tensors, means over `n`; None and non-finite values are ignored."""
         self.unread += [(name, value, n) for name, value in values.items() if value is not None]
 
-    def read(self) -> None:
-        """Copy recorded values into the meters."""
+    def read(self) -> Dict[str, SmoothedValue]:
+        """Copy recorded values into the meters; returns these."""
         unread, self.unread = self.unread, []
         for (name, _, n), value in zip(unread, to_floats([value for _, value, _ in unread])):
             if math.isfinite(value):
                 self.meters[name].update(value, n)
+        return self.meters
 
     def synchronize_between_processes(self, device: torch.device) -> None:
-        self.read()
-        for name in sorted(self.meters):
-            self.meters[name].synchronize_between_processes(device)
+        for _, meter in sorted(self.read().items()):
+            meter.synchronize_between_processes(device)
 
     def averages(self) -> Dict[str, float]:
-        self.read()
-        return {name: meter.global_avg for name, meter in self.meters.items() if meter.count}
+        return {name: meter.global_avg for name, meter in self.read().items() if meter.count}
 
     def state(self) -> Dict[str, Any]:
         """The totals as plain values."""
-        self.read()
-        return {name: [meter.count, meter.total] for name, meter in self.meters.items()}
+        return {name: [meter.count, meter.total] for name, meter in self.read().items()}
 
     def load_state(self, state: Dict[str, Any]) -> None:
         for name, (count, total) in state.items():
             self.meters[name].count, self.meters[name].total = int(count), float(total)
 
-    def log_every(self, iterable: Iterable, steps: int, print_freq: int, header: str, timer: 'StepTimer',
-                  start: int = 0) -> Iterator:
-        """Yield the items of `iterable`; print a line every `print_freq` steps and at the last of `steps`.
+    def log_every(self, iterable: Iterable, steps: int, header: str, timer: 'StepTimer', start: int = 0) -> Iterator:
+        """Yield the items of `iterable`; print a line after the steps of `should_log`.
 
         Args:
             iterable: yields (images, targets, …), from step `start` on.
@@ -122,27 +113,22 @@ class MetricLogger:
         display.begin(header, steps, start)
         for step, item in enumerate(watchdog.track(timer.time_data(iterable), header, start), start):
             yield item
-            is_line = should_log(step, steps, print_freq)
+            is_line = should_log(step, steps)
             is_timed = timer.end_step(is_line)
             if is_line:
                 log_main(self.line(header, step, steps, timer), detail=True)
-            display.step(functools.partial(self.bar_text, timer) if is_timed else None)
+            display.step((lambda: format_metrics(self.read(), timer.images_per_second)) if is_timed else None)
         display.end()
 
     def line(self, header: str, step: int, steps: int, timer: 'StepTimer') -> str:
         """The line after a step: progress, meters, times, memory, images per second."""
-        self.read()
         eta = datetime.timedelta(seconds=int(timer.step_seconds.global_avg * (steps - step - 1)))
-        return self.delimiter.join(
-            ['%s  [%*d/%d]' % (header, len(str(steps)), step, steps), 'eta: %s' % eta]
-            + ['%s: %s' % (name, meter) for name, meter in self.meters.items()
-               if name not in self.hidden and meter.window]
-            + ['time: %s' % timer.step_seconds, 'data: %s' % timer.data_seconds,
-               'max mem: %.0f' % accelerator.max_memory_mb(timer.device), 'fps: %.0f' % timer.images_per_second])
-
-    def bar_text(self, timer: 'StepTimer') -> str:
-        self.read()
-        return format_metrics(self.meters, timer.images_per_second)
+        return '  '.join([
+            '%s  [%*d/%d]' % (header, len(str(steps)), step, steps), 'eta: %s' % eta,
+            *('%s: %s' % (name, meter) for name, meter in self.read().items()
+              if name not in self.hidden and meter.window),
+            'time: %s' % timer.step_seconds, 'data: %s' % timer.data_seconds,
+            'max mem: %.0f' % accelerator.max_memory_mb(timer.device), 'fps: %.0f' % timer.images_per_second])
 
 
 class StepTimer:
@@ -192,9 +178,9 @@ class StepTimer:
         return self.images / max(self.step_seconds.median, 1e-9)
 
 
-def should_log(step: int, steps: int, print_freq: int = 10) -> bool:
-    """Whether a line is printed after this step: every `print_freq` steps, and the last."""
-    return step % print_freq == 0 or step == steps - 1
+def should_log(step: int, steps: int) -> bool:
+    """Whether a line is printed after this step: every tenth, and the last."""
+    return step % 10 == 0 or step == steps - 1
 
 
 class Throughput:
