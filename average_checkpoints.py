@@ -34,7 +34,7 @@ from beit.files.weights_file import load_weights_file
 from beit.log import log_main
 from beit.model_spec import ModelSpec
 from beit.training import metrics
-from check_flags import check_early
+from check_flags import check_early, refuse
 
 build_parser = functools.partial(flags.build_parser, flags.AVERAGE, __doc__)
 
@@ -165,6 +165,8 @@ def check_alike(path: str, state: Dict[str, torch.Tensor], spec: Optional[ModelS
 
 
 def main(args: argparse.Namespace) -> None:
+    for flag in ('inputs', 'output'):
+        refuse(not getattr(args, flag), args, flag, ' is missing; see --help')
     check_early(flags.AVERAGE, args)
     if os.path.lexists(args.output) and not (args.overwrite and os.path.isfile(args.output)):
         raise UserError('--output %s exists; choose another%s' % (

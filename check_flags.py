@@ -43,24 +43,16 @@ def check_early(program: str, args: argparse.Namespace) -> None:
         check_evaluation(args)
         check_weights(args)
         check_outputs(args)
-    elif program == flags.AVERAGE:
-        for flag in ('inputs', 'output'):
-            refuse(not getattr(args, flag), args, flag, ' is missing; see --help')
-        for source in args.inputs:
-            sources.check_exists('--inputs', source)
     elif program == flags.PREDICT:
         from beit.data import locations
-        inputs = args.images + [each for group in args.input for each in group]
-        refuse(not args.resume, args, 'resume', ' is missing; give the checkpoint, or the folder that holds it')
-        if not inputs:
-            raise UserError('no image is named; give files, folders, or a quoted pattern such as \'photos/*.jpg\'')
-        locations.check_inputs(inputs)
-    else:
-        refuse(not args.resume, args, 'resume', ': name the checkpoint to export, or the folder that holds it')
-        refuse(not args.format, args, 'format', ' is missing; give one of ' + ', '.join(flags.EXPORT_FORMATS))
-        if args.format not in flags.EXPORT_FORMATS:
+        locations.check_inputs(args.images + [each for group in args.input for each in group])
+    elif program == flags.EXPORT:
+        if args.format and args.format not in flags.EXPORT_FORMATS:
             raise unknown_value_error('--format', args.format, flags.EXPORT_FORMATS)
-    if program in (flags.PREDICT, flags.EXPORT) and not is_hugging_face(args.resume):
+    else:
+        for source in args.inputs:
+            sources.check_exists('--inputs', source)
+    if program in (flags.PREDICT, flags.EXPORT) and args.resume and not is_hugging_face(args.resume):
         sources.candidates(args.resume)
 
 

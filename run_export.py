@@ -32,7 +32,7 @@ from beit.files import atomic_write
 from beit.outputs import atc
 from beit.outputs.export_formats import (
     EXTRA, FORMATS, Format, NotChecked, example_images, import_optional, package_version)
-from check_flags import check_early
+from check_flags import check_early, refuse
 
 BATCHES = (1, 2, 5)  # images at a time in the comparison
 TOLERANCE = 1e-3  # of the largest logit: rounding stays far below; a lost position bias is above
@@ -76,6 +76,8 @@ build_parser = functools.partial(flags.build_parser, flags.EXPORT, __doc__)
 
 def check_args(args: argparse.Namespace) -> None:
     """Check the flags before the checkpoint is read. Raises `UserError`."""
+    refuse(not args.resume, args, 'resume', ': name the checkpoint to export, or the folder that holds it')
+    refuse(not args.format, args, 'format', ' is missing; give one of ' + ', '.join(FORMATS))
     check_early(flags.EXPORT, args)
     pretrained.refuse_exports('--resume', args.resume)
     for field in dataclasses.fields(ExportConfig):

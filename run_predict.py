@@ -65,6 +65,9 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     Returns:
         A Namespace of the flags with the final inputs, output, format and attention_dir.
     """
+    refuse(not args.resume, args, 'resume', ' is missing; give the checkpoint, or the folder that holds it')
+    if not args.images and not args.input:
+        raise UserError('no image is named; give files, folders, or a quoted pattern such as \'photos/*.jpg\'')
     check_early(flags.PREDICT, args)
     exported.check_flags(args)
     args = argparse.Namespace(inputs=args.images + list(itertools.chain(*args.input)), **vars(args))
