@@ -27,7 +27,6 @@ import time
 import zlib
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 
 import datasets
@@ -58,7 +57,7 @@ from beit.training import fused_attention, loss_scaler, losses, metrics, tempera
 from beit.training.confusion import ConfusionMatrix
 from beit.training.losses import build_criterion
 from beit.training.step_control import CheckpointMonitor
-from check_flags import check_args, check_data_paths
+from check_flags import check_args, check_data_paths, refuse
 from flags import build_parser, config_from, evaluates_checkpoint, evaluation_sets, follow_checkpoint, without_effect
 
 ROBUST_CLASSES = 200  # of ImageNet-R and ImageNet-A
@@ -175,14 +174,11 @@ def check_data(args: argparse.Namespace) -> None:
              for part in datasets.build_datasets(config_from(args, InputConfig, eval_data_path=path))[:2]]
     with run_folder.locked(args.output_dir):
         damaged, empty = unreadable.check_data(parts, args.num_workers, args.output_dir)
-    if damaged:
-        listed = ', listed in %s' % os.path.join(args.output_dir, LIST) if args.output_dir else ''
-        raise UserError('--check_data: %s cannot be read%s; repair or remove the files, or leave them out with '
-                        '--bad_images skip, and a --max_bad_images above their share'
-                        % (log.pluralize(damaged, 'image'), listed))
-    if empty:
-        raise UserError('--check_data: %s without an image; add images or remove the folders'
-                        % log.pluralize(empty, 'class folder'))
+    listed = ', listed in %s' % os.path.join(args.output_dir, LIST) if args.output_dir else ''
+    refuse(damaged, args, 'check_data', ': %s cannot be read%s; repair or remove the files, or leave them out with '
+           '--bad_images skip, and a --max_bad_images above their share' % (log.pluralize(damaged, 'image'), listed))
+    refuse(empty, args, 'check_data', ': %s without an image; add images or remove the folders'
+           % log.pluralize(empty, 'class folder'))
 
 
 def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[CheckpointWeights]:
@@ -309,12 +305,10 @@ def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec
                      % escape_text(checkpoint.source))
         return train_set, val_set, spec, None
     for what, count in (('the data has', len(classes)), ('--nb_classes is', args.nb_classes or ROBUST_CLASSES)):
-        if args.robust_test and count != ROBUST_CLASSES:
-            raise UserError('--robust_test %s: that set has %d classes, and %s %d; correct that, or leave the flag out'
-                            % (args.robust_test, ROBUST_CLASSES, what, count))
-    if args.eval and args.nb_classes not in (0, len(known.classes), len(classes)):
-        raise UserError('--nb_classes %d: %s has %d classes; leave the flag out'
-                        % (args.nb_classes, escape_text(checkpoint.source), len(known.classes)))
+        refuse(args.robust_test and count != ROBUST_CLASSES, args, 'robust_test', ': that set has %d classes, and %s '
+               '%d; correct that, or leave the flag out' % (ROBUST_CLASSES, what, count))
+    refuse(args.eval and args.nb_classes not in (0, len(known.classes), len(classes)), args, 'nb_classes',
+           ': %s has %d classes; leave the flag out' % (escape_text(checkpoint.source), len(known.classes)))
     if args.loss == 'auto' and known.loss != spec.loss:
         raise UserError('--resume %s: it was trained with the loss %s, and these training images need %s, as they '
                         'have %s; give --loss %s, or start a new run with --finetune' % (
@@ -356,14 +350,12 @@ def choose_class_weights(args: argparse.Namespace, train_set: Any, classes: List
 def count_steps(args: argparse.Namespace, images: int) -> int:
     """Update steps per epoch. Raises `UserError` if an epoch has none or the warm-up is longer than the run."""
     total_batch = args.batch_size * args.update_freq * process_group.world_size()
-    if images < total_batch:
-        raise UserError('--batch_size %d x %d processes x --update_freq %d = %d images an update, more than the %d of '
-                        'the training set; lower one of them'
-                        % (args.batch_size, process_group.world_size(), args.update_freq, total_batch, images))
+    refuse(images < total_batch, args, 'batch_size', ' x %d processes x --update_freq %d = %d images an update, more '
+           'than the %d of the training set; lower one of them' % (
+               process_group.world_size(), args.update_freq, total_batch, images))
     steps = images // total_batch
-    if args.warmup_steps > steps * args.epochs:
-        raise UserError('--warmup_steps %d is longer than the run of %d steps; lower it'
-                        % (args.warmup_steps, steps * args.epochs))
+    refuse(args.warmup_steps > steps * args.epochs, args, 'warmup_steps',
+           ' is longer than the run of %d steps; lower it' % (steps * args.epochs))
     return steps
 
 
@@ -401,9 +393,8 @@ def build_learner(args: argparse.Namespace, data: Data, model: torch.nn.Module,
 
 
 def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, under_apex: bool) -> torch.optim.Optimizer:
-    if args.unfreeze_epoch and under_apex:
-        raise UserError('--unfreeze_epoch %d: apex takes the gradients of the first step and ignores later ones; '
-                        'leave --amp out, or use two runs, the second with --finetune' % args.unfreeze_epoch)
+    refuse(args.unfreeze_epoch and under_apex, args, 'unfreeze_epoch', ': apex takes the gradients of the first step '
+           'and ignores later ones; leave --amp out, or use two runs, the second with --finetune')
     return optim_factory.create_optimizer(model, config_from(args, OptimizerConfig), under_apex)
 
 
@@ -514,20 +505,15 @@ def build_training(args: argparse.Namespace, data: Data, learner: Learner) -> Di
     weights = None if data.class_weights is None else data.class_weights.to(learner.device)
     criterion: Any = build_criterion(args.loss, args.smoothing, mixup, weights, data.spec.multi_label)
     criterion = losses.sum_over_layers(criterion) if data.layers else criterion
-    lr_values, wd_values = build_schedules(args, data.steps_per_epoch)
+    length = args.epochs, data.steps_per_epoch
+    lr_values = optim_factory.cosine_scheduler(args.lr, args.min_lr, *length, args.warmup_epochs, args.warmup_lr,
+                                               args.warmup_steps)
+    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    wd_values = optim_factory.cosine_scheduler(args.weight_decay, end, *length)
     return dict(criterion=criterion, data_loader=data.train_loader, optimizer=learner.optimizer,
                 loss_scaler=learner.scaler, max_norm=args.clip_grad, model_ema=learner.ema, mixup_fn=mixup,
                 lr_schedule_values=lr_values, wd_schedule_values=wd_values, update_freq=args.update_freq,
                 seed=args.seed)
-
-
-def build_schedules(args: argparse.Namespace, steps_per_epoch: int) -> Tuple[np.ndarray, np.ndarray]:
-    """(learning rate, weight decay) of each update step."""
-    warmup = dict(warmup_epochs=args.warmup_epochs, warmup_steps=args.warmup_steps)
-    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-    lr = optim_factory.cosine_scheduler(args.lr, args.min_lr, args.epochs, steps_per_epoch,
-                                        start_warmup_value=args.warmup_lr, **warmup)
-    return lr, optim_factory.cosine_scheduler(args.weight_decay, end, args.epochs, steps_per_epoch)
 
 
 def distribute(learner: Learner) -> None:
@@ -590,9 +576,8 @@ def evaluate_only(args: argparse.Namespace, sets: List[Data], learner: Learner, 
 def calibrate(args: argparse.Namespace, data: Data, learner: Learner, checkpoint: CheckpointWeights) -> None:
     """Fit the temperature of the network and of its average; apply them, and write them into the checkpoint."""
     path = temperature.calibrated_path(checkpoint, args.output_dir)
-    if data.outputs is not None:
-        raise UserError('--calibrate: the data has %d of the %d classes of %s; evaluate a set with all of them'
-                        % (len(data.classes), len(data.spec.classes), escape_text(checkpoint.source)))
+    refuse(data.outputs is not None, args, 'calibrate', ': the data has %d of the %d classes of %s; evaluate a set '
+           'with all of them' % (len(data.classes), len(data.spec.classes), escape_text(checkpoint.source)))
     sharded, fitted = args.dist_eval and process_group.world_size() > 1, {}
     for name, what, model in ((model_spec.TEMPERATURES[0], 'network', learner.model),
                               (model_spec.TEMPERATURES[1], 'averaged network (EMA)', averaged_network(args, learner))):
@@ -625,15 +610,10 @@ def averaged_network(args: argparse.Namespace, learner: Learner) -> Any:
 def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_images: UnreadableFiles,
                  throughput: Optional[utils.Throughput] = None, stop_signal: Optional[Callable[[], int]] = None,
                  predictions: Optional[ConfusionMatrix] = None) -> Tuple[Any, Any]:
-    """Evaluate the model and its average; returns (statistics, the average's statistics or None).
+    """Evaluate the model and its average; returns (statistics, the average's or None).
 
-    Args:
-        bad_images (UnreadableFiles): collects the unreadable files.
-        stop_signal (function): the number of a signal that asks to stop; None outside of training.
-        predictions (ConfusionMatrix): filled by the model, not by its average.
-
-    Returns:
-        (None, None) if a signal stopped the evaluation.
+    In training, `stop_signal` gives the number of a signal that asks to stop; then the result is (None, None). The
+    model fills `predictions`, not its average.
     """
     sharded = args.dist_eval and process_group.world_size() > 1
 
