@@ -130,7 +130,7 @@ def train_one_epoch(model: torch.nn.Module, criterion: Callable, data_loader: An
 
 def forward(model: torch.nn.Module, criterion: Callable, batch: Sequence[Any], mixup: Optional[Callable],
             device: torch.device) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-    """(output, mean loss, accuracy or None) of a micro-step.
+    """(output, mean loss, accuracy from 0 to 1 or None) of a micro-step, on the device.
 
     Without a readable image the loss is 0, with gradients: the other processes wait for this one's.
     """
@@ -141,7 +141,9 @@ def forward(model: torch.nn.Module, criterion: Callable, batch: Sequence[Any], m
         return output, output.sum() * 0., None
     mixed, labels = (images, targets) if mixup is None else mixup(images, targets)
     output = model(mixed)
-    return output, criterion(output, labels), None if mixup else class_accuracy(output, targets)
+    has_accuracy = mixup is None and targets.dim() == 1 and output.dim() == 2  # else several classes, or several heads
+    accuracy = (output.argmax(-1) == targets).float().mean() if has_accuracy else None
+    return output, criterion(output, labels), accuracy
 
 
 def loss_divisor(batch: Sequence[Any], update_freq: int) -> float:
@@ -162,11 +164,6 @@ def training_meters(state: Optional[Dict[str, Any]], batch_size: int) -> utils.M
         meters.load_state({name: [part * batch_size for part in totals] if name in ('loss', 'class_acc') and not
                            state.get('counts_images') else totals for name, totals in state['meters'].items()})
     return meters
-
-
-def class_accuracy(output: torch.Tensor, targets: torch.Tensor) -> Optional[torch.Tensor]:
-    """Accuracy (0 to 1), a 0-dim tensor on the device; None with several classes per image, or several heads."""
-    return (output.argmax(-1) == targets).float().mean() if targets.dim() == 1 and output.dim() == 2 else None
 
 
 def read_updates(updates: List[StepState], scaler: LossScaler, monitor: CheckpointMonitor, log_writer: Any,
@@ -300,10 +297,7 @@ def pad_batch(images: torch.Tensor, data_loader: Any) -> torch.Tensor:
 
 def profile(folder: str, device: torch.device, model: torch.nn.Module, data_loader: Any, update_freq: int = 1,
             cann: bool = False, warmup_updates: int = 2, updates: int = 5, **training: Any) -> None:
-    """Profile a few updates, after a warm-up, and write the trace to `folder`.
-
-    `cann`: use torch_npu's profiler; else write a Chrome trace. `training`: other arguments of `train_one_epoch`.
-    """
+    """Profile a few updates, after a warm-up, and write the trace to `folder`; `cann` chooses torch_npu's profiler."""
     def train(steps: int) -> None:
         train_one_epoch(model=model, data_loader=data_loader, device=device, epoch=0, update_freq=update_freq,
                         num_training_steps_per_epoch=min(steps, len(data_loader) // update_freq), **training)

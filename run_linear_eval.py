@@ -35,9 +35,8 @@ from beit.distributed import collectives, preemption, process_group
 from beit.errors import UserError, escape_text
 from beit.files import run_folder
 from beit.training import metrics
-from check_flags import check_args
+from check_flags import check_args, refuse
 
-RESULTS = 'linear_eval.csv'
 TEMPERATURE = 0.07  # of the neighbours' weights, as in DINO (https://arxiv.org/abs/2104.14294, appendix)
 run_folder.register_output(r'linear_eval\.csv', at_end=True)
 
@@ -45,10 +44,8 @@ build_parser = functools.partial(flags.build_parser, flags.PROBE, __doc__)
 
 
 def main(args: argparse.Namespace, signals: preemption.Signals) -> None:
-    for name in ('finetune', 'output_dir'):
-        if not getattr(args, name):
-            raise UserError('--%s is missing; give the %s' % (name, {
-                'finetune': 'weights to probe', 'output_dir': 'folder for the results'}[name]))
+    refuse(not args.finetune, args, 'finetune', ' is missing; give the weights to probe')
+    refuse(not args.output_dir, args, 'output_dir', ' is missing; give the folder for the results')
     check_args(args)
     device = finetuning.start(args, flags.PROBE)
     with run_folder.locked(args.output_dir, device):
@@ -89,12 +86,9 @@ def load_backbone(args: argparse.Namespace) -> LoadedModel:
 
 
 def check_data(args: argparse.Namespace, data: finetuning.Data) -> None:
-    if data.spec.multi_label:
-        raise UserError('--train_csv %s: its images have several classes each, and a probe needs one'
-                        % escape_text(args.train_csv))
     images = len(data.train_set) if data.train_set is not None else 0
-    if args.knn > images:
-        raise UserError('--knn %d: there are %d training images; lower it' % (args.knn, images))
+    refuse(data.spec.multi_label, args, 'train_csv', ': its images have several classes each, and a probe needs one')
+    refuse(args.knn > images, args, 'knn', ': there are %d training images; lower it' % images)
 
 
 # ---- nearest neighbours
@@ -163,7 +157,7 @@ def write_results(args: argparse.Namespace, knn: Optional[Sequence[float]]) -> N
             rows[-1]['knn%d_acc1' % args.knn] = knn[int(layer) - 1]
         log.log_main('Layer %s: %s' % (layer, ' '.join('%s %.4g' % (name, value) for name, value in rows[-1].items()
                                                        if name != 'layer')))
-    path = os.path.join(args.output_dir, RESULTS)
+    path = os.path.join(args.output_dir, 'linear_eval.csv')
     metrics.write_results(path, rows)
     log.log_main('Results: %s' % escape_text(path))
 

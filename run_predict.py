@@ -14,8 +14,9 @@ if __name__ == '__main__':
 
 import argparse
 import contextlib
-import itertools
+import dataclasses
 import functools
+import itertools
 import os
 import signal
 import sys
@@ -71,9 +72,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     check_early(flags.PREDICT, args)
     exported.check_flags(args)
     args = argparse.Namespace(inputs=args.images + list(itertools.chain(*args.input)), **vars(args))
-    if args.format and not args.output:
-        args.output = '-'
-    if args.output and _is_standard_output(args.output):
+    if args.format and not args.output or args.output and _is_standard_output(args.output):
         args.output = '-'
     if args.output in ('', '-'):
         check_output_is_open('the predictions')
@@ -113,31 +112,26 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
 
 # ---- predicting
 
+@dataclasses.dataclass
 class Predictor:
-    """Predicts this process's images.
-
-    Args:
-        loader: loads a `PathDataset` in the order of `sampler`.
-        activation: 'softmax' or 'sigmoid', from the network's outputs to probabilities.
-        features: records what --features writes.
-    """
-
-    def __init__(self, model: torch.nn.Module, loader: PrefetchLoader, sampler: PathSampler, top_k: int,
-                 heatmaps: Optional[attention_maps.HeatmapWriter] = None, activation: str = 'softmax',
-                 features: Optional[FeatureHook] = None) -> None:
-        self.model, self.loader, self.sampler, self.top_k, self.heatmaps = model, loader, sampler, top_k, heatmaps
-        self.activation, self.features = activation, features
+    """Predicts this process's images."""
+    model: torch.nn.Module
+    loader: PrefetchLoader  # of a `PathDataset`, in the order of `sampler`
+    sampler: PathSampler
+    top_k: int
+    heatmaps: Any  # an attention_maps.HeatmapWriter, or None
+    activation: str  # 'softmax' or 'sigmoid', from the network's outputs to probabilities
+    features: Optional[FeatureHook]  # records what --features writes
 
     def predictions(self) -> Iterator[List[Prediction]]:
         """Yield a list for each batch; the device computes the next batch meanwhile."""
-        previous = None
+        waiting: List[Tuple[Any, ...]] = []
         for batch in self.loader:
-            computed = self.compute(batch)
-            if previous is not None:
-                yield self.read(*previous)
-            previous = computed
-        if previous is not None:
-            yield self.read(*previous)
+            waiting.append(self.compute(batch))
+            if len(waiting) > 1:
+                yield self.read(*waiting.pop(0))
+        for computed in waiting:
+            yield self.read(*computed)
 
     @torch.no_grad()
     def compute(self, batch: Any) -> Tuple[Any, List[Tuple[int, str]], Any, Any, Any]:
@@ -160,7 +154,7 @@ class Predictor:
         if top is not None:
             rows = {number: row for row, number in enumerate(batch.indices[0].tolist())}
             probabilities, classes, resized = top[0].tolist(), top[1].tolist(), batch.targets.tolist()
-        pictures = None if self.heatmaps is None or not rows else self.loader.denormalize(batch.images)
+        pictures: Any = None if self.heatmaps is None or not rows else self.loader.denormalize(batch.images)
         encoded = [] if extracted is None else encode_features(extracted[:len(rows)])
         predictions = []
         for number, path in entries:
@@ -168,9 +162,7 @@ class Predictor:
                 predictions.append(Prediction(number, path, [], [], reason=next(unreadable).reason))
                 continue
             row = rows[number]
-            heatmap = ''
-            if self.heatmaps is not None and pictures is not None:
-                heatmap = self.heatmaps.write(path, pictures[row], attended, row)
+            heatmap = '' if pictures is None else self.heatmaps.write(path, pictures[row], attended, row)
             predictions.append(Prediction(number, path, classes[row], probabilities[row], heatmap,
                                           resized=bool(resized[row]), features=encoded[row] if encoded else ''))
         return predictions
@@ -212,10 +204,11 @@ def write_predictions(predictor: Predictor, writers: Sequence[LineWriter], input
     from tqdm import tqdm  # slow to import, and not needed for --help
 
     tqdm.monitor_interval = 0  # no thread may run when processes are forked
-    read = left_out = resized = 0
+    read, left_out, has_resized = 0, 0, False
     with tqdm(desc='Predicting', unit=' images', disable=None if shows_progress else True) as bar:
         for predictions in gather_ordered(predictor.predictions(), device):
-            if any(each.resized for each in predictions) and not resized:
+            if any(each.resized for each in predictions) and not has_resized:
+                has_resized = True
                 log.log_main('Note: the model was trained on images of exactly %dx%d; others are resized and cropped'
                              % (input_size, input_size))
             for each in predictions if process_group.is_main_process() else ():
@@ -226,7 +219,6 @@ def write_predictions(predictor: Predictor, writers: Sequence[LineWriter], input
                     writer.write(each)
             left_out += sum(bool(each.reason) for each in predictions)
             read += sum(not each.reason for each in predictions)
-            resized += sum(each.resized for each in predictions)
             bar.update(len(predictions))
             for writer in () if shows_progress else writers:
                 writer.file.flush()
@@ -310,8 +302,8 @@ def main(args: argparse.Namespace, stdout: TextIO) -> None:
         shows_progress = args.output != '-' and bool(to_file) and process_group.is_main_process()
         read, left_out = write_predictions(predictor, writers, loaded.config.input_size, shows_progress, device)
     seconds = time.time() - started
-    log.log_main('%d image%s in %.1f s (%.0f images/s)%s%s%s' % (
-        read, '' if read == 1 else 's', seconds, read / seconds, ', %d left out' % left_out if left_out else '',
+    log.log_main('%s in %.1f s (%.0f images/s)%s%s%s' % (
+        log.pluralize(read, 'image'), seconds, read / seconds, ', %d left out' % left_out if left_out else '',
         '; results in %s' % to_file if to_file else '',
         '; pictures in %s' % escape_text(args.attention_dir) if hook else ''))
 
