@@ -59,8 +59,8 @@ def find(inputs: Sequence[str]) -> List[str]:
     return found
 
 
-def take_best(paths: Sequence[str], most: int, use_ema: bool = False) -> List[str]:
-    """Select the `most` files with the best validation figures, best first, by the log.txt in their folder.
+def take_best(paths: Sequence[str], args: argparse.Namespace) -> List[str]:
+    """Select the --best files with the best validation figures, best first, by the log.txt in their folder.
 
     Epochs without an evaluation do not count.
     """
@@ -70,26 +70,22 @@ def take_best(paths: Sequence[str], most: int, use_ema: bool = False) -> List[st
         log = {stats['epoch']: stats for stats in run_folder.read_log(folder)}
         epochs = {each: epoch for (epoch, steps), each in sources.list_checkpoints(folder or '.') if not steps}
         epoch = epochs.get(os.path.join(folder or '.', name), 0) - 1
-        prefix = 'test_ema_' if use_ema else 'test_'
+        prefix = 'test_ema_' if args.use_ema else 'test_'
         found = metrics.logged_primary(log.get(epoch, {}), prefix)
         if found is not None:
             figure, figures[path] = found
             by[figure.name] = path
             if log[epoch].get('val_set'):  # an earlier version did not record it
                 val_sets[log[epoch]['val_set']] = path
-    if not figures:
-        raise UserError('--best %d: the log.txt beside %s and the other files has no %sacc1 or mAP of their epochs; '
-                        'leave --best out, or name the files' % (most, escape_text(paths[0]), prefix))
-    if most > len(figures):
-        raise UserError('--best %d: of %d checkpoints %d were evaluated; lower it, or train with --save_ckpt_freq 1'
-                        % (most, len(paths), len(figures)))
-    if len(val_sets) > 1:
-        raise UserError('--best %d: %s were evaluated on different validation images, or with different preprocessing; '
-                        'name the files without --best' % (most, ' and '.join(map(escape_text, val_sets.values()))))
-    if len(by) > 1:
-        raise UserError('--best %d: %s were trained with another --best_by (%s); name the files without --best' % (
-            most, ' and '.join(map(escape_text, by.values())), ', '.join(by)))
-    chosen = sorted(figures, key=lambda path: figures[path], reverse=not figure.lowest_is_best)[:most]
+    refuse(not figures, args, 'best', ': the log.txt beside %s and the other files has no %sacc1 or mAP of their '
+           'epochs; leave --best out, or name the files' % (escape_text(paths[0]), prefix))
+    refuse(args.best > len(figures), args, 'best', ': of %d checkpoints %d were evaluated; lower it, or train with '
+           '--save_ckpt_freq 1' % (len(paths), len(figures)))
+    refuse(len(val_sets) > 1, args, 'best', ': %s were evaluated on different validation images, or with different '
+           'preprocessing; name the files without --best' % ' and '.join(map(escape_text, val_sets.values())))
+    refuse(len(by) > 1, args, 'best', ': %s were trained with another --best_by (%s); name the files without --best' % (
+        ' and '.join(map(escape_text, by.values())), ', '.join(by)))
+    chosen = sorted(figures, key=lambda path: figures[path], reverse=not figure.lowest_is_best)[:args.best]
     for path in chosen:
         print_line('%s: %s %.3f' % (escape_text(path), figure.summary, figures[path]))
     return chosen
@@ -168,13 +164,12 @@ def main(args: argparse.Namespace) -> None:
     for flag in ('inputs', 'output'):
         refuse(not getattr(args, flag), args, flag, ' is missing; see --help')
     check_early(flags.AVERAGE, args)
-    if os.path.lexists(args.output) and not (args.overwrite and os.path.isfile(args.output)):
-        raise UserError('--output %s exists; choose another%s' % (
-            escape_text(args.output), ', or give --overwrite' if os.path.isfile(args.output) else ''))
+    refuse(os.path.lexists(args.output) and not (args.overwrite and os.path.isfile(args.output)), args, 'output',
+           ' exists; choose another' + (', or give --overwrite' if os.path.isfile(args.output) else ''))
     check_writable('--output', args.output, is_file=True)
     paths = find(args.inputs)
     if args.best:
-        paths = take_best(paths, args.best, args.use_ema)
+        paths = take_best(paths, args)
     content = average(paths, args.use_ema)
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     weights_file.save(args.output, content)

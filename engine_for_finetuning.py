@@ -271,11 +271,9 @@ def evaluate(data_loader: Any, model: torch.nn.Module, device: torch.device, sha
 
 
 class EvaluatedNetwork(torch.nn.Module):
-    """A network as an evaluation uses it.
+    """A network as an evaluation uses it; `outputs` are the logits to return, in this order (None: all).
 
-    Args:
-        flip: average the logits of each image and its mirror image (--test_flip).
-        outputs: the logits to return, in this order; None: all.
+    With `flip` (--test_flip) it averages the logits of each image and its mirror image.
     """
 
     def __init__(self, network: torch.nn.Module, flip: bool = False, outputs: Optional[Sequence[int]] = None) -> None:

@@ -531,11 +531,7 @@ def evaluates_checkpoint(args: argparse.Namespace) -> bool:
 def follow_checkpoint(args: argparse.Namespace, saved: Mapping[str, Any], source: str) -> List[str]:
     """Take the flags that were not given from a checkpoint; return a text for each given flag that differs.
 
-    Args:
-        saved: the flags of the checkpoint, from an untrusted file.
-
-    Raises:
-        UserError: a flag that is needed has no value that it can have.
+    `saved` are its flags, from an untrusted file. Raises `UserError` for a value that a flag cannot have.
     """
     differ = []
     for _, flag in flags_of(TRAINING):

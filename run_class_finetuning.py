@@ -61,7 +61,6 @@ from check_flags import check_args, check_data_paths, refuse
 from flags import build_parser, config_from, evaluates_checkpoint, evaluation_sets, follow_checkpoint, without_effect
 
 ROBUST_CLASSES = 200  # of ImageNet-R and ImageNet-A
-Stats = Dict[str, Any]  # figures by name
 
 
 @dataclasses.dataclass
@@ -80,8 +79,8 @@ class Data:
 
     @property
     def classes(self) -> List[str]:
-        return [self.spec.classes[output] for output in (range(len(self.spec.classes)) if self.outputs is None else
-                                                         self.outputs)]
+        known = self.spec.classes
+        return list(known) if self.outputs is None else [known[output] for output in self.outputs]
 
 
 @dataclasses.dataclass
@@ -231,14 +230,11 @@ def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Opt
                  preprocessing: Optional[EvalTransform] = None, path: Optional[str] = None) -> Data:
     """Build the data sets, their loaders, their class weights and the spec of the model.
 
-    Args:
-        preprocessing: of the weights that a linear probe starts from.
-        path: this one of --eval_data_path.
+    `preprocessing` is that of the weights that a linear probe starts from; `path` is one of --eval_data_path.
     """
     known = checkpoint.spec if checkpoint and args.eval else None
     inputs = config_from(args, InputConfig, evaluation=known.preprocessing if known else preprocessing,
-                         eval_data_path=path,
-                         **(dict(nb_classes=0) if known else {}))
+                         eval_data_path=path, **(dict(nb_classes=0) if known else {}))
     held_out = comparison.held_out_before(checkpoint.source, checkpoint.content, args.val_split, args.seed) \
         if checkpoint else None
     train_set, val_set, classes = datasets.build_datasets(
@@ -717,7 +713,7 @@ def train(args: argparse.Namespace, training: Dict[str, Any], data: Data, learne
 
 
 def finish(args: argparse.Namespace, learner: Learner, monitor: CheckpointMonitor, report: Report,
-           throughput: utils.Throughput, train_stats: Stats, first: int, epochs: int, started: float) -> None:
+           throughput: utils.Throughput, train_stats: Dict[str, Any], first: int, epochs: int, started: float) -> None:
     """Print how the training ended, and write its report. `epochs`: the number of those begun."""
     state = monitor.run_state
     for line in learner.last_scores:

@@ -41,13 +41,9 @@ TOLERANCE = 1e-3  # of the largest logit: rounding stays far below; a lost posit
 # ---- the comparison
 
 def compare(chosen: Format, written: Any, trained: LoadedModel, batch_size: Optional[int] = None) -> str:
-    """Compare the export with the checkpoint's network. Returns a line for the log.
+    """Compare the export with the checkpoint's network, for one batch size or several; returns a line for the log.
 
-    Args:
-        batch_size: the only size of a batch; None: several are compared.
-
-    Raises:
-        UserError: the logits differ by more than rounding.
+    Raises `UserError` if the logits differ by more than rounding.
     """
     if import_optional(chosen.reader) is None:
         return 'Not checked: the check needs %s; %s' % (chosen.reader, EXTRA)

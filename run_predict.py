@@ -61,11 +61,7 @@ def _is_standard_output(path):
 
 
 def check_args(args: argparse.Namespace) -> argparse.Namespace:
-    """Check the flags before any slow work. Raises `UserError`.
-
-    Returns:
-        A Namespace of the flags with the final inputs, output, format and attention_dir.
-    """
+    """Check the flags before any slow work; returns them with the final inputs, output, format and attention_dir."""
     refuse(not args.resume, args, 'resume', ' is missing; give the checkpoint, or the folder that holds it')
     if not args.images and not args.input:
         raise UserError('no image is named; give files, folders, or a quoted pattern such as \'photos/*.jpg\'')
@@ -198,8 +194,7 @@ def write_predictions(predictor: Predictor, writers: Sequence[LineWriter], input
                       device: torch.device) -> Tuple[int, int]:
     """Write the results and report files that were left out. Returns (images read, files left out).
 
-    Args:
-        shows_progress: show a bar on a terminal; otherwise flush after each batch.
+    `shows_progress`: show a bar on a terminal; otherwise flush after each batch.
     """
     from tqdm import tqdm  # slow to import, and not needed for --help
 

@@ -35,8 +35,7 @@ class SmoothedValue:
 
     def synchronize_between_processes(self, device: torch.device) -> None:
         """Add up total and count over all processes, in float32, which every backend can reduce."""
-        count, total = collectives.all_reduce_sum((self.count,), self.total, device)
-        self.count, self.total = count, total
+        self.count, self.total = collectives.all_reduce_sum((self.count,), self.total, device)
 
     @property
     def median(self) -> float:
@@ -62,12 +61,9 @@ def to_floats(values: Iterable) -> List[float]:
 
 
 class MetricLogger:
-    """Named meters, and an iterator that prints them every few steps.
+    """Named meters, and an iterator that prints them, but for `hidden` ones, every few steps.
 
     Values may be on a device; they are copied when the meters are read.
-
-    Args:
-        hidden (tuple of str): meters that are not printed.
     """
 
     def __init__(self, hidden: Sequence[str] = ()) -> None:
@@ -103,12 +99,7 @@ class MetricLogger:
             self.meters[name].count, self.meters[name].total = int(count), float(total)
 
     def log_every(self, iterable: Iterable, steps: int, header: str, timer: 'StepTimer', start: int = 0) -> Iterator:
-        """Yield the items of `iterable`; print a line after the steps of `should_log`.
-
-        Args:
-            iterable: yields (images, targets, …), from step `start` on.
-            timer (StepTimer): measures the times and images per second of the line.
-        """
+        """Yield the items of `iterable`, (images, targets, …) from step `start` on; print the lines of the steps."""
         display = current_display()
         display.begin(header, steps, start)
         for step, item in enumerate(watchdog.track(timer.time_data(iterable), header, start), start):
@@ -136,10 +127,7 @@ class StepTimer:
 
     The device computes asynchronously. The timer synchronizes with it at each line and in the first steps, and divides
     the time in between evenly among the steps. It measures how long the device waits for data, not the loop.
-
-    Args:
-        processes (int): the number of processes that take a step together.
-        throughput (Throughput): collects the times of each step.
+    `throughput` collects the times of each step, which so many `processes` take together.
     """
 
     def __init__(self, device: torch.device, processes: int = 1, throughput: Optional['Throughput'] = None) -> None:
@@ -186,8 +174,7 @@ def should_log(step: int, steps: int) -> bool:
 class Throughput:
     """Images per second of a run, without its first steps, which compile kernels and fill caches.
 
-    Args:
-        earlier: the result of `totals` before the run was resumed.
+    `earlier` is the result of `totals` before the run was resumed.
     """
 
     def __init__(self, warmup_steps: int = 5, earlier: Sequence[float] = (0, 0., 0., 0)) -> None:
