@@ -27,12 +27,12 @@ from beit.checkpoint import pretrained
 from beit.checkpoint.inference_model import LoadedModel, load_for_inference
 from beit.cli import run_interruptible
 from beit.config import ExportConfig
-from beit.errors import UserError, escape_text, print_line
+from beit.errors import UserError, escape_text, print_line, unknown_value_error
 from beit.files import atomic_write
 from beit.outputs import atc
 from beit.outputs.export_formats import (
     EXTRA, FORMATS, Format, NotChecked, example_images, import_optional, package_version)
-from check_flags import check_early, refuse
+from check_flags import refuse
 
 BATCHES = (1, 2, 5)  # images at a time in the comparison
 TOLERANCE = 1e-3  # of the largest logit: rounding stays far below; a lost position bias is above
@@ -74,7 +74,8 @@ def check_args(args: argparse.Namespace) -> None:
     """Check the flags before the checkpoint is read. Raises `UserError`."""
     refuse(not args.resume, args, 'resume', ': name the checkpoint to export, or the folder that holds it')
     refuse(not args.format, args, 'format', ' is missing; give one of ' + ', '.join(FORMATS))
-    check_early(flags.EXPORT, args)
+    if args.format not in FORMATS:
+        raise unknown_value_error('--format', args.format, FORMATS)
     pretrained.refuse_exports('--resume', args.resume)
     for field in dataclasses.fields(ExportConfig):
         if getattr(args, field.name) and field.name not in FORMATS[args.format].takes:
