@@ -13,6 +13,7 @@ from typing import Any, Callable, Container, Dict, List, NamedTuple, Optional, S
 import numpy as np
 import torch
 
+from beit.checkpoint.discovery import saved_progress
 from beit.data import fingerprint
 from beit.devices import accelerator
 from beit.distributed import process_group
@@ -31,28 +32,14 @@ class Run(NamedTuple):
     class_weights: Optional[int] = None  # see `losses.fingerprint`
 
 
-@dataclasses.dataclass(frozen=True)
-class Fact:
-    """Something that affects the numbers of a training run, and that a resumed run compares.
-
-    Attributes:
-        name: its key in the checkpoint's `progress['run']` or, such as 'train.images', in `data`.
-        now: a function from a `Run` to its value, a plain one; None if it is part of the data's fingerprints.
-        title: its name in the line '<title>: <value> (was <value>)'.
-        says: a line instead of that, where the value is a hash.
-        changes_order: whether it affects the order of the data.
-        unless: facts whose difference explains a difference of this one, which is then not reported.
-    """
-    name: str
-    now: Optional[Callable[[Run], Any]] = None
-    title: str = ''
-    says: str = ''
-    changes_order: bool = False
-    unless: Tuple[str, ...] = ()
-
-
-def _total_batch(run):
-    return run.flags['batch_size'] * run.flags['update_freq'] * process_group.world_size()
+class Fact(NamedTuple):
+    """Something that affects the numbers of a training run, and that a resumed run compares."""
+    name: str  # its key in the checkpoint's `progress['run']` or, such as 'train.images', in `data`
+    now: Optional[Callable[[Run], Any]] = None  # gives its value, a plain one; None for a part of the fingerprints
+    title: str = ''  # its name in the line '<title>: <value> (was <value>)'
+    says: str = ''  # a line instead of that, where the value is a hash
+    changes_order: bool = False  # whether it affects the order of the data
+    unless: Tuple[str, ...] = ()  # facts whose difference explains a difference of this one, and is reported instead
 
 
 def _version(package, run):
@@ -80,7 +67,8 @@ FACTS: Tuple[Fact, ...] = (
     Fact('batch_size', lambda run: run.flags['batch_size'], '--batch_size'),
     Fact('update_freq', lambda run: run.flags['update_freq'], '--update_freq'),
     Fact('processes', lambda run: process_group.world_size(), 'processes'),
-    Fact('total_batch', _total_batch, 'images an update', changes_order=True),
+    Fact('total_batch', lambda run: run.flags['batch_size'] * run.flags['update_freq'] * process_group.world_size(),
+         'images an update', changes_order=True),
     Fact('device', lambda run: run.device.type, 'device'),
     Fact('device_name', lambda run: accelerator.device_name(run.device), 'device', unless=('device',)),
     Fact('random_numbers', lambda run: RNG_VERSION, 'version of the random numbers'),
@@ -112,21 +100,16 @@ def held_out_keys(content: Any) -> Optional[np.ndarray]:
 
 
 def data_to_save(data: Dict[str, Any], held_out: Optional[np.ndarray]) -> Dict[str, Any]:
-    """A checkpoint's `data`: the fingerprints, and the images that --val_split held out.
-
-    Args:
-        held_out: uint64, their `subsets.name_keys`; None without --val_split.
-    """
-    if held_out is None:
-        return dict(data)
-    return dict(data, held_out=torch.from_numpy(np.sort(held_out).astype(np.uint64).view(np.int64)))
+    """A checkpoint's `data`: the fingerprints, and the uint64 keys of the images that --val_split held out."""
+    return dict(data) if held_out is None else dict(
+        data, held_out=torch.from_numpy(np.sort(held_out).astype(np.uint64).view(np.int64)))
 
 
 # ---- resuming a training
 
 def facts_of(run: Run) -> Dict[str, Any]:
     """A checkpoint's `progress['run']`."""
-    return {fact.name: fact.now(run) for fact in FACTS if fact.now is not None}
+    return {fact.name: fact.now(run) for fact in FACTS if fact.now}
 
 
 class Difference(NamedTuple):
@@ -136,19 +119,14 @@ class Difference(NamedTuple):
 
 
 def resume_differences(content: Dict[str, Any], run: Run, ignored: Container[str]) -> List[Difference]:
-    """All differences between a run and a checkpoint's; [] if every number will be the same.
-
-    Args:
-        ignored: the flags that affect no number.
-    """
-    theirs, progress, data = saved_args(content), content.get('progress'), saved_data(content)
-    before = progress.get('run') if isinstance(progress, dict) else None
+    """All differences between a run and a checkpoint's, except flags in `ignored`; [] for the same numbers."""
+    theirs, before, data = saved_args(content), saved_progress(content).get('run'), saved_data(content)
     if not theirs or not isinstance(before, dict):
         return [Difference('the checkpoint does not record its flags', None)]
     found = [Difference(_change('--%s is %s (was %s)', name, value, theirs[name]), name == 'seed')
              for name, value in sorted(run.flags.items())
              if name in theirs and name not in ignored and repr(theirs[name]) != repr(value)]
-    found += _differing([fact for fact in FACTS if fact.now is not None], facts_of(run).get,
+    found += _differing([fact for fact in FACTS if fact.now], facts_of(run).get,
                         lambda name: before.get(name, 'of another version'))
     if not data:
         return found + [Difference('the checkpoint does not record its training images', None)]
@@ -295,8 +273,7 @@ def check_same_data(first_source: str, first: Dict[str, Any], source: str, conte
     """
     keys, others = held_out_keys(first), held_out_keys(content)
     mine, theirs = _split_flags(first), _split_flags(content)
-    if mine != theirs or (keys is None) != (others is None) or (
-            keys is not None and others is not None and not np.array_equal(keys, others)):
+    if mine != theirs or not np.array_equal(keys, others):  # type: ignore[arg-type]  # None equals only None
         raise UserError('--inputs %s: its run held out other images (%s) than %s (%s); average checkpoints of one '
                         'split' % (escape_text(source), _describe_split(theirs, others), escape_text(first_source),
                                    _describe_split(mine, keys)))

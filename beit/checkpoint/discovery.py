@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import itertools
 import os
 import re
 from typing import Any, Dict, List, Optional, Tuple
@@ -18,10 +19,16 @@ from beit.files import weights_file
 from beit.files.weights_file import load_weights_file
 from beit.log import log_main
 
+
+def saved_progress(content: Any) -> Dict[str, Any]:
+    """A checkpoint's `progress`; {} if it holds none."""
+    progress = content.get('progress')
+    return progress if isinstance(progress, dict) else {}
+
+
 def position_in_content(content: Dict[str, Any]) -> Tuple[int, int]:
-    """The same from a file's content; (-1, 0) if it holds no epoch."""
-    epoch, progress = content.get('epoch'), content.get('progress')
-    steps = progress.get('steps') if isinstance(progress, dict) else 0
+    """(finished epochs, finished updates of the next) of a checkpoint; (-1, 0) if it holds no epoch."""
+    epoch, steps = content.get('epoch'), saved_progress(content).get('steps', 0)
     return (epoch + 1, steps) if isinstance(epoch, int) and isinstance(steps, int) else (-1, 0)
 
 
@@ -31,11 +38,7 @@ def last_epoch(content: Any) -> int:
 
 
 def later_checkpoints(source: str, position: Tuple[int, int]) -> List[str]:
-    """Paths of other checkpoints in the folder of `source` that are later than `position`.
-
-    Args:
-        position: (finished epochs, finished updates of the next).
-    """
+    """Paths of other checkpoints in the folder of `source` that are later than a position, as `position_in_content`."""
     folder = os.path.dirname(source)
     later = [path for reached, path in list_checkpoints(folder or '.') if reached > position]
     for path in (os.path.join(folder, name) for name in (BEST, BEST_EMA)):
@@ -49,10 +52,7 @@ def load_best_or_latest(source: str, prefer_best: bool = False, use_ema: bool = 
     """(path, content) of a file or URL; of a folder, the furthest checkpoint, or with `prefer_best` the best.
 
     Damaged files of a folder are skipped, with a log line each. The best checkpoint can be further than the newest
-    numbered one.
-
-    Args:
-        use_ema (bool): with `prefer_best`, prefer the checkpoint with the best averaged weights.
+    numbered one. With `use_ema`, the best is that of the averaged weights.
 
     Raises:
         UserError: the file, or every file of the folder, is damaged or missing.
@@ -65,40 +65,35 @@ def load_best_or_latest(source: str, prefer_best: bool = False, use_ema: bool = 
         if os.path.isdir(path):
             source = path = hf_names.hf_weights_path(path, '--resume')
         return source, load_weights_file(path, '--resume')
-    ordered = [path for path in paths if position_in_name(path) is not None]
-    bests = [path for path in paths if path not in ordered]
+    reasons: List[str] = []
     if prefer_best:
-        best = [BEST_EMA, BEST] if use_ema else [BEST]
-        rank = {os.path.join(source, name): number for number, name in enumerate(best)}
-        chosen, reasons = _first_whole(sorted(paths, key=lambda path: rank.get(path, len(rank))))
+        first = [os.path.join(source, name) for name in ((BEST_EMA, BEST) if use_ema else (BEST,))]
+        paths.sort(key=lambda path: first.index(path) if path in first else len(first))
+        chosen = next(_whole(paths, reasons), None)
     else:
-        chosen, reasons = _first_whole(ordered)
-        for path in bests:
-            best, more = _first_whole([path])
-            reasons += more
-            if best is not None and (chosen is None or position_in_content(best[1]) > position_in_content(chosen[1])):
-                chosen = best
-    if chosen is not None:
-        return chosen
-    raise UserError('--resume %s: all %d checkpoints are damaged: %s; move them away to start again'
-                    % (escape_text(source), len(paths), reasons[0]))
+        newest = itertools.islice(_whole(filter(position_in_name, paths), reasons), 1)
+        bests = _whole(itertools.filterfalse(position_in_name, paths), reasons)
+        chosen = max(itertools.chain(newest, bests), key=lambda found: position_in_content(found[1]), default=None)
+    if chosen is None:
+        raise UserError('--resume %s: all %d checkpoints are damaged: %s; move them away to start again'
+                        % (escape_text(source), len(paths), reasons[0]))
+    return chosen
 
 
-def _first_whole(paths):
-    """((path, content) of the first readable file, or None; the reasons why the files before it failed)."""
-    reasons = []
+def _whole(paths, reasons):
+    """Yield (path, content) of each readable file; why the others fail is logged, and added to `reasons`."""
     for path in paths:
         try:
             content = load_weights_file(path)
             if isinstance(content, dict):
-                return (path, content), reasons
+                yield path, content
+                continue
             reasons.append('%s: holds no weights' % escape_text(path))
         except UserError as error:
             if 'refused, because' in str(error):
                 raise  # not damaged but untrusted
             reasons.append(str(error).rpartition('; ')[0])  # without the remedy, which is for a single file
         log_main('%s; skipped' % reasons[-1])
-    return None, reasons
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -148,8 +143,7 @@ def _load_own(resume, output):
         path, content = load_best_or_latest(output.output_dir)
     except UserError:  # all are damaged
         return None
-    progress = content.get('progress')
-    origin = progress.get('origin') if isinstance(progress, dict) else None
+    origin = saved_progress(content).get('origin')
     if not (isinstance(origin, str) and origin and os.path.realpath(origin) == os.path.realpath(resume)):
         return None
     log_main('--auto_resume: loading %s, which continues --resume %s; leave --auto_resume out to start from that again'
@@ -159,9 +153,7 @@ def _load_own(resume, output):
 
 def finish_save(path: str, content: Any) -> None:
     """Write the files that were due after a best checkpoint, if a kill interrupted that save."""
-    progress = content.get('progress')
-    files = progress.get('files') if isinstance(progress, dict) else None
-    name = os.path.basename(path)
+    files, name = saved_progress(content).get('files'), os.path.basename(path)
     if name in (BEST, BEST_EMA) and isinstance(files, list) and name in files:
         for later in files[files.index(name) + 1:]:
             if re.match(r'checkpoint-(best|best-ema|\d+)\.pth$', str(later)):
@@ -175,11 +167,7 @@ def best_text(best: Dict[str, float]) -> str:
 
 
 def copy_best(source: str, folder: str, best: Dict[str, float]) -> Dict[str, float]:
-    """Copy the checkpoints of the best figures so far from the folder of `source`. Returns the figures that have one.
-
-    Args:
-        best: the figures by name, as `source` holds them.
-    """
+    """Copy the checkpoints of the best figures, which `source` holds, from its folder. Returns those that have one."""
     copied = {}
     for figure, value in best.items():
         name, content = BEST_EMA if figure.startswith('ema_') else BEST, None

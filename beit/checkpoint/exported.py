@@ -89,9 +89,6 @@ class ExportedModel(torch.nn.Module):
     """A program in place of a network: images float32 (B, 3, H, W) to logits float32 (B, classes), for any B.
 
     A program for batches of one size gets them in parts, the last one filled with blank images.
-
-    Attributes:
-        parameter_count: the number of the network's weights.
     """
 
     def __init__(self, run: Run, batch_size: int, parameter_count: int) -> None:
@@ -109,8 +106,8 @@ class ExportedModel(torch.nn.Module):
 
 def format_of(source: str) -> Optional[Program]:
     """The format of an exported program, by the ending of its name; None for another file."""
-    found = [each for each in PROGRAMS.values() if source.endswith(each.ending) and not os.path.isdir(source)]
-    return found[0] if found else None
+    found = (each for each in PROGRAMS.values() if source.endswith(each.ending) and not os.path.isdir(source))
+    return next(found, None)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -134,8 +131,8 @@ def load(path: str) -> Dict[str, Any]:
     Raises:
         UserError: the file is damaged, does not describe its model, or computes something else.
     """
-    kind, shown = format_of(path), '--resume %s' % escape_text(path)
-    assert kind is not None
+    kind: Any = format_of(path)
+    shown = '--resume %s' % escape_text(path)
     if weights.is_remote(path):
         raise UserError('%s: exported programs are not downloaded; fetch the file first' % shown)
     if import_optional(kind.reader) is None:

@@ -7,7 +7,7 @@ separate weights for query, key and value.
 import json
 import os
 import re
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
@@ -20,8 +20,9 @@ WEIGHTS = HUB_FILES[2:]
 
 _BLOCK, _LAYER = 'blocks.{n}.', 'beit.encoder.layer.{n}.'
 _QUERY, _KEY, _VALUE = (_LAYER + 'attention.attention.' + part for part in ('query.', 'key.', 'value.'))
-# This project's name, and Hugging Face's in its files. Names that end in a dot or underscore are prefixes. Three names
-# are parts, concatenated along the first dimension.
+# Hugging Face's names of the parts of `_QKV`, concatenated along the first dimension.
+_QKV, _PARTS = _BLOCK + 'attn.qkv.weight', (_QUERY + 'weight', _KEY + 'weight', _VALUE + 'weight')
+# This project's name of other weights, and Hugging Face's. Names that end in a dot or underscore are prefixes.
 HUGGING_FACE = (
     ('cls_token', 'beit.embeddings.cls_token'),
     ('pos_embed', 'beit.embeddings.position_embeddings'),
@@ -31,7 +32,6 @@ HUGGING_FACE = (
     (_BLOCK + 'gamma_2', _LAYER + 'lambda_2'),
     (_BLOCK + 'norm1.', _LAYER + 'layernorm_before.'),
     (_BLOCK + 'norm2.', _LAYER + 'layernorm_after.'),
-    (_BLOCK + 'attn.qkv.weight', (_QUERY + 'weight', _KEY + 'weight', _VALUE + 'weight')),
     (_BLOCK + 'attn.q_bias', _QUERY + 'bias'),
     (_BLOCK + 'attn.v_bias', _VALUE + 'bias'),
     (_BLOCK + 'attn.relative_position_', _LAYER + 'attention.attention.relative_position_bias.relative_position_'),
@@ -69,10 +69,6 @@ def _first(name, pairs):
     return next(filter(None, (_rename(name, pattern, target) for pattern, target in pairs)), None)
 
 
-_PARTS = [(ours, theirs) for ours, theirs in HUGGING_FACE if isinstance(theirs, tuple)]
-_PAIRS = [(ours, theirs) for ours, theirs in HUGGING_FACE if not isinstance(theirs, tuple)]
-
-
 def to_hugging_face(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """A state dict of this project under Hugging Face's names, without the indices of bias tables, which it computes.
 
@@ -83,16 +79,14 @@ def to_hugging_face(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     for name, value in state.items():
         if name.endswith('relative_position_index'):
             continue
-        for ours, theirs in _PARTS:
-            if _rename(name, ours, '') is not None:
-                for part, piece in zip(theirs, value.chunk(len(theirs))):
-                    renamed[_rename(name, ours, part)] = piece.contiguous()
-                break
-        else:
-            other = _first(name, _PAIRS)
-            if other is None:
-                raise KeyError(name)
-            renamed[other] = value
+        if _rename(name, _QKV, _QKV):
+            for part, piece in zip(_PARTS, value.chunk(3)):
+                renamed[_rename(name, _QKV, part)] = piece.contiguous()
+            continue
+        other = _first(name, HUGGING_FACE)
+        if other is None:
+            raise KeyError(name)
+        renamed[other] = value
     return renamed
 
 
@@ -106,22 +100,15 @@ def to_native(state: Dict[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], 
     for pattern, older in _SINCE_5:
         state = {re.sub(pattern, older, name): value for name, value in state.items()}
     renamed: Dict[str, torch.Tensor] = {}
-    parts: Dict[str, Dict[int, Tuple[str, torch.Tensor]]] = {}
-    backwards = [(theirs, ours) for ours, theirs in _PAIRS]
+    backwards = [(theirs, ours) for ours, theirs in HUGGING_FACE]
     for name, value in state.items():
-        for ours, theirs in _PARTS:
-            index = next((index for index, part in enumerate(theirs) if _rename(name, part, '') is not None), None)
-            if index is not None:
-                parts.setdefault(_rename(name, theirs[index], ours), {})[index] = (name, value)
-                break
-        else:
-            renamed[_first(name, backwards) or name] = value
-    for whole, pieces in parts.items():
-        shapes = {tuple(value.shape) for _, value in pieces.values()}
-        if len(pieces) == 3 and len(shapes) == 1 and () not in shapes:
-            renamed[whole] = torch.cat([pieces[index][1] for index in range(3)])
-        else:  # the caller reports the whole as missing and these names as unused
-            renamed.update(pieces.values())
+        renamed[_first(name, backwards) or name] = value
+    wholes = dict.fromkeys(_first(name, [(part, _QKV) for part in _PARTS]) for name in state)
+    for whole in filter(None, wholes):
+        names = [_rename(whole, _QKV, part) for part in _PARTS]
+        shapes = {tuple(state[name].shape) if name in state else () for name in names}
+        if len(shapes) == 1 and () not in shapes:  # else the caller reports the whole as missing, the parts as unused
+            renamed[whole] = torch.cat([renamed.pop(name) for name in names])
     return renamed, 'Hugging Face'
 
 
@@ -136,15 +123,23 @@ def hf_weights_path(folder: str, flag: str) -> str:
     if not found or not os.path.isfile(os.path.join(folder, CONFIG)):
         raise UserError('%s: not a Hugging Face folder: it has no %s; give a weights file' % (
             name, CONFIG if found else ' or '.join(WEIGHTS)))
-    try:
-        content = _read_beside(found[0], CONFIG)
-        kind = content['model_type'] if 'model_type' in content else content['architecture']  # the second is timm's
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError('%s: its %s cannot be read; fetch or copy it again' % (name, CONFIG)) from None
+    content = hf_config(found[0])
+    kind = content.get('model_type', content.get('architecture'))  # the second is timm's
+    if kind is None:
+        raise UserError('%s: its %s cannot be read; fetch or copy it again' % (name, CONFIG))
     if kind != 'beit' and not re.match(r'beit(v2)?_(base|large)_', str(kind)):
         raise UserError('%s: its %s has model_type %s; give a folder with model_type beit'
                         % (name, CONFIG, escape_text(str(kind))[:40]))
     return found[0]
+
+
+def hf_config(path: str) -> Dict[str, Any]:
+    """The config.json beside Hugging Face's weights; {} without a whole one."""
+    try:
+        content = _read_beside(path, CONFIG)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def hf_labels(path: str) -> List[str]:
@@ -152,20 +147,9 @@ def hf_labels(path: str) -> List[str]:
 
     Names LABEL_0, LABEL_1 … do not count: transformers writes them by default.
     """
-    try:
-        names = _read_beside(path, CONFIG)['id2label']
-        names = [names[str(label)] for label in range(len(names))]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return []
-    return [] if names == ['LABEL_%d' % label for label in range(len(names))] else names
-
-
-def hf_is_multi_label(path: str) -> bool:
-    """Whether the config.json beside the weights declares a multi-label problem."""
-    try:
-        return _read_beside(path, CONFIG).get('problem_type') == 'multi_label_classification'
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+    names = hf_config(path).get('id2label')
+    names = [names.get(str(label)) for label in range(len(names))] if isinstance(names, dict) else []
+    return [] if None in names or names == ['LABEL_%d' % label for label in range(len(names))] else names
 
 
 def hf_preprocessing(path: str) -> Optional[EvalTransform]:

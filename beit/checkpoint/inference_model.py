@@ -8,13 +8,12 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 import torch
 from timm.models import create_model
 
-import modeling_finetune
 from beit import model_spec, weights
 from beit.checkpoint import discovery, exported, hf_names
 from beit.checkpoint.pretrained import DEFAULT_KEYS, adapt_state_dict, find_state_dict, mismatches
 from beit.config import ModelConfig
 from beit.data.transforms import EvalTransform
-from beit.errors import UserError, escape_text, unknown_value_error
+from beit.errors import UserError, escape_text
 from beit.files import weights_file
 from beit.log import log_main
 from beit.model_spec import ModelSpec
@@ -85,8 +84,6 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
     Raises:
         UserError: the file can't be read, does not describe its model, or its weights contradict the description.
     """
-    if overrides.get('model') not in (None, *modeling_finetune.MODELS):
-        raise unknown_value_error('--model', overrides['model'], modeling_finetune.MODELS)
     if os.path.isfile(os.path.join(source, hf_names.CONFIG)):
         source = hf_names.hf_weights_path(source, '--resume')
     known = weights.published(source)
@@ -115,7 +112,6 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
     """The weights in a checkpoint, for `load_state`. Other arguments and errors: see `load_for_inference`.
 
     Args:
-        model_key, model_prefix: see `find_state_dict`.
         defaults: flags for weights without a description; `overrides` and the weights take precedence.
         trains: a training resumes, whose own flags describe the model.
     """
@@ -202,10 +198,7 @@ def load_state(model: torch.nn.Module, found: CheckpointWeights, quiet: bool = F
     """Load a checkpoint's weights; tables are resized to the model's input size, as --finetune does.
 
     The weights of the head are divided by the checkpoint's temperature: every user of the network gets calibrated
-    logits.
-
-    Args:
-        quiet: log nothing: the same was logged for other weights of the file.
+    logits. `quiet` logs nothing: the same was logged for other weights of the file.
 
     Raises:
         UserError: they belong to another model.
@@ -246,31 +239,30 @@ def spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], default
         _check_beside(path, spec, names)
         return spec
     published = weights.published(path)
-    facts, known = published.flags if published else {}, {}
+    facts = published.flags if published else {}
     flags = {**facts, **defaults, **_flags_of_weights(state)}
     try:
         images = EvalTransform.from_timm(json.loads(metadata['preprocessing']))
-        flags.update(model=str(metadata['model']), input_size=images.input_size)
+        flags['model'] = str(metadata['model'])
         names = json.loads(metadata['classes'])
     except (LookupError, ValueError, TypeError, RecursionError):
         images = hf_names.hf_preprocessing(path)
-        if images is not None:
-            flags.update(input_size=images.input_size)
+    if images is not None:
+        flags['input_size'] = images.input_size
     flags.update((name, value) for name, value in overrides.items() if value is not None and name not in facts)
     if not flags.get('model'):
         return None
-    if images is not None:
-        known['preprocessing'] = images
-    sigmoid = metadata.get('activation') == 'sigmoid' or hf_names.hf_is_multi_label(path) or flags.get('loss') == 'bce'
+    sigmoid = metadata.get('activation') == 'sigmoid' or flags.get('loss') == 'bce' or (
+        hf_names.hf_config(path).get('problem_type') == 'multi_label_classification')
     spec = ModelSpec.from_flags(flags, names if names and len(names) == outputs else None, outputs,
-                                loss='bce' if sigmoid else 'ce', multi_label=sigmoid, **known)
-    if images is None and not facts and overrides.get('crop_pct') is None and (
-            'imagenet_default_mean_and_std' not in overrides):
+                                loss='bce' if sigmoid else 'ce', multi_label=sigmoid)
+    if images is not None:
+        images = images if images.input_size == flags['input_size'] else images.at_size(flags['input_size'])
+        return dataclasses.replace(spec, preprocessing=images)
+    if not facts and overrides.get('crop_pct') is None and 'imagenet_default_mean_and_std' not in overrides:
         log_main('%s does not describe its preprocessing; using %s and the default --crop_pct' % (
             escape_text(path), 'a mean and deviation of 0.5' if set(spec.preprocessing.mean) == {0.5} else
             "ImageNet's mean and deviation"))
-    if images is not None and flags['input_size'] != images.input_size:
-        spec = dataclasses.replace(spec, preprocessing=images.at_size(flags['input_size']))
     return spec
 
 

@@ -41,16 +41,11 @@ def check_finetune(source: str) -> None:
 
 def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAULT_KEYS, model_prefix: str = '',
                     classes: Optional[Sequence[str]] = None) -> None:
-    """Load pretrained weights into a model of any input size and class count.
+    """Load pretrained weights of the reference, timm or Hugging Face into a model of any input size and class count.
 
     The reference's rules: a head of another shape is dropped, a shared bias table is copied to every block, bias tables
     and absolute positions are resized to the model's grid. If the file names its classes, the head keeps the row of
-    each class that the model has too.
-
-    Args:
-        source (str): a file, an https URL or a Hugging Face folder; of the reference, timm or Hugging Face.
-        model_key, model_prefix: see `find_state_dict`.
-        classes: the names of the model's classes.
+    each class that `classes` names too.
 
     Raises:
         UserError: the file can't be read, or belongs to another model; the message lists names and shapes.
@@ -85,12 +80,11 @@ def find_state_dict(content: Any, flag: str, source: str, model_key: str = DEFAU
     """(the key of the weights in a file, or ''; the weights by name, without the prefixes of wrappers).
 
     Args:
-        flag, source: for messages.
-        model_key (str): keys separated by |; the first that the file holds is used. The default continues with the
-            keys of other programs, then the file itself.
-        model_prefix (str): keep only names with this prefix, such as 'encoder.', and remove it. '' removes the prefixes
-            of DistributedDataParallel, Lightning and torch.compile, in any order.
-        use_ema (bool): use the averaged weights.
+        model_key: keys separated by |; the first that the file holds is used. The default continues with the keys of
+            other programs, then the file itself.
+        model_prefix: keep only names with this prefix, such as 'encoder.', and remove it. '' removes the prefixes of
+            DistributedDataParallel, Lightning and torch.compile, in any order.
+        use_ema: use the averaged weights.
 
     Raises:
         UserError: the file holds no such weights; the message names its keys.
@@ -131,11 +125,11 @@ def _tensors(state):
 
 def known_class_names(content: Any, path: str) -> List[str]:
     """The class names in a file, or in the config.json beside it; [] if neither has any."""
-    spec = content.get(model_spec.KEY) if isinstance(content, dict) else None
-    names = content.get('classes') if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    spec = content.get(model_spec.KEY)
     if isinstance(spec, dict) and spec.get('has_class_names') is False:
         return []
-    names = names or hf_names.hf_labels(path)
+    names = content.get('classes') or hf_names.hf_labels(path)
     return list(names) if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) else []
 
 
@@ -166,10 +160,11 @@ def keep_head_rows(state: Dict[str, torch.Tensor], model: torch.nn.Module, their
 def adapt_state_dict(state: Dict[str, torch.Tensor], model: Any, quiet: bool = False) -> List[str]:
     """Adapt a state dict, in place, to the model's classes, depth and grid. Returns the names that it dropped."""
     target = model.state_dict()
-    dropped = []
-    if any(name in state and name in target and state[name].shape != target[name].shape
-           for name in ('head.weight', 'head.bias')):
-        dropped = [name for name in ('head.weight', 'head.bias') if state.pop(name, None) is not None]
+    dropped = [name for name in state if name in ('head.weight', 'head.bias')]
+    if all(name not in target or state[name].shape == target[name].shape for name in dropped):
+        dropped = []
+    for name in dropped + [name for name in state if name.endswith('relative_position_index')]:
+        del state[name]
     first, channels = 'patch_embed.proj.weight', model.patch_embed.proj.in_channels
     if first in state and state[first].dim() == 4 and state[first].shape[1] == 3 != channels:
         state[first] = adapt_input_conv(channels, state[first])
@@ -179,8 +174,6 @@ def adapt_state_dict(state: Dict[str, torch.Tensor], model: Any, quiet: bool = F
         table = state.pop(shared)
         for index in range(model.get_num_layers()):
             state['blocks.%d.attn.relative_position_bias_table' % index] = table.clone()
-    for name in [name for name in state if name.endswith('relative_position_index')]:
-        del state[name]
     grid = model.patch_embed.patch_shape
     for name in list(state):
         if name not in target or state[name].shape == target[name].shape:
@@ -207,11 +200,8 @@ def resize_rel_pos_bias(table: torch.Tensor, dst_size: int) -> torch.Tensor:
     """Resize a relative position bias table with the reference's spline on a geometric series of positions.
 
     Args:
-        table (Tensor): (S*S+3, heads), S = 2 * source grid - 1; the three extra rows are kept.
-        dst_size (int): 2 * target grid - 1.
-
-    Returns:
-        Tensor (dst_size*dst_size+3, heads), of the same dtype.
+        table: (S*S+3, heads), S = 2 * source grid - 1; the three extra rows are kept.
+        dst_size: 2 * target grid - 1, of the resulting (dst_size*dst_size+3, heads) of the same dtype.
     """
     from scipy.interpolate import RectBivariateSpline  # slow to import, seldom needed
 

@@ -33,16 +33,11 @@ MODEL_FLAGS = ('model', 'input_size', 'nb_classes', 'rel_pos_bias', 'abs_pos_emb
 def build_checkpoint(flags: Dict[str, Any], run_state: 'RunState', model: torch.nn.Module,
                      optimizer: torch.optim.Optimizer, scaler: Any, ema: Any = None,
                      spec: Optional[ModelSpec] = None, host: Optional['HostCopies'] = None) -> Dict[str, Any]:
-    """The dict to save: model, optimizer, epoch, scaler, args, model_spec and, with an average, model_ema.
+    """The dict to save; it is valid until `host` is used again.
 
     `classes` and `activation` repeat parts of model_spec for other programs. Random states are not saved: a step's
-    random numbers depend on seed, step and process (`utils.seed_step`).
-
-    Args:
-        flags (dict): all flags of the run, by name.
-        run_state (RunState): the run's progress. `epoch` in the file is the last finished epoch, as in the reference's
-            files; `progress` describes an unfinished one.
-        host (HostCopies): receives the tensors; the dict is valid until it is used again.
+    random numbers depend on seed, step and process (`utils.seed_step`). `epoch` is the last finished epoch, as in the
+    reference's files; `progress` describes an unfinished one.
     """
     host = host or HostCopies()
     content = {
@@ -275,11 +270,7 @@ def _check_moments(optimizer, groups, state):
 
 def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: Any,
                     ema: Any = None, **keys: str) -> RunState:
-    """Resume a run. `keys`: model_key and model_prefix, see `pretrained.find_state_dict`.
-
-    Returns:
-        RunState. For a file that holds only weights, the state of a new run.
-    """
+    """Resume a run, or start one from a file that holds only weights. `keys`: see `pretrained.find_state_dict`."""
     load_weights(source, content, model, scaler, ema, **keys)
     if not isinstance(content.get('optimizer'), dict) or 'epoch' not in content:
         log_main('Resumed the weights of %s; it holds no optimizer state, so the schedule starts again'
@@ -298,12 +289,11 @@ def resume_training(source: str, content: Any, model: torch.nn.Module, optimizer
         meters = [{'meters': {str(name): [int(count), float(total)] for name, (count, total) in each['meters'].items()},
                    'skipped_before': int(each['skipped_before']), 'counts_images': bool(each.get('counts_images'))}
                   for each in inside.get('meters', ())]
-        seconds, images, step_seconds, data_seconds, steps = map(float, inside.get('spent', [0.] * 5))
         run_state = RunState(epoch + 1, int(inside.get('steps', 0)), meters, best, dict(inside.get('run') or {}),
                              stale=int(inside.get('stale', 0)), origin=str(inside.get('origin', '')),
                              val_set=str(inside.get('val_set', '')),
-                             spent=[seconds, images, step_seconds, data_seconds, steps])
-        if run_state.steps < 0 or bool(run_state.steps) != bool(meters):
+                             spent=list(map(float, inside.get('spent', RunState().spent))))
+        if run_state.steps < 0 or bool(run_state.steps) != bool(meters) or len(run_state.spent) != 5:
             raise ValueError('its averages do not fit %d steps' % run_state.steps)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise UserError('--resume %s: its scaler, accuracy or progress is invalid (%s); give its weights to --finetune '

@@ -162,9 +162,9 @@ def find(path: str) -> Optional[Tuple[Archive, str]]:
     """(the archive that a path leads to, the name in it), or None."""
     for match in re.finditer(r'\.(?:zip|tar)(?=/|$)', path, re.IGNORECASE):
         archive = path[:match.end()]
-        if archive in _archives or os.path.isfile(archive):
-            if archive not in _archives:
-                _archives[archive] = Archive(archive)
+        if archive not in _archives and os.path.isfile(archive):
+            _archives[archive] = Archive(archive)
+        if archive in _archives:
             return _archives[archive], os.path.normpath('/' + path[match.end():])[1:].lstrip('/')
     return None
 
@@ -186,7 +186,7 @@ def scandir(path: str) -> ContextManager[Any]:
         return os.scandir(path)
     if found[1] not in found[0].folders:
         raise FileNotFoundError(2, 'no such folder in the archive', path)
-    names = found[0].folders[found[1]].split('/') if found[0].folders[found[1]] else []
+    names = filter(None, found[0].folders[found[1]].split('/'))
     return contextlib.closing(  # type: ignore[return-value]
         types.SimpleNamespace(name=name.rstrip('\0'), path=os.path.join(path, name.rstrip('\0')), is_symlink=bool,
                               is_dir=functools.partial(bool, name.endswith('\0'))) for name in names)

@@ -88,15 +88,14 @@ def atomic_directory(path: str) -> typing.Iterator[str]:
 
 
 def _fsync_folder(folder: str) -> None:
-    if hasattr(os, 'O_DIRECTORY'):
-        handle = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of some network file systems
-                raise
-        finally:
-            os.close(handle)
+    handle = os.open(folder, os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of some network file systems
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_bytes(path: str, data: bytes, is_given: bool = False) -> None:
@@ -119,8 +118,7 @@ def check_writable(flag: str, path: str, is_file: bool = False) -> None:
     if not os.path.isdir(existing):
         raise UserError('%s %s: %s is a file, not a folder; choose another' % (flag, path, existing))
     try:
-        with tempfile.TemporaryFile(prefix='.write-test-', dir=existing):  # without a name, if the system supports that
-            pass
+        tempfile.TemporaryFile(prefix='.write-test-', dir=existing).close()  # has no name, if the system supports that
     except OSError as error:
         raise UserError('%s %s: %s cannot be written to (%s); choose another'
                         % (flag, escape_text(path), existing, error.strerror or error)) from None

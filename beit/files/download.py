@@ -53,14 +53,18 @@ def resolve_url(source: str, flag: str = '') -> str:
     in_name = re.search(r'-([0-9a-f]{8,})\.', name)
     fetch(address, path, shown, wanted or (in_name.group(1) if in_name else ''))
     if wanted:
-        digest = hashlib.sha256()
         with open(path, 'rb') as file:
-            for block in iter(lambda: file.read(1 << 20), b''):
-                digest.update(block)
-        if digest.hexdigest() != wanted:
-            raise UserError('%s: %s has another sha256, %s; delete it and try again'
-                            % (shown, path, digest.hexdigest()))
+            found = _digest(file).hexdigest()
+        if found != wanted:
+            raise UserError('%s: %s has another sha256, %s; delete it and try again' % (shown, path, found))
     return path
+
+
+def _digest(file):
+    digest = hashlib.sha256()
+    for block in iter(lambda: file.read(1 << 20), b''):
+        digest.update(block)
+    return digest
 
 
 def fetch(address: str, path: str, shown: str, wanted: str = '', check: Optional[Callable[[str], None]] = None,
@@ -72,9 +76,6 @@ def fetch(address: str, path: str, shown: str, wanted: str = '', check: Optional
         wanted: the beginning of its sha256.
         check: called with the path of the whole file, before it takes its name, or of the file that was there.
         remedy: for a machine that does not see the first process's file.
-
-    Raises:
-        UserError: the server fails, or sends another file.
     """
     if check is not None and process_group.is_main_process() and os.path.isfile(path):
         check(path)
@@ -93,7 +94,7 @@ def _download(address: str, path: str, wanted: str, shown: str, check: Optional[
     If the server can send the rest of a file (a strong ETag, Accept-Ranges), a broken download stays in `path`.part-…,
     and the next one resumes it. Where another program downloads it, this waits for that, and then returns.
     """
-    part, folder, length = '', os.path.dirname(path), None
+    part, folder, length = '', os.path.dirname(path), 0
     try:
         os.makedirs(folder, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -102,22 +103,20 @@ def _download(address: str, path: str, wanted: str, shown: str, check: Optional[
             if length and tag.startswith('"') and response.headers.get('Accept-Ranges') == 'bytes':
                 part = '%s.part-%s' % (path, hashlib.sha256(('%s %d' % (tag, length)).encode()).hexdigest()[:8])
             file = stack.enter_context(_open_part(part, path) if part else atomic_write(path))
-            digest, received = hashlib.sha256(), 0
-            for block in iter(lambda: file.read(1 << 20) if part else b'', b''):
-                digest.update(block)
-                received += len(block)
-            if (length or 0) - received > shutil.disk_usage(folder).free:
+            digest = _digest(file) if part else hashlib.sha256()
+            received = file.tell()
+            if length - received > shutil.disk_usage(folder).free:
                 raise OSError(errno.ENOSPC, '')
-            if length and 0 < received < length:
+            if 0 < received < length:
                 log_main('Resuming after %d of %d bytes' % (received, length))
                 response.close()
                 response = stack.enter_context(_open(address, received))
                 if response.headers.get('ETag') != tag or not response.headers.get(
                         'Content-Range', '').startswith('bytes %d-' % received):
                     raise ValueError('the server does not send the rest of %s; remove that file' % part)
-            if received != length:
+            if received != length or not length:
                 received = _receive(response, file, digest, received, length, shown)
-            if length is not None and received != length:
+            if length and received != length:
                 raise ValueError('it broke off after %d of %d bytes' % (received, length))
             file.flush()
             try:
@@ -138,7 +137,7 @@ def _download(address: str, path: str, wanted: str, shown: str, check: Optional[
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason, remedy = escape_text(str(error)) or type(error).__name__, 'try again to resume it, or ' if part else ''
         if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
-            missing = ((length or 0) - (os.path.getsize(part) if os.path.isfile(part) else 0)) / 1e6
+            missing = (length - (os.path.getsize(part) if os.path.isfile(part) else 0)) / 1e6
             reason = '%s: no space for %s; %.1f MB are free' % (
                 escape_text(folder), '%.1f MB' % missing if length else 'it', shutil.disk_usage(folder).free / 1e6)
             remedy = 'make room, then %s' % (remedy or 'try again, or ')
@@ -158,27 +157,25 @@ def _open(address: str, start: int = 0) -> Any:
                                                         timeout=TIMEOUT)
 
 
-def _length(response: Any, wanted: str, shown: str) -> Optional[int]:
-    """How many bytes a response has; None where it comes in chunks."""
-    length = response.headers.get('Content-Length')
-    if length is None and not response.chunked and not wanted:
+def _length(response: Any, wanted: str, shown: str) -> int:
+    """How many bytes a response has; 0 where it does not say, because it comes in chunks or its hash is known."""
+    length = int(response.headers.get('Content-Length') or 0)
+    if not length and not response.chunked and not wanted:
         raise ValueError('the server does not say how long it is; add its #sha256=')
-    if length is not None and int(length) > MAX_DOWNLOAD:
-        raise _too_large(shown)
-    return None if length is None else int(length)
+    _check_size(length, shown)
+    return length
 
 
-def _receive(response: Any, file: BinaryIO, digest: Any, received: int, length: Optional[int], shown: str) -> int:
+def _receive(response: Any, file: BinaryIO, digest: Any, received: int, length: int, shown: str) -> int:
     """Write a response to a file, with a bar on a terminal; gives how many bytes the file has now."""
     display = current_display()
-    display.begin('Download (MiB)', (length or 0) >> 20, received >> 20)
+    display.begin('Download (MiB)', length >> 20, received >> 20)
     try:
         for block in iter(lambda: response.read(1 << 16), b''):
             for _ in range((received + len(block) >> 20) - (received >> 20)):
                 display.step()
             received += len(block)
-            if received > MAX_DOWNLOAD:
-                raise _too_large(shown)
+            _check_size(received, shown)
             digest.update(block)
             file.write(block)
     finally:
@@ -186,8 +183,9 @@ def _receive(response: Any, file: BinaryIO, digest: Any, received: int, length: 
     return received
 
 
-def _too_large(shown: str) -> UserError:
-    return UserError('%s: larger than %d GiB, and so no weights of these models' % (shown, MAX_DOWNLOAD >> 30))
+def _check_size(size, shown):
+    if size > MAX_DOWNLOAD:
+        raise UserError('%s: larger than %d GiB, and so no weights of these models' % (shown, MAX_DOWNLOAD >> 30))
 
 
 @contextlib.contextmanager

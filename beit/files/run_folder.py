@@ -6,8 +6,10 @@ Each module that writes a file registers the name here (`register_output`).
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
+import pathlib
 import re
 import shutil
 import socket
@@ -26,29 +28,19 @@ LOG, LOCK = 'log.txt', '.beit.lock'
 
 
 class Output(NamedTuple):
-    """A kind of file that a run writes into its folder; see `register_output`."""
-    pattern: Pattern[str]
-    proves_run: bool
-    is_ours: Optional[Callable[[str], bool]]
-    is_moved: bool
-    at_end: bool
+    """A kind of file that a run writes into its folder."""
+    pattern: Pattern[str]  # of the whole name
+    proves_run: bool = False  # a folder with such a file holds a run; without one, no file moves to a backup folder
+    is_ours: Optional[Callable[[str], bool]] = None  # whether a run wrote a path; for names that others may give, too
+    at_end: bool = False  # written at the end of a run; also moves when a run returns to an earlier checkpoint
 
 
 _outputs: List[Output] = []
 
 
-def register_output(pattern: str, proves_run: bool = False, is_ours: Optional[Callable[[str], bool]] = None,
-                    is_moved: bool = True, at_end: bool = False) -> None:
-    """Register a file that a run writes into its folder.
-
-    Args:
-        pattern (str): a regular expression for the whole name.
-        proves_run (bool): a folder with such a file holds a run. Without one, no file moves to a backup folder.
-        is_ours (function): whether a run wrote a path, for names that users' files may have too.
-        is_moved (bool): moves to the backup folder with an earlier run; else only temporary files are removed.
-        at_end (bool): written at the end of a run; also moves when a run returns to an earlier checkpoint.
-    """
-    _outputs.append(Output(re.compile(pattern + r'\Z'), proves_run, is_ours, is_moved, at_end))
+def register_output(pattern: str, **kind: Any) -> None:
+    """Register a file that a run writes into its folder. `kind`: see `Output`."""
+    _outputs.append(Output(re.compile(pattern + r'\Z'), **kind))
 
 
 def _begins_as_append_log_writes(path):
@@ -69,17 +61,19 @@ def locked(folder: str, device: Optional[torch.device] = None) -> Iterator[None]
     between machines. On a file system without locks, it logs a line.
 
     Args:
-        device (torch.device or None): of the collective; None if only one process calls this.
+        device: of the collective; None if only one process calls this.
 
     Raises:
         UserError: another run holds the lock; the line names that run.
     """
-    made: List[str] = []
+    made: List[pathlib.Path] = []  # the innermost first
     handles: List[int] = []
 
     def acquire(_):
+        path = pathlib.Path(os.path.abspath(folder))
         try:
-            made.extend(_make_folders(folder))
+            made.extend(each for each in (path, *path.parents) if not os.path.isdir(each))
+            os.makedirs(folder, exist_ok=True)
             handles.append(_lock(folder))
         except OSError as error:
             raise UserError('--output_dir %s cannot be written to (%s: %s); choose another' % (
@@ -97,19 +91,9 @@ def locked(folder: str, device: Optional[torch.device] = None) -> Iterator[None]
                 if os.path.samestat(os.fstat(handle), os.lstat(path)):  # else the folder was replaced
                     os.remove(path)  # before the lock is free: later the file may belong to the next run
             os.close(handle)
-        for path in reversed(made):
+        for each in made:
             with contextlib.suppress(OSError):  # empty, if the run wrote nothing
-                os.rmdir(path)
-
-
-def _make_folders(folder):
-    """Make a folder and its parents; returns the new ones, the outermost first."""
-    missing, path = [], os.path.abspath(folder)
-    while not os.path.isdir(path):
-        missing.insert(0, path)
-        path = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    return missing
+                os.rmdir(each)
 
 
 def _lock(folder):
@@ -152,17 +136,12 @@ def prepare_folder(folder: str, keep: bool = False, later: Sequence[str] = ()) -
     The backup folder is <folder>-<date of the newest file>. Files that no run wrote stay.
 
     Args:
-        keep (bool): this run continues the earlier one.
-        later (sequence of str): with `keep`, the checkpoints after the one that this run continues. They move to the
-            backup folder with the files of that run's end and a copy of its log.txt.
-
-    Raises:
-        UserError: the files can't be moved.
+        keep: this run continues the earlier one.
+        later: with `keep`, the checkpoints after the one that this run continues. They move to the backup folder with
+            the files of that run's end and a copy of its log.txt.
     """
     if folder and process_group.is_main_process():
-        for path in leftover_temp_files(folder):
-            with contextlib.suppress(OSError):
-                os.remove(path)
+        _remove_temp_files(folder)
         try:
             if not keep:
                 files, what = run_outputs(folder), 'the earlier run'
@@ -185,27 +164,22 @@ def prepare_folder(folder: str, keep: bool = False, later: Sequence[str] = ()) -
     process_group.barrier()
 
 
-def leftover_temp_files(folder: str) -> List[str]:
-    """Paths of the temporary files that killed processes left in a folder."""
-    found = []
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        final, _, process = name.rpartition('.tmp-')
+def _remove_temp_files(folder):
+    """Remove the temporary files that killed processes left in a folder."""
+    for path in glob.glob(os.path.join(glob.escape(folder), '*.tmp-*')):
+        final, _, process = os.path.basename(path).rpartition('.tmp-')
         if process.isdigit() and any(output.pattern.match(final) for output in _outputs):
-            found.append(os.path.join(folder, name))
-    return found
+            with contextlib.suppress(OSError):
+                os.remove(path)
 
 
 def run_outputs(folder: str, at_end: bool = False) -> List[str]:
-    """Paths of a run's files in a folder, such as checkpoints and log.txt; [] without a run.
-
-    Args:
-        at_end (bool): only the files that a run writes at its end.
-    """
+    """Paths of a run's files in a folder, or of those that it writes at its end; [] without a run."""
     found, is_run = [], False
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         path = os.path.join(folder, name)
         for output in _outputs:
-            if output.is_moved and output.pattern.match(name) and (
+            if output.pattern.match(name) and (
                     output.is_ours is None or os.path.isfile(path) and output.is_ours(path)):
                 is_run = is_run or output.proves_run
                 found += [path] if output.at_end or not at_end else []

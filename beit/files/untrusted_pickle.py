@@ -128,10 +128,10 @@ class Unpickler(_PythonUnpickler):
     """Unpickles tensors and plain values, and refuses everything else.
 
     Args:
-        size (int): the file's, in bytes.
-        storages (dict): receives tensors of one dimension, by key.
-        record_sizes (dict): {key: bytes in the file}; None if the sizes follow the pickle.
-        read (function): a storage's values, of (key, length, dtype); None leaves them uninitialized.
+        size: the file's, in bytes.
+        storages: receives tensors of one dimension, by key.
+        record_sizes: {key: bytes in the file}; None if the sizes follow the pickle.
+        read: a storage's values, of (key, length, dtype); None leaves them uninitialized.
     """
 
     dispatch = {code: step for code, step in _PythonUnpickler.dispatch.items() if code in _OPCODES}
@@ -216,10 +216,7 @@ def count_nodes(value: Any, known: Dict[int, Tuple[int, int, int]], depth: int =
     """(values, bytes, height) of an unpickled value; shared values count at every reference.
 
     Args:
-        known (dict): the results of values that were counted before, by id.
-
-    Raises:
-        UnsafeFileError: it holds other values than tensors and plain ones, or too many of them.
+        known: the results of values that were counted before, by id.
     """
     if id(value) not in known:
         require(depth <= MAX_DEPTH, 'it is nested more than %d deep' % MAX_DEPTH)

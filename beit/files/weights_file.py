@@ -3,16 +3,16 @@
 The zip archive of torch.save holds a checksum of each tensor; reading compares it.
 """
 
+import concurrent.futures
 import json
 import os
-import threading
 import typing
 import warnings
 
 import torch
 
 from beit import startup
-from beit.errors import UserError, escape_text, worker_death_message
+from beit.errors import UserError, escape_text, one_line, worker_death_message
 from beit.files import untrusted_pickle
 from beit.files.atomic_write import atomic_write, link_atomic
 from beit.files.untrusted_pickle import MAX_PICKLE, UnsafeFileError
@@ -45,15 +45,11 @@ def _read_safetensors(path: str, header: bytes, name: str) -> typing.Dict[str, t
 def load_weights_file(path: str, flag: str = '') -> typing.Any:
     """The content of a weights file, its tensors on the CPU: of torch.save, in either format, or safetensors.
 
-    Args:
-        flag (str): the flag that named the file, for messages.
-
-    Returns:
-        Nested dicts, lists and tuples of tensors and plain values, and argparse.Namespace. The keys are printable
-        strings, whole numbers or None.
+    It consists of nested dicts, lists and tuples of tensors and plain values, and argparse.Namespace. The keys are
+    printable strings, whole numbers or None.
 
     Raises:
-        UserError: the file is missing, damaged, or holds other values.
+        UserError: the file is missing, damaged, or holds other values; the message begins with `flag` and the path.
     """
     name = ('%s %s' % (flag, escape_text(path))).strip()
     if not os.path.isfile(path):
@@ -76,8 +72,7 @@ def load_weights_file(path: str, flag: str = '') -> typing.Any:
         raise UserError('%s: refused, because %s; a weights file holds tensors and plain values only'
                         % (name, error)) from None
     except Exception as error:  # a malicious file can raise anything
-        reason = escape_text(' '.join(str(error).encode('utf-8', 'backslashreplace').decode().split()))[:120] \
-            or type(error).__name__
+        reason = escape_text(one_line(error))[:120] or type(error).__name__
         raise UserError('%s: not a weights file, or damaged (%s); fetch or copy it again' % (name, reason)) from None
 
 
@@ -105,7 +100,7 @@ def save(path: str, content: typing.Dict[str, typing.Any]) -> None:
         if worker_death_message(error):  # PyTorch raises it anywhere in the main thread
             raise
         raise UserError('--output_dir: cannot write %s (%s); earlier checkpoints are intact'
-                        % (escape_text(path), ' '.join(str(error).split()))) from None
+                        % (escape_text(path), one_line(error))) from None
 
 
 def save_copy(path: str, original: str, content: typing.Dict[str, typing.Any]) -> None:
@@ -123,37 +118,31 @@ class BackgroundSave:
     """
 
     def __init__(self) -> None:
-        self.thread: typing.Optional[threading.Thread] = None
-        self.error: typing.Optional[BaseException] = None
+        self.written: typing.Optional[concurrent.futures.Future] = None
 
     def start(self, write: typing.Callable[[], None]) -> None:
         """Call `write` in a thread, after the previous write has ended."""
         self.wait()
-        self.thread = threading.Thread(target=self._run, args=(write,), name='save')
-        self.thread.start()
-
-    def _run(self, write: typing.Callable[[], None]) -> None:
-        try:
-            write()
-        except BaseException as error:
-            self.error = error
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.written = pool.submit(write)
+        pool.shutdown(wait=False)
 
     def join(self) -> None:
         """Wait until the file is complete; raises nothing."""
-        if self.thread is not None:
-            self.thread.join()
+        if self.written is not None:
+            concurrent.futures.wait([self.written])
 
     def wait(self) -> None:
         """Wait until the file is complete."""
         self.join()
-        self.thread = None
-        self.check()
+        written, self.written = self.written, None
+        if written is not None:
+            written.result()
 
     def check(self) -> None:
         """Raise the error of a save that failed, if any."""
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
+        if self.written is not None and self.written.done():
+            self.wait()
 
 
 class ErrorLatch:
