@@ -15,7 +15,7 @@ from beit.config import ModelConfig, TransformConfig
 from beit.data import class_folders
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text, unknown_value_error
-from beit.files import regular_file
+from beit.files import archives
 from beit.paths import project_root
 
 KEY = 'model_spec'  # in a checkpoint, and in the metadata of an export
@@ -236,7 +236,7 @@ def read_class_names(path: str, flag: str = '--class_names') -> List[str]:
     """
     shown = '%s %s' % (flag, escape_text(path))
     try:
-        with regular_file.open_file(path) as file:
+        with archives.open_file(path) as file:
             text = file.read(LARGEST_NAMES_FILE).decode('utf-8-sig')
         if text.lstrip()[:1] in ('[', '{'):
             content = json.loads(text)

@@ -21,7 +21,7 @@ from beit.data import fingerprint, locations
 from beit.data.decode import UnreadableImage, load_image
 from beit.errors import UserError
 from beit.files import archives
-from beit.files.regular_file import open_file
+from beit.files.archives import open_file
 from helpers import NANO, launch, lines_of, photo
 
 TRAINING = NANO + ['--batch_size=4', '--epochs=2', '--warmup_epochs=0', '--aa=none', '--lr=1e-3']

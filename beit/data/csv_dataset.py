@@ -25,7 +25,6 @@ from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text, nearest
 from beit.files import archives
-from beit.files.regular_file import open_file
 from beit.log import log_main
 
 PATHS = ('path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_path')
@@ -88,7 +87,7 @@ class CsvFile:
     def __init__(self, flag: str, path: str) -> None:
         self.flag, self.name = flag, '%s %s' % (flag, escape_text(path))
         try:
-            with open_file(path) as file:
+            with archives.open_file(path) as file:
                 self.data = file.read()
         except (OSError, ValueError) as error:
             reason = getattr(error, 'strerror', None) or error

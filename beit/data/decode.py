@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from beit.config import parse_colour
 from beit.errors import UserError, escape_text
-from beit.files.regular_file import open_file
+from beit.files.archives import open_file
 
 # Pillow refuses images of more than 179 million pixels. From half of that on it warns, in each worker and without the
 # file's name.

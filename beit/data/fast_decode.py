@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from beit.data.decode import AS_REFERENCE, Reading, load_image
 from beit.errors import UserError
-from beit.files.regular_file import open_file
+from beit.files.archives import open_file
 
 try:
     from torchvision.io import decode_jpeg

@@ -24,7 +24,6 @@ from beit.data.decode import has_alpha
 from beit.data.image_dataset import label_source
 from beit.distributed import collectives, process_group
 from beit.files import archives
-from beit.files.regular_file import open_file
 from beit.log import log_main
 
 SIZES, CONTENTS = 2000, 64  # files of a set whose sizes and first bytes are read
@@ -124,7 +123,7 @@ def _digest(dataset, index):
         if pixels is not None:
             data = pixels.tobytes()
         else:
-            with open_file(dataset.samples[index][0]) as file:
+            with archives.open_file(dataset.samples[index][0]) as file:
                 data = file.read(FIRST_BYTES)
     except (OSError, ValueError):
         return ''
@@ -137,7 +136,7 @@ def count_transparent(dataset: Any) -> Tuple[int, int]:
         return 0, 0
     indices, found = np.unique(np.linspace(0, len(dataset) - 1, CONTENTS).astype(int)).tolist(), 0
     for index in indices:
-        with contextlib.suppress(Exception), open_file(dataset.samples[index][0]) as file:  # see `decode.load_image`
+        with contextlib.suppress(Exception), archives.open_file(dataset.samples[index][0]) as file:  # see `decode.load_image`
             found += has_alpha(Image.open(file))
     return found, len(indices)
 

@@ -1,4 +1,4 @@
-"""Reads zip and tar archives in place. Paths continue inside them: DIR/data.zip/train/cat/1.png.
+"""Opens untrusted files, also in zip and tar archives, whose paths continue: DIR/data.zip/train/cat/1.png.
 
 Each process indexes an archive once, before it forks its loader processes. A file is then read at its offset with
 `os.pread`, which has no position to share.
@@ -8,19 +8,22 @@ import array
 import collections
 import contextlib
 import functools
+import io
 import os
 import re
+import stat
 import struct
 import tarfile
 import types
 import zipfile
 import zlib
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
+from typing import Any, BinaryIO, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 
 from beit.errors import UserError, escape_text
 
+KINDS = ((stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a pipe'), (stat.S_ISCHR, 'a device'), (stat.S_ISBLK, 'a device'))
 LARGEST = 1 << 30  # bytes of one file; an archive can claim any size
 Row = Tuple[str, int, int, int, int, int]  # name, with / for a folder; offset, bytes stored, bytes, deflated, CRC or -1
 
@@ -167,6 +170,24 @@ def find(path: str) -> Optional[Tuple[Archive, str]]:
         if archive in _archives:
             return _archives[archive], os.path.normpath('/' + path[match.end():])[1:].lstrip('/')
     return None
+
+
+def open_file(path: str) -> BinaryIO:
+    """Open a regular, non-empty file for reading. Raises ValueError for others, such as a pipe, which could block."""
+    found = find(path)
+    if found and found[1]:
+        return io.BytesIO(found[0].content(found[1]))
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError('it is %s' % next((name for is_kind, name in KINDS if is_kind(status.st_mode)), 'no file'))
+        if status.st_size == 0:
+            raise ValueError('it is empty')
+        return os.fdopen(handle, 'rb')
+    except BaseException:
+        os.close(handle)
+        raise
 
 
 def isdir(path: str) -> bool:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from beit.errors import UserError, escape_text, nearest
-from beit.files.regular_file import open_file
+from beit.files.archives import open_file
 
 LOSSES = ('auto', 'ce', 'bce')
 

@@ -18,7 +18,7 @@ import torch
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text, guard_cell
 from beit.files import atomic_write
-from beit.files.regular_file import open_file
+from beit.files.archives import open_file
 from beit.training import losses
 
 LOSS_UNIT = 2. ** -32  # losses are summed as multiples of this: then the sum does not depend on the order
