@@ -178,11 +178,11 @@ def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str, class_n
         raise UserError('--in_chans %d: %s prepares images of %d channels; leave it out' % (
             changed.architecture.in_chans, escape_text(path), len(changed.preprocessing.mean)))
     before = dict(dataclasses.asdict(spec.architecture), crop_pct=spec.preprocessing.crop_pct, loss=spec.loss)
-    differ = ['--%s %s (the checkpoint: %s)' % (name, value, before[name]) for name, value in overrides.items()
-              if value is not None and name in before and value != before[name]]
-    for name in ('mean', 'exif', 'transparency', 'crop_mode'):
-        value, theirs = getattr(changed.preprocessing, name), getattr(spec.preprocessing, name)
-        differ += ['%s %s (the checkpoint: %s)' % (name, value, theirs)] * (value != theirs)
+    rows = [('--' + name, value, before[name]) for name, value in overrides.items()
+            if value is not None and name in before]
+    rows += [(name, getattr(changed.preprocessing, name), getattr(spec.preprocessing, name))
+             for name in ('mean', 'exif', 'transparency', 'crop_mode')]
+    differ = ['%s %s (the checkpoint: %s)' % row for row in rows if row[1] != row[2]]
     if differ:
         log_main('Flags that differ from %s: %s' % (escape_text(path), ', '.join(differ)))
     if not class_names:
@@ -224,8 +224,7 @@ def spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], default
                 overrides: Mapping[str, Any]) -> Optional[ModelSpec]:
     """A spec from metadata, Hugging Face's files beside the weights, a published name, or flags; None without a model.
 
-    Args:
-        defaults, overrides: flags of lower and of higher precedence than the weights and their files.
+    `defaults` and `overrides` are flags of lower and of higher precedence than the weights and their files.
 
     Raises:
         UserError: the metadata is damaged, or contradicts the files beside it.

@@ -136,7 +136,7 @@ def count_transparent(dataset: Any) -> Tuple[int, int]:
         return 0, 0
     indices, found = np.unique(np.linspace(0, len(dataset) - 1, CONTENTS).astype(int)).tolist(), 0
     for index in indices:
-        with contextlib.suppress(Exception), archives.open_file(dataset.samples[index][0]) as file:  # see `decode.load_image`
+        with contextlib.suppress(Exception), archives.open_file(dataset.samples[index][0]) as file:  # see `load_image`
             found += has_alpha(Image.open(file))
     return found, len(indices)
 
