@@ -175,11 +175,7 @@ def resume_message(differences: List[Difference]) -> str:
 
 
 def evaluation_id(data: Dict[str, Any], spec: Optional[ModelSpec], test_flip: bool) -> str:
-    """A hash of everything besides the weights that affects a validation figure; '' if that is unknown.
-
-    Args:
-        data: with the fingerprint of the validation images under 'val'; see `fingerprint.of_data`.
-    """
+    """A hash of everything besides the weights that affects a validation figure; '' if that is unknown."""
     images = data.get('val')
     if not isinstance(images, dict) or spec is None:
         return ''
@@ -196,8 +192,7 @@ def evaluation_id(data: Dict[str, Any], spec: Optional[ModelSpec], test_flip: bo
 def held_out_before(source: str, content: Any, val_split: float, seed: int) -> Optional[np.ndarray]:
     """uint64: the images that the checkpoint's run held out, for this --val_split to reuse; None for a new split.
 
-    Raises:
-        UserError: the run had another --val_split or --seed, or an earlier version's split.
+    Raises a `UserError` if the run had another --val_split or --seed, or an earlier version's split.
     """
     theirs = _split_flags(content)
     if not val_split or theirs is None:
@@ -217,10 +212,8 @@ def held_out_before(source: str, content: Any, val_split: float, seed: int) -> O
 def check_unseen(source: str, content: Any, val_set: Any, val_split: float) -> None:
     """Compare the images to evaluate with a checkpoint's sample of its training images, by size and content.
 
-    A line reports shared ones and, if the training used --val_split, its flags.
-
-    Raises:
-        UserError: there are some, and --val_split is given, but was not in the training.
+    A line reports shared ones and, if the training used --val_split, its flags. Raises a `UserError` if there are some,
+    and --val_split is given, but was not in the training.
     """
     if val_split and held_out_keys(content) is not None:
         return  # the same images are held out again; copies among them are no reason to stop
@@ -249,7 +242,6 @@ def check_evaluation(source: str, content: Any, val_set: Any, classes: Sequence[
     """`check_unseen`, and log how the images differ from the validation images of the checkpoint's training.
 
     Args:
-        classes: the names of the classes.
         device: this process's, if all processes of a job call this.
     """
     check_unseen(source, content, val_set, val_split)
@@ -265,11 +257,8 @@ def check_evaluation(source: str, content: Any, val_set: Any, classes: Sequence[
 def check_same_data(first_source: str, first: Dict[str, Any], source: str, content: Any) -> None:
     """Compare the data of two checkpoints to average. A line reports different training images.
 
-    Args:
-        first: a dict with `args` and `data` of the first checkpoint.
-
-    Raises:
-        UserError: their --val_split held out different images: each was trained on images that the other held out.
+    Raises a `UserError` if their --val_split held out different images: each was trained on images that the other held
+    out.
     """
     keys, others = held_out_keys(first), held_out_keys(content)
     mine, theirs = _split_flags(first), _split_flags(content)

@@ -52,10 +52,8 @@ def load_best_or_latest(source: str, prefer_best: bool = False, use_ema: bool = 
     """(path, content) of a file or URL; of a folder, the furthest checkpoint, or with `prefer_best` the best.
 
     Damaged files of a folder are skipped, with a log line each. The best checkpoint can be further than the newest
-    numbered one. With `use_ema`, the best is that of the averaged weights.
-
-    Raises:
-        UserError: the file, or every file of the folder, is damaged or missing.
+    numbered one. With `use_ema`, the best is that of the averaged weights. Raises a `UserError` if the file, or every
+    file of the folder, is damaged or missing.
     """
     paths = candidates(source)
     if exported.format_of(source):

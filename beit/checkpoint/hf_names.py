@@ -72,8 +72,7 @@ def _first(name, pairs):
 def to_hugging_face(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """A state dict of this project under Hugging Face's names, without the indices of bias tables, which it computes.
 
-    Raises:
-        KeyError: a weight has no name there.
+    Raises KeyError for a weight that has no name there.
     """
     renamed = {}
     for name, value in state.items():
@@ -113,11 +112,7 @@ def to_native(state: Dict[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], 
 
 
 def hf_weights_path(folder: str, flag: str) -> str:
-    """The weights file of a Hugging Face folder.
-
-    Raises:
-        UserError: there is none, or config.json names another kind of model.
-    """
+    """The weights file of a Hugging Face folder. Raises a `UserError` without one, or for another kind of model."""
     name = '%s %s' % (flag, escape_text(folder))
     found = [os.path.join(folder, each) for each in WEIGHTS if os.path.isfile(os.path.join(folder, each))]
     if not found or not os.path.isfile(os.path.join(folder, CONFIG)):
@@ -155,8 +150,7 @@ def hf_labels(path: str) -> List[str]:
 def hf_preprocessing(path: str) -> Optional[EvalTransform]:
     """The transform in the preprocessor_config.json beside Hugging Face's weights; None without that file.
 
-    Raises:
-        UserError: the file is damaged, or asks for steps that this program does not have.
+    Raises a `UserError` if it is damaged, or asks for steps that this program does not have.
     """
     config = os.path.join(os.path.dirname(path), PREPROCESSOR)
     if os.path.basename(path) not in WEIGHTS or not os.path.isfile(config):

@@ -74,11 +74,11 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
     """Build the network of a checkpoint and load its weights.
 
     Args:
-        source (str): a file, an https URL, a published name, or a folder, whose best checkpoint is loaded; an export of
+        source: a file, an https URL, a published name, or a folder, whose best checkpoint is loaded; an export of
             `run_export.py`; or other weights of timm and Hugging Face, with `model`.
-        use_ema (bool): use the averaged weights.
-        class_names (str): a file of names, see `model_spec.read_class_names`.
-        needs_head (bool): refuse weights without a classification head; else their model gives features.
+        use_ema: use the averaged weights.
+        class_names: a file, see `model_spec.read_class_names`.
+        needs_head: refuse weights without a classification head; else their model gives features.
         overrides: flags such as `model`, `input_size` and `crop_pct`, which take precedence over the file.
 
     Raises:
@@ -198,10 +198,8 @@ def load_state(model: torch.nn.Module, found: CheckpointWeights, quiet: bool = F
     """Load a checkpoint's weights; tables are resized to the model's input size, as --finetune does.
 
     The weights of the head are divided by the checkpoint's temperature: every user of the network gets calibrated
-    logits. `quiet` logs nothing: the same was logged for other weights of the file.
-
-    Raises:
-        UserError: they belong to another model.
+    logits. `quiet` logs nothing: the same was logged for other weights of the file. Raises a `UserError` for weights of
+    another model.
     """
     state, shown = dict(found.state), escape_text(found.source)
     if found.spec.temperature != 1:
@@ -224,10 +222,8 @@ def spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], default
                 overrides: Mapping[str, Any]) -> Optional[ModelSpec]:
     """A spec from metadata, Hugging Face's files beside the weights, a published name, or flags; None without a model.
 
-    `defaults` and `overrides` are flags of lower and of higher precedence than the weights and their files.
-
-    Raises:
-        UserError: the metadata is damaged, or contradicts the files beside it.
+    `defaults` and `overrides` are flags of lower and of higher precedence than the weights and their files. Raises a
+    `UserError` for metadata that is damaged, or contradicts the files beside it.
     """
     metadata, names, images = weights_file.read_metadata(path), hf_names.hf_labels(path), None
     if model_spec.KEY in metadata:

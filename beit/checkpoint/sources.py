@@ -29,8 +29,7 @@ def position_in_name(path: str) -> Optional[Tuple[int, int]]:
 def candidates(source: str) -> List[str]:
     """The files that --resume can refer to: a file, URL or name itself; a folder's checkpoints, the newest first.
 
-    Raises:
-        UserError: there is none.
+    Raises a `UserError` if there is none.
     """
     if weights.is_remote(source) or os.path.isfile(source):
         return [source]

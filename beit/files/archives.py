@@ -85,13 +85,10 @@ _archives: Dict[str, 'Archive'] = {}
 
 
 class Archive:
-    """The index of an archive.
+    """The index of an archive. Raises a `UserError` if it can't be read, or holds names that no folder can hold.
 
     Attributes:
         folders: {folder: names of the files and folders in it, joined by /; folders end with a NUL}.
-
-    Raises:
-        UserError: it can't be read, or holds names that no folder can hold.
     """
 
     def __init__(self, path: str) -> None:

@@ -15,11 +15,8 @@ from beit.errors import UserError, escape_text
 def atomic_write(path: str, is_given: bool = False) -> typing.Iterator[typing.BinaryIO]:
     """A file to write bytes to, which gets the name `path` only when it is complete and on the disk.
 
-    After a kill at any moment, `path` is the old file or the new one; a temporary <path>.tmp-<process> can remain.
-
-    Args:
-        is_given (bool): the user chose the name. Then a link stays and its target is replaced; a pipe or a device
-            stays and receives the bytes.
+    After a kill at any moment, `path` is the old file or the new one; a temporary <path>.tmp-<process> can remain. If
+    the name `is_given` by the user, a link stays and its target is replaced; a pipe or a device receives the bytes.
     """
     if is_given:
         path = os.path.realpath(path) if os.path.islink(path) else path

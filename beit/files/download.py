@@ -31,10 +31,8 @@ def resolve_url(source: str, flag: str = '') -> str:
     """The local path of a file or an https URL; the first process downloads a URL once.
 
     The file must match #sha256=<64 hex digits> at the end of the URL or, without it and as in PyTorch, a hash in its
-    name such as weights-8a3f5b21.pth. Errors name `flag`.
-
-    Raises:
-        UserError: the address isn't https, the download fails, or the file doesn't match its hash.
+    name such as weights-8a3f5b21.pth. Raises a `UserError`, which names `flag`, for another address, a failed download
+    or another hash.
     """
     if not re.match(r'[a-z]+://', source):
         return source

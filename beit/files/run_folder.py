@@ -58,13 +58,11 @@ def locked(folder: str, device: Optional[torch.device] = None) -> Iterator[None]
     """Make the output folder and hold its lock, on the first process; the others get its error. '' locks nothing.
 
     The kernel frees the lock at any end of the process, and child processes do not inherit it. On NFS the lock works
-    between machines. On a file system without locks, it logs a line.
+    between machines. On a file system without locks, it logs a line. Raises a `UserError` with the name of the run that
+    holds the lock.
 
     Args:
         device: of the collective; None if only one process calls this.
-
-    Raises:
-        UserError: another run holds the lock; the line names that run.
     """
     made: List[pathlib.Path] = []  # the innermost first
     handles: List[int] = []

@@ -6,6 +6,7 @@ names from a short table, and compares each storage with the file's bytes before
 
 import argparse
 import collections
+import contextlib
 import ctypes
 import io
 import mmap
@@ -213,11 +214,7 @@ class Unpickler(_PythonUnpickler):
 
 
 def count_nodes(value: Any, known: Dict[int, Tuple[int, int, int]], depth: int = 0) -> Tuple[int, int, int]:
-    """(values, bytes, height) of an unpickled value; shared values count at every reference.
-
-    Args:
-        known: the results of values that were counted before, by id.
-    """
+    """(values, bytes, height) of an unpickled value; shared ones count at every reference. `known`: results by id."""
     if id(value) not in known:
         require(depth <= MAX_DEPTH, 'it is nested more than %d deep' % MAX_DEPTH)
         nodes, height, (size, inside) = 1, 0, _size_and_parts(value)
@@ -295,8 +292,10 @@ def _load_zip(file: BinaryIO, size: int) -> List[Any]:
     for info in records.values():
         info.CRC = info.CRC or None  # 0: not written
     sizes = {name[len('data/'):]: info.file_size for name, info in records.items() if name.startswith('data/')}
-    mapped = _map(file)
-    checks = []
+    checks, mapped = [], None  # the file as memory: pages are read when they are used, and copied when changed
+    if hasattr(torch, 'frombuffer'):
+        with contextlib.suppress(OSError):  # a file system without such memory
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     with ThreadPoolExecutor(CRC_THREADS) as pool:
         def read(key: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
             info = records['data/' + key]
@@ -318,17 +317,6 @@ def _load_zip(file: BinaryIO, size: int) -> List[Any]:
         for key, expected, found in checks:
             require(found.result() == expected, 'storage %s does not match its checksum' % key, ValueError)
     return [content]
-
-
-def _map(file: BinaryIO) -> Optional[mmap.mmap]:
-    """The file as memory: pages are read when they are used, and copied when they are changed. None where this
-    PyTorch makes no tensor of it, or the file system has no such memory."""
-    if not hasattr(torch, 'frombuffer'):
-        return None
-    try:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except OSError:
-        return None
 
 
 def _load_legacy(file: BinaryIO, size: int) -> List[Any]:
