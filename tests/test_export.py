@@ -1,5 +1,6 @@
 """Other programs read the exports and give equal logits; their weights are loaded here."""
 
+import dataclasses
 import json
 import os
 import re
@@ -279,7 +280,7 @@ def test_another_network_is_not_written(kind, trained, export, tmp_path, monkeyp
         other = inference_model.build_model(found.config, 3).eval()
         other.load_state_dict(found.model.state_dict())
         other.blocks[2].attn.relative_position_bias_table.zero_()
-        return make(found._replace(model=other), opset)
+        return make(dataclasses.replace(found, model=other), opset)
 
     monkeypatch.setitem(export_formats.FORMATS, kind, export_formats.FORMATS[kind]._replace(make=lose))
     before = sorted(os.listdir(str(tmp_path)))

@@ -62,12 +62,8 @@ def _extra_files(data: bytes) -> Dict[str, str]:
                 if re.search(r'(^|/)extra(_files)?/', info.filename) and info.file_size <= MAX_PICKLE}
 
 
-def open_torchscript(data: bytes) -> Opened:
-    return _extra_files(data), lambda: torch.jit.load(io.BytesIO(data), map_location='cpu')
-
-
-def open_torch_export(data: bytes) -> Opened:
-    return _extra_files(data), lambda: torch.export.load(io.BytesIO(data)).module()
+def _opener(read: Callable[[io.BytesIO], Run]) -> Callable[[bytes], Opened]:
+    return lambda data: (_extra_files(data), lambda: read(io.BytesIO(data)))
 
 
 class Program(NamedTuple):
@@ -80,8 +76,8 @@ class Program(NamedTuple):
 
 PROGRAMS = {
     'onnx': Program('.onnx', 'onnxruntime', open_onnx, is_code=False),
-    'torchscript': Program('.torchscript.pt', 'torch', open_torchscript),
-    'torch_export': Program('.pt2', 'torch', open_torch_export),
+    'torchscript': Program('.torchscript.pt', 'torch', _opener(lambda file: torch.jit.load(file, map_location='cpu'))),
+    'torch_export': Program('.pt2', 'torch', _opener(lambda file: torch.export.load(file).module())),
 }
 
 

@@ -131,10 +131,9 @@ def hf_weights_path(folder: str, flag: str) -> str:
 def hf_config(path: str) -> Dict[str, Any]:
     """The config.json beside Hugging Face's weights; {} without a whole one."""
     try:
-        content = _read_beside(path, CONFIG)
+        return _read_beside(path, CONFIG)
     except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def hf_labels(path: str) -> List[str]:
@@ -163,10 +162,8 @@ def hf_preprocessing(path: str) -> Optional[EvalTransform]:
                 abs(found.get('rescale_factor', 1 / 255) * 255 - 1) > 1e-6):
             raise ValueError('images are not resized, scaled or normalised as usual')
         squashes = not isinstance(found['size'], dict) or 'shortest_edge' not in found['size']
-        if squashes and crops and crop != side:  # resized to a square, then cropped
-            raise ValueError('a square of %d is cropped to %d' % (side, crop))
-        if not squashes and not crops:
-            raise ValueError('images are not cropped to a square')
+        if (crops and crop != side) if squashes else not crops:
+            raise ValueError('images are squashed and then cropped, or are no squares')
         crop_pct = 1.0 if squashes else crop / side
         if not squashes and int(crop / crop_pct) != side:  # rounding
             crop_pct = crop / (side + 0.5)
@@ -196,4 +193,7 @@ def _read_beside(path, name):
     if os.path.basename(path) not in WEIGHTS:
         return {}
     with open(os.path.join(os.path.dirname(path), name), encoding='utf-8') as file:
-        return json.loads(file.read(1 << 24))
+        content = json.loads(file.read(1 << 24))
+    if not isinstance(content, dict):
+        raise ValueError('%s is no object' % name)
+    return content

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Dict, Mapping, NamedTuple, Optional
 
 import torch
 from timm.models import create_model
@@ -28,29 +28,19 @@ def build_model(config: ModelConfig, nb_classes: int) -> torch.nn.Module:
         in_chans=config.in_chans)
 
 
-class LoadedModel(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
     """A trained network with its description."""
     model: Any  # a modeling_finetune.VisionTransformer or ExportedModel, in evaluation mode, float32, on the CPU
     spec: ModelSpec
     source: str  # the file
-    about: Mapping[str, Any] = {}  # a checkpoint's epoch, accuracy and args
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # a checkpoint's epoch, accuracy and args
     is_average: bool = False  # the averaged weights (EMA)
 
-    @property
-    def config(self) -> ModelConfig:
-        return self.spec.architecture
-
-    @property
-    def preprocessing(self) -> EvalTransform:
-        return self.spec.preprocessing
-
-    @property
-    def classes(self) -> List[str]:
-        return list(self.spec.classes)
-
-    @property
-    def activation(self) -> str:
-        return self.spec.activation
+    config = property(lambda self: self.spec.architecture)
+    preprocessing = property(lambda self: self.spec.preprocessing)
+    classes = property(lambda self: list(self.spec.classes))
+    activation = property(lambda self: self.spec.activation)
 
 
 class CheckpointWeights(NamedTuple):
