@@ -35,7 +35,7 @@ import flags
 import optim_factory
 import utils
 from beit import log, model_spec
-from beit.checkpoint import comparison, discovery, hf_names, inference_model, pretrained, training_state
+from beit.checkpoint import comparison, discovery, inference_model, pretrained, training_state
 from beit.checkpoint.inference_model import CheckpointWeights
 from beit.cli import run_interruptible
 from beit.config import (
@@ -188,8 +188,6 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[
     source = args.resume
     if not args.eval:
         pretrained.refuse_exports('--resume', source)
-    if args.eval and source and os.path.isfile(os.path.join(source, hf_names.CONFIG)):
-        source = hf_names.hf_weights_path(source, '--resume')
     path, content = discovery.load_agreed(source, config_from(args, OutputConfig), device, for_evaluation=args.eval)
     if content is None:
         return None

@@ -241,8 +241,7 @@ def check_evaluation(source: str, content: Any, val_set: Any, classes: Sequence[
                      device: Optional[torch.device] = None) -> None:
     """`check_unseen`, and log how the images differ from the validation images of the checkpoint's training.
 
-    Args:
-        device: this process's, if all processes of a job call this.
+    All processes of a job call this, with their `device`, or one alone.
     """
     check_unseen(source, content, val_set, val_split)
     theirs = saved_data(content)

@@ -55,6 +55,8 @@ def load_best_or_latest(source: str, prefer_best: bool = False, use_ema: bool = 
     numbered one. With `use_ema`, the best is that of the averaged weights. Raises a `UserError` if the file, or every
     file of the folder, is damaged or missing.
     """
+    if prefer_best and os.path.isfile(os.path.join(source, hf_names.CONFIG)):
+        source = hf_names.hf_weights_path(source, '--resume')
     paths = candidates(source)
     if exported.format_of(source):
         return source, exported.load(source)

@@ -124,8 +124,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def load(path: str) -> Dict[str, Any]:
     """The content of an exported program, as of a checkpoint: its model's description, and an `ExportedModel`.
 
-    Raises:
-        UserError: the file is damaged, does not describe its model, or computes something else.
+    Raises a `UserError` if the file is damaged, does not describe its model, or computes something else.
     """
     kind: Any = format_of(path)
     shown = '--resume %s' % escape_text(path)

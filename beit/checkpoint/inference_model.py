@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from typing import Any, Dict, Mapping, NamedTuple, Optional
 
 import torch
@@ -74,8 +73,6 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
     Raises:
         UserError: the file can't be read, does not describe its model, or its weights contradict the description.
     """
-    if os.path.isfile(os.path.join(source, hf_names.CONFIG)):
-        source = hf_names.hf_weights_path(source, '--resume')
     known = weights.published(source)
     path, content = discovery.load_best_or_latest(source, prefer_best=True, use_ema=use_ema)
     found = read_weights(path, content, use_ema, class_names, needs_head=needs_head, **overrides)
@@ -101,9 +98,8 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
                  trains: bool = False, needs_head: bool = True, **overrides: Any) -> CheckpointWeights:
     """The weights in a checkpoint, for `load_state`. Other arguments and errors: see `load_for_inference`.
 
-    Args:
-        defaults: flags for weights without a description; `overrides` and the weights take precedence.
-        trains: a training resumes, whose own flags describe the model.
+    `defaults` are flags for weights without a description; `overrides` and the weights take precedence. If it `trains`,
+    the flags of the resumed training describe the model.
     """
     program = content.get(exported.KEY) if isinstance(content, dict) else None
     if isinstance(program, exported.ExportedModel):
@@ -266,13 +262,12 @@ def _check_beside(path, spec, names):
 
 def _flags_of_weights(state):
     """The flags for positions, layer scale, pooling and input size that a state dict implies."""
-    size, tables = {}, [value for name, value in state.items() if name.endswith('relative_position_bias_table')]
+    first, size = state['patch_embed.proj.weight'], {}
+    tables = [value for name, value in state.items() if name.endswith('relative_position_bias_table')]
     patches = len(state['pos_embed'][0]) - 1 if 'pos_embed' in state and state['pos_embed'].dim() == 3 else 0
     grid = (round((len(tables[0]) - 3) ** 0.5) + 1) // 2 if tables and len(tables[0]) > 3 else round(patches ** 0.5)
-    if grid and state['patch_embed.proj.weight'].dim() == 4:
-        size = dict(input_size=grid * state['patch_embed.proj.weight'].shape[-1],
-                    in_chans=state['patch_embed.proj.weight'].shape[1])
-    return dict(size, rel_pos_bias=any('relative_position_bias_table' in name for name in state),
-                abs_pos_emb='pos_embed' in state, qkv_bias='blocks.0.attn.q_bias' in state,
-                use_mean_pooling='fc_norm.weight' in state,
+    if grid and first.dim() == 4:
+        size = dict(input_size=grid * first.shape[-1], in_chans=first.shape[1])
+    return dict(size, rel_pos_bias=bool(tables), abs_pos_emb='pos_embed' in state,
+                qkv_bias='blocks.0.attn.q_bias' in state, use_mean_pooling='fc_norm.weight' in state,
                 layer_scale_init_value=0.1 if 'blocks.0.gamma_1' in state else 0.)  # its start

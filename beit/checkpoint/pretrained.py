@@ -45,10 +45,7 @@ def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAUL
 
     The reference's rules: a head of another shape is dropped, a shared bias table is copied to every block, bias tables
     and absolute positions are resized to the model's grid. If the file names its classes, the head keeps the row of
-    each class that `classes` names too.
-
-    Raises:
-        UserError: the file can't be read, or belongs to another model; the message lists names and shapes.
+    each class that `classes` names too. Raises a `UserError`, which lists names and shapes, for another model's file.
     """
     check_finetune(source)
     path = weights.resolve(source, '--finetune')
@@ -84,10 +81,8 @@ def find_state_dict(content: Any, flag: str, source: str, model_key: str = DEFAU
             other programs, then the file itself.
         model_prefix: keep only names with this prefix, such as 'encoder.', and remove it. '' removes the prefixes of
             DistributedDataParallel, Lightning and torch.compile, in any order.
-        use_ema: use the averaged weights.
 
-    Raises:
-        UserError: the file holds no such weights; the message names its keys.
+    Raises a `UserError`, which names the keys of the file, if it holds no such weights.
     """
     shown = '%s %s' % (flag, escape_text(source))
     keys = AVERAGED_KEYS if use_ema else tuple(model_key.split('|'))

@@ -59,10 +59,7 @@ def locked(folder: str, device: Optional[torch.device] = None) -> Iterator[None]
 
     The kernel frees the lock at any end of the process, and child processes do not inherit it. On NFS the lock works
     between machines. On a file system without locks, it logs a line. Raises a `UserError` with the name of the run that
-    holds the lock.
-
-    Args:
-        device: of the collective; None if only one process calls this.
+    holds the lock. `device` is that of the collective; None if only one process calls this.
     """
     made: List[pathlib.Path] = []  # the innermost first
     handles: List[int] = []
@@ -131,12 +128,9 @@ def _lock(folder):
 def prepare_folder(folder: str, keep: bool = False, later: Sequence[str] = ()) -> None:
     """Make the output folder, on the first process, and move the files of an earlier run to a backup folder.
 
-    The backup folder is <folder>-<date of the newest file>. Files that no run wrote stay.
-
-    Args:
-        keep: this run continues the earlier one.
-        later: with `keep`, the checkpoints after the one that this run continues. They move to the backup folder with
-            the files of that run's end and a copy of its log.txt.
+    The backup folder is <folder>-<date of the newest file>. Files that no run wrote stay. With `keep`, this run goes on
+    with the earlier one: the checkpoints after that place, `later`, move with the files of that run's end and a copy of
+    its log.txt.
     """
     if folder and process_group.is_main_process():
         _remove_temp_files(folder)

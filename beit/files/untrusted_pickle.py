@@ -347,9 +347,8 @@ def _read_values(file: Any, values: torch.Tensor, key: str) -> Any:
 def load(file: BinaryIO, size: int) -> Any:
     """The content of an open file of torch.save, `size` bytes long, its tensors on the CPU.
 
-    Raises:
-        UnsafeFileError: it holds other values than tensors and plain ones, or more than its size allows.
-        ValueError and others: it is damaged.
+    Raises `UnsafeFileError` for values other than tensors and plain ones, or more than its size allows; ValueError and
+    others for a damaged file.
     """
     file.seek(0)
     start = file.read(4)

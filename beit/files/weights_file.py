@@ -46,10 +46,8 @@ def load_weights_file(path: str, flag: str = '') -> typing.Any:
     """The content of a weights file, its tensors on the CPU: of torch.save, in either format, or safetensors.
 
     It consists of nested dicts, lists and tuples of tensors and plain values, and argparse.Namespace. The keys are
-    printable strings, whole numbers or None.
-
-    Raises:
-        UserError: the file is missing, damaged, or holds other values; the message begins with `flag` and the path.
+    printable strings, whole numbers or None. Raises a `UserError`, which begins with `flag` and the path, for a missing
+    or damaged file, or other values.
     """
     name = ('%s %s' % (flag, escape_text(path))).strip()
     if not os.path.isfile(path):
