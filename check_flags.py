@@ -67,8 +67,8 @@ def settle(args: argparse.Namespace) -> None:
     if args.eval and args.finetune and not args.resume:
         args.resume, args.finetune = args.finetune, ''
         lines.append('--eval --finetune: evaluated as --resume %s' % escape_text(args.resume))
-    elif args.eval and {'resume', 'finetune'} <= args.typed and args.finetune:
-        raise UserError('--finetune %s: --eval evaluates --resume; leave one of them out' % escape_text(args.finetune))
+    refuse(args.eval and {'resume', 'finetune'} <= args.typed and args.finetune, args, 'finetune',
+           ': --eval evaluates --resume; leave one of them out')
     known = weights.published(args.resume if args.eval else args.finetune)
     is_v2 = modeling_finetune.input_statistics(args.model)[0] != modeling_finetune.INPUT_MEAN
     implied = known.flags if known else {'imagenet_default_mean_and_std': True} if is_v2 else {}
@@ -84,8 +84,7 @@ def settle(args: argparse.Namespace) -> None:
         lines.append('--enable_deepspeed: the same computation without DeepSpeed, %s'
                      % ' '.join('--%s=%s' % (name, getattr(args, name)) for name in flags.DEEPSPEED))
     if 'lr' in args.typed:
-        if 'blr' in args.typed and args.blr:
-            raise UserError('--blr %g: --lr is given too; leave one of them out' % args.blr)
+        refuse('blr' in args.typed and args.blr, args, 'blr', ': --lr is given too; leave one of them out')
         args.blr = 0.
     if args.blr:
         processes = launch_environment(flags.config_from(args, DistributedConfig))[1]

@@ -157,7 +157,7 @@ def training_meters(state: Optional[Dict[str, Any]], batch_size: int) -> utils.M
 
     `state` holds the updates before a resume. An earlier version counted batches instead of images.
     """
-    meters = utils.MetricLogger(hidden=('loss_scale',))
+    meters = utils.MetricLogger()
     for name in ('lr', 'min_lr', 'loss', 'class_acc', 'weight_decay', 'grad_norm', 'loss_scale'):
         meters.meters[name] = utils.SmoothedValue(**(RATE if name in ('lr', 'min_lr') else {}))
     if state:
@@ -294,15 +294,14 @@ def pad_batch(images: torch.Tensor, data_loader: Any) -> torch.Tensor:
 
 
 def profile(folder: str, device: torch.device, model: torch.nn.Module, data_loader: Any, update_freq: int = 1,
-            cann: bool = False, warmup_updates: int = 2, updates: int = 5, **training: Any) -> None:
-    """Profile a few updates, after a warm-up, and write the trace to `folder`; `cann` chooses torch_npu's profiler."""
+            cann: bool = False, **training: Any) -> None:
+    """Profile 5 updates, after a warm-up, and write the trace to `folder`; `cann` chooses torch_npu's profiler."""
     def train(steps: int) -> None:
         train_one_epoch(model=model, data_loader=data_loader, device=device, epoch=0, update_freq=update_freq,
                         num_training_steps_per_epoch=min(steps, len(data_loader) // update_freq), **training)
 
-    train(warmup_updates)
+    train(2)
     with profiler.profiler(device, folder, process_group.rank(), cann):
-        train(updates)
-    log_main('Profile of %d updates: %s (%s)' % (
-        updates, folder, 'open it with MindStudio Insight' if cann else 'open trace_rank*.json at chrome://tracing '
-                                                                        'or ui.perfetto.dev'))
+        train(5)
+    log_main('Profile of 5 updates: %s (%s)' % (folder, 'open it with MindStudio Insight' if cann else
+                                                'open trace_rank*.json at chrome://tracing or ui.perfetto.dev'))

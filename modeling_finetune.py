@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 try:
-    from timm.layers import DropPath, trunc_normal_
+    from timm.layers import DropPath, to_2tuple, trunc_normal_
     from timm.models import register_model
 except ImportError:  # timm before 0.9
-    from timm.models.layers import DropPath, trunc_normal_
+    from timm.models.layers import DropPath, to_2tuple, trunc_normal_
     from timm.models.registry import register_model
 
 # The non-reentrant kind works with autocast, hooks and inputs without gradients; old PyTorch doesn't have it.
@@ -34,10 +34,6 @@ INPUT_MEAN = INPUT_STD = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of BEiT v2
 Tensor = torch.Tensor
 Pixels = Union[int, Sequence[int]]  # one number, or height and width
-
-
-def _pair(value: Pixels) -> Tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def relative_position_index(grid: Tuple[int, int]) -> Tensor:
@@ -221,7 +217,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, img_size: Pixels = 224, patch_size: Pixels = 16, in_chans: int = 3,
                  embed_dim: int = 768) -> None:
         super().__init__()
-        self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
+        self.img_size, self.patch_size = tuple(to_2tuple(img_size)), tuple(to_2tuple(patch_size))
         if any(side <= 0 or side % patch for side, patch in zip(self.img_size, self.patch_size)):
             raise ValueError('image size %s is not a multiple of the patch size %s'
                              % ('x'.join(map(str, self.img_size)), 'x'.join(map(str, self.patch_size))))

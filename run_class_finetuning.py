@@ -116,7 +116,7 @@ def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, dev
 
     sets = [prepare_data(args, device, checkpoint, path=path) for path in evaluation_sets(args)]
     data = sets[0]
-    learner = build_learner(args, data, build_model(args, data, checkpoint), checkpoint, device, dtype)
+    learner = build_learner(args, build_model(args, data, checkpoint), checkpoint, device, dtype)
     report = build_report(args, output, data, learner)
     if args.eval:
         with required_output('' if args.output_dir or args.results_file else 'the figures of the evaluation'):
@@ -247,7 +247,11 @@ def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Opt
     if val_set is not None:
         datasets.check_fits(val_set)
         metrics.check_best_by(args.best_by, spec.multi_label)
-    weights = choose_class_weights(args, train_set, list(spec.classes))
+    weights: Any = None
+    if args.class_weights and not args.eval:
+        counts = subsets.class_counts(label_source(train_set), len(spec.classes))
+        weights = losses.class_weights(args.class_weights, list(spec.classes), counts)
+        log.log_main(losses.describe_weights(weights, list(spec.classes)))
     steps_per_epoch = 0 if args.eval else count_steps(args, len(train_set))
     data = Data(train_set, val_set, spec, weights, steps_per_epoch, outputs, path or args.val_csv or args.data_path,
                 *datasets.build_loaders(inputs, train_set, val_set, device))
@@ -331,16 +335,6 @@ def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec
     return train_set, val_set, dataclasses.replace(spec, classes=tuple(names)), None
 
 
-def choose_class_weights(args: argparse.Namespace, train_set: Any, classes: List[str]) -> Optional[torch.Tensor]:
-    """The weight of each class in the loss, float32 (classes,); None without --class_weights."""
-    if args.eval or not args.class_weights:
-        return None
-    counts = subsets.class_counts(label_source(train_set), len(classes))
-    weights = losses.class_weights(args.class_weights, classes, counts)
-    log.log_main(losses.describe_weights(weights, classes))
-    return weights
-
-
 def count_steps(args: argparse.Namespace, images: int) -> int:
     """Update steps per epoch. Raises `UserError` if an epoch has none or the warm-up is longer than the run."""
     total_batch = args.batch_size * args.update_freq * process_group.world_size()
@@ -366,9 +360,8 @@ def build_model(args: argparse.Namespace, data: Data, checkpoint: Optional[Check
     return model
 
 
-def build_learner(args: argparse.Namespace, data: Data, model: torch.nn.Module,
-                  checkpoint: Optional[CheckpointWeights], device: torch.device, dtype: Optional[torch.dtype]
-                  ) -> Learner:
+def build_learner(args: argparse.Namespace, model: torch.nn.Module, checkpoint: Optional[CheckpointWeights],
+                  device: torch.device, dtype: Optional[torch.dtype]) -> Learner:
     """Build the optimizer and the moving average of a model, in the chosen precision."""
     model.to(device)
     if checkpoint and checkpoint.program is not None:

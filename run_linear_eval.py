@@ -65,7 +65,7 @@ def probe(args: argparse.Namespace, signals: preemption.Signals, device: torch.d
     check_data(args, data)
     loaded.model.probe_layers(len(data.classes))
     data.layers = len(loaded.model.blocks)
-    learner = finetuning.build_learner(args, data, loaded.model, checkpoint, device, dtype)
+    learner = finetuning.build_learner(args, loaded.model, checkpoint, device, dtype)
     report = finetuning.build_report(args, output, data, learner)
     finetuning.resume_and_train(args, signals, data, learner, report, checkpoint)
     write_results(args, neighbor_accuracies(args, data, learner) if args.knn else None)

@@ -183,13 +183,6 @@ def gather_ordered(predictions: Iterable[List[Prediction]], device: torch.device
         yield [Prediction(*each) for each in sorted(itertools.chain(*filter(None, lists)), key=lambda each: each[0])]
 
 
-def check_same_inputs(sampler: PathSampler, device: torch.device) -> None:
-    """Raise a `UserError` where the processes have read different images."""
-    if any(state != sampler.state for state in collectives.all_gather_json(sampler.state, device)):
-        raise UserError('the processes did not find the same images; give every machine the same files, and do not '
-                        'change them during the run')
-
-
 def write_predictions(predictor: Predictor, writers: Sequence[LineWriter], input_size: int, shows_progress: bool,
                       device: torch.device) -> Tuple[int, int]:
     """Write the results and report files that were left out. Returns (images read, files left out).
@@ -217,7 +210,10 @@ def write_predictions(predictor: Predictor, writers: Sequence[LineWriter], input
             bar.update(len(predictions))
             for writer in () if shows_progress else writers:
                 writer.file.flush()
-        check_same_inputs(predictor.sampler, device)
+        state = predictor.sampler.state
+        if any(each != state for each in collectives.all_gather_json(state, device)):
+            raise UserError('the processes did not find the same images; give every machine the same files, and do '
+                            'not change them during the run')
     if not read:
         raise UserError('none of the %d images can be read; give other images' % left_out)
     for writer in writers:

@@ -61,14 +61,13 @@ def to_floats(values: Iterable) -> List[float]:
 
 
 class MetricLogger:
-    """Named meters, and an iterator that prints them, but for `hidden` ones, every few steps.
+    """Named meters, and an iterator that prints them every few steps.
 
     Values may be on a device; they are copied when the meters are read.
     """
 
-    def __init__(self, hidden: Sequence[str] = ()) -> None:
+    def __init__(self) -> None:
         self.meters: Dict[str, SmoothedValue] = defaultdict(SmoothedValue)
-        self.hidden = hidden
         self.unread: List[Tuple[str, Any, int]] = []  # (name, number or 0-dim tensor, the count that it averages)
 
     def update(self, n: int = 1, **values: Any) -> None:
@@ -117,7 +116,7 @@ class MetricLogger:
         return '  '.join([
             '%s  [%*d/%d]' % (header, len(str(steps)), step, steps), 'eta: %s' % eta,
             *('%s: %s' % (name, meter) for name, meter in self.read().items()
-              if name not in self.hidden and meter.window),
+              if name != 'loss_scale' and meter.window),
             'time: %s' % timer.step_seconds, 'data: %s' % timer.data_seconds,
             'max mem: %.0f' % accelerator.max_memory_mb(timer.device), 'fps: %.0f' % timer.images_per_second])
 

@@ -13,15 +13,8 @@ from beit.log import current_display, log_main
 
 # ---- errors and the exit status
 
-def run_with_error_report(program: str, work: Callable[[], Any], memory_remedy: str,
-                          resume_hint: Callable[[], str] = str) -> int:
-    """Call `work()`; returns the exit status: 0, 2 for a user error, 1 for another failure.
-
-    Args:
-        program: the file's name, the beginning of an error line.
-        memory_remedy: the advice when memory is not enough.
-        resume_hint: gives the advice after a loader process was killed.
-    """
+def _report_errors(program: str, work: Callable[[], Any], memory_remedy: str, resume_hint: Callable[[], str]) -> int:
+    """`run_interruptible`, without signals."""
     try:
         work()
         watchdog.stop()
@@ -65,15 +58,18 @@ def end_loader_processes() -> None:
 def run_interruptible(program: str, work: Callable[[], Any], memory_remedy: str, resume_hint: Callable[[], str] = str,
                       lost: Callable[[], str] = lambda: '; nothing was written',
                       signals: Optional[preemption.Signals] = None) -> int:
-    """`run_with_error_report`, for a program that a signal ends with one line; then 128 + the signal's number.
+    """Call `work()`; returns the exit status: 0, 2 for a user error, 1 for another failure, 128 + a signal's number.
 
     Args:
-        lost: gives the end of that line, what the signal prevented.
+        program: the file's name, the beginning of an error line.
+        memory_remedy: the advice when memory is not enough.
+        resume_hint: gives the advice after a loader process was killed.
+        lost: gives the end of the line about a signal: what it prevented.
         signals: a training's, which logs what it has saved.
     """
     try:
         with signals or preemption.Signals():
-            return run_with_error_report(program, work, memory_remedy, resume_hint)
+            return _report_errors(program, work, memory_remedy, resume_hint)
     except preemption.Stopped as stop:  # also during an error report: another process may have caused the error
         watchdog.stop()
         if str(stop) and signals is not None:
