@@ -51,8 +51,7 @@ from beit.files import archives, run_folder
 from beit.model_spec import ModelSpec
 from beit.outputs import run_log, start_table
 from beit.outputs.report import Report, augmented_samples
-from beit.outputs.run_log import count_parameters, print_result, speed_figures
-from beit.outputs.summary import project_version
+from beit.outputs.run_log import count_parameters, print_result, project_version, speed_figures
 from beit.training import fused_attention, loss_scaler, losses, metrics, temperature
 from beit.training.confusion import ConfusionMatrix
 from beit.training.losses import build_criterion

@@ -30,8 +30,8 @@ def _is_main_process() -> bool:
 
 
 def pluralize(number: int, noun: str) -> str:
-    """'1 epoch', '2 epochs'."""
-    return '%d %s%s' % (number, noun, '' if number == 1 else 's')
+    """'1 epoch', '2 epochs', '2 classes'."""
+    return '%d %s%s' % (number, noun, '' if number == 1 else 'es' if noun.endswith('s') else 's')
 
 
 class Display:

@@ -55,7 +55,7 @@ from beit.devices import accelerator, half_precision, kernels
 from beit.distributed import process_group, watchdog
 from beit.errors import UserError, escape_text, one_line
 from beit.files import atomic_write, weights_file
-from beit.outputs.summary import nonfinite_to_none, versions
+from beit.outputs.run_log import nonfinite_to_none, versions
 from beit.training import fused_attention, loss_scaler
 from trajectory import Batches
 

@@ -28,11 +28,10 @@ from beit.data.loader import Batch
 from beit.distributed import collectives
 from beit.errors import UserError
 from beit.files import run_folder
-from beit.outputs import args_yaml, report, report_html
+from beit.outputs import args_yaml, report, report_html, run_log
 from beit.outputs import curves as curves_module
-from beit.outputs import summary as summary_module
 from beit.outputs.curves import Curves, panels
-from beit.outputs.summary import nonfinite_to_none, project_version, write_summary
+from beit.outputs.run_log import nonfinite_to_none, project_version, write_summary
 from beit.training.confusion import KEPT, ConfusionMatrix, EvaluatedImage
 from beit.training.metrics import Loss, TopAccuracy
 from flags import config_from
@@ -212,7 +211,7 @@ def test_the_version_is_that_of_the_changelog(tmp_path, monkeypatch):
     with open(os.path.join(ROOT, 'CHANGELOG.md'), encoding='utf-8') as file:
         newest = re.search(r'^## (\d\S+)', file.read(), re.M).group(1)
     assert project_version() == newest
-    monkeypatch.setattr(summary_module, 'project_root', lambda: str(tmp_path))
+    monkeypatch.setattr(run_log, 'project_root', lambda: str(tmp_path))
     assert project_version() is None
 
 

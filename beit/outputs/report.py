@@ -25,7 +25,7 @@ from beit.errors import UserError, escape_text
 from beit.files import run_folder
 from beit.files.atomic_write import write_bytes
 from beit.log import log_main
-from beit.outputs import args_yaml, curves, report_html, summary
+from beit.outputs import args_yaml, curves, report_html, run_log
 from beit.training import metrics
 from beit.training.confusion import ConfusionMatrix, EvaluatedImage
 
@@ -84,8 +84,8 @@ class Report:
                 self.evaluated = 'Of epoch %d, %s.' % (epoch + 1, OF_BEST if is_best else
                                                        'the best one since a resume; an earlier one was better')
             if is_best and self.output.report and process_group.is_main_process():
-                with summary.best_effort():
-                    content = summary.nonfinite_to_none(dict(self.best.state(), epoch=epoch, classes=len(self.classes)))
+                with run_log.best_effort():
+                    content = run_log.nonfinite_to_none(dict(self.best.state(), epoch=epoch, classes=len(self.classes)))
                     write_bytes(self.confusions, json.dumps(content).encode())
         self.newest = None
         self.write_args()
@@ -100,7 +100,7 @@ class Report:
         """Write args.yaml once, after the first epoch: a run that fails at its first step leaves no file."""
         folder = self.output.output_dir
         if folder and not self.has_args and process_group.is_main_process():
-            with summary.best_effort():
+            with run_log.best_effort():
                 os.makedirs(folder, exist_ok=True)
                 args_yaml.write(os.path.join(folder, self.prefix + 'args.yaml'), self.output.flags)
         self.has_args = True
@@ -123,14 +123,15 @@ class Report:
         """Write all files at the end. `figures`: the run's results, for summary.json."""
         self.write_args()
         self.curves.draw(is_last=True)
-        if self.has_log and not self.prefix:
-            line = best_epoch(run_folder.read_log(self.output.output_dir)) or {}
+        log = run_folder.read_log(self.output.output_dir) if self.has_log else []
+        line = best_epoch(log)
+        if not self.prefix:
             figures = dict({spec.summary: line['test_' + spec.name] for spec in metrics.metric_specs(line)
                             if spec.summary and spec.name != 'loss' and 'test_' + spec.name in line}, **figures)
         figures = dict(figures, finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
-        summary.write_summary(self.output.output_dir, dict(figures, **self.environment), self.prefix + 'summary.json')
+        run_log.write_summary(self.output.output_dir, dict(figures, **self.environment), self.prefix + 'summary.json')
         if self.output.report and process_group.is_main_process():
-            self.write_page(figures)
+            self.write_page(figures, log, line)
 
     def is_complete(self) -> bool:
         """Whether the files of `finish` exist."""
@@ -138,29 +139,26 @@ class Report:
         folder = self.output.output_dir
         return not folder or all(os.path.isfile(os.path.join(folder, self.prefix + name)) for name in names)
 
-    def write_page(self, figures: Dict[str, Any]) -> None:
+    def write_page(self, figures: Dict[str, Any], log: List[Dict[str, Any]], line: Dict[str, Any]) -> None:
+        """Write report.html, with the best epoch's line of log.txt."""
         path = os.path.join(self.output.output_dir, self.prefix + 'report.html')
-        log = run_folder.read_log(self.output.output_dir) if self.has_log else []
         plots, hint = svg_plots(log, len(self.classes))
-        best_line = best_epoch(log)
-        if not self.prefix and best_line and best_line['epoch'] != self.best_epoch:
-            self.recall_best(best_line['epoch'])
-        best, flags = self.best, self.output.flags
-        tiles, facts = summary_tiles(figures, self.environment, log)
+        if line and not self.prefix and line['epoch'] != self.best_epoch:
+            self.recall_best(line['epoch'])
+        best, flags = self.best or ConfusionMatrix(0), self.output.flags
+        tiles, facts = summary_tiles(figures, self.environment, line)
         page = report_html.render(dict(
             title='%s on %s' % (flags['model'], flags['data_path'] or flags['eval_data_path']), plots=plots, hint=hint,
             subtitle='%s on %s, %s. Finished %s.' % (
                 'Evaluated' if self.prefix else 'Trained', self.environment['device_name'],
                 self.environment['precision'], figures['finished'][:16].replace('T', ' ')),
             tiles=tiles, facts=facts, evaluated=self.evaluated,
-            classes=[str(name) for name in self.classes], per_class=best and best.per_class(),
-            figures=best.figures if best else {},
-            confused=best.most_confused() if best else [],
-            matrix=best.matrix() if best and len(self.classes) <= report_html.HEAT_MAP_UP_TO else None,
-            hardest=self.look_up(best.hardest) if best else [],
-            most_confident=self.look_up(best.most_confident) if best else [],
+            classes=[str(name) for name in self.classes], per_class=self.best and best.per_class(),
+            figures=best.figures, confused=best.most_confused(),
+            matrix=best.matrix() if len(self.classes) <= report_html.HEAT_MAP_UP_TO else None,
+            hardest=self.look_up(best.hardest), most_confident=self.look_up(best.most_confident),
             samples=self.samples, flags=[(name, text_of(value)) for name, value in sorted(flags.items())],
-            versions=[(name + ' version', text_of(value)) for name, value in summary.versions().items()]))
+            versions=[(name + ' version', text_of(value)) for name, value in run_log.versions().items()]))
         write_bytes(path, page.encode('utf-8', 'backslashreplace'))
         log_main('Report: %s' % path)
 
@@ -179,14 +177,13 @@ def text_of(value: Any) -> str:
 
 
 def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any],
-                  log: Sequence[Dict[str, Any]]) -> Tuple[List[Tuple[str, str]], List[Tuple[str, str]]]:
+                  line: Dict[str, Any]) -> Tuple[List[Tuple[str, str]], List[Tuple[str, str]]]:
     """((name, text) of the results, (name, text) of the facts of the run), without missing values.
 
-    A training's results come from the best epoch in log.txt, also before a resume.
+    A training's results come from `line`, the best epoch in log.txt, also before a resume.
     """
     seconds = int(figures.get('duration_seconds') or 0)
     is_training = 'epochs' in figures
-    line = best_epoch(log) or {}
     specs = [spec for spec in metrics.metric_specs(line if is_training else figures)
              if spec.title and spec.above < environment['classes']]
     results = [(spec.title + ', best epoch' * is_training,
@@ -206,10 +203,10 @@ def summary_tiles(figures: Dict[str, Any], environment: Dict[str, Any],
     return shown[0], shown[1]
 
 
-def best_epoch(log: Sequence[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
-    """The line of log.txt by which the best checkpoint was chosen; None without one."""
+def best_epoch(log: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+    """The line of log.txt by which the best checkpoint was chosen; {} without one."""
     last: Dict[str, Any] = next((line for line in reversed(log) if metrics.logged_primary(line, 'test_')), {})
-    best, best_value = None, None
+    best, best_value = {}, None
     for line in log:
         if line.get('val_set') in (None, last.get('val_set')) and line.get('test_best_by') == last.get('test_best_by'):
             figure = metrics.logged_primary(line, 'test_')

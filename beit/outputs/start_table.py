@@ -24,8 +24,8 @@ def show(environment: Dict[str, Any], flags: Dict[str, Any], data: Any, attentio
     log_main('Flags: %s' % escape_text(' '.join('--%s=%s' % item for item in sorted(flags.items())
                                                 if item[1] is not None)), detail=True)
     processes, side, classes = environment['processes'], environment['input_size'], data.classes
-    rows = [('Device', '%s, %s, %d process%s' % (environment['device'], environment['device_name'], processes,
-                                                 '' if processes == 1 else 'es'))]
+    rows = [('Device', '%s, %s, %s' % (environment['device'], environment['device_name'],
+                                       pluralize(processes, 'process')))]
     unused_npu = accelerator.npu_unused_reason(flags['device'], torch.device(environment['device']))
     if unused_npu:
         rows.append(('', unused_npu.rstrip()))
@@ -36,7 +36,7 @@ def show(environment: Dict[str, Any], flags: Dict[str, Any], data: Any, attentio
              ('Attention', attention),
              ('Model', '%s, %.2f M parameters, %s, input %dx%d' % (
                  environment['model'], environment['parameters'] / 1e6,
-                 '%d class%s' % (len(classes), '' if len(classes) == 1 else 'es'), side, side)),
+                 pluralize(len(classes), 'class'), side, side)),
              ('Classes', model_spec.shorten_names(classes) + (
                  ' (only one: there is nothing to distinguish)' if len(classes) == 1 else '')),
              ('Data', '%s images' % ' and '.join(counts))]
