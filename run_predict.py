@@ -141,7 +141,7 @@ class Predictor:
         probabilities = output.sigmoid() if self.activation == 'sigmoid' else output.softmax(-1)
         classes = metrics.top_classes(output, self.top_k)
         top = probabilities.gather(1, classes), classes
-        return batch, entries, top, self.heatmaps and self.heatmaps.hook.take(), self.features and self.features.take()
+        return batch, entries, top, self.heatmaps and self.heatmaps.inputs, self.features and self.features.features
 
     def read(self, batch: Any, entries: Sequence[Tuple[int, str]], top: Any, attended: Any,
              extracted: Optional[torch.Tensor]) -> List[Prediction]:
@@ -267,10 +267,11 @@ def main(args: argparse.Namespace, stdout: TextIO) -> None:
     loaded = load_for_inference(args.resume, args.use_ema, args.class_names, model=args.model,
                                 input_size=args.input_size, crop_pct=args.crop_pct,
                                 needs_head=bool(args.output or not args.features))
-    hook = None if args.attention is None else attention_maps.AttentionHook(
-        loaded.model, args.attention_block, None if args.attention == 'auto' else args.attention)
+    heatmaps = None if args.attention is None else attention_maps.HeatmapWriter(
+        loaded.model, args.attention_block, None if args.attention == 'auto' else args.attention, args.attention_dir,
+        common_folder(args.inputs), args.attention_heads)
     features = FeatureHook(loaded.model, args.layer) if args.features else None
-    sampler = PathSampler(args.inputs, {os.path.realpath(args.attention_dir)} if hook else (),
+    sampler = PathSampler(args.inputs, {os.path.realpath(args.attention_dir)} if heatmaps else (),
                           process_group.rank(), process_group.world_size())
     loader = build_loader(sampler, loaded.preprocessing, args.data_backend, flags.config_from(args, LoaderConfig),
                           device)
@@ -282,12 +283,10 @@ def main(args: argparse.Namespace, stdout: TextIO) -> None:
         loaded.config.input_size, 'averaged weights' if args.use_ema else 'pooled by the %s' % (
             'mean' if loaded.config.use_mean_pooling else 'class token'), device, scaler.description))
 
-    heatmaps = None if hook is None else attention_maps.HeatmapWriter(
-        hook, args.attention_dir, common_folder(args.inputs), args.attention_heads)
     started = time.time()
     to_file = ' and '.join(escape_text(each) for each in (args.output, args.features) if each not in ('', '-'))
     predictor = Predictor(model.eval(), loader, sampler, args.top_k, heatmaps, loaded.activation, features)
-    extra = ['unsure'] * (args.threshold > 0) + ['attention'] * (hook is not None) + [
+    extra = ['unsure'] * (args.threshold > 0) + ['attention'] * (heatmaps is not None) + [
         'error'] * (args.bad_images == 'skip')
     with open_writers(args, loaded.classes, extra, stdout) as writers:
         shows_progress = args.output != '-' and bool(to_file) and process_group.is_main_process()
@@ -296,7 +295,7 @@ def main(args: argparse.Namespace, stdout: TextIO) -> None:
     log.log_main('%s in %.1f s (%.0f images/s)%s%s%s' % (
         log.pluralize(read, 'image'), seconds, read / seconds, ', %d left out' % left_out if left_out else '',
         '; results in %s' % to_file if to_file else '',
-        '; pictures in %s' % escape_text(args.attention_dir) if hook else ''))
+        '; pictures in %s' % escape_text(args.attention_dir) if heatmaps else ''))
 
 
 def run(argv: Optional[Sequence[str]] = None) -> int:

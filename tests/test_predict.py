@@ -409,13 +409,13 @@ def test_attention_weights_by_a_slow_loop(shared):
     images = torch.randn(2, 3, 16, 24)
     with torch.no_grad():
         plain = model(images)
-        recorders = [attention_maps.AttentionHook(model, *which) for which in ((1, None), (2, 'cls'), (2, 'mean'))]
+        recorders = [attention_maps.HeatmapWriter(model, *which) for which in ((1, None), (2, 'cls'), (2, 'mean'))]
         assert torch.equal(model(images), plain)  # recording attention doesn't change the result
         assert recorders[0].kind == ('cls' if shared else 'mean')
         x = model.patch_embed(images)
         x = torch.cat((model.cls_token.expand(2, -1, -1), x), 1) + model.pos_embed
         bias = model.rel_pos_bias() if shared else None
-        inputs = [recorder.take() for recorder in recorders]
+        inputs = [recorder.inputs for recorder in recorders]
         for depth, block in enumerate(model.blocks):
             seen = block.norm1(x)
             found = block.attn.weights(seen, bias)

@@ -1,5 +1,6 @@
 """Attention maps: the attention of one block, as a heat map over the model's input image."""
 
+import io
 import os
 from typing import Any, Optional
 
@@ -15,45 +16,6 @@ COOL, WARM, HOT = '#300080', '#ff3010', '#ffe600'  # for the lowest, middle and 
 GREY = 0.6  # the brightness of the grey image below; colours show attention only
 OPACITY = 0.67  # of the highest attention; the lowest has 0
 SHORTEST = 224  # pixels a side; smaller images are enlarged by a whole number
-
-
-class AttentionHook:
-    """Records the input of a block's attention in each forward pass, whose result and kernel do not change.
-
-    Args:
-        model (VisionTransformer): without a wrapper.
-        block: its number, from 1; None is the last. Raises `UserError` if the model has no such block.
-        kind: 'cls': the attention of the class token to the patches; 'mean': of the patches, on average; None: of the
-            token that the model pools.
-    """
-
-    def __init__(self, model: Any, block: Optional[int] = None, kind: Optional[str] = None) -> None:
-        depth = len(model.blocks)
-        if block is not None and not 1 <= block <= depth:
-            raise UserError('--attention_block %d: the model has blocks 1 to %d' % (block, depth))
-        self.kind = kind or ('cls' if model.fc_norm is None else 'mean')
-        self.grid = model.patch_embed.patch_shape
-        self.attention = model.blocks[(block or depth) - 1].attn
-        self.inputs: Optional[tuple] = None
-        self.attention.register_forward_pre_hook(self.keep)
-
-    def keep(self, _: torch.nn.Module, inputs: tuple) -> None:
-        self.inputs = inputs
-
-    def take(self) -> Optional[tuple]:
-        """The attention's input of the last batch, for `maps`."""
-        inputs, self.inputs = self.inputs, None
-        return inputs
-
-    @torch.no_grad()
-    def maps(self, inputs: tuple, row: int) -> torch.Tensor:
-        """The attention to each patch of the image in a row of the batch, float32 (heads, H, W) on the CPU.
-
-        One image at a time: the weights of a batch of large images do not fit into memory.
-        """
-        weights = self.attention.weights(inputs[0][row:row + 1], *inputs[1:])[0].float()  # (heads, N, N)
-        queries = weights[:, :1] if self.kind == 'cls' else weights[:, 1:]
-        return queries.mean(1)[:, 1:].reshape(-1, *self.grid).cpu()
 
 
 def paint(picture: Any, heat: Any) -> Image.Image:
@@ -73,17 +35,44 @@ def _to_grey(values: np.ndarray) -> Image.Image:
 
 
 class HeatmapWriter:
-    """Writes attention maps into a folder, in the subfolders that the images have in `origin`.
+    """Records the input of a block's attention in each forward pass, and writes attention maps into a folder.
 
-    With `heads`, it also writes a map for each head.
+    The result and kernel of the forward pass do not change.
+
+    Args:
+        model (VisionTransformer): without a wrapper.
+        block: its number, from 1; None is the last. Raises `UserError` if the model has no such block.
+        kind: 'cls': the attention of the class token to the patches; 'mean': of the patches, on average; None: of the
+            token that the model pools.
+        origin: the maps get the subfolders of `folder` that the images have in this one.
+        heads: whether to write a map for each head, too.
     """
 
-    def __init__(self, hook: AttentionHook, folder: str, origin: str, heads: bool) -> None:
-        self.hook, self.folder, self.origin, self.heads = hook, folder, origin, heads
+    def __init__(self, model: Any, block: Optional[int] = None, kind: Optional[str] = None, folder: str = '',
+                 origin: str = '', heads: bool = False) -> None:
+        depth = len(model.blocks)
+        if block is not None and not 1 <= block <= depth:
+            raise UserError('--attention_block %d: the model has blocks 1 to %d' % (block, depth))
+        self.kind = kind or ('cls' if model.fc_norm is None else 'mean')
+        self.grid = model.patch_embed.patch_shape
+        self.attention = model.blocks[(block or depth) - 1].attn
+        self.folder, self.origin, self.heads = folder, origin, heads
+        self.inputs: Optional[tuple] = None  # of the last forward pass, for `maps`
+        self.attention.register_forward_pre_hook(lambda _, inputs: setattr(self, 'inputs', inputs))
+
+    @torch.no_grad()
+    def maps(self, inputs: tuple, row: int) -> torch.Tensor:
+        """The attention to each patch of the image in a row of the batch, float32 (heads, H, W) on the CPU.
+
+        One image at a time: the weights of a batch of large images do not fit into memory.
+        """
+        weights = self.attention.weights(inputs[0][row:row + 1], *inputs[1:])[0].float()  # (heads, N, N)
+        queries = weights[:, :1] if self.kind == 'cls' else weights[:, 1:]
+        return queries.mean(1)[:, 1:].reshape(-1, *self.grid).cpu()
 
     def write(self, path: str, picture: torch.Tensor, inputs: tuple, row: int) -> str:
         """Write <path>.attention.png, and <path>.head<N>.png for each head; returns the former path."""
-        maps = self.hook.maps(inputs, row)
+        maps = self.maps(inputs, row)
         parts = os.path.relpath(os.path.abspath(path), self.origin).split(os.sep)
         target = os.path.join(self.folder, *[part for part in parts if part != os.pardir])
         try:
@@ -93,6 +82,7 @@ class HeatmapWriter:
                             % (escape_text(os.path.dirname(target)), error.strerror)) from None
         heats = [('attention', maps.mean(0))] + [('head%d' % head, heat) for head, heat in enumerate(maps, 1)]
         for name, heat in heats if self.heads else heats[:1]:
-            with atomic_write.atomic_write('%s.%s.png' % (target, name)) as file:
-                paint(picture, heat).save(file, 'PNG')
+            content = io.BytesIO()
+            paint(picture, heat).save(content, 'PNG')
+            atomic_write.write_bytes('%s.%s.png' % (target, name), content.getvalue())
         return target + '.attention.png'

@@ -31,11 +31,7 @@ class Curve(NamedTuple):
 
 
 def panels(log: Sequence[Dict[str, Any]], classes: float = math.inf) -> Dict[str, List[Curve]]:
-    """The curves of training and of metrics that log.txt has values for, by the title of their panel.
-
-    Args:
-        classes: their number; without more than five, top-5 is left out.
-    """
+    """The curves that log.txt has values for, by the title of their panel; top-5 only of more than five classes."""
     found: Dict[str, List[Curve]] = {}
 
     def add(title: str, label: str, name: str, colour: str, factor: float = 1) -> None:

@@ -28,7 +28,7 @@ class FeatureHook:
         depth = len(model.blocks)
         if layer is not None and not 1 <= layer <= depth:
             raise UserError('--layer %d: the model has blocks 1 to %d' % (layer, depth))
-        self.features: Optional[torch.Tensor] = None
+        self.features: Optional[torch.Tensor] = None  # of the last batch, float32 (B, D) or for a layer (B, 2 D)
         if layer is None:
             model.head.register_forward_pre_hook(lambda _, inputs: self.keep(inputs[0]))
         else:
@@ -37,11 +37,6 @@ class FeatureHook:
 
     def keep(self, features: torch.Tensor) -> None:
         self.features = features.float()
-
-    def take(self) -> Optional[torch.Tensor]:
-        """The features of the last batch, float32 (B, D) or for a layer (B, 2 D), on the device."""
-        features, self.features = self.features, None
-        return features
 
 
 def encode_features(features: torch.Tensor) -> List[str]:

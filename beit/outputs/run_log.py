@@ -113,11 +113,7 @@ def best_texts(stats: Optional[Stats], best: Dict[str, float]) -> Optional[Tuple
 
 def record(output_dir: str, writer: Any, epoch: int, parameters: int, train_stats: Stats,
            test_stats: Optional[Stats], ema_stats: Optional[Stats], val_set: str) -> None:
-    """Write an epoch's JSON line to log.txt and its scalars to TensorBoard, on the first process.
-
-    Args:
-        val_set: see `comparison.evaluation_id`.
-    """
+    """Write an epoch's line of log.txt, and its scalars to TensorBoard. `val_set`: see `comparison.evaluation_id`."""
     if not process_group.is_main_process():
         return
     stats = {'train_' + name: value for name, value in train_stats.items()}

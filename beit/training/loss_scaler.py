@@ -35,9 +35,7 @@ class LossScaler:
     the processes agree on it.
 
     Attributes:
-        scale (float), dynamic (bool).
         skipped (int): updates skipped since the start; skipped_in_a_row: consecutive ones up to the newest.
-        description (str): precision and library, for the log.
         overflows (bool): whether non-finite gradients are normal, as in float16.
         last_skipped (bool or 0-dim tensor): whether the newest update was skipped.
     """

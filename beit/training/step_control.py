@@ -32,7 +32,6 @@ class StepState:
         self.step = step  # counted from 0 over the whole run
         self.losses: List[torch.Tensor] = []  # of its micro-steps, means over the readable images
         self.images: List[int] = []  # readable images of each micro-step
-        self.files = 0  # readable or not
         self.images_of_all = 0  # readable images of all processes, after `finish_sync`
         self.outputs: List[torch.Tensor] = []
         self.indices: List[torch.Tensor] = []  # in the data set, of the images of these outputs
@@ -46,12 +45,10 @@ class StepState:
     def add(self, batch: Sequence[Any], output: torch.Tensor, loss: torch.Tensor) -> None:
         self.losses.append(loss.detach())
         self.images.append(len(batch[0]))
-        self.files += len(batch[0])
         if len(batch) > 2:
             self.outputs.append(output.detach())
             self.indices.append(batch[2])
             self.unreadable += batch[3]
-            self.files += len(batch[3])
 
     @property
     def loss(self) -> float:
@@ -95,8 +92,7 @@ class CheckpointMonitor:
         self.saving, self.host = weights_file.BackgroundSave(), training_state.HostCopies()
         self.epoch_state: Optional[Dict[str, Any]] = None  # the averages of the last complete epoch
         self.norms: Any = collections.deque(maxlen=NORMS_KEPT)  # gradient norms of the last updates
-        self.requests: Any = None  # waits for the requests of all processes, and returns them
-        self.votes: Optional[List[List[float]]] = None  # its result
+        self.wait: Any = None  # waits for [stop, save, images read, files] of each process in this update
 
     def __enter__(self) -> 'CheckpointMonitor':
         return self
@@ -109,15 +105,10 @@ class CheckpointMonitor:
         """Before the step: send this process's requests; the others' arrive while the step runs."""
         watchdog.mark_waiting()
         self.saving.check()
-        self.requests, self.votes = collectives.all_gather_async(
-            [self.signals.stop_signal, self.saves and self.timer.due(update.step), sum(update.images), update.files],
-            device), None
-
-    def wait(self) -> List[List[float]]:
-        """[stop, save, images read, files] of each process in this update."""
-        if self.votes is None:
-            self.votes = self.requests()
-        return self.votes
+        images = sum(update.images)
+        self.wait = functools.lru_cache(maxsize=None)(collectives.all_gather_async(
+            [self.signals.stop_signal, self.saves and self.timer.due(update.step), images,
+             images + len(update.unreadable)], device))
 
     def grad_factor(self) -> float:
         """Turns a sum over images, divided by the number of files, into a mean over readable images; 0 without any."""
@@ -178,12 +169,7 @@ class CheckpointMonitor:
 
     def after_step(self, update: StepState, epoch: int, steps: int, state: Callable[[], Dict[str, Any]],
                    device: torch.device) -> None:
-        """After the step: save or stop if `update` requests it.
-
-        Args:
-            steps: updates of the epoch so far.
-            state: returns the state that a resumed epoch needs.
-        """
+        """Save or stop if `update` requests it. `steps`: of the epoch so far; `state()`: what a resumed epoch needs."""
         if update.stop or update.save:
             self.save(epoch, steps, state(), device)
         if update.stop:
