@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import os
-from typing import BinaryIO, Dict, Iterator, List, NamedTuple, Sequence, TextIO, Type
+from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Sequence, TextIO, Type
 
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text, guard_cell, loader_limit_message
@@ -57,11 +57,10 @@ class LineWriter:
 class CsvWriter(LineWriter):
     """A row for each image: file, class_1, probability_1, class_2, …, then `extra`."""
 
-    def __init__(self, file: BinaryIO, classes: Sequence[str], top_k: int = 1, extra: Sequence[str] = (),
-                 threshold: float = 0.) -> None:
-        super().__init__(file, classes, top_k, extra, threshold)
+    def __init__(self, *settings: Any, **named: Any) -> None:
+        super().__init__(*settings, **named)
         self.write_row(['file'] + ['%s_%d' % (name, rank + 1) for rank in range(self.top_k)
-                                   for name in ('class', 'probability')] + list(extra))
+                                   for name in ('class', 'probability')] + list(self.extra))
 
     def write_row(self, values: Sequence[str]) -> None:
         text = io.StringIO()

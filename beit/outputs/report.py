@@ -300,8 +300,7 @@ def svg_plots(log: Sequence[Dict[str, Any]], classes: float = math.inf) -> Tuple
 def _for_page(svg: str, title: str) -> str:
     """Turn matplotlib's SVG file into a part of the page: without prologue, metadata and namespaces."""
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.S)
-    svg = re.sub(r'\s(xmlns(:\w+)?)="[^"]*"', '', svg).replace('xlink:href=', 'href=')
+    svg = re.sub(r'\s(xmlns(:\w+)?="[^"]*"|id="[\w.]+_\d+")', '', svg)  # ids of groups are equal in every plot
     svg = re.sub(r'<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-label="%s">' % title, svg,
                  count=1)
-    svg = re.sub(r'\sid="[\w.]+_\d+"', '', svg)  # ids of groups, equal in every plot
-    return svg.replace(MARKER, 'currentColor')
+    return svg.replace('xlink:href=', 'href=').replace(MARKER, 'currentColor')

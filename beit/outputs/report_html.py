@@ -135,9 +135,8 @@ def render(data: Dict[str, Any]) -> str:
     Args:
         data (dict): title, subtitle; tiles, facts, flags, versions: (name, text) pairs; plots: SVG texts; hint: the
             reason without plots; classes: names; per_class: (right, images) or None; matrix: int (classes, classes) or
-            None; figures: of the evaluation, by name, {} if unknown;
-            confused: (target, predicted, count); evaluated: which weights; hardest, most_confident: (pixels,
-            `EvaluatedImage`, path); samples: (pixels, caption). Pixels are uint8 (H, W, 3).
+            None; figures: of the evaluation; confused: (target, predicted, count); evaluated: which weights; hardest,
+            most_confident: (pixels, `EvaluatedImage`, path); samples: (pixels, caption). Pixels: uint8 (H, W, 3).
     """
     sections = []
     if data['plots'] or data['hint']:

@@ -20,7 +20,6 @@ from beit.log import log_main
 from beit.model_spec import ModelSpec
 from beit.paths import project_root
 from beit.training import metrics
-from beit.training.metrics import primary_metric
 
 run_folder.register_output(r'(eval-)?summary\.json', at_end=True)
 Stats = Dict[str, Any]  # figures by name
@@ -33,7 +32,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 def score_lines(name: str, stats: Stats, unreadable: int) -> List[str]:
     """A line of all scores of a network on the validation images, and one of its accuracy, or mAP."""
-    figure = primary_metric(stats)
+    figure = metrics.primary_metric(stats)
     return ['* ' + ' '.join(spec.line % stats[spec.name] for spec in metrics.metric_specs(stats)
                             if spec.line and spec.name in stats),
             '%s of the %s on the %d test images: %.3f%s%s' % (
@@ -51,10 +50,8 @@ def print_result(throughput: Any, figures: Stats) -> None:
 
 def speed_figures(throughput: Any, seconds: float) -> Dict[str, Optional[float]]:
     """The speed for summary.json; None without a measured step."""
-    measured = throughput.images_per_second > 0
-    return dict(images_per_second=throughput.images_per_second if measured else None,
-                step_milliseconds=throughput.step_milliseconds if measured else None,
-                duration_seconds=round(seconds, 3))
+    return dict(images_per_second=throughput.images_per_second or None,
+                step_milliseconds=throughput.step_milliseconds or None, duration_seconds=round(seconds, 3))
 
 
 def results_row(source: str, weights: str, spec: ModelSpec, parameters: int, stats: Stats, test_flip: bool) -> Stats:
@@ -88,7 +85,7 @@ def update_best(best: Dict[str, float], test_stats: Optional[Stats], ema_stats: 
     improved = []
     for prefix, stats, file_name in (('', test_stats, discovery.BEST), ('ema_', ema_stats, discovery.BEST_EMA)):
         if stats is not None:
-            figure = primary_metric(stats)
+            figure = metrics.primary_metric(stats)
             if figure.is_better(stats[figure.name], best.get(prefix + figure.summary)):
                 best.update((prefix + each.summary, stats[each.name]) for each in metrics.metric_specs()
                             if each.name in stats and (each.is_primary or each == figure))
@@ -97,7 +94,7 @@ def update_best(best: Dict[str, float], test_stats: Optional[Stats], ema_stats: 
 
 
 def best_line(best: Dict[str, float], test_stats: Stats, has_ema: bool) -> str:
-    figure = primary_metric(test_stats)
+    figure = metrics.primary_metric(test_stats)
     values = ['%.3f%s' % (best.get(prefix + figure.summary, float('nan')), figure.unit) for prefix in ('', 'ema_')]
     return '%s %s: %s' % ('Min' if figure.lowest_is_best else 'Max', figure.summary,
                           ', of the average: '.join(values[:1 + has_ema]))
@@ -107,7 +104,7 @@ def best_texts(stats: Optional[Stats], best: Dict[str, float]) -> Optional[Tuple
     """(the figure that selects the best checkpoint, the best one so far); None without statistics."""
     if stats is None:
         return None
-    figure = primary_metric(stats)
+    figure = metrics.primary_metric(stats)
     return figure.form % stats[figure.name], figure.form % best.get(figure.summary, float('nan'))
 
 

@@ -17,7 +17,6 @@ def show(environment: Dict[str, Any], flags: Dict[str, Any], data: Any, attentio
 
     Args:
         environment: what summary.json has about a run beside its figures.
-        attention: the kernel that was chosen.
         steps_per_epoch: update steps; 0 for an evaluation.
         source: the checkpoint that the training resumes, or ''.
     """
@@ -53,12 +52,11 @@ def _training_rows(flags: Dict[str, Any], processes: int, steps_per_epoch: int,
     steps, every = steps_per_epoch * flags['epochs'], flags['save_ckpt_freq']
     limit = '; --maxstep ends after %d' % flags['maxstep'] if 0 < flags['maxstep'] < steps else ''
     images = flags['batch_size'] * flags['update_freq'] * processes
-    recipe = [('Recipe', recipes.describe(flags['recipe'], flags['lr'], images))] if flags['recipe'] else []
     return [('Batch', '%d per device x %d x %d accumulated = %d; %s an epoch, %d in all%s' % (
                 flags['batch_size'], processes, flags['update_freq'],
                 images, pluralize(steps_per_epoch, 'update'),
                 steps, limit)),
-            *recipe,
+            *([('Recipe', recipes.describe(flags['recipe'], flags['lr'], images))] if flags['recipe'] else ()),
             ('Checkpoints', 'every %s, and the best, in %s' % (
                 'epoch' if every == 1 else '%d epochs' % every, escape_text(flags['output_dir']))
              if flags['output_dir'] and flags['save_ckpt'] else 'none'),

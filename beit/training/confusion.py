@@ -25,20 +25,16 @@ class EvaluatedImage(NamedTuple):
 class ConfusionMatrix(metrics.Metric):
     """A metric without a figure, for images with one class each. It keeps six numbers per image on the device.
 
-    Attributes after `compute`:
-        counts (Counter): {(target, predicted class): images}.
-        hardest, most_confident (list of EvaluatedImage): wrong images by decreasing loss, right images by decreasing
-            probability; at most `KEPT`.
-        figures: all figures of the evaluation, which its caller sets.
+    The results are complete after `compute`; at most `KEPT` images of each kind.
     """
 
     def __init__(self, nb_classes: int, activation: str = 'softmax') -> None:
         self.nb_classes, self.activation = nb_classes, activation
         self.batches: List[Tuple[torch.Tensor, ...]] = []
-        self.counts: Dict[Tuple[int, int], int] = collections.Counter()
-        self.hardest: List[EvaluatedImage] = []
-        self.most_confident: List[EvaluatedImage] = []
-        self.figures: Dict[str, Any] = {}
+        self.counts: Dict[Tuple[int, int], int] = collections.Counter()  # {(target, predicted class): images}
+        self.hardest: List[EvaluatedImage] = []  # wrong, by decreasing loss
+        self.most_confident: List[EvaluatedImage] = []  # right, by decreasing probability
+        self.figures: Dict[str, Any] = {}  # all of the evaluation, which its caller sets
 
     def update(self, batch: Sequence[Any], output: torch.Tensor) -> None:
         targets = batch[1].to(output.device)

@@ -33,22 +33,17 @@ class LossScaler:
     optimizer can skip on the device (PyTorch's fused optimizers) and the scale is static, the host does not wait for
     the norm of the gradients. If the device saturates (`half_precision.saturates`), its overflow flag counts too, and
     the processes agree on it.
-
-    Attributes:
-        skipped (int): updates skipped since the start; skipped_in_a_row: consecutive ones up to the newest.
-        overflows (bool): whether non-finite gradients are normal, as in float16.
-        last_skipped (bool or 0-dim tensor): whether the newest update was skipped.
     """
 
     GROWTH_INTERVAL = 2000
     LARGEST, SMALLEST = 2. ** 24, 2. ** -14
 
     def __init__(self, scale: float = 1., dynamic: bool = False, description: str = 'float32',
-                 overflows: Optional[bool] = None) -> None:
+                 overflows: bool = False) -> None:
         self.scale, self.dynamic, self.description = float(scale), dynamic, description
-        self.overflows = self.scale != 1. or dynamic if overflows is None else overflows
-        self.skipped, self.skipped_in_a_row, self.good_updates = 0, 0, 0
-        self.last_skipped: Union[bool, torch.Tensor] = False
+        self.overflows = overflows or dynamic or self.scale != 1.  # non-finite gradients are normal, as in float16
+        self.skipped, self.skipped_in_a_row, self.good_updates = 0, 0, 0  # updates
+        self.last_skipped: Union[bool, torch.Tensor] = False  # the newest update; a 0-dim tensor on the device
 
     def __call__(self, loss: torch.Tensor, optimizer: Any, parameters: Iterable[torch.Tensor],
                  clip_grad: Optional[float] = None, is_update: bool = True, create_graph: bool = False,
@@ -189,9 +184,8 @@ class MasterWeightScaler(LossScaler):
     def fp32_state_dict(self, model: nn.Module) -> Dict[str, torch.Tensor]:
         state = super().fp32_state_dict(model)
         masters = {id(parameter): master for parameter, master in self.pairs}
-        for name, parameter in accelerator.unwrap(model).named_parameters():
-            state[name] = masters.get(id(parameter), parameter).data
-        return state
+        return dict(state, **{name: masters.get(id(parameter), parameter).data
+                              for name, parameter in accelerator.unwrap(model).named_parameters()})
 
     def sync_model_weights(self) -> None:
         kernels.foreach('copy', [parameter.data for parameter, _ in self.pairs],
@@ -273,7 +267,7 @@ def initialize_amp(model: nn.Module, optimizer: Optional[torch.optim.Optimizer],
         loss_scale = 128. if dtype == torch.float16 else 1.
     dynamic, name = loss_scale == 'dynamic', '%s %s by ' % (opt_level, str(dtype).replace('torch.', ''))
     scaling: Dict[str, Any] = dict(scale=2. ** 16 if dynamic else loss_scale, dynamic=dynamic,
-                                   overflows=True if dtype == torch.float16 else None)
+                                   overflows=dtype == torch.float16)
     amp = half_precision.apex_amp(device, dtype)
     amp_status = half_precision.find_apex()[1] if device.type != 'cpu' and dtype == torch.float16 else ''
     if amp is not None and optimizer is not None:

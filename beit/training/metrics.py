@@ -3,7 +3,6 @@
 Figures are the same on any number of processes: metrics count images, or restore their order first.
 """
 
-import contextlib
 import csv
 import io
 import json
@@ -453,24 +452,21 @@ def check_best_by(best_by: Optional[str], multi_label: bool) -> None:
             ' or '.join(name for name in BEST_BY if name not in wrong)))
 
 
-def primary_metric(stats: Mapping[str, Any], prefix: str = '') -> MetricSpec:
-    """The figure that selects the best checkpoint: that of --best_by, which `stats` names, else top-1, or mAP.
+def primary_metric(stats: Mapping[str, Any], prefix: str = '') -> Any:
+    """The `MetricSpec` that selects the best checkpoint: --best_by's, which `stats` names, else of top-1, or mAP.
 
-    `stats`: an evaluation's figures, or a line of log.txt, where `prefix` begins their names. Raises StopIteration if
-    there is no such figure.
+    `stats`: an evaluation's figures, or a line of log.txt, where `prefix` begins their names. None without a figure.
     """
     best_by = stats.get(prefix + 'best_by')
-    return next(spec for spec in metric_specs() if prefix + spec.name in stats
-                and (spec.name == best_by if best_by else spec.is_primary))
+    return next((spec for spec in metric_specs() if prefix + spec.name in stats
+                 and (spec.name == best_by if best_by else spec.is_primary)), None)
 
 
 def logged_primary(line: Mapping[str, Any], prefix: str) -> Optional[Tuple[MetricSpec, float]]:
     """(`primary_metric`, its value) of a line of log.txt; None where it has no finite one."""
-    with contextlib.suppress(StopIteration):
-        spec = primary_metric(line, prefix)
-        value = line[prefix + spec.name]
-        return (spec, value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-    return None
+    spec = primary_metric(line, prefix)
+    value = spec and line[prefix + spec.name]
+    return (spec, value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def logged(stats: Dict[str, Any]) -> Dict[str, Any]:
