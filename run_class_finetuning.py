@@ -365,6 +365,8 @@ def build_learner(args: argparse.Namespace, model: torch.nn.Module, checkpoint: 
     model.to(device)
     if checkpoint and checkpoint.program is not None:
         return Learner(model, None, loss_scaler.LossScaler(), None, device, None, 'as exported')
+    attention = 'plain' if args.deterministic and args.attention == 'auto' else args.attention
+    chosen = fused_attention.choose_attention(model, device, attention, dtype, args.batch_size)  # its copies have it
     optimizer = None if args.eval else build_optimizer(args, model, half_precision.apex_amp(device, dtype) is not None)
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None,
                          args.model_ema_warmup) \
@@ -372,8 +374,6 @@ def build_learner(args: argparse.Namespace, model: torch.nn.Module, checkpoint: 
     if ema is not None and args.eval and checkpoint:
         inference_model.load_state(ema.ema, checkpoint.averaged(), quiet=True)
     model, scaler = loss_scaler.initialize_amp(model, optimizer, device, dtype, args.opt_level, args.loss_scale)
-    attention = 'plain' if args.deterministic and args.attention == 'auto' else args.attention
-    chosen = fused_attention.choose_attention(accelerator.unwrap(model), device, attention, dtype, args.batch_size)
     configure_speed(args, accelerator.unwrap(model), device)
     return Learner(model, optimizer, scaler, ema, device, dtype, chosen)
 

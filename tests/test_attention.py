@@ -1,5 +1,7 @@
 """The probe before fused attention: correct kernels pass, and each known kind of wrong kernel is rejected."""
 
+import copy
+
 import pytest
 import torch
 
@@ -116,10 +118,31 @@ def test_a_bias_padded_for_cuda_gives_the_same(tokens, monkeypatch):
     assert rows[::2] == [-(-tokens // 8) * 8, None, tokens, None]
 
 
+def test_auto_on_a_cpu_is_fused_where_no_gradient_is_needed(monkeypatch):
+    if not KERNELS:
+        cannot_run('current', 'this PyTorch has no fused attention')
+    attend, calls = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention',
+                        lambda *tensors, **options: calls.append(1) or attend(*tensors, **options))
+    plain, network = model(), model()
+    said = fused_attention.choose_attention(network, CPU, batch_size=10 ** 6)
+    assert said == 'fused, scaled_dot_product_attention (agrees with plain attention here, gradients too); plain in ' \
+                   'training'
+    network = copy.deepcopy(network)  # as the weight average
+    images = torch.randn(2, 3, 32, 32)
+    calls.clear()
+    assert torch.equal(plain(images), network(images)) and not calls
+    with torch.no_grad():
+        assert (plain(images) - network(images)).abs().max() < 1e-6
+    assert len(calls) == len(network.blocks)
+
+
 def test_the_modes(monkeypatch):
     network = model()
-    assert fused_attention.choose_attention(network, CPU) == 'plain'  # auto, on a CPU
+    assert fused_attention.choose_attention(network, CPU, 'plain') == 'plain'
     monkeypatch.setattr(kernels, 'fused_attentions', lambda device: {})
+    assert fused_attention.choose_attention(network, CPU) == \
+        'plain; fused attention is not used (this PyTorch has no fused attention)'
     with pytest.raises(UserError, match='--attention fused: this PyTorch has no fused attention; use --attention'):
         fused_attention.choose_attention(network, CPU, 'fused')
 

@@ -24,13 +24,16 @@ def choose_attention(model: Any, device: torch.device, mode: str = 'auto', dtype
     """Set a fused attention in the model's blocks, or keep the plain one. Returns a description for the log.
 
     Args:
-        mode: 'plain'; 'fused', with a `UserError` if no kernel passes; or 'auto', fused on npu and cuda if a kernel
-            passes.
+        mode: 'plain'; 'fused', with a `UserError` if no kernel passes; or 'auto', fused if a kernel passes, on a CPU
+            without gradients only: with them it is no faster there.
         dtype: of the run's half precision; None is float32.
         batch_size: the run's, to test its shapes.
     """
-    if mode == 'plain' or (mode == 'auto' and device.type == 'cpu'):
+    if mode == 'plain':
         return 'plain'
+    evaluation_only = mode == 'auto' and device.type == 'cpu'
+    if device.type == 'cpu':
+        batch_size = min(batch_size, 2)  # its kernels do not depend on it
     drop = model.blocks[0].attn.attn_drop.p
     if mode == 'fused' and drop > 0:
         raise UserError('--attention fused: with --attn_drop_rate %g training uses plain attention; leave one of them '
@@ -40,14 +43,22 @@ def choose_attention(model: Any, device: torch.device, mode: str = 'auto', dtype
         problem = compare(kernel, model, device, dtype or torch.float32, batch_size)
         if not collectives.any_process(problem is not None, device):
             for block in model.blocks:
-                block.attn.fused = kernel
+                block.attn.fused = without_gradients(kernel) if evaluation_only else kernel
             return 'fused, %s (agrees with plain attention here, gradients too)%s' % (
-                name, '; plain in training, for --attn_drop_rate' if drop > 0 else '')
+                name, '; plain in training' if evaluation_only else
+                '; plain in training, for --attn_drop_rate' if drop > 0 else '')
         reasons.append('%s: %s' % (name, problem or 'it failed on another process'))
     reason = '; '.join(reasons) or 'this PyTorch has no fused attention'
     if mode == 'fused':
         raise UserError('--attention fused: %s; use --attention auto or plain' % reason)
     return 'plain; fused attention is not used (%s)' % reason
+
+
+def without_gradients(kernel: Callable) -> Callable:
+    """The kernel where no gradient is needed, else plain attention."""
+    def attend(*inputs: Any) -> torch.Tensor:
+        return (modeling_finetune.plain_attention if torch.is_grad_enabled() else kernel)(*inputs)
+    return attend
 
 
 def compare(kernel: Callable, model: Any, device: torch.device, dtype: torch.dtype, batch_size: int) -> Optional[str]:
