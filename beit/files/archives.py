@@ -23,7 +23,7 @@ import numpy as np
 
 from beit.errors import UserError, escape_text
 
-KINDS = ((stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a pipe'), (stat.S_ISCHR, 'a device'), (stat.S_ISBLK, 'a device'))
+KINDS = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a pipe', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device'}
 LARGEST = 1 << 30  # bytes of one file; an archive can claim any size
 Row = Tuple[str, int, int, int, int, int]  # name, with / for a folder; offset, bytes stored, bytes, deflated, CRC or -1
 
@@ -178,7 +178,7 @@ def open_file(path: str) -> BinaryIO:
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError('it is %s' % next((name for is_kind, name in KINDS if is_kind(status.st_mode)), 'no file'))
+            raise ValueError('it is ' + KINDS.get(stat.S_IFMT(status.st_mode), 'no file'))
         if status.st_size == 0:
             raise ValueError('it is empty')
         return os.fdopen(handle, 'rb')

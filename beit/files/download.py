@@ -92,12 +92,15 @@ def _download(address: str, path: str, wanted: str, shown: str, check: Optional[
     If the server can send the rest of a file (a strong ETag, Accept-Ranges), a broken download stays in `path`.part-…,
     and the next one resumes it. Where another program downloads it, this waits for that, and then returns.
     """
-    part, folder, length = '', os.path.dirname(path), 0
+    part, folder, length = '', os.path.dirname(path), 0  # bytes; 0: unknown
     try:
         os.makedirs(folder, exist_ok=True)
         with contextlib.ExitStack() as stack:
             response = stack.enter_context(_open(address))
-            length, tag = _length(response, wanted, shown), response.headers.get('ETag', '')
+            length, tag = int(response.headers.get('Content-Length') or 0), response.headers.get('ETag', '')
+            if not length and not response.chunked and not wanted:
+                raise ValueError('the server does not say how long it is; add its #sha256=')
+            _check_size(length, shown)
             if length and tag.startswith('"') and response.headers.get('Accept-Ranges') == 'bytes':
                 part = '%s.part-%s' % (path, hashlib.sha256(('%s %d' % (tag, length)).encode()).hexdigest()[:8])
             file = stack.enter_context(_open_part(part, path) if part else atomic_write(path))
@@ -153,15 +156,6 @@ def _open(address: str, start: int = 0) -> Any:
         headers['Range'] = 'bytes=%d-' % start
     return urllib.request.build_opener(_HttpsOnly).open(urllib.request.Request(address, headers=headers),
                                                         timeout=TIMEOUT)
-
-
-def _length(response: Any, wanted: str, shown: str) -> int:
-    """How many bytes a response has; 0 where it does not say, because it comes in chunks or its hash is known."""
-    length = int(response.headers.get('Content-Length') or 0)
-    if not length and not response.chunked and not wanted:
-        raise ValueError('the server does not say how long it is; add its #sha256=')
-    _check_size(length, shown)
-    return length
 
 
 def _receive(response: Any, file: BinaryIO, digest: Any, received: int, length: int, shown: str) -> int:
