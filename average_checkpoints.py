@@ -8,8 +8,7 @@ if __name__ == '__main__':
     from beit import startup
     startup.prepare()
     import check_flags
-    import flags
-    check_flags.check_command_line(flags.AVERAGE, __doc__)
+    check_flags.check_command_line('average_checkpoints.py', __doc__)
 
 import argparse
 import collections

@@ -106,11 +106,7 @@ SAME_STATE = {'adam': 'adamw', 'nesterov': 'sgd', 'momentum': 'sgd'}  # they con
 def optimizer_class(name: str, under_apex: Optional[bool] = None) -> Tuple[Any, Dict[str, Any], bool]:
     """(class, fixed arguments, whether to wrap it in Lookahead) of a value of --opt.
 
-    Args:
-        under_apex (bool): see `kernels.fused_optimizer`.
-
-    Raises:
-        UserError: the name is unknown, or its library is missing.
+    `under_apex`: see `kernels.fused_optimizer`. Raises `UserError` if the name is unknown, or its library is missing.
     """
     lookahead, _, base = name.lower().rpartition('lookahead_')
     known: List[str] = getattr(timm.optim, 'list_optimizers', list)()
@@ -151,9 +147,7 @@ def create_optimizer(model: nn.Module, config: Optional[OptimizerConfig] = None,
                      **settings: Any) -> torch.optim.Optimizer:
     """The optimizer over layer-decay groups. It gets all settings that it has arguments for.
 
-    Args:
-        config: the settings; None builds them from `settings`, its fields by name, by default without layer decay.
-        under_apex: whether apex.amp will prepare the optimizer.
+    Without `config`, they come from `settings`, by default without layer decay. `under_apex`: apex.amp will prepare it.
     """
     config = config or OptimizerConfig(**dict({'layer_decay': 1.}, **settings))
     opt, betas = config.opt, config.opt_betas
@@ -202,12 +196,8 @@ def cosine_scheduler(base_value: float, final_value: float, epochs: int, niter_p
     """A float64 value for each update step: linear warm-up, then half a cosine (SGDR, https://arxiv.org/abs/1608.03983,
     eq. 5, without restarts).
 
-    Args:
-        niter_per_ep (int): update steps per epoch.
-        warmup_steps (int): overrides `warmup_epochs` when above 0.
-
-    Raises:
-        ValueError: the warm-up is longer than the run.
+    An epoch has `niter_per_ep` update steps. `warmup_steps` above 0 override `warmup_epochs`. Raises ValueError for a
+    warm-up that is longer than the run.
     """
     total = epochs * niter_per_ep
     warmup = warmup_steps if warmup_steps > 0 else warmup_epochs * niter_per_ep

@@ -13,8 +13,7 @@ if __name__ == '__main__':
     from beit import startup
     startup.prepare()
     import check_flags
-    import flags
-    check_flags.check_command_line(flags.TRAINING, __doc__)
+    check_flags.check_command_line('run_class_finetuning.py', __doc__)
 
 import argparse
 import dataclasses
@@ -156,7 +155,7 @@ def start(args: argparse.Namespace, program: str = flags.TRAINING) -> torch.devi
     if args.deterministic:
         accelerator.prepare_determinism()
     device = process_group.init_distributed_mode(config_from(args, DistributedConfig))
-    watchdog.start(process_group.rendezvous_store(), args.dist_timeout, program)
+    watchdog.start(args.dist_timeout, program)
     log.start_display()
     accelerator.set_compile_mode(device, args.jit_compile)
     if args.deterministic:

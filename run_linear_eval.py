@@ -9,8 +9,7 @@ if __name__ == '__main__':
     from beit import startup
     startup.prepare()
     import check_flags
-    import flags
-    check_flags.check_command_line(flags.PROBE, __doc__)
+    check_flags.check_command_line('run_linear_eval.py', __doc__)
 
 import argparse
 import dataclasses

@@ -9,8 +9,7 @@ if __name__ == '__main__':
     from beit import startup
     startup.prepare()
     import check_flags
-    import flags
-    check_flags.check_command_line(flags.PREDICT, __doc__)
+    check_flags.check_command_line('run_predict.py', __doc__)
 
 import argparse
 import contextlib
@@ -262,7 +261,7 @@ def main(args: argparse.Namespace, stdout: TextIO) -> None:
     """Predict, and write the results to `stdout`, a text file, or to --output."""
     args = check_args(args)
     device = process_group.init_distributed_mode(flags.config_from(args, DistributedConfig))
-    watchdog.start(process_group.rendezvous_store(), args.dist_timeout, flags.PREDICT)
+    watchdog.start(args.dist_timeout, flags.PREDICT)
     dtype = half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
     loaded = load_for_inference(args.resume, args.use_ema, args.class_names, model=args.model,
                                 input_size=args.input_size, crop_pct=args.crop_pct,

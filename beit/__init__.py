@@ -1,8 +1,4 @@
-"""The library of the programs at the root.
-
-Each package imports only from itself and the later ones: cli, outputs, training, checkpoint, model_spec, data, files,
-log, distributed, devices, config, paths, startup, errors.
-"""
+"""The library of the programs at the root."""
 
 import os
 from typing import Any

@@ -30,28 +30,24 @@ class Classifier:
         self.spec, self.classes, self.source = loaded.spec, loaded.classes, loaded.source
 
     def transform(self, image: Picture) -> torch.Tensor:
-        """Prepare an image as the evaluation does.
-
-        Args:
-            image: a path, or a Pillow image of any mode and size.
+        """Prepare a file, or a Pillow image of any mode and size, as the evaluation does.
 
         Returns:
             torch.Tensor: float32 (C, H, W), normalised, on the CPU.
 
         Raises:
             beit.errors.UserError: the file can't be read as an image.
-            TypeError: it is neither.
             ValueError: the Pillow image holds numbers of unknown range.
         """
         if not isinstance(image, (str, os.PathLike, Image.Image)):
             raise TypeError('give a path or a Pillow image, not %s; PIL.Image.fromarray makes one of an array'
                             % type(image).__name__)
+        evaluation = self.spec.preprocessing
+        reading = evaluation.reading
         try:
-            reading = self.spec.preprocessing.reading
             image = to_rgb(image, reading) if isinstance(image, Image.Image) else load_image(os.fspath(image), reading)
         except UnreadableImage as error:  # its text advises flags of the programs
             raise UserError('%s: cannot be read as an image (%s)' % (error.path, error.reason)) from None
-        evaluation = self.spec.preprocessing
         if not evaluation.resizes and not evaluation.fits(*image.size):
             image = evaluation.resize_and_crop()(image)
         pixels = evaluation.build()(image).permute(2, 0, 1).float()
@@ -69,10 +65,8 @@ class Classifier:
         """Classify an image, or a list of images in one batch.
 
         Returns:
-            [(class name, probability), …], the most likely first; for a list of images, a list of these.
-
-        Raises:
-            beit.errors.UserError: a file can't be read as an image.
+            [(class name, probability), …], the most likely first; for a list of images, a list of these. Errors are
+            those of `transform`.
         """
         if not isinstance(image, (list, tuple)):
             single: Any = image

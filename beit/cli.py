@@ -11,7 +11,6 @@ from beit.distributed import preemption, process_group, watchdog
 from beit.errors import UserError, loader_limit_message, one_line, print_error, worker_death_message
 from beit.log import current_display, log_main
 
-# ---- errors and the exit status
 
 def _report_errors(program: str, work: Callable[[], Any], memory_remedy: str, resume_hint: Callable[[], str]) -> int:
     """`run_interruptible`, without signals."""
@@ -24,14 +23,12 @@ def _report_errors(program: str, work: Callable[[], Any], memory_remedy: str, re
         process_group.defer_error_report(first=mine)
         return exit_with_error(program, one_line(error), 2, error.rank)
     except (RuntimeError, MemoryError, OSError) as error:
-        if loader_limit_message(error):
-            end_loader_processes()
-            return exit_with_error(program, loader_limit_message(error) + resume_hint(), 2)
+        for message, status in ((loader_limit_message(error), 2), (worker_death_message(error), 1)):
+            if message:
+                end_loader_processes()
+                return exit_with_error(program, message + resume_hint(), status)
         if isinstance(error, OSError):
             raise
-        if worker_death_message(error):
-            end_loader_processes()
-            return exit_with_error(program, worker_death_message(error) + resume_hint(), 1)
         if accelerator.is_out_of_memory(error):
             return exit_with_error(program, 'out of memory (%s); %s' % (one_line(error)[:200], memory_remedy), 2)
         if not process_group.is_peer_failure(error):

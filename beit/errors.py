@@ -11,10 +11,7 @@ from typing import Iterable, Iterator, List, Optional, Union
 class UserError(Exception):
     """A wrong flag, file or machine. Its text is one line: the flag or file, the value, the remedy.
 
-    The programs print that line and exit with status 2.
-
-    Attributes:
-        rank (int or None): if all processes raise the error together, the rank of the process that reports it.
+    The programs print that line and exit with status 2. If all processes raise the error, `rank` is the one to print.
     """
 
     def __init__(self, text: str, rank: Optional[int] = None) -> None:

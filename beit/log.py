@@ -1,7 +1,6 @@
 """Log lines of the main process, and the progress display of a terminal.
 
-The scripts in test/ redirect standard output to a log file, and name the terminal that they were called from in
-`BEIT_TERMINAL`.
+The scripts in test/ redirect standard output to a file, and name their own terminal in `BEIT_TERMINAL`.
 """
 
 import contextlib
@@ -161,11 +160,9 @@ def format_metrics(meters: Dict[str, Any], images_per_second: float) -> str:
 
 def log_epoch(number: int, epochs: int, train_stats: Dict[str, float], validation: Optional[Tuple[str, str]],
               images_per_second: float, seconds: float) -> None:
-    """Show the figures of an epoch on a terminal, if there is one.
+    """Show the figures of an epoch on a terminal, if there is one. `number` counts from 0, what it shows from 1.
 
-    Args:
-        number: of the epoch, from 0; people read it from 1.
-        validation: the figure that selects the best checkpoint, and the best one so far; None without an evaluation.
+    `validation` is the figure that selects the best checkpoint, and the best one so far; None without an evaluation.
     """
     accuracy = '%.1f %%' % (100 * train_stats['class_acc']) if 'class_acc' in train_stats else '-'
     time = '%.1f s' % seconds if seconds < 100 else str(datetime.timedelta(seconds=int(seconds)))

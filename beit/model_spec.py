@@ -25,26 +25,17 @@ LARGEST_NAMES_FILE = 1 << 26  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A network's description, complete enough to use its weights.
-
-    Attributes:
-        architecture: the registered name and every argument that shapes the network.
-        classes: the names of the outputs, in order; their numbers where `has_class_names` is false.
-        loss: 'ce' (softmax, one class an image) or 'bce' (sigmoid, each class independently).
-        multi_label: whether an image can have several classes, or none.
-        origin: for people: the program's version, --finetune, averaged files, the temperature of an export's weights.
-        temperature: `inference_model.load_state` divides the logits by it; of --calibrate.
-        ema_temperature: the averaged weights' (EMA).
-    """
+    """A network's description, complete enough to use its weights."""
     architecture: ModelConfig
     preprocessing: EvalTransform
-    classes: Tuple[str, ...]
+    classes: Tuple[str, ...]  # the names of the outputs, in order; their numbers where `has_class_names` is false
     has_class_names: bool = True
-    loss: str = 'ce'
-    multi_label: bool = False
+    loss: str = 'ce'  # softmax, one class an image; or 'bce': sigmoid, each class independently
+    multi_label: bool = False  # whether an image can have several classes, or none
+    # For people: the program's version, --finetune, averaged files, the temperature of an export's weights.
     origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    temperature: float = 1.
-    ema_temperature: float = 1.
+    temperature: float = 1.  # of --calibrate; `inference_model.load_state` divides the logits by it
+    ema_temperature: float = 1.  # the averaged weights' (EMA)
 
     @property
     def activation(self) -> str:
@@ -87,15 +78,9 @@ class ModelSpec:
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any], classes: Optional[Sequence[str]], outputs: int,
                    **known: Any) -> 'ModelSpec':
-        """From a training run's flags, which older checkpoints and the reference's hold.
+        """From a training run's flags, which older checkpoints and the reference's hold; the fields in `known` win.
 
-        Args:
-            classes: the names; None for numbers.
-            outputs: the network's number of classes.
-            known: fields to set instead of the flags'.
-
-        Raises:
-            ValueError: a flag's value is of another type.
+        `classes` are the names of the `outputs`, None for numbers. Raises ValueError for a value of another type.
         """
         v2 = modeling_finetune.input_statistics(str(flags.get('model')))[0] != modeling_finetune.INPUT_MEAN
         transform = _dataclass_from(TransformConfig, dict({'imagenet_default_mean_and_std': v2},
@@ -118,9 +103,7 @@ class ModelSpec:
         changes = {name: value for name, value in changes.items() if value is not None}
         shape, images = self.architecture, self.preprocessing
         shape, images = dataclasses.replace(shape, **_of_kind(ModelConfig, changes)), images.with_flags(changes)
-        if images.crop_mode != self.preprocessing.crop_mode:
-            images = images.at_size(images.input_size)
-        if shape.input_size != images.input_size:
+        if images.crop_mode != self.preprocessing.crop_mode or images.input_size != shape.input_size:
             images = images.at_size(shape.input_size)
         if changes.get('crop_pct') and images.resizes:
             images = dataclasses.replace(images, crop_pct=changes['crop_pct'])
@@ -179,15 +162,10 @@ def check_architecture(model: str, input_size: int) -> None:
 # ---- classes, matched by name
 
 def match_classes(spec: ModelSpec, source: str, found: Sequence[str], trains: bool = False) -> Tuple[List[int], str]:
-    """(the index of the output for each class of the data, a line to log or '').
+    """(the index of the output for each class that is `found` in the data, in its order; a line to log or '').
 
-    Args:
-        source: the checkpoint, for messages.
-        found: the classes of the data, in its order.
-        trains: the data must have every class of the model.
-
-    Raises:
-        UserError: the data has a class that the model does not know, or the model has no names and another number.
+    Raises `UserError` where the data has a class that the model does not know or, if it `trains`, lacks one; without
+    names, where it has another number of classes.
     """
     shown = '--resume %s' % escape_text(source)
     found = [class_folders.normalize(escape_text(name)) for name in found]
@@ -213,11 +191,9 @@ def match_classes(spec: ModelSpec, source: str, found: Sequence[str], trains: bo
 
 
 def imagenet_wnids(outputs: int, found: Sequence[str] = ('n01440764',)) -> List[str]:
-    """ImageNet-1k's 1,000 folder names in the order of published weights' outputs; [] if most of the data's differ.
+    """ImageNet-1k's 1,000 folder names in the order of published weights' outputs.
 
-    Args:
-        outputs: how many the weights have.
-        found: the classes of the data.
+    [] for another number of `outputs`, or if most of the classes that are `found` in the data have other names.
     """
     if outputs != 1000 or not found:
         return []
@@ -229,10 +205,7 @@ def imagenet_wnids(outputs: int, found: Sequence[str] = ('n01440764',)) -> List[
 def read_class_names(path: str, flag: str = '--class_names') -> List[str]:
     """The names in a file such as --class_names, in order: one a line; or JSON, a list or an object with keys from "0".
 
-    If JSON has a list of words for a class, as ImageNet's index does, the first is its name.
-
-    Raises:
-        UserError: the file can't be read, or has another form.
+    If JSON has a list of words for a class, as ImageNet's index does, the first is its name. Raises `UserError`.
     """
     shown = '%s %s' % (flag, escape_text(path))
     try:
@@ -274,11 +247,7 @@ def saved_args(content: Any) -> Dict[str, Any]:
 def spec_in(content: Any, source: str, outputs: int) -> Optional[ModelSpec]:
     """The spec in a checkpoint, or one built from its flags; None if it holds neither.
 
-    Args:
-        outputs: the number of classes of its head.
-
-    Raises:
-        UserError: the spec or the flags are damaged, or do not fit the head.
+    Raises `UserError` if they are damaged, or do not fit the number of `outputs` of its head.
     """
     flags = saved_args(content)
     try:

@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 import sys
-from typing import Any, Callable, Container, Dict, FrozenSet, Iterable, List, Optional
+from typing import Any, Callable, Container, Dict, FrozenSet, List, Optional
 
 from beit import recipes
 from beit.distributed.launch_environment import reports_errors
@@ -13,23 +13,10 @@ from beit.log import log_main
 from beit.outputs import args_yaml
 
 COLUMN = 24  # where a flag's help begins
+OF_FOLDER = ('log_dir', 'resume', 'auto_resume', 'start_epoch', 'results_file')  # valid for one output_dir only
 
 
 # ---- the parser
-
-def nearest_flags(name: str, known: Iterable[str], synonyms: Optional[Dict[str, str]] = None) -> List[str]:
-    """Up to three of the `known` flags that resemble a name without dashes, the likeliest first.
-
-    Args:
-        synonyms: {what other projects call a flag: its name here}.
-    """
-    name = name.replace('-', '_')
-    others = {other: flag for other, flag in (synonyms or {}).items() if flag in known and other not in known}
-    if name in others:
-        return [others[name]]
-    near = [others.get(each, each) for each in nearest(name, list(known) + list(others))]
-    return list(dict.fromkeys(near))
-
 
 class OneLineHelp(argparse.RawDescriptionHelpFormatter):
     """Help in which a flag is one line of at most 100 columns: its names, what it does, its default in brackets."""
@@ -50,18 +37,13 @@ class ParsedFlags(argparse.Namespace):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser with one-line help and errors, and suggestions for unknown flags. --help shows only `usage` in brackets.
-
-    Attributes:
-        synonyms (dict): names of flags in other projects, for `nearest_flags`.
-        logs (bool): log which flags of a --config file do not count.
-    """
+    """A parser with one-line help and errors, which suggests known flags. --help shows only `usage` in brackets."""
 
     def __init__(self, prog: str, usage: str, **options: Any) -> None:
         super().__init__(prog, usage='python %s %s' % (prog, usage), allow_abbrev=False,
                          formatter_class=OneLineHelp, **options)
-        self.synonyms: Dict[str, str] = {}
-        self.logs = True
+        self.synonyms: Dict[str, str] = {}  # {what other projects call a flag: its name here}
+        self.logs = True  # which flags of a --config file do not count
         self._optionals.title = 'options'  # before Python 3.10 "optional arguments"
 
     def error(self, message: str) -> Any:
@@ -82,8 +64,8 @@ class OneLineParser(argparse.ArgumentParser):
         typed = frozenset(given)
         if getattr(parsed, 'config', None) or getattr(parsed, 'recipe', ''):  # again: the command line overrides files
             config = self.read_config(parsed.config)
-            drop_flags_of_folder(config, self.parse_known_args(args, argparse.Namespace(output_dir=None))[0].output_dir,
-                                 self.logs and reports_errors())
+            if 'output_dir' in typed:
+                self.drop_flags_of_folder(config, parsed.output_dir)
             recipe = self.add_recipe(config, parsed, typed)
             given.update(name for name, value in vars(config).items() if value != self.get_default(name))
             parsed, rest = self.parse_known_args(args, config)
@@ -105,8 +87,12 @@ class OneLineParser(argparse.ArgumentParser):
         return UserError('%s: unknown flag; %s' % (flag, self.suggest(flag.lstrip('-'), '--')))
 
     def suggest(self, name: str, dashes: str = '') -> str:
+        """Advice that names up to three flags that resemble `name`, which has no dashes before it."""
         known = [option[2:] for option in self._option_string_actions if option.startswith('--')]
-        near = ' or '.join(dashes + flag for flag in nearest_flags(name, known, self.synonyms))
+        name = name.replace('-', '_')
+        found = [name] if name in self.synonyms else nearest(name, [*known, *self.synonyms])
+        flags = dict.fromkeys(self.synonyms.get(each, each) for each in found)
+        near = ' or '.join(dashes + flag for flag in flags)
         return 'did you mean %s?' % near if near else 'see --help'
 
     def add_recipe(self, config: Any, parsed: argparse.Namespace, typed: FrozenSet[str]) -> str:
@@ -147,9 +133,7 @@ class OneLineParser(argparse.ArgumentParser):
                 if self.parse_known_args(normalize_argv(args), parsed)[1]:
                     raise UserError('%d values are too many' % len(value))
             except UserError as error:
-                text = str(error)
-                raise UserError('%s: %s' % (shown, text[len(flag) + 2:] if text.startswith(flag + ': ') else text)) \
-                    from None
+                raise UserError('%s: %s' % (shown, re.sub('^%s: ' % flag, '', str(error)))) from None
         return parsed
 
     def bool_option(self, action: argparse.Action, value: Any, shown: str) -> str:
@@ -160,28 +144,19 @@ class OneLineParser(argparse.ArgumentParser):
         return next(each.option_strings[0] for each in self._actions
                     if each.dest == action.dest and each.const is wanted)
 
-
-OF_FOLDER = ('log_dir', 'resume', 'auto_resume', 'start_epoch', 'results_file')  # valid for one output_dir only
-
-
-def drop_flags_of_folder(config: argparse.Namespace, output_dir: Optional[str], logs: bool) -> None:
-    """Drop a --config file's flags that are valid for its output_dir only, if the command line names another.
-
-    Args:
-        config: the flags of the file.
-        output_dir: the command line's, or None.
-    """
-    theirs = getattr(config, 'output_dir', '')
-    if output_dir is None or not theirs or output_dir and os.path.realpath(output_dir) == os.path.realpath(theirs):
-        return
-    evaluates = getattr(config, 'eval', False)  # then --resume names the checkpoint to evaluate
-    dropped = {name: vars(config).pop(name) for name in OF_FOLDER
-               if hasattr(config, name) and not (name == 'resume' and evaluates)}
-    shown = ['--%s%s' % (name, '' if value is True else ' ' + escape_text(str(value)))
-             for name, value in dropped.items() if value]
-    if shown and logs:
-        log_main('Not taken from --config, because they belong to its output_dir %s: %s'
-                 % (escape_text(theirs), ', '.join(shown)))
+    def drop_flags_of_folder(self, config: argparse.Namespace, output_dir: str) -> None:
+        """Drop flags of a --config file that are valid for its output_dir only; the command line names another."""
+        theirs = getattr(config, 'output_dir', '')
+        if not theirs or output_dir and os.path.realpath(output_dir) == os.path.realpath(theirs):
+            return
+        evaluates = getattr(config, 'eval', False)  # then --resume names the checkpoint to evaluate
+        dropped = {name: vars(config).pop(name) for name in OF_FOLDER
+                   if hasattr(config, name) and not (name == 'resume' and evaluates)}
+        shown = ['--%s%s' % (name, '' if value is True else ' ' + escape_text(str(value)))
+                 for name, value in dropped.items() if value]
+        if shown and self.logs and reports_errors():
+            log_main('Not taken from --config, because they belong to its output_dir %s: %s'
+                     % (escape_text(theirs), ', '.join(shown)))
 
 
 def normalize_argv(args: List[str]) -> List[str]:

@@ -97,10 +97,8 @@ def is_remote(source: str) -> bool:
 def resolve(source: str, flag: str) -> str:
     """The local path of weights: of a published name, an address of the Hub (then a folder), a URL; or the path itself.
 
-    The first process downloads the missing files. Errors name `flag`.
-
-    Raises:
-        UserError: the download fails, or the file holds other weights than its name says.
+    The first process downloads the missing files. Raises `UserError`, which names `flag`, if that fails or a file
+    holds other weights than its name says.
     """
     from beit.files import download  # imports PyTorch, for several processes
     known = published(source)

@@ -15,8 +15,6 @@ from beit.errors import UserError
 
 DEVICE_TYPES = ('npu', 'cuda', 'cpu')  # in order of preference
 PROCESS_GROUP_BACKEND = {'npu': 'hccl', 'cuda': 'nccl', 'cpu': 'gloo'}
-
-
 CANN_MISMATCH = ('the NPU cannot be started (%s); are these the CANN and the driver that belong to this torch_npu? '
                  'docs/ascend.md lists them; look at npu-smi info too')
 
@@ -50,7 +48,7 @@ def first_line(error: BaseException) -> str:
 def _cuda_problem() -> Optional[str]:
     if torch.cuda.is_available():
         return None
-    if torch.backends.cuda.is_built() if hasattr(torch.backends, 'cuda') else torch.version.cuda:
+    if torch.backends.cuda.is_built():
         return 'PyTorch sees no CUDA GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu'
     return 'this PyTorch was built without CUDA; install a CUDA build, or use --device cpu'
 
@@ -61,12 +59,8 @@ _PROBLEM: Dict[str, Callable[[], Optional[str]]] = {'npu': npu_problem, 'cuda': 
 def find_device(name: str = 'auto', local_rank: int = 0, processes: int = 1) -> torch.device:
     """The `torch.device` for a process, not yet initialized.
 
-    Args:
-        name (str): auto (npu, cuda, cpu: the first that works), npu, cuda, cpu, or one with an index such as cuda:1.
-        local_rank (int): the device's index if `name` has none.
-
-    Raises:
-        UserError: the device can't be used, or there are fewer devices than processes.
+    `name` is auto (npu, cuda, cpu: the first that works), npu, cuda, cpu, or one with an index such as cuda:1; else
+    the index is `local_rank`. Raises `UserError` if the device can't be used, or there are too few for the processes.
     """
     kind, _, index = name.partition(':')
     if kind == 'auto':
@@ -156,16 +150,12 @@ def seed_device(seed: int) -> None:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Use deterministic kernels only, with an error where there is none. Raises `UserError` if PyTorch can't ensure it.
-    """
+    """Use deterministic kernels only. Raises `UserError` if PyTorch can't ensure it, and later an error without one."""
     if hasattr(torch, 'use_deterministic_algorithms'):
         torch.use_deterministic_algorithms(True)
-    elif hasattr(torch, 'set_deterministic'):
-        torch.set_deterministic(True)
     elif device.type != 'cpu':
         raise UserError('--deterministic: this PyTorch cannot ensure it on %s; use a newer one, or a CPU' % device.type)
-    if hasattr(torch.backends, 'cudnn'):
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
 def prepare_determinism() -> None:
@@ -197,8 +187,7 @@ def noise_generator(device: torch.device) -> torch.Generator:
 def prefetch(items: Iterable, move: Callable[[Any], Any], device: torch.device) -> Iterator:
     """Yield move(item) for each item; on npu and cuda, a side stream moves the next one meanwhile.
 
-    Args:
-        move (function): copies an item to the device, without waiting.
+    `move` copies an item to the device, without waiting.
     """
     module = device_module(device)
     if not hasattr(module, 'Stream'):

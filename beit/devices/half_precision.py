@@ -3,7 +3,6 @@
 import functools
 import importlib
 import importlib.util
-import os
 from typing import Any, Optional, Tuple
 
 import torch
@@ -47,8 +46,7 @@ def has_autocast(device_type: str, dtype: torch.dtype) -> bool:
 
 def find_apex() -> Tuple[Any, str]:
     """(apex.amp or None, a description). Three packages have the name apex; only some have `amp`."""
-    spec = importlib.util.find_spec('apex')
-    if spec is None:
+    if importlib.util.find_spec('apex') is None:
         return None, 'apex is not installed'
     try:
         apex = importlib.import_module('apex')
@@ -56,11 +54,9 @@ def find_apex() -> Tuple[Any, str]:
     except Exception as error:  # an apex built for another PyTorch can raise anything; PyTorch's amp always works
         if not isinstance(error, ModuleNotFoundError) or error.name != 'apex.amp':
             return None, 'the installed apex cannot be imported (%s)' % ' '.join(str(error).split())
-        if any(os.path.isdir(os.path.join(folder, 'optimizers')) for folder in spec.submodule_search_locations or ()):
+        if importlib.util.find_spec('apex.optimizers'):
             return None, 'the installed apex is NVIDIA\'s without amp, which newer versions removed'
         return None, 'the installed apex is an unrelated package of that name'
-    if not hasattr(amp, 'initialize'):
-        return None, 'the installed apex has no amp.initialize'
     kind = 'Ascend\'s' if hasattr(getattr(apex, 'optimizers', None), 'NpuFusedAdamW') else 'NVIDIA\'s'
     return amp, 'apex.amp (%s)' % kind
 
@@ -74,8 +70,7 @@ def check_precision(device: torch.device, amp: bool, opt_level: str, amp_dtype: 
                     ) -> Optional[torch.dtype]:
     """The half-precision `torch.dtype`, or None for float32. The default is float16, on a CPU bfloat16.
 
-    Raises:
-        UserError: this device or this PyTorch does not support the flags.
+    Raises `UserError` where this device or this PyTorch does not support the flags.
     """
     if not amp or opt_level == 'O0':
         return None

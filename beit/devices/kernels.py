@@ -26,9 +26,8 @@ NPU_FUSED_HOMES = {True: (('apex.optimizers',), 'Ascend\'s apex under apex.amp')
 def fused_optimizer(name: str, under_apex: Optional[bool] = None) -> Any:
     """The class of a fused optimizer: NpuFusedAdamW from torch_npu or Ascend's apex, Fused* from NVIDIA's apex.
 
-    Args:
-        under_apex: whether apex.amp will prepare the optimizer; None if unknown. The two NpuFusedAdamW differ: apex's
-            works only under apex.amp, and torch_npu's does not see apex.amp's gradients.
+    `under_apex` says whether apex.amp will prepare the optimizer; None: unknown. The two NpuFusedAdamW differ: apex's
+    works only under apex.amp, and torch_npu's does not see apex.amp's gradients.
     """
     homes, where = NPU_FUSED_HOMES[under_apex] if name.startswith('Npu') else (('apex.optimizers',), 'NVIDIA\'s apex')
     for home in homes:

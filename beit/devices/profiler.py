@@ -16,8 +16,7 @@ from beit.errors import UserError
 def profiler(device: torch.device, folder: str, rank: int = 0, cann: bool = False) -> Iterator[None]:
     """Profile the code inside, and write the result into `folder`.
 
-    Args:
-        cann (bool): with torch_npu's profiler, for Ascend's tools; else a Chrome trace, trace_rank<N>.json.
+    With `cann`, torch_npu's profiler writes files for Ascend's tools; else it is a Chrome trace, trace_rank<N>.json.
     """
     os.makedirs(folder, exist_ok=True)
     profile: Any

@@ -34,8 +34,7 @@ def all_gather_numbers(numbers: Sequence[float], device: torch.device, dtype: to
 def all_gather_async(numbers: Sequence[int], device: torch.device) -> Callable[[], List[List[Any]]]:
     """Start to gather whole numbers of every process over the hosts' network, without waiting for devices.
 
-    Returns:
-        A function to call once, which waits for the numbers and returns a list for each process.
+    Returns a function to call once, which waits for the numbers and returns a list for each process.
     """
     if not process_group.host_groups:
         return lambda: all_gather_numbers(numbers, device)
@@ -70,9 +69,8 @@ def all_gather_json(value: Any, device: torch.device) -> List[Any]:
 def all_gather_rows(columns: Sequence[Optional[torch.Tensor]], device: torch.device) -> List[torch.Tensor]:
     """Concatenate the rows of all processes: a tensor (rows, …) for each column, on the CPU.
 
-    Args:
-        columns (list of float32 or int64 tensors (n, …), or None): n may differ between processes, not between columns.
-            None if this process has no row; at least one process has rows.
+    Columns are float32 or int64 (n, …); n may differ between processes, not between columns. They are None where this
+    process has no row; at least one process has rows.
     """
     shapes = all_gather_json([None if column is None else [str(column.dtype), list(column.shape)]
                               for column in columns], device)
@@ -101,10 +99,8 @@ def _broadcast(tensor: torch.Tensor) -> torch.Tensor:
 def broadcast_from_main(make: Callable[[Callable[[], None]], bytes], device: Optional[torch.device]) -> bytes:
     """Return the bytes from `make` on the main process on every process, or raise its `UserError` everywhere.
 
-    `make` can take long: it gets a function to call often, which shows the watchdog that the process is alive.
-
-    Args:
-        device (torch.device or None): None: each process calls `make` itself.
+    `make` can take long: it gets a function to call often, which shows the watchdog that the process is alive. Without
+    a device, each process calls `make` itself.
     """
     if process_group.world_size() == 1 or device is None:
         return make(lambda: None)
@@ -142,8 +138,7 @@ def broadcast_from_main(make: Callable[[Callable[[], None]], bytes], device: Opt
 
 
 def all_reduce_sum(counts: Sequence[int], total: float, device: torch.device) -> Tuple[Any, ...]:
-    """(*counts, total) summed over all processes; whole numbers exactly, and without float64, which HCCL can't reduce.
-    """
+    """(*counts, total), summed over all processes: counts exactly, and without float64, which HCCL can't reduce."""
     if process_group.world_size() == 1:
         return tuple(counts) + (total,)
     whole = torch.tensor(counts, dtype=torch.int64, device=device)

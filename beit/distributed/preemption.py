@@ -19,11 +19,7 @@ if hasattr(os, 'register_at_fork'):
 
 
 class Stopped(BaseException):
-    """The program ends because of a signal. Its text, if any, names the saved file.
-
-    Attributes:
-        number (int): the signal's; the exit status is 128 + number: 143 for SIGTERM, 130 for SIGINT.
-    """
+    """The program ends because of a signal, with status 128 + `number`. The text, if any, names the saved file."""
 
     def __init__(self, number: int, text: str = '') -> None:
         super().__init__(text)
@@ -39,13 +35,11 @@ class Signals:
 
     Outside `deferred` a signal raises `Stopped` at once. Inside, the first sets `stop_signal`, which the loop checks;
     the second exits, by a thread, because the main thread may wait inside a collective.
-
-    Attributes:
-        stop_signal (int): the number of the signal that requested a stop, or 0.
     """
 
     def __init__(self) -> None:
-        self.stop_signal, self.defers, self.entered, self.over = 0, False, False, False
+        self.stop_signal = 0  # the number of the signal that requested a stop
+        self.defers, self.entered, self.over = False, False, False
         self.first: Optional[float] = None  # when the first signal came
 
     def __enter__(self) -> 'Signals':
@@ -53,14 +47,13 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():
             return self  # only the main thread can handle signals
         _owner, self.entered = os.getpid(), True
-        self.read_fd, write_fd = os.pipe()
-        os.set_blocking(write_fd, False)
-        self.write_fd, self.before = write_fd, {}
-        self.wakeup = signal.set_wakeup_fd(write_fd)
+        read_fd, self.write_fd = os.pipe()
+        os.set_blocking(self.write_fd, False)
+        self.wakeup, self.before = signal.set_wakeup_fd(self.write_fd), {}
         for number in NUMBERS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 self.before[number] = signal.signal(number, self.on_signal)
-        threading.Thread(target=self.read_wakeup_fd, args=(self.read_fd,), daemon=True, name='signals').start()
+        threading.Thread(target=self.read_wakeup_fd, args=(read_fd,), daemon=True, name='signals').start()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -77,8 +70,7 @@ class Signals:
     def deferred(self) -> Iterator[None]:
         """Inside, a signal waits for the end of the step. Afterwards everything is saved, and signals are ignored.
 
-        PyTorch's SIGCHLD handler is removed then: it raises an error for a killed loader process, which no longer
-        matters.
+        PyTorch's SIGCHLD handler is removed then: a killed loader process, for which it raises, no longer matters.
         """
         self.defers = True
         try:
@@ -101,21 +93,17 @@ class Signals:
 
     def read_wakeup_fd(self, read_fd: int) -> None:
         """The thread that sees signals while the main thread waits in a library."""
-        while True:
-            numbers = os.read(read_fd, 64)
-            if not numbers:
-                os.close(read_fd)
-                return
-            for number in numbers:
-                if number not in NUMBERS:
-                    continue
-                now = time.monotonic()
-                if self.first is None:
-                    self.first = now
-                    if not self.defers:
-                        threading.Thread(target=self.force_exit_later, args=(number,), daemon=True).start()
-                elif now - self.first > SAME_EVENT_SECONDS:
-                    end_at_once(number)
+        for number, in iter(lambda: os.read(read_fd, 1), b''):
+            if number not in NUMBERS:
+                continue
+            now = time.monotonic()
+            if self.first is None:
+                self.first = now
+                if not self.defers:
+                    threading.Thread(target=self.force_exit_later, args=(number,), daemon=True).start()
+            elif now - self.first > SAME_EVENT_SECONDS:
+                end_at_once(number)
+        os.close(read_fd)
 
     def force_exit_later(self, number: int) -> None:
         time.sleep(FORCE_EXIT_SECONDS)

@@ -37,24 +37,16 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-_wait_hook: Callable[[], Any] = contextlib.nullcontext
-
-
-def set_wait_hook(hook: Callable[[], Any]) -> None:
-    """Enter `hook()`, a context manager, around each collective; `watchdog` uses it to see which ranks wait."""
-    global _wait_hook
-    _wait_hook = hook
-
-
+wait_hooks: List[Callable[[], Any]] = [contextlib.nullcontext]  # the last is entered around each collective
 _last_wait = 0.  # time of the end of the last collective
 FORK_PAUSE = 0.02  # seconds
 
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """A context manager around each collective."""
+    """A context manager around each collective. By `wait_hooks`, `watchdog` sees which ranks wait."""
     global _last_wait
-    with _wait_hook():
+    with wait_hooks[-1]():
         yield
     _last_wait = time.monotonic()
 
@@ -70,15 +62,10 @@ def barrier() -> None:
             dist.barrier()
 
 
-rendezvous_stores: List[Any] = []  # the store of the rendezvous
+rendezvous_stores: List[Any] = []  # the store of the rendezvous, with several processes
 LOOPBACK = ('127.0.0.1', 'localhost')
 _daemons: List[Any] = []  # keeps stores alive that listen in this process
 host_groups: List[Any] = []  # a group for `all_gather_async`, whose collectives never use a device
-
-
-def rendezvous_store() -> Any:
-    """The store of the rendezvous, or None for a single process."""
-    return rendezvous_stores[-1] if rendezvous_stores else None
 
 
 def listen_on_loopback(port: int = 0) -> int:
@@ -113,13 +100,10 @@ def rendezvous_error(address: str, problem: str, error: Exception) -> UserError:
 
 
 def init_distributed_mode(config: DistributedConfig) -> torch.device:
-    """Select the device and join the other processes, if any.
+    """Select the device, which it returns, and join the other processes, if any.
 
     The rendezvous has the time limit DIST_WAIT_SECONDS (300). Collectives have --dist_timeout plus 10 s: `watchdog`
     reports a hang earlier, and with more details.
-
-    Returns:
-        The `torch.device` of this process.
     """
     process, processes, local_rank = launch_environment(config)
     device = accelerator.select_device(config.device, local_rank, processes)
@@ -165,10 +149,9 @@ def _of_this_start(store: Any) -> Any:
 
 
 def shutdown() -> None:
-    """Exit one of several processes after a successful run; return in a single process.
+    """Exit one of several processes after a successful run, when all files are closed; return in a single process.
 
-    It destroys no group and skips Python's own exit, during which gloo's threads would abort or wait forever for
-    Python's lock when they free a tensor. All files must be closed.
+    It skips Python's own exit, during which gloo's threads would abort, or wait forever for Python's lock.
     """
     if world_size() > 1:
         dist.barrier(group=host_groups[-1])
@@ -186,8 +169,7 @@ def is_error_reporter() -> bool:
 def defer_error_report(first: bool = False) -> None:
     """Wait before an error's line, unless this process is the `first` to report it.
 
-    Several processes often have the same error, or one loses its connection to a failed one. After the first line, the
-    launcher ends the waiting processes.
+    Several processes often have the same error, or lose a connection. After a line, the launcher ends those that wait.
     """
     defer_report(first, 5 if _initialized() else 20)  # start-up times differ
 

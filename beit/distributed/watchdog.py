@@ -44,13 +44,14 @@ _watchdog: Optional['_Watchdog'] = None  # with several processes
 
 
 class _Watchdog:
-    def __init__(self, store: Any, seconds: float, program: str) -> None:
+    def __init__(self, seconds: float, program: str) -> None:
         self.program = program
         self.rank, self.processes = process_group.rank(), process_group.world_size()
         # Random keys, which only these processes know: the store answers every connection.
         token = torch.tensor([secrets.randbits(62)])
         dist.broadcast(token, 0, group=process_group.host_groups[-1])
-        self.store, self.seconds = dist.PrefixStore('beit %d' % token.item(), store), seconds
+        self.store = dist.PrefixStore('beit %d' % token.item(), process_group.rendezvous_stores[-1])
+        self.seconds = seconds
         self.beat_seconds = max(0.1, min(1., seconds / 20.))
         self.patience = max(3 * self.beat_seconds, min(5., seconds / 3))  # a rank without news for longer is silent
         self.beats = 0
@@ -126,8 +127,7 @@ class _Watchdog:
         self.message = self.received or message
         if self.stopped.is_set():
             return
-        preemption.say_now('%s: error: %s (--dist_timeout %g)' % (
-            self.program, self.message, self.seconds))
+        preemption.say_now('%s: error: %s (--dist_timeout %g)' % (self.program, self.message, self.seconds))
         until = time.monotonic() + 4 * self.beat_seconds
         while not self.received and time.monotonic() < until:  # set by the other thread
             time.sleep(self.beat_seconds / 4)
@@ -139,7 +139,10 @@ class _Watchdog:
         """(the ranks that block the others, whether they can report it, the message)."""
         silent = self.silent()
         if silent:
-            return silent, False, self.silence(silent, age)
+            return silent, False, '%s no answer for %d s, while process %d was %s; %s' % (
+                _processes(silent, 'gives', 'give'), age, self.rank, _position.activity,
+                'it was stopped or hangs, or its machine or the network is gone' if len(silent) == 1
+                else 'they were stopped or hang, or their machines or the network are gone')
         states = {rank: beat[1:] for rank, (_, beat) in self.last_beats.items()}
         states[self.rank] = self.state()
         first = min(index for index, _, _ in states.values())
@@ -161,26 +164,20 @@ class _Watchdog:
                   if newest - came > self.patience and rank != self.rank]
         return silent or ([0] if now - newest > self.patience else [])  # process 0 holds the store
 
-    def silence(self, silent: List[int], seconds: float) -> str:
-        return '%s no answer for %d s, while process %d was %s; %s' % (
-            _processes(silent, 'gives', 'give'), seconds, self.rank, _position.activity,
-            'it was stopped or hangs, or its machine or the network is gone' if len(silent) == 1
-            else 'they were stopped or hang, or their machines or the network are gone')
-
 
 def _processes(ranks: List[int], verb: str, plural: str) -> str:
     return 'process %d %s' % (ranks[0], verb) if len(ranks) == 1 else 'processes %s %s' % (
         ', '.join(map(str, ranks)), plural)
 
 
-def start(store: Any, seconds: float, program: str) -> None:
-    """Start to watch, if there are several processes. `store` is the store of the rendezvous, `program` for errors."""
+def start(seconds: float, program: str) -> None:
+    """Start to watch, if there are several processes. `program` is for errors."""
     global _watchdog
     if process_group.world_size() > 1:
-        watchdog = _Watchdog(store, seconds, program)
+        watchdog = _Watchdog(seconds, program)
         process_group.barrier()  # every first beat is in the store afterwards
         _watchdog = watchdog
-        process_group.set_wait_hook(_waiting)
+        process_group.wait_hooks.append(_waiting)
         for thread in watchdog.threads:
             thread.start()
 
