@@ -456,7 +456,7 @@ USAGES = {  # of each program: how it is called, and the end of its --help
 models:
 %s
 
-optimizers, with an optional prefix lookahead_, besides those of timm.optim.list_optimizers():
+optimizers beside timm.optim.list_optimizers(), with an optional prefix lookahead_:
 %s
 """ % tuple(textwrap.fill(', '.join(names), 100, initial_indent='  ', subsequent_indent='  ')
             for names in (MODELS, OPTIMIZERS))),

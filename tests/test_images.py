@@ -244,7 +244,7 @@ def trained(tmp_path_factory):
 @needs_extra('safetensors')
 def test_the_settings_go_with_the_checkpoint(trained, capsys, tmp_path):
     folder, out, text = trained
-    assert '8 of 16 images (a sample) have an alpha channel: they lie on white' in text
+    assert '8 of 16 images (a sample) have an alpha channel: they get the background white' in text
     best = torch.load(os.path.join(out, 'checkpoint-best.pth'), weights_only=True)
     images = best['model_spec']['preprocessing']
     assert (images['exif'], images['transparency'], images['crop_mode']) == ('followed', 'white', 'border')
@@ -269,7 +269,7 @@ def test_the_settings_go_with_the_checkpoint(trained, capsys, tmp_path):
     capsys.readouterr()
     target = str(tmp_path / 'x.safetensors')
     assert run_export.run(['--resume', out, '--format=safetensors', '--output', target, '--no_check']) == 0
-    assert 'does not know that images are turned as EXIF says, transparent images lie on white' in \
+    assert 'does not know that images are turned as EXIF says, transparent images get the background white' in \
         capsys.readouterr().out
     assert beit.load(target).spec.preprocessing == classifier.spec.preprocessing
     assert run_export.run(['--resume', out, '--format=huggingface', '--output', str(tmp_path / 'hf')]) == 2

@@ -421,31 +421,31 @@ def test_a_folder_named_like_an_image_is_entered(tmp_path):
     assert folder[0][0].size == (32, 32)
 
 
-LOOPS = {  # the link in root/cat/deep or elsewhere, and its target
-    'to its folder': ('root/cat/deep/loop', '.'),
-    'up': ('root/cat/deep/loop', '..'),
-    'to the root': ('root/cat/deep/loop', '../..'),
-    'above the root': ('root/cat/deep/loop', '../../..'),
-    'to everything': ('root/cat/deep/loop', '/'),
-    'named like an image': ('root/cat/deep/loop.png', '..'),
-    'a class': ('root/loop', '.'),
-    'by another folder': ('other/back', '../root/cat'),
+LOOPS = {  # the link in photos/cat/deep or elsewhere, and its target
+    'to its folder': ('photos/cat/deep/loop', '.'),
+    'up': ('photos/cat/deep/loop', '..'),
+    'to the top': ('photos/cat/deep/loop', '../..'),
+    'above the top': ('photos/cat/deep/loop', '../../..'),
+    'to everything': ('photos/cat/deep/loop', '/'),
+    'named like an image': ('photos/cat/deep/loop.png', '..'),
+    'a class': ('photos/loop', '.'),
+    'by another folder': ('other/back', '../photos/cat'),
 }
 
 
 @pytest.mark.parametrize('kind', LOOPS)
 def test_a_loop_of_links_is_named(tmp_path, kind):
-    for folder in ('root/cat/deep', 'root/dog', 'other'):
+    for folder in ('photos/cat/deep', 'photos/dog', 'other'):
         (tmp_path / folder).mkdir(parents=True)
-    for name in ('root/cat/deep/a.png', 'root/dog/a.png', 'other/a.png'):
+    for name in ('photos/cat/deep/a.png', 'photos/dog/a.png', 'other/a.png'):
         photo(1, 32, 32).save(str(tmp_path / name))
-    (tmp_path / 'root/cat/deep/other').symlink_to(str(tmp_path / 'other'))  # leads out of the folder, without a loop
-    assert len(ImageFolder(str(tmp_path / 'root'))) == 3
+    (tmp_path / 'photos/cat/deep/other').symlink_to(str(tmp_path / 'other'))  # leads out of the folder, without a loop
+    assert len(ImageFolder(str(tmp_path / 'photos'))) == 3
     link, target = LOOPS[kind]
     (tmp_path / link).symlink_to(target)
-    named = str(tmp_path / link).replace('/other/back', '/root/cat/deep/other/back')
+    named = str(tmp_path / link).replace('/other/back', '/photos/cat/deep/other/back')
     with within(20), pytest.raises(UserError) as caught:
-        ImageFolder(str(tmp_path / 'root'))
+        ImageFolder(str(tmp_path / 'photos'))
     assert str(caught.value).startswith(named + ': this link leads to ')
 
 

@@ -244,7 +244,7 @@ SPOILT = [
 @pytest.mark.parametrize('place', ['url', 'path'])
 @pytest.mark.parametrize('spoil, says', SPOILT, ids=[says[:20] for _, says in SPOILT])
 def test_what_is_not_these_weights_is_refused_and_not_kept(server, tmp_path, monkeypatch, spoil, says, place):
-    """From the server, and where it lies in checkpoints/; only what was downloaded is removed."""
+    """From the server, and from its place in checkpoints/; only a download is removed."""
     small = modeling_finetune.MODELS['beit_base_patch16_224']
     monkeypatch.setitem(modeling_finetune.MODELS, 'beit_base_patch16_384', dict(small, img_size=384))
     monkeypatch.setitem(modeling_finetune.MODELS, 'beit_large_patch16_224', dict(small, depth=3))
@@ -390,7 +390,7 @@ def test_an_interrupted_download_says_that_it_resumes(server, tmp_path, monkeypa
     assert run(words + ['--resume', NAME, '--device=cpu']) == 130
     (part, size), = kept(tmp_path).items()
     out, err = capsys.readouterr()
-    says = 'interrupted by SIGINT; %s keeps what was downloaded, and the same command resumes it' % (
+    says = 'interrupted by SIGINT; %s keeps the downloaded part, and the same command resumes it' % (
         tmp_path / 'checkpoints' / part)
     assert size == 300000 and says in out + err and 'nothing was' not in out + err
     monkeypatch.setattr(download, '_receive', real)

@@ -115,7 +115,7 @@ class EvalTransform:
     def preparation(self, before: str) -> str:
         """`before` and what no other program's preprocessing holds; '' for nothing."""
         parts = ['images are turned as EXIF says'] * (self.exif != 'ignored') + [
-            'transparent images lie on %s' % self.transparency] * (self.transparency != 'dropped')
+            'transparent images get the background %s' % self.transparency] * (self.transparency != 'dropped')
         return before + ', '.join(parts) if parts else ''
 
     @property

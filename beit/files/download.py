@@ -133,7 +133,7 @@ def _download(address: str, path: str, wanted: str, shown: str, check: Optional[
     except BlockingIOError:
         return
     except preemption.Stopped as stop:
-        raise preemption.Stopped(stop.number, 'interrupted by %s; %s keeps what was downloaded, and the same command '
+        raise preemption.Stopped(stop.number, 'interrupted by %s; %s keeps the downloaded part, and the same command '
                                  'resumes it' % (preemption.name(stop.number), part) if part else '') from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason, remedy = escape_text(str(error)) or type(error).__name__, 'try again to resume it, or ' if part else ''

@@ -42,8 +42,8 @@ def show(environment: Dict[str, Any], flags: Dict[str, Any], data: Any, attentio
     if transparent and data.spec.architecture.in_chans != 4:
         colour = data.spec.preprocessing.transparency
         rows.append(('', '%d of %d images (a sample) have an alpha channel: %s' % (
-            transparent, sampled, 'it is dropped; --background white hides what lies under it' if colour == 'dropped'
-            else 'they lie on ' + colour)))
+            transparent, sampled, 'it is dropped; --background white replaces it' if colour == 'dropped'
+            else 'they get the background ' + colour)))
     log_table(rows + (_training_rows(flags, processes, steps_per_epoch, source) if steps_per_epoch else []))
 
 

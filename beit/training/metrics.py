@@ -400,7 +400,7 @@ def read_real_labels(path: str, classes: int) -> List[FrozenSet[int]]:
 
 
 class OfLayers(Metric):
-    """The figures of each head of a linear probe, from logits (B, layers, classes); those of the highest acc1 alone.
+    """The figures of the head with the highest acc1 of a linear probe, from logits (B, layers, classes).
 
     `layers`, in addition: {number of the layer: figures}. The argument: the metrics of each head.
     """
