@@ -231,6 +231,15 @@ def test_every_opset_with_fixed_and_any_batch(opsets, trained, monkeypatch):  # 
     assert set(map(tuple, works.values())) == {(None, 2)}
 
 
+@marks
+def test_an_opset_that_is_too_new_names_those_that_work(trained):  # noqa: F811
+    loaded = inference_model.load_for_inference(trained()[0])
+    for opset in (26, NEWEST):
+        with torch.no_grad(), pytest.raises(run_export.UserError, match='11 to 25') as caught:
+            export_formats.make_onnx(loaded, ExportConfig(opset))
+        assert '--opset %d: ' % opset in str(caught.value) and '\n' not in str(caught.value)
+
+
 # ---- ATC
 
 FAKE_ATC = '''#!%s

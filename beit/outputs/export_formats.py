@@ -96,9 +96,6 @@ def make_onnx(trained: LoadedModel, config: ExportConfig) -> Tuple[bytes, str]:
     if size >= PROTOBUF_LIMIT:
         raise UserError('--format onnx: the weights take %.1f GB, and a file holds 2 at most; use --format torch_export'
                         % (size / 1e9))
-    known = onnx.defs.onnx_opset_version()
-    if opset and opset > known:
-        raise UserError('--opset %d: onnx %s knows those up to %d' % (opset, onnx.__version__, known))
     reasons = []
     for version in [opset] if opset else OPSETS:
         try:
@@ -110,7 +107,7 @@ def make_onnx(trained: LoadedModel, config: ExportConfig) -> Tuple[bytes, str]:
             return data, 'opset %d, %s' % (version, _described_batch(config))
         except Exception as error:  # the exporter and onnxruntime raise many types
             reasons.append((one_line(error) or type(error).__name__)[:200])
-    raise UserError('--format onnx --opset %s: %s; leave --opset out, or give another'
+    raise UserError('--format onnx --opset %s: %s; leave --opset out, or give another (11 to 25 with PyTorch 2.12)'
                     % (opset or '/'.join(map(str, OPSETS)), reasons[0]))
 
 
