@@ -465,6 +465,7 @@ def test_what_cannot_be_calibrated_is_refused(trained, sets, tmp_path, refused):
     ([[1., 0.], [0., 1.]], 'nearly every prediction is right'), ([[0., 1.], [1., 0.]], 'no better than chance'),
     ([[1e-4, 0.], [0., 1e-4]], 'nearly equal'), ([[0., 1e-4], [1e-4, 0.]], 'nearly equal'),
     ([[0., 0.], [0., 0.]], 'nearly equal'), ([[2., 0.], [3., 0.]], 'no better than chance'),
+    ([[math.nan, 0.], [0., 1.]], 'outputs are NaN'), ([[math.inf, 0.], [0., 1.]], 'or infinite'),
     ([[3., 0.], [1., 0.]], '')])
 def test_why_there_is_no_temperature(logits, reason):
     metric = temperature.Temperature()

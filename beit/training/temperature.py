@@ -49,7 +49,9 @@ class Temperature(metrics.Calibration):
         found = float(minimize_scalar(nll, bounds=(low, high), method='bounded', options={'xatol': 1e-6}).x)
         ends, reason = (nll(low), nll(high)), ''
         if not (low + 1e-3 < found < high - 1e-3 and nll(found) < min(ends)):
-            reason = 'nearly every prediction is right; calibrate on other images' if ends[0] < ends[1] / 2 else \
+            reason = 'some of its outputs are NaN or infinite; train again with a lower --lr' \
+                if not all(map(math.isfinite, ends)) else \
+                'nearly every prediction is right; calibrate on other images' if ends[0] < ends[1] / 2 else \
                 'its predictions are no better than chance; train longer' if ends[0] > ends[1] * 2 else \
                 'its outputs are nearly equal for all classes; train longer'
         found, reason = collectives.all_gather_json([found, reason], device)[0]  # the first process's
