@@ -245,6 +245,11 @@ def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Opt
     if val_set is not None:
         datasets.check_fits(val_set)
         metrics.check_best_by(args.best_by, spec.multi_label)
+        counts = subsets.class_counts(label_source(val_set), len(spec.classes)) if outputs is None else ()
+        absent = [name for name, count in zip(spec.classes, counts) if not count]
+        if absent:
+            log.log_main('Evaluated on all logits: there is no validation image of %d of the %d classes (%s)' % (
+                len(absent), len(spec.classes), model_spec.shorten_names(absent)))
     weights: Any = None
     if args.class_weights and not args.eval:
         counts = subsets.class_counts(label_source(train_set), len(spec.classes))
@@ -324,12 +329,6 @@ def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec
         train_set, val_set = (each and datasets.relabel(each, places, names) for each in (train_set, val_set))
         if known.has_class_names and len(classes) == len(names):
             log.log_main('Classes are in the checkpoint\'s order: %s' % model_spec.shorten_names(names))
-    if val_set is not None:
-        counts = subsets.class_counts(label_source(val_set), len(names))
-        absent = [name for name, count in zip(names, counts) if not count]
-        if absent:
-            log.log_main('Evaluated on all logits: there is no validation image of %d of the %d classes (%s)' % (
-                len(absent), len(names), model_spec.shorten_names(absent)))
     return train_set, val_set, dataclasses.replace(spec, classes=tuple(names)), None
 
 

@@ -142,6 +142,16 @@ def test_csv_files_that_contradict_each_other(refused, pictures, several, image_
             'line 2', 'there is no file')
 
 
+@pytest.mark.parametrize('labels, says', [('red', '1 of the 2 classes (green)'), ('red;green', '')])
+def test_a_training_names_the_classes_without_a_validation_image(pictures, capsys, labels, says):
+    folder, _ = pictures
+    train = write(folder / 'train.csv', [['%02d.png' % index, ('red', 'green')[index % 2]] for index in range(8)])
+    val = write(folder / 'val.csv', [['1%d.png' % index, label] for index, label in enumerate(labels.split(';'))])
+    assert run_class_finetuning.run(RUN + ['--train_csv', train, '--val_csv', val, '--epochs=1', '--batch_size=4']) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'no validation image' in line]
+    assert lines == ['Evaluated on all logits: there is no validation image of ' + says][:bool(says)]
+
+
 def read_rows(path, *flags):
     """{file name: class} of a training CSV file."""
     from run_class_finetuning import build_parser
