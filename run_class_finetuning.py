@@ -527,7 +527,10 @@ def evaluate_only(args: argparse.Namespace, sets: List[Data], learner: Learner, 
     if checkpoint:
         source, epoch = checkpoint.source, discovery.last_epoch(checkpoint.content)
         if args.calibrate:
-            calibrate(args, sets[0], learner, checkpoint)
+            path = temperature.calibrated_path(checkpoint, args.output_dir)
+            in_place = '' if args.output_dir else os.path.dirname(os.path.abspath(path))
+            with run_folder.locked(in_place, learner.device, '--calibrate in'):
+                calibrate(args, sets[0], learner, checkpoint, path)
     for data in sets:
         if checkpoint:
             log.log_main('Evaluating %s%s' % (escape_text(source), sets[1:] and ' on ' + escape_text(data.path) or ''))
@@ -557,9 +560,8 @@ def evaluate_only(args: argparse.Namespace, sets: List[Data], learner: Learner, 
     report.finish(dict(figures, bad_images=len(bad_images.listed), **speed_figures(throughput, time.time() - started)))
 
 
-def calibrate(args: argparse.Namespace, data: Data, learner: Learner, checkpoint: CheckpointWeights) -> None:
-    """Fit the temperature of the network and of its average; apply them, and write them into the checkpoint."""
-    path = temperature.calibrated_path(checkpoint, args.output_dir)
+def calibrate(args: argparse.Namespace, data: Data, learner: Learner, checkpoint: CheckpointWeights, path: str) -> None:
+    """Fit the temperature of the network and of its average; apply both, and write the checkpoint to `path`."""
     refuse(data.outputs is not None, args, 'calibrate', ': the data has %d of the %d classes of %s; evaluate a set '
            'with all of them' % (len(data.classes), len(data.spec.classes), escape_text(checkpoint.source)))
     sharded, fitted = args.dist_eval and process_group.world_size() > 1, {}

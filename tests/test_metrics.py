@@ -27,10 +27,11 @@ from beit import classifier, model_spec
 from beit.checkpoint import inference_model
 from beit.data.loader import Batch
 from beit.errors import UserError
-from beit.files import weights_file
+from beit.files import run_folder, weights_file
 from beit.outputs import report, report_html, run_log
 from beit.training import metrics, temperature
 from helpers import CPU, ROOT, RUN, free_port, lines_of
+from test_run_folder import holder
 
 pytestmark = pytest.mark.fast
 
@@ -440,6 +441,16 @@ def test_a_calibrated_checkpoint_goes_to_another_output_dir(trained, sets, tmp_p
     assert 'temperature' in weights_file.load_weights_file(os.path.join(output, 'checkpoint-best.pth'))['model_spec']
     best = os.path.join(trained[1], 'checkpoint-best.pth')
     assert 'temperature' not in weights_file.load_weights_file(best)['model_spec']
+
+
+def test_a_folder_is_calibrated_by_one_command_at_a_time(trained, sets, tmp_path, refused):
+    folder = shutil.copytree(trained[1], str(tmp_path / 'run'))
+    base = ['--device=cpu', '--num_workers=0', '--calibrate', '--eval', '--eval_data_path', str(sets / 'all')]
+    with holder(folder):
+        refused(base + ['--resume', os.path.join(folder, 'checkpoint-best.pth')],
+                '--calibrate in %s: process ' % folder, ' writes there; wait')
+    assert run_class_finetuning.run(base + ['--resume', folder]) == 0
+    assert run_folder.LOCK not in os.listdir(folder)
 
 
 def test_what_cannot_be_calibrated_is_refused(trained, sets, tmp_path, refused):

@@ -54,12 +54,12 @@ register_output(r'log\.txt', proves_run=True, is_ours=_begins_as_append_log_writ
 # ---- one run at a time
 
 @contextlib.contextmanager
-def locked(folder: str, device: Optional[torch.device] = None) -> Iterator[None]:
+def locked(folder: str, device: Optional[torch.device] = None, flag: str = '--output_dir') -> Iterator[None]:
     """Make the output folder and hold its lock, on the first process; the others get its error. '' locks nothing.
 
     The kernel frees the lock at any end of the process, and child processes do not inherit it. On NFS the lock works
     between machines. On a file system without locks, it logs a line. Raises a `UserError` with the name of the run that
-    holds the lock. `device` is that of the collective; None if only one process calls this.
+    holds the lock. `device` is that of the collective; None if only one process calls this. Errors begin with `flag`.
     """
     made: List[pathlib.Path] = []  # the innermost first
     handles: List[int] = []
@@ -69,10 +69,10 @@ def locked(folder: str, device: Optional[torch.device] = None) -> Iterator[None]
         try:
             made.extend(each for each in (path, *path.parents) if not os.path.isdir(each))
             os.makedirs(folder, exist_ok=True)
-            handles.append(_lock(folder))
+            handles.append(_lock(folder, flag))
         except OSError as error:
-            raise UserError('--output_dir %s cannot be written to (%s: %s); choose another' % (
-                escape_text(folder), escape_text(error.filename or folder), error.strerror or error)) from None
+            raise UserError('%s %s cannot be written to (%s: %s); choose another' % (
+                flag, escape_text(folder), escape_text(error.filename or folder), error.strerror or error)) from None
         return b''
 
     if folder:
@@ -91,7 +91,7 @@ def locked(folder: str, device: Optional[torch.device] = None) -> Iterator[None]
                 os.rmdir(each)
 
 
-def _lock(folder):
+def _lock(folder, flag):
     """Lock the folder; returns the open lock file. Raises `UserError` with the name of the run that has the lock."""
     path = os.path.join(folder, LOCK)
     while True:
@@ -103,8 +103,8 @@ def _lock(folder):
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 holder = escape_text(os.read(handle, 200)) or 'another run'
                 os.close(handle)
-                raise UserError('--output_dir %s: %s writes there; wait for its end, stop it, or choose another folder'
-                                % (escape_text(folder), holder)) from None
+                raise UserError('%s %s: %s writes there; wait for its end, stop it, or choose another folder'
+                                % (flag, escape_text(folder), holder)) from None
             log_main('%s cannot be locked (%s); make sure that no other run writes there'
                      % (escape_text(folder), error.strerror or error))
             return handle
@@ -115,7 +115,7 @@ def _lock(folder):
         os.close(handle)  # the other run has just ended, and removed the file
     if not stat.S_ISREG(mine.st_mode) or mine.st_nlink > 1:
         os.close(handle)
-        raise UserError('--output_dir %s: %s is not a file of this program; remove it' % (escape_text(folder), LOCK))
+        raise UserError('%s %s: %s is not a file of this program; remove it' % (flag, escape_text(folder), LOCK))
     with contextlib.suppress(OSError):  # a full disk; the lock holds nevertheless
         os.ftruncate(handle, 0)
         os.write(handle, ('process %d on %s, since %s,' % (
