@@ -22,7 +22,7 @@ from beit.data.decode import UnreadableImage, load_image
 from beit.errors import UserError
 from beit.files import archives
 from beit.files.archives import open_file
-from helpers import NANO, launch, lines_of, photo
+from helpers import NANO, as_nobody, launch, lines_of, photo
 
 TRAINING = NANO + ['--batch_size=4', '--epochs=2', '--warmup_epochs=0', '--aa=none', '--lr=1e-3']
 
@@ -332,6 +332,15 @@ def test_hostile_archives_are_one_line(tmp_path, kind, refused):
 
 def test_a_missing_archive_is_no_file(tmp_path, refused):
     refused(TRAINING + ['--data_path', str(tmp_path / 'none.zip')], 'none.zip: no such file or folder')
+
+
+@pytest.mark.parametrize('name', ['a.zip', 'a.tar'])
+def test_an_archive_without_read_permission_need_not_be_unpacked(public_folder, name):
+    path = os.path.join(public_folder, name)
+    with open(path, 'wb'):
+        os.chmod(path, 0)
+    with as_nobody(), pytest.raises(UserError, match='Permission denied.*; allow this user to read it$'):
+        archives.Archive(path)
 
 
 def test_a_tar_can_end_with_many_zeros(tmp_path):

@@ -122,7 +122,8 @@ class Archive:
         except Exception as error:  # the libraries raise nearly anything on a damaged file
             kind = '.zip' if head[:4] == b'PK\3\4' else '.tar' if head[257:262] == b'ustar' else ''
             is_damaged = kind and not isinstance(error, (ValueError, NotImplementedError))
-            remedy = ('its content is a %s; rename it' % kind if kind not in ('', path[-4:].lower()) else
+            remedy = ('allow this user to read it' if isinstance(error, PermissionError) else
+                      'its content is a %s; rename it' % kind if kind not in ('', path[-4:].lower()) else
                       '%sfetch or copy it again' % ('' if head else 'it is empty; ') if is_damaged or not head else
                       'unpack it, or pack a .zip or a .tar that is not compressed')
             raise UserError('%s: cannot be read as an archive (%s); %s' % (
