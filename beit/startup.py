@@ -51,7 +51,7 @@ def check_packages() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         made = os.path.join(ROOT, '.venv', 'bin', 'python')  # by the scripts in test/
-        file = 'requirements.txt' if sys.version_info >= (3, 9) else '1.8_requirements.txt'
+        file = 'requirements.txt' if sys.version_info >= (3, 9) else '1.8_requirements.txt'  # as their wheels require
         is_other = os.path.isfile(made) and os.path.abspath(sys.executable) != made
         raise UserError('%s has no %s; %s' % (
             sys.executable, ', '.join(missing).replace('PIL', 'Pillow'),
