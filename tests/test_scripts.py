@@ -218,6 +218,14 @@ def weights(checkout):
             pass
 
 
+@pytest.mark.parametrize('path', ['photos.zip', 'photos.tar', 'photos.zip/inner', 'photos.tar/inner'])
+def test_data_may_be_an_archive(stand_in, weights, parse, checkout, tmp_path, path):
+    """Relative to the folder that the script is called from; Python says what is wrong with it."""
+    run, arguments = stand_in('train_full_1p', '--data_path=' + path, where='test')
+    result(run)
+    assert parse(*arguments[2:]).data_path == os.path.join(checkout, 'test', path)
+
+
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_the_published_hyper_parameters_are_the_defaults(stand_in, weights, parse, data, script):
     run, arguments = stand_in(script, '--data_path=' + data, *needs(script))
