@@ -290,7 +290,7 @@ def test_csv_files_and_a_checkpoint_that_describes_itself(digits, tmp_path, capf
              str(tmp_path / 'own.pth'), '--train_csv', str(tmp_path / 'train.csv'), '--val_csv',
              str(tmp_path / 'val.csv'), '--output_dir', str(tmp_path / 'out')]
     assert run_linear_eval.run(flags) == 0
-    assert 'input 48x48' in capfd.readouterr().out
+    assert 'input 48x48 (this model is for --input_size 32)\n' in capfd.readouterr().out
     assert len(read_csv(tmp_path / 'out' / 'linear_eval.csv')) == 4
     spec = torch.load(str(tmp_path / 'out' / 'checkpoint-0.pth'))['model_spec']
     assert spec['preprocessing']['mean'] == [0.485, 0.456, 0.406] and spec['architecture']['abs_pos_emb'] is True

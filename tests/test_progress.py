@@ -55,6 +55,7 @@ def check_terminal(shown):
     assert len(re.findall(r'[\r\n]Epoch +Loss Training Validation +Best Images/s +Time\r\n', shown)) == 1
     assert '\rValidation ' in shown
     assert re.search(r'^Device +cpu, ', shown, re.M) and re.search(r'^Classes +cat, dog\r$', shown, re.M)
+    assert re.search(r'^Model +beit_nano_patch8_32, .* 2 classes, input 32x32\r$', shown, re.M)
     assert re.search(r'^Batch +8 per device x 1 x 1 accumulated = 8; 4 updates an epoch, 8 in all\r$', shown, re.M)
     assert not re.search(r'Averaged stats|Epoch: \[|Test:', shown), shown
     end = shown[re.search(EPOCH % 2, shown).end():]  # the last evaluation's, and no other's

@@ -9,6 +9,7 @@ from beit.data import fingerprint
 from beit.devices import accelerator
 from beit.errors import escape_text
 from beit.log import log_main, log_table, pluralize
+from modeling_finetune import MODELS
 
 
 def show(environment: Dict[str, Any], flags: Dict[str, Any], data: Any, attention: str,
@@ -28,14 +29,16 @@ def show(environment: Dict[str, Any], flags: Dict[str, Any], data: Any, attentio
     unused_npu = accelerator.npu_unused_reason(flags['device'], torch.device(environment['device']))
     if unused_npu:
         rows.append(('', unused_npu.rstrip()))
+    usual = MODELS.get(environment['model'], {}).get('img_size', side)
     counts = ['%d %s' % (environment[kind + '_images'], kind) for kind in ('training', 'validation')
               if environment[kind + '_images'] is not None]
     transparent, sampled = fingerprint.count_transparent(data.val_set if data.train_set is None else data.train_set)
     rows += [('Precision', environment['precision']),
              ('Attention', attention),
-             ('Model', '%s, %.2f M parameters, %s, input %dx%d' % (
+             ('Model', '%s, %.2f M parameters, %s, input %dx%d%s' % (
                  environment['model'], environment['parameters'] / 1e6,
-                 pluralize(len(classes), 'class'), side, side)),
+                 pluralize(len(classes), 'class'), side, side,
+                 '' if side == usual else ' (this model is for --input_size %d)' % usual)),
              ('Classes', model_spec.shorten_names(classes) + (
                  ' (only one: there is nothing to distinguish)' if len(classes) == 1 else '')),
              ('Data', '%s images' % ' and '.join(counts))]
