@@ -245,6 +245,15 @@ def test_a_figure_that_the_images_do_not_have_is_refused(trained, refused):
         metrics.check_best_by('acc1', True)
 
 
+def test_a_figure_that_may_stay_zero_is_named_at_the_start(capsys):
+    for best_by, multi_label in (('macro_f1', False), ('mAP', True), (None, True)):
+        metrics.check_best_by(best_by, multi_label)
+    assert capsys.readouterr().out == ''
+    metrics.check_best_by('macro_f1', True)
+    line, = capsys.readouterr().out.splitlines()
+    assert '--best_by macro_f1 stays 0 until a class has a probability above 0.5' in line and 'mAP' in line
+
+
 SHARDED = '''
 import json, os, sys
 sys.path[:0] = %r

@@ -18,6 +18,7 @@ from beit.distributed import collectives
 from beit.errors import UserError, escape_text, guard_cell
 from beit.files import atomic_write
 from beit.files.archives import open_file
+from beit.log import log_main
 from beit.training import losses
 
 LOSS_UNIT = 2. ** -32  # losses are summed as multiples of this: then the sum does not depend on the order
@@ -444,12 +445,14 @@ def build_metrics(evaluation: Evaluation) -> List[Metric]:
 
 
 def check_best_by(best_by: Optional[str], multi_label: bool) -> None:
-    """Raise a `UserError` for a --best_by that images of this kind do not have."""
+    """Raise a `UserError` for a --best_by that images of this kind do not have; a line says what may keep it at 0."""
     wrong = ('acc1', 'balanced_acc') if multi_label else ('mAP',)
     if best_by in wrong:
         raise UserError('--best_by %s: the images have %s; give %s' % (
             best_by, 'several classes each' if multi_label else 'one class each',
             ' or '.join(name for name in BEST_BY if name not in wrong)))
+    if multi_label and best_by == 'macro_f1':
+        log_main('--best_by macro_f1 stays 0 until a class has a probability above 0.5; --best_by mAP needs none')
 
 
 def primary_metric(stats: Mapping[str, Any], prefix: str = '') -> Any:
