@@ -254,6 +254,21 @@ def test_a_figure_that_may_stay_zero_is_named_at_the_start(capsys):
     assert '--best_by macro_f1 stays 0 until a class has a probability above 0.5' in line and 'mAP' in line
 
 
+@pytest.mark.parametrize('classes, shows', [(2, False), (5, False), (6, True)])
+def test_top_5_of_five_classes_is_not_shown(classes, shows, capsys):
+    """It is always 100 %."""
+    generator = torch.Generator().manual_seed(1)
+    kinds, stats = [metrics.TopAccuracy(), metrics.Loss(), metrics.PerClass(list('abcdef'[:classes]))], {}
+    for metric in kinds:
+        metric.update((None, torch.tensor([0, 1]), torch.arange(2)), torch.randn(2, classes, generator=generator))
+        stats.update(metric.compute(False, CPU))
+    line = run_log.score_lines('network', stats, 0)[0]
+    assert ('Acc@5' in line) == shows and 'Acc@1' in line
+    run_log.print_sets([dict(stats, data='a', weights='model')])
+    assert ('acc5' in capsys.readouterr().out) == shows
+    assert 'acc5' in metrics.logged(stats)  # in log.txt, for programs
+
+
 SHARDED = '''
 import json, os, sys
 sys.path[:0] = %r

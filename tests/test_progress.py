@@ -59,7 +59,7 @@ def check_terminal(shown):
     assert re.search(r'^Batch +8 per device x 1 x 1 accumulated = 8; 4 updates an epoch, 8 in all\r$', shown, re.M)
     assert not re.search(r'Averaged stats|Epoch: \[|Test:', shown), shown
     end = shown[re.search(EPOCH % 2, shown).end():]  # the last evaluation's, and no other's
-    assert re.match(r'\* Acc@1 [\d.]+ Acc@5 [\d.]+ loss [\d.]+\r\nAccuracy of the network on the \d+ test images: '
+    assert re.match(r'\* Acc@1 [\d.]+ loss [\d.]+\r\nAccuracy of the network on the \d+ test images: '
                     r'[\d.]+%\r\nPrecision, recall, F1: macro [^M]*\r\nExpected calibration error [\d.]+%\r\n'
                     r'Max accuracy: [\d.]+%\r\n', end), end
     assert shown.count('* Acc@1') == 1

@@ -30,11 +30,16 @@ def count_parameters(model: torch.nn.Module) -> int:
         parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def shown_specs(stats: Stats) -> List[metrics.MetricSpec]:
+    """An evaluation's figures; not top-k of k classes or fewer, which is always 100 %."""
+    classes = len(stats.get('classes', ())) or math.inf
+    return [spec for spec in metrics.metric_specs(stats) if spec.name in stats and spec.above < classes]
+
+
 def score_lines(name: str, stats: Stats, unreadable: int) -> List[str]:
     """A line of all scores of a network on the validation images, and one of its accuracy, or mAP."""
     figure = metrics.primary_metric(stats)
-    return ['* ' + ' '.join(spec.line % stats[spec.name] for spec in metrics.metric_specs(stats)
-                            if spec.line and spec.name in stats),
+    return ['* ' + ' '.join(spec.line % stats[spec.name] for spec in shown_specs(stats) if spec.line),
             '%s of the %s on the %d test images: %.3f%s%s' % (
                 figure.title, name, stats['images'], stats[figure.name], figure.unit,
                 ' (%d more could not be read and are not counted)' % unreadable if unreadable else '')]
@@ -67,7 +72,8 @@ def results_row(source: str, weights: str, spec: ModelSpec, parameters: int, sta
 
 def print_sets(rows: List[Stats]) -> None:
     """Print a table of the evaluated sets, from the rows of --results_file."""
-    specs = [spec for spec in metrics.metric_specs(rows[0]) if spec.title and spec.name in rows[0]]
+    most = max(rows, key=lambda row: len(row.get('classes', ())))
+    specs = [spec for spec in shown_specs(most) if spec.title]
     table = [['data', 'weights', 'images'] + [spec.name for spec in specs]]
     table += [[row['data'], row['weights'], str(row['images'])] + [
         '%.*f' % (3 if spec.unit else 4, row[spec.name]) for spec in specs] for row in rows]
