@@ -263,6 +263,12 @@ def test_curves_are_the_logs_figures():
     assert curves['Accuracy (%)', 'training top-1'] == ((1, 3, 4), (50., 50., 50.))  # missing values are left out
 
 
+def test_curves_of_a_panel_have_different_colours():
+    figures = dict(test_macro_f1=1., test_balanced_acc=2., test_ema_acc1=3., test_ema_balanced_acc=4.)
+    colours = [curve.colour for curve in panels([dict(line, **figures) for line in LOG])['Accuracy (%)']]
+    assert len(colours) == 7 == len(set(colours))
+
+
 @needs_matplotlib
 def test_curves_are_drawn(run, tmp_path):
     with Image.open(os.path.join(run[0], 'curves.png')) as picture:

@@ -44,7 +44,7 @@ def panels(log: Sequence[Dict[str, Any]], classes: float = math.inf) -> Dict[str
     add('Accuracy (%)', 'training top-1', 'train_class_acc', GREY, 100)
     drawn: Dict[str, int] = collections.Counter()
     for spec in metrics.metric_specs(name for line in log for name in line):
-        if spec.title and spec.above < classes:
+        if spec.title and spec.above < classes and any('test_' + spec.name in line for line in log):
             title = (spec.panel or spec.title) + (' (%s)' % spec.unit if spec.unit else '')
             colour, ema_colour = VALIDATION[drawn[title] % len(VALIDATION)]
             drawn[title] += 1
