@@ -177,10 +177,7 @@ def create_optimizer(model: nn.Module, config: Optional[OptimizerConfig] = None,
 
 
 def complete_momenta(optimizer: torch.optim.Optimizer) -> None:
-    """Add a momentum of 0 to parameters of SGD that have none, in groups where others have one.
-
-    PyTorch's fused kernel needs a momentum for all parameters of a group or for none.
-    """
+    """Give SGD's parameters without a momentum one of 0: PyTorch's fused kernel needs it for a whole group, or none."""
     inner = kernels.base_optimizer(optimizer)
     for group in inner.param_groups if isinstance(inner, torch.optim.SGD) else ():
         missing = [parameter for parameter in group['params']

@@ -11,7 +11,7 @@ os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'FATAL')
 
 
 def load(path: str, device: str = 'cpu', **options: Any) -> Any:
-    """Load a trained classifier: a checkpoint, the folder of a training, an export, or published weights.
+    """Load a `beit.classifier.Classifier` of a checkpoint, the folder of a training, an export, or published weights.
 
     >>> import beit
     >>> classifier = beit.load('train_result')
@@ -22,9 +22,6 @@ def load(path: str, device: str = 'cpu', **options: Any) -> Any:
         path (str): a file, a folder or an https URL.
         device (str): where the network computes, such as 'cuda' or 'npu:0'.
         options: see `beit.classifier.load`.
-
-    Returns:
-        beit.classifier.Classifier
     """
     from beit import classifier  # imports torch, which `import beit` does not need
     return classifier.load(path, device, **options)

@@ -30,14 +30,10 @@ class Classifier:
         self.spec, self.classes, self.source = loaded.spec, loaded.classes, loaded.source
 
     def transform(self, image: Picture) -> torch.Tensor:
-        """Prepare a file, or a Pillow image of any mode and size, as the evaluation does.
+        """Prepare a file, or a Pillow image of any mode and size, as the evaluation does: float32 (C, H, W) on the CPU.
 
-        Returns:
-            torch.Tensor: float32 (C, H, W), normalised, on the CPU.
-
-        Raises:
-            beit.errors.UserError: the file can't be read as an image.
-            ValueError: the Pillow image holds numbers of unknown range.
+        Raises `beit.errors.UserError` for a file that can't be read as an image, and ValueError for a Pillow image
+        that holds numbers of unknown range.
         """
         if not isinstance(image, (str, os.PathLike, Image.Image)):
             raise TypeError('give a path or a Pillow image, not %s; PIL.Image.fromarray makes one of an array'
@@ -64,9 +60,8 @@ class Classifier:
     def predict(self, image: Union[Picture, Sequence[Picture]], top_k: int = 5) -> Any:
         """Classify an image, or a list of images in one batch.
 
-        Returns:
-            [(class name, probability), …], the most likely first; for a list of images, a list of these. Errors are
-            those of `transform`.
+        Returns [(class name, probability), …], the most likely first; for a list of images, a list of these. Raises
+        what `transform` raises.
         """
         if not isinstance(image, (list, tuple)):
             single: Any = image
@@ -82,7 +77,7 @@ OPTIONS = ('model', 'input_size', 'crop_pct', 'eval_fit', 'exif', 'background', 
 
 
 def load(path: str, device: str = 'cpu', use_ema: bool = False, class_names: str = '', **options: Any) -> Classifier:
-    """Load a classifier.
+    """Load a classifier. Raises `beit.errors.UserError`: the file can't be read, or does not describe its model.
 
     Args:
         path (str): a checkpoint, the folder of a training (its best checkpoint), what `run_export.py` wrote as
@@ -91,9 +86,6 @@ def load(path: str, device: str = 'cpu', use_ema: bool = False, class_names: str
         use_ema (bool): take the averaged weights.
         class_names (str): a file with the names of classes, one a line or JSON, for weights without names.
         options: `OPTIONS`, as the flags of these names; they win over the file.
-
-    Raises:
-        beit.errors.UserError: the file can't be read, or does not describe its model.
     """
     for name in set(options) - set(OPTIONS):
         raise TypeError('beit.load has no option %s; it has %s' % (name, ', '.join(OPTIONS)))

@@ -41,11 +41,8 @@ def _report_errors(program: str, work: Callable[[], Any], memory_remedy: str, re
 
 
 def end_loader_processes() -> None:
-    """Kill the loader processes that are left: one may wait forever for a lock that a killed one held.
-
-    PyTorch's handler would report each in a traceback.
-    """
-    if hasattr(signal, 'SIGCHLD'):
+    """Kill the loader processes that are left: one may wait forever for a lock that a killed one held."""
+    if hasattr(signal, 'SIGCHLD'):  # PyTorch's handler would report each in a traceback
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     sys.unraisablehook = lambda _: None  # PyTorch's iterator that has not started all processes fails in its __del__
     for child in multiprocessing.active_children():

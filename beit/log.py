@@ -88,9 +88,8 @@ class Display:
         name = re.sub(r'Epoch: \[(\d+)\]', lambda found: 'Epoch %d' % (int(found.group(1)) + 1), header)
         name = 'Validation' if name == 'Test:' else name
         with contextlib.suppress(OSError, ValueError):
-            shape: Dict[str, Any] = dict(dynamic_ncols=True)
-            if 0 in os.get_terminal_size(self.stream.fileno()):  # tqdm would draw nothing
-                shape = dict(ncols=DEFAULT_COLUMNS, nrows=24)
+            is_unknown = 0 in os.get_terminal_size(self.stream.fileno())  # tqdm would draw nothing
+            shape: Any = dict(ncols=DEFAULT_COLUMNS, nrows=24) if is_unknown else dict(dynamic_ncols=True)
             columns = self.columns()
             self.is_short = columns < BARS[0][0]
             self.bar = self.tqdm(total=total, initial=done, desc=name, file=self.stream, leave=False,

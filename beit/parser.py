@@ -14,6 +14,8 @@ from beit.outputs import args_yaml
 
 COLUMN = 24  # where a flag's help begins
 OF_FOLDER = ('log_dir', 'resume', 'auto_resume', 'start_epoch', 'results_file')  # valid for one output_dir only
+# Above 0 where torchrun (--max_restarts) or SLURM (--requeue) has restarted this program, which then must resume.
+RESTARTS = ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT')
 
 
 # ---- the parser
@@ -74,7 +76,7 @@ class OneLineParser(argparse.ArgumentParser):
         if 'config' in parsed:
             del parsed.config  # the other flags have its values now
         if 'auto_resume' in parsed:  # only training has this flag
-            parsed.auto_resume = parsed.auto_resume or was_restarted()
+            parsed.auto_resume |= any(os.environ.get(name, '0') not in ('', '0') for name in RESTARTS)
         if rest:
             raise self.unknown_flag(rest[0].partition('=')[0])
         if isinstance(parsed, ParsedFlags):
@@ -167,12 +169,6 @@ def normalize_argv(args: List[str]) -> List[str]:
         if re.match(r'--[^=]+=--$', arg):
             raise UserError('%s: -- is not a value' % arg)
     return [re.sub(r'^--[^=]+', lambda flag: '--' + flag.group()[2:].replace('-', '_'), arg) for arg in args]
-
-
-def was_restarted() -> bool:
-    """Whether torchrun (--max_restarts) or SLURM (--requeue) has restarted this program, which then must resume."""
-    return any(os.environ.get(name, '0') not in ('', '0') for name in ('TORCHELASTIC_RESTART_COUNT',
-                                                                       'SLURM_RESTART_COUNT'))
 
 
 # ---- kinds of flags

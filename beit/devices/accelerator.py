@@ -185,10 +185,7 @@ def noise_generator(device: torch.device) -> torch.Generator:
 
 
 def prefetch(items: Iterable, move: Callable[[Any], Any], device: torch.device) -> Iterator:
-    """Yield move(item) for each item; on npu and cuda, a side stream moves the next one meanwhile.
-
-    `move` copies an item to the device, without waiting.
-    """
+    """Yield move(item), a copy that does not wait, of each item; a side stream of npu and cuda copies the next one."""
     module = device_module(device)
     if not hasattr(module, 'Stream'):
         yield from map(move, items)

@@ -32,10 +32,7 @@ def all_gather_numbers(numbers: Sequence[float], device: torch.device, dtype: to
 
 
 def all_gather_async(numbers: Sequence[int], device: torch.device) -> Callable[[], List[List[Any]]]:
-    """Start to gather whole numbers of every process over the hosts' network, without waiting for devices.
-
-    Returns a function to call once, which waits for the numbers and returns a list for each process.
-    """
+    """Gather whole numbers over the hosts' network. Returns a function, to call once, that waits for each process's."""
     if not process_group.host_groups:
         return lambda: all_gather_numbers(numbers, device)
     mine = torch.tensor(numbers, dtype=torch.float32)
