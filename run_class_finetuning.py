@@ -588,9 +588,12 @@ def calibrate(args: argparse.Namespace, data: Data, learner: Learner, checkpoint
 
 
 def averaged_network(args: argparse.Namespace, learner: Learner) -> Any:
-    """The moving average on the device, in the precision of an evaluation; None without one."""
-    return learner.ema and loss_scaler.autocast_for_evaluation(learner.ema.ema.to(learner.device), learner.device,
-                                                               learner.dtype, args.opt_level)
+    """The moving average on the device, float32 or under O1's autocast; None without one."""
+    network: Any = learner.ema and learner.ema.ema.to(learner.device)
+    kind, dtype = learner.device.type, learner.dtype
+    if network is None or dtype is None or args.opt_level != 'O1' or not half_precision.has_autocast(kind, dtype):
+        return network
+    return loss_scaler.HalfPrecision(network, dtype, kind)
 
 
 def evaluate_all(args: argparse.Namespace, data: Data, learner: Learner, bad_images: UnreadableFiles,

@@ -291,11 +291,3 @@ def initialize_amp(model: nn.Module, optimizer: Optional[torch.optim.Optimizer],
         pairs += zip(group['params'], masters)
         group['params'] = masters
     return HalfPrecision(model, dtype), MasterWeightScaler(pairs, **scaling)
-
-
-def autocast_for_evaluation(model: nn.Module, device: torch.device, dtype: Optional[torch.dtype],
-                            opt_level: str) -> nn.Module:
-    """A float32 model, such as the averaged weights, wrapped for evaluation in the run's precision."""
-    if dtype is None or opt_level != 'O1' or not half_precision.has_autocast(device.type, dtype):
-        return model
-    return HalfPrecision(model, dtype, device.type)
