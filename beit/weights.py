@@ -9,7 +9,7 @@ import sys
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from beit import startup
-from beit.errors import UserError, escape_text, print_error
+from beit.errors import UserError, escape_text, print_error, print_line
 from beit.paths import cache_folder, project_root
 
 RELEASES = 'https://github.com/addf400/files/releases/download'
@@ -195,13 +195,13 @@ def main(argv: List[str]) -> int:
         print_error('usage: python -m beit.weights list')
         return 2
     row = '%-39s %5s %5s %7s %15s  %s'
-    print(row % ('name', 'MB', 'input', 'classes', 'acc@1 / acc@5', 'on this machine'))
+    print_line(row % ('name', 'MB', 'input', 'classes', 'acc@1 / acc@5', 'on this machine'))
     for each in PUBLISHED.values():
         path = find(each)
         megabytes = '%d' % (os.path.getsize(path) // 10 ** 6) if path else '~%d' % each.megabytes
-        print(row % (each.name, megabytes, each.input_size, each.classes or '-', each.accuracy(),
-                     escape_text(os.path.dirname(path).replace(os.path.join(os.getcwd(), ''), '')) or '-'))
-    print('\nmodel: the name up to the input size, such as beit_base_patch16_224\nURL:   %s' % '\n       '.join(
+        print_line(row % (each.name, megabytes, each.input_size, each.classes or '-', each.accuracy(),
+                          escape_text(os.path.dirname(path).replace(os.path.join(os.getcwd(), ''), '')) or '-'))
+    print_line('\nmodel: the name up to the input size, such as beit_base_patch16_224\nURL:   %s' % '\n       '.join(
         sorted({each.url.replace(each.name, 'NAME') for each in PUBLISHED.values()}, reverse=True)))
     return 0
 

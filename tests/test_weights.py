@@ -89,6 +89,9 @@ def test_list_shows_each_and_where_it_is(monkeypatch, tmp_path, capsys):
     assert weights.main([]) == 2 and 'python -m beit.weights list' in capsys.readouterr().err
     done = subprocess.run([sys.executable, '-m', 'beit.weights', 'list'], cwd=ROOT, stdout=subprocess.PIPE)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 26
+    done = subprocess.run(['bash', '-c', '"$0" -m beit.weights list | head -1', sys.executable], cwd=ROOT,
+                          stderr=subprocess.PIPE)
+    assert b'Traceback' not in done.stderr
     monkeypatch.chdir(str(tmp_path.parent))
     assert weights.main(['list']) == 0 and ' 96.6  %s\n' % tmp_path.name in capsys.readouterr().out
 
