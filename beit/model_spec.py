@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import modeling_finetune
@@ -184,8 +185,9 @@ def match_classes(spec: ModelSpec, source: str, found: Sequence[str], trains: bo
     if len(found) != len(spec.classes):
         raise UserError('%s: it has %d outputs without names, and the data has %d classes; name all of its classes, '
                         'in order, with --class_names FILE' % (shown, len(spec.classes), len(found)))
-    numeric = class_folders.numeric_order(found) is not None
-    return [int(name) for name in found] if numeric else list(range(len(found))), \
+    numbers = [int(name) if re.fullmatch('[0-9]{1,9}', name) else -1 for name in found]
+    numeric = sorted(numbers) == list(range(len(found)))
+    return numbers if numeric else list(range(len(found))), \
         '%s does not name its classes; they are matched with the data\'s classes by position, %s; name them with ' \
         '--class_names FILE' % (escape_text(source), 'in the order of their numbers' if numeric else 'in sorted order')
 

@@ -508,15 +508,6 @@ def test_class_names_are_compared_in_one_unicode_form(image_folder, parse):
         class_folders.scan_classes(os.path.join(root, 'train'))
 
 
-def test_numeric_order():
-    names = [str(number) for number in range(12)]
-    order = class_folders.numeric_order(sorted(names))
-    assert [sorted(names)[index] for index in order] == names
-    assert class_folders.numeric_order(['00', '01', '02']) == [0, 1, 2]
-    for names in (['1', '2'], ['0', '1', 'x'], ['0', '00', '1'], ['0', '2'], ['0', '\u0661']):
-        assert class_folders.numeric_order(names) is None
-
-
 def test_other_layouts_name_the_flags_that_read_them(image_folder, refused, capsys):
     root = image_folder(train=2, val=1)
     base = RUN + ['--epochs=1', '--batch_size=2']
@@ -692,7 +683,7 @@ def test_one_process_scans_and_broadcasts(tmp_path):
 
 
 def test_without_other_processes_nothing_is_broadcast():
-    assert collectives.broadcast_from_main(lambda keep_alive: keep_alive() or b'x', None) == b'x'
+    assert collectives.broadcast_from_main(lambda keep_alive: keep_alive() or 'x', None) == 'x'
 
 
 def test_image_folder_with_a_separate_evaluation_folder(image_folder, parse):

@@ -157,7 +157,7 @@ sys.path.insert(0, %r)
 import torch; from beit.distributed import collectives; from beit.distributed import process_group
 from beit.config import DistributedConfig
 device = process_group.init_distributed_mode(DistributedConfig(device='cpu', dist_timeout=60.))
-collectives.broadcast_from_main(lambda keep_alive: b'x', device)
+collectives.broadcast_from_main(lambda keep_alive: 'x', device)
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
 for _ in range(3):
     model(torch.randn(4, 64)).sum().backward()

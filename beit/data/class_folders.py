@@ -2,9 +2,8 @@
 
 import array
 import collections
-import json
+import contextlib
 import os
-import re
 import unicodedata
 from typing import Callable, Collection, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -40,11 +39,10 @@ def scan_classes(root: str, device: Optional[torch.device] = None, depth: int = 
         UserError: a folder can't be listed, or a link is broken or leads to one of its parents: images would be missing
             or counted twice. (A broken link named like an image is an unreadable file.)
     """
-    packed = collectives.broadcast_from_main(lambda keep_alive: _scan(root, keep_alive), device)
-    every, unused = json.loads(packed.decode())
-    found = [(folder, files) for folder, files in every if len(folder.split(os.sep)) >= depth]
+    every, unused = collectives.broadcast_from_main(lambda keep_alive: _scan(root, keep_alive), device)
+    found = [(folder, files) for folder, files in every if folder.count(os.sep) >= depth - 1]
     unused += [(os.path.join(root, folder, name), 'above the folders of --class_depth %d' % depth)
-               for folder, files in every if len(folder.split(os.sep)) < depth for name in files.split('/') if name]
+               for folder, files in every if folder.count(os.sep) < depth - 1 for name in files.split('/') if name]
     filled = {folder for folder, files in found if files}
     nested = sorted(folder for folder in filled if _class_of(folder, depth) not in filled)
     if nested:
@@ -73,15 +71,16 @@ def _class_of(folder: str, depth: int) -> str:
     return '/'.join(folder.split(os.sep)[:depth])
 
 
-def _scan(root: str, keep_alive: Callable[[], None]) -> bytes:
-    """JSON of [(folder relative to root, sorted names of its images joined by /)] and of [(unused path, reason)]."""
-    found, unused = [], []  # type: List[Tuple[str, str]], List[Tuple[str, str]]
+def _scan(root: str, keep_alive: Callable[[], None]) -> Tuple[List[Tuple[str, str]], List[Tuple[str, str]]]:
+    """[(folder relative to root, sorted names of its images joined by /)] and [(unused path, reason)]."""
+    found: List[Tuple[str, str]] = []
+    unused: List[Tuple[str, str]] = []
     for folder, names in walk_folders(root, lambda *item: unused.append(item)):
         found.append((folder, '/'.join(sorted(names))))
         keep_alive()
     _, beside = found.pop(0)  # root itself
     unused += [(os.path.join(root, name), 'beside the class folders') for name in beside.split('/') if name]
-    return json.dumps([found, sorted(unused)]).encode()
+    return found, sorted(unused)
 
 
 def walk_folders(root: str, on_skip: OnSkip, exclude: Collection[str] = ()) -> Iterator[Tuple[str, Iterator[str]]]:
@@ -105,17 +104,14 @@ def walk_folders(root: str, on_skip: OnSkip, exclude: Collection[str] = ()) -> I
         if ancestors[-1] in exclude:
             continue
         folders: List[str] = []
-        try:
-            with archives.scandir(path) as entries:
-                yield folder, _image_names(entries, path, folders, on_skip)
-        except OSError as error:
-            raise _listing_error(error, path) from None
+        with _listing(path), archives.scandir(path) as entries:
+            yield folder, _image_names(entries, path, folders, on_skip)
         pending += [(os.path.join(folder, name), ancestors) for name in sorted(folders, reverse=True)]
 
 
 def _image_names(entries: Iterable[os.DirEntry], path: str, folders: List[str], on_skip: OnSkip) -> Iterator[str]:
     """Yield the names of images among a folder's entries; append names of folders, also linked ones, to `folders`."""
-    try:
+    with _listing(path):
         for entry in entries:
             if entry.name.startswith('.') or entry.name in NOT_DATA:
                 on_skip(entry.path, 'hidden')
@@ -127,8 +123,15 @@ def _image_names(entries: Iterable[os.DirEntry], path: str, folders: List[str], 
                 if entry.is_symlink():
                     os.stat(entry.path)  # an OSError for a broken link: its target may be a folder of images
                 on_skip(entry.path, extension_of(entry.name))
+
+
+@contextlib.contextmanager
+def _listing(path: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise _listing_error(error, path) from None
+        raise UserError('%s: cannot be listed (%s); repair or remove it, or let this user read it'
+                        % (escape_text(error.filename or path), error.strerror)) from None
 
 
 def extension_of(path: str) -> str:
@@ -160,17 +163,6 @@ def log_similar_names(classes: Sequence[str]) -> None:
 def normalize(name: str) -> str:
     """A class name in Unicode's NFC form, for comparisons: macOS writes accents as separate characters."""
     return unicodedata.normalize('NFC', name)
-
-
-def numeric_order(classes: Sequence[str]) -> Optional[List[int]]:
-    """The index of each number in classes named 0 … N-1, in any order and with any zeros; None for other names."""
-    numbers = {int(name): index for index, name in enumerate(classes) if re.fullmatch('[0-9]{1,9}', name)}
-    return [numbers[number] for number in range(len(classes))] if set(numbers) == set(range(len(classes))) else None
-
-
-def _listing_error(error: OSError, path: str) -> UserError:
-    return UserError('%s: cannot be listed (%s); repair or remove it, or let this user read it'
-                     % (escape_text(error.filename or path), error.strerror))
 
 
 def _resolve_link(folder: str, ancestors: Tuple[str, ...]) -> Tuple[str, ...]:

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import io
 import itertools
-import json
 import os
 import re
 import unicodedata
@@ -72,11 +71,12 @@ def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]
     file.data = b''
     _check_duplicates(file, samples, lines, labels.is_multi)
     if missing != 'ignored':
-        renamed = json.loads(collectives.broadcast_from_main(
-            lambda keep_alive: _find_files(file, samples, lines, missing == 'error', keep_alive), device).decode())
+        renamed = collectives.broadcast_from_main(
+            lambda keep_alive: _find_files(file, samples, lines, missing == 'error', keep_alive), device)
         if renamed:
-            stored = [os.fsencode(renamed[str(index)]) if str(index) in renamed else samples.name(index)
-                      for index in range(len(samples))]
+            stored = samples.relative_names(0, len(samples))
+            for index, name in renamed:
+                stored[index] = os.fsencode(name)
             samples = SampleList.from_names(root, stored, flat, label_ends, len(known))
     return samples, known
 
@@ -154,14 +154,12 @@ class CsvFile:
             raise UserError('%s: lists no image; write one path,label per line' % self.name)
         if self.has_header or len(row) < 2:
             return
-        is_path = [is_image_name(cell) or os.path.lexists(os.path.join(root, cell))
-                   for cell in (each.strip() for each in row)]
-        quoted = escape_text(self.delimiter.join(row))
-        if not is_path[0] and is_path[1]:
-            raise self.error(line, '%s: the label comes before the path; add a header label,path' % quoted)
+        is_path = [is_image_name(cell) or os.path.lexists(os.path.join(root, cell)) for cell in map(str.strip, row)]
         if not is_path[0]:
-            raise self.error(line, '%s: neither an image nor a header with a column path (or %s) and a column label '
-                             '(or %s); %s' % (quoted, ', '.join(PATHS[1:]), ', '.join(LABELS[1:]), FORM))
+            problem = 'the label comes before the path; add a header label,path' if is_path[1] else \
+                'neither an image nor a header with a column path (or %s) and a column label (or %s); %s' % (
+                    ', '.join(PATHS[1:]), ', '.join(LABELS[1:]), FORM)
+            raise self.error(line, '%s: %s' % (escape_text(self.delimiter.join(row)), problem))
 
     def rows(self) -> Iterator[Tuple[int, str, str]]:
         """Yield (line, path, label cell) of the rows whose column `split`, if there is one, fits this flag."""
@@ -282,8 +280,8 @@ def _check_duplicates(file: CsvFile, samples: SampleList, lines: Sequence[int], 
 
 
 def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_exist: bool,
-                keep_alive: Callable[[], None]) -> bytes:
-    """JSON of {index: name}: the file system's names of files that the CSV file spells differently.
+                keep_alive: Callable[[], None]) -> List[Tuple[int, str]]:
+    """(index, name): the file system's names of files that the CSV file spells differently.
 
     Each folder is listed once, instead of a look-up for each file.
 
@@ -293,7 +291,7 @@ def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_e
     folders: Dict[str, array.array] = {}
     for index in range(len(samples)):
         folders.setdefault(os.path.dirname(samples.path(index)), array.array('q')).append(index)
-    renamed, absent = {}, []
+    renamed, absent = [], []
     for folder, indices in folders.items():
         keep_alive()
         listed = np.zeros(0, dtype=np.int64)
@@ -307,14 +305,14 @@ def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_e
             if spelling is None:
                 absent.append(index)
             elif spelling != name:
-                renamed[index] = spelling
+                renamed.append((index, spelling))
     if absent and must_exist:
         others = ', and %d more are missing' % (len(absent) - 1) if len(absent) > 1 else ''
         raise file.error(lines[absent[0]], 'there is no file %s%s; paths are relative to %s (--data_path names another '
                          'folder)' % (escape_text(samples.path(absent[0])), others, escape_text(samples.root) or '.'))
     if renamed:
         log_main('%s: %d paths were found under another spelling (\\ for /, or accents)' % (file.name, len(renamed)))
-    return json.dumps(renamed).encode()
+    return renamed
 
 
 def _spellings(name: str) -> List[str]:

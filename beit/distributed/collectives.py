@@ -93,14 +93,14 @@ def _broadcast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def broadcast_from_main(make: Callable[[Callable[[], None]], bytes], device: Optional[torch.device]) -> bytes:
-    """Return the bytes from `make` on the main process on every process, or raise its `UserError` everywhere.
+def broadcast_from_main(make: Callable[[Callable[[], None]], Any], device: Optional[torch.device]) -> Any:
+    """Return the JSON value from `make` on the main process on every process, or raise its `UserError` everywhere.
 
     `make` can take long: it gets a function to call often, which shows the watchdog that the process is alive. Without
     a device, each process calls `make` itself.
     """
     if process_group.world_size() == 1 or device is None:
-        return make(lambda: None)
+        return json.loads(json.dumps(make(lambda: None)))
 
     if not process_group.is_main_process():
         is_alive, failed, length = 1, 0, 0
@@ -111,7 +111,7 @@ def broadcast_from_main(make: Callable[[Callable[[], None]], bytes], device: Opt
         data = b''.join(_broadcast(block).cpu().numpy().tobytes() for block in blocks)[:length]
         if failed:
             raise UserError(data.decode())
-        return data
+        return json.loads(data)
 
     last_sent = time.monotonic()
 
@@ -123,7 +123,7 @@ def broadcast_from_main(make: Callable[[Callable[[], None]], bytes], device: Opt
 
     error = None
     try:
-        data = make(keep_alive)
+        data = json.dumps(make(keep_alive)).encode()
     except UserError as caught:
         error, data = caught, str(caught).encode('utf-8', 'backslashreplace')
     _broadcast(torch.tensor([0, error is not None, len(data)], dtype=torch.int64, device=device))
@@ -131,7 +131,7 @@ def broadcast_from_main(make: Callable[[Callable[[], None]], bytes], device: Opt
         _broadcast(_to_int32(data[start:start + BLOCK], device))
     if error is not None:
         raise error
-    return data
+    return json.loads(data)
 
 
 def all_reduce_sum(counts: Sequence[int], total: float, device: torch.device) -> Tuple[Any, ...]:

@@ -73,7 +73,6 @@ def locked(folder: str, device: Optional[torch.device] = None, flag: str = '--ou
         except OSError as error:
             raise UserError('%s %s cannot be written to (%s: %s); choose another' % (
                 flag, escape_text(folder), escape_text(error.filename or folder), error.strerror or error)) from None
-        return b''
 
     if folder:
         collectives.broadcast_from_main(acquire, device)
