@@ -4,7 +4,6 @@ A `config` can be any object with these attributes, such as the parsed flags.
 """
 
 import contextlib
-import copy
 import os
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -18,7 +17,7 @@ from beit.data import csv_dataset, locations, subsets
 from beit.data.class_folders import log_similar_names, normalize
 from beit.data.decode import UnreadableImage
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
-from beit.data.image_dataset import ImageDataset, ImageFolder, label_source
+from beit.data.image_dataset import ArrayDataset, ImageDataset, ImageFolder
 from beit.data.loader import EpochSampler, OrderedDistributedSampler, SampleDataset, SeededDataset, loader_kwargs
 from beit.data.sample_list import SampleList
 from beit.data.shared_memory import workers_that_fit
@@ -54,18 +53,16 @@ def build_class_folders(is_train: bool, config: InputConfig, device: Optional[to
     return ImageFolder(root, flag, device, config.check_data, config.class_depth, **_reading(is_train, config, device))
 
 
-def build_cifar(is_train: bool, config: InputConfig, device: Optional[torch.device]) -> torchvision_datasets.CIFAR100:
+def build_cifar(is_train: bool, config: InputConfig, device: Optional[torch.device]) -> ArrayDataset:
     try:
-        dataset = torchvision_datasets.CIFAR100(locations.cifar_root(config.data_path), train=is_train,
-                                                transform=build_transform(is_train, config, device))
+        cifar = torchvision_datasets.CIFAR100(locations.cifar_root(config.data_path), is_train)
     except RuntimeError:
         raise UserError('--data_path %s: cifar-100-python is damaged (its checksums differ); unpack it again'
                         % escape_text(config.data_path)) from None
-    dataset.classes = getattr(dataset, 'classes', None) or list(map(str, range(100)))
-    return dataset
+    return ArrayDataset(cifar.data, cifar.targets, cifar.classes, build_transform(is_train, config, device))
 
 
-# For each --data_set a function that builds a set: an `ImageDataset`, or another data set with `classes` and `targets`.
+# For each --data_set a function that builds the `ImageDataset`.
 BUILDERS = {'IMNET': build_class_folders, 'image_folder': build_class_folders, 'CIFAR': build_cifar}
 
 
@@ -92,7 +89,7 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
     train = train_classes = val = val_classes = None
     if not config.eval:
         train, train_classes = build_dataset(True, config, device)
-        multi_label = subsets.is_multi_label(label_source(train))
+        multi_label = train.samples.multi_label
     elif config.train_csv and config.val_csv and classes is None:  # the training CSV names the classes
         listed, classes = read_csv(True, config, device, missing='ignored')
         multi_label = listed.multi_label if multi_label is None else multi_label
@@ -100,7 +97,7 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
         train, val, val_classes = split_validation(train, config, device, held_out)
     elif locations.needs_validation(config):
         val, val_classes = build_dataset(False, config, device, train_classes or classes, multi_label)
-    if train is not None and val is not None and subsets.is_multi_label(label_source(val)) != multi_label:
+    if train is not None and val is not None and val.samples.multi_label != multi_label:
         raise UserError('--train_csv %s: its images have several classes, and class folders give one; give --val_csv'
                         % escape_text(config.train_csv))
     if train_classes and val_classes and train_classes != val_classes:
@@ -121,7 +118,7 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
     if config.image_folder_class_index_file:
         train, val, classes = order_classes(train, val, classes, config.image_folder_class_index_file)
     if train is not None and config.max_train_samples:
-        train = limit_samples(train, config)
+        train = train.subset(subsets.subsample(train.samples, config.max_train_samples, config.seed))
     if config.nb_classes and config.nb_classes != len(classes):
         raise UserError('--nb_classes %d: the data has %d classes; leave the flag out, or correct the data'
                         % (config.nb_classes, len(classes)))
@@ -137,13 +134,13 @@ def order_classes(train: Any, val: Any, classes: Sequence[str], path: str) -> Tu
         raise UserError('%s %s: it does not name the class folders %s; add them to the file'
                         % (flag, escape_text(path), model_spec.shorten_names(unknown)))
     place = {name: index for index, name in enumerate(names)}
-    return tuple(each and relabel(each, [place[name] for name in classes], names)
+    return tuple(each and each.relabel([place[name] for name in classes], names)
                  for each in (train, val)) + (names,)  # type: ignore[return-value]
 
 
 def check_fits(val_set: Any) -> None:
     """Raise a `UserError` where the first image has a wrong size, before an epoch of training."""
-    if getattr(val_set, 'fits', None) is not None and len(val_set):
+    if val_set.fits is not None and len(val_set):
         with contextlib.suppress(UnreadableImage):
             val_set.load(val_set.samples[0][0])
 
@@ -167,34 +164,9 @@ def split_validation(train: Optional[ImageFolder], config: InputConfig, device: 
     return None if train is None else train.subset(train_indices, held_out=held_out), val, dataset.classes
 
 
-def limit_samples(train: Any, config: DataConfig) -> Any:
-    """At most --max_train_samples of the training set, the same in every epoch."""
-    indices = subsets.subsample(label_source(train), config.max_train_samples, config.seed)
-    if hasattr(train, 'subset'):
-        return train.subset(indices)
-    subset: Any = torch.utils.data.Subset(train, indices.tolist())
-    subset.targets = np.asarray(train.targets)[indices]
-    return subset
-
-
-def without_augmentation(dataset: Any, config: InputConfig) -> Any:
+def without_augmentation(dataset: ImageDataset, config: InputConfig) -> ImageDataset:
     """The images of a training set as an evaluation reads them."""
-    if hasattr(dataset, 'subset'):
-        return dataset.subset(np.arange(len(dataset)), **_reading(False, config))
-    changed = copy.copy(dataset)  # CIFAR, or a Subset of it
-    if hasattr(dataset, 'dataset'):
-        changed.dataset = without_augmentation(dataset.dataset, config)
-    else:
-        changed.transform = build_transform(False, config)
-    return changed
-
-
-def relabel(dataset: Any, new_labels: Sequence[int], classes: List[str]) -> Any:
-    """A data set in which label k is `new_labels[k]`, an index of `classes`."""
-    if hasattr(dataset, 'relabel'):
-        return dataset.relabel(new_labels, classes)
-    dataset.targets, dataset.classes = [new_labels[label] for label in dataset.targets], classes
-    return dataset
+    return dataset.subset(slice(None), **_reading(False, config))
 
 
 # ---- loaders

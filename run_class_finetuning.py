@@ -40,7 +40,7 @@ from beit.cli import run_interruptible
 from beit.config import (
     DistributedConfig, InputConfig, MixupConfig, ModelConfig, OptimizerConfig, OutputConfig, TransformConfig)
 from beit.data import fingerprint, locations, subsets, transforms, unreadable
-from beit.data.image_dataset import ImageDataset, label_source
+from beit.data.image_dataset import ImageDataset
 from beit.data.transforms import EvalTransform
 from beit.data.unreadable import LIST, UnreadableFiles
 from beit.devices import accelerator, half_precision, kernels
@@ -245,14 +245,14 @@ def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Opt
     if val_set is not None:
         datasets.check_fits(val_set)
         metrics.check_best_by(args.best_by, spec.multi_label)
-        counts = subsets.class_counts(label_source(val_set), len(spec.classes)) if outputs is None else ()
+        counts = subsets.class_counts(val_set.samples, len(spec.classes)) if outputs is None else ()
         absent = [name for name, count in zip(spec.classes, counts) if not count]
         if absent:
             log.log_main('Evaluated on all logits: there is no validation image of %d of the %d classes (%s)' % (
                 len(absent), len(spec.classes), model_spec.shorten_names(absent)))
     weights: Any = None
     if args.class_weights and not args.eval:
-        counts = subsets.class_counts(label_source(train_set), len(spec.classes))
+        counts = subsets.class_counts(train_set.samples, len(spec.classes))
         weights = losses.class_weights(args.class_weights, list(spec.classes), counts)
         log.log_main(losses.describe_weights(weights, list(spec.classes)))
     steps_per_epoch = 0 if args.eval else count_steps(args, len(train_set))
@@ -272,7 +272,7 @@ def metrics_of(args: argparse.Namespace, data: Data) -> List[metrics.Metric]:
 
 def build_spec(args: argparse.Namespace, inputs: InputConfig, dataset: Any, classes: Sequence[str]) -> ModelSpec:
     """The spec of the model that this run trains or, without a checkpoint, evaluates."""
-    multi_label = subsets.is_multi_label(label_source(dataset))
+    multi_label = dataset.samples.multi_label
     return ModelSpec(config_from(args, ModelConfig), EvalTransform.from_config(inputs), tuple(classes),
                      loss='bce' if losses.activation(args.loss, multi_label) == 'sigmoid' else 'ce',
                      multi_label=multi_label, origin={'program': 'BEiT for PyTorch %s' % project_version(),
@@ -326,7 +326,7 @@ def use_classes_of(args: argparse.Namespace, checkpoint: CheckpointWeights, spec
         return train_set, val_set, known, places
     names = list(known.classes) if known.has_class_names else [classes[places.index(k)] for k in range(len(places))]
     if list(classes) != names:
-        train_set, val_set = (each and datasets.relabel(each, places, names) for each in (train_set, val_set))
+        train_set, val_set = (each and each.relabel(places, names) for each in (train_set, val_set))
         if known.has_class_names and len(classes) == len(names):
             log.log_main('Classes are in the checkpoint\'s order: %s' % model_spec.shorten_names(names))
     return train_set, val_set, dataclasses.replace(spec, classes=tuple(names)), None

@@ -49,6 +49,7 @@ import run_class_finetuning as program
 import utils
 from beit.checkpoint.training_state import remove_old_checkpoints
 from beit.data.loader import Batch
+from beit.data.sample_list import SampleList
 from beit.devices import accelerator, half_precision
 from beit.distributed import preemption, process_group
 from beit.errors import UserError
@@ -140,6 +141,8 @@ class Repeated(list):
 
 class _Nothing(torch.utils.data.Dataset):
     """A data set with a length that is never read."""
+
+    samples = SampleList('', b'', [0], [])
 
     def __init__(self, length):
         self.length = length

@@ -209,7 +209,7 @@ def test_several_labels_count_in_any_order(folder, describe, tmp_path):
 class Named(list):
     """Samples with names and classes: [(name, class)]."""
 
-    root = '/data'
+    root, multi_label = '/data', False
 
     def relative_names(self, start, stop):
         return [name.encode() for name, _ in self[start:stop]]

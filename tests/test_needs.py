@@ -14,6 +14,7 @@ import modeling_finetune
 import optim_factory
 import run_class_finetuning
 from beit.data import subsets
+from beit.data.sample_list import SampleList
 from beit.devices import half_precision
 from beit.files import weights_file
 from helpers import RUN, Batches, cannot_run, launch, lines_of, photo
@@ -43,19 +44,16 @@ def test_the_split_has_as_many_of_each_class_as_scikit_learns():
     rng = np.random.RandomState(0)
     for trial in range(20):
         targets = np.repeat(np.arange(6), rng.randint(8, 60, 6))
-        train, val = subsets.split(Labels(targets), 0.25, trial)
+        train, val = subsets.split(samples_of(targets), 0.25, trial)
         expected = train_test_split(targets, test_size=len(val), random_state=trial, stratify=targets)[1]
         assert len(val) == round(0.25 * len(targets))
         assert np.abs(np.bincount(targets[val], minlength=6) - np.bincount(expected, minlength=6)).max() <= 1
         assert sorted(train.tolist() + val.tolist()) == list(range(len(targets)))
 
 
-class Labels(list):
-    """Samples with classes only."""
-
-    @property
-    def targets(self):
-        return np.array(self)
+def samples_of(targets):
+    """Samples with their numbers as names."""
+    return SampleList.from_names('', [b'%d' % number for number in range(len(targets))], targets)
 
 
 def test_every_class_keeps_an_image_to_train_on(no_val, parse):

@@ -11,7 +11,6 @@ is replaced by one of another size, the chance to miss that is 2e-9.
 import collections
 import contextlib
 import hashlib
-import json
 import os
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
@@ -21,7 +20,7 @@ from PIL import Image
 
 from beit.data import subsets
 from beit.data.decode import has_alpha
-from beit.data.image_dataset import label_source
+from beit.data.image_dataset import ArrayDataset
 from beit.distributed import collectives, process_group
 from beit.files import archives
 from beit.log import log_main
@@ -41,11 +40,9 @@ def of_data(train: Any, val: Any, classes: Sequence[str], device: Optional[torch
         classes: the names of the classes.
         device: this process's, if all processes of a job call this; then only the first one reads the files.
     """
-    def make(keep_alive):
-        return json.dumps({name: None if part is None else of_set(part, classes, keep_alive)
-                           for name, part in (('train', train), ('val', val))}).encode()
-
-    return json.loads(collectives.broadcast_from_main(make, device).decode())
+    return collectives.broadcast_from_main(
+        lambda keep_alive: {name: None if part is None else of_set(part, classes, keep_alive)
+                            for name, part in (('train', train), ('val', val))}, device)
 
 
 def of_set(dataset: Any, classes: Sequence[str], keep_alive: Callable[[], None] = lambda: None) -> Dict[str, Any]:
@@ -58,7 +55,7 @@ def of_set(dataset: Any, classes: Sequence[str], keep_alive: Callable[[], None] 
         sizes (str): a hash of the sizes of at most `SIZES` files.
         sample (list of `Row`): of at most `CONTENTS` files.
     """
-    samples = label_source(dataset)
+    samples = dataset.samples
     keys = subsets.name_keys(samples, len(_common_folder(samples)))
     keep_alive()
     chosen = np.argsort(keys, kind='stable')[:SIZES]
@@ -92,7 +89,7 @@ def _hash(*arrays):
 def _label_keys(samples, classes):
     """uint64 (images,): the hash of each image's class name, or the sum of its classes' hashes."""
     of_class = subsets.hash_names([subsets.portable_text(name) for name in classes])
-    if not subsets.is_multi_label(samples):
+    if not samples.multi_label:
         return of_class[np.asarray(samples.targets, dtype=np.int64)]
     return np.array([of_class[samples.labels_of(index)].sum(dtype=np.uint64) for index in range(len(samples))],
                     dtype=np.uint64)
@@ -100,39 +97,23 @@ def _label_keys(samples, classes):
 
 # ---- files
 
-def _array(dataset, index):
-    """The pixels of an image without a separate file (CIFAR), or None."""
-    if hasattr(dataset, 'indices'):  # torch's Subset
-        return _array(dataset.dataset, dataset.indices[index])
-    return None if hasattr(dataset, 'samples') else np.ascontiguousarray(dataset.data[index])
-
-
 def _size(dataset, index):
     """Bytes; -1 if the file is missing."""
-    pixels = _array(dataset, index)
-    try:
-        return pixels.nbytes if pixels is not None else archives.size(dataset.samples[index][0])
-    except (OSError, ValueError):
-        return -1
+    with contextlib.suppress(OSError, ValueError):
+        return dataset.size(dataset.samples[index][0])
+    return -1
 
 
 def _digest(dataset, index):
     """A hash of an image's first bytes; '' if the file can't be read."""
-    pixels = _array(dataset, index)
-    try:
-        if pixels is not None:
-            data = pixels.tobytes()
-        else:
-            with archives.open_file(dataset.samples[index][0]) as file:
-                data = file.read(FIRST_BYTES)
-    except (OSError, ValueError):
-        return ''
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+    with contextlib.suppress(OSError, ValueError), dataset.open(dataset.samples[index][0]) as file:
+        return hashlib.blake2b(file.read(FIRST_BYTES), digest_size=8).hexdigest()
+    return ''
 
 
 def count_transparent(dataset: Any) -> Tuple[int, int]:
     """(images with an alpha channel, images looked at) of `CONTENTS` at equal distances, on the first process."""
-    if not hasattr(dataset, 'samples') or not process_group.is_main_process():
+    if isinstance(dataset, ArrayDataset) or not process_group.is_main_process():
         return 0, 0
     indices, found = np.unique(np.linspace(0, len(dataset) - 1, CONTENTS).astype(int)).tolist(), 0
     for index in indices:
@@ -143,7 +124,7 @@ def count_transparent(dataset: Any) -> Tuple[int, int]:
 
 def _row(dataset, index, key, size, keep_alive):
     keep_alive()
-    name, = subsets.portable_names(label_source(dataset), index, index + 1)
+    name, = subsets.portable_names(dataset.samples, index, index + 1)
     return ['%016x' % key, '%016x' % _tail_keys([name])[0], size, _digest(dataset, index)]
 
 
@@ -158,7 +139,7 @@ def count_known(dataset: Any, sample: Sequence[Row]) -> int:
     rows: Dict[int, List[Row]] = {}
     for row in sample:
         rows.setdefault(int(row[1], 16), []).append(row)
-    samples, tails = label_source(dataset), np.array(sorted(rows), dtype=np.uint64)
+    samples, tails = dataset.samples, np.array(sorted(rows), dtype=np.uint64)
     found: Set[str] = set()
     candidates = 0
     for start in range(0, len(samples), subsets.NAMES_AT_ONCE):
@@ -181,7 +162,7 @@ def count_shared_files(train: Any, val: Any) -> int:
 
     Links to folders are followed; links to files only if the first image of their folder is a link.
     """
-    if not (hasattr(train, 'samples') and hasattr(val, 'samples')):
+    if isinstance(train, ArrayDataset) or isinstance(val, ArrayDataset):
         return 0
     folders = [_folders(part.samples) for part in (train, val)]
     real = [{path for path, _ in part.values()} for part in folders]

@@ -1,15 +1,18 @@
-"""Data sets of image files with their classes, and subsets of them."""
+"""Data sets of images with their classes, and subsets of them."""
 
 import copy
+import io
 import os
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from beit.config import SMALL_INPUT
 from beit.data.class_folders import describe_unused, scan_classes
 from beit.data.decode import load_image
+from beit.data.sample_list import SampleList
 from beit.errors import UserError, escape_text
 from beit.files import archives
 from beit.log import log_main
@@ -34,7 +37,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.held_out: Optional[np.ndarray] = None  # `subsets.name_keys` of the images of --val_split
 
     def subset(self, indices: Any, **changes: Any) -> 'ImageDataset':
-        """A copy with only the samples `indices`; `changes` replace its transform, fits or read."""
+        """A copy with only the samples `indices`, an array or slice; `changes` replace its transform, fits or read."""
         subset = copy.copy(self)
         subset.samples = self.samples.select(indices)
         vars(subset).update(changes)
@@ -61,6 +64,32 @@ class ImageDataset(torch.utils.data.Dataset):
                             'size of the images, or larger' % ((escape_text(path),) + image.size + (SMALL_INPUT,)))
         return image
 
+    def open(self, path: str) -> BinaryIO:
+        """The bytes of an image."""
+        return archives.open_file(path)
+
+    def size(self, path: str) -> int:
+        """Their number."""
+        return archives.size(path)
+
+
+class ArrayDataset(ImageDataset):
+    """Images without files (CIFAR), pixels uint8 (images, H, W, 3); their names are their numbers."""
+
+    def __init__(self, pixels: np.ndarray, targets: Sequence[int], classes: List[str], transform: Callable) -> None:
+        names = [b'%d' % number for number in range(len(pixels))]
+        super().__init__(SampleList.from_names('', names, targets), classes, transform)
+        self.pixels = pixels
+
+    def load(self, path: str) -> Image.Image:
+        return Image.fromarray(self.pixels[int(path)])
+
+    def open(self, path: str) -> BinaryIO:
+        return io.BytesIO(self.pixels[int(path)].tobytes())
+
+    def size(self, path: str) -> int:
+        return self.pixels[int(path)].nbytes
+
 
 class ImageFolder(ImageDataset):
     """Class folders of images; the classes are the folders' names in sorted order.
@@ -84,23 +113,16 @@ class ImageFolder(ImageDataset):
             raise UserError('%s: %s has no class folders%s; put the images of each class in a separate folder'
                             % (flag, shown, ' at --class_depth %d' % depth if depth > 1 else ''))
         counts = np.bincount(samples.targets, minlength=len(classes)).tolist()
-        empty = [escape_text(os.path.join(root, name)) for name, count in zip(classes, counts) if not count]
-        self.empty = empty
-        reasons = [reason for _, reason in self.unused]
-        if empty and not allow_empty:
+        self.empty = [escape_text(os.path.join(root, name)) for name, count in zip(classes, counts) if not count]
+        unused = describe_unused(reason for _, reason in self.unused) if self.unused else ''
+        if self.empty and not allow_empty:
             raise UserError('%s: no image in the class folder%s %s%s; add images or remove the folder' % (
-                flag, 's' if len(empty) > 1 else '', ', '.join(empty[:3]),
-                '; ' + describe_unused(reasons) if reasons else ''))
-        if reasons:
-            log_main('%s: %s; --check_data lists them' % (shown, describe_unused(reasons)))
+                flag, 's' if len(self.empty) > 1 else '', ', '.join(self.empty[:3]), unused and '; ' + unused))
+        if unused:
+            log_main('%s: %s; --check_data lists them' % (shown, unused))
 
 
 def image_name(dataset: Any, index: int) -> str:
     """The name of a sample for messages: its escaped path, or its index if it has no separate file."""
-    samples = getattr(dataset, 'samples', None)
-    return 'image %d' % index if samples is None else escape_text(samples[index][0])
-
-
-def label_source(dataset: Any) -> Any:
-    """The object with a data set's labels: its samples, or CIFAR itself."""
-    return getattr(dataset, 'samples', dataset)
+    has_files = isinstance(dataset, ImageDataset) and not isinstance(dataset, ArrayDataset)
+    return escape_text(dataset.samples[index][0]) if has_files else 'image %d' % index

@@ -26,7 +26,7 @@ class SampleList(collections.abc.Sequence):
     def __init__(self, root: str, names: bytes, ends: Integers, labels: Integers,
                  label_ends: Optional[Integers] = None, classes: int = 0) -> None:
         self.root, self.names, self.classes, self.spans = root, names, classes, _spans(ends)
-        self.labels = np.asarray(labels, dtype=np.int64)
+        self.targets = np.asarray(labels, dtype=np.int64)  # (images,), if every image has one class
         self.label_spans = None if label_ends is None else _spans(label_ends)
 
     @classmethod
@@ -41,7 +41,7 @@ class SampleList(collections.abc.Sequence):
             return [self[each] for each in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # for negative indices and IndexError
         if self.label_spans is None:
-            return self.path(index), int(self.labels[index])
+            return self.path(index), int(self.targets[index])
         target = torch.zeros(self.classes)
         target[torch.from_numpy(self.labels_of(index))] = 1.
         return self.path(index), target
@@ -55,11 +55,11 @@ class SampleList(collections.abc.Sequence):
         return os.path.join(self.root, os.fsdecode(self.name(index)))
 
     def select(self, indices: Any) -> 'SampleList':
-        """A copy with only the images `indices` (int array), in this order."""
+        """A copy with only the images `indices` (int array or slice), in this order."""
         selected = copy.copy(self)
         selected.spans = self.spans[indices]
         if self.label_spans is None:
-            selected.labels = self.labels[indices]
+            selected.targets = self.targets[indices]
         else:
             selected.label_spans = self.label_spans[indices]
         return selected
@@ -67,7 +67,7 @@ class SampleList(collections.abc.Sequence):
     def relabel(self, new_labels: Sequence[int], classes: int) -> 'SampleList':
         """A copy in which label k is `new_labels[k]`, of `classes` classes."""
         changed = copy.copy(self)
-        changed.labels, changed.classes = np.asarray(new_labels, dtype=np.int64)[self.labels], classes
+        changed.targets, changed.classes = np.asarray(new_labels, dtype=np.int64)[self.targets], classes
         return changed
 
     def relative_names(self, start: int, stop: int) -> List[bytes]:
@@ -79,15 +79,10 @@ class SampleList(collections.abc.Sequence):
         """Whether an image can have several labels, or none."""
         return self.label_spans is not None
 
-    @property
-    def targets(self) -> np.ndarray:
-        """int64 (images,): the class of each image, if every image has one."""
-        return self.labels
-
     def labels_of(self, index: int) -> np.ndarray:
         """int64 array: the class indices of an image that can have several."""
         start, end = self.label_spans[index].tolist()  # type: ignore[index]
-        return self.labels[start:end]
+        return self.targets[start:end]
 
 
 def _spans(ends: Integers) -> np.ndarray:

@@ -18,15 +18,10 @@ VALIDATION, SUBSAMPLE = 1, 2  # they make the two draws of a seed independent
 NAMES_AT_ONCE = 1 << 14  # in memory as Python objects
 
 
-def is_multi_label(samples: Any) -> bool:
-    """Whether an image can have several classes, or none."""
-    return getattr(samples, 'multi_label', False)
-
-
 def class_counts(samples: Any, classes: int) -> np.ndarray:
     """int64 (classes,): the number of images of each."""
     labels = np.concatenate([samples.labels_of(index) for index in range(len(samples))]) \
-        if is_multi_label(samples) else np.asarray(samples.targets)
+        if samples.multi_label else samples.targets
     return np.bincount(labels, minlength=classes)
 
 
@@ -35,12 +30,8 @@ def class_counts(samples: Any, classes: int) -> np.ndarray:
 def portable_names(samples: Any, start: int, stop: int) -> List[bytes]:
     """The names of the images [start:stop], in UTF-8, the same on every machine with the same data.
 
-    They are relative to the folder of the data set, in Unicode's NFC form, with / between folders. Images without
-    names have their numbers.
+    They are relative to the folder of the data set, in Unicode's NFC form, with / between folders.
     """
-    if not hasattr(samples, 'relative_names'):
-        numbers = getattr(samples, 'indices', range(len(samples)))
-        return [b'%d' % index for index in numbers[start:stop]]
     root = os.path.abspath(os.fsencode(samples.root))
     return [_portable(name, root) for name in samples.relative_names(start, stop)]
 
@@ -105,7 +96,7 @@ def split(samples: Any, share: float, seed: int, keys: Optional[np.ndarray] = No
     """
     order = _hash_order(name_keys(samples) if keys is None else keys, seed, VALIDATION)
     wanted = max(1, int(round(share * len(samples))))
-    if is_multi_label(samples):
+    if samples.multi_label:
         chosen = _without_loss_of_a_class(samples, wanted, order)
     else:
         counts = np.bincount(samples.targets)
@@ -147,13 +138,12 @@ def subsample(samples: Any, most: int, seed: int) -> np.ndarray:
     if most >= len(samples):
         return np.arange(len(samples))
     order = _hash_order(name_keys(samples), seed, SUBSAMPLE)
-    if is_multi_label(samples):
+    if samples.multi_label:
         return np.sort(order[:most])
-    targets = np.asarray(samples.targets)
-    counts = np.bincount(targets)
+    counts = np.bincount(samples.targets)
     least = (counts > 0).astype(np.int64) if most >= np.count_nonzero(counts) else np.zeros_like(counts)
     rng = np.random.default_rng([seed, 0, SUBSAMPLE])
-    return np.sort(_from_each(targets, _in_proportion(counts, most, least, counts, rng), order))
+    return np.sort(_from_each(samples.targets, _in_proportion(counts, most, least, counts, rng), order))
 
 
 def _in_proportion(counts, wanted, least, most, rng):
@@ -173,7 +163,6 @@ def _in_proportion(counts, wanted, least, most, rng):
 
 def _from_each(targets, taken, order):
     """The first `taken` images of each class, in this order."""
-    targets = np.asarray(targets)
     by_class = np.split(order[np.argsort(targets[order], kind='stable')], np.cumsum(np.bincount(targets))[:-1])
     return np.concatenate([indices[:number] for indices, number in zip(by_class, taken)])
 

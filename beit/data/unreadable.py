@@ -9,7 +9,7 @@ from typing import Any, Deque, Dict, Iterable, Iterator, Optional, Sequence, Set
 
 from beit.data.class_folders import describe_unused
 from beit.data.decode import UnreadableImage
-from beit.data.image_dataset import image_name
+from beit.data.image_dataset import ArrayDataset, image_name
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
 from beit.files import atomic_write, run_folder
@@ -102,7 +102,7 @@ def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> Tuple
         for dataset in parts:
             found = {}
             # CIFAR's images are in one file, whose checksum is compared on reading.
-            for indices, reasons in _check_files(dataset, num_workers) if hasattr(dataset, 'load') else ():
+            for indices, reasons in () if isinstance(dataset, ArrayDataset) else _check_files(dataset, num_workers):
                 for index in reasons:
                     with bar.external_write_mode():
                         log_main('%s\t%s' % (image_name(dataset, index), reasons[index]))

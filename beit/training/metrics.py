@@ -14,6 +14,7 @@ from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Op
 import numpy as np
 import torch
 
+from beit.data.image_dataset import ArrayDataset
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text, guard_cell
 from beit.files import atomic_write
@@ -362,7 +363,7 @@ class RealLabels(Metric):
     def create(cls, evaluation: Evaluation) -> Optional[Metric]:
         if evaluation.multi_label or not evaluation.real_labels:
             return None
-        if not hasattr(evaluation.dataset, 'samples'):
+        if isinstance(evaluation.dataset, ArrayDataset):
             raise UserError('--real_labels: --data_set %s has no image files; leave it out' % evaluation.data_set)
         labels = read_real_labels(evaluation.real_labels, evaluation.nb_classes or len(evaluation.dataset.classes))
         if evaluation.outputs is not None:
