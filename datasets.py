@@ -21,7 +21,7 @@ from beit.data.image_dataset import ArrayDataset, ImageDataset, ImageFolder
 from beit.data.loader import EpochSampler, OrderedDistributedSampler, SampleDataset, SeededDataset, loader_kwargs
 from beit.data.sample_list import SampleList
 from beit.data.shared_memory import workers_that_fit
-from beit.data.transforms import EvalTransform, build_transform, image_reader, is_fast, small_input_rule
+from beit.data.transforms import EvalTransform, build_transform
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text
 
@@ -29,9 +29,11 @@ from beit.errors import UserError, escape_text
 
 def _reading(is_train: bool, config: InputConfig, device: Optional[torch.device] = None) -> Dict[str, Any]:
     """The arguments of an `ImageDataset` for reading its images."""
-    return dict(transform=build_transform(is_train, config, device), fits=small_input_rule(is_train, config),
-                read=image_reader(is_fast(is_train, config), config.max_pixels,
-                                  EvalTransform.from_config(config).reading))
+    evaluation = EvalTransform.from_config(config)
+    fits = evaluation.fits_in_training if is_train else evaluation.fits
+    return dict(transform=build_transform(is_train, config, device), fits=None if evaluation.resizes else fits,
+                read=evaluation.reader(config.data_backend if is_train else config.eval_data_backend,
+                                       config.max_pixels))
 
 
 def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.device] = None,
@@ -164,7 +166,7 @@ def split_validation(train: Optional[ImageFolder], config: InputConfig, device: 
     return None if train is None else train.subset(train_indices, held_out=held_out), val, dataset.classes
 
 
-def without_augmentation(dataset: ImageDataset, config: InputConfig) -> ImageDataset:
+def without_augmentation(dataset: Any, config: InputConfig) -> ImageDataset:
     """The images of a training set as an evaluation reads them."""
     return dataset.subset(slice(None), **_reading(False, config))
 

@@ -370,9 +370,9 @@ def test_operations_run_in_order(monkeypatch):
             pillow = one_operation(name)(pillow)
             random.seed(3)
             draw = device_randaugment.DeferredRandAugment(flip, one_operation(name))
-            operations += draw(torch.from_numpy(image).permute(2, 0, 1)).operations
+            operations += draw(torch.from_numpy(image).permute(2, 0, 1)).operations[1:]
         expected.append(np.array(pillow))
-        drawn.append(device_randaugment.DeferredImage(torch.from_numpy(image), True, operations))
+        drawn.append(device_randaugment.DeferredImage(torch.from_numpy(image), [('mirror', [])] + operations))
     images = torch.from_numpy(picture).permute(0, 3, 1, 2).contiguous()
     device_randaugment.apply(images, device_randaugment.collate_ops(drawn))
     assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack(expected))

@@ -221,10 +221,10 @@ def test_large_images_are_read_up_to_the_size_that_pillow_refuses(tmp_path, monk
     if is_bomb:
         with pytest.raises(decode.UnreadableImage, match='decompression bomb.*--max_pixels raises the limit'):
             decode.load_image(path)
-        read = transforms.image_reader(False, 64 * 64)
+        read = transforms.EvalTransform().reader('exact', 64 * 64)
         assert pickle.loads(pickle.dumps(read))(path).size == (64, 64)
         with pytest.raises(decode.UnreadableImage, match='bomb'):
-            transforms.image_reader(False, 64 * 64 - 2)(path)
+            transforms.EvalTransform().reader('exact', 64 * 64 - 2)(path)
         assert pixels == Image.MAX_IMAGE_PIXELS
     else:
         assert decode.load_image(path).size == (64, 64)

@@ -5,8 +5,10 @@ same random numbers, on a stand-in for the image that records them. The pixels m
 rotation, shear and translation are bilinear.
 """
 
+import functools
+import itertools
 import math
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +27,7 @@ OPERATIONS = RECORDED | {'ColorIncreasing', 'ContrastIncreasing', 'BrightnessInc
 class DeferredImage(NamedTuple):
     """An image with the operations to apply to it on the device."""
     image: torch.Tensor  # uint8 (H, W, 3)
-    mirrored: bool  # before the other operations
-    operations: list  # of (kind, arguments), in order
+    operations: list  # of (kind, arguments), in order; the first is the flip, None for no flip
 
 
 class DeferredRandAugment:
@@ -35,12 +36,13 @@ class DeferredRandAugment:
     def __init__(self, flip: RandomHorizontalFlip, policy: RandAugment) -> None:
         self.mirrors, self.policy = flip.p, policy
         for operation in policy.ops:
-            operation.aug_fn = _RecordedOp(operation.name, operation.aug_fn)
+            if operation.name not in RECORDED:
+                operation.aug_fn = functools.partial(_record, operation.name.replace('Increasing', ''))
 
     def __call__(self, image: torch.Tensor) -> DeferredImage:
-        mirrored = bool(torch.rand(1) < self.mirrors)
+        operations: List = [('mirror', []) if torch.rand(1) < self.mirrors else None]
         recorded = self.policy(_RecordingImage(image.shape[2], image.shape[1]))
-        return DeferredImage(image.permute(1, 2, 0).contiguous(), mirrored, recorded.operations)
+        return DeferredImage(image.permute(1, 2, 0).contiguous(), operations + recorded.operations)
 
 
 def can_defer(steps: Sequence) -> bool:
@@ -49,17 +51,10 @@ def can_defer(steps: Sequence) -> bool:
         and {operation.name for operation in steps[1].ops} <= OPERATIONS
 
 
-class _RecordedOp:
-    """Replaces timm's function of an operation and records it."""
-
-    def __init__(self, name: str, function: Callable) -> None:
-        self.name, self.function = name, function
-
-    def __call__(self, image: '_RecordingImage', *arguments: Any, **options: Any) -> '_RecordingImage':
-        if self.name in RECORDED:
-            return self.function(image, *arguments, **options)
-        image.operations.append((self.name.replace('Increasing', ''), list(map(float, arguments))))
-        return image
+def _record(name: str, image: '_RecordingImage', *arguments: float, **_: Any) -> '_RecordingImage':
+    """Replaces timm's function of an operation."""
+    image.operations.append((name, list(map(float, arguments))))
+    return image
 
 
 class _RecordingImage:
@@ -96,19 +91,12 @@ def collate_ops(deferred: Sequence[Optional[DeferredImage]]) -> List[Tuple]:
     Args:
         deferred (list of DeferredImage or None): one for each image.
     """
-    mirrored = [index for index, each in enumerate(deferred) if each and each.mirrored]
-    packed = [('mirror', torch.tensor(mirrored), torch.zeros(0))] if mirrored else []
-    operations = [each.operations if each else [] for each in deferred]
-    for turn in range(max(map(len, operations), default=0)):
-        groups: Dict[str, list] = {}
-        for index, its_operations in enumerate(operations):
-            if turn < len(its_operations):
-                kind, arguments = its_operations[turn]
-                groups.setdefault(kind, []).append((index, arguments))
-        packed += [(kind, torch.tensor([index for index, _ in groups[kind]]),
-                    torch.tensor([arguments for _, arguments in groups[kind]],
-                                 dtype=torch.uint8 if kind == 'table' else torch.float32))
-                   for kind in sorted(groups)]
+    packed = []
+    for turn in itertools.zip_longest(*(each.operations if each else [] for each in deferred)):
+        for kind in sorted({operation[0] for operation in turn if operation}):
+            indices = [index for index, operation in enumerate(turn) if operation and operation[0] == kind]
+            packed.append((kind, torch.tensor(indices), torch.tensor(
+                [turn[index][1] for index in indices], dtype=torch.uint8 if kind == 'table' else torch.float32)))
     return packed
 
 

@@ -94,20 +94,15 @@ class RandomCrop(RandomResizedCropAndInterpolation):
         return crop if self.as_tensor else Image.fromarray(crop.permute(1, 2, 0).numpy())
 
 
-class ResizeToSquare:
-    """The resizing of `transforms.EvalTransform`, and its crop or padding; returns a Pillow image."""
-
-    def __init__(self, evaluation: Any) -> None:
-        self.evaluation, self.crop = evaluation, transforms.CenterCrop(evaluation.input_size)
-
-    def __call__(self, image: Union[Image.Image, torch.Tensor]) -> Image.Image:
-        image, size = to_tensor(image), self.evaluation.input_size
-        width, height = self.evaluation.resized(image.shape[2], image.shape[1])
-        small = resize(image, (height, width), self.evaluation.interpolation)
-        if self.evaluation.crop_mode != 'center':
-            square = torch.tensor(self.evaluation.padding, dtype=torch.uint8).view(-1, 1, 1).repeat(1, size, size)
-            top, left = (size - height) // 2, (size - width) // 2
-            square[:, top:top + height, left:left + width] = small
-        else:
-            square = self.crop(small)
-        return Image.fromarray(square.permute(1, 2, 0).contiguous().numpy())
+def resize_to_square(evaluation: Any, image: Union[Image.Image, torch.Tensor]) -> Image.Image:
+    """The resizing of a `transforms.EvalTransform`, and its crop or padding."""
+    image, size = to_tensor(image), evaluation.input_size
+    width, height = evaluation.resized(image.shape[2], image.shape[1])
+    square = resize(image, (height, width), evaluation.interpolation)
+    if evaluation.crop_mode == 'center':
+        square = transforms.functional.center_crop(square, [size, size])
+    else:
+        small, square = square, torch.tensor(evaluation.padding, dtype=torch.uint8).view(-1, 1, 1).repeat(1, size, size)
+        top, left = (size - height) // 2, (size - width) // 2
+        square[:, top:top + height, left:left + width] = small
+    return Image.fromarray(square.permute(1, 2, 0).contiguous().numpy())

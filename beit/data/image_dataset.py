@@ -24,7 +24,7 @@ class ImageDataset(torch.utils.data.Dataset):
     Args:
         samples (SampleList): the paths and labels.
         classes (list of str): their names.
-        fits (function): whether an image's (width, height) is allowed; see `transforms.small_input_rule`.
+        fits (function): whether an image's (width, height) is allowed; see `EvalTransform.fits`.
         read (function): from a path to the transform's input.
 
     Raises:

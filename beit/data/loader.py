@@ -119,9 +119,8 @@ class SampleDataset(torch.utils.data.Dataset):
 class SeededDataset(SampleDataset):
     """Samples by (epoch, index); the augmentation is seeded with (seed, epoch, index)."""
 
-    def __init__(self, dataset: Any, seed: int = 0, skip_unreadable: bool = False,
-                 erasing: Optional[RandomErasingBoxes] = None) -> None:
-        super().__init__(dataset, skip_unreadable, erasing)
+    def __init__(self, dataset: Any, seed: int = 0, *options: Any) -> None:
+        super().__init__(dataset, *options)
         self.seed = seed
 
     def __getitem__(self, key: Tuple[int, int]) -> Union[Sample, Unreadable]:

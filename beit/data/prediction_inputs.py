@@ -14,7 +14,7 @@ import torch
 
 from beit.data.class_folders import OnSkip, describe_unused, extension_of, walk_folders
 from beit.data.decode import is_image_name
-from beit.data.transforms import EvalTransform, image_reader
+from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text
 from beit.files import archives
 from beit.log import log_main
@@ -96,14 +96,17 @@ class PathSampler(torch.utils.data.Sampler):
         self.state = [0, 0]
 
     def __iter__(self) -> Iterator[Tuple[int, str]]:
-        unused: collections.Counter = collections.Counter()
-        for number, path in enumerate(find_images(self.inputs, self.exclude, lambda _, why: unused.update([why]))):
+        for number, path in enumerate(self._find()):
             self.state = [number + 1, zlib.crc32(os.fsencode(path), self.state[1])]
             if number % self.processes == self.rank:
                 self.requested.append((number, path))
                 yield number, path
-        if unused:
-            log_main(describe_unused(unused.elements()))
+        if self.unused:
+            log_main(describe_unused(self.unused))
+
+    def _find(self) -> Iterator[str]:
+        self.unused: collections.Counter = collections.Counter()
+        return find_images(self.inputs, self.exclude, lambda _, why: self.unused.update([why]))
 
     def take(self, count: int) -> List[Tuple[int, str]]:
         """The next `count` requested images."""
@@ -115,13 +118,11 @@ class PathSampler(torch.utils.data.Sampler):
         Raises:
             UserError: there is none.
         """
-        unused: collections.Counter = collections.Counter()
-        images = find_images(self.inputs, self.exclude, lambda _, why: unused.update([why]))
-        found = sum(1 for _ in itertools.islice(images, count))
+        found = sum(1 for _ in itertools.islice(self._find(), count))
         if not found:
             raise UserError('%s: there is no image in it%s; name image files or folders with images' % (
                 ', '.join(map(escape_text, self.inputs[:3])) + (' …' if len(self.inputs) > 3 else ''),
-                '; ' + describe_unused(unused.elements()) if unused else ''))
+                '; ' + describe_unused(self.unused) if self.unused else ''))
         return found
 
 
@@ -132,7 +133,7 @@ class PathDataset(torch.utils.data.Dataset):
 
     def __init__(self, evaluation: EvalTransform, data_backend: str = 'exact', max_pixels: int = 0) -> None:
         self.evaluation, self.transform = evaluation, evaluation.build(data_backend)
-        self.read = image_reader(evaluation.is_fast(data_backend), max_pixels, evaluation.reading)
+        self.read = evaluation.reader(data_backend, max_pixels)
         self.make_fit = evaluation.resize_and_crop()
 
     def __getitem__(self, key: Tuple[int, str]) -> Tuple[torch.Tensor, int]:

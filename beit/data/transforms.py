@@ -17,7 +17,7 @@ from torchvision import transforms
 
 from beit.config import EVAL_FITS, MAX_INPUT_SIZE, SMALL_INPUT, MixupConfig, TransformConfig
 from beit.data import device_randaugment, fast_decode
-from beit.data.decode import AS_REFERENCE, EXIF, MODES, Reading, load_image, read_up_to
+from beit.data.decode import EXIF, MODES, Reading, load_image, read_up_to
 from beit.errors import UserError, unknown_value_error
 from modeling_finetune import INPUT_MEAN, INPUT_STD
 
@@ -131,6 +131,10 @@ class EvalTransform:
         """Whether an image of this size is allowed."""
         return self.resizes or (width, height) == (self.input_size, self.input_size)
 
+    def fits_in_training(self, width: int, height: int) -> bool:
+        """The same for training's crops, which have padding for small inputs."""
+        return self.resizes or min(width, height) + 2 * PADDING >= self.input_size
+
     def is_fast(self, data_backend: str) -> bool:
         """Whether `data_backend` changes the pixels; images that are not resized, and other than RGB, stay exact."""
         return data_backend == 'fast' and self.resizes and len(self.mean) == 3
@@ -153,7 +157,7 @@ class EvalTransform:
     def resize_and_crop(self, fast: bool = False) -> Callable:
         """The transform from a Pillow image, or with `fast` also a `fast_decode.load_tensor`, to a Pillow image."""
         if fast:
-            return fast_decode.ResizeToSquare(self)
+            return functools.partial(fast_decode.resize_to_square, self)
         if self.crop_mode != 'center':
             return self._resize_to_square
         mode = getattr(InterpolationMode, self.interpolation.upper())
@@ -171,6 +175,12 @@ class EvalTransform:
         steps = [self.resize_and_crop(self.is_fast(data_backend))] if self.resizes else []
         return transforms.Compose(steps + [to_uint8])
 
+    def reader(self, data_backend: str = 'exact', max_pixels: int = 0) -> Callable:
+        """The function that reads an image from a path for this transform, or for training's; see `read_up_to`."""
+        read = functools.partial(fast_decode.load_tensor if self.is_fast(data_backend) else load_image,
+                                 reading=self.reading)
+        return functools.partial(read_up_to, max_pixels, read) if max_pixels else read
+
 
 # ---- an image
 
@@ -181,9 +191,10 @@ def build_transform(is_train: bool, config: TransformConfig, device: Optional[to
     Evaluation uses `EvalTransform`. `PrefetchLoader` normalises and erases afterwards. If `is_fast`, the transform also
     takes a `fast_decode.load_tensor`, and leaves flips and RandAugment to a `device` other than the CPU.
     """
-    evaluation, fast = EvalTransform.from_config(config), is_fast(is_train, config)
+    evaluation = EvalTransform.from_config(config)
     if not is_train:
         return evaluation.build(config.eval_data_backend)
+    fast = evaluation.is_fast(config.data_backend)
     # RandAugment rotates and shears with the same interpolation; Pillow's bilinear takes half the time of bicubic.
     interpolation = 'bilinear' if fast and config.train_interpolation != 'random' else config.train_interpolation
     transform = create_transform(
@@ -209,17 +220,6 @@ def to_uint8(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
 
 
-def is_fast(is_train: bool, config: TransformConfig) -> bool:
-    """Whether --data_backend, or for evaluation --eval_data_backend, changes the pixels."""
-    return EvalTransform.from_config(config).is_fast(config.data_backend if is_train else config.eval_data_backend)
-
-
-def image_reader(fast: bool, max_pixels: int = 0, reading: Reading = AS_REFERENCE) -> Callable:
-    """The function that reads an image from a path for these transforms; for `max_pixels` see `decode.read_up_to`."""
-    read = functools.partial(fast_decode.load_tensor if fast else load_image, reading=reading)
-    return functools.partial(read_up_to, max_pixels, read) if max_pixels else read
-
-
 def check_backend(config: TransformConfig) -> None:
     """Raise a `UserError` where --data_backend fast is not available."""
     for flag in ('data_backend', 'eval_data_backend'):
@@ -228,19 +228,6 @@ def check_backend(config: TransformConfig) -> None:
     if config.data_backend == 'fast' and config.train_interpolation not in fast_decode.RESIZES:
         raise UserError('--train_interpolation %s needs --data_backend exact; fast has %s'
                         % (config.train_interpolation, ', '.join(fast_decode.RESIZES)))
-
-
-def small_input_rule(is_train: bool, config: TransformConfig) -> Optional[Callable[[int, int], bool]]:
-    """A function of (width, height): whether the transform of a small input allows them. None if it resizes images."""
-    evaluation = EvalTransform.from_config(config)
-    if evaluation.resizes:
-        return None
-    # A lambda could not be pickled for the workers.
-    return functools.partial(_fits_padded, config.input_size) if is_train else evaluation.fits
-
-
-def _fits_padded(input_size: int, width: int, height: int) -> bool:
-    return min(width, height) + 2 * PADDING >= input_size
 
 
 def policy_or_none(policy: Optional[str]) -> Optional[str]:
