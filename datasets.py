@@ -189,18 +189,17 @@ def build_loaders(config: InputConfig, train: Any, val: Any, device: Optional[to
     sizes = [config.batch_size] * (train is not None) + [int(1.5 * config.batch_size)] * (val is not None)
     num_workers = workers_that_fit(config.num_workers, *(size * pixels for size in sizes))
 
-    def load(samples: SampleDataset, **options: Any) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(samples, **options, **loader_kwargs(
-            num_workers, config.pin_mem, config.input_size, device))
+    def load(samples: SampleDataset, **options: Any) -> PrefetchLoader:
+        options.update(loader_kwargs(num_workers, config.pin_mem, config.input_size, device))
+        return PrefetchLoader(torch.utils.data.DataLoader(samples, **options), device, evaluation.mean, evaluation.std,
+                              config.remode)
 
+    processes = process_group.rank(), process_group.world_size()
     if train is not None:
-        sampler = EpochSampler(len(train), process_group.rank(), process_group.world_size(), config.seed)
-        train_loader = PrefetchLoader(
-            load(SeededDataset(train, config.seed, skip_unreadable, erasing), batch_size=config.batch_size,
-                 drop_last=True, sampler=sampler), device, evaluation.mean, evaluation.std, remode=config.remode)
+        train_loader = load(SeededDataset(train, config.seed, skip_unreadable, erasing), batch_size=config.batch_size,
+                            drop_last=True, sampler=EpochSampler(len(train), *processes, seed=config.seed))
     if val is not None:
-        shard = (process_group.rank(), process_group.world_size()) if config.dist_eval else (0, 1)
-        val_loader = PrefetchLoader(
-            load(SampleDataset(val, skip_unreadable), batch_size=int(1.5 * config.batch_size),
-                 sampler=OrderedDistributedSampler(len(val), *shard)), device, evaluation.mean, evaluation.std)
+        sampler = OrderedDistributedSampler(len(val), *(processes if config.dist_eval else (0, 1)))
+        val_loader = load(SampleDataset(val, skip_unreadable), batch_size=int(1.5 * config.batch_size),
+                          sampler=sampler)
     return train_loader, val_loader

@@ -45,13 +45,6 @@ class Reading(NamedTuple):
     transparency: str = 'dropped'  # or the colour of the background, see `parse_colour`
     channels: int = 3
 
-    def check(self) -> None:
-        """Raise a ValueError for values that this program does not support."""
-        if self.exif not in EXIF.values():
-            raise ValueError('exif is %.20r' % self.exif)
-        if self.transparency != 'dropped':
-            parse_colour(self.transparency)
-
     def orientation(self, image: Image.Image) -> int:
         """EXIF's orientation to follow, 1 (upright) to 8; 1 if it is missing, damaged, or already followed."""
         try:

@@ -1,6 +1,5 @@
 """`--data_backend fast`: decodes JPEG with torchvision's libjpeg-turbo and resizes bytes with PyTorch's kernels."""
 
-import inspect
 import io
 import random
 from typing import Any, Tuple, Union
@@ -26,20 +25,13 @@ RESIZES = ('bilinear', 'bicubic', 'random')  # PyTorch has no lanczos
 
 def check_available(flag: str = '--data_backend') -> None:
     """Raise a `UserError` where this torchvision or PyTorch lacks the functions for --data_backend fast."""
-    missing = 'torchvision cannot decode JPEG files' if decode_jpeg is None else \
-        'PyTorch cannot resize bytes like Pillow' if not _resizes_bytes() else None
-    if missing:
-        raise UserError('%s fast: this %s; use a newer one, or %s exact' % (flag, missing, flag))
-
-
-def _resizes_bytes() -> bool:
-    if 'antialias' not in inspect.signature(F.interpolate).parameters:
-        return False
+    missing = 'torchvision cannot decode JPEG files' if decode_jpeg is None else None
     try:
         resize(torch.zeros(3, 4, 4, dtype=torch.uint8), (2, 2), 'bicubic')
-    except RuntimeError:
-        return False
-    return True
+    except (RuntimeError, TypeError):  # of bytes, of an unknown `antialias`
+        missing = missing or 'PyTorch cannot resize bytes like Pillow'
+    if missing:
+        raise UserError('%s fast: this %s; use a newer one, or %s exact' % (flag, missing, flag))
 
 
 def load_tensor(path: str, reading: Reading = AS_REFERENCE) -> torch.Tensor:

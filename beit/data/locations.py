@@ -2,9 +2,8 @@
 
 import glob
 import os
-import shutil
 import tempfile
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 from beit import startup
 from beit.config import SMALL_INPUT, SPLITS, DataConfig, InputConfig
@@ -29,22 +28,19 @@ def write_digits(root: str) -> None:
     indices = np.arange(len(digits.target))
     train, val = train_test_split(indices, test_size=0.2, random_state=0, stratify=digits.target)
     os.makedirs(os.path.dirname(root), exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix='.digits-', dir=os.path.dirname(root))
     try:
-        for split, members in (('train', train), ('val', val)):
-            for index in members:
-                folder = os.path.join(temporary, split, str(digits.target[index]))
-                os.makedirs(folder, exist_ok=True)
-                scan = Image.fromarray(np.uint8(np.round(digits.images[index] * (255. / 16.))))
-                scan = scan.resize((32, 32), Image.BICUBIC)  # type: ignore[attr-defined]
-                scan.save(os.path.join(folder, '%04d.png' % index))
-        os.chmod(temporary, 0o755)
-        os.rename(temporary, root)
+        with tempfile.TemporaryDirectory(prefix='.digits-', dir=os.path.dirname(root)) as temporary:
+            for split, members in (('train', train), ('val', val)):
+                for index in members:
+                    folder = os.path.join(temporary, 'digits', split, str(digits.target[index]))
+                    os.makedirs(folder, exist_ok=True)
+                    scan = Image.fromarray(np.uint8(np.round(digits.images[index] * (255. / 16.))))
+                    scan = scan.resize((32, 32), Image.BICUBIC)  # type: ignore[attr-defined]
+                    scan.save(os.path.join(folder, '%04d.png' % index))
+            os.rename(os.path.join(temporary, 'digits'), root)
     except OSError:
         if not os.path.isdir(os.path.join(root, 'val')):  # else another process wrote it
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def resolve_data_path(data_path: str) -> str:
@@ -85,7 +81,8 @@ def check_paths(config: InputConfig) -> None:
 
 def check_class_folders(config: InputConfig) -> None:
     """`check_paths` for class folders, and for images that CSV files list."""
-    in_folders = [is_train for is_train in needed_subsets(config) if csv_of(is_train, config) is None]
+    needed = [True] * (not config.eval) + [False] * needs_validation(config)
+    in_folders = [is_train for is_train in needed if csv_of(is_train, config) is None]
     if not config.data_path and any(is_train or not config.eval_data_path for is_train in in_folders):
         raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo'
                         if not config.train_csv else '--train_csv %s: there are no validation images; give --val_csv, '
@@ -117,10 +114,8 @@ def _layout_remedy(folder: str, is_train: bool) -> str:
     for path in folders.values():  # an archive of a folder
         if archives.isdir(part_of(path, 'train' if is_train else 'val')):
             return '; give %s' % escape_text(path)
-    if {'train', 'val'} & set(folders):
-        return ''
     with_images = []
-    for name, path in folders.items():
+    for name, path in folders.items() if not {'train', 'val'} & set(folders) else ():
         with archives.scandir(path) as entries:
             with_images += [name] * any(is_image_name(entry.name) for entry in entries)
     if not with_images:
@@ -174,11 +169,6 @@ def check_csv_flags(config: DataConfig) -> None:
                         % escape_text(config.val_csv))
 
 
-def needed_subsets(config: DataConfig) -> List[bool]:
-    """The sets that a run needs: True for training, False for validation."""
-    return ([] if config.eval else [True]) + ([False] if needs_validation(config) else [])
-
-
 def csv_of(is_train: bool, config: DataConfig) -> Optional[Tuple[str, str]]:
     """(flag, CSV file) that lists the images for training or validation, or None."""
     flag = 'train_csv' if is_train or config.val_split else 'val_csv'
@@ -192,16 +182,14 @@ def needs_validation(config: DataConfig) -> bool:
 def split_root(is_train: bool, config: DataConfig) -> Tuple[str, str]:
     """(flag, folder) of the class folders for training or validation; --val_split uses one folder for both."""
     is_train = is_train or config.val_split > 0
-    if config.data_set == 'image_folder':
-        if is_train:
-            return '--data_path', config.data_path
-        if not config.eval_data_path:
-            raise UserError('--data_set image_folder needs --eval_data_path, the class folders for validation '
-                            '(or --disable_eval_during_finetuning)')
-        return '--eval_data_path', config.eval_data_path
     if not is_train and config.eval_data_path:
         return '--eval_data_path', config.eval_data_path
-    return '--data_path', part_of(resolve_data_path(config.data_path), 'train' if is_train else 'val')
+    if config.data_set != 'image_folder':
+        return '--data_path', part_of(resolve_data_path(config.data_path), 'train' if is_train else 'val')
+    if not is_train:
+        raise UserError('--data_set image_folder needs --eval_data_path, the class folders for validation '
+                        '(or --disable_eval_during_finetuning)')
+    return '--data_path', config.data_path
 
 
 def part_of(folder: str, part: str) -> str:

@@ -15,7 +15,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import mixup_target
 from torchvision import transforms
 
-from beit.config import EVAL_FITS, MAX_INPUT_SIZE, SMALL_INPUT, MixupConfig, TransformConfig
+from beit.config import EVAL_FITS, MAX_INPUT_SIZE, SMALL_INPUT, MixupConfig, TransformConfig, parse_colour
 from beit.data import device_randaugment, fast_decode
 from beit.data.decode import EXIF, MODES, Reading, load_image, read_up_to
 from beit.errors import UserError, unknown_value_error
@@ -101,7 +101,10 @@ class EvalTransform:
         if not len(self.mean) == len(self.std) in MODES or not all(map(math.isfinite, self.mean + self.std)) \
                 or min(self.std) <= 0:
             raise ValueError('mean %.60r, std %.60r' % (self.mean, self.std))
-        self.reading.check()
+        if self.exif not in EXIF.values():
+            raise ValueError('exif is %.20r' % self.exif)
+        if self.transparency != 'dropped':
+            parse_colour(self.transparency)
 
     def to_timm(self) -> Dict[str, Any]:
         """timm's data config: input_size (C, H, W), interpolation, mean, std, crop_pct and crop_mode."""

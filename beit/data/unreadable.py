@@ -48,13 +48,12 @@ class UnreadableFiles:
         Raises:
             UserError: too many files of the set are bad, or the list can't be written.
         """
-        new = {}
-        for path, reason in unreadable:
-            self.encountered[split].add(path)
-            if path not in self.listed:
-                self.listed[path] = new[path] = reason
-        for path, reason in new.items():
-            log_main('Left out: %s cannot be read as an image (%s)' % (path, reason))
+        reasons = dict(unreadable)
+        new = {path: reasons[path] for path in reasons if path not in self.listed}
+        self.encountered[split].update(reasons)
+        self.listed.update(new)
+        for item in new.items():
+            log_main('Left out: %s cannot be read as an image (%s)' % item)
         if new and self.path and process_group.is_main_process():
             _write_list(self.path, self.listed)
         count = len(self.encountered[split])
@@ -133,24 +132,31 @@ def _check_files(dataset: Any, workers: int) -> Iterator[Tuple[Sequence[int], Di
     """
     waiting: Deque[Sequence[int]] = collections.deque(
         range(len(dataset))[first:first + FILES_AT_ONCE] for first in range(0, len(dataset), FILES_AT_ONCE))
+    suspects: Deque[Sequence[int]] = collections.deque()  # single files
     while waiting and not workers:
         indices = waiting.popleft()
         yield indices, _check_some(dataset, indices)
-    while waiting:
+    while suspects or waiting:
+        queue, limit = (suspects, 1) if suspects else (waiting, 2 * workers)
         pending: Dict[concurrent.futures.Future, Sequence[int]] = {}
         try:
-            with _pool(min(workers, len(waiting)), dataset) as pool:
-                while waiting or pending:
-                    while waiting and len(pending) < 2 * workers:
-                        pending[pool.submit(_check_in_worker, waiting[0])] = waiting[0]
-                        waiting.popleft()
+            with concurrent.futures.ProcessPoolExecutor(min(workers, limit, len(queue)), initializer=_start_worker,
+                                                        initargs=(dataset,)) as pool:
+                while queue or pending:
+                    while queue and len(pending) < limit:
+                        pending[pool.submit(_check_in_worker, queue[0])] = queue[0]
+                        queue.popleft()
                     done, _ = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
                     for future in done:
                         reasons = future.result()
                         yield pending.pop(future), reasons
         except BrokenProcessPool:
             for indices in pending.values():
-                yield indices, _check_one_at_a_time(dataset, indices)
+                if queue is waiting:
+                    suspects.extend([index] for index in indices)
+                else:
+                    yield indices, dict.fromkeys(
+                        indices, 'its reader process died: killed by the system, or crashed in a decoder')
 
 
 def _check_some(dataset: Any, indices: Iterable[int]) -> Dict[int, str]:
@@ -165,24 +171,6 @@ def _check_some(dataset: Any, indices: Iterable[int]) -> Dict[int, str]:
         except UserError as error:
             reasons[index] = str(error).replace(escape_text(path), 'it', 1)
     return reasons
-
-
-def _check_one_at_a_time(dataset: Any, indices: Iterable[int]) -> Dict[int, str]:
-    reasons: Dict[int, str] = {}
-    waiting = collections.deque(indices)
-    while waiting:
-        try:
-            with _pool(1, dataset) as pool:
-                while waiting:
-                    reasons.update(pool.submit(_check_in_worker, [waiting[0]]).result())
-                    waiting.popleft()
-        except BrokenProcessPool:
-            reasons[waiting.popleft()] = 'its reader process died: killed by the system, or crashed in a decoder'
-    return reasons
-
-
-def _pool(workers: int, dataset: Any) -> concurrent.futures.ProcessPoolExecutor:
-    return concurrent.futures.ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(dataset,))
 
 
 def _start_worker(dataset: Any) -> None:
