@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -61,10 +62,6 @@ def check_packages() -> None:
 
 def raise_file_limit() -> None:
     """Raise the soft limit of open files. Raises `UserError` if the hard limit is too low: a run would hang."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= limit < MANY_FILES:  # infinity is -1
         limit = MANY_FILES if most < 0 else min(most, MANY_FILES)

@@ -349,7 +349,7 @@ def test_the_devices_operations_are_pillows(name):
     random.seed(1)
     drawn = [draw(torch.from_numpy(picture).permute(2, 0, 1)) for picture in pictures]
     images = torch.stack([each.image for each in drawn]).permute(0, 3, 1, 2).contiguous()
-    device_randaugment.apply(images, device_randaugment.collate_ops(drawn))
+    device_randaugment.apply(images, device_randaugment.collate_ops([each.operations for each in drawn]))
     assert (expected != np.stack(pictures)).any()
     differ = np.abs(images.permute(0, 2, 3, 1).numpy().astype(int) - expected)
     rounds = name.startswith(('Rotate', 'Shear', 'Translate', 'AutoContrast'))  # in float32 here, in float64 there
@@ -374,7 +374,7 @@ def test_operations_run_in_order(monkeypatch):
         expected.append(np.array(pillow))
         drawn.append(device_randaugment.DeferredImage(torch.from_numpy(image), [('mirror', [])] + operations))
     images = torch.from_numpy(picture).permute(0, 3, 1, 2).contiguous()
-    device_randaugment.apply(images, device_randaugment.collate_ops(drawn))
+    device_randaugment.apply(images, device_randaugment.collate_ops([each.operations for each in drawn]))
     assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack(expected))
 
 

@@ -16,12 +16,7 @@ from beit.log import log_main
 
 
 class RandomErasingBoxes(RandomErasing):
-    """Draws timm's boxes to erase, in a loader's worker; the device applies them.
-
-    Args:
-        probability (float): the share of images.
-        max_count (int): the largest number of boxes per image.
-    """
+    """Draws timm's boxes to erase, in a loader's worker; the device applies them."""
 
     def __init__(self, probability: float, max_count: int = 1) -> None:
         # const draws no numbers for pixels
@@ -150,9 +145,6 @@ def _detect_worker_death(batches: Iterator) -> Iterator:
 @contextlib.contextmanager
 def _block_signals() -> Iterator[None]:
     """Protect workers that start inside from signals to all processes of a job; see `loader.worker_init`."""
-    if not hasattr(signal, 'pthread_sigmask'):
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
     try:
         yield

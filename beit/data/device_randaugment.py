@@ -8,7 +8,7 @@ rotation, shear and translation are bilinear.
 import functools
 import itertools
 import math
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -83,16 +83,16 @@ class _RecordingImage:
                                                 sine, cosine, y - sine * x - cosine * y), resample, fillcolor)
 
 
-def collate_ops(deferred: Sequence[Optional[DeferredImage]]) -> List[Tuple]:
+def collate_ops(operations: Sequence[Sequence]) -> List[Tuple]:
     """[(kind, indices in the batch int64 (n,), arguments (n, ...))]: the operations for a batch, in order.
 
     Groups images with the same kind of first operation, then of second operation, and so on.
 
     Args:
-        deferred (list of DeferredImage or None): one for each image.
+        operations: of each image, see `DeferredImage`.
     """
     packed = []
-    for turn in itertools.zip_longest(*(each.operations if each else [] for each in deferred)):
+    for turn in itertools.zip_longest(*operations):
         for kind in sorted({operation[0] for operation in turn if operation}):
             indices = [index for index, operation in enumerate(turn) if operation and operation[0] == kind]
             packed.append((kind, torch.tensor(indices), torch.tensor(

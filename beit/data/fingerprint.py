@@ -167,11 +167,11 @@ def count_shared_files(train: Any, val: Any) -> int:
     folders = [_folders(part.samples) for part in (train, val)]
     real = [{path for path, _ in part.values()} for part in folders]
     linked = any(has_links for part in folders for _, has_links in part.values())
-    if not linked and not real[0] & real[1]:
+    wanted = real[0] | real[1] if linked else real[0] & real[1]
+    if not wanted:
         return 0
-    evaluated = collections.Counter(_real_paths(val.samples, folders[1], None if linked else real[0]))
-    trained = {path for path in _real_paths(train.samples, folders[0], None if linked else real[1])
-               if path in evaluated}
+    evaluated = collections.Counter(_real_paths(val.samples, folders[1], wanted))
+    trained = {path for path in _real_paths(train.samples, folders[0], wanted) if path in evaluated}
     return sum(evaluated[path] for path in trained)
 
 
@@ -202,9 +202,9 @@ def _folders(samples):
 
 
 def _real_paths(samples, folders, wanted):
-    """Yield the real path of every image whose folder's real path is in `wanted` (None: of all)."""
+    """Yield the real path of every image whose folder's real path is in `wanted`."""
     for folder, name in _names(samples):
         real, linked = folders[folder]
-        if wanted is None or real in wanted:
+        if real in wanted:
             path = real + b'/' + name
             yield os.path.realpath(path) if linked else path

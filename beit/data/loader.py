@@ -87,7 +87,7 @@ class Sample(NamedTuple):
     target: int
     index: int  # type: ignore[assignment]  # hides tuple.index
     erasing: tuple = ()  # boxes to erase
-    deferred: Optional[device_randaugment.DeferredImage] = None  # operations left to the device
+    operations: Sequence = ()  # left to the device, see `device_randaugment`
 
 
 class SampleDataset(torch.utils.data.Dataset):
@@ -107,9 +107,8 @@ class SampleDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: Any) -> Union[Sample, Unreadable]:
         try:
             image, target = self.dataset[index]
-            deferred = image if isinstance(image, device_randaugment.DeferredImage) else None
-            image = image if deferred is None else deferred.image
-            return Sample(image, target, index, self.erasing(*image.shape[:2]) if self.erasing else (), deferred)
+            image, operations = image if isinstance(image, device_randaugment.DeferredImage) else (image, [])
+            return Sample(image, target, index, self.erasing(*image.shape[:2]) if self.erasing else (), operations)
         except UnreadableImage as error:
             if self.skip_unreadable:
                 return Unreadable(error.path, error.reason)
@@ -149,7 +148,7 @@ def collate(items: Sequence, size: int) -> Batch:
         return Batch(torch.zeros(0, 3, size, size, dtype=torch.uint8), empty, empty.clone(), unreadable)
     images, targets, indices = default_collate([sample[:3] for sample in read])
     erasing = [(position,) + sample.erasing for position, sample in enumerate(read) if sample.erasing]
-    augmenting = device_randaugment.collate_ops([sample.deferred for sample in read])
+    augmenting = device_randaugment.collate_ops([sample.operations for sample in read])
     return Batch(images.permute(0, 3, 1, 2), targets, indices, unreadable, erasing, augmenting, take_first_page_only())
 
 

@@ -71,12 +71,8 @@ def find_images(inputs: Sequence[str], exclude: Collection[str] = (),
 def common_folder(inputs: Sequence[str]) -> str:
     """The innermost folder, an absolute path, that holds all inputs."""
     folders = []
-    for name in inputs:
-        path = os.path.abspath(name)
-        if os.path.lexists(name):
-            folders.append(path if os.path.isdir(path) else os.path.dirname(path))
-            continue
-        while glob.has_magic(path):
+    for path in map(os.path.abspath, inputs):
+        while os.path.isfile(path) or not archives.isdir(path):  # a file, also an archive, or a pattern
             path = os.path.dirname(path)
         folders.append(path)
     return os.path.commonpath(folders)

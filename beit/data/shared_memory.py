@@ -1,6 +1,7 @@
 """Limits the number of loader processes to the room for their batches in /dev/shm, and to the files that they need."""
 
 import os
+import resource
 import warnings
 
 from beit.distributed import process_group
@@ -26,7 +27,7 @@ def workers_that_fit(wanted: int, *batch_bytes: int) -> int:
     workers = min(wanted, _by_files(len(batch_bytes), wanted))
     try:
         status = os.statvfs(FOLDER)
-    except (OSError, AttributeError):  # this system has no /dev/shm
+    except OSError:  # this system has no /dev/shm
         return workers
     processes = os.environ.get('LOCAL_WORLD_SIZE', '')  # on this machine
     sharers = int(processes) if processes.isdigit() else process_group.world_size()
@@ -41,10 +42,6 @@ def workers_that_fit(wanted: int, *batch_bytes: int) -> int:
 
 
 def _by_files(loaders: int, wanted: int) -> int:
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return wanted
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     fit = max(0, (limit - FILES[1]) // (FILES[0] * loaders)) if limit >= 0 else wanted
     if fit < wanted:

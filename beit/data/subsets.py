@@ -42,8 +42,6 @@ def _portable(name, root):
         inside = path.startswith(os.path.join(root, b''))
         name = path[len(os.path.join(root, b'')):] if inside else path if name[:1] == b'/' else os.path.relpath(
             path, root)
-    if os.sep != '/':
-        name = name.replace(os.fsencode(os.sep), b'/')
     return name if name.isascii() else portable_text(name.decode('utf-8', 'surrogateescape'))
 
 
