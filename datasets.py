@@ -4,6 +4,7 @@ A `config` can be any object with these attributes, such as the parsed flags.
 """
 
 import contextlib
+import functools
 import os
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -18,7 +19,7 @@ from beit.data.class_folders import log_similar_names, normalize
 from beit.data.decode import UnreadableImage
 from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
 from beit.data.image_dataset import ArrayDataset, ImageDataset, ImageFolder
-from beit.data.loader import EpochSampler, OrderedDistributedSampler, SampleDataset, SeededDataset, loader_kwargs
+from beit.data.loader import EpochSampler, OrderedDistributedSampler, SampleDataset, SeededDataset, make_loader
 from beit.data.sample_list import SampleList
 from beit.data.shared_memory import workers_that_fit
 from beit.data.transforms import EvalTransform, build_transform
@@ -37,17 +38,16 @@ def _reading(is_train: bool, config: InputConfig, device: Optional[torch.device]
 
 
 def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.device] = None,
-                  classes: Optional[List[str]] = None, multi_label: Optional[bool] = None) -> Tuple[Any, List[str]]:
-    """(data set, class names): samples are (image uint8 (size, size, 3), class index).
+                  classes: Optional[List[str]] = None, multi_label: Optional[bool] = None) -> ImageDataset:
+    """Its samples are (image uint8 (size, size, 3), class index).
 
     Args:
         classes, multi_label: for a CSV file, see `csv_dataset.read`.
     """
     if locations.csv_of(is_train, config):
         samples, classes = read_csv(is_train, config, device, classes, multi_label)
-        return ImageDataset(samples, classes, **_reading(is_train, config, device)), classes
-    dataset = BUILDERS[config.data_set](is_train, config, device)
-    return dataset, list(dataset.classes)
+        return ImageDataset(samples, classes, **_reading(is_train, config, device))
+    return BUILDERS[config.data_set](is_train, config, device)
 
 
 def build_class_folders(is_train: bool, config: InputConfig, device: Optional[torch.device]) -> ImageFolder:
@@ -88,26 +88,27 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
             several; None reads them from the data.
         held_out (uint64 array): `subsets.name_keys` of the images that --val_split holds out; None selects them.
     """
-    train = train_classes = val = val_classes = None
+    train = val = None
     if not config.eval:
-        train, train_classes = build_dataset(True, config, device)
-        multi_label = train.samples.multi_label
+        train = build_dataset(True, config, device)
+        classes, multi_label = train.classes, train.samples.multi_label
     elif config.train_csv and config.val_csv and classes is None:  # the training CSV names the classes
         listed, classes = read_csv(True, config, device, missing='ignored')
         multi_label = listed.multi_label if multi_label is None else multi_label
     if config.val_split:
-        train, val, val_classes = split_validation(train, config, device, held_out)
+        train, val = split_validation(train, config, device, held_out)
     elif locations.needs_validation(config):
-        val, val_classes = build_dataset(False, config, device, train_classes or classes, multi_label)
-    if train is not None and val is not None and val.samples.multi_label != multi_label:
+        val = build_dataset(False, config, device, classes, multi_label)
+    parts: List[Any] = [part for part in (train, val) if part is not None]
+    if len(parts) == 2 and parts[1].samples.multi_label != multi_label:
         raise UserError('--train_csv %s: its images have several classes, and class folders give one; give --val_csv'
                         % escape_text(config.train_csv))
-    if train_classes and val_classes and train_classes != val_classes:
-        parts: List[Any] = [train, val]
+    classes = parts[0].classes
+    if classes != parts[-1].classes:
         empty = {os.path.relpath(path, escape_text(part.samples.root)) for part in parts
                  for path in getattr(part, 'empty', ())}  # --check_data
-        only = [('train', set(train_classes) - set(val_classes) - empty),
-                ('val', set(val_classes) - set(train_classes) - empty)]
+        only = [('train', set(classes) - set(parts[1].classes) - empty),
+                ('val', set(parts[1].classes) - set(classes) - empty)]
         differ = '; '.join('only in %s: %s' % (split, ', '.join(map(escape_text, sorted(names)[:5])))
                            for split, names in only if names)
         if config.train_csv and not config.val_csv:
@@ -115,7 +116,6 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
                             'images with --val_csv' % (escape_text(config.train_csv), differ))
         if differ or not empty:
             raise UserError('--data_path: train and val must name the same classes; %s' % differ)
-    classes = train_classes or val_classes or []
     log_similar_names(classes)
     if config.image_folder_class_index_file:
         train, val, classes = order_classes(train, val, classes, config.image_folder_class_index_file)
@@ -147,15 +147,14 @@ def check_fits(val_set: Any) -> None:
             val_set.load(val_set.samples[0][0])
 
 
-def split_validation(train: Optional[ImageFolder], config: InputConfig, device: Optional[torch.device] = None,
-                     held_out: Optional[np.ndarray] = None
-                     ) -> Tuple[Optional[ImageDataset], Optional[ImageDataset], List[str]]:
-    """(the training set without the held-out images, or None; the held-out images, or None; classes) for --val_split.
+def split_validation(train: Optional[ImageDataset], config: InputConfig, device: Optional[torch.device] = None,
+                     held_out: Optional[np.ndarray] = None) -> Tuple[Optional[ImageDataset], Optional[ImageDataset]]:
+    """(the training set without the held-out images, or None; the held-out images, or None) for --val_split.
 
     Args:
-        train (ImageFolder): all images; None if only the validation set is needed.
+        train: all images; None if only the validation set is needed.
     """
-    dataset = train if train is not None else build_dataset(False, config, device)[0]
+    dataset = train if train is not None else build_dataset(False, config, device)
     keys = subsets.name_keys(dataset.samples)
     if held_out is None:
         train_indices, val_indices = subsets.split(dataset.samples, config.val_split, config.seed, keys)
@@ -163,7 +162,7 @@ def split_validation(train: Optional[ImageFolder], config: InputConfig, device: 
     else:
         train_indices, val_indices = subsets.split_as_recorded(keys, held_out, config.val_split)
     val = dataset.subset(val_indices, **_reading(False, config)) if locations.needs_validation(config) else None
-    return None if train is None else train.subset(train_indices, held_out=held_out), val, dataset.classes
+    return None if train is None else train.subset(train_indices, held_out=held_out), val
 
 
 def without_augmentation(dataset: Any, config: InputConfig) -> ImageDataset:
@@ -189,11 +188,8 @@ def build_loaders(config: InputConfig, train: Any, val: Any, device: Optional[to
     sizes = [config.batch_size] * (train is not None) + [int(1.5 * config.batch_size)] * (val is not None)
     num_workers = workers_that_fit(config.num_workers, *(size * pixels for size in sizes))
 
-    def load(samples: SampleDataset, **options: Any) -> PrefetchLoader:
-        options.update(loader_kwargs(num_workers, config.pin_mem, config.input_size, device))
-        return PrefetchLoader(torch.utils.data.DataLoader(samples, **options), device, evaluation.mean, evaluation.std,
-                              config.remode)
-
+    load = functools.partial(make_loader, evaluation=evaluation, device=device, num_workers=num_workers,
+                             pin_mem=config.pin_mem, remode=config.remode, persistent_workers=num_workers > 0)
     processes = process_group.rank(), process_group.world_size()
     if train is not None:
         train_loader = load(SeededDataset(train, config.seed, skip_unreadable, erasing), batch_size=config.batch_size,

@@ -34,7 +34,7 @@ from beit.config import DistributedConfig, LoaderConfig
 from beit.data import fast_decode
 from beit.data.decode import is_image_name
 from beit.data.device_loader import PrefetchLoader
-from beit.data.loader import SampleDataset, loader_kwargs
+from beit.data.loader import SampleDataset, make_loader
 from beit.data.prediction_inputs import PathDataset, PathSampler, common_folder
 from beit.data.shared_memory import workers_that_fit
 from beit.data.transforms import EvalTransform
@@ -248,13 +248,9 @@ def build_loader(sampler: PathSampler, preprocessing: EvalTransform, data_backen
         cores = (os.cpu_count() or 1) // process_group.world_size()
         workers = 0 if found < config.batch_size else max(1, min(8, cores))
     workers = workers_that_fit(workers, found * len(preprocessing.mean) * preprocessing.input_size ** 2)
-    options = loader_kwargs(workers, config.pin_mem, preprocessing.input_size, device)
-    if 'persistent_workers' in options:
-        options['persistent_workers'] = False  # a single pass
     images = PathDataset(preprocessing, data_backend, config.max_pixels)
     samples = SampleDataset(images, config.bad_images == 'skip')
-    return PrefetchLoader(torch.utils.data.DataLoader(samples, batch_size=found, sampler=sampler, **options), device,
-                          preprocessing.mean, preprocessing.std)
+    return make_loader(samples, preprocessing, device, workers, config.pin_mem, batch_size=found, sampler=sampler)
 
 
 def main(args: argparse.Namespace, stdout: TextIO) -> None:

@@ -458,7 +458,7 @@ def test_results_real_labels_and_flips(imagenet_like, tmp_path, capsys, parse, r
     assert [row['weights'] for row in rows] == [row['weights'] for row in table] == ['model', 'model_ema']
 
     trained, args = inference_model.load_for_inference(output), parse('--data_path', imagenet_like, *RUN)
-    _, loader = datasets.build_loaders(args, None, datasets.build_dataset(False, args)[0])
+    _, loader = datasets.build_loaders(args, None, datasets.build_dataset(False, args))
     right = {name: [0, 0] for name in 'abc'}
     real_right, loss = [], 0.
     with torch.no_grad():

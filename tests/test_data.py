@@ -905,7 +905,7 @@ def loader_of(dataset, batch_size, rank=0, world=1, workers=0):
 @pytest.mark.parametrize('world', [1, 2])
 @pytest.mark.parametrize('done', [0, 1, 3, 4])
 def test_the_rest_of_an_epoch_is_that_of_the_whole(image_folder, parse, world, done):
-    train = datasets.build_dataset(True, parse('--data_path', image_folder(train=13 * world), *NANO))[0]
+    train = datasets.build_dataset(True, parse('--data_path', image_folder(train=13 * world), *NANO))
     batch_size = 6
     for rank in range(world):
         whole = loader_of(train, batch_size, rank, world)
@@ -1010,8 +1010,8 @@ def test_hidden_files_and_folders_are_ignored(image_folder, parse):
     for name in ('cat/._000.png', 'cat/.ipynb_checkpoints/000-checkpoint.png', '__MACOSX/x.png'):
         with open(os.path.join(root, 'train', name), 'wb') as file:
             file.write(b'no image')
-    dataset, classes = datasets.build_dataset(True, parse('--data_path=' + root, '--input_size=32', '--aa=none'))
-    assert classes == ['cat', 'dog'] and len(dataset) == 32
+    dataset = datasets.build_dataset(True, parse('--data_path=' + root, '--input_size=32', '--aa=none'))
+    assert dataset.classes == ['cat', 'dog'] and len(dataset) == 32
     assert all(len(dataset[index]) == 2 for index in range(len(dataset)))
 
 

@@ -24,7 +24,7 @@ from beit.data.sample_list import SampleList
 from beit.distributed import collectives
 from beit.errors import UserError, escape_text, nearest
 from beit.files import archives
-from beit.log import log_main
+from beit.log import log_main, pluralize
 
 PATHS = ('path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_path')
 LABELS = ('label', 'labels', 'class', 'classes', 'category')
@@ -37,18 +37,15 @@ FORM = 'write path,label (with several labels: path,label;label), and quote a va
 def read(flag: str, path: str, root: str, loss: str, classes: Optional[List[str]] = None,
          multi_label: Optional[bool] = None, device: Optional[torch.device] = None, missing: str = 'error'
          ) -> Tuple[SampleList, List[str]]:
-    """Read a CSV file of `path,label` or `path,label;label` rows, UTF-8, with or without a header.
+    """(images, class names) of a CSV file of `path,label` or `path,label;label` rows, UTF-8, with or without a header.
 
     Args:
-        flag: the flag that named the file; loss: --loss.
+        flag, loss: the flag that named the file, and --loss.
         root: the base of relative paths; '' for the file's folder.
         classes: the allowed labels; None for the file's labels, sorted.
         multi_label: whether images have several labels; None: whether any row has.
         device: this process's, if all processes of a job call this: only the first checks the files. None: each does.
         missing: the treatment of a missing image: 'error', 'unreadable' (kept), or 'ignored' (not checked).
-
-    Returns:
-        (images, class names).
 
     Raises:
         UserError: the file, its form, a label or an image is invalid; the message names the line.
@@ -171,8 +168,7 @@ class CsvFile:
 
     def _check_columns(self, line: int, row: Sequence[str]) -> None:
         if len(row) != self.columns:
-            raise self.error(line, 'has %d column%s, not %d; %s'
-                             % (len(row), 's' if len(row) != 1 else '', self.columns, FORM))
+            raise self.error(line, 'has %s, not %d; %s' % (pluralize(len(row), 'column'), self.columns, FORM))
 
     def _choose_split(self) -> str:
         counts: collections.Counter = collections.Counter()

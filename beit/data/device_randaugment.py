@@ -18,8 +18,6 @@ from torchvision.transforms import RandomHorizontalFlip
 # Operations recorded as the table or affine matrix that timm computes; others are recorded by name.
 RECORDED = {'Invert', 'Posterize', 'PosterizeIncreasing', 'PosterizeOriginal', 'Solarize', 'SolarizeIncreasing',
             'SolarizeAdd', 'Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY', 'TranslateXRel', 'TranslateYRel'}
-OPERATIONS = RECORDED | {'ColorIncreasing', 'ContrastIncreasing', 'BrightnessIncreasing', 'SharpnessIncreasing',
-                         'Color', 'Contrast', 'Brightness', 'Sharpness', 'AutoContrast', 'Equalize'}
 
 
 # ---- in the worker
@@ -48,7 +46,7 @@ class DeferredRandAugment:
 def can_defer(steps: Sequence) -> bool:
     """Whether these steps of a transform are a flip and a RandAugment whose operations the device has."""
     return len(steps) == 2 and isinstance(steps[0], RandomHorizontalFlip) and isinstance(steps[1], RandAugment) \
-        and {operation.name for operation in steps[1].ops} <= OPERATIONS
+        and all(each.name in RECORDED or each.name.replace('Increasing', '') in KINDS for each in steps[1].ops)
 
 
 def _record(name: str, image: '_RecordingImage', *arguments: float, **_: Any) -> '_RecordingImage':

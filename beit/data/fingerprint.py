@@ -37,7 +37,6 @@ def of_data(train: Any, val: Any, classes: Sequence[str], device: Optional[torch
 
     Args:
         train, val: data sets, or None.
-        classes: the names of the classes.
         device: this process's, if all processes of a job call this; then only the first one reads the files.
     """
     return collectives.broadcast_from_main(
@@ -148,12 +147,10 @@ def count_known(dataset: Any, sample: Sequence[Row]) -> int:
             candidates += 1
             if candidates > CANDIDATES:
                 return len(found)
-            size, digest = _size(dataset, start + index), None
-            for row in rows[int(keys[index])]:
-                if row[2] == size >= 0 and row[0] not in found:
-                    digest = _digest(dataset, start + index) if digest is None else digest
-                    if digest and digest == row[3]:
-                        found.add(row[0])
+            size = _size(dataset, start + index)
+            similar = [row for row in rows[int(keys[index])] if row[2] == size >= 0 and row[0] not in found]
+            digest = _digest(dataset, start + index) if similar else ''
+            found.update(row[0] for row in similar if digest and row[3] == digest)
     return len(found)
 
 

@@ -11,7 +11,7 @@ import random
 import signal
 import sys
 import threading
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch.utils.data.dataloader import default_collate
 
 from beit.data import device_randaugment
 from beit.data.decode import UnreadableImage, take_first_page_only
-from beit.data.device_loader import RandomErasingBoxes
+from beit.data.device_loader import PrefetchLoader, RandomErasingBoxes
 from beit.distributed import process_group
 from beit.errors import UserError
 
@@ -183,12 +183,13 @@ def _exit_on_sigterm_of(parent: int) -> None:
     os._exit(0)
 
 
-def loader_kwargs(num_workers: int, pin_mem: bool, input_size: int, device: torch.device) -> Dict[str, Any]:
-    """A DataLoader's arguments, as far as this PyTorch has them. Workers persist between epochs."""
-    wanted = dict(
+def make_loader(samples: SampleDataset, evaluation: Any, device: torch.device, num_workers: int, pin_mem: bool,
+                remode: str = 'pixel', **options: Any) -> PrefetchLoader:
+    """A loader of `Batch`es for an `EvalTransform`; `options` are a DataLoader's, as far as this PyTorch has them."""
+    options.update(
         num_workers=num_workers, pin_memory=pin_mem and device.type != 'cpu',
-        worker_init_fn=worker_init, collate_fn=functools.partial(collate, size=input_size),
-        persistent_workers=num_workers > 0,
+        worker_init_fn=worker_init, collate_fn=functools.partial(collate, size=evaluation.input_size),
         generator=torch.Generator())  # seeds of new workers must not use the run's random numbers
     known = inspect.signature(torch.utils.data.DataLoader.__init__).parameters
-    return {name: value for name, value in wanted.items() if name in known}
+    loader = torch.utils.data.DataLoader(samples, **{name: options[name] for name in options if name in known})
+    return PrefetchLoader(loader, device, evaluation.mean, evaluation.std, remode)

@@ -84,10 +84,7 @@ def split(samples: Any, share: float, seed: int, keys: Optional[np.ndarray] = No
 
     Stratified: every class gives its share, rounded to a total of `share` of all images. Each keeps at least one image
     for training and, if the share is large enough, gives at least one. With several classes per image, images are
-    drawn at random; the last training image of a class is never drawn.
-
-    Args:
-        keys: the `name_keys` of the samples, if already computed.
+    drawn at random; the last training image of a class is never drawn. `keys` are the `name_keys` of the samples.
 
     Raises:
         UserError: no image is left for validation.
@@ -97,11 +94,7 @@ def split(samples: Any, share: float, seed: int, keys: Optional[np.ndarray] = No
     if samples.multi_label:
         chosen = _without_loss_of_a_class(samples, wanted, order)
     else:
-        counts = np.bincount(samples.targets)
-        most = np.maximum(counts - 1, 0)
-        least = np.minimum(most, 1) if wanted >= np.count_nonzero(most) else np.zeros_like(most)
-        rng = np.random.default_rng([seed, 0, VALIDATION])
-        chosen = _from_each(samples.targets, _in_proportion(counts, wanted, least, most, rng), order)
+        chosen = _from_each_class(samples.targets, wanted, order, np.random.default_rng([seed, 0, VALIDATION]), kept=1)
     if not len(chosen):
         raise UserError('--val_split %g: each class has one image only, which training needs; add images, or give '
                         '--eval_data_path' % share)
@@ -113,11 +106,8 @@ def split(samples: Any, share: float, seed: int, keys: Optional[np.ndarray] = No
 def split_as_recorded(keys: np.ndarray, held_out: np.ndarray, share: float) -> Tuple[np.ndarray, np.ndarray]:
     """(indices of the training images, of the validation images), as in a checkpoint's run.
 
-    New images go to training, so no training image is ever evaluated.
-
-    Args:
-        keys: the `name_keys` of all images.
-        held_out: the `name_keys` of the images that the run held out.
+    New images go to training, so no training image is ever evaluated. `keys` are the `name_keys` of all images,
+    `held_out` those of the images that the run held out.
 
     Raises:
         UserError: all or none of the images are held out.
@@ -138,10 +128,17 @@ def subsample(samples: Any, most: int, seed: int) -> np.ndarray:
     order = _hash_order(name_keys(samples), seed, SUBSAMPLE)
     if samples.multi_label:
         return np.sort(order[:most])
-    counts = np.bincount(samples.targets)
-    least = (counts > 0).astype(np.int64) if most >= np.count_nonzero(counts) else np.zeros_like(counts)
-    rng = np.random.default_rng([seed, 0, SUBSAMPLE])
-    return np.sort(_from_each(samples.targets, _in_proportion(counts, most, least, counts, rng), order))
+    return np.sort(_from_each_class(samples.targets, most, order, np.random.default_rng([seed, 0, SUBSAMPLE])))
+
+
+def _from_each_class(targets, wanted, order, rng, kept=0):
+    """`wanted` images, the first of each class in this order: at most all but `kept`, and at least one if possible."""
+    counts = np.bincount(targets)
+    most = np.maximum(counts - kept, 0)
+    least = np.minimum(most, 1) if wanted >= np.count_nonzero(most) else np.zeros_like(most)
+    by_class = np.split(order[np.argsort(targets[order], kind='stable')], np.cumsum(counts)[:-1])
+    taken = _in_proportion(counts, wanted, least, most, rng)
+    return np.concatenate([indices[:number] for indices, number in zip(by_class, taken)])
 
 
 def _in_proportion(counts, wanted, least, most, rng):
@@ -157,12 +154,6 @@ def _in_proportion(counts, wanted, least, most, rng):
         order = order[np.argsort(step * (taken - exact)[order], kind='stable')]
         taken[order[:abs(wanted - taken.sum())]] += step
     return taken
-
-
-def _from_each(targets, taken, order):
-    """The first `taken` images of each class, in this order."""
-    by_class = np.split(order[np.argsort(targets[order], kind='stable')], np.cumsum(np.bincount(targets))[:-1])
-    return np.concatenate([indices[:number] for indices, number in zip(by_class, taken)])
 
 
 def _without_loss_of_a_class(samples, wanted, order):

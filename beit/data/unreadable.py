@@ -38,12 +38,11 @@ class UnreadableFiles:
         self.encountered: Dict[str, Set[str]] = collections.defaultdict(set)
 
     def report(self, unreadable: Iterable[Tuple[str, str]], total: int, split: str) -> None:
-        """Report and count new files. Every process calls this with the same list.
+        """Report and count new files, (escaped path, reason) of all processes; every process calls this with the same.
 
         Args:
-            unreadable (list of (str, str)): escaped path and reason, of all processes together.
-            total (int): the number of files of the set.
-            split (str): 'training' or 'validation'; each is counted separately.
+            total: the number of files of the set.
+            split: 'training' or 'validation'; each is counted separately.
 
         Raises:
             UserError: too many files of the set are bad, or the list can't be written.
@@ -80,12 +79,9 @@ def _write_list(path: str, reasons: Dict[str, str]) -> None:
 # ---- --check_data
 
 def check_data(parts: Sequence[Any], num_workers: int, output_dir: str) -> Tuple[int, int]:
-    """Decode every image of the data sets, and print a line for each unreadable and each unused file.
+    """Decode every image of the data sets (or None), and print a line for each unreadable and each unused file.
 
     Replaces output_dir/bad_images.txt by the list of unreadable files, or removes it if every file is good.
-
-    Args:
-        parts: data sets, or None.
 
     Returns:
         (number of unreadable files and of images with a size that the flags don't allow, number of class folders
