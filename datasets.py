@@ -39,11 +39,7 @@ def _reading(is_train: bool, config: InputConfig, device: Optional[torch.device]
 
 def build_dataset(is_train: bool, config: InputConfig, device: Optional[torch.device] = None,
                   classes: Optional[List[str]] = None, multi_label: Optional[bool] = None) -> ImageDataset:
-    """Its samples are (image uint8 (size, size, 3), class index).
-
-    Args:
-        classes, multi_label: for a CSV file, see `csv_dataset.read`.
-    """
+    """Its samples are (image uint8 (size, size, 3), class index). `classes`, `multi_label`: see `csv_dataset.read`."""
     if locations.csv_of(is_train, config):
         samples, classes = read_csv(is_train, config, device, classes, multi_label)
         return ImageDataset(samples, classes, **_reading(is_train, config, device))
@@ -149,10 +145,9 @@ def check_fits(val_set: Any) -> None:
 
 def split_validation(train: Optional[ImageDataset], config: InputConfig, device: Optional[torch.device] = None,
                      held_out: Optional[np.ndarray] = None) -> Tuple[Optional[ImageDataset], Optional[ImageDataset]]:
-    """(the training set without the held-out images, or None; the held-out images, or None) for --val_split.
+    """(the training set without the held-out images, the held-out images) for --val_split; None if not needed.
 
-    Args:
-        train: all images; None if only the validation set is needed.
+    `train` has all images; None if only the validation set is needed.
     """
     dataset = train if train is not None else build_dataset(False, config, device)
     keys = subsets.name_keys(dataset.samples)

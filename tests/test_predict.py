@@ -497,7 +497,7 @@ def test_order_and_which_files_count(tmp_path):
     images = ['b.png', 'a.JPEG', 'c/2.jpg', 'c/10.jpg', 'c/d/x.webp', 'e/y.bmp']
     make_tree(tmp_path, images + ['.hidden.png', '.git/x.png', '__MACOSX/x.png', 'c/readme.md', 'empty/nothing.txt'])
     os.symlink(str(tmp_path / 'c'), str(tmp_path / 'linked'))
-    found = names_of(prediction_inputs.walk_images(str(tmp_path)), tmp_path)
+    found = names_of(prediction_inputs.find_images([str(tmp_path)]), tmp_path)
     assert found == ['a.JPEG', 'b.png', 'c/10.jpg', 'c/2.jpg', 'c/d/x.webp', 'e/y.bmp', 'linked/10.jpg',
                      'linked/2.jpg', 'linked/d/x.webp']
     pattern = str(tmp_path / '*' / '*.jpg')
@@ -514,7 +514,7 @@ def test_order_and_which_files_count(tmp_path):
     assert len(list(found)) == 1  # an existing name is not used as a pattern
     os.symlink('..', str(tmp_path / 'c' / 'round'))
     with pytest.raises(UserError, match='one of its parent folders'):
-        list(prediction_inputs.walk_images(str(tmp_path)))
+        list(prediction_inputs.find_images([str(tmp_path)]))
 
 
 def test_files_that_are_not_images_are_reported_and_the_rest_is_read(tmp_path, capsys):
@@ -537,7 +537,7 @@ def test_files_that_are_not_images_are_reported_and_the_rest_is_read(tmp_path, c
 
 def test_a_large_folder_is_streamed(tmp_path, monkeypatch):
     make_tree(tmp_path, ['%03d.jpg' % number for number in range(100)] + ['sub/%d.png' % number for number in range(7)])
-    whole = list(prediction_inputs.walk_images(str(tmp_path)))
+    whole = list(prediction_inputs.find_images([str(tmp_path)]))
     seen = []
     scandir = os.scandir
 
@@ -558,7 +558,7 @@ def test_a_large_folder_is_streamed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prediction_inputs, 'SORTED_AT_ONCE', 10)
     monkeypatch.setattr(os, 'scandir', lambda path: Watched(scandir(path)))
-    walk = prediction_inputs.walk_images(str(tmp_path))
+    walk = prediction_inputs.find_images([str(tmp_path)])
     first = [next(walk) for _ in range(10)]
     assert len(seen) <= 11 and first == sorted(first)
     assert sorted(first + list(walk)) == sorted(whole)

@@ -87,14 +87,11 @@ def walk_folders(root: str, on_skip: OnSkip, exclude: Collection[str] = ()) -> I
     """Yield (path relative to `root`, names of the images in it) for `root`, as '', and for every folder below it.
 
     Folders come depth first, sorted. A folder's names come unsorted, during its listing; the caller must take them all.
-    Links are followed.
+    Links are followed. Errors: see `scan_classes`.
 
     Args:
         on_skip: called for hidden files and files that are no images.
         exclude: real paths of folders to skip.
-
-    Raises:
-        UserError: see `scan_classes`.
     """
     pending: List[Tuple[str, Tuple[str, ...]]] = [('', (os.path.realpath(root),))]
     while pending:
@@ -166,11 +163,7 @@ def normalize(name: str) -> str:
 
 
 def _resolve_link(folder: str, ancestors: Tuple[str, ...]) -> Tuple[str, ...]:
-    """The real paths to compare links with: the last folder before each link on the way, and `folder` itself.
-
-    Raises:
-        UserError: the link leads to one of its parents.
-    """
+    """The real paths to compare links with: the last folder before each link on the way, and `folder` itself."""
     if not os.path.islink(folder):
         return ancestors[:-1] + (os.path.join(ancestors[-1], os.path.basename(folder)),)
     target = os.path.realpath(folder)

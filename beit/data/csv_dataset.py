@@ -209,8 +209,8 @@ class _Labels:
         self.flat.extend(indices)
         self.ends.append(len(self.flat))
         self.several_rows += len(indices) > 1
-        if not indices and not self.empty_line:
-            self.empty_line = line
+        if not indices:
+            self.empty_line = self.empty_line or line
 
     def _parse(self, line: int, cell: str) -> List[int]:
         """The class indices of a cell; [] if it's empty."""
@@ -279,10 +279,8 @@ def _find_files(file: CsvFile, samples: SampleList, lines: Sequence[int], must_e
                 keep_alive: Callable[[], None]) -> List[Tuple[int, str]]:
     """(index, name): the file system's names of files that the CSV file spells differently.
 
-    Each folder is listed once, instead of a look-up for each file.
-
-    Raises:
-        UserError: a file is missing, and `must_exist`.
+    Each folder is listed once, instead of a look-up for each file. Raises a `UserError` if one is missing that
+    `must_exist`.
     """
     folders: Dict[str, array.array] = {}
     for index in range(len(samples)):

@@ -122,8 +122,7 @@ def load_image(path: str, reading: Reading = AS_REFERENCE) -> Image.Image:
 def to_rgb(image: Image.Image, reading: Reading = AS_REFERENCE) -> Image.Image:
     """A Pillow image as RGB, or in the mode of other `reading.channels`, 8 bits a channel.
 
-    Raises:
-        ValueError: its numbers have no known range.
+    Raises ValueError if its numbers have no known range.
     """
     image.load()
     orientation = reading.orientation(image)

@@ -35,13 +35,9 @@ def check_available(flag: str = '--data_backend') -> None:
 
 
 def load_tensor(path: str, reading: Reading = AS_REFERENCE) -> torch.Tensor:
-    """The image as a uint8 tensor (3, H, W), channels last in memory. `load_image` reads other files than upright RGB
-    JPEG.
+    """The image as a uint8 tensor (3, H, W), channels last in memory; see `load_image` for errors.
 
-    The size is checked before decoding.
-
-    Raises:
-        UnreadableImage: the file can't be read as an image.
+    That function reads other files than upright RGB JPEG. The size is checked before decoding.
     """
     try:
         with open_file(path) as file:

@@ -35,16 +35,14 @@ Row = Tuple[str, str, int, str]  # of a sample: hashes of name and base name, si
 def of_data(train: Any, val: Any, classes: Sequence[str], device: Optional[torch.device] = None) -> Dict[str, Any]:
     """{'train': fingerprint or None, 'val': fingerprint or None}, of plain values.
 
-    Args:
-        train, val: data sets, or None.
-        device: this process's, if all processes of a job call this; then only the first one reads the files.
+    If all processes of a job call this with their `device`, only the first one reads the files.
     """
     return collectives.broadcast_from_main(
         lambda keep_alive: {name: None if part is None else of_set(part, classes, keep_alive)
                             for name, part in (('train', train), ('val', val))}, device)
 
 
-def of_set(dataset: Any, classes: Sequence[str], keep_alive: Callable[[], None] = lambda: None) -> Dict[str, Any]:
+def of_set(dataset: Any, classes: Sequence[str], keep_alive: Callable[[], None]) -> Dict[str, Any]:
     """The fingerprint of a data set.
 
     Returns:

@@ -91,11 +91,7 @@ class Sample(NamedTuple):
 
 
 class SampleDataset(torch.utils.data.Dataset):
-    """A `Sample` by index; with `skip_unreadable`, an `Unreadable` for a bad file.
-
-    Args:
-        erasing (RandomErasingBoxes): draws an image's last random numbers; None for no erasing.
-    """
+    """A `Sample` by index; with `skip_unreadable`, an `Unreadable` for a bad file. `erasing` draws last."""
 
     def __init__(self, dataset: Any, skip_unreadable: bool = False,
                  erasing: Optional[RandomErasingBoxes] = None) -> None:

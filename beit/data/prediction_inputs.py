@@ -22,18 +22,6 @@ from beit.log import log_main
 SORTED_AT_ONCE = 1 << 16  # names; they bound the memory
 
 
-def walk_images(root: str, exclude: Collection[str] = (),
-                on_skip: OnSkip = lambda path, reason: None) -> Iterator[str]:
-    """Yield the path of every image in a folder, at any depth: a folder's files, then its folders.
-
-    Names are sorted; a folder with more than `SORTED_AT_ONCE` is sorted in parts of that size. Errors: see
-    `walk_folders`.
-    """
-    for folder, names in walk_folders(root, on_skip, exclude):
-        for name in in_order(names):
-            yield os.path.join(root, folder, name)
-
-
 def in_order(names: Iterable[str]) -> Iterator[str]:
     """Yield them sorted, `SORTED_AT_ONCE` at a time."""
     names = iter(names)
@@ -46,14 +34,16 @@ def in_order(names: Iterable[str]) -> Iterator[str]:
 
 def find_images(inputs: Sequence[str], exclude: Collection[str] = (),
                 on_skip: OnSkip = lambda path, reason: None) -> Iterator[str]:
-    """Yield the path of each image of files, folders and patterns, in their order.
+    """Yield the path of each image of files, folders and patterns, in their order; of a folder its files, then folders.
 
     A file that the user names counts as an image with any ending. The files of a pattern count by their endings; its
-    folders count with all images in them, unless the pattern is recursive (**).
+    folders count with all images in them, unless the pattern is recursive (**). Errors: see `walk_folders`.
     """
     for name in inputs:
         if archives.isdir(name):
-            yield from walk_images(name, exclude, on_skip)
+            for folder, names in walk_folders(name, on_skip, exclude):
+                for file in in_order(names):
+                    yield os.path.join(name, folder, file)
         elif os.path.lexists(name):
             yield name
         else:
@@ -61,7 +51,7 @@ def find_images(inputs: Sequence[str], exclude: Collection[str] = (),
                 if any(os.path.join(os.path.realpath(path), '').startswith(os.path.join(each, '')) for each in exclude):
                     continue
                 if os.path.isdir(path):
-                    yield from () if '**' in name else walk_images(path, exclude, on_skip)
+                    yield from find_images([] if '**' in name else [path], exclude, on_skip)
                 elif is_image_name(path, path):
                     yield path
                 else:
@@ -109,11 +99,7 @@ class PathSampler(torch.utils.data.Sampler):
         return [self.requested.popleft() for _ in range(count)]
 
     def first(self, count: int) -> int:
-        """The number of images, at most `count`.
-
-        Raises:
-            UserError: there is none.
-        """
+        """The number of images, at most `count`. Raises a `UserError` if there is none."""
         found = sum(1 for _ in itertools.islice(self._find(), count))
         if not found:
             raise UserError('%s: there is no image in it%s; name image files or folders with images' % (

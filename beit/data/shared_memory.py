@@ -24,7 +24,11 @@ def workers_that_fit(wanted: int, *batch_bytes: int) -> int:
     Args:
         batch_bytes: the size of the images of a batch, for each loader.
     """
-    workers = min(wanted, _by_files(len(batch_bytes), wanted))
+    limit, files = resource.getrlimit(resource.RLIMIT_NOFILE)[0], FILES[0] * len(batch_bytes)
+    workers = wanted if limit < 0 else max(0, min(wanted, (limit - FILES[1]) // files))
+    if workers < wanted:
+        log_main('--num_workers %d: a process may open only %d files here, which is enough for %d loader processes; '
+                 'ulimit -n %d raises the limit' % (wanted, limit, workers, FILES[1] + files * wanted))
     try:
         status = os.statvfs(FOLDER)
     except OSError:  # this system has no /dev/shm
@@ -38,13 +42,4 @@ def workers_that_fit(wanted: int, *batch_bytes: int) -> int:
     if fit < workers:
         log_main('%s has room for the batches of %d loader processes, not of %d; docker run --shm-size=%dg enlarges it'
                  % (FOLDER, fit, workers, 1 + workers * each * process_group.world_size() // 2 ** 30))
-    return fit
-
-
-def _by_files(loaders: int, wanted: int) -> int:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    fit = max(0, (limit - FILES[1]) // (FILES[0] * loaders)) if limit >= 0 else wanted
-    if fit < wanted:
-        log_main('--num_workers %d: a process may open only %d files here, which is enough for %d loader processes; '
-                 'ulimit -n %d raises the limit' % (wanted, limit, fit, FILES[1] + FILES[0] * loaders * wanted))
     return fit

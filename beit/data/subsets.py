@@ -84,10 +84,8 @@ def split(samples: Any, share: float, seed: int, keys: Optional[np.ndarray] = No
 
     Stratified: every class gives its share, rounded to a total of `share` of all images. Each keeps at least one image
     for training and, if the share is large enough, gives at least one. With several classes per image, images are
-    drawn at random; the last training image of a class is never drawn. `keys` are the `name_keys` of the samples.
-
-    Raises:
-        UserError: no image is left for validation.
+    drawn at random; the last training image of a class is never drawn. Raises a `UserError` if no image is left for
+    validation. `keys` are the `name_keys` of the samples.
     """
     order = _hash_order(name_keys(samples) if keys is None else keys, seed, VALIDATION)
     wanted = max(1, int(round(share * len(samples))))
@@ -107,10 +105,7 @@ def split_as_recorded(keys: np.ndarray, held_out: np.ndarray, share: float) -> T
     """(indices of the training images, of the validation images), as in a checkpoint's run.
 
     New images go to training, so no training image is ever evaluated. `keys` are the `name_keys` of all images,
-    `held_out` those of the images that the run held out.
-
-    Raises:
-        UserError: all or none of the images are held out.
+    `held_out` those of the images that the run held out: a `UserError` if these are all or none.
     """
     chosen = np.isin(keys, held_out)
     if not chosen.any() or chosen.all():
