@@ -26,14 +26,14 @@ from beit.checkpoint import comparison, sources
 from beit.checkpoint.inference_model import spec_beside
 from beit.checkpoint.pretrained import find_state_dict, mismatches
 from beit.cli import run_interruptible
-from beit.errors import UserError, escape_text, print_line
+from beit.errors import UserError, escape_text, print_line, refuse
 from beit.files import run_folder, weights_file
 from beit.files.atomic_write import check_writable
 from beit.files.weights_file import load_weights_file
 from beit.log import log_main
 from beit.model_spec import ModelSpec
 from beit.training import metrics
-from check_flags import check_early, refuse
+from check_flags import check_early
 
 build_parser = functools.partial(flags.build_parser, flags.AVERAGE, __doc__)
 

@@ -4,14 +4,14 @@ import argparse
 import importlib.util
 import os
 import sys
-from typing import Any, Optional
+from typing import Optional
 
 import flags
 from beit import startup, weights
 from beit.checkpoint import sources
 from beit.config import SMALL_INPUT, DistributedConfig, InputConfig, MixupConfig, TransformConfig
 from beit.distributed.launch_environment import defer_report, launch_environment, reports_errors
-from beit.errors import UserError, escape_text, print_error, unknown_value_error
+from beit.errors import UserError, escape_text, print_error, refuse, unknown_value_error
 from beit.files.atomic_write import check_writable
 from beit.log import log_main
 
@@ -122,15 +122,6 @@ def check_model(args: argparse.Namespace) -> None:
         pretrained.check_finetune(args.finetune)
     if not flags.evaluates_checkpoint(args):
         model_spec.check_architecture(args.model, args.input_size)
-
-
-def refuse(wrong: Any, args: argparse.Namespace, flag: str, reason: str) -> None:
-    """Raise a `UserError`, '--flag value' and the reason, if something is `wrong`."""
-    if wrong:
-        value = getattr(args, flag)
-        words = ['%g' % each if isinstance(each, float) else escape_text(str(each))
-                 for each in (value if isinstance(value, list) else [value]) if each is not True and each != '']
-        raise UserError(' '.join(['--' + flag, *words]) + reason)
 
 
 def check_combinations(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from beit.data.sample_list import SampleList
 from beit.data.shared_memory import workers_that_fit
 from beit.data.transforms import EvalTransform, build_transform
 from beit.distributed import process_group
-from beit.errors import UserError, escape_text
+from beit.errors import UserError, escape_text, refuse
 
 # ---- data sets
 
@@ -96,9 +96,8 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
     elif locations.needs_validation(config):
         val = build_dataset(False, config, device, classes, multi_label)
     parts: List[Any] = [part for part in (train, val) if part is not None]
-    if len(parts) == 2 and parts[1].samples.multi_label != multi_label:
-        raise UserError('--train_csv %s: its images have several classes, and class folders give one; give --val_csv'
-                        % escape_text(config.train_csv))
+    refuse(len(parts) == 2 and parts[1].samples.multi_label != multi_label, config, 'train_csv',
+           ': its images have several classes, and class folders give one; give --val_csv')
     classes = parts[0].classes
     if classes != parts[-1].classes:
         empty = {os.path.relpath(path, escape_text(part.samples.root)) for part in parts
@@ -107,33 +106,30 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
                 ('val', set(parts[1].classes) - set(classes) - empty)]
         differ = '; '.join('only in %s: %s' % (split, ', '.join(map(escape_text, sorted(names)[:5])))
                            for split, names in only if names)
-        if config.train_csv and not config.val_csv:
-            raise UserError('--train_csv %s: its classes differ from the validation folders (%s); list the validation '
-                            'images with --val_csv' % (escape_text(config.train_csv), differ))
+        refuse(config.train_csv and not config.val_csv, config, 'train_csv', ': its classes differ from the validation '
+               'folders (%s); list the validation images with --val_csv' % differ)
         if differ or not empty:
             raise UserError('--data_path: train and val must name the same classes; %s' % differ)
     log_similar_names(classes)
     if config.image_folder_class_index_file:
-        train, val, classes = order_classes(train, val, classes, config.image_folder_class_index_file)
+        train, val, classes = order_classes(train, val, classes, config)
     if train is not None and config.max_train_samples:
         train = train.subset(subsets.subsample(train.samples, config.max_train_samples, config.seed))
-    if config.nb_classes and config.nb_classes != len(classes):
-        raise UserError('--nb_classes %d: the data has %d classes; leave the flag out, or correct the data'
-                        % (config.nb_classes, len(classes)))
+    refuse(config.nb_classes not in (0, len(classes)), config, 'nb_classes',
+           ': the data has %d classes; leave the flag out, or correct the data' % len(classes))
     return train, val, classes
 
 
-def order_classes(train: Any, val: Any, classes: Sequence[str], path: str) -> Tuple[Any, Any, List[str]]:
+def order_classes(train: Any, val: Any, classes: Sequence[str], config: DataConfig) -> Tuple[Any, Any, List[str]]:
     """(training set, validation set, classes) in the order of the class names in a file, which may name more."""
-    flag = '--image_folder_class_index_file'
-    names = [normalize(name) for name in model_spec.read_class_names(path, flag)]
+    flag = 'image_folder_class_index_file'
+    names = [normalize(name) for name in model_spec.read_class_names(getattr(config, flag), '--' + flag)]
     unknown = sorted(set(classes) - set(names))
-    if unknown:
-        raise UserError('%s %s: it does not name the class folders %s; add them to the file'
-                        % (flag, escape_text(path), model_spec.shorten_names(unknown)))
+    refuse(unknown, config, flag, ': it does not name the class folders %s; add them to the file'
+           % model_spec.shorten_names(unknown))
     place = {name: index for index, name in enumerate(names)}
-    return tuple(each and each.relabel([place[name] for name in classes], names)
-                 for each in (train, val)) + (names,)  # type: ignore[return-value]
+    places = [place[name] for name in classes]
+    return train and train.relabel(places, names), val and val.relabel(places, names), names
 
 
 def check_fits(val_set: Any) -> None:

@@ -45,7 +45,7 @@ from beit.data.transforms import EvalTransform
 from beit.data.unreadable import LIST, UnreadableFiles
 from beit.devices import accelerator, half_precision, kernels
 from beit.distributed import collectives, preemption, process_group, watchdog
-from beit.errors import UserError, escape_text, required_output
+from beit.errors import UserError, escape_text, refuse, required_output
 from beit.files import archives, run_folder
 from beit.model_spec import ModelSpec
 from beit.outputs import run_log, start_table
@@ -55,7 +55,7 @@ from beit.training import fused_attention, loss_scaler, losses, metrics, tempera
 from beit.training.confusion import ConfusionMatrix
 from beit.training.losses import build_criterion
 from beit.training.step_control import CheckpointMonitor
-from check_flags import check_args, check_data_paths, refuse
+from check_flags import check_args, check_data_paths
 from flags import build_parser, config_from, evaluates_checkpoint, evaluation_sets, follow_checkpoint, without_effect
 
 ROBUST_CLASSES = 200  # of ImageNet-R and ImageNet-A

@@ -26,12 +26,11 @@ from beit.checkpoint import pretrained
 from beit.checkpoint.inference_model import LoadedModel, load_for_inference
 from beit.cli import run_interruptible
 from beit.config import ExportConfig
-from beit.errors import UserError, escape_text, print_line, unknown_value_error
+from beit.errors import UserError, escape_text, print_line, refuse, unknown_value_error
 from beit.files import atomic_write
 from beit.outputs import atc
 from beit.outputs.export_formats import (
     EXTRA, FORMATS, Format, NotChecked, example_images, import_optional, package_version)
-from check_flags import refuse
 
 BATCHES = (1, 2, 5)  # images at a time in the comparison
 TOLERANCE = 1e-3  # of the largest logit: rounding stays far below; a lost position bias is above

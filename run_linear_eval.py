@@ -31,10 +31,10 @@ from beit.checkpoint.inference_model import LoadedModel, load_for_inference
 from beit.config import InputConfig, OutputConfig
 from beit.devices import accelerator
 from beit.distributed import collectives, preemption, process_group
-from beit.errors import UserError, escape_text
+from beit.errors import UserError, escape_text, refuse
 from beit.files import run_folder
 from beit.training import metrics
-from check_flags import check_args, refuse
+from check_flags import check_args
 
 TEMPERATURE = 0.07  # of the neighbours' weights, as in DINO (https://arxiv.org/abs/2104.14294, appendix)
 run_folder.register_output(r'linear_eval\.csv', at_end=True)

@@ -40,13 +40,13 @@ from beit.data.shared_memory import workers_that_fit
 from beit.data.transforms import EvalTransform
 from beit.devices import accelerator, half_precision
 from beit.distributed import collectives, process_group, watchdog
-from beit.errors import UserError, check_output_is_open, escape_text
+from beit.errors import UserError, check_output_is_open, escape_text, refuse
 from beit.files.atomic_write import check_writable
 from beit.outputs import attention_maps
 from beit.outputs.features import FeatureHook, FeaturesWriter, encode_features
 from beit.outputs.prediction_writers import FORMATS, LineWriter, Prediction, open_output
 from beit.training import fused_attention, loss_scaler, metrics
-from check_flags import check_early, refuse
+from check_flags import check_early
 
 build_parser = functools.partial(flags.build_parser, flags.PREDICT, __doc__)
 

@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from typing import Iterable, Iterator, List, Optional, Union
+from typing import Any, Iterable, Iterator, List, Optional, Union
 
 
 class UserError(Exception):
@@ -115,3 +115,12 @@ def unknown_value_error(flag: str, name: str, known: Iterable[str]) -> UserError
     near = nearest(name, known)
     remedy = 'did you mean %s?' % ' or '.join(near) if near else 'it must be one of %s' % ', '.join(sorted(known))
     return UserError('%s: unknown value %r; %s' % (flag, name, remedy))
+
+
+def refuse(wrong: Any, config: Any, flag: str, reason: str) -> None:
+    """Raise a `UserError`, '--flag value' and the reason, if something is `wrong`."""
+    if wrong:
+        value = getattr(config, flag)
+        words = ['%g' % each if isinstance(each, float) else escape_text(str(each))
+                 for each in (value if isinstance(value, list) else [value]) if each is not True and each != '']
+        raise UserError(' '.join(['--' + flag, *words]) + reason)

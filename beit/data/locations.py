@@ -8,7 +8,7 @@ from typing import Optional, Sequence, Tuple
 from beit import startup
 from beit.config import SMALL_INPUT, SPLITS, DataConfig, InputConfig
 from beit.data.decode import is_image_name
-from beit.errors import UserError, escape_text, unknown_value_error
+from beit.errors import UserError, escape_text, refuse, unknown_value_error
 from beit.files import archives
 from beit.log import log_main
 from beit.paths import cache_folder, project_root
@@ -71,11 +71,10 @@ def check_paths(config: InputConfig) -> None:
     check_split(config)
     check_csv_flags(config)
     index = config.image_folder_class_index_file
-    if index and (config.data_set == 'CIFAR' or config.train_csv or config.val_csv):
-        raise UserError('--image_folder_class_index_file %s: it orders class folders, and --data_set CIFAR and CSV '
-                        'files have none; leave it out' % escape_text(index))
-    if index and not os.path.isfile(index):
-        raise UserError('--image_folder_class_index_file %s: no such file' % escape_text(index))
+    refuse(index and (config.data_set == 'CIFAR' or config.train_csv or config.val_csv), config,
+           'image_folder_class_index_file', ': it orders class folders, and --data_set CIFAR and CSV files have none; '
+           'leave it out')
+    refuse(index and not os.path.isfile(index), config, 'image_folder_class_index_file', ': no such file')
     DATA_SETS[config.data_set](config)
 
 
@@ -87,18 +86,19 @@ def check_class_folders(config: InputConfig) -> None:
         raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo'
                         if not config.train_csv else '--train_csv %s: there are no validation images; give --val_csv, '
                         'or --val_split 0.1 to hold out a tenth of these' % escape_text(config.train_csv))
-    for flag, path in (('--data_path', config.data_path), ('--eval_data_path', config.eval_data_path)):
-        if path and (path, flag) != ('demo', '--data_path') and not archives.isdir(path):
-            raise UserError('%s %s: %s' % (flag, escape_text(path), 'a file; give a folder, or a .zip or .tar that is '
-                            'not compressed further' if os.path.isfile(path) else 'no such file or folder'))
+    for flag in ('data_path', 'eval_data_path'):
+        path = getattr(config, flag)
+        refuse(path and (path, flag) != ('demo', 'data_path') and not archives.isdir(path), config, flag,
+               ': a file; give a folder, or a .zip or .tar that is not compressed further'
+               if os.path.isfile(path or '') else ': no such file or folder')
     for is_train in in_folders if config.data_path != 'demo' else ():
         flag, root = split_root(is_train, config)
         if not archives.isdir(root):
-            folder = getattr(config, flag[2:])
-            raise UserError('%s %s: there is no folder %s; it must hold one folder of images per class%s' % (
-                flag, escape_text(folder), escape_text(root), _layout_remedy(folder, is_train)
-                + ('' if is_train or config.eval_data_path else
-                   '; or --val_split 0.1 holds out a tenth of the training images')))
+            remedy = _layout_remedy(getattr(config, flag[2:]), is_train) + (
+                '' if is_train or config.eval_data_path else
+                '; or --val_split 0.1 holds out a tenth of the training images')
+            refuse(True, config, flag[2:], ': there is no folder %s; it must hold one folder of images per class%s'
+                   % (escape_text(root), remedy))
 
 
 def _layout_remedy(folder: str, is_train: bool) -> str:
@@ -130,43 +130,36 @@ def check_cifar(config: InputConfig) -> None:
     if not config.data_path:
         raise UserError('--data_path is missing; give the folder that holds cifar-100-python')
     cifar_root(config.data_path)
-    if config.in_chans != 3:
-        raise UserError('--in_chans %d: the images of CIFAR are RGB; leave it out' % config.in_chans)
-    if config.input_size < SMALL_INPUT:
-        raise UserError('--input_size %d: the images of CIFAR are 32x32 and cannot be made smaller; use 32 or more'
-                        % config.input_size)
+    refuse(config.in_chans != 3, config, 'in_chans', ': the images of CIFAR are RGB; leave it out')
+    refuse(config.input_size < SMALL_INPUT, config, 'input_size',
+           ': the images of CIFAR are 32x32 and cannot be made smaller; use 32 or more')
 
 
 def check_split(config: DataConfig) -> None:
     """Raise a `UserError` where --val_split is given and there are validation images already."""
     if not config.val_split:
         return
-    prefix = '--val_split %g: ' % config.val_split
     for flag in ('eval_data_path', 'val_csv'):
-        if getattr(config, flag):
-            raise UserError(prefix + '--%s names the validation images; leave one of the two out' % flag)
-    if config.data_set == 'CIFAR':
-        raise UserError(prefix + 'CIFAR has a test set; leave the flag out')
-    val = part_of(resolve_data_path(config.data_path), 'val')
-    if config.data_set == 'IMNET' and config.data_path and not config.train_csv and (
-            os.path.lexists(val) or archives.isdir(val)):
-        raise UserError(prefix + 'there is a folder %s with validation images; leave the flag out, or name the class '
-                        'folders with --data_set image_folder --data_path %s'
-                        % (escape_text(val), escape_text(part_of(resolve_data_path(config.data_path), 'train'))))
+        refuse(getattr(config, flag), config, 'val_split',
+               ': --%s names the validation images; leave one of the two out' % flag)
+    refuse(config.data_set == 'CIFAR', config, 'val_split', ': CIFAR has a test set; leave the flag out')
+    train, val = (part_of(resolve_data_path(config.data_path), part) for part in ('train', 'val'))
+    has_val = config.data_path and not config.train_csv and (os.path.lexists(val) or archives.isdir(val))
+    refuse(config.data_set == 'IMNET' and has_val, config, 'val_split', ': there is a folder %s with validation '
+           'images; leave the flag out, or name the class folders with --data_set image_folder --data_path %s'
+           % (escape_text(val), escape_text(train)))
 
 
 def check_csv_flags(config: DataConfig) -> None:
     """Raise a `UserError` where --train_csv or --val_csv names no file, or contradicts another flag."""
-    for flag, path in (('--train_csv', config.train_csv), ('--val_csv', config.val_csv)):
-        if path and not os.path.isfile(path):
-            raise UserError('%s %s: %s; give a CSV file with one path,label per line' % (
-                flag, escape_text(path), 'is a folder' if os.path.isdir(path) else 'no such file'))
-        if path and config.data_set == 'CIFAR':
-            raise UserError('%s %s: --data_set CIFAR has no image files to list; leave one of the two out'
-                            % (flag, escape_text(path)))
-    if config.val_csv and config.eval_data_path:
-        raise UserError('--val_csv %s: --eval_data_path names validation images too; leave one of the two out'
-                        % escape_text(config.val_csv))
+    for flag in ('train_csv', 'val_csv'):
+        path = getattr(config, flag)
+        refuse(path and not os.path.isfile(path), config, flag, ': %s; give a CSV file with one path,label per line'
+               % ('is a folder' if os.path.isdir(path) else 'no such file'))
+        refuse(path and config.data_set == 'CIFAR', config, flag,
+               ': --data_set CIFAR has no image files to list; leave one of the two out')
+    refuse(config.val_csv and config.eval_data_path, config, 'val_csv',
+           ': --eval_data_path names validation images too; leave one of the two out')
 
 
 def csv_of(is_train: bool, config: DataConfig) -> Optional[Tuple[str, str]]:
