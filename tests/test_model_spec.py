@@ -257,7 +257,8 @@ def test_hugging_faces_preprocessing_is_read(tmp_path, content, expected):
 
 
 @pytest.mark.parametrize('change', (dict(do_resize=False), dict(rescale_factor=1.), dict(image_mean=[.5]),
-                                    dict(size='x'), dict(resample=9), dict(size={'height': 224, 'width': 200})))
+                                    dict(size='x'), dict(resample=9), dict(size={'height': 224, 'width': 200}),
+                                    dict(size={'shortest_edge': 256}), dict(do_center_crop=True, crop_size=200)))
 def test_preprocessing_that_is_not_computed_here_is_refused(tmp_path, change):
     content = dict(size=224, resample=2, image_mean=[.5] * 3, image_std=[.5] * 3)
     (tmp_path / 'preprocessor_config.json').write_text(json.dumps(dict(content, **change)))

@@ -110,6 +110,7 @@ def test_unsupported_precisions_are_refused(monkeypatch):
     ({}, 'not installed'),
     ({'apex/__init__.py': '', 'apex/optimizers/__init__.py': ''}, 'without amp'),
     ({'apex/__init__.py': '', 'apex/i18n.py': ''}, 'unrelated package'),
+    ({'apex.py': ''}, 'unrelated package'),
     ({'apex/__init__.py': 'raise RuntimeError("built for another torch")'}, 'cannot be imported'),
     ({'apex/__init__.py': 'from . import amp, optimizers', 'apex/amp.py': 'def initialize(): pass',
       'apex/optimizers.py': 'class NpuFusedAdamW: pass'}, "apex.amp (Ascend's)")))

@@ -163,7 +163,7 @@ def hf_preprocessing(path: str) -> Optional[EvalTransform]:
             raise ValueError('images are not resized, scaled or normalised as usual')
         squashes = not isinstance(found['size'], dict) or 'shortest_edge' not in found['size']
         if (crops and crop != side) if squashes else not crops:
-            raise ValueError('images are squashed and then cropped, or are no squares')
+            raise ValueError('%.80r is %s' % (found['size'], 'cropped to %d' % crop if crops else 'not made a square'))
         crop_pct = 1.0 if squashes else crop / side
         if not squashes and int(crop / crop_pct) != side:  # rounding
             crop_pct = crop / (side + 0.5)

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import os
 from typing import Any, Optional, Tuple
 
 import torch
@@ -46,7 +47,8 @@ def has_autocast(device_type: str, dtype: torch.dtype) -> bool:
 
 def find_apex() -> Tuple[Any, str]:
     """(apex.amp or None, a description). Three packages have the name apex; only some have `amp`."""
-    if importlib.util.find_spec('apex') is None:
+    spec = importlib.util.find_spec('apex')
+    if spec is None:
         return None, 'apex is not installed'
     try:
         apex = importlib.import_module('apex')
@@ -54,7 +56,7 @@ def find_apex() -> Tuple[Any, str]:
     except Exception as error:  # an apex built for another PyTorch can raise anything; PyTorch's amp always works
         if not isinstance(error, ModuleNotFoundError) or error.name != 'apex.amp':
             return None, 'the installed apex cannot be imported (%s)' % ' '.join(str(error).split())
-        if importlib.util.find_spec('apex.optimizers'):
+        if any(os.path.isdir(os.path.join(folder, 'optimizers')) for folder in spec.submodule_search_locations or ()):
             return None, 'the installed apex is NVIDIA\'s without amp, which newer versions removed'
         return None, 'the installed apex is an unrelated package of that name'
     kind = 'Ascend\'s' if hasattr(getattr(apex, 'optimizers', None), 'NpuFusedAdamW') else 'NVIDIA\'s'
