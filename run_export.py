@@ -74,6 +74,8 @@ def check_args(args: argparse.Namespace) -> None:
     refuse(not args.format, args, 'format', ' is missing; give one of ' + ', '.join(FORMATS))
     if args.format not in FORMATS:
         raise unknown_value_error('--format', args.format, FORMATS)
+    if args.model is not None and args.model not in flags.MODELS:
+        raise unknown_value_error('--model', args.model, flags.MODELS)
     pretrained.refuse_exports('--resume', args.resume)
     for field in dataclasses.fields(ExportConfig):
         if getattr(args, field.name) and field.name not in FORMATS[args.format].takes:
