@@ -137,6 +137,20 @@ def test_auto_on_a_cpu_is_fused_where_no_gradient_is_needed(monkeypatch):
     assert len(calls) == len(network.blocks)
 
 
+def test_a_kernel_is_not_used_in_a_precision_that_was_not_tried(monkeypatch):
+    if half_precision._half_precision_problem(CPU, torch.bfloat16):
+        cannot_run('current', 'this PyTorch has no bfloat16 training on a CPU')
+
+    def half_only(q, k, v, bias, scale):
+        assert q.dtype == torch.bfloat16
+        return modeling_finetune.plain_attention(q, k, v, bias.to(q.dtype), scale)
+
+    monkeypatch.setattr(kernels, 'fused_attentions', lambda device: {'half_only': half_only})
+    network, images = model(), torch.randn(2, 3, 32, 32)
+    assert 'fused, half_only' in fused_attention.choose_attention(network, CPU, 'fused', torch.bfloat16)
+    assert torch.equal(copy.deepcopy(network)(images), model()(images))  # as the average of O2, in float32
+
+
 def test_the_modes(monkeypatch):
     network = model()
     assert fused_attention.choose_attention(network, CPU, 'plain') == 'plain'

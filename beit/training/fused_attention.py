@@ -43,7 +43,7 @@ def choose_attention(model: Any, device: torch.device, mode: str = 'auto', dtype
         problem = compare(kernel, model, device, dtype or torch.float32, batch_size)
         if not collectives.any_process(problem is not None, device):
             for block in model.blocks:
-                block.attn.fused = without_gradients(kernel) if evaluation_only else kernel
+                block.attn.fused = where_tried(kernel, dtype or torch.float32, evaluation_only)
             return 'fused, %s (agrees with plain attention here, gradients too)%s' % (
                 name, '; plain in training' if evaluation_only else
                 '; plain in training, for --attn_drop_rate' if drop > 0 else '')
@@ -54,10 +54,11 @@ def choose_attention(model: Any, device: torch.device, mode: str = 'auto', dtype
     return 'plain; fused attention is not used (%s)' % reason
 
 
-def without_gradients(kernel: Callable) -> Callable:
-    """The kernel where no gradient is needed, else plain attention."""
-    def attend(*inputs: Any) -> torch.Tensor:
-        return (modeling_finetune.plain_attention if torch.is_grad_enabled() else kernel)(*inputs)
+def where_tried(kernel: Callable, dtype: torch.dtype, evaluation_only: bool) -> Callable:
+    """The kernel, else plain attention: in another dtype, as O2's average has, or with unwanted gradients."""
+    def attend(query: torch.Tensor, *inputs: Any) -> torch.Tensor:
+        is_plain = query.dtype != dtype or evaluation_only and torch.is_grad_enabled()
+        return (modeling_finetune.plain_attention if is_plain else kernel)(query, *inputs)
     return attend
 
 
