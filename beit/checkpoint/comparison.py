@@ -29,7 +29,7 @@ class Run(NamedTuple):
     flags: Dict[str, Any]
     device: torch.device
     data: Dict[str, Any]  # see `fingerprint.of_data`
-    class_weights: Optional[int] = None  # see `losses.fingerprint`
+    class_weights: Optional[int] = None  # a checksum
 
 
 class Fact(NamedTuple):
