@@ -302,7 +302,7 @@ def test_options_of_the_loader_are_checked(trained):
     _, out, _ = trained
     assert beit.load(out, exif='ignore').spec.preprocessing.exif == 'ignored'
     for options, word in ((dict(exif='bogus'), 'bogus'), (dict(background='purple'), 'purple'),
-                          (dict(eval_fit='stretch'), 'crop mode')):
+                          (dict(eval_fit='stretch'), 'crop mode'), (dict(model=''), "^--model: unknown value ''")):
         with pytest.raises(UserError, match=word):
             beit.load(out, **options)
     with pytest.raises(TypeError, match='eval_fitt'):

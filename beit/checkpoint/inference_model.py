@@ -73,6 +73,8 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
     Raises:
         UserError: the file can't be read, does not describe its model, or its weights contradict the description.
     """
+    if overrides.get('model') is not None:
+        model_spec.check_architecture(overrides['model'], 0)  # the name, before a download
     known = weights.published(source)
     path, content = discovery.load_best_or_latest(source, prefer_best=True, use_ema=use_ema)
     found = read_weights(path, content, use_ema, class_names, needs_head=needs_head, **overrides)
