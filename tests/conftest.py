@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,9 @@ os.environ.setdefault('TORCH_NPU_WHEELS', os.path.join(_caches, 'beit_torch_npu_
 os.environ.setdefault('MPLCONFIGDIR', os.path.join(_caches, 'matplotlib'))
 _own_cache = tempfile.TemporaryDirectory()
 os.environ['XDG_CACHE_HOME'] = _own_cache.name
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = ['npu_emulator']  # its tests run in a separate process, where torch_npu is the emulator
 
