@@ -264,7 +264,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('rel_pos_bias', True, 'relative position bias in every block', off='disable_rel_pos_bias'),
         Flag('abs_pos_emb', False, 'learned absolute position embedding'),
         Flag('qkv_bias', True, 'a bias on queries and values', off='disable_qkv_bias'),
-        Flag('attention', 'auto', 'fused, plain, auto (fused if it agrees with plain; on cpu in evaluation only)',
+        Flag('attention', 'auto', 'fused, plain, auto (fused if it agrees; on cpu to evaluate)',
              choices=('auto', 'fused', 'plain')),
         Flag('layer_scale_init_value', 0.1, 'layer scale: 0.1 for base, 1e-5 for large, 0 for none', type=rate),
         Flag('input_size', 224, 'image width and height in pixels, a multiple of the patch size',
