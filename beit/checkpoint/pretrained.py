@@ -155,7 +155,7 @@ def keep_head_rows(state: Dict[str, torch.Tensor], model: torch.nn.Module, their
 def adapt_state_dict(state: Dict[str, torch.Tensor], model: Any, quiet: bool = False) -> List[str]:
     """Adapt a state dict, in place, to the model's classes, depth and grid. Returns the names that it dropped."""
     target = model.state_dict()
-    dropped = [name for name in ('head.weight', 'head.bias') if name in state]
+    dropped: List[str] = [name for name in ('head.weight', 'head.bias') if name in state]
     if all(name not in target or state[name].shape == target[name].shape for name in dropped):
         dropped = []
     for name in dropped + [name for name in state if name.endswith('relative_position_index')]:
