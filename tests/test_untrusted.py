@@ -23,6 +23,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import zipfile
 
 import numpy as np
@@ -991,7 +992,7 @@ def take_up(tmp_path, parse):
         run = comparison.Run(vars(args), torch.device('cpu'), data_of_a_run())
         comparison.resume_message(comparison.resume_differences(content, run, flags.without_effect()))
         comparison.held_out_before(found, content, 0.25, 0)
-        comparison.check_unseen(found, content, [], 0.)
+        comparison.check_unseen(found, content, types.SimpleNamespace(samples=[]), 0.)
         comparison.check_same_data(found, content, found, content)
         progress.meters_of(0, 1)
         optimizer.step()
