@@ -194,7 +194,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
     ),
     (TRAINING, 'output'): (
         Neutral('output_dir', '', 'folder for checkpoints, log.txt and reports', shown='empty: write none',
-                synonyms='output'),
+                synonyms='output', also={PROBE: dict(group='output', shown='required')}),
         Flag('config', None, 'read flags from a file, such as args.yaml; the command line wins', metavar='FILE'),
         Neutral('recipe', '', 'published hyper-parameters of recipes/; auto: by model and weights', metavar='NAME'),
         Neutral('curves', True, 'draw output_dir/curves.png, at most every 20 s'),
@@ -253,7 +253,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('output', '', 'file to write; for huggingface a folder', shown='beside the checkpoint'),
         Flag('overwrite', False, 'replace an existing file or folder', off='', also={AVERAGE: dict(group='flags')}),
         Flag('opset', None, 'opset of onnx and om', shown='%d, or the newest that works; om: 11' % NEWEST_OPSET,
-             type=bounded_number(int, 9, 99)),
+             type=bounded_number(int, 11, 99)),
         Flag('soc_version', '', 'om: the Ascend processor, such as Ascend910B4', shown='required'),
         Flag('no_check', False, 'skip the comparison with the checkpoint', off=''),
     ),
@@ -337,7 +337,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
     ),
     (TRAINING, 'fine-tuning'): (
         Neutral('finetune', '', 'weights: file, folder, URL, name, hf-hub:NAME', shown='empty: from scratch',
-                synonyms='pretrained initial_checkpoint'),
+                synonyms='pretrained initial_checkpoint', also={PROBE: dict(group='fine-tuning', shown='required')}),
         Neutral('model_key', 'model|module', 'keys of the weights in the file; the first one found counts'),
         Neutral('model_prefix', '', 'prefix of the parameter names in the file', aliases=('model_filter_name',)),
         Neutral('init_scale', 0.001, 'factor on the initial weights of the head', type=rate),

@@ -337,7 +337,7 @@ def test_existing_files_stay_without_overwrite(trained, export, tmp_path):
     (['--resume', 'WEIGHTS'], '--format'),
     (['--resume', 'WEIGHTS', '--format', 'torchscript', '--opset', '18'], '--opset 18 goes with --format onnx'),
     (['--resume', 'WEIGHTS', '--format', 'onnx', '--opset', 'new'], '--opset'),
-    (['--resume', 'WEIGHTS', '--format', 'onnx', '--opset', '8'], '--opset: must be at least 9'),
+    (['--resume', 'WEIGHTS', '--format', 'onnx', '--opset', '10'], '--opset: must be at least 11'),
     (['--resume', 'WEIGHTS', '--format', 'torchscript', '--use_ema'], 'no averaged weights'),
     (['--resume', 'WEIGHTS', '--format', 'torchscript', '--output', '/dev/null/x'], '--output'),
     (['--resume', 'WEIGHTS', '--format', 'torchscript', '--fromat', 'x'], 'did you mean --format'),
