@@ -266,6 +266,10 @@ def test_top_5_of_five_classes_is_not_shown(classes, shows, capsys):
     assert ('Acc@5' in line) == shows and 'Acc@1' in line
     run_log.print_sets([dict(stats, data='a', weights='model')])
     assert ('acc5' in capsys.readouterr().out) == shows
+    larger = dict(stats, classes=list('abcdefg'), acc5=87.5)  # beside a larger set
+    run_log.print_sets([dict(each, data='a', weights='model') for each in (stats, larger)])
+    head, row, _ = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert row[head.index('acc5')] == ('%.3f' % stats['acc5'] if shows else '-') and row[head.index('acc1')] != '-'
     assert 'acc5' in metrics.logged(stats)  # in log.txt, for programs
 
 

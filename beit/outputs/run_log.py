@@ -76,7 +76,8 @@ def print_sets(rows: List[Stats]) -> None:
     specs = [spec for spec in shown_specs(most) if spec.title]
     table = [['data', 'weights', 'images'] + [spec.name for spec in specs]]
     table += [[row['data'], row['weights'], str(row['images'])] + [
-        '%.*f' % (3 if spec.unit else 4, row[spec.name]) for spec in specs] for row in rows]
+        '%.*f' % (3 if spec.unit else 4, row[spec.name]) if spec in shown_specs(row) else '-' for spec in specs]
+              for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     for cells in table:
         log_main('  '.join(cell.ljust(width) if place < 2 else cell.rjust(width)
