@@ -220,7 +220,8 @@ def check_evaluation(args: argparse.Namespace) -> None:
                ': it must end in .csv or .json')
         refuse(os.path.isdir(args.results_file), args, 'results_file', ': there is a folder of that name')
         check_writable('--results_file', args.results_file, is_file=True)
-    refuse(args.real_labels and not os.path.isfile(args.real_labels), args, 'real_labels', ': no such file')
+    refuse(args.real_labels and not os.path.isfile(args.real_labels), args, 'real_labels',
+           ': no such file; give a JSON list of the right class indices of each image')
     refuse(args.class_names and not (args.eval and (args.resume or args.finetune)), args, 'class_names',
            ': it belongs to --eval --resume; a training takes the names of its data')
     refuse(args.eval and not (args.resume or args.finetune), args, 'eval',
@@ -231,7 +232,7 @@ def check_weights(args: argparse.Namespace) -> None:
     """The files that a run starts from."""
     source = args.resume or args.finetune if args.eval else args.resume
     if not args.eval:
-        sources.check_finetune(args.finetune)
+        sources.check_finetune(args.finetune, is_required='knn' in args)
     elif is_hugging_face(source):
         return
     if source and not (args.auto_resume and args.output_dir and sources.list_checkpoints(args.output_dir)):

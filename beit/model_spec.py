@@ -221,7 +221,7 @@ def read_class_names(path: str, flag: str = '--class_names') -> List[str]:
         else:
             names = [line.strip() for line in text.splitlines() if line.strip()]
     except OSError as error:
-        raise UserError('%s: %s' % (shown, error.strerror or error)) from None
+        raise UserError('%s: %s; give a readable file, one name a line' % (shown, error.strerror or error)) from None
     except (ValueError, LookupError, RecursionError):
         raise UserError('%s: not a list of names; write one per line, or JSON (a list, or an object with keys "0", '
                         '"1", …)' % shown) from None

@@ -91,7 +91,7 @@ def published(source: str) -> Optional[Weights]:
 
 def is_remote(source: str) -> bool:
     """Whether `resolve` may have to download it."""
-    return bool(re.match('[a-z]+://|' + HUB, source)) or source in PUBLISHED and not os.path.exists(source)
+    return bool(re.match('[a-z]+://|%s[^/]+/' % HUB, source)) or source in PUBLISHED and not os.path.exists(source)
 
 
 def resolve(source: str, flag: str) -> str:

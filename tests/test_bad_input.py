@@ -102,6 +102,10 @@ def test_the_good_data_passes(data, tmp_path, capsys):
     (['--update_freq=5'], ['--update_freq 5', '20 images', '16 of the training set', 'lower']),
     (['--finetune=checkpoints/beit.pth'], ['--finetune checkpoints/beit.pth', 'checkpoints/README.md',
                                            'train from scratch with --finetune=']),
+    *[(flags + ['beit_base_patch16_224_pt22k_ft22'], flags[-1:] + ['did you mean beit_base_patch16_224_pt22k_ft22k'])
+      for flags in (['--finetune'], ['--eval', '--resume'])],
+    (['--finetune=hf-hub:foo'], ['--finetune hf-hub:foo', 'did you mean hf-hub:owner/name?']),
+    (['--eval', '--resume=x', '--real_labels=gone'], ['--real_labels gone', 'no such file; give a JSON list']),
     (['--finetune=http://localhost/w.pth'], ['http://localhost/w.pth', 'https://', 'fetch the file yourself']),
     (['--resume=./no_such_folder'], ['--resume ./no_such_folder', 'no such file or folder']),
     (['--eval', '--resume=./no_such_folder'], ['--resume ./no_such_folder', 'no such file or folder']),

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import engine_for_finetuning as engine
+import flags
 import modeling_finetune
 import run_linear_eval
 import run_predict
@@ -300,12 +301,20 @@ def test_csv_files_and_a_checkpoint_that_describes_itself(digits, tmp_path, capf
 @pytest.mark.parametrize('flags, says', [
     (['--finetune='], '--finetune is missing'), (['--output_dir='], '--output_dir is missing'),
     (['--knn=97'], '--knn 97: there are 96 training images'), (['--report'], '--report'),
-    (['--freeze_backbone'], '--freeze_backbone: unknown flag'), (['--finetune=none.pth'], '--finetune none.pth')])
+    (['--freeze_backbone'], '--freeze_backbone: unknown flag'),
+    (['--finetune=none.pth'], '--finetune none.pth: no such file; put the pretrained weights there, give a name that '
+     'checkpoints/README.md lists')])
 def test_mistakes_of_a_probe(digits, tmp_path, capfd, flags, says):
     assert run_linear_eval.run(probe(tmp_path / 'out', '--finetune', digits[1], '--data_path', digits[0], *flags)) == 2
     error = capfd.readouterr().err.splitlines()
     assert len(error) == 1 and error[0].startswith('run_linear_eval.py: error: ') and says in error[0]
+    assert 'from scratch' not in error[0]
     assert not glob.glob(str(tmp_path / 'out' / '*.csv'))
+
+
+def test_the_help_of_a_probe_names_the_required_flags():
+    shown = {flag.name: flag.shown_default() for _, flag in flags.flags_of(flags.PROBE)}
+    assert shown['finetune'] == shown['output_dir'] == 'required'
 
 
 def test_the_published_recipe(tmp_path):

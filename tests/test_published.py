@@ -209,7 +209,8 @@ def test_deepspeed_is_half_precision_with_a_dynamic_scale(tmp_path, capsys):
     (['--robust_test=imagenet_r'], ['--robust_test imagenet_r', 'belongs to --eval']),
     (['--robust_test=sketch', '--eval', '--resume=x'], ['--robust_test', 'sketch', 'imagenet_a']),
     (['--eval', '--resume=a', '--finetune=b'], ['--finetune b', '--eval evaluates --resume']),
-    (['--image_folder_class_index_file=gone.txt'], ['--image_folder_class_index_file gone.txt', 'no such file']),
+    (['--image_folder_class_index_file=gone.txt'], ['--image_folder_class_index_file gone.txt',
+                                                    'no such file; give a file of class folders']),
 ])
 def test_what_cannot_be_meant_is_refused(refused, tmp_path, words, says):
     refused(NANO + ['--data_path', write_images(tmp_path / 'data')] + words, *says)

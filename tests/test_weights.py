@@ -553,7 +553,8 @@ def test_weights_of_the_hub(hub, tmp_path, capsys, config):
 @pytest.mark.parametrize('source, says', [
     ('hf-hub:owner/name', 'has no model.safetensors'),
     ('hf-hub:owner/gone', 'hf-hub:owner/gone: download failed'),
-    ('hf-hub:not a name', 'hf-hub:not a name: download failed')])
+    ('hf-hub:not a name', 'hf-hub:not a name: .* did you mean hf-hub:owner/name'),
+    ('hf-hub:owner/a name', r'hf-hub:owner/a name: download failed \(.*[^ ]\); fetch')])
 def test_what_the_hub_does_not_have(hub, source, says):
     hub.files['config.json'] = b'{"model_type": "beit"}'
     with pytest.raises(UserError, match=says) as caught:

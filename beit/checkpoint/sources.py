@@ -6,7 +6,7 @@ import re
 from typing import List, Optional, Tuple
 
 from beit import weights
-from beit.errors import UserError, escape_text
+from beit.errors import UserError, escape_text, nearest
 
 BEST, BEST_EMA = 'checkpoint-best.pth', 'checkpoint-best-ema.pth'
 
@@ -45,11 +45,17 @@ def candidates(source: str) -> List[str]:
 
 def check_exists(flag: str, source: str) -> None:
     if not os.path.exists(source):
-        raise UserError('%s %s: no such file or folder' % (flag, escape_text(source)))
+        raise UserError('%s %s: no such file or folder%s' % (flag, escape_text(source), _suggestion(source)))
 
 
-def check_finetune(source: str) -> None:
+def _suggestion(source: str) -> str:
+    near = ['%sowner/name' % weights.HUB] if source.startswith(weights.HUB) else nearest(source, weights.PUBLISHED)
+    return '; did you mean %s?' % ' or '.join(near) if near and '/' not in source else ''
+
+
+def check_finetune(source: str, is_required: bool = False) -> None:
     """Raise a `UserError` where --finetune names a missing file."""
     if source and not weights.is_remote(source) and not os.path.exists(source):
-        raise UserError('--finetune %s: no such file; put the pretrained weights there, give a name that '
-                        'checkpoints/README.md lists, or train from scratch with --finetune=' % escape_text(source))
+        raise UserError('--finetune %s: no such file%s' % (escape_text(source), _suggestion(source) or (
+            '; put the pretrained weights there, give a name that checkpoints/README.md lists' +
+            ', or train from scratch with --finetune=' * (not is_required))))

@@ -74,7 +74,8 @@ def check_paths(config: InputConfig) -> None:
     refuse(index and (config.data_set == 'CIFAR' or config.train_csv or config.val_csv), config,
            'image_folder_class_index_file', ': it orders class folders, and --data_set CIFAR and CSV files have none; '
            'leave it out')
-    refuse(index and not os.path.isfile(index), config, 'image_folder_class_index_file', ': no such file')
+    refuse(index and not os.path.isfile(index), config, 'image_folder_class_index_file',
+           ': no such file; give a file of class folders, one a line')
     DATA_SETS[config.data_set](config)
 
 
