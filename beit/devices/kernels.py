@@ -8,6 +8,7 @@ import inspect
 import itertools
 import os
 import shutil
+import warnings
 from typing import Any, Callable, Dict, Iterable, List, Optional
 
 import torch
@@ -192,9 +193,19 @@ def check_compile(device: torch.device, backend: str = 'inductor') -> None:
     if backend == TORCHAIR:
         find_torchair()
         return
-    known = importlib.import_module('torch._dynamo').list_backends(exclude_tags=())  # of every installed package
-    if backend not in known:
-        raise unknown_value_error('--compile_backend', escape_text(backend), known)
+    dynamo = importlib.import_module('torch._dynamo')
+    if backend not in dynamo.list_backends(exclude_tags=()):  # of every installed package
+        raise unknown_value_error('--compile_backend', escape_text(backend), dynamo.list_backends())
+    if backend in ('inductor', 'cudagraphs', *NPU_BACKENDS):  # a compilation takes long, or needs the device
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
+            torch.compile(lambda x: x * x, backend=backend)(torch.ones(1, requires_grad=True)).backward()
+        except Exception as error:  # a backend belongs to another package, and can fail in any way
+            reason = accelerator.first_line(getattr(error, 'inner_exception', error)).rstrip('.:')
+            raise UserError(flag + 'it cannot compile here (%s); install what it needs, or use inductor' % reason
+                            ) from None
 
 
 def find_torchair() -> Any:
