@@ -9,7 +9,7 @@ from typing import Optional
 import flags
 from beit import startup, weights
 from beit.checkpoint import sources
-from beit.config import SMALL_INPUT, DistributedConfig, InputConfig, MixupConfig, TransformConfig
+from beit.config import SMALL_INPUT, DistributedConfig, InputConfig, MixupConfig, TransformConfig, parse_device
 from beit.distributed.launch_environment import defer_report, launch_environment, reports_errors
 from beit.errors import UserError, escape_text, print_error, refuse, unknown_value_error
 from beit.files.atomic_write import check_writable
@@ -35,6 +35,7 @@ def check_early(program: str, args: argparse.Namespace) -> None:
     """Raise a `UserError` for a wrong name, file, folder or schedule: all checks that need no PyTorch."""
     if getattr(args, 'model', None) is not None and args.model not in flags.MODELS:
         raise unknown_value_error('--model', args.model, flags.MODELS)
+    parse_device(getattr(args, 'device', 'auto'))
     if program in (flags.TRAINING, flags.PROBE):
         check_combinations(args)
         check_schedule(args)

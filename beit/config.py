@@ -7,6 +7,9 @@ import dataclasses
 import os
 from typing import Any, Dict, Optional, Sequence, Tuple
 
+from beit.errors import UserError
+
+DEVICE_TYPES = ('npu', 'cuda', 'cpu')  # in order of preference
 MAX_INPUT_SIZE = 8192  # pixels a side
 SMALL_INPUT = 32  # up to this size images are not resized, and random crops have padding
 COLOURS = {'white': (255, 255, 255), 'black': (0, 0, 0)}
@@ -19,6 +22,14 @@ def default_num_workers() -> int:
     """The number of processors that this process can use, at most 10."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return min(10, allowed)
+
+
+def parse_device(name: str) -> Tuple[str, str]:
+    """(type or auto, index or '') of --device. Raises `UserError`."""
+    kind, _, index = name.partition(':')
+    if kind not in ('auto',) + DEVICE_TYPES or (index and not (index.isdigit() and kind in ('npu', 'cuda'))):
+        raise UserError('--device must be auto, npu, cuda or cpu, or one with an index such as cuda:1; got %r' % name)
+    return kind, index
 
 
 def parse_colour(text: str) -> Tuple[int, ...]:

@@ -49,7 +49,7 @@ import optim_factory
 import run_class_finetuning as program
 import trajectory
 from beit.checkpoint import training_state
-from beit.config import DistributedConfig
+from beit.config import DistributedConfig, parse_device
 from beit.data import locations, transforms
 from beit.devices import accelerator, half_precision, kernels
 from beit.distributed import process_group, watchdog
@@ -846,8 +846,7 @@ def build_parser():
 def parse(argv):
     options = build_parser().parse_args(argv)
     options.argv = argv
-    if options.device.partition(':')[0] not in accelerator.DEVICE_TYPES + ('auto',):
-        raise UserError('--device %s: give auto, npu, cuda or cpu, or one with an index' % escape_text(options.device))
+    parse_device(options.device)
     try:
         os.makedirs(options.output_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=options.output_dir):

@@ -263,7 +263,7 @@ def test_the_script_writes_its_report_where_it_was_called(tmp_path):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--device=tpu'], '--device tpu'), (['--output_dir=/proc/none'], '--output_dir /proc/none'),
+    (['--device=tpu'], '--device must be auto'), (['--output_dir=/proc/none'], '--output_dir /proc/none'),
     (['--section=step'], '--section')])
 def test_a_wrong_flag_is_one_line(flags, words, capfd):
     assert check_device.main(flags) == 2

@@ -110,7 +110,7 @@ def test_an_error_on_a_terminal_starts_a_new_line(data):
     assert re.search(r'[\r\n]run_class_finetuning.py: error: the (loss|gradients) ', shown), shown
 
 
-@pytest.mark.parametrize('env', [{'TERM': 'dumb'}, {'TERM': 'xterm', 'BEIT_TERMINAL': '/none'},
+@pytest.mark.parametrize('env', [{'TERM': 'dumb'}, {'TERM': 'xterm', 'BEIT_TERMINAL': '/nosuch/tty'},
                                  {'TERM': 'xterm', 'BEIT_TERMINAL': os.devnull}])
 def test_no_bar_where_there_is_no_terminal_for_it(monkeypatch, env):
     for name, value in env.items():

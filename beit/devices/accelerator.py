@@ -11,9 +11,9 @@ from typing import Any, Callable, Dict, Iterable, Iterator, Optional
 import torch
 from torch import nn
 
+from beit.config import DEVICE_TYPES, parse_device
 from beit.errors import UserError
 
-DEVICE_TYPES = ('npu', 'cuda', 'cpu')  # in order of preference
 PROCESS_GROUP_BACKEND = {'npu': 'hccl', 'cuda': 'nccl', 'cpu': 'gloo'}
 CANN_MISMATCH = ('the NPU cannot be started (%s); are these the CANN and the driver that belong to this torch_npu? '
                  'docs/ascend.md lists them; look at npu-smi info too')
@@ -62,11 +62,9 @@ def find_device(name: str = 'auto', local_rank: int = 0, processes: int = 1) -> 
     `name` is auto (npu, cuda, cpu: the first that works), npu, cuda, cpu, or one with an index such as cuda:1; else
     the index is `local_rank`. Raises `UserError` if the device can't be used, or there are too few for the processes.
     """
-    kind, _, index = name.partition(':')
+    kind, index = parse_device(name)
     if kind == 'auto':
         kind = next(kind for kind in DEVICE_TYPES if _PROBLEM[kind]() is None)
-    if kind not in DEVICE_TYPES or (index and not (index.isdigit() and kind != 'cpu')):
-        raise UserError('--device must be auto, npu, cuda or cpu, or one with an index such as cuda:1; got %r' % name)
     problem = _PROBLEM[kind]()
     if problem:
         raise UserError('--device %s: %s' % (name, problem))
