@@ -327,7 +327,7 @@ HOSTILE = {
 @pytest.mark.parametrize('kind', sorted(HOSTILE))
 def test_hostile_archives_are_one_line(tmp_path, kind, refused):
     path = make_hostile(tmp_path / ('a.tar' if kind.startswith('tar') else 'a.zip'), kind)
-    refused(TRAINING + ['--data_path', path], path, *HOSTILE[kind])
+    refused(TRAINING + ['--data_path', path], '--data_path ' + path, *HOSTILE[kind])
 
 
 def test_a_missing_archive_is_no_file(tmp_path, refused):

@@ -89,7 +89,11 @@ def check_class_folders(config: InputConfig) -> None:
                         'or --val_split 0.1 to hold out a tenth of these' % escape_text(config.train_csv))
     for flag in ('data_path', 'eval_data_path'):
         path = getattr(config, flag)
-        refuse(path and (path, flag) != ('demo', 'data_path') and not archives.isdir(path), config, flag,
+        try:
+            is_folder = not path or archives.isdir(path)
+        except UserError as error:
+            raise UserError('--%s %s' % (flag, error)) from None
+        refuse(not is_folder and (path, flag) != ('demo', 'data_path'), config, flag,
                ': a file; give a folder, or a .zip or .tar that is not compressed further'
                if os.path.isfile(path or '') else ': no such file or folder')
     for is_train in in_folders if config.data_path != 'demo' else ():
