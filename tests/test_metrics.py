@@ -28,7 +28,7 @@ from beit.checkpoint import inference_model
 from beit.data.loader import Batch
 from beit.errors import UserError
 from beit.files import run_folder, weights_file
-from beit.outputs import report, report_html, run_log
+from beit.outputs import model_card, report, report_html, run_log
 from beit.training import metrics, temperature
 from helpers import CPU, ROOT, RUN, free_port, lines_of
 from test_run_folder import holder
@@ -450,6 +450,10 @@ def test_a_temperature_is_scipys_and_goes_everywhere(trained, sets, tmp_path, ca
     loaded = classifier.load(best)
     assert loaded.probabilities([image])[0].tolist() == pytest.approx(share[0].tolist(), rel=1e-4)
     assert classifier.load(best, use_ema=True).spec.origin['temperature'] == '%g' % spec['ema_temperature']
+    for path, calibrated_by in ((best, spec['temperature']), (os.path.join(trained[1], 'checkpoint-best.pth'), None)):
+        card = model_card.write(inference_model.load_for_inference(path)).decode()
+        assert re.findall(r'calibrated, with the temperature ([^ ]+)\. Loss .* before', card.replace('\\', '')) == (
+            ['%g' % calibrated_by] if calibrated_by else [])
     exported = str(tmp_path / 'e.safetensors')
     assert run_export.run(['--resume', best, '--format=safetensors', '--output', exported, '--no_check']) == 0
     assert classifier.load(exported).probabilities([image])[0].tolist() == pytest.approx(share[0].tolist(), rel=1e-4)

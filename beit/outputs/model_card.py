@@ -37,7 +37,8 @@ def figures(trained: LoadedModel) -> Dict[str, float]:
 def write(trained: LoadedModel) -> bytes:
     """The card: YAML, whose strings are JSON, and Markdown."""
     found, args, name = figures(trained), model_spec.saved_args(trained.about), trained.config.model
-    rows = [('weights at the start', re.split(r'[/\\]', trained.spec.origin.get('finetune', ''))[-1] or 'random')]
+    origin = trained.spec.origin
+    rows = [('weights at the start', re.split(r'[/\\]', origin.get('finetune', ''))[-1] or 'random')]
     rows += [('--' + flag, args[flag]) for flag in FLAGS if args.get(flag) not in (None, '', False)]
     table = '| | |\n|---|---|\n%s\n'
     return ('\n'.join([
@@ -53,6 +54,8 @@ def write(trained: LoadedModel) -> bytes:
             literal(trained.preprocessing.preparation('; '))),
         '## Figures on the validation images\n', table % '\n'.join(
             '| %s | %.6g |' % (literal(key), value) for key, value in found.items()) if found else 'Not known.\n',
+        *['The outputs are calibrated, with the temperature %s. Loss and calibration error (ece) here are from before '
+          'that.\n' % literal(origin.get('temperature'))] * ('temperature' in origin),
         '## Training with BEiT for PyTorch\n', table % '\n'.join(
             '| %s | %s |' % (literal(key), literal(value)) for key, value in rows),
         '## Classes\n', literal(model_spec.shorten_names(trained.classes, 1000)) + '\n'])).encode()
