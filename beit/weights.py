@@ -180,8 +180,10 @@ def resolve_hub(source: str, flag: str) -> str:
             config, _ = fetch(HUB_FILES[0]), fetch(HUB_FILES[1])
             found = next(filter(None, map(fetch, HUB_FILES[2:])), '')
         except Exception as error:  # of that client, or of the library that it sends requests with
+            reason: Any = re.sub(r' ?\(Request ID:[^)]*\)', '', ' '.join(str(error).split()))
+            reason = re.match(r'.{,400}(?:(?<=\.)(?= )|$)|.{400}', reason)  # whole sentences
             raise UserError('%s: download failed (%s); fetch the files yourself and give their folder' % (
-                shown, escape_text(' '.join(str(error).split()))[:200] or type(error).__name__)) from None
+                shown, escape_text(reason.group()) or type(error).__name__)) from None
         return os.path.dirname(found or config)
 
     if process_group.is_main_process():

@@ -562,6 +562,21 @@ def test_what_the_hub_does_not_have(hub, source, says):
     assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize('text, shown', [
+    ('404 Client Error. (Request ID: Root=1-a;b)\n\nNot Found. %s If (as here' % ('See it. ' * 45) + ' long' * 40,
+     '404 Client Error. Not Found.%s' % (' See it.' * 45)),
+    ('gone (as here)', 'gone (as here)'), ('', 'ValueError')])
+def test_an_error_of_the_hub_is_whole_sentences(monkeypatch, text, shown):
+    huggingface_hub = pytest.importorskip('huggingface_hub')
+
+    def fail(*args, **more):
+        raise ValueError(text)
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', fail)
+    with pytest.raises(UserError) as caught:
+        weights.resolve('hf-hub:o/n', '--finetune')
+    assert '(%s); fetch' % shown in str(caught.value)
+
+
 def test_the_hub_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
     with pytest.raises(UserError, match='--finetune hf-hub:o/n needs huggingface_hub; run: .*pip install'):
