@@ -245,6 +245,9 @@ def prepare_data(args: argparse.Namespace, device: torch.device, checkpoint: Opt
     if val_set is not None:
         datasets.check_fits(val_set)
         metrics.check_best_by(args.best_by, spec.multi_label)
+        count = len(spec.classes if outputs is None else outputs)
+        if 'topk' in args.given and max(args.topk) >= count and not spec.multi_label:
+            log.log_main('--topk %d: not shown, because it is always 100 %% with %d classes' % (max(args.topk), count))
         counts = subsets.class_counts(val_set.samples, len(spec.classes)) if outputs is None else ()
         absent = [name for name, count in zip(spec.classes, counts) if not count]
         if absent:

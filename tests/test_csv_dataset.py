@@ -147,8 +147,12 @@ def test_a_training_names_the_classes_without_a_validation_image(pictures, capsy
     folder, _ = pictures
     train = write(folder / 'train.csv', [['%02d.png' % index, ('red', 'green')[index % 2]] for index in range(8)])
     val = write(folder / 'val.csv', [['1%d.png' % index, label] for index, label in enumerate(labels.split(';'))])
-    assert run_class_finetuning.run(RUN + ['--train_csv', train, '--val_csv', val, '--epochs=1', '--batch_size=4']) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if 'no validation image' in line]
+    assert run_class_finetuning.run(RUN + ['--train_csv', train, '--val_csv', val, '--epochs=1', '--batch_size=4']
+                                    + ['--topk', '1', '99'][:3 * bool(says)]) == 0
+    out = capsys.readouterr().out
+    assert ('--topk 99: not shown, because it is always 100 % with 2 classes\n' in out) == bool(says)
+    assert bool(says) == ('not shown' in out)
+    lines = [line for line in out.splitlines() if 'no validation image' in line]
     assert lines == ['Evaluated on all logits: there is no validation image of ' + says][:bool(says)]
 
 
