@@ -113,7 +113,10 @@ def optimizer_class(name: str, under_apex: Optional[bool] = None) -> Tuple[Any, 
     if base not in [*OPTIMIZERS, *known] or lookahead:
         raise unknown_value_error('--opt', name, list(dict.fromkeys([*OPTIMIZERS, *known, 'lookahead_adamw'])))
     if base in OPTIMIZERS:
-        cls, fixed = OPTIMIZERS[base](under_apex)
+        try:
+            cls, fixed = OPTIMIZERS[base](under_apex)
+        except UserError as error:
+            raise UserError('--opt %s %s' % (name, error)) from None
     else:
         try:
             cls = timm.optim.get_optimizer_class(base, bind_defaults=False)

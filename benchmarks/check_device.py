@@ -643,7 +643,8 @@ def step_rate(check, precision):
     ours, timms = row['ours'], row['other']
     if 'images_per_second' not in ours:
         return FAIL, 'no figure', ours.get('not_available', '')
-    parts = ['%.2f images/s' % ours['images_per_second']['median']]
+    steps = options.pairs * row.get('steps_per_sample', 0)
+    parts = ['%.2f images/s in %d step%s' % (ours['images_per_second']['median'], steps, 's' * (steps != 1))]
     parts += ['timm %.2f' % timms['images_per_second']['median']] if 'images_per_second' in timms else []
     details = ['timm: ' + timms['not_available']] if 'not_available' in timms else []
     if 'peak_fraction' in ours:
@@ -653,8 +654,7 @@ def step_rate(check, precision):
     parts.append('memory %s, timm %s' % tuple(memory))
     details += ['%.2f TFLOP/s%s' % (ours['flops_per_second'] / 1e12,
                                     '' if 'peak_fraction' in ours else ', peak unknown'),
-                '%s, batch %d, measured steps: %d' % (
-                    setting.model, setting.batch_size, options.pairs * row.get('steps_per_sample', 0))]
+                '%s, batch %d' % (setting.model, setting.batch_size)]
     return PASS, ', '.join(parts), '; '.join(details)
 
 
@@ -692,12 +692,11 @@ def rows_of(check):
     table += [('attention', name, attention_path, (name,)) for name in paths]
     table += [('attention', 'used', attention_used, ()),
               ('trajectory', 'recorded training', golden, ())]
-    for by_apex in (False, True):
-        dtypes = HALVES if not by_apex else ('float16',)
-        by = 'apex' if by_apex else 'PyTorch'
-        table += [('half', '%s %s by %s' % (level, dtype, by), half_training, (level, dtype, by_apex))
-                  for dtype in dtypes for level in ('O1', 'O2')]
-        table += [('overflow', 'overflow skipped by %s' % by, overflow_is_skipped, (by_apex,))]
+    table += [('half', '%s %s by %s' % (level, dtype, by), half_training, (level, dtype, by == 'apex'))
+              for by, dtypes in (('PyTorch', HALVES), ('apex', ('float16',)))
+              for dtype in dtypes for level in ('O1', 'O2')]
+    table += [('overflow', 'overflow skipped by %s' % by, overflow_is_skipped, (by == 'apex',))
+              for by in ('PyTorch', 'apex')]
     table += [('optimizer', name, optimizer, (name,)) for name in ('adamw', 'npufusedadamw', 'fusedadamw')]
     table += [('devices', 'all devices against one', several_devices, ()),
               ('checkpoint', 'read on the CPU', checkpoint, ()), ('compile', 'compiled', compiled, ())]

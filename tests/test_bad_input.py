@@ -433,7 +433,7 @@ def test_unknown_name(refused, flag, value, near):
     refused('%s=%s' % (flag, value), says=[flag.replace('-level', '_level'), repr(value)] + near)
 
 
-@pytest.mark.parametrize('name, needs', [('npufusedadamw', 'torch_npu'), ('fusedlamb', 'apex')])
+@pytest.mark.parametrize('name, needs', [('npufusedadamw', 'torch_npu'), ('fusedlamb', 'apex'), ('fusedadamw', 'apex')])
 def test_optimizer_without_its_library(refused, monkeypatch, name, needs):
     without(monkeypatch, 'torch_npu', 'apex')
     refused('--opt', name, says=['--opt ' + name, needs, 'not installed', '--opt adamw'])

@@ -1,5 +1,6 @@
 """benchmarks/check_device.py: on the CPU, on the emulated NPU with each of its faults, and with a fault in sections."""
 
+import itertools
 import json
 import os
 import re
@@ -84,6 +85,7 @@ def test_a_cpu_passes(on_cpu):
     assert half['O1 bfloat16 by PyTorch'] == ('PASS' if hasattr(torch, 'autocast') else 'not available')
     assert len(half) == 6 and half['O1 float16 by PyTorch'] == half['O2 float16 by apex'] == 'not available'
     assert statuses(rows, 'optimizer')['adamw'] == statuses(rows, 'files')['save and load'] == 'PASS'
+    assert len(list(itertools.groupby(section for section, _ in rows))) == 8  # a section's rows stand together
     assert re.search(r'^attention +plain +PASS +float32 ', out, re.M) and ' 0 FAIL, ' in out
 
 
@@ -119,6 +121,13 @@ def test_a_small_model_agrees_with_float64(cpu_check):
         assert status == 'PASS' and re.match(
             r'logits [\d.e-]+ \(limit [\d.e-]+\), gradients [\d.e-]+ \([\d.e-]+\), \d+ blocks$', figure), figure
         assert 'farthest' in detail
+
+
+def test_a_speed_names_its_sample(cpu_check, monkeypatch):
+    rate = {'images_per_second': {'median': 0.09}, 'flops_per_second': 1.}
+    monkeypatch.setattr(check_device.benchmark, 'measure_row',
+                        lambda *_: {'ours': rate, 'other': rate, 'steps_per_sample': 1})
+    assert check_device.step_rate(cpu_check, 'float32')[1].startswith('0.09 images/s in 1 step, timm 0.09, ')
 
 
 def lose_the_bias(monkeypatch):

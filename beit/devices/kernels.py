@@ -39,7 +39,7 @@ def fused_optimizer(name: str, under_apex: Optional[bool] = None) -> Any:
             return getattr(importlib.import_module(home), name)
         except (ImportError, AttributeError):
             continue
-    raise UserError('--opt %s needs %s, which is not installed here; use --opt adamw' % (name.lower(), where))
+    raise UserError('needs %s, which is not installed here; use --opt adamw' % where)  # `optimizer_class` names --opt
 
 
 @functools.lru_cache(maxsize=None)
