@@ -367,7 +367,8 @@ def build_learner(args: argparse.Namespace, model: torch.nn.Module, checkpoint: 
     if checkpoint and checkpoint.program is not None:
         return Learner(model, None, loss_scaler.LossScaler(), None, device, None, 'as exported')
     attention = 'plain' if args.deterministic and args.attention == 'auto' else args.attention
-    chosen = fused_attention.choose_attention(model, device, attention, dtype, args.batch_size)  # its copies have it
+    chosen = fused_attention.choose_attention(model, device, attention, dtype, args.batch_size,
+                                              not args.eval)  # the model's copies have it
     optimizer = None if args.eval else build_optimizer(args, model, half_precision.apex_amp(device, dtype) is not None)
     ema = utils.ModelEma(model, args.model_ema_decay, 'cpu' if args.model_ema_force_cpu else None,
                          args.model_ema_warmup) \

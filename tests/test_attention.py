@@ -128,6 +128,7 @@ def test_auto_on_a_cpu_is_fused_where_no_gradient_is_needed(monkeypatch):
     said = fused_attention.choose_attention(network, CPU, batch_size=10 ** 6)
     assert said == 'fused, scaled_dot_product_attention (agrees with plain attention here, gradients too); plain in ' \
                    'training'
+    assert fused_attention.choose_attention(model(), CPU, trains=False) == said.partition(';')[0]
     network = copy.deepcopy(network)  # as the weight average
     images = torch.randn(2, 3, 32, 32)
     calls.clear()

@@ -20,7 +20,7 @@ LARGEST = 2 ** 26  # scores of plain attention in the comparison: 256 MiB in flo
 
 
 def choose_attention(model: Any, device: torch.device, mode: str = 'auto', dtype: Optional[torch.dtype] = None,
-                     batch_size: int = 2) -> str:
+                     batch_size: int = 2, trains: bool = True) -> str:
     """Set a fused attention in the model's blocks, or keep the plain one. Returns a description for the log.
 
     Args:
@@ -28,6 +28,7 @@ def choose_attention(model: Any, device: torch.device, mode: str = 'auto', dtype
             without gradients only: with them it is no faster there.
         dtype: of the run's half precision; None is float32.
         batch_size: the run's, to test its shapes.
+        trains: whether the description says what training uses.
     """
     if mode == 'plain':
         return 'plain'
@@ -45,7 +46,7 @@ def choose_attention(model: Any, device: torch.device, mode: str = 'auto', dtype
             for block in model.blocks:
                 block.attn.fused = where_tried(kernel, dtype or torch.float32, evaluation_only)
             return 'fused, %s (agrees with plain attention here, gradients too)%s' % (
-                name, '; plain in training' if evaluation_only else
+                name, '' if not trains else '; plain in training' if evaluation_only else
                 '; plain in training, for --attn_drop_rate' if drop > 0 else '')
         reasons.append('%s: %s' % (name, problem or 'it failed on another process'))
     reason = '; '.join(reasons) or 'this PyTorch has no fused attention'
