@@ -8,7 +8,6 @@ Each row is PASS, FAIL or not available. The last lines are a table; device_repo
 --output_dir have the same rows. The exit status is 1 if a row is FAIL. docs/ascend.md explains the rows.
 """
 
-import argparse
 import contextlib
 import copy
 import datetime
@@ -33,9 +32,64 @@ BENCHMARKS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(BENCHMARKS)
 sys.path[:0] = [ROOT, BENCHMARKS, os.path.join(ROOT, 'tests')]
 
+from beit.config import parse_device
+from beit.errors import UserError, escape_text, one_line
+from beit.parser import OneLineParser
+
+BASE, NANO = 'beit_base_patch16_224', 'beit_nano_patch8_32'
+SECTIONS = ('environment', 'numerics', 'attention', 'trajectory', 'half', 'overflow', 'optimizer', 'devices',
+            'checkpoint', 'compile', 'step', 'loader', 'files')
+
+# By device type: the sizes of the measurements. A CPU, also one that emulates an NPU, gets smaller ones.
+SIZES = {
+    'accelerator': dict(base_blocks=12, base_images=4, step_model=BASE, step_images=64, step_seconds=2., step_pairs=3,
+                        loader_images=256, loader_batch=32, compiled_blocks=4, file_model=BASE),
+    'cpu': dict(base_blocks=3, base_images=1, step_model=BASE, step_images=2, step_seconds=0., step_pairs=1,
+                loader_images=48, loader_batch=16, compiled_blocks=1, file_model=BASE),
+    'tiny': dict(base_blocks=1, base_images=1, step_model=NANO, step_images=2, step_seconds=0., step_pairs=1,
+                 loader_images=8, loader_batch=4, compiled_blocks=1, file_model=NANO)}
+
+
+# ---- flags
+
+def build_parser():
+    parser = OneLineParser('check_device.py', '[flags]', description=__doc__)
+    parser.add_argument('--device', default='auto', help='auto, npu, cuda, cpu or one with an index (auto)')
+    parser.add_argument('--output_dir', default='.', help='folder of device_report.json and .html (this folder)')
+    parser.add_argument('--sections', default=SECTIONS, nargs='+', choices=SECTIONS, metavar='SECTION',
+                        help='some of: %s (all)' % ' '.join(SECTIONS))
+    parser.add_argument('--size', default='', choices=sorted(SIZES),
+                        help='sizes of the measurements (by device)')
+    return parser
+
+
+def fail(error):
+    print('check_device.py: error: %s' % one_line(error), file=sys.stderr, flush=True)
+    return 2
+
+
+def parse(argv):
+    options = build_parser().parse_args(argv)
+    options.argv = argv
+    parse_device(options.device)
+    try:
+        os.makedirs(options.output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.output_dir):
+            pass
+    except OSError as error:
+        raise UserError('--output_dir %s: cannot be written (%s); choose another folder'
+                        % (escape_text(options.output_dir), error.strerror)) from None
+    return options
+
+
 if __name__ == '__main__':
     from beit import startup
     startup.prepare()
+    if sys.argv[1:2] not in (['_row'], ['_process']):  # before the import of PyTorch; `main` parses again
+        try:
+            parse(sys.argv[1:])
+        except UserError as error:
+            sys.exit(fail(error))
 
 import torch
 from torch.nn import functional as F
@@ -49,11 +103,10 @@ import optim_factory
 import run_class_finetuning as program
 import trajectory
 from beit.checkpoint import training_state
-from beit.config import DistributedConfig, parse_device
+from beit.config import DistributedConfig
 from beit.data import locations, transforms
 from beit.devices import accelerator, half_precision, kernels
 from beit.distributed import process_group, watchdog
-from beit.errors import UserError, escape_text, one_line
 from beit.files import atomic_write, weights_file
 from beit.outputs.run_log import nonfinite_to_none, versions
 from beit.training import fused_attention, loss_scaler
@@ -61,18 +114,8 @@ from trajectory import Batches
 
 PASS, FAIL, NOT_AVAILABLE = 'PASS', 'FAIL', 'not available'
 CPU = torch.device('cpu')
-BASE, NANO = 'beit_base_patch16_224', 'beit_nano_patch8_32'
 HALVES = ('float16', 'bfloat16')
 DTYPES = ('float32',) + HALVES
-
-# By device type: the sizes of the measurements. A CPU, also one that emulates an NPU, gets smaller ones.
-SIZES = {
-    'accelerator': dict(base_blocks=12, base_images=4, step_model=BASE, step_images=64, step_seconds=2., step_pairs=3,
-                        loader_images=256, loader_batch=32, compiled_blocks=4, file_model=BASE),
-    'cpu': dict(base_blocks=3, base_images=1, step_model=BASE, step_images=2, step_seconds=0., step_pairs=1,
-                loader_images=48, loader_batch=16, compiled_blocks=1, file_model=BASE),
-    'tiny': dict(base_blocks=1, base_images=1, step_model=NANO, step_images=2, step_seconds=0., step_pairs=1,
-                 loader_images=8, loader_batch=4, compiled_blocks=1, file_model=NANO)}
 
 # The largest distance from float64, relative to the norm: (logits, gradient of any weight). A CPU reaches in float32
 # 5.6e-7 and 1.3e-6, in bfloat16 1.5e-2 and 7.3e-2; other devices add up in another order.
@@ -706,8 +749,6 @@ def rows_of(check):
 
 
 MEASUREMENTS = (step_rate, loader_rate, file_times)
-SECTIONS = ('environment', 'numerics', 'attention', 'trajectory', 'half', 'overflow', 'optimizer', 'devices',
-            'checkpoint', 'compile', 'step', 'loader', 'files')
 
 
 def run_row(check, function, arguments):
@@ -828,34 +869,6 @@ def check_device(options):
     return report
 
 
-# ---- flags
-
-def build_parser():
-    parser = benchmark.Parser('check_device.py', description=__doc__, allow_abbrev=False,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--device', default='auto', help='auto, npu, cuda, cpu or one with an index (auto)')
-    parser.add_argument('--output_dir', default='.', help='folder of device_report.json and .html (this folder)')
-    parser.add_argument('--sections', default=SECTIONS, nargs='+', choices=SECTIONS, metavar='SECTION',
-                        help='some of: %s (all)' % ' '.join(SECTIONS))
-    parser.add_argument('--size', default='', choices=sorted(SIZES),
-                        help='sizes of the measurements (by device)')
-    return parser
-
-
-def parse(argv):
-    options = build_parser().parse_args(argv)
-    options.argv = argv
-    parse_device(options.device)
-    try:
-        os.makedirs(options.output_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=options.output_dir):
-            pass
-    except OSError as error:
-        raise UserError('--output_dir %s: cannot be written (%s); choose another folder'
-                        % (escape_text(options.output_dir), error.strerror)) from None
-    return options
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     internal = {'_row': row_main, '_process': process_main}.get(argv[0] if argv else '')
@@ -870,8 +883,7 @@ def main(argv=None):
         print('Reports: %s and device_report.html' % os.path.join(options.output_dir, 'device_report.json'))
         return 1 if report['failed'] else 0
     except UserError as error:
-        print('check_device.py: error: %s' % one_line(error), file=sys.stderr, flush=True)
-        return 2
+        return fail(error)
     except KeyboardInterrupt:
         return 130
 

@@ -273,8 +273,14 @@ def test_the_script_writes_its_report_where_it_was_called(tmp_path):
 
 @pytest.mark.parametrize('flags, words', [
     (['--device=tpu'], '--device must be auto'), (['--output_dir=/proc/none'], '--output_dir /proc/none'),
-    (['--section=step'], '--section')])
+    (['--section=step'], 'did you mean --sections'), (['--mistyped=3'], 'see --help')])
 def test_a_wrong_flag_is_one_line(flags, words, capfd):
     assert check_device.main(flags) == 2
     err = capfd.readouterr().err
     assert err.startswith('check_device.py: error: ') and words in err and err.count('\n') == 1
+
+
+def test_a_wrong_flag_comes_before_the_import_of_pytorch():
+    done = subprocess.run([python(), '-X', 'importtime', SCRIPT, '--mistyped=3'], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 2 and not re.search(r'^import time:.* (torch|numpy|PIL)$', done.stderr, re.M)
