@@ -16,6 +16,7 @@ import pickle
 import platform
 import re
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -37,6 +38,7 @@ sys.path.insert(0, ROOT)
 
 import modeling_finetune  # noqa: E402
 from beit.data.loader import Batch
+from beit.files import run_folder
 from beit.training import step_control
 import warm_python
 from trajectory import Batches, check_trajectory, trajectory_run  # noqa: F401
@@ -428,3 +430,31 @@ def save_random_weights(path, args, classes, **more):
     model = shake(inference_model.build_model(args, len(classes)))
     weights_file.save(path, dict({'model': model.state_dict(), 'args': vars(args), 'classes': classes}, **more))
     return path, model
+
+
+@contextlib.contextmanager
+def holder(folder, with_child=False):
+    """The ids of a process that holds a folder's lock until it is killed, and of its child."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            with run_folder.locked(folder):
+                child = os.fork() if with_child else -1
+                if child:
+                    os.write(write, b'%d\n' % child)
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(write)
+    with os.fdopen(read) as file:
+        child = int(file.readline())
+    try:
+        yield pid, child
+    finally:
+        for each in (pid, child):
+            with contextlib.suppress(OSError):
+                if each > 0:
+                    os.kill(each, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            os.waitpid(pid, 0)

@@ -30,8 +30,7 @@ from beit.errors import UserError
 from beit.files import run_folder, weights_file
 from beit.outputs import model_card, report, report_html, run_log
 from beit.training import metrics, temperature
-from helpers import CPU, ROOT, RUN, free_port, lines_of
-from test_run_folder import holder
+from helpers import CPU, ROOT, RUN, free_port, holder, lines_of
 
 pytestmark = pytest.mark.fast
 

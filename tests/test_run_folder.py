@@ -24,40 +24,12 @@ from beit.parser import OF_FOLDER
 from beit.errors import UserError
 from beit.files import run_folder, weights_file
 from beit.outputs import report
-from helpers import COLD, LAUNCHER, LONG, PROGRAM, RUN, environment, launch, lines_of
+from helpers import COLD, LAUNCHER, LONG, PROGRAM, RUN, environment, holder, launch, lines_of
 
 pytestmark = pytest.mark.fast
 
 
-# ---- the lock, held by a forked process
-
-@contextlib.contextmanager
-def holder(folder, with_child=False):
-    """The ids of a process that holds a folder's lock until it is killed, and of its child."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            with run_folder.locked(folder):
-                child = os.fork() if with_child else -1
-                if child:
-                    os.write(write, b'%d\n' % child)
-                signal.pause()
-        finally:
-            os._exit(1)
-    os.close(write)
-    with os.fdopen(read) as file:
-        child = int(file.readline())
-    try:
-        yield pid, child
-    finally:
-        for each in (pid, child):
-            with contextlib.suppress(OSError):
-                if each > 0:
-                    os.kill(each, signal.SIGKILL)
-        with contextlib.suppress(OSError):
-            os.waitpid(pid, 0)
-
+# ---- the lock
 
 def test_the_line_names_the_run_that_holds_the_folder(tmp_path):
     folder, before = str(tmp_path / 'out'), time.strftime('%Y-%m-%d %H:%M:%S')

@@ -94,8 +94,7 @@ def select_device(name: str = 'auto', local_rank: int = 0, processes: int = 1) -
 
 def device_module(device: Any) -> Any:
     """torch.npu or torch.cuda, or None for the CPU. Takes a device or its type."""
-    kind = getattr(device, 'type', device)
-    return None if kind == 'cpu' else getattr(torch, kind, None)
+    return None if getattr(device, 'type', device) == 'cpu' else getattr(torch, getattr(device, 'type', device), None)
 
 
 def npu_unused_reason(name: str, device: torch.device) -> str:
