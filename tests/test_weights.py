@@ -489,7 +489,7 @@ def test_the_line_on_unknown_preprocessing_says_what_is_used(server, tmp_path, c
 
 def test_a_misspelt_name_is_refused_before_anything_starts(refused, tmp_path):
     refused(NANO + ['--data_path', write_images(tmp_path / 'data'), '--finetune', NAME + 'x'], '--finetune ' + NAME,
-            'no such file', 'checkpoints/README.md')
+            'no such file', 'did you mean %s or ' % NAME)
 
 
 # ---- the Hugging Face Hub
