@@ -167,7 +167,7 @@ def best_text(best: Dict[str, float]) -> str:
 
 
 def copy_best(source: str, folder: str, best: Dict[str, float]) -> Dict[str, float]:
-    """Copy the checkpoints of the best figures, which `source` holds, from its folder. Returns those that have one."""
+    """Copy the checkpoints of the best figures from the folder of `source`. Returns the figures that have one."""
     copied = {}
     for figure, value in best.items():
         name, content = BEST_EMA if figure.startswith('ema_') else BEST, None

@@ -28,7 +28,7 @@ def choose_attention(model: Any, device: torch.device, mode: str = 'auto', dtype
             without gradients only: with them it is no faster there.
         dtype: of the run's half precision; None is float32.
         batch_size: the run's, to test its shapes.
-        trains: whether the description says what training uses.
+        trains: whether the description names the attention of training.
     """
     if mode == 'plain':
         return 'plain'

@@ -446,7 +446,7 @@ def build_metrics(evaluation: Evaluation) -> List[Metric]:
 
 
 def check_best_by(best_by: Optional[str], multi_label: bool) -> None:
-    """Raise a `UserError` for a --best_by that images of this kind do not have; a line says what may keep it at 0."""
+    """Raise a `UserError` for a --best_by that images of this kind do not have; a line names what may keep it at 0."""
     wrong = ('acc1', 'balanced_acc') if multi_label else ('mAP',)
     if best_by in wrong:
         raise UserError('--best_by %s: the images have %s; give %s' % (
