@@ -12,7 +12,7 @@
     python benchmarks/benchmark.py script                   test/train_performance_1p.sh against its own step
     python benchmarks/benchmark.py scaling                  1, 2, 4 and 8 processes
 
-The contenders alternate, and the order reverses each round. A ratio compares two neighbouring samples; tables show the
+The contenders alternate, and the order reverses each round. A ratio compares two samples of a round; tables show the
 median of the ratios, their extremes and quartiles. Warm-up, including compilation, is measured separately. A mode that
 cannot run here gets a row with the reason. docs/performance.md explains the columns; benchmarks/contenders.py
 describes the contenders.
@@ -24,6 +24,7 @@ import datetime
 import functools
 import gc
 import json
+import math
 import os
 import platform
 import re
@@ -38,6 +39,7 @@ import time
 
 TEST_DIR = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TEST_DIR)
+BEGIN = time.monotonic()
 sys.path[:0] = [ROOT, TEST_DIR]
 
 if __name__ == '__main__':
@@ -81,17 +83,21 @@ def ratios(left, right):
     return summary(a / b for a, b in zip(left, right))
 
 
-def take_turns(runs, pairs):
+def take_turns(runs, pairs, until=math.inf):
     """Run each of `runs` once per round, one round per pair; every second round runs backwards.
 
     Args:
         runs (list of functions): each returns a number.
+        until (float): after the first round, none starts that would end later, in seconds of `time.monotonic`.
 
     Returns:
         list of the numbers of each run.
     """
-    results = [[] for _ in runs]
+    results, begin = [[] for _ in runs], time.monotonic()
     for pair in range(pairs):
+        now = time.monotonic()
+        if pair and now + (now - begin) / pair > until:
+            break
         order = list(range(len(runs)))
         for index in order if pair % 2 == 0 else order[::-1]:
             if _heard:
@@ -225,10 +231,9 @@ class Entry:
         try:
             self.contender, before = build(kind, setting, mode, device)
             self.record['about'] = self.contender.about
-            start = time.perf_counter()
-            self.run(warmup)
-            self.record['warmup_seconds'] = time.perf_counter() - start
+            warming = self.run(warmup - 1) if warmup > 1 else 0.
             self.seconds = self.run(1)
+            self.record['warmup_seconds'] = warming + self.seconds
             if device.type != 'cpu':
                 self.record['peak_memory_mib'] = accelerator.max_memory_mb(device) - before
         except Exception as error:  # torch.compile can fail in any way; keep the other rows
@@ -240,11 +245,11 @@ class Entry:
     def is_able(self):
         return 'not_available' not in self.record
 
-    def run(self, steps):
+    def run(self, steps, work=''):
         """Seconds for this many steps, from an idle device until the device has finished."""
         accelerator.synchronize(self.device)
         start = time.perf_counter()
-        getattr(self.contender, self.work)(steps)
+        getattr(self.contender, work or self.work)(steps)
         accelerator.synchronize(self.device)
         seconds = time.perf_counter() - start
         if getattr(self.contender, 'skipped_steps', None):
@@ -252,20 +257,21 @@ class Entry:
         self.record.update(getattr(self.contender, 'figures', {}))
         return seconds
 
-    def rate(self, steps):
+    def rate(self, steps, work=''):
         """Images per second. On failure the record has the reason."""
         try:
-            return self.batch_size * steps / self.run(steps)
+            return self.batch_size * steps / self.run(steps, work)
         except Exception as error:
             self.record.setdefault('not_available', why_not(error))
             raise
 
     def finish(self, rates, flops, peak):
-        self.record['images_per_second'] = summary(rates)
-        per_second = self.record['images_per_second']['median'] * flops
-        self.record['flops_per_second'] = per_second
+        """Its record with these rates."""
+        record = dict(self.record, images_per_second=summary(rates))
+        record['flops_per_second'] = record['images_per_second']['median'] * flops
         if peak and self.mode is not None and self.mode.precision != 'float32':
-            self.record['peak_fraction'] = per_second / peak
+            record['peak_fraction'] = record['flops_per_second'] / peak
+        return record
 
     def end(self):
         """Free its resources."""
@@ -328,39 +334,46 @@ def entry_main(order):
     answer(entry.seconds)
     for line in sys.stdin:
         steps, *work = line.split()
-        entry.work = work[0] if work else entry.work
-        answer(entry.run(int(steps)))
+        answer(entry.run(int(steps), *work))
 
 
-def measure_row(ours, other, options, setting, device, work, flops, peak):
-    """One row of two alternating contenders, (kind, mode) each; if one can't run, only the other's figures."""
+def measure_rows(ours, other, options, setting, device, works, flops, peak):
+    """Two alternating contenders, (kind, mode) each: a row for each of `works`. If one can't run, the other's figures.
+
+    Args:
+        works (sequence of str): 'train', 'evaluate'.
+        flops (float): of one image's forward pass.
+    """
     contenders.forget_compiled()
     progress(' against '.join('%s %s' % (kind, CONTENDERS[kind].mode_of(mode, device)) for kind, mode in (ours, other)))
-    kind_of_entry, entries = Apart if device.type == 'cpu' else Entry, []
+    kind_of_entry, entries = Apart if device.type == 'cpu' else Entry, {}
     try:
-        for kind, mode in (ours, other):
-            entries.append(kind_of_entry(kind, setting, mode, work, options.warmup, device))
-        able = [entry for entry in entries if entry.is_able()]
-        row = dict(ours=entries[0].record, other=entries[1].record)
+        for side, (kind, mode) in (('ours', ours), ('other', other)):
+            entries[side] = kind_of_entry(kind, setting, mode, works[0], options.warmup, device)
+        able = {side: entry for side, entry in entries.items() if entry.is_able()}
+        rows = [dict(work=work, **{side: entry.record for side, entry in entries.items()}) for work in works]
         if able:
             least = 3 if device.type == 'cpu' else 10  # every tenth of our steps waits to print a line
-            steps = options.steps or max(least, int(options.seconds / max(entry.seconds for entry in able)) + 1)
-            row['steps_per_sample'] = steps
+            slowest = max(entry.seconds for entry in able.values())
+            steps = options.steps or max(least, int(options.seconds / slowest) + 1)
             try:
-                results = take_turns([functools.partial(entry.rate, steps) for entry in able], options.pairs)
+                rates = iter(take_turns([functools.partial(entry.rate, steps, work) for work in works
+                                         for entry in able.values()], options.pairs, options.until))
             except Exception:  # memory can run out this late; keep the other rows
-                if all(entry.is_able() for entry in able):
+                if all(entry.is_able() for entry in able.values()):
                     raise
-                return row
-            for entry, rates in zip(able, results):
-                entry.finish(rates, flops, peak)
-            if len(able) == 2:
-                row['ratio'] = ratios(*results)
+                return rows
+            for row in rows:
+                row['steps_per_sample'] = steps
+                for side, entry in able.items():
+                    row[side] = entry.finish(next(rates), flops * (3 if row['work'] == 'train' else 1), peak)
+                if len(able) == 2:
+                    row['ratio'] = ratios(*(row[side]['images_per_second']['samples'] for side in able))
     finally:
-        for entry in entries:
+        for entry in entries.values():
             entry.end()
         gc.collect()
-    return row
+    return rows
 
 
 def peak_resident_mib():
@@ -410,20 +423,19 @@ def check_extra(extra, taken):
                             'where it has one, before --' % flag)
 
 
-def sides(options, device, work):
+def sides(options, device, works):
     """`step` and `eval`: rows of the same mode, then the fastest of ours against timm's fastest and the reference."""
     setting = setting_of(options, device)
     options.precision = options.precision or (['float32', 'bfloat16'] if device.type == 'cpu' else list(PRECISIONS))
     report = about_run(options, device)
-    flops = contenders.forward_flops(setting.architecture, setting.classes) * (3 if work == 'train' else 1)
+    flops = contenders.forward_flops(setting.architecture, setting.classes)
     peak = options.peak or contenders.peak_flops(report['hardware']['device'])
     report.update(model=setting.model, input_size=setting.input_size, batch_size=setting.batch_size,
-                  flops_per_image=flops, peak_flops=peak, extra_flags=options.extra)
+                  flops_per_image=flops * (3 if works[0] == 'train' else 1), peak_flops=peak, extra_flags=options.extra)
 
     def measure(name, our_mode, kind, its_mode):
-        row = dict(name=name, **measure_row(('ours', our_mode), (kind, its_mode), options, setting, device, work,
-                                            flops, peak))
-        return add_row(options, report, row)
+        rows = measure_rows(('ours', our_mode), (kind, its_mode), options, setting, device, works, flops, peak)
+        return [add_row(options, report, dict(name=name, **row)) for row in rows][0]
 
     measured = []
     if 'timm' in options.against or 'best' in options.against:
@@ -455,11 +467,11 @@ def side_cells(row):
 
 
 def step_main(options, device):
-    sides(options, device, 'train')
+    sides(options, device, ('train',))
 
 
 def eval_main(options, device):
-    sides(options, device, 'evaluate')
+    sides(options, device, ('evaluate',))
 
 
 # ---- checkpoint
@@ -623,14 +635,14 @@ def loader_rate(start, options, device):
         (batches.close if hasattr(batches, 'close') else batches._shutdown_workers)()
 
 
-def baseline_rate(start, options, root, device):
-    """`loader_rate` of a baseline.
+def baseline_rate(start, options, root, device, *more):
+    """`loader_rate` of a baseline, `timm_batches` or `folder_batches`.
 
     Raises:
         UserError: it cannot read something in the folder.
     """
     try:
-        return loader_rate(start, options, device)
+        return loader_rate(functools.partial(start, options, root, device, *more), options, device)
     except StopIteration:
         raise
     except Exception as error:  # torchvision's and Pillow's, wrapped in a worker's traceback
@@ -638,9 +650,49 @@ def baseline_rate(start, options, root, device):
                         % (escape_text(root), str(error).strip().splitlines()[-1][:300])) from None
 
 
+def loader_rows(options, root, device, backends, alone):
+    """A row for each backend. Its loaders and the baselines, without ImageFolder in the overview, alternate."""
+    rows, runs = [dict(backend=name + (', workers alone' if alone else '')) for name in backends], {}
+    progress('loaders%s, against timm\'s%s' % (', workers alone' if alone else '',
+                                              '' if options.is_part else ' and ImageFolder'))
+    for name, row in zip(backends, rows):
+        args = program.build_parser().parse_args([
+            '--data_path=' + root, '--input_size=%d' % options.input_size, '--batch_size=%d' % options.batch_size,
+            '--num_workers=%d' % options.workers, '--disable_eval_during_finetuning'] + options.extra
+            + ['--data_backend=' + name])
+        locations.check_paths(args)
+        try:
+            transforms.check_backend(args)
+        except UserError as error:
+            row['not_available'] = why_not(error)
+            continue
+        runs[name] = functools.partial(loader_rate, functools.partial(our_batches, options, args, device, alone),
+                                       options, device)
+        runs.setdefault('timm', functools.partial(baseline_rate, timm_batches, options, root, device, alone))
+    if not options.is_part:
+        runs['baseline'] = functools.partial(baseline_rate, folder_batches, options, root, device)
+    try:
+        rates = dict(zip(runs, take_turns(list(runs.values()), options.pairs, options.until)))
+    except StopIteration:
+        raise UserError('--data_path %s: too few images, for a sample needs %d; lower --images, --batch_size '
+                        'or --workers' % (escape_text(root), sum(rounds(options)) * options.workers
+                                          * options.batch_size)) from None
+    except UserError as error:
+        if options.data_path:
+            raise
+        return [dict(row, not_available=why_not(error)) for row in rows]
+    for name, row in zip(backends, rows):
+        if name in rates:
+            row.update(ours=summary(rates[name]))
+            for baseline, ratio in (('timm', 'ratio'), ('baseline', 'baseline_ratio')):
+                if baseline in rates:
+                    row.update({baseline: summary(rates[baseline]), ratio: ratios(rates[name], rates[baseline])})
+    return rows
+
+
 def data_main(options, device):
     check_extra(options.extra, contenders.FLAGS_OF_THE_LOADER)
-    backends = contenders.flag_choices('data_backend') or ('',)
+    backends = contenders.flag_choices('data_backend')
     report = about_run(options, device)
     report.update(workers=options.workers, batch_size=options.batch_size, input_size=options.input_size,
                   images_per_sample=options.images, extra_flags=options.extra,
@@ -653,34 +705,9 @@ def data_main(options, device):
             make_photographs(folder, batches * options.batch_size, options.distinct)
             sizes = [os.path.getsize(entry.path) for entry in os.scandir(os.path.join(folder, 'originals'))]
             report['mean_file_bytes'] = sum(sizes) / len(sizes)
-        for name, alone in [(name, alone) for alone in (False, True)[:1 + (device.type == 'cpu')] for name in backends]:
-            args = program.build_parser().parse_args([
-                '--data_path=' + root, '--input_size=%d' % options.input_size, '--batch_size=%d' % options.batch_size,
-                '--num_workers=%d' % options.workers, '--disable_eval_during_finetuning'] + options.extra
-                + (['--data_backend=' + name] if name else []))
-            locations.check_paths(args)
-            row = dict(backend=(name or 'default') + (', workers alone' if alone else ''))
-            progress('loader %s against timm\'s and ImageFolder' % row['backend'])
-            baselines = [functools.partial(folder_batches, options, root, device),
-                         functools.partial(timm_batches, options, root, device, alone)]
-            try:
-                transforms.check_backend(args)
-                ours, folders, timms = take_turns(
-                    [functools.partial(loader_rate, functools.partial(our_batches, options, args, device, alone),
-                                       options, device)]
-                    + [functools.partial(baseline_rate, start, options, root, device) for start in baselines],
-                    options.pairs)
-                row.update(ours=summary(ours), timm=summary(timms), ratio=ratios(ours, timms),
-                           baseline=summary(folders), baseline_ratio=ratios(ours, folders))
-            except StopIteration:
-                raise UserError('--data_path %s: too few images, for a sample needs %d; lower --images, --batch_size '
-                                'or --workers' % (escape_text(root), sum(rounds(options)) * options.workers
-                                                  * options.batch_size)) from None
-            except UserError as error:
-                if options.data_path and not report.get('rows'):
-                    raise
-                row['not_available'] = why_not(error)
-            add_row(options, report, row)
+        for alone in (False, True)[:1 + (device.type == 'cpu' and not options.is_part)]:
+            for row in loader_rows(options, root, device, backends, alone):
+                add_row(options, report, row)
     write_json(options, report)
 
     def cells(row):
@@ -952,38 +979,62 @@ def scaling_main(options, device):
 
 # ---- the table without a command
 
-# (flags, what a row measures, what it is compared with): three minutes on two CPU cores.
-OVERVIEW = (
-    (['step', '--pairs=3', '--warmup=1', '--seconds=1', '--against=timm'], 'training, {ours[mode]}', 'timm\'s model'),
-    (['eval', '--pairs=3', '--warmup=1', '--seconds=1', '--against=timm', '--precision=float32'],
-     'evaluation, {ours[mode]}', 'timm\'s model'),
-    (['data', '--pairs=3', '--images=128', '--distinct=16'], 'loading, {backend}', 'ImageFolder, timm\'s transform'))
+OVERVIEW_SECONDS = 170  # with the start of Python and PyTorch
+OVERVIEW_PAIRS = 15  # at most
+
+
+def other_programs_seconds():
+    """Processor time of other programs since this machine started; None where the system does not tell."""
+    try:
+        with open('/proc/stat', encoding='utf-8') as file:
+            user, nice, kernel, _, _, *rest = file.readline().split()[1:9]
+    except (OSError, ValueError):
+        return None
+    return sum(map(int, (user, nice, kernel, *rest))) / os.sysconf('SC_CLK_TCK') - sum(os.times()[:4])
+
+
+def overview_parts(device):
+    """[(flags, the other side)]: what the table without a command measures."""
+    steps = ['--steps=1', '--warmup=1'] if device.type == 'cpu' else ['--seconds=1']  # a step of a CPU takes seconds
+    return [(['step', '--precision=' + precision, '--against=timm', *steps], 'timm\'s model')
+            for precision in (('float32', 'bfloat16') if device.type == 'cpu' else ('bfloat16', 'O2'))] + [
+                (['data', '--images=320', '--distinct=16'], 'timm\'s create_loader')]
 
 
 def overview_main(options, device):
-    """One table: this project's images per second beside the field's, and their ratio."""
-    rows = []
-    for flags, what, other in OVERVIEW:
-        part = parse(flags)
-        part.is_part = True
-        if device.type == 'cpu' and hasattr(part, 'steps'):
-            part.steps = part.steps or 2  # a step takes seconds
-        part.main(part, device)
+    """One table: this project's images per second beside timm's, and their ratio, in three minutes.
+
+    Each part has an equal share of the time that is left, and measures at least one pair of each row.
+    """
+    rows, parts, others, begin = [], overview_parts(device), other_programs_seconds(), time.monotonic()
+    for number, (flags, other) in enumerate(parts):
+        part = parse(flags + ['--pairs=%d' % OVERVIEW_PAIRS])
+        now = time.monotonic()
+        part.is_part, part.until = True, now + (BEGIN + OVERVIEW_SECONDS - now) / (len(parts) - number)
+        if part.command == 'data':
+            data_main(part, device)
+        else:
+            sides(part, device, ('train', 'evaluate'))
         for row in part.report['rows']:
-            sides = [row.get(side, {}) for side in ('ours', 'other' if 'other' in row else 'baseline')]
-            rates = [side.get('images_per_second', side).get('median') for side in sides]
-            reason = row.get('not_available') or next(filter(None, (side.get('not_available') for side in sides)), '')
-            rows.append([what.format(**row)] + [shown(rate, '%.1f images/s') for rate in rates] + [
-                other, '%.2f (%.2f to %.2f)' % tuple(row['ratio'][key] for key in ('median', 'min', 'max'))
-                if row.get('ratio') else 'n/a: ' + reason])
+            what = 'loading JPEG files, ' + row['backend'] if part.command == 'data' else '%s, %s' % (
+                dict(train='training', evaluate='evaluation')[row['work']], row['ours']['mode'])
+            records = [row.get(side, {}) for side in ('ours', 'timm' if part.command == 'data' else 'other')]
+            rates = [record.get('images_per_second', record).get('median') for record in records]
+            reasons = [each['not_available'] for each in [row] + records if 'not_available' in each]
+            rows.append([what] + [shown(rate, '%.1f images/s') for rate in rates] + [other] + (
+                ['%.2f' % row['ratio']['median'], '%.2f to %.2f' % (row['ratio']['min'], row['ratio']['max']),
+                 len(row['ratio']['samples'])] if 'ratio' in row else ['n/a', reasons[0], 0]))
     hardware, versions = part.report['hardware'], part.report['versions']
-    print('%s, %s, %d cores; torch %s, torchvision %s, timm %s\n' % (
+    print('%s, %s, %d cores; torch %s, torchvision %s, timm %s; %d seconds\n' % (
         hardware['device'], hardware['cpu'], hardware['cores'], versions['torch'], versions['torchvision'],
-        versions['timm']))
-    print(table(['BEiT base, 224 pixels', 'this project', 'the other', 'which is', 'times as fast'], rows))
-    print('\nAbove 1, this project is faster; in brackets the extremes of 3 pairs, a trial. "workers alone" leaves out '
-          'what a device would\ndo. --all measures everything, with more pairs; docs/performance.md explains it.',
-          flush=True)
+        versions['timm'], time.monotonic() - BEGIN))
+    print(table(['BEiT base, 224 pixels', 'this project', 'the other', 'which is', 'times as fast', 'lowest to highest',
+                 'pairs'], rows))
+    print('\nAbove 1, this project is faster; the median of the pairs. Fewer than %d pairs are a trial. --all measures '
+          'everything;\ndocs/performance.md explains it.' % ENOUGH_PAIRS, flush=True)
+    busy = others is not None and (other_programs_seconds() - others) / (time.monotonic() - begin) / os.cpu_count()
+    if busy > 0.05:
+        print('The machine was busy: other programs had %.0f %% of its processor time.' % (100 * busy), flush=True)
 
 
 def all_main(options, device):
@@ -1099,7 +1150,7 @@ def parse(argv):
         argv, extra = argv[:argv.index('--')], argv[argv.index('--') + 1:]
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
-    options.is_part = False  # of the table without a command
+    options.is_part, options.until = False, math.inf  # of the table without a command
     if options.command is None:
         if rest or extra:
             raise UserError('%s: name what to measure first: %s; see --help' % (

@@ -24,6 +24,7 @@ import functools
 import importlib
 import inspect
 import io
+import logging
 import os
 import re
 import sys
@@ -56,6 +57,7 @@ from beit.errors import UserError
 from beit.files import weights_file
 
 PRECISIONS = ('float32', 'bfloat16', 'float16', 'O2')
+logging.getLogger('timm.models._builder').setLevel(logging.ERROR)  # it warns of a model without pretrained weights
 UPDATES = 10 ** 4  # of the run that `Ours` is set up for
 LEARNING_RATE, WEIGHT_DECAY, LAYER_DECAY, CLIP, DROP_PATH, SMOOTHING = 1e-5, 0.05, 0.85, 1., 0.1, 0.1
 

@@ -80,6 +80,31 @@ def test_contenders_take_turns():
     assert ''.join(order) == 'abbaab'
 
 
+@pytest.mark.parametrize('seconds, pairs', [(-1, 1), (2.5, 2), (3, 3), (100, 4)])
+def test_no_round_starts_that_ends_too_late(seconds, pairs, monkeypatch):
+    """A round takes a second of a clock that only the runs advance."""
+    clock = [7.]
+    monkeypatch.setattr(benchmark.time, 'monotonic', lambda: clock[0])
+
+    def run():
+        clock[0] += 0.5
+        return 1
+    assert [len(each) for each in benchmark.take_turns([run, run], 4, 7. + seconds)] == [pairs] * 2
+    assert [len(each) for each in benchmark.take_turns([run, run], 4)] == [4, 4]
+
+
+@has_proc
+def test_the_time_of_other_programs_leaves_out_this_one_and_its_children():
+    """A loop counts until it is waited for, which makes it a child of this process with known times."""
+    before = benchmark.other_programs_seconds()
+    with subprocess.Popen([sys.executable, '-c', 'import time\nwhile time.process_time() < 1: pass']) as loop:
+        os.waitid(os.P_PID, loop.pid, os.WEXITED | os.WNOWAIT)
+        running = benchmark.other_programs_seconds()
+        loop.wait()
+        after = benchmark.other_programs_seconds()
+    assert running - before > 0.9 and running - after > 0.9
+
+
 def test_table_in_markdown_and_in_text():
     head, rows = ['a', 'long head'], [[1, 'x'], [22, '']]
     assert benchmark.table(head, rows, markdown=True) == '| a | long head |\n| --- | --- |\n| 1 | x |\n| 22 |  |'
@@ -191,11 +216,11 @@ def test_a_contender_that_dies_in_a_sample_keeps_the_other_rows(bench, monkeypat
     """Our first process is killed after its warm-up, as if memory ran out."""
     rate, killed = benchmark.Apart.rate, []
 
-    def dies(entry, steps):
+    def dies(entry, *arguments):
         if entry.record['contender'] == 'ours' and not killed:
             killed.append(entry)
             entry.process.kill()
-        return rate(entry, steps)
+        return rate(entry, *arguments)
 
     monkeypatch.setattr(benchmark.Apart, 'rate', dies)
     report, out = bench('step', '--precision', 'float32', '--pairs=2', '--steps=1', '--warmup=1', *NANO)
@@ -250,25 +275,36 @@ def test_data(bench):
     assert 'images/s per worker' in out
 
 
-def test_without_a_command_one_table(monkeypatch, capfd):
-    """Its rates and ratios are those of the commands' reports; --all has the commands' tables."""
+@pytest.mark.parametrize('enough_time', [True, False])
+def test_without_a_command_one_table(enough_time, monkeypatch, capfd):
+    """Its rates and ratios are those of the commands' reports; without time left, each row has one pair."""
     monkeypatch.setattr(sys, 'executable', python())
-    tiny = {'step': NANO + ['--pairs=2', '--steps=1', '--seconds=0'], 'eval': NANO + ['--pairs=1', '--steps=1'],
-            'data': ['--device=cpu', '--pairs=2', '--images=4', '--batch_size=2', '--distinct=3', '--input_size=64']}
-    monkeypatch.setattr(benchmark, 'OVERVIEW', tuple((flags + tiny[flags[0]], what, other)
-                                                     for flags, what, other in benchmark.OVERVIEW))
+    tiny = {'step': NANO, 'data': ['--device=cpu', '--images=4', '--batch_size=2', '--distinct=3', '--input_size=64']}
+    parts = [(flags + tiny[flags[0]], other) for flags, other in benchmark.overview_parts(torch.device('cpu'))]
+    monkeypatch.setattr(benchmark, 'overview_parts', lambda _: parts)
+    monkeypatch.setattr(benchmark, 'OVERVIEW_PAIRS', 2)
     reports, add_row = [], benchmark.add_row
     monkeypatch.setattr(benchmark, 'add_row', lambda options, report, row: reports.append(row) or add_row(
         options, report, row))
+    others = iter([10., 10. + 1000.])
+    monkeypatch.setattr(benchmark, 'other_programs_seconds', lambda: next(others))
+    monkeypatch.setattr(benchmark, 'BEGIN', time.monotonic() + (0 if enough_time else -1000))
     assert benchmark.main([]) == 0
-    out = capfd.readouterr().out
+    out, err = capfd.readouterr()
     lines = [line for line in out.splitlines() if 'images/s' in line or 'n/a' in line]
-    assert len(lines) == len(reports) == 7 and out.count('times as fast') == 1
+    assert len(lines) == len(reports) == 6 and out.count('times as fast') == 1
     for line, row in zip(lines, reports):
         if 'ratio' in row:
-            assert '%.2f (%.2f to %.2f)' % tuple(row['ratio'][key] for key in ('median', 'min', 'max')) in line
-    assert lines[0].startswith('training, float32') and lines[2].startswith('evaluation, float32')
-    assert lines[3].startswith('loading, exact')
+            pairs = 2 if enough_time else 1
+            check_summary(row['ratio'], pairs)
+            ratio = row['ratio']
+            assert line.split()[-5:] == ['%.2f' % ratio['median'], '%.2f' % ratio['min'], 'to', '%.2f' % ratio['max'],
+                                         str(pairs)]
+    assert [line.partition('  ')[0] for line in lines] == [
+        'training, float32', 'evaluation, float32', 'training, bfloat16 autocast', 'evaluation, bfloat16 autocast',
+        'loading JPEG files, exact', 'loading JPEG files, fast']
+    assert 'The machine was busy: other programs had ' in out
+    assert [line for line in err.splitlines() if not line.startswith('benchmark.py: ')] == []
     assert {'step', 'eval', 'checkpoint', 'data', 'startup', 'script', 'scaling'} <= set(
         benchmark.build_parser()._subparsers._group_actions[0].choices)
 
