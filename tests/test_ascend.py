@@ -592,6 +592,5 @@ def test_compile_backends_of_npus_and_unknown_ones_are_refused(refused, monkeypa
         refused(base + ['torchair', '--compile'], '--compile_backend torchair: ', 'the device is cpu', 'use inductor')
         refused(base + ['induktor', '--compile'], '--compile_backend', 'did you mean inductor')
         refused(base + ['nosuch', '--compile'], "'nosuch'; it must be one of cudagraphs, inductor, ")
-        refused(base + ['tvm', '--compile'], "--compile_backend tvm: it cannot compile here (No module named 'tvm')",
-                'use inductor')
+        refused(base + ['tvm', '--compile'], '--compile_backend tvm: it cannot compile here (', 'use inductor')
     refused(base + ['eager'], '--compile_backend eager needs --compile')

@@ -328,7 +328,7 @@ def test_a_process_is_stopped(fall):
                                    for row in ((1, 'starting'), (1, 'training'), (0, 'evaluating'), (1, 'saving'))]):
         guilty, other = (ended[0], ended[0]) if one.launched else (ended[rank], ended[1 - rank])
         assert (guilty.status, other.status) == (1, 1)
-        assert re.search(r'^run_class_finetuning.py: error: process %d gives no answer for [5-9] s, while process %d '
+        assert re.search(r'^run_class_finetuning.py: error: process %d gives no answer for \d+ s, while process %d '
                          r'was waiting for the other processes; it was stopped or hangs, or its machine or the network '
                          r'is gone \(--dist_timeout 5\)$' % (rank, 1 - rank), other.err, re.M), one.everything()
         if not one.launched:
@@ -348,7 +348,7 @@ def test_a_process_hangs(fall):
         assert {each.status for each in ended} == {1}
         for each in ended:
             assert len(re.findall(
-                r'^run_class_finetuning.py: error: process %d is behind: %s for [5-9] s \(at \w+ in [^:]+:\d+\), and '
+                r'^run_class_finetuning.py: error: process %d is behind: %s for \d+ s \(at \w+ in [^:]+:\d+\), and '
                 r'the others wait \(--dist_timeout 5\)$' % (rank, what), each.err, re.M)) == 1, one.everything()
 
 
@@ -357,7 +357,7 @@ def test_all_processes_hang(fall):
         assert {each.status for each in ended} == {1}
         for each in ended:
             assert len(re.findall(
-                r'error: all processes have been computing \(Epoch: \[1\] step 0\) for [5-9] s \(at act in [^)]*\); is '
+                r'error: all processes have been computing \(Epoch: \[1\] step 0\) for \d+ s \(at act in [^)]*\); is '
                 r'the network between them, or a device, stuck\?', each.err)) == 1, one.everything()
 
 
@@ -379,6 +379,37 @@ def test_a_fork_after_a_collective_does_not_hang(job, data):
     assert [each.status for each in ended] == [0, 0], ended
 
 
+FRAMES = """import faulthandler, gc, threading
+from beit.distributed import watchdog
+faulthandler.dump_traceback_later(60, exit=True)
+
+class Garbage:
+    def __init__(self):
+        self.cycle, self.local = self, threading.local()
+        self.local.number = 1
+
+def look(depth):
+    if depth:
+        return look(depth - 1)
+    gc.set_threshold(100000)
+    [Garbage() for _ in range(10)]
+    gc.set_threshold(1)  # the next allocation collects it
+    for _ in range(3):
+        assert watchdog._frame(threading.get_ident()).f_code.co_name == '_frame'
+    gc.set_threshold(700)
+
+for _ in range(50):
+    thread = threading.Thread(target=look, args=(5,))
+    thread.start()
+    thread.join()
+"""
+
+
+def test_the_search_for_the_line_of_code_does_not_stop_python():
+    """Python 3.11.7 stopped for ever when it collected a threading.local while it made the list of frames."""
+    subprocess.run([sys.executable, '-c', FRAMES], cwd=ROOT, check=True)
+
+
 @has_proc
 def test_real_processes(data, tmp_path):
     """Without the forking server: one of the launcher's own processes is stopped together with its loader."""
@@ -390,7 +421,7 @@ def test_real_processes(data, tmp_path):
             os.kill(pid, signal.SIGSTOP)
     finally:
         run, = ends([job])
-    assert run.status == 1, run.err
+    assert run.status == 1, run
     assert 'run_class_finetuning.py: error: process 1 gives no answer for ' in run.err
     assert all_end(str(tmp_path))
 

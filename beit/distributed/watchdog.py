@@ -7,12 +7,14 @@ first verdict goes to all processes, and all exit.
 """
 
 import contextlib
+import gc
 import json
 import os
 import secrets
 import sys
 import threading
 import time
+import types
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
@@ -69,7 +71,7 @@ class _Watchdog:
 
     def state(self) -> List[Any]:
         """[index, activity, line of code] for the other processes."""
-        frame = sys._current_frames().get(self.main_thread or 0)
+        frame = _frame(self.main_thread or 0)
         line = 'its end' if frame is None else '%s in %s:%d' % (
             frame.f_code.co_name, escape_text(os.path.basename(frame.f_code.co_filename)), frame.f_lineno)
         return [list(_position.index), _position.activity, line]
@@ -163,6 +165,20 @@ class _Watchdog:
         silent = [rank for rank, (came, _) in sorted(self.last_beats.items())
                   if newest - came > self.patience and rank != self.rank]
         return silent or ([0] if now - newest > self.patience else [])  # process 0 holds the store
+
+
+def _frame(thread: int) -> Optional[types.FrameType]:
+    """The frame of a thread of this process, or None.
+
+    Python 3.11 and some releases around it stop for ever if they collect garbage meanwhile (python/cpython#106883).
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames().get(thread)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _processes(ranks: List[int], verb: str, plural: str) -> str:
