@@ -126,7 +126,7 @@ class StepTimer:
 
     The device computes asynchronously. The timer synchronizes with it at each line and in the first steps, and divides
     the time in between evenly among the steps. It measures how long the device waits for data, not the loop.
-    `throughput` collects the times of each step, which so many `processes` take together.
+    `throughput` collects the times of each step, which all `processes` take together.
     """
 
     def __init__(self, device: torch.device, processes: int = 1, throughput: Optional['Throughput'] = None) -> None:

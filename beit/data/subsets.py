@@ -105,7 +105,7 @@ def split_as_recorded(keys: np.ndarray, held_out: np.ndarray, share: float) -> T
     """(indices of the training images, of the validation images), as in a checkpoint's run.
 
     New images go to training, so no training image is ever evaluated. `keys` are the `name_keys` of all images,
-    `held_out` those of the images that the run held out: a `UserError` if these are all or none.
+    `held_out` the keys of the images that the run held out: a `UserError` if these are all or none.
     """
     chosen = np.isin(keys, held_out)
     if not chosen.any() or chosen.all():

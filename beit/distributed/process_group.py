@@ -169,7 +169,8 @@ def is_error_reporter() -> bool:
 def defer_error_report(first: bool = False) -> None:
     """Wait before an error's line, unless this process is the `first` to report it.
 
-    Several processes often have the same error, or lose a connection. After a line, the launcher ends those that wait.
+    Several processes often have the same error, or lose a connection. After a line, the launcher ends the processes
+    that wait.
     """
     defer_report(first, 5 if _initialized() else 20)  # start-up times differ
 

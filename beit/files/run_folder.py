@@ -127,9 +127,9 @@ def _lock(folder, flag):
 def prepare_folder(folder: str, keep: bool = False, later: Sequence[str] = ()) -> None:
     """Make the output folder, on the first process, and move the files of an earlier run to a backup folder.
 
-    The backup folder is <folder>-<date of the newest file>. Files that no run wrote stay. With `keep`, this run goes on
-    with the earlier one: the checkpoints after that place, `later`, move with the files of that run's end and a copy of
-    its log.txt.
+    The backup folder is <folder>-<date of the newest file>. Files that no run wrote stay. With `keep`, this run
+    continues the earlier one: the checkpoints after that place, `later`, move with the files of that run's end and a
+    copy of its log.txt.
     """
     if folder and process_group.is_main_process():
         _remove_temp_files(folder)
@@ -165,7 +165,7 @@ def _remove_temp_files(folder):
 
 
 def run_outputs(folder: str, at_end: bool = False) -> List[str]:
-    """Paths of a run's files in a folder, or of those that it writes at its end; [] without a run."""
+    """Paths of a run's files in a folder, or only of the files that it writes at its end; [] without a run."""
     found, is_run = [], False
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         path = os.path.join(folder, name)
