@@ -1034,7 +1034,8 @@ def overview_main(options, device):
           'everything;\ndocs/performance.md explains it.' % ENOUGH_PAIRS, flush=True)
     busy = others is not None and (other_programs_seconds() - others) / (time.monotonic() - begin) / os.cpu_count()
     if busy > 0.05:
-        print('The machine was busy: other programs had %.0f %% of its processor time.' % (100 * busy), flush=True)
+        print('The machine was busy: other programs had %.0f %% of its processor time. Repeat it when they have ended.'
+              % (100 * busy), flush=True)
 
 
 def all_main(options, device):
