@@ -28,7 +28,6 @@ from beit.checkpoint.pretrained import find_state_dict, mismatches
 from beit.cli import run_interruptible
 from beit.errors import UserError, escape_text, print_line, refuse
 from beit.files import run_folder, weights_file
-from beit.files.atomic_write import check_writable
 from beit.files.weights_file import load_weights_file
 from beit.log import log_main
 from beit.model_spec import ModelSpec
@@ -39,24 +38,6 @@ build_parser = functools.partial(flags.build_parser, flags.AVERAGE, __doc__)
 
 
 # ---- which files
-
-def find(inputs: Sequence[str]) -> List[str]:
-    """The files of --inputs; a folder stands for its checkpoints of whole epochs, oldest first."""
-    found = []
-    for source in inputs:
-        if os.path.isdir(source):
-            paths = [path for (_, steps), path in sources.list_checkpoints(source) if not steps]
-            if not paths:
-                raise UserError('--inputs %s: the folder holds no checkpoint-<epoch>.pth' % escape_text(source))
-            found += paths
-        else:
-            found.append(source)
-    real = [os.path.realpath(path) for path in found]
-    twice = [path for path, where in zip(found, real) if real.count(where) > 1]
-    if twice:
-        raise UserError('--inputs %s: given more than once; name it once' % escape_text(twice[0]))
-    return found
-
 
 def take_best(paths: Sequence[str], args: argparse.Namespace) -> List[str]:
     """Select the --best files with the best validation figures, best first, by the log.txt in their folder.
@@ -160,13 +141,8 @@ def check_alike(path: str, state: Dict[str, torch.Tensor], spec: Optional[ModelS
 
 
 def main(args: argparse.Namespace) -> None:
-    for flag in ('inputs', 'output'):
-        refuse(not getattr(args, flag), args, flag, ' is missing; see --help')
     check_early(flags.AVERAGE, args)
-    refuse(os.path.lexists(args.output) and not (args.overwrite and os.path.isfile(args.output)), args, 'output',
-           ' exists; choose another' + (', or give --overwrite' if os.path.isfile(args.output) else ''))
-    check_writable('--output', args.output, is_file=True)
-    paths = find(args.inputs)
+    paths = sources.find_inputs(args.inputs)
     if args.best:
         paths = take_best(paths, args)
     content = average(paths, args.use_ema)

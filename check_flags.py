@@ -1,7 +1,9 @@
 """Checks of the flags before slow work starts. This module imports no PyTorch; the functions that need it do."""
 
 import argparse
+import dataclasses
 import importlib.util
+import itertools
 import os
 import sys
 from typing import Optional
@@ -9,11 +11,16 @@ from typing import Optional
 import flags
 from beit import startup, weights
 from beit.checkpoint import sources
-from beit.config import SMALL_INPUT, DistributedConfig, InputConfig, MixupConfig, TransformConfig, parse_device
+from beit.config import (
+    SMALL_INPUT, DistributedConfig, ExportConfig, InputConfig, MixupConfig, TransformConfig, check_input_size,
+    parse_device, policy_or_none)
 from beit.distributed.launch_environment import defer_report, launch_environment, reports_errors
-from beit.errors import UserError, escape_text, print_error, refuse, unknown_value_error
+from beit.errors import UserError, check_output_is_open, escape_text, print_error, refuse, unknown_value_error
 from beit.files.atomic_write import check_writable
 from beit.log import log_main
+
+NEED_WEIGHTS = ('amp', 'attention', 'calibrate', 'compile', 'features', 'model_ema', 'use_ema', 'model_key',
+                'model_prefix')  # flags that an exported program cannot have
 
 
 def check_command_line(program: str, description: Optional[str]) -> None:
@@ -36,29 +43,127 @@ def check_early(program: str, args: argparse.Namespace) -> None:
     if getattr(args, 'model', None) is not None and args.model not in flags.MODELS:
         raise unknown_value_error('--model', args.model, flags.MODELS)
     parse_device(getattr(args, 'device', 'auto'))
-    if program in (flags.TRAINING, flags.PROBE):
-        check_combinations(args)
-        check_schedule(args)
-        if not flags.evaluates_checkpoint(args) and args.data_path != 'demo':
-            check_data_paths(args)
-        check_evaluation(args)
-        check_weights(args)
-        check_outputs(args)
-    elif program == flags.PREDICT:
+    CHECKS[program](args)
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """A training, an evaluation or a linear probe."""
+    check_combinations(args)
+    check_schedule(args)
+    for flag, what in (('finetune', 'the weights to probe'), ('output_dir', 'the folder for the results')):
+        refuse('knn' in args and not getattr(args, flag), args, flag, ' is missing; give ' + what)
+    if flags.evaluates_checkpoint(args):
         from beit.data import locations
-        locations.check_inputs(args.images + [each for group in args.input for each in group])
-    elif program == flags.EXPORT:
-        if args.format and args.format not in flags.EXPORT_FORMATS:
-            raise unknown_value_error('--format', args.format, flags.EXPORT_FORMATS)
+        for path in flags.evaluation_sets(args):  # the checkpoint can name the kind of data set
+            locations.check_named_files(flags.config_from(args, InputConfig, eval_data_path=path))
     else:
-        for source in args.inputs:
-            sources.check_exists('--inputs', source)
-    if program in (flags.PREDICT, flags.EXPORT) and args.resume and not is_hugging_face(args.resume):
-        sources.candidates(args.resume)
+        if 'knn' not in args or 'model' in args.given:  # else the weights name the model
+            check_input_size(args.model, args.input_size)
+        if args.data_path != 'demo':
+            check_data_paths(args)
+    check_evaluation(args)
+    check_weights(args)
+    check_outputs(args)
 
 
-def is_hugging_face(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, weights.HUB_FILES[0]))
+def check_prediction(args: argparse.Namespace) -> None:
+    """The flags of run_predict.py; adds `inputs`, and completes output, format and attention_dir."""
+    from beit.data import decode, locations
+    refuse(not args.resume, args, 'resume', ' is missing; give the checkpoint, or the folder that holds it')
+    args.inputs = args.images + list(itertools.chain(*args.input))
+    if not args.inputs:
+        raise UserError('no image is named; give files, folders, or a quoted pattern such as \'photos/*.jpg\'')
+    locations.check_inputs(args.inputs)
+    check_resume(args)
+    if args.format and not args.output or args.output and _is_standard_output(args.output):
+        args.output = '-'
+    if args.output in ('', '-'):
+        check_output_is_open('the predictions')
+    if args.output:
+        ending = os.path.splitext(args.output)[1][1:].lower()
+        args.format = args.format or ('jsonl' if args.output == '-' else ending)
+        refuse(args.format not in flags.PREDICTION_FORMATS, args, 'output',
+               ': its ending names no format; end it in .%s, or give --format' % ', .'.join(flags.PREDICTION_FORMATS))
+    if args.output not in ('', '-'):
+        refuse(os.path.isdir(args.output), args, 'output', ': a folder has this name; choose another name')
+        refuse(decode.is_image_name(args.output), args, 'output',
+               ': this would overwrite an image; choose another name')
+        check_writable('--output', args.output, is_file=True)
+    refuse(args.layer is not None and not args.features, args, 'layer', ' needs --features, the file to write')
+    if args.features:
+        refuse(not args.features.endswith('.npz') or os.path.isdir(args.features), args, 'features',
+               ': give a file that ends in .npz')
+        check_writable('--features', args.features, is_file=True)
+    beside = '' if args.output in ('', '-') else os.path.dirname(args.output)
+    if args.attention is not None:
+        args.attention_dir = args.attention_dir or os.path.join(beside, 'attention')
+        folder = os.path.join(os.path.realpath(args.attention_dir), '')
+        refuse(any(os.path.join(os.path.realpath(each), '').startswith(folder) for each in args.inputs), args,
+               'attention_dir', ' holds inputs, and its pictures would become inputs too; choose another folder')
+        check_writable('--attention_dir', args.attention_dir)
+    for name in ('attention_block', 'attention_heads', 'attention_dir') if args.attention is None else ():
+        if getattr(args, name):
+            raise UserError('--%s needs --attention' % name)
+
+
+def _is_standard_output(path):
+    """Whether a path is /dev/stdout, or the file that standard output is redirected to."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    except (OSError, ValueError):
+        return False
+
+
+def check_export(args: argparse.Namespace) -> None:
+    """The flags of run_export.py."""
+    from beit.outputs import atc
+    refuse(not args.resume, args, 'resume', ': name the checkpoint to export, or the folder that holds it')
+    refuse(not args.format, args, 'format', ' is missing; give one of ' + ', '.join(flags.EXPORT_FORMATS))
+    if args.format not in flags.EXPORT_FORMATS:
+        raise unknown_value_error('--format', args.format, flags.EXPORT_FORMATS)
+    sources.refuse_programs('--resume', args.resume)
+    check_resume(args)
+    takes = {name: each.get('takes', ()) for name, each in flags.EXPORT_FORMATS.items()}
+    for field in dataclasses.fields(ExportConfig):
+        if getattr(args, field.name) and field.name not in takes[args.format]:
+            raise UserError('--%s %s goes with --format %s, not %s' % (
+                field.name, escape_text(str(getattr(args, field.name))), ' or '.join(
+                    name for name, each in takes.items() if field.name in each), args.format))
+    if 'soc_version' in takes[args.format]:
+        atc.check(args.soc_version, args.output)
+    if args.output:
+        check_export_output(args, args.output)
+
+
+def check_export_output(args: argparse.Namespace, path: str) -> None:
+    """Raise a `UserError` where the output cannot be written, or would replace other files."""
+    shown, files = '--output %s' % escape_text(path), flags.EXPORT_FORMATS[args.format].get('files')
+    check_writable('--output', path, is_file=True)
+    if not os.path.lexists(path):
+        return
+    if os.path.isdir(path) != bool(files):
+        raise UserError('%s: %s; --format %s writes a %s' % (shown, 'a folder' if os.path.isdir(path) else 'a file',
+                                                             args.format, 'folder' if os.path.isfile(path) else 'file'))
+    others = sorted(set(os.listdir(path)).difference(files)) if files else []
+    if others:
+        raise UserError('%s: the folder holds other files (%s), which would be lost; name a new one'
+                        % (shown, escape_text(others[0])))
+    if not args.overwrite and (not files or os.listdir(path)):
+        raise UserError('%s: it exists already; give --overwrite, or another name' % shown)
+
+
+def check_average(args: argparse.Namespace) -> None:
+    """The flags of average_checkpoints.py."""
+    for flag in ('inputs', 'output'):
+        refuse(not getattr(args, flag), args, flag, ' is missing; see --help')
+    sources.find_inputs(args.inputs)
+    refuse(os.path.lexists(args.output) and not (args.overwrite and os.path.isfile(args.output)), args, 'output',
+           ' exists; choose another' + (', or give --overwrite' if os.path.isfile(args.output) else ''))
+    check_writable('--output', args.output, is_file=True)
+
+
+CHECKS = {flags.TRAINING: check_training, flags.PROBE: check_training, flags.PREDICT: check_prediction,
+          flags.EXPORT: check_export, flags.AVERAGE: check_average}
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -68,8 +173,6 @@ def settle(args: argparse.Namespace) -> None:
     if args.eval and args.finetune and not args.resume:
         args.resume, args.finetune = args.finetune, ''
         lines.append('--eval --finetune: evaluated as --resume %s' % escape_text(args.resume))
-    refuse(args.eval and {'resume', 'finetune'} <= args.typed and args.finetune, args, 'finetune',
-           ': --eval evaluates --resume; leave one of them out')
     known = weights.published(args.resume if args.eval else args.finetune)
     is_v2 = modeling_finetune.input_statistics(args.model)[0] != modeling_finetune.INPUT_MEAN
     implied = known.flags if known else {'imagenet_default_mean_and_std': True} if is_v2 else {}
@@ -85,7 +188,6 @@ def settle(args: argparse.Namespace) -> None:
         lines.append('--enable_deepspeed: the same computation without DeepSpeed, %s'
                      % ' '.join('--%s=%s' % (name, getattr(args, name)) for name in flags.DEEPSPEED))
     if 'lr' in args.typed:
-        refuse('blr' in args.typed and args.blr, args, 'blr', ': --lr is given too; leave one of them out')
         args.blr = 0.
     if args.blr:
         processes = launch_environment(flags.config_from(args, DistributedConfig))[1]
@@ -97,12 +199,11 @@ def settle(args: argparse.Namespace) -> None:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """`settle` the flags, and check them before slow work starts. Raises `UserError`."""
+    """Check the flags before slow work starts, and `settle` them. Raises `UserError`."""
     from beit.checkpoint import exported
-    settle(args)
-    exported.check_flags(args)
     check_early(flags.TRAINING, args)
-    check_model(args)
+    settle(args)
+    exported.drop_flags(args)
     check_augmentation(args)
     if args.data_path == 'demo' and not flags.evaluates_checkpoint(args):
         check_data_paths(args)  # may write the digits
@@ -116,18 +217,19 @@ def check_data_paths(args: argparse.Namespace) -> None:
         locations.check_paths(flags.config_from(args, InputConfig, eval_data_path=path))
 
 
-def check_model(args: argparse.Namespace) -> None:
-    from beit import model_spec
-    from beit.checkpoint import pretrained
-    if not args.eval:
-        pretrained.check_finetune(args.finetune)
-    if not flags.evaluates_checkpoint(args):
-        model_spec.check_architecture(args.model, args.input_size)
-
-
 def check_combinations(args: argparse.Namespace) -> None:
     """The flags that contradict one another."""
     evaluates, mixes = flags.evaluates_checkpoint(args), flags.config_from(args, MixupConfig).mixes
+    refuse(args.eval and {'resume', 'finetune'} <= args.typed and args.resume and args.finetune, args, 'finetune',
+           ': --eval evaluates --resume; leave one of them out')
+    refuse({'lr', 'blr'} <= args.typed and args.blr, args, 'blr', ': --lr is given too; leave one of them out')
+    refuse(args.world_size > 1 and launch_environment(flags.config_from(args, DistributedConfig))[1] == 1, args,
+           'world_size', ' is set by the launcher; start the processes with test/train_full_8p.sh --nproc_per_node=%d, '
+           'or torchrun' % args.world_size)
+    refuse(args.data_backend == 'fast' and args.train_interpolation not in flags.FAST_RESIZES, args,
+           'train_interpolation', ' needs --data_backend exact; fast has ' + ', '.join(flags.FAST_RESIZES))
+    refuse(args.in_chans == 4 and not args.eval and policy_or_none(args.aa), args, 'in_chans',
+           ': it keeps the alpha channel, which --aa %s cannot; give --aa none' % args.aa)
     refuse(args.in_chans != 3 and 'fast' in (args.data_backend, args.eval_data_backend), args, 'in_chans',
            ': the backend fast reads RGB; leave --data_backend and --eval_data_backend out')
     refuse(args.eval_fit != 'crop' and args.crop_pct and not evaluates, args, 'eval_fit',
@@ -156,13 +258,8 @@ def check_combinations(args: argparse.Namespace) -> None:
 
 def check_augmentation(args: argparse.Namespace) -> None:
     from beit.data import transforms
-    from beit.training import losses
     transforms.check_policy(args.aa, args.in_chans)
     transforms.check_backend(flags.config_from(args, TransformConfig))
-    refuse(args.in_chans == 4 and not args.eval and transforms.policy_or_none(args.aa), args, 'in_chans',
-           ': it keeps the alpha channel, which --aa %s cannot; give --aa none' % args.aa)
-    if args.class_weights not in ('', 'balanced') and not args.eval:
-        losses.read_weights(args.class_weights)
 
 
 def check_schedule(args: argparse.Namespace) -> None:
@@ -172,14 +269,16 @@ def check_schedule(args: argparse.Namespace) -> None:
            ': --epochs %d leaves nothing to train; raise --epochs' % args.epochs)
     refuse(args.early_stop and args.disable_eval_during_finetuning, args, 'early_stop',
            ': --disable_eval_during_finetuning evaluates nothing to stop by; leave one of them out')
+    refuse(args.unfreeze_epoch and not args.freeze_backbone, args, 'unfreeze_epoch',
+           ': it needs --freeze_backbone, without which nothing is frozen')
+    refuse(args.unfreeze_epoch >= args.epochs and not args.eval, args, 'unfreeze_epoch',
+           ': --epochs %d ends before; lower it, or leave it out to train the head alone' % args.epochs)
 
 
 def check_compute(args: argparse.Namespace) -> None:
     """The device, and what it can do."""
     from beit.devices import accelerator, half_precision, kernels, profiler
     _, processes, local_rank = launch_environment(flags.config_from(args, DistributedConfig))
-    refuse(args.world_size > 1 and processes == 1, args, 'world_size', ' is set by the launcher; start the processes '
-           'with test/train_full_8p.sh --nproc_per_node=%d, or torchrun' % args.world_size)
     # Too few devices are an error of all processes of a machine, so that none waits for one that cannot come.
     highest = os.environ.get('LOCAL_WORLD_SIZE', '1')
     device = accelerator.find_device(
@@ -196,13 +295,8 @@ def check_optimizer(args: argparse.Namespace) -> None:
     import optim_factory
     if not args.eval:
         optim_factory.check_optimizer(args.opt, args.momentum)
-    if not args.unfreeze_epoch:
-        return
-    refuse(not args.freeze_backbone, args, 'unfreeze_epoch',
-           ': it needs --freeze_backbone, without which nothing is frozen')
-    refuse(args.unfreeze_epoch >= args.epochs and not args.eval, args, 'unfreeze_epoch',
-           ': --epochs %d ends before; lower it, or leave it out to train the head alone' % args.epochs)
-    refuse('fused' in args.opt.lower() or optim_factory.optimizer_class(args.opt)[0].__name__ == 'NovoGrad', args,
+    refuse(args.unfreeze_epoch and (
+        'fused' in args.opt.lower() or optim_factory.optimizer_class(args.opt)[0].__name__ == 'NovoGrad'), args,
            'unfreeze_epoch', ': --opt %s looks for gradients in its first step and for no others later; use --opt '
            'adamw, or two runs, the second with --finetune' % args.opt)
 
@@ -231,12 +325,28 @@ def check_evaluation(args: argparse.Namespace) -> None:
 
 def check_weights(args: argparse.Namespace) -> None:
     """The files that a run starts from."""
-    source = args.resume or args.finetune if args.eval else args.resume
     if not args.eval:
+        sources.refuse_programs('--resume', args.resume)
         sources.check_finetune(args.finetune, is_required='knn' in args)
-    elif is_hugging_face(source):
+    check_resume(args)
+
+
+def check_resume(args: argparse.Namespace) -> None:
+    """The checkpoint of --resume, the flags that go with it, and the files that list classes."""
+    from beit.files import class_files  # imports NumPy
+    evaluates = getattr(args, 'eval', True)  # prediction and export have no such flag
+    source: str = args.resume or (getattr(args, 'finetune', '') if evaluates else '')
+    for name in NEED_WEIGHTS if source and sources.program_kind(source) else ():
+        if name in args.typed:
+            raise UserError('--%s: %s is an exported program, which computes as it was exported; leave the flag out, '
+                            'or give the checkpoint' % (name, escape_text(source)))
+    if getattr(args, 'class_names', ''):
+        class_files.read_class_names(args.class_names)
+    if not evaluates and args.class_weights not in ('', 'balanced'):
+        class_files.read_weights(args.class_weights)
+    if not source or evaluates and sources.is_hugging_face(source):
         return
-    if source and not (args.auto_resume and args.output_dir and sources.list_checkpoints(args.output_dir)):
+    if not (getattr(args, 'auto_resume', False) and args.output_dir and sources.list_checkpoints(args.output_dir)):
         sources.candidates(source)  # else it may have been removed since, and isn't needed
 
 

@@ -25,6 +25,7 @@ from beit.data.shared_memory import workers_that_fit
 from beit.data.transforms import EvalTransform, build_transform
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text, refuse
+from beit.files.class_files import read_class_names
 
 # ---- data sets
 
@@ -123,7 +124,7 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
 def order_classes(train: Any, val: Any, classes: Sequence[str], config: DataConfig) -> Tuple[Any, Any, List[str]]:
     """(training set, validation set, classes) in the order of the class names in a file, which may name more."""
     flag = 'image_folder_class_index_file'
-    names = [normalize(name) for name in model_spec.read_class_names(getattr(config, flag), '--' + flag)]
+    names = [normalize(name) for name in read_class_names(getattr(config, flag), '--' + flag)]
     unknown = sorted(set(classes) - set(names))
     refuse(unknown, config, flag, ': it does not name the class folders %s; add them to the file'
            % model_spec.shorten_names(unknown))

@@ -22,21 +22,30 @@ TRAINING, PREDICT, EXPORT, AVERAGE, PROBE = PROGRAMS = (
     'run_class_finetuning.py', 'run_predict.py', 'run_export.py', 'average_checkpoints.py', 'run_linear_eval.py')
 
 
-def names_in(path: str, table: str) -> Tuple[Any, ...]:
-    """The keys of a dict, or the items of a tuple, at the top of a module of the project: read from its source."""
+def node_of(path: str, table: str) -> Any:
+    """The value of a name at the top of a module of the project, as its source has it."""
     with open(os.path.join(project_root(), path), encoding='utf-8') as file:
         nodes = ast.parse(file.read()).body
     targets: Any = [(target, node) for node in nodes
                     for target in getattr(node, 'targets', [getattr(node, 'target', None)])]
-    value: Any = next(node.value for target, node in targets if getattr(target, 'id', '') == table)
+    return next(node.value for target, node in targets if getattr(target, 'id', '') == table)
+
+
+def names_in(path: str, table: str) -> Tuple[Any, ...]:
+    """The keys of a dict, or the items of a tuple, at the top of a module of the project."""
+    value = node_of(path, table)
     return tuple(ast.literal_eval(each) for each in getattr(value, 'keys', None) or value.elts)
 
 
 MODELS, OPTIMIZERS = names_in('modeling_finetune.py', 'MODELS'), names_in('optim_factory.py', 'OPTIMIZERS')
-EXPORT_FORMATS = names_in('beit/outputs/export_formats.py', 'FORMATS')
+EXPORTS = node_of('beit/outputs/export_formats.py', 'FORMATS')
+EXPORT_FORMATS = {ast.literal_eval(key): {each.arg: ast.literal_eval(each.value) for each in call.keywords
+                                          if each.arg in ('takes', 'files')}
+                  for key, call in zip(EXPORTS.keys, EXPORTS.values)}  # the names, with the fields that checks need
 NEWEST_OPSET = names_in('beit/outputs/export_formats.py', 'OPSETS')[0]
 PREDICTION_FORMATS = tuple(sorted(names_in('beit/outputs/prediction_writers.py', 'FORMATS')))
 BACKENDS = names_in('beit/data/transforms.py', 'BACKENDS')
+FAST_RESIZES = names_in('beit/data/fast_decode.py', 'RESIZES')
 OPT_LEVELS = names_in('beit/devices/half_precision.py', 'OPT_LEVELS')
 AMP_DTYPES = names_in('beit/devices/half_precision.py', 'AMP_DTYPES')
 BEST_BY = names_in('beit/training/metrics.py', 'BEST_BY')
@@ -240,11 +249,11 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
         Flag('threshold', 0., 'mark images whose best probability is lower as unsure; 0: none', type=share),
         Flag('features', '', 'write the features of the images to this .npz file'),
         Flag('layer', None, 'features of block N, from 1: its class token and mean', shown='the head\'s input',
-             type=bounded_number(int)),
+             type=positive),
         Flag('attention', None, 'write attention heat maps: cls, mean; without a value as it pools', metavar='cls|mean',
              choices=('auto',) + ATTENTION_KINDS),
         Flag('attention_block', None, 'transformer block of the heat maps, counted from 1', shown='the last',
-             type=bounded_number(int)),
+             type=positive),
         Flag('attention_heads', False, 'write a heat map per head as well'),
         Flag('attention_dir', '', 'folder of the heat maps', shown='attention, beside --output'),
     ),
@@ -525,7 +534,7 @@ def evaluation_sets(args: argparse.Namespace) -> List[Optional[str]]:
 
 def evaluates_checkpoint(args: argparse.Namespace) -> bool:
     """Whether the checkpoint overrides the defaults of the flags."""
-    return bool(args.eval and args.resume)
+    return bool(args.eval and (args.resume or args.finetune))
 
 
 def follow_checkpoint(args: argparse.Namespace, saved: Mapping[str, Any], source: str) -> List[str]:

@@ -183,10 +183,8 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[
 
     For an evaluation, the flags that were not given take the checkpoint's values.
     """
-    source = args.resume
-    if not args.eval:
-        pretrained.refuse_exports('--resume', source)
-    path, content = discovery.load_agreed(source, config_from(args, OutputConfig), device, for_evaluation=args.eval)
+    path, content = discovery.load_agreed(args.resume, config_from(args, OutputConfig), device,
+                                          for_evaluation=args.eval)
     if content is None:
         return None
     keys = dict(model_key=args.model_key, model_prefix=args.model_prefix)

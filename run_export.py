@@ -12,7 +12,6 @@ if __name__ == '__main__':
     check_flags.check_command_line('run_export.py', __doc__)
 
 import argparse
-import dataclasses
 import functools
 import os
 import sys
@@ -22,15 +21,14 @@ from typing import Any, Callable, Dict, Optional, Sequence
 import torch
 
 import flags
-from beit.checkpoint import pretrained
 from beit.checkpoint.inference_model import LoadedModel, load_for_inference
 from beit.cli import run_interruptible
 from beit.config import ExportConfig
-from beit.errors import UserError, escape_text, print_line, refuse, unknown_value_error
+from beit.errors import UserError, escape_text, print_line
 from beit.files import atomic_write
-from beit.outputs import atc
 from beit.outputs.export_formats import (
     EXTRA, FORMATS, Format, NotChecked, example_images, import_optional, package_version)
+from check_flags import check_early, check_export_output
 
 BATCHES = (1, 2, 5)  # images at a time in the comparison
 TOLERANCE = 1e-3  # of the largest logit: rounding stays far below; a lost position bias is above
@@ -68,50 +66,14 @@ def compare(chosen: Format, written: Any, trained: LoadedModel, batch_size: Opti
 build_parser = functools.partial(flags.build_parser, flags.EXPORT, __doc__)
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Check the flags before the checkpoint is read. Raises `UserError`."""
-    refuse(not args.resume, args, 'resume', ': name the checkpoint to export, or the folder that holds it')
-    refuse(not args.format, args, 'format', ' is missing; give one of ' + ', '.join(FORMATS))
-    if args.format not in FORMATS:
-        raise unknown_value_error('--format', args.format, FORMATS)
-    if args.model is not None and args.model not in flags.MODELS:
-        raise unknown_value_error('--model', args.model, flags.MODELS)
-    pretrained.refuse_exports('--resume', args.resume)
-    for field in dataclasses.fields(ExportConfig):
-        if getattr(args, field.name) and field.name not in FORMATS[args.format].takes:
-            raise UserError('--%s %s goes with --format %s, not %s' % (
-                field.name, escape_text(str(getattr(args, field.name))), ' or '.join(
-                    name for name, each in FORMATS.items() if field.name in each.takes), args.format))
-    if FORMATS[args.format].convert:
-        atc.check(args.soc_version, args.output)
-    if args.output:
-        check_output(args, args.output)
-
-
 def default_output(source: str, ending: str) -> str:
     """The checkpoint's path with another ending; for a URL in the current folder."""
     name = source.partition('#')[0].partition('?')[0].rpartition('/')[2] if '://' in source else source
     return os.path.splitext(name.rstrip('/'))[0] + ending
 
 
-def check_output(args: argparse.Namespace, path: str) -> None:
-    """Raise a `UserError` where the output cannot be written, or would replace other files."""
-    shown, files = '--output %s' % escape_text(path), FORMATS[args.format].files
-    atomic_write.check_writable('--output', path, is_file=True)
-    if not os.path.lexists(path):
-        return
-    if os.path.isdir(path) != bool(files):
-        raise UserError('%s: %s; --format %s writes a %s' % (shown, 'a folder' if os.path.isdir(path) else 'a file',
-                                                             args.format, 'folder' if os.path.isfile(path) else 'file'))
-    if files and set(os.listdir(path)) - files:
-        raise UserError('%s: the folder holds other files (%s), which would be lost; name a new one' % (
-            shown, escape_text(sorted(set(os.listdir(path)) - files)[0])))
-    if not args.overwrite and (not files or os.listdir(path)):
-        raise UserError('%s: it exists already; give --overwrite, or another name' % shown)
-
-
 def main(args: argparse.Namespace) -> None:
-    check_args(args)
+    check_early(flags.EXPORT, args)
     trained = load_for_inference(args.resume, args.use_ema, args.class_names, model=args.model,
                                  input_size=args.input_size)
     chosen = FORMATS[args.format]
@@ -120,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
     target = args.output or default_output(trained.source, ('-ema' if args.use_ema else '') + chosen.ending)
     path = target if chosen.convert is None else os.path.splitext(target)[0] + FORMATS['onnx'].ending
     for each in dict.fromkeys((target, path)):
-        check_output(args, each)
+        check_export_output(args, each)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of tracing, about fixed sizes, which `compare` checks
         content, description = chosen.make(trained, config)

@@ -43,8 +43,6 @@ build_parser = functools.partial(flags.build_parser, flags.PROBE, __doc__)
 
 
 def main(args: argparse.Namespace, signals: preemption.Signals) -> None:
-    refuse(not args.finetune, args, 'finetune', ' is missing; give the weights to probe')
-    refuse(not args.output_dir, args, 'output_dir', ' is missing; give the folder for the results')
     check_args(args)
     device = finetuning.start(args, flags.PROBE)
     with run_folder.locked(args.output_dir, device):

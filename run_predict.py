@@ -32,7 +32,6 @@ from beit.checkpoint.inference_model import load_for_inference
 from beit.cli import exit_process, run_interruptible
 from beit.config import DistributedConfig, LoaderConfig
 from beit.data import fast_decode
-from beit.data.decode import is_image_name
 from beit.data.device_loader import PrefetchLoader
 from beit.data.loader import SampleDataset, make_loader
 from beit.data.prediction_inputs import PathDataset, PathSampler, common_folder
@@ -40,8 +39,7 @@ from beit.data.shared_memory import workers_that_fit
 from beit.data.transforms import EvalTransform
 from beit.devices import accelerator, half_precision
 from beit.distributed import collectives, process_group, watchdog
-from beit.errors import UserError, check_output_is_open, escape_text, refuse
-from beit.files.atomic_write import check_writable
+from beit.errors import UserError, escape_text
 from beit.outputs import attention_maps
 from beit.outputs.features import FeatureHook, FeaturesWriter, encode_features
 from beit.outputs.prediction_writers import FORMATS, LineWriter, Prediction, open_output
@@ -51,58 +49,16 @@ from check_flags import check_early
 build_parser = functools.partial(flags.build_parser, flags.PREDICT, __doc__)
 
 
-def _is_standard_output(path):
-    """Whether a path is /dev/stdout, or the file that standard output is redirected to."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(1))
-    except (OSError, ValueError):
-        return False
-
-
-def check_args(args: argparse.Namespace) -> argparse.Namespace:
-    """Check the flags before any slow work; returns them with the final inputs, output, format and attention_dir."""
-    refuse(not args.resume, args, 'resume', ' is missing; give the checkpoint, or the folder that holds it')
-    if not args.images and not args.input:
-        raise UserError('no image is named; give files, folders, or a quoted pattern such as \'photos/*.jpg\'')
+def check_args(args: argparse.Namespace) -> None:
+    """Check the flags before any slow work, and add the final inputs, output, format and attention_dir."""
     check_early(flags.PREDICT, args)
-    exported.check_flags(args)
-    args = argparse.Namespace(inputs=args.images + list(itertools.chain(*args.input)), **vars(args))
-    if args.format and not args.output or args.output and _is_standard_output(args.output):
-        args.output = '-'
-    if args.output in ('', '-'):
-        check_output_is_open('the predictions')
-    if args.output:
-        ending = os.path.splitext(args.output)[1][1:].lower()
-        args.format = args.format or ('jsonl' if args.output == '-' else ending)
-        refuse(args.format not in FORMATS, args, 'output',
-               ': its ending names no format; end it in .%s, or give --format' % ', .'.join(sorted(FORMATS)))
-    if args.output not in ('', '-'):
-        refuse(os.path.isdir(args.output), args, 'output', ': a folder has this name; choose another name')
-        refuse(is_image_name(args.output), args, 'output', ': this would overwrite an image; choose another name')
-        check_writable('--output', args.output, is_file=True)
-    refuse(args.layer is not None and not args.features, args, 'layer', ' needs --features, the file to write')
-    if args.features:
-        refuse(not args.features.endswith('.npz') or os.path.isdir(args.features), args, 'features',
-               ': give a file that ends in .npz')
-        check_writable('--features', args.features, is_file=True)
-    if args.attention is None:
-        for name in ('attention_block', 'attention_heads', 'attention_dir'):
-            if getattr(args, name):
-                raise UserError('--%s needs --attention' % name)
-    else:
-        beside = '' if args.output in ('', '-') else os.path.dirname(args.output)
-        args.attention_dir = args.attention_dir or os.path.join(beside, 'attention')
-        folder = os.path.join(os.path.realpath(args.attention_dir), '')
-        refuse(any(os.path.join(os.path.realpath(each), '').startswith(folder) for each in args.inputs), args,
-               'attention_dir', ' holds inputs, and its pictures would become inputs too; choose another folder')
-        check_writable('--attention_dir', args.attention_dir)
+    exported.drop_flags(args)
     if args.data_backend == 'fast':
         fast_decode.check_available()
     _, processes, local_rank = process_group.launch_environment(flags.config_from(args, DistributedConfig))
     device = accelerator.find_device(args.device, local_rank, processes)
     if device.type == 'cpu':
         half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)
-    return args
 
 
 # ---- predicting
@@ -255,7 +211,7 @@ def build_loader(sampler: PathSampler, preprocessing: EvalTransform, data_backen
 
 def main(args: argparse.Namespace, stdout: TextIO) -> None:
     """Predict, and write the results to `stdout`, a text file, or to --output."""
-    args = check_args(args)
+    check_args(args)
     device = process_group.init_distributed_mode(flags.config_from(args, DistributedConfig))
     watchdog.start(args.dist_timeout, flags.PREDICT)
     dtype = half_precision.check_precision(device, args.amp, args.opt_level, args.amp_dtype)

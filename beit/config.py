@@ -32,6 +32,20 @@ def parse_device(name: str) -> Tuple[str, str]:
     return kind, index
 
 
+def policy_or_none(policy: Optional[str]) -> Optional[str]:
+    """An AutoAugment policy, or None for 'none' and the empty string."""
+    return None if policy in (None, '', 'none', 'None') else policy
+
+
+def check_input_size(model: str, input_size: int) -> None:
+    """Raise a `UserError` for an input size that is no multiple of the patch size, which the model's name holds."""
+    patch = int(model.partition('_patch')[2].partition('_')[0])
+    if input_size % patch:
+        below = input_size // patch * patch
+        raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s; use %s%d' % (
+            input_size, patch, model, '%d or ' % below if below else '', below + patch))
+
+
 def parse_colour(text: str) -> Tuple[int, ...]:
     """(red, green, blue) of a name in `COLOURS` or of R,G,B. Raises ValueError."""
     values = COLOURS.get(text) or tuple(int(each) for each in text.split(','))

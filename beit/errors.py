@@ -7,6 +7,9 @@ import re
 import sys
 from typing import Any, Iterable, Iterator, List, Optional, Union
 
+EXPORTED_PROGRAM = 'an exported program, not weights; give the checkpoint that it was exported from, a .safetensors ' \
+    'file or a Hugging Face folder'
+
 
 class UserError(Exception):
     """A wrong flag, file or machine. Its text is one line: the flag or file, the value, the remedy.

@@ -6,22 +6,19 @@ evaluation, prediction, averaging and export read it from there.
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import modeling_finetune
-from beit.config import ModelConfig, TransformConfig
+from beit.config import ModelConfig, TransformConfig, check_input_size
 from beit.data import class_folders
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text, unknown_value_error
-from beit.files import archives
 from beit.paths import project_root
 
 KEY = 'model_spec'  # in a checkpoint, and in the metadata of an export
 VERSION = 1
-LARGEST_NAMES_FILE = 1 << 26  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +150,7 @@ def check_architecture(model: str, input_size: int) -> None:
     """Raise a `UserError` for an unknown name, or an input size that is no multiple of the patch size."""
     if model not in modeling_finetune.MODELS:
         raise unknown_value_error('--model', model, modeling_finetune.MODELS)
-    patch = modeling_finetune.MODELS[model]['patch_size']
-    if input_size % patch:
-        below = input_size // patch * patch
-        raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s; use %s%d' % (
-            input_size, patch, model, '%d or ' % below if below else '', below + patch))
+    check_input_size(model, input_size)
 
 
 # ---- classes, matched by name
@@ -202,33 +195,6 @@ def imagenet_wnids(outputs: int, found: Sequence[str] = ('n01440764',)) -> List[
     with open(os.path.join(project_root(), 'beit', 'data', 'imagenet_wnids.txt'), encoding='ascii') as file:
         wnids = file.read().split()
     return wnids if 2 * len(set(found) & set(wnids)) >= len(found) else []  # `match_classes` names the others
-
-
-def read_class_names(path: str, flag: str = '--class_names') -> List[str]:
-    """The names in a file such as --class_names, in order: one a line; or JSON, a list or an object with keys from "0".
-
-    If JSON has a list of words for a class, as ImageNet's index does, the first is its name. Raises `UserError`.
-    """
-    shown = '%s %s' % (flag, escape_text(path))
-    try:
-        with archives.open_file(path) as file:
-            text = file.read(LARGEST_NAMES_FILE).decode('utf-8-sig')
-        if text.lstrip()[:1] in ('[', '{'):
-            content = json.loads(text)
-            if isinstance(content, dict):
-                content = [content[str(number)] for number in range(len(content))]
-            names = _names([each[0] if isinstance(each, list) else each for each in content])
-        else:
-            names = [line.strip() for line in text.splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError('%s: %s; give a readable file, one name a line' % (shown, error.strerror or error)) from None
-    except (ValueError, LookupError, RecursionError):
-        raise UserError('%s: not a list of names; write one per line, or JSON (a list, or an object with keys "0", '
-                        '"1", …)' % shown) from None
-    twice = sorted(name for name in set(names) if names.count(name) > 1) if len(set(names)) < len(names) else []
-    if twice or not names:
-        raise UserError('%s: %s' % (shown, 'it holds %s twice' % escape_text(twice[0]) if twice else 'it is empty'))
-    return [escape_text(name) for name in names]
 
 
 def shorten_names(names: Iterable[str], most: int = 6, divider: str = ', ') -> str:

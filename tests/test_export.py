@@ -11,10 +11,11 @@ import pytest
 import torch
 from timm.models import create_model
 
+import flags as program_flags
 import modeling_finetune
 import run_class_finetuning
 import run_export
-from beit.checkpoint import hf_names, inference_model, pretrained
+from beit.checkpoint import hf_names, inference_model, pretrained, sources
 from beit.config import ModelConfig
 from beit.data import transforms
 from beit.errors import UserError
@@ -224,7 +225,7 @@ def test_the_averaged_weights(trained, export, tmp_path, parse):
 class ToyFormat:
     """A folder of two files: the complete code of a new export format."""
 
-    files = frozenset(('weights', 'about.json'))
+    files = ('weights', 'about.json')
 
     @staticmethod
     def make(trained, opset):
@@ -249,10 +250,15 @@ every_format = pytest.mark.parametrize(
     'kind', [pytest.param(kind, marks=NEEDS.get(kind, [])) for kind in sorted(EVERY)])
 
 
+def register(kind, monkeypatch):
+    monkeypatch.setitem(export_formats.FORMATS, kind, EVERY[kind])
+    monkeypatch.setitem(program_flags.EXPORT_FORMATS, kind, {'takes': EVERY[kind].takes, 'files': EVERY[kind].files})
+
+
 @every_format
 def test_a_format_is_written_checked_and_replaced(kind, trained, export, tmp_path, monkeypatch):
     """Its entry in `FORMATS` is enough for run_export.py."""
-    monkeypatch.setitem(export_formats.FORMATS, kind, EVERY[kind])
+    register(kind, monkeypatch)
     path, _ = trained()
     said = export('--resume', path, '--format', kind)
     output = tmp_path / ('weights' + EVERY[kind].ending)
@@ -260,7 +266,7 @@ def test_a_format_is_written_checked_and_replaced(kind, trained, export, tmp_pat
     lines, usage = said.splitlines(), EVERY[kind].usage(inference_model.load_for_inference(path), str(output))
     assert lines[len(lines) - len(usage):] == usage and lines[-len(usage) - 1].startswith('Wrote ')
     if EVERY[kind].files:
-        assert set(os.listdir(str(output))) == EVERY[kind].files
+        assert set(os.listdir(str(output))) == set(EVERY[kind].files)
         (output / 'thesis.txt').write_text('all of it')
         assert 'thesis.txt' in export('--resume', path, '--format', kind, '--overwrite', fails=True)
     else:
@@ -272,7 +278,7 @@ def test_a_format_is_written_checked_and_replaced(kind, trained, export, tmp_pat
 @every_format
 def test_another_network_is_not_written(kind, trained, export, tmp_path, monkeypatch):
     """The comparison detects a lost bias table."""
-    monkeypatch.setitem(export_formats.FORMATS, kind, EVERY[kind])
+    register(kind, monkeypatch)
     path, _ = trained()
     make = export_formats.FORMATS[kind].make
 
@@ -531,4 +537,4 @@ def test_an_export_to_run_is_not_taken_for_weights(tmp_path, ending):
     path = tmp_path / ('model' + ending)
     path.write_bytes(b'whatever')
     with pytest.raises(run_export.UserError, match='%s: .*the checkpoint' % re.escape(str(path))):
-        pretrained.check_finetune(str(path))
+        sources.check_finetune(str(path))

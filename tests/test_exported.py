@@ -16,7 +16,7 @@ import modeling_finetune
 import run_class_finetuning
 import run_export
 import run_predict
-from beit.checkpoint import exported, inference_model
+from beit.checkpoint import inference_model, sources
 from beit.config import ExportConfig
 from beit.outputs import export_formats
 from helpers import NANO, launch, needs_extra, photo, save_random_weights, with_dynamo, with_export
@@ -48,7 +48,7 @@ def program(trained, tmp_path):  # noqa: F811
     """program(kind, size): (the checkpoint, its export for batches of `size` images or, with 0, of any size)."""
     def make(kind, size=0, *flags):
         path, _ = trained(*flags, classes=CLASSES)
-        output = str(tmp_path / ('other' + exported.PROGRAMS[kind].ending))
+        output = str(tmp_path / ('other' + sources.PROGRAM_ENDINGS[kind]))
         assert export('--resume', path, '--format', kind, '--output', output, '--overwrite',
                       *(['--batch_size', size] if size else [])) == 0
         return path, output

@@ -17,6 +17,7 @@ from beit.checkpoint import hf_names, pretrained
 from beit.config import ModelConfig
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError
+from beit.files import class_files
 from beit.model_spec import ModelSpec
 from helpers import NANO, needs_extra, write_images
 
@@ -80,7 +81,7 @@ def test_classes_without_names_are_matched_by_position_and_reported():
 def test_class_names_files(tmp_path, text, names):
     path = tmp_path / 'names'
     path.write_bytes(text.encode())
-    assert model_spec.read_class_names(str(path)) == names
+    assert class_files.read_class_names(str(path)) == names
 
 
 @pytest.mark.parametrize('content', (b'', b'cat\ncat\n', b'{"0": "cat", "2": "dog"}', b'[[]]', b'\xff\xfe\x00'))
@@ -88,9 +89,9 @@ def test_other_class_names_files_are_refused(tmp_path, content):
     path = tmp_path / 'names'
     path.write_bytes(content)
     with pytest.raises(UserError, match='--class_names'):
-        model_spec.read_class_names(str(path))
+        class_files.read_class_names(str(path))
     with pytest.raises(UserError, match='--class_names .*none: No such file or directory; give a readable file'):
-        model_spec.read_class_names(str(tmp_path / 'none'))
+        class_files.read_class_names(str(tmp_path / 'none'))
 
 
 @pytest.fixture(scope='module')

@@ -362,10 +362,13 @@ def test_the_name_of_standard_output(large, photos, tmp_path):
     assert shown.startswith(b'file,') and len(shown.splitlines()) == 7 and shown.endswith(b'\nand more\n')
 
 
-@pytest.mark.parametrize('program', ['run_class_finetuning', 'run_predict', 'run_export', 'average_checkpoints',
-                                     'run_linear_eval'])
-def test_ctrl_c_while_pytorch_is_imported(program):
-    flags = ['--data_path=demo'] if program in ('run_class_finetuning', 'run_linear_eval') else []
+@pytest.mark.parametrize('program, flags', [
+    ('run_class_finetuning', '--data_path demo'), ('run_predict', '--resume {file} {file}'),
+    ('run_export', '--resume {file} --format onnx'), ('average_checkpoints', '--inputs {file} --output {file}-average'),
+    ('run_linear_eval', '--data_path demo --finetune {file} --output_dir {file}-probe')])
+def test_ctrl_c_while_pytorch_is_imported(program, flags, tmp_path):
+    (tmp_path / 'file').write_text('whatever: only its name is checked by then')
+    flags = [flag.format(file=tmp_path / 'file') for flag in flags.split()]
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, program + '.py')] + flags, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     until = time.monotonic() + 60

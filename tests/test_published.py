@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import check_flags
+import flags
 import modeling_finetune
 import run_class_finetuning
 from beit import weights
@@ -308,4 +309,4 @@ def test_models_of_v2_are_timms(name, monkeypatch):
 
 def test_a_misspelt_model_of_v2_is_found():
     with pytest.raises(UserError, match='beitv2_base'):
-        check_flags.check_model(settled(['--model', 'beitv2_bas_patch16_224']))
+        check_flags.check_early(flags.TRAINING, settled(['--model', 'beitv2_bas_patch16_224']))

@@ -301,20 +301,50 @@ EARLY = {
         ['--data_path={empty}', '--train_csv=nosuch.csv'], ['--recipe=nosuch'],
         ['--data_path=demo', '--mixup_off_epoch=3'], ['--data_path=demo', '--model_ema_warmup'],
         ['--data_path=demo', '--compile_backend=eager'], ['--data_path=demo', '--opt_betas', '0.9'],
-        ['--data_path=demo', '--device=tpu'], ['--data_path=demo', '--device=auto:1']),
-    'run_predict.py': (['--resume=nosuch', '{empty}'], ['--resume={empty}', 'nosuch.png'],
-                       ['--resume=x', '--model=no']),
-    'run_export.py': (['--resume=nosuch', '--format=onnx'], ['--resume={empty}', '--format=onx']),
-    'average_checkpoints.py': (['--inputs=nosuch', '--output=x'],)}
+        ['--data_path=demo', '--device=tpu'], ['--data_path=demo', '--device=auto:1'],
+        ['--data_path=demo', '--finetune=x.pt2'], ['--data_path=demo', '--finetune={empty}'],
+        ['--data_path=demo', '--resume=x.onnx'], ['--data_path=demo', '--input_size=33'],
+        ['--data_path=demo', '--class_weights=nosuch'], ['--data_path=demo', '--class_weights={epochs}'],
+        ['--data_path=demo', '--unfreeze_epoch=3'], ['--data_path=demo', '--lr=1', '--blr=1'],
+        ['--data_path=demo', '--freeze_backbone', '--unfreeze_epoch=30'], ['--data_path=demo', '--in_chans=4'],
+        ['--data_path=demo', '--data_backend=fast', '--train_interpolation=lanczos'],
+        ['--eval', '--resume={epochs}', '--data_path=nosuch'], ['--eval', '--resume={epochs}', '--val_csv=nosuch'],
+        ['--eval', '--resume={epochs}', '--finetune={epochs}'], ['--eval', '--finetune=x.onnx', '--compile'],
+        ['--eval', '--resume={epochs}', '--class_names=nosuch'], ['--eval', '--resume={epochs}', '--class_names={two}'],
+        ['--eval', '--resume={epochs}', '--eval_data_path', '{empty}', 'nosuch'],
+        ['--eval', '--resume={epochs}', '--image_folder_class_index_file=nosuch']),
+    'run_predict.py': (
+        ['--resume=nosuch', '{empty}'], ['--resume={empty}', 'nosuch.png'], ['--resume=x', '--model=no'], [],
+        ['{empty}'], ['--resume={epochs}'], *(['--resume={epochs}', '{empty}', *each] for each in (
+            ['--output=x.foo'], ['--output=x.png', '--format=csv'], ['--output=/proc/x.csv'], ['--layer=3'],
+            ['--layer=0', '--features=x.npz'], ['--features=x.txt'], ['--features=/proc/x.npz'], ['--attention_heads'],
+            ['--attention', '--attention_dir={empty}'], ['--attention_block=0', '--attention'],
+            ['--attention', '--attention_dir=/proc/x'], ['--class_names=nosuch'])),
+        ['--resume=x.onnx', '{empty}', '--features=x.npz']),
+    'run_export.py': (
+        ['--resume=nosuch', '--format=onnx'], ['--resume={empty}', '--format=onx'], [], ['--resume={epochs}'],
+        ['--format=onnx'], ['--resume=x.onnx', '--format=onnx'], *(['--resume={epochs}', *each] for each in (
+            ['--format=safetensors', '--opset=17'], ['--format=om'], ['--format=onnx', '--output={empty}'],
+            ['--format=om', '--soc_version=Ascend910B4', '--output=x.onnx'], ['--format=onnx', '--output={epochs}'],
+            ['--format=onnx', '--output=/proc/x'], ['--format=huggingface', '--output={epochs}'],
+            ['--format=huggingface', '--output={parent}'], ['--format=onnx', '--class_names=nosuch']))),
+    'average_checkpoints.py': (
+        ['--inputs=nosuch', '--output=x'], [], ['--output=x'], ['--inputs={empty}', '--output=x'],
+        *(['--inputs={epochs}', *each] for each in ([], ['{epochs}', '--output=x'], ['--output={epochs}'],
+                                                    ['--output={empty}'], ['--output=/proc/x']))),
+    'run_linear_eval.py': (
+        ['--data_path=demo'], ['--data_path=demo', '--finetune={epochs}'], ['--data_path=demo', '--output_dir=x'],
+        ['--data_path=demo', '--finetune=nosuch', '--output_dir=x'])}
 
 
 @pytest.mark.parametrize('program, flags', [(program, each) for program, flags in EARLY.items() for each in flags])
 def test_wrong_names_and_files_come_before_the_import_of_pytorch(program, flags, tmp_path):
     """One line from the first of the processes of a machine, none from the others until the launcher ends them."""
-    for name, text in (('epochs', 'epochs: 2'), ('epoks', 'epoks: 2')):
+    for name, text in (('epochs', 'epochs: 2'), ('epoks', 'epoks: 2'), ('two', 'cat\ncat\n')):
         (tmp_path / name).write_text(text)
     (tmp_path / 'empty').mkdir()
-    flags = [flag.format(**{name: str(tmp_path / name) for name in ('epochs', 'epoks', 'empty')}) for flag in flags]
+    names = {name: str(tmp_path / name) for name in ('epochs', 'epoks', 'two', 'empty')}
+    flags = [flag.format(parent=tmp_path, **names) for flag in flags]
     done = run(sys.executable, '-X', 'importtime', os.path.join(ROOT, program), *flags, cwd=str(tmp_path),
                RANK='0', WORLD_SIZE='2', LOCAL_RANK='0')
     lines = [line for line in done.stderr.splitlines() if not line.startswith('import time:')]
@@ -336,5 +366,8 @@ def test_the_tables_that_flags_reads_are_those_of_the_modules():
     from beit.outputs import export_formats, prediction_writers
 
     assert tuple(modeling_finetune.MODELS) == flags.MODELS and tuple(optim_factory.OPTIMIZERS) == flags.OPTIMIZERS
-    assert tuple(export_formats.FORMATS) == flags.EXPORT_FORMATS and export_formats.OPSETS[0] == flags.NEWEST_OPSET
+    formats = {name: {field: getattr(each, field) for field in ('takes', 'files') if getattr(each, field)}
+               for name, each in export_formats.FORMATS.items()}
+    assert formats == flags.EXPORT_FORMATS
+    assert export_formats.OPSETS[0] == flags.NEWEST_OPSET
     assert tuple(sorted(prediction_writers.FORMATS)) == flags.PREDICTION_FORMATS

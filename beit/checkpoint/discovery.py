@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 
 from beit import weights
-from beit.checkpoint import exported, hf_names
+from beit.checkpoint import exported, sources
 from beit.checkpoint.sources import BEST, BEST_EMA, candidates, list_checkpoints, position_in_name
 from beit.config import OutputConfig
 from beit.distributed import collectives, process_group
@@ -55,15 +55,15 @@ def load_best_or_latest(source: str, prefer_best: bool = False, use_ema: bool = 
     numbered one. With `use_ema`, the best is that of the averaged weights. Raises a `UserError` if the file, or every
     file of the folder, is damaged or missing.
     """
-    if prefer_best and os.path.isfile(os.path.join(source, hf_names.CONFIG)):
-        source = hf_names.hf_weights_path(source, '--resume')
+    if prefer_best and sources.is_hugging_face(source):
+        source = sources.hf_weights_path(source, '--resume')
     paths = candidates(source)
-    if exported.format_of(source):
+    if sources.program_kind(source):
         return source, exported.load(source)
     if not os.path.isdir(source):
         path = weights.resolve(source, '--resume')
         if os.path.isdir(path):
-            source = path = hf_names.hf_weights_path(path, '--resume')
+            source = path = sources.hf_weights_path(path, '--resume')
         return source, load_weights_file(path, '--resume')
     reasons: List[str] = []
     if prefer_best:

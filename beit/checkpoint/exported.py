@@ -7,15 +7,15 @@ and torch.export hold programs and pickles, which can do anything as the user wh
 import argparse
 import io
 import json
-import os
 import re
 import warnings
 import zipfile
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 import torch
 
 from beit import model_spec, startup, weights
+from beit.checkpoint import sources
 from beit.errors import UserError, escape_text, one_line
 from beit.files.untrusted_pickle import MAX_PICKLE
 from beit.log import log_main
@@ -25,8 +25,6 @@ KEY = 'program'  # in the content of `load`
 BATCH_SIZE = 'batch_size'  # in the metadata of a program for batches of one size
 PARAMETERS = 'parameters'  # in the metadata: the number of weights
 LARGEST_BATCH = 65536
-NEED_WEIGHTS = ('amp', 'attention', 'calibrate', 'compile', 'features', 'model_ema', 'use_ema', 'model_key',
-                'model_prefix')
 
 Run = Callable[[torch.Tensor], torch.Tensor]  # float32 images (B, 3, H, W) to logits (B, classes)
 Opened = Tuple[Dict[str, str], Callable[[], Run]]  # the metadata, and a function that loads the program
@@ -68,16 +66,15 @@ def _opener(read: Callable[[io.BytesIO], Run]) -> Callable[[bytes], Opened]:
 
 class Program(NamedTuple):
     """A format of programs."""
-    ending: str  # of the file's name
     reader: str  # the package that runs it
     open: Callable[[bytes], Opened]
     is_code: bool = True  # an untrusted file can run any code
 
 
 PROGRAMS = {
-    'onnx': Program('.onnx', 'onnxruntime', open_onnx, is_code=False),
-    'torchscript': Program('.torchscript.pt', 'torch', _opener(lambda file: torch.jit.load(file, map_location='cpu'))),
-    'torch_export': Program('.pt2', 'torch', _opener(lambda file: torch.export.load(file).module())),
+    'onnx': Program('onnxruntime', open_onnx, is_code=False),
+    'torchscript': Program('torch', _opener(lambda file: torch.jit.load(file, map_location='cpu'))),
+    'torch_export': Program('torch', _opener(lambda file: torch.export.load(file).module())),
 }
 
 
@@ -100,23 +97,12 @@ class ExportedModel(torch.nn.Module):
         return torch.cat([self.run(part) for part in padded.split(self.batch_size or len(padded))])[:len(images)]
 
 
-def format_of(source: str) -> Optional[Program]:
-    """The format of an exported program, by the ending of its name; None for another file."""
-    found = (each for each in PROGRAMS.values() if source.endswith(each.ending) and not os.path.isdir(source))
-    return next(found, None)
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Refuse typed flags that need the weights where --resume names a program; a --config file's are ignored."""
-    if not format_of(args.resume):
+def drop_flags(args: argparse.Namespace) -> None:
+    """Drop flags of a --config file that need the weights, where --resume names a program."""
+    if not sources.program_kind(args.resume):
         return
-    shown = escape_text(args.resume)
-    for name in NEED_WEIGHTS:
-        if name in args.typed:
-            raise UserError('--%s: %s is an exported program, which computes as it was exported; leave the flag out, '
-                            'or give the checkpoint' % (name, shown))
     if getattr(args, 'amp', False):
-        log_main('--amp is not used: %s is an exported program, which computes in float32' % shown)
+        log_main('--amp is not used: %s is an exported program, which computes in float32' % escape_text(args.resume))
     vars(args).update((name, False) for name in ('amp', 'compile', 'model_ema') if name in args)
 
 
@@ -126,7 +112,7 @@ def load(path: str) -> Dict[str, Any]:
 
     Raises a `UserError` if the file is damaged, does not describe its model, or computes something else.
     """
-    kind: Any = format_of(path)
+    kind = PROGRAMS[sources.program_kind(path)]
     shown = '--resume %s' % escape_text(path)
     if weights.is_remote(path):
         raise UserError('%s: exported programs are not downloaded; fetch the file first' % shown)

@@ -4,19 +4,17 @@ timm's BEiT and the reference's use this project's names. Hugging Face's `BeitFo
 separate weights for query, key and value.
 """
 
-import json
 import os
 import re
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
+from beit.checkpoint.sources import hf_config, read_beside
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text
 from beit.weights import HUB_FILES
 
-CONFIG, PREPROCESSOR = HUB_FILES[:2]  # what a Hugging Face folder holds
-WEIGHTS = HUB_FILES[2:]
 
 _BLOCK, _LAYER = 'blocks.{n}.', 'beit.encoder.layer.{n}.'
 _QUERY, _KEY, _VALUE = (_LAYER + 'attention.attention.' + part for part in ('query.', 'key.', 'value.'))
@@ -111,31 +109,6 @@ def to_native(state: Dict[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], 
     return renamed, 'Hugging Face'
 
 
-def hf_weights_path(folder: str, flag: str) -> str:
-    """The weights file of a Hugging Face folder. Raises a `UserError` without one, or for another kind of model."""
-    name = '%s %s' % (flag, escape_text(folder))
-    found = [os.path.join(folder, each) for each in WEIGHTS if os.path.isfile(os.path.join(folder, each))]
-    if not found or not os.path.isfile(os.path.join(folder, CONFIG)):
-        raise UserError('%s: not a Hugging Face folder: it has no %s; give a weights file' % (
-            name, CONFIG if found else ' or '.join(WEIGHTS)))
-    content = hf_config(found[0])
-    kind = content.get('model_type', content.get('architecture'))  # the second is timm's
-    if kind is None:
-        raise UserError('%s: its %s cannot be read; fetch or copy it again' % (name, CONFIG))
-    if kind != 'beit' and not re.match(r'beit(v2)?_(base|large)_', str(kind)):
-        raise UserError('%s: its %s has model_type %s; give a folder with model_type beit'
-                        % (name, CONFIG, escape_text(str(kind))[:40]))
-    return found[0]
-
-
-def hf_config(path: str) -> Dict[str, Any]:
-    """The config.json beside Hugging Face's weights; {} without a whole one."""
-    try:
-        return _read_beside(path, CONFIG)
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
 def hf_labels(path: str) -> List[str]:
     """The class names, in order, in the config.json beside Hugging Face's weights; [] if it has none.
 
@@ -151,11 +124,11 @@ def hf_preprocessing(path: str) -> Optional[EvalTransform]:
 
     Raises a `UserError` if it is damaged, or asks for steps that this program does not have.
     """
-    config = os.path.join(os.path.dirname(path), PREPROCESSOR)
-    if os.path.basename(path) not in WEIGHTS or not os.path.isfile(config):
+    config = os.path.join(os.path.dirname(path), HUB_FILES[1])
+    if os.path.basename(path) not in HUB_FILES[2:] or not os.path.isfile(config):
         return None
     try:
-        found = _read_beside(path, PREPROCESSOR)
+        found = read_beside(path, HUB_FILES[1])
         crops = found.get('do_center_crop', False)
         side, crop = (_side(found.get(name), name) for name in ('size', 'crop_size'))
         if not found.get('do_resize', True) or not found.get('do_normalize', True) or (
@@ -187,13 +160,3 @@ def _side(size, name):
     if len(sides) != 1 or type(next(iter(sides))) is not int:
         raise ValueError('%s is %.80r' % (name, size))
     return sides.pop()
-
-
-def _read_beside(path, name):
-    if os.path.basename(path) not in WEIGHTS:
-        return {}
-    with open(os.path.join(os.path.dirname(path), name), encoding='utf-8') as file:
-        content = json.loads(file.read(1 << 24))
-    if not isinstance(content, dict):
-        raise ValueError('%s is no object' % name)
-    return content

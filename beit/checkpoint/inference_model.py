@@ -8,12 +8,13 @@ import torch
 from timm.models import create_model
 
 from beit import model_spec, weights
-from beit.checkpoint import discovery, exported, hf_names
+from beit.checkpoint import discovery, exported, hf_names, sources
 from beit.checkpoint.pretrained import DEFAULT_KEYS, adapt_state_dict, find_state_dict, mismatches
 from beit.config import ModelConfig
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text
 from beit.files import weights_file
+from beit.files.class_files import read_class_names
 from beit.log import log_main
 from beit.model_spec import ModelSpec
 
@@ -66,7 +67,7 @@ def load_for_inference(source: str, use_ema: bool = False, class_names: str = ''
         source: a file, an https URL, a published name, or a folder, whose best checkpoint is loaded; an export of
             `run_export.py`; or other weights of timm and Hugging Face, with `model`.
         use_ema: use the averaged weights.
-        class_names: a file, see `model_spec.read_class_names`.
+        class_names: a file, see `class_files.read_class_names`.
         needs_head: refuse weights without a classification head; else their model gives features.
         overrides: flags such as `model`, `input_size` and `crop_pct`, which take precedence over the file.
 
@@ -175,7 +176,7 @@ def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str, class_n
         log_main('Flags that differ from %s: %s' % (escape_text(path), ', '.join(differ)))
     if not class_names:
         return changed
-    names = model_spec.read_class_names(class_names)
+    names = read_class_names(class_names)
     if spec.has_class_names and list(spec.classes) != names:
         raise UserError('--class_names %s: %s has other class names (%s); leave the flag out' % (
             escape_text(class_names), escape_text(path), model_spec.shorten_names(spec.classes)))
@@ -236,7 +237,7 @@ def spec_beside(path: str, outputs: int, state: Dict[str, torch.Tensor], default
     if not flags.get('model'):
         return None
     sigmoid = metadata.get('activation') == 'sigmoid' or flags.get('loss') == 'bce' or (
-        hf_names.hf_config(path).get('problem_type') == 'multi_label_classification')
+        sources.hf_config(path).get('problem_type') == 'multi_label_classification')
     spec = ModelSpec.from_flags(flags, names if names and len(names) == outputs else None, outputs,
                                 loss='bce' if sigmoid else 'ce', multi_label=sigmoid)
     if images is not None:

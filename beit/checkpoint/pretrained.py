@@ -15,28 +15,13 @@ except ImportError:  # timm before 0.9
     from timm.models.helpers import adapt_input_conv
 
 from beit import model_spec, weights
-from beit.checkpoint import exported, hf_names, sources
+from beit.checkpoint import hf_names, sources
 from beit.errors import UserError, escape_text
-from beit.files.weights_file import EXPORTED_PROGRAM, load_weights_file
+from beit.files.weights_file import load_weights_file
 from beit.log import log_main
 
 DEFAULT_KEYS = 'model|module'
 OTHER_KEYS, AVERAGED_KEYS = ('state_dict', 'model_state_dict'), ('model_ema', 'state_dict_ema')
-
-
-def refuse_exports(flag: str, source: str) -> None:
-    """Raise a `UserError` for an exported program, where weights are needed."""
-    kind = exported.format_of(source)
-    if kind:
-        raise UserError('%s %s: %s is %s' % (flag, escape_text(source), kind.ending, EXPORTED_PROGRAM))
-
-
-def check_finetune(source: str) -> None:
-    """Raise a `UserError` where --finetune names no file, an export, or a folder without BEiT's weights. Cheap."""
-    refuse_exports('--finetune', source)
-    sources.check_finetune(source)
-    if os.path.isdir(source):
-        hf_names.hf_weights_path(source, '--finetune')
 
 
 def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAULT_KEYS, model_prefix: str = '',
@@ -47,9 +32,9 @@ def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAUL
     and absolute positions are resized to the model's grid. If the file names its classes, the head keeps the row of
     each class that `classes` names too. Raises a `UserError`, which lists names and shapes, for another model's file.
     """
-    check_finetune(source)
+    sources.check_finetune(source)
     path = weights.resolve(source, '--finetune')
-    path = hf_names.hf_weights_path(path, '--finetune') if os.path.isdir(path) else path
+    path = sources.hf_weights_path(path, '--finetune') if os.path.isdir(path) else path
     content = load_weights_file(path, '--finetune')
     key, loaded = find_state_dict(content, '--finetune', source, model_key, model_prefix)
     state, library = hf_names.to_native(loaded)

@@ -69,14 +69,29 @@ def check_paths(config: InputConfig) -> None:
     if config.data_set not in DATA_SETS:
         raise unknown_value_error('--data_set', config.data_set, DATA_SETS)
     check_split(config)
-    check_csv_flags(config)
+    check_named_files(config)
     index = config.image_folder_class_index_file
     refuse(index and (config.data_set == 'CIFAR' or config.train_csv or config.val_csv), config,
            'image_folder_class_index_file', ': it orders class folders, and --data_set CIFAR and CSV files have none; '
            'leave it out')
+    DATA_SETS[config.data_set](config)
+
+
+def check_named_files(config: InputConfig) -> None:
+    """Raise a `UserError` where a flag names a missing folder or file."""
+    check_csv_flags(config)
+    index = config.image_folder_class_index_file
     refuse(index and not os.path.isfile(index), config, 'image_folder_class_index_file',
            ': no such file; give a file of class folders, one a line')
-    DATA_SETS[config.data_set](config)
+    for flag in ('data_path', 'eval_data_path') if config.data_set != 'CIFAR' else ():
+        path = getattr(config, flag)
+        try:
+            is_folder = not path or archives.isdir(path)
+        except UserError as error:
+            raise UserError('--%s %s' % (flag, error)) from None
+        refuse(not is_folder and (path, flag) != ('demo', 'data_path'), config, flag,
+               ': a file; give a folder, or a .zip or .tar that is not compressed further'
+               if os.path.isfile(path or '') else ': no such file or folder')
 
 
 def check_class_folders(config: InputConfig) -> None:
@@ -87,15 +102,6 @@ def check_class_folders(config: InputConfig) -> None:
         raise UserError('--data_path is missing; give the folder that holds train/ and val/, or the word demo'
                         if not config.train_csv else '--train_csv %s: there are no validation images; give --val_csv, '
                         'or --val_split 0.1 to hold out a tenth of these' % escape_text(config.train_csv))
-    for flag in ('data_path', 'eval_data_path'):
-        path = getattr(config, flag)
-        try:
-            is_folder = not path or archives.isdir(path)
-        except UserError as error:
-            raise UserError('--%s %s' % (flag, error)) from None
-        refuse(not is_folder and (path, flag) != ('demo', 'data_path'), config, flag,
-               ': a file; give a folder, or a .zip or .tar that is not compressed further'
-               if os.path.isfile(path or '') else ': no such file or folder')
     for is_train in in_folders if config.data_path != 'demo' else ():
         flag, root = split_root(is_train, config)
         if not archives.isdir(root):

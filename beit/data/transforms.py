@@ -15,7 +15,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import mixup_target
 from torchvision import transforms
 
-from beit.config import EVAL_FITS, MAX_INPUT_SIZE, SMALL_INPUT, MixupConfig, TransformConfig, parse_colour
+from beit.config import (
+    EVAL_FITS, MAX_INPUT_SIZE, SMALL_INPUT, MixupConfig, TransformConfig, parse_colour, policy_or_none)
 from beit.data import device_randaugment, fast_decode
 from beit.data.decode import EXIF, MODES, Reading, load_image, read_up_to
 from beit.errors import UserError, unknown_value_error
@@ -228,14 +229,6 @@ def check_backend(config: TransformConfig) -> None:
     for flag in ('data_backend', 'eval_data_backend'):
         if getattr(config, flag) == 'fast':
             fast_decode.check_available('--' + flag)
-    if config.data_backend == 'fast' and config.train_interpolation not in fast_decode.RESIZES:
-        raise UserError('--train_interpolation %s needs --data_backend exact; fast has %s'
-                        % (config.train_interpolation, ', '.join(fast_decode.RESIZES)))
-
-
-def policy_or_none(policy: Optional[str]) -> Optional[str]:
-    """An AutoAugment policy, or None for 'none' and the empty string."""
-    return None if policy in (None, '', 'none', 'None') else policy
 
 
 def check_policy(policy: Optional[str], channels: int = 3) -> None:

@@ -12,13 +12,11 @@ import warnings
 import torch
 
 from beit import startup
-from beit.errors import UserError, escape_text, one_line, worker_death_message
+from beit.errors import EXPORTED_PROGRAM, UserError, escape_text, one_line, worker_death_message
 from beit.files import untrusted_pickle
 from beit.files.atomic_write import atomic_write, link_atomic
 from beit.files.untrusted_pickle import MAX_PICKLE, UnsafeFileError
 
-EXPORTED_PROGRAM = 'an exported program, not weights; give the checkpoint that it was exported from, a .safetensors ' \
-    'file or a Hugging Face folder'
 CACHED_BYTES = 32 << 20  # of a file that is written, in the system's cache
 
 

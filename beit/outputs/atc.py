@@ -1,4 +1,4 @@
-"""Converts an ONNX file for an Ascend processor with ATC, the compiler of CANN, where it is installed."""
+"""Converts an ONNX file for an Ascend processor with ATC, the compiler of CANN, if it is installed. No PyTorch."""
 
 import glob
 import os
@@ -7,9 +7,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from typing import List
+from typing import Any, List
 
-from beit.checkpoint.inference_model import LoadedModel
 from beit.config import ExportConfig
 from beit.errors import UserError, escape_text
 
@@ -26,8 +25,10 @@ def check(soc_version: str, output: str) -> None:
                         % escape_text(output))
 
 
-def convert(trained: LoadedModel, config: ExportConfig, onnx: str, path: str) -> List[str]:
-    """Convert the ONNX file to `path`, a .om file. Without ATC nothing is written. Returns lines for the log.
+def convert(trained: Any, config: ExportConfig, onnx: str, path: str) -> List[str]:
+    """Convert the ONNX file of a `LoadedModel` to `path`, a .om file. Without ATC it writes nothing.
+
+    Returns lines for the log.
 
     Raises:
         UserError: ATC fails, or writes no file.

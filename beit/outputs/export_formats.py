@@ -6,7 +6,7 @@ import inspect
 import io
 import json
 import logging
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ import modeling_finetune
 from beit import model_spec, startup
 from beit.checkpoint import exported, hf_names
 from beit.checkpoint.exported import EXTRA, PROGRAMS, import_optional
+from beit.checkpoint.sources import PROGRAM_ENDINGS
 from beit.checkpoint.inference_model import LoadedModel
 from beit.config import ExportConfig
 from beit.data.decode import MODES
@@ -24,7 +25,6 @@ from beit.outputs import atc, model_card
 EXAMPLE = 3  # images in the exporters' example batch
 OPSETS = (23, 20, 18, 17, 13, 11)  # the first that PyTorch's exporter writes and onnxruntime reads is used
 PROTOBUF_LIMIT = 2 ** 31  # bytes of an ONNX file with its weights inside
-HUGGINGFACE_FILES = ('config.json', 'preprocessor_config.json', 'model.safetensors', model_card.FILE)
 
 Logits = List[torch.Tensor]
 Batches = Sequence[torch.Tensor]
@@ -39,7 +39,7 @@ class Format(NamedTuple):
     make: Callable[[LoadedModel, ExportConfig], Tuple[Union[bytes, Dict[str, bytes]], str]]  # (content, a comment)
     run: Callable[[Any, LoadedModel, Batches], Logits]  # the logits of the bytes, or of the folder's path
     reader: str  # the package that reads it back
-    files: FrozenSet[str] = frozenset()  # of a folder, whose content `make` returns by name; empty for a single file
+    files: Tuple[str, ...] = ()  # of a folder, whose content `make` returns by name; () for a single file
     takes: Tuple[str, ...] = ()  # the fields of `ExportConfig` that it has
     usage: Callable[[LoadedModel, str], List[str]] = lambda trained, path: []  # lines that show how to load the output
     defaults: Mapping[str, Any] = {}  # of the fields in `takes`
@@ -232,7 +232,7 @@ def make_huggingface(trained: LoadedModel, config: ExportConfig) -> Tuple[Dict[s
                         % error) from None
     contents = _json(huggingface_config(trained)), _json(huggingface_preprocessor(trained)), _safetensors(
         tensors, dict(metadata(trained), format='pt')), model_card.write(trained)
-    return dict(zip(HUGGINGFACE_FILES, contents)), 'for transformers' + trained.preprocessing.preparation(
+    return dict(zip(FORMATS['huggingface'].files, contents)), 'for transformers' + trained.preprocessing.preparation(
         '; its preprocessor cannot hold that ')
 
 
@@ -299,18 +299,19 @@ def _safetensors(tensors: Dict[str, torch.Tensor], description: Dict[str, str]) 
     return save({name: value.detach().contiguous().numpy() for name, value in tensors.items()}, description)
 
 
-def _program(kind: str, make: Any, *takes: str, **more: Any) -> Format:
-    program = PROGRAMS[kind]
-    return Format(program.ending, make, functools.partial(run_program, kind), program.reader, takes=takes, **more)
+def _program(kind: str, make: Any, ending: str = '', **more: Any) -> Format:
+    run = functools.partial(run_program, kind)
+    return Format(ending or PROGRAM_ENDINGS[kind], make, run, PROGRAMS[kind].reader, **more)
 
 
+# flags.py reads `takes` and `files` from this source, so that wrong flags are refused before PyTorch is imported.
 FORMATS = {
-    'onnx': _program('onnx', make_onnx, 'opset', 'batch_size'),
-    'om': _program('onnx', make_onnx, 'opset', 'batch_size', 'soc_version', convert=atc.convert,
-                   defaults={'opset': ATC_OPSET, 'batch_size': 1})._replace(ending=atc.ENDING),
+    'onnx': _program('onnx', make_onnx, takes=('opset', 'batch_size')),
+    'om': _program('onnx', make_onnx, atc.ENDING, takes=('opset', 'batch_size', 'soc_version'), convert=atc.convert,
+                   defaults={'opset': ATC_OPSET, 'batch_size': 1}),
     'torchscript': _program('torchscript', make_torchscript),
-    'torch_export': _program('torch_export', make_torch_export, 'batch_size'),
+    'torch_export': _program('torch_export', make_torch_export, takes=('batch_size',)),
     'safetensors': Format('.safetensors', make_safetensors, run_safetensors, 'timm', usage=timm_usage),
-    'huggingface': Format('-huggingface', make_huggingface, run_huggingface, 'transformers',
-                          frozenset(HUGGINGFACE_FILES)),
+    'huggingface': Format('-huggingface', make_huggingface, run_huggingface, 'transformers', files=(
+        'config.json', 'preprocessor_config.json', 'model.safetensors', 'README.md')),
 }

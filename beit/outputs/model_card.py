@@ -11,7 +11,6 @@ from beit.checkpoint.inference_model import LoadedModel
 from beit.errors import escape_text
 from beit.files import run_folder
 
-FILE = 'README.md'
 FLAGS = re.findall(r'\w+', '''recipe model input_size batch_size update_freq world_size epochs warmup_epochs opt lr
     min_lr weight_decay layer_decay drop_path smoothing mixup cutmix aa reprob color_jitter loss class_weights model_ema
     model_ema_decay freeze_backbone amp opt_level amp_dtype seed''')  # no paths

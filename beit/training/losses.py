@@ -1,11 +1,6 @@
 """The training losses, cross entropy and binary cross entropy, and the weights of classes."""
 
-import csv
-import io
-import json
-import math
-import os
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +8,7 @@ import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from beit.errors import UserError, escape_text, nearest
-from beit.files.archives import open_file
+from beit.files.class_files import read_weights
 
 LOSSES = ('auto', 'ce', 'bce')
 
@@ -139,34 +134,6 @@ def class_weights(source: str, classes: Sequence[str], counts: np.ndarray) -> to
     weights = torch.tensor([by_class[name] for name in classes], dtype=torch.float32)
     if not weights.sum() > 0 or not torch.isfinite(weights).all():
         raise UserError(flag + 'all weights are 0, or one is too large; give one above 0')
-    return weights
-
-
-def read_weights(path: str) -> Dict[str, float]:
-    """{class: weight} of a file, each at least 0. Raises a `UserError` where it can't be read."""
-    flag = '--class_weights %s' % escape_text(path)
-    if not os.path.isfile(path):
-        raise UserError('%s: no such file; give balanced, or a CSV or JSON file of class and weight' % flag)
-    try:
-        with open_file(path) as file:
-            text = file.read().decode('utf-8-sig')
-        rows = list(json.loads(text).items()) if text.lstrip()[:1] == '{' else list(
-            csv.reader(io.StringIO(text, newline=''), strict=True))
-    except (OSError, ValueError, csv.Error, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise UserError('%s: is neither CSV nor JSON (%s)' % (flag, ' '.join(str(error).split())[:100])) from None
-    weights: Dict[str, float] = {}
-    for number, row in enumerate(rows, 1):
-        if not row or (number == 1 and [str(cell).strip().lower() for cell in row] == ['class', 'weight']):
-            continue
-        try:
-            name, weight = row[0].strip(), float(row[1])
-            is_valid = len(row) == 2 and 0 <= weight < math.inf and name not in weights
-        except (TypeError, ValueError, OverflowError, IndexError):
-            is_valid = False
-        if not is_valid:
-            raise UserError('%s, entry %d: write a new class and its weight, a number of at least 0; got %s'
-                            % (flag, number, escape_text(str(row)[:100])))
-        weights[name] = weight
     return weights
 
 
