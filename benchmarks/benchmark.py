@@ -998,24 +998,29 @@ def overview_parts(device):
     steps = ['--steps=1', '--warmup=1'] if device.type == 'cpu' else ['--seconds=1']  # a step of a CPU takes seconds
     return [(['step', '--precision=' + precision, '--against=timm', *steps], 'timm\'s model')
             for precision in (('float32', 'bfloat16') if device.type == 'cpu' else ('bfloat16', 'O2'))] + [
-                (['data', '--images=320', '--distinct=16'], 'timm\'s create_loader')]
+                (['data', '--workers=1', '--images=320', '--distinct=16'], 'timm\'s create_loader')]
 
 
 def overview_main(options, device):
     """One table: this project's images per second beside timm's, and their ratio, in three minutes.
 
-    Each part has an equal share of the time that is left, and measures at least one pair of each row.
+    Each part has an equal share of the time that is left, and measures at least one pair of each row; where no time is
+    left, only the first does.
     """
     rows, parts, others, begin = [], overview_parts(device), other_programs_seconds(), time.monotonic()
     for number, (flags, other) in enumerate(parts):
         part = parse(flags + ['--pairs=%d' % OVERVIEW_PAIRS])
-        now = time.monotonic()
-        part.is_part, part.until = True, now + (BEGIN + OVERVIEW_SECONDS - now) / (len(parts) - number)
+        now, end = time.monotonic(), BEGIN + OVERVIEW_SECONDS
+        if number and now > end:
+            rows.append([' '.join(flags[:2]), 'n/a', 'n/a', other, 'n/a', 'no time was left', 0])
+            continue
+        part.is_part, part.until = True, now + (end - now) / (len(parts) - number)
         if part.command == 'data':
             data_main(part, device)
         else:
             sides(part, device, ('train', 'evaluate'))
-        for row in part.report['rows']:
+        report = part.report
+        for row in report['rows']:
             what = 'loading JPEG files, ' + row['backend'] if part.command == 'data' else '%s, %s' % (
                 dict(train='training', evaluate='evaluation')[row['work']], row['ours']['mode'])
             records = [row.get(side, {}) for side in ('ours', 'timm' if part.command == 'data' else 'other')]
@@ -1024,7 +1029,7 @@ def overview_main(options, device):
             rows.append([what] + [shown(rate, '%.1f images/s') for rate in rates] + [other] + (
                 ['%.2f' % row['ratio']['median'], '%.2f to %.2f' % (row['ratio']['min'], row['ratio']['max']),
                  len(row['ratio']['samples'])] if 'ratio' in row else ['n/a', reasons[0], 0]))
-    hardware, versions = part.report['hardware'], part.report['versions']
+    hardware, versions = report['hardware'], report['versions']
     print('%s, %s, %d cores; torch %s, torchvision %s, timm %s; %d seconds\n' % (
         hardware['device'], hardware['cpu'], hardware['cores'], versions['torch'], versions['torchvision'],
         versions['timm'], time.monotonic() - BEGIN))
