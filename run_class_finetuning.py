@@ -101,12 +101,13 @@ def main(args: argparse.Namespace, signals: preemption.Signals) -> None:
             check_data(args)
         return
     device = start(args)
-    with run_folder.locked(args.output_dir, device):
+    in_place = temperature.folder_of(args.resume) if args.calibrate and not args.output_dir else ''
+    with run_folder.locked(args.output_dir, device), run_folder.locked(in_place, device, '--calibrate in'):
         train_or_evaluate(args, signals, device)
 
 
 def train_or_evaluate(args: argparse.Namespace, signals: preemption.Signals, device: torch.device) -> None:
-    """The run, while it holds the lock of its folder."""
+    """The run, while it holds the lock of its folder, or of the folder whose checkpoint it calibrates."""
     checkpoint = load_checkpoint(args, device)
     dtype = choose_precision(args, device)
     utils.seed_everything(args.seed)
@@ -529,10 +530,7 @@ def evaluate_only(args: argparse.Namespace, sets: List[Data], learner: Learner, 
     if checkpoint:
         source, epoch = checkpoint.source, discovery.last_epoch(checkpoint.content)
         if args.calibrate:
-            path = temperature.calibrated_path(checkpoint, args.output_dir)
-            in_place = '' if args.output_dir else os.path.dirname(os.path.abspath(path))
-            with run_folder.locked(in_place, learner.device, '--calibrate in'):
-                calibrate(args, sets[0], learner, checkpoint, path)
+            calibrate(args, sets[0], learner, checkpoint, temperature.calibrated_path(checkpoint, args.output_dir))
     for data in sets:
         if checkpoint:
             log.log_main('Evaluating %s%s' % (escape_text(source), sets[1:] and ' on ' + escape_text(data.path) or ''))

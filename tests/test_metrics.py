@@ -474,12 +474,14 @@ def test_a_calibrated_checkpoint_goes_to_another_output_dir(trained, sets, tmp_p
     assert 'temperature' not in weights_file.load_weights_file(best)['model_spec']
 
 
-def test_a_folder_is_calibrated_by_one_command_at_a_time(trained, sets, tmp_path, refused):
+def test_a_folder_is_calibrated_by_one_command_at_a_time(trained, sets, tmp_path, refused, monkeypatch):
+    """It is locked before its checkpoint is read: a run that ends there meanwhile would lose a newer one."""
     folder = shutil.copytree(trained[1], str(tmp_path / 'run'))
     base = ['--device=cpu', '--num_workers=0', '--calibrate', '--eval', '--eval_data_path', str(sets / 'all')]
-    with holder(folder):
-        refused(base + ['--resume', os.path.join(folder, 'checkpoint-best.pth')],
-                '--calibrate in %s: process ' % folder, ' writes there; wait')
+    with holder(folder), monkeypatch.context() as patch:
+        patch.delattr('beit.checkpoint.discovery.load_agreed')
+        for resume in (folder, os.path.join(folder, 'checkpoint-best.pth')):
+            refused(base + ['--resume', resume], '--calibrate in %s: process ' % folder, ' writes there; wait')
     assert run_class_finetuning.run(base + ['--resume', folder]) == 0
     assert run_folder.LOCK not in os.listdir(folder)
 

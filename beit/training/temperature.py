@@ -59,6 +59,12 @@ class Temperature(metrics.Calibration):
                 'ece': ece(found), 'reason': reason}
 
 
+def folder_of(resume: str) -> str:
+    """The folder of the checkpoint that --resume names; '' if that is not on this machine."""
+    folder = resume if os.path.isdir(resume) else os.path.dirname(resume)
+    return os.path.abspath(folder) if os.path.exists(resume) else ''
+
+
 def calibrated_path(checkpoint: CheckpointWeights, output_dir: str) -> str:
     """Where the calibrated checkpoint goes: to its own place, or under its name to an --output_dir elsewhere.
 
