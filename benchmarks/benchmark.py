@@ -42,9 +42,168 @@ ROOT = os.path.dirname(TEST_DIR)
 BEGIN = time.monotonic()
 sys.path[:0] = [ROOT, TEST_DIR]
 
+import flags
+from beit.config import InputConfig, check_input_size, parse_device
+from beit.errors import UserError, escape_text, nearest, one_line, unknown_value_error
+from beit.files.atomic_write import check_writable
+from beit.parser import bounded_number
+
+ENOUGH_PAIRS = 5  # a median over fewer should not be published
+RUN_SECONDS = 1800  # timeout for one process to end
+PRECISIONS = flags.names_in('benchmarks/contenders.py', 'PRECISIONS')
+
+
+# ---- flags
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def build_parser():
+    positive = bounded_number(int, 1)
+    parser = Parser('benchmark.py', description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--all', action='store_true', help='measure everything; hours on a CPU')
+    commands = parser.add_subparsers(dest='command', metavar='step|eval|checkpoint|data|startup|script|scaling')
+
+    def command(name, help_text, description=''):
+        description = '%s%s. %s' % (help_text[0].upper(), help_text[1:], description)
+        sub = commands.add_parser(name, help=help_text, description=description, allow_abbrev=False)
+        sub.set_defaults(main=functools.partial(run_command, name))
+        sub.add_argument('--device', default='auto', help='auto, npu, cuda, cpu or one with an index (auto)')
+        sub.add_argument('--pairs', default=ENOUGH_PAIRS, type=positive,
+                         help='how often each contender is measured (%d)' % ENOUGH_PAIRS)
+        sub.add_argument('--json', default='', help='write all measurements to this file')
+        sub.add_argument('--markdown', action='store_true', help='print the table in Markdown')
+        return sub
+
+    def model(sub):
+        sub.add_argument('--model', default='beit_base_patch16_224',
+                         help='one of %s (beit_base_patch16_224)' % ', '.join(flags.MODELS))
+        sub.add_argument('--input_size', default=0, type=bounded_number(int, 0, 8192),
+                         help='pixels a side (the model\'s own)')
+        sub.add_argument('--batch_size', default=0, type=positive, help='images in a step (128, on a CPU 4)')
+        sub.add_argument('--classes', default=1000, type=positive, help='classes (1000)')
+        sub.add_argument('--warmup', default=3, type=positive, help='steps before the first sample (3)')
+
+    for name, text in (('step', 'training steps: forward, backward, clip, optimizer'),
+                       ('eval', 'evaluation: forward, loss, top-1 and top-5')):
+        sub = command(name, text, 'Flags after -- go to run_class_finetuning.py, for this repository\'s side.')
+        model(sub)
+        sub.add_argument('--precision', default=None, nargs='+', choices=PRECISIONS,
+                         help='float32, bfloat16 and float16 autocast, O2 (all; on a CPU float32 bfloat16)')
+        sub.add_argument('--compile', default='off', choices=('off', 'on', 'both'),
+                         help='torch.compile on both sides (off)')
+        sub.add_argument('--against', default=['timm', 'best', 'reference'], nargs='+',
+                         choices=('timm', 'best', 'reference'),
+                         help='timm in the same mode; the fastest mode of each; plain attention as the reference '
+                         'computes it (all)')
+        sub.add_argument('--steps', default=0, type=bounded_number(int, 0),
+                         help='steps in a sample (--seconds of them)')
+        sub.add_argument('--seconds', default=2., type=bounded_number(float, 0), help='minimum length of a sample (2)')
+        sub.add_argument('--peak', default=None, type=bounded_number(float, 0, above=True),
+                         help='the device\'s dense peak in FLOP/s (known for H100, H200 and A100)')
+
+    sub = command('checkpoint', 'a save during training and the reading of its file, against '
+                  'torch.save with fsync and torch.load(weights_only=True)',
+                  'The time of a save is what it adds to the steps during which it is written. The files are in a '
+                  'temporary folder of the current folder.')
+    model(sub)
+    sub.add_argument('--steps', default=0, type=bounded_number(int, 0),
+                     help='steps in a sample (as long as three saves)')
+
+    sub = command('data', 'the loader, against timm\'s and torchvision\'s ImageFolder')
+    sub.add_argument('--data_path', default='', help='a folder with train/ in it (JPEGs of ImageNet\'s sizes are made)')
+    sub.add_argument('--input_size', default=224, type=bounded_number(int, 33, 8192),
+                     help='pixels a side; up to 32, training does not resize as timm\'s does (224)')
+    sub.add_argument('--batch_size', default=64, type=positive, help='images in a batch (64)')
+    sub.add_argument('--workers', default=1, type=positive, help='loader processes (1)')
+    sub.add_argument('--images', default=512, type=positive,
+                     help='minimum number of images in a sample, equally many from each worker (512)')
+    sub.add_argument('--distinct', default=128, type=positive, help='different pictures to make (128)')
+    sub.add_argument('--warmup', default=2, type=positive, help='batches of each worker before a sample (2)')
+
+    sub = command('startup', 'time to the first step with large folders',
+                  'The operating system has cached the directory entries before the first sample.')
+    sub.add_argument('--files', default=[1000, 10000, 100000], nargs='+', type=bounded_number(int, 16, 10 ** 7),
+                     help='sizes of the folders (1000 10000 100000)')
+
+    sub = command('script', 'what test/train_performance_1p.sh reports from JPEG files, against the step',
+                  'A ratio of 1 means that loader, logging and everything else cost nothing.')
+    model(sub)
+    sub.add_argument('--precision', default=None, choices=PRECISIONS, help='(bfloat16, on a CPU float32)')
+    sub.add_argument('--compile', default='off', choices=('off', 'on'), help='torch.compile (off)')
+    sub.add_argument('--steps', default=15, type=bounded_number(int, 7),
+                     help='steps of a run; the first 5 are not counted (15)')
+    sub.add_argument('--workers', default=2, type=positive, help='loader processes (2)')
+
+    sub = command('scaling', 'the step on several processes of this machine',
+                  'Each process has its own batch. Efficiency is images per second, divided by the figure of one '
+                  'process and by the number of devices. A CPU counts as one device.')
+    model(sub)
+    sub.add_argument('--processes', default=[1, 2, 4, 8], nargs='+', type=positive, help='process counts (1 2 4 8)')
+    sub.add_argument('--precision', default=None, choices=PRECISIONS, help='(bfloat16, on a CPU float32)')
+    sub.add_argument('--compile', default='off', choices=('off', 'on'), help='torch.compile (off)')
+    sub.add_argument('--steps', default=5, type=positive, help='steps in a sample; a run has three samples (5)')
+    return parser
+
+
+def parse(argv):
+    extra = []
+    if '--' in argv:
+        argv, extra = argv[:argv.index('--')], argv[argv.index('--') + 1:]
+    parser = build_parser()
+    options, rest = parser.parse_known_args(argv)
+    options.is_part, options.until = False, math.inf  # of the table without a command
+    if options.command is None:
+        if rest or extra:
+            raise UserError('%s: name what to measure first: %s; see --help' % (
+                (rest + extra)[0], ', '.join(parser._subparsers._group_actions[0].choices)))
+        options.main = functools.partial(run_command, 'all' if options.all else 'overview')
+        options.device = 'auto'
+        return options
+    if options.all:
+        raise UserError('--all: it measures everything; leave %s out' % options.command)
+    if rest:
+        known = parser._subparsers._group_actions[0].choices[options.command]._option_string_actions
+        near = nearest(rest[0].partition('=')[0], known)
+        raise UserError('%s: unknown flag of %s; %s' % (rest[0], options.command, 'did you mean %s?' % ' or '.join(near)
+                                                        if near else 'see %s --help' % options.command))
+    options.extra, options.argv = extra, argv + (['--'] + extra if extra else [])
+    if options.json and (os.path.isdir(options.json) or not os.path.isdir(os.path.dirname(options.json) or '.')):
+        raise UserError('--json %s: cannot be written there' % escape_text(options.json))
+    check_writable('--json', options.json, is_file=True)
+    parse_device(options.device)
+    flags.build_parser().parse_args(extra)
+    if getattr(options, 'data_path', ''):
+        from beit.data import locations
+        locations.check_named_files(flags.config_from(options, InputConfig))
+    if 'model' in options:
+        if options.model not in flags.MODELS:
+            raise unknown_value_error('--model', options.model, flags.MODELS)
+        check_input_size(options.model, options.input_size)
+    return options
+
+
+def run_command(name, options, device):
+    """Measure; the function of a command comes after the slow imports."""
+    globals()[name + '_main'](options, device)
+
+
+def fail(error):
+    print('benchmark.py: error: %s' % one_line(error), file=sys.stderr, flush=True)
+    return 2
+
+
 if __name__ == '__main__':
     from beit import startup
     startup.prepare()
+    if sys.argv[1:2] not in (['_entry'], ['_process']):  # before the import of PyTorch; `main` parses again
+        try:
+            parse(sys.argv[1:])
+        except UserError as error:
+            sys.exit(fail(error))
 
 import numpy as np
 import timm
@@ -57,15 +216,10 @@ import contenders
 import datasets
 import modeling_finetune
 import run_class_finetuning as program
-from beit.parser import bounded_number
 from beit.data import locations, transforms
 from beit.devices import accelerator
 from beit.distributed import process_group, watchdog
-from beit.errors import UserError, escape_text, nearest, one_line, unknown_value_error
-from contenders import CONTENDERS, PRECISIONS, Mode, Ours, Setting
-
-ENOUGH_PAIRS = 5  # a median over fewer should not be published
-RUN_SECONDS = 1800  # timeout for one process to end
+from contenders import CONTENDERS, Mode, Ours, Setting
 
 
 # ---- statistics
@@ -401,21 +555,14 @@ def fastest(measured, side):
 
 
 def setting_of(options, device):
-    if options.model not in modeling_finetune.MODELS:
-        raise unknown_value_error('--model', options.model, modeling_finetune.MODELS)
-    architecture = modeling_finetune.MODELS[options.model]
-    size = options.input_size or architecture['img_size']
-    if size % architecture['patch_size']:
-        raise UserError('--input_size %d is not a multiple of the patch size %d of --model %s'
-                        % (size, architecture['patch_size'], options.model))
+    size = options.input_size or modeling_finetune.MODELS[options.model]['img_size']
     batch = options.batch_size or (4 if device.type == 'cpu' else 128)
     check_extra(options.extra, contenders.flags_of_a_step())  # a wrong flag concerns every mode
     return Setting(options.model, size, batch, options.device, options.classes, tuple(options.extra))
 
 
 def check_extra(extra, taken):
-    """Raise a `UserError` for wrong flags after -- and for `taken` flags, which the comparison sets."""
-    program.build_parser().parse_args(extra)
+    """Raise a `UserError` for `taken` flags after --, which the comparison sets."""
     for flag in extra:
         name = flag.partition('=')[0].replace('-', '_').replace('__', '--', 1)
         if name in taken:
@@ -1008,11 +1155,11 @@ def overview_main(options, device):
     left, only the first does.
     """
     rows, parts, others, begin = [], overview_parts(device), other_programs_seconds(), time.monotonic()
-    for number, (flags, other) in enumerate(parts):
-        part = parse(flags + ['--pairs=%d' % OVERVIEW_PAIRS])
+    for number, (words, other) in enumerate(parts):
+        part = parse(words + ['--pairs=%d' % OVERVIEW_PAIRS])
         now, end = time.monotonic(), BEGIN + OVERVIEW_SECONDS
         if number and now > end:
-            rows.append([' '.join(flags[:2]), 'n/a', 'n/a', other, 'n/a', 'no time was left', 0])
+            rows.append([' '.join(words[:2]), 'n/a', 'n/a', other, 'n/a', 'no time was left', 0])
             continue
         part.is_part, part.until = True, now + (end - now) / (len(parts) - number)
         if part.command == 'data':
@@ -1054,128 +1201,7 @@ def all_main(options, device):
             print('not measured: %s' % error, flush=True)
 
 
-# ---- flags
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-def build_parser():
-    positive = bounded_number(int, 1)
-    parser = Parser('benchmark.py', description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--all', action='store_true', help='measure everything; hours on a CPU')
-    commands = parser.add_subparsers(dest='command', metavar='step|eval|checkpoint|data|startup|script|scaling')
-
-    def command(name, main, help_text, description=''):
-        description = '%s%s. %s' % (help_text[0].upper(), help_text[1:], description)
-        sub = commands.add_parser(name, help=help_text, description=description, allow_abbrev=False)
-        sub.set_defaults(main=main)
-        sub.add_argument('--device', default='auto', help='auto, npu, cuda, cpu or one with an index (auto)')
-        sub.add_argument('--pairs', default=ENOUGH_PAIRS, type=positive,
-                         help='how often each contender is measured (%d)' % ENOUGH_PAIRS)
-        sub.add_argument('--json', default='', help='write all measurements to this file')
-        sub.add_argument('--markdown', action='store_true', help='print the table in Markdown')
-        return sub
-
-    def model(sub):
-        sub.add_argument('--model', default='beit_base_patch16_224',
-                         help='one of %s (beit_base_patch16_224)' % ', '.join(modeling_finetune.MODELS))
-        sub.add_argument('--input_size', default=0, type=bounded_number(int, 0, 8192),
-                         help='pixels a side (the model\'s own)')
-        sub.add_argument('--batch_size', default=0, type=positive, help='images in a step (128, on a CPU 4)')
-        sub.add_argument('--classes', default=1000, type=positive, help='classes (1000)')
-        sub.add_argument('--warmup', default=3, type=positive, help='steps before the first sample (3)')
-
-    for name, main, text in (('step', step_main, 'training steps: forward, backward, clip, optimizer'),
-                             ('eval', eval_main, 'evaluation: forward, loss, top-1 and top-5')):
-        sub = command(name, main, text, 'Flags after -- go to run_class_finetuning.py, for this repository\'s side.')
-        model(sub)
-        sub.add_argument('--precision', default=None, nargs='+', choices=PRECISIONS,
-                         help='float32, bfloat16 and float16 autocast, O2 (all; on a CPU float32 bfloat16)')
-        sub.add_argument('--compile', default='off', choices=('off', 'on', 'both'),
-                         help='torch.compile on both sides (off)')
-        sub.add_argument('--against', default=['timm', 'best', 'reference'], nargs='+',
-                         choices=('timm', 'best', 'reference'),
-                         help='timm in the same mode; the fastest mode of each; plain attention as the reference '
-                         'computes it (all)')
-        sub.add_argument('--steps', default=0, type=bounded_number(int, 0),
-                         help='steps in a sample (--seconds of them)')
-        sub.add_argument('--seconds', default=2., type=bounded_number(float, 0), help='minimum length of a sample (2)')
-        sub.add_argument('--peak', default=None, type=bounded_number(float, 0, above=True),
-                         help='the device\'s dense peak in FLOP/s (known for H100, H200 and A100)')
-
-    sub = command('checkpoint', checkpoint_main, 'a save during training and the reading of its file, against '
-                  'torch.save with fsync and torch.load(weights_only=True)',
-                  'The time of a save is what it adds to the steps during which it is written. The files are in a '
-                  'temporary folder of the current folder.')
-    model(sub)
-    sub.add_argument('--steps', default=0, type=bounded_number(int, 0),
-                     help='steps in a sample (as long as three saves)')
-
-    sub = command('data', data_main, 'the loader, against timm\'s and torchvision\'s ImageFolder')
-    sub.add_argument('--data_path', default='', help='a folder with train/ in it (JPEGs of ImageNet\'s sizes are made)')
-    sub.add_argument('--input_size', default=224, type=bounded_number(int, 33, 8192),
-                     help='pixels a side; up to 32, training does not resize as timm\'s does (224)')
-    sub.add_argument('--batch_size', default=64, type=positive, help='images in a batch (64)')
-    sub.add_argument('--workers', default=1, type=positive, help='loader processes (1)')
-    sub.add_argument('--images', default=512, type=positive,
-                     help='minimum number of images in a sample, equally many from each worker (512)')
-    sub.add_argument('--distinct', default=128, type=positive, help='different pictures to make (128)')
-    sub.add_argument('--warmup', default=2, type=positive, help='batches of each worker before a sample (2)')
-
-    sub = command('startup', startup_main, 'time to the first step with large folders',
-                  'The operating system has cached the directory entries before the first sample.')
-    sub.add_argument('--files', default=[1000, 10000, 100000], nargs='+', type=bounded_number(int, 16, 10 ** 7),
-                     help='sizes of the folders (1000 10000 100000)')
-
-    sub = command('script', script_main, 'what test/train_performance_1p.sh reports from JPEG files, against the step',
-                  'A ratio of 1 means that loader, logging and everything else cost nothing.')
-    model(sub)
-    sub.add_argument('--precision', default=None, choices=PRECISIONS, help='(bfloat16, on a CPU float32)')
-    sub.add_argument('--compile', default='off', choices=('off', 'on'), help='torch.compile (off)')
-    sub.add_argument('--steps', default=15, type=bounded_number(int, 7),
-                     help='steps of a run; the first 5 are not counted (15)')
-    sub.add_argument('--workers', default=2, type=positive, help='loader processes (2)')
-
-    sub = command('scaling', scaling_main, 'the step on several processes of this machine',
-                  'Each process has its own batch. Efficiency is images per second, divided by the figure of one '
-                  'process and by the number of devices. A CPU counts as one device.')
-    model(sub)
-    sub.add_argument('--processes', default=[1, 2, 4, 8], nargs='+', type=positive, help='process counts (1 2 4 8)')
-    sub.add_argument('--precision', default=None, choices=PRECISIONS, help='(bfloat16, on a CPU float32)')
-    sub.add_argument('--compile', default='off', choices=('off', 'on'), help='torch.compile (off)')
-    sub.add_argument('--steps', default=5, type=positive, help='steps in a sample; a run has three samples (5)')
-    return parser
-
-
-def parse(argv):
-    extra = []
-    if '--' in argv:
-        argv, extra = argv[:argv.index('--')], argv[argv.index('--') + 1:]
-    parser = build_parser()
-    options, rest = parser.parse_known_args(argv)
-    options.is_part, options.until = False, math.inf  # of the table without a command
-    if options.command is None:
-        if rest or extra:
-            raise UserError('%s: name what to measure first: %s; see --help' % (
-                (rest + extra)[0], ', '.join(parser._subparsers._group_actions[0].choices)))
-        options.main, options.device = all_main if options.all else overview_main, 'auto'
-        return options
-    if options.all:
-        raise UserError('--all: it measures everything; leave %s out' % options.command)
-    if rest:
-        known = parser._subparsers._group_actions[0].choices[options.command]._option_string_actions
-        near = nearest(rest[0].partition('=')[0], known)
-        raise UserError('%s: unknown flag of %s; %s' % (rest[0], options.command, 'did you mean %s?' % ' or '.join(near)
-                                                        if near else 'see %s --help' % options.command))
-    options.extra, options.argv = extra, argv + (['--'] + extra if extra else [])
-    folder = os.path.dirname(os.path.abspath(options.json))
-    if options.json and (os.path.isdir(options.json) or not os.access(folder, os.W_OK)):
-        raise UserError('--json %s: cannot be written there' % escape_text(options.json))
-    return options
-
+# ---- the program
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -1188,8 +1214,7 @@ def main(argv=None):
         options.main(options, accelerator.select_device(options.device))
         return 0
     except UserError as error:
-        print('benchmark.py: error: %s' % one_line(error), file=sys.stderr, flush=True)
-        return 2
+        return fail(error)
     except KeyboardInterrupt:
         return 130
 

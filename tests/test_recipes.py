@@ -107,7 +107,7 @@ def test_blr_is_the_rate_of_256_images(parse, monkeypatch):
         monkeypatch.setenv(name, value)
     assert scaled(parse, *words, '--blr=1e-5').lr == pytest.approx(1e-5 * 256 / 256)
     with pytest.raises(UserError, match='--blr 1e-05: --lr is given too'):
-        scaled(parse, '--blr=1e-5', '--lr=1')
+        check_flags.check_combinations(parse('--blr=1e-5', '--lr=1'))
 
 
 def test_a_rate_on_the_command_line_wins_over_a_files_blr(parse, tmp_path):
