@@ -400,6 +400,7 @@ launch() {
     RANK_SIZE=$((nproc_per_node * nnodes))
 
     [ "$HOME_FOLDER" = "$ROOT" ] || say "$ROOT is read-only; logs and results go to $HOME_FOLDER"
+    check_flags
     choose_python
     if [ "$device" = auto ]; then
         # torch_npu cannot be imported before CANN is set up, so no NPU is found.
@@ -442,6 +443,22 @@ sys.stderr.write(accelerator.npu_unused_reason("auto", device))') || exit 2
         final_block $((SECONDS - started))
     fi
     rm -f "$RESULT"
+}
+
+# check_flags: refuse the user's mistyped flags before packages are installed, or PyTorch is imported.
+check_flags() {
+    local message
+    message=$("${PYTHON:-python3}" -c 'import sys
+import flags
+from beit.errors import UserError
+parser = flags.build_parser()
+parser.logs = False
+try:
+    parser.parse_args(sys.argv[1:])
+except UserError as error:
+    print(error)
+    sys.exit(2)' ${FLAGS[@]+"${FLAGS[@]}"} 2>/dev/null)
+    [ $? != 2 ] || [ -z "$message" ] || die "$message"
 }
 
 # set_preset KIND: complete the options and fill ARGUMENTS, the presets first so that the user's flags win.

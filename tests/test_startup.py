@@ -253,14 +253,17 @@ def test_a_virtual_environment_that_cannot_be_executed(tmp_path):
     assert process.returncode == 2 and '%s/bin/python cannot be executed; remove %s' % (tmp_path, tmp_path) in line
 
 
-@pytest.mark.parametrize('mode, says', [(0o755, ' lacks torch, torchvision, timm'), (0o644, ': it cannot be executed')])
-def test_an_unsuitable_python(tmp_path, mode, says):
+@pytest.mark.parametrize('flag, mode, says', [
+    ('--epochs=2', 0o755, 'PYTHON={} lacks torch, torchvision, timm'),
+    ('--epochs=2', 0o644, 'PYTHON={}: it cannot be executed'),
+    ('--epoks=2', 0o755, '--epoks: unknown flag; did you mean --epochs?')])  # before packages are looked for
+def test_an_unsuitable_python(tmp_path, flag, mode, says):
     program = tmp_path / 'python'
     program.write_text('#!/bin/sh\nexec %s -S "$@"\n' % sys.executable)
     program.chmod(mode)
-    done = run('bash', 'test/train_full_1p.sh', '--data_path=demo', PYTHON=str(program))
+    done = run('bash', 'test/train_full_1p.sh', '--data_path=demo', flag, PYTHON=str(program))
     line, = done.stderr.splitlines()
-    assert (done.returncode, done.stdout) == (2, '') and 'PYTHON=%s%s' % (program, says) in line
+    assert (done.returncode, done.stdout) == (2, '') and says.format(program) in line
 
 
 @pytest.mark.parametrize('flag, program', [
