@@ -24,7 +24,7 @@ import flags
 from beit import model_spec
 from beit.checkpoint import comparison, sources
 from beit.checkpoint.inference_model import spec_beside
-from beit.checkpoint.pretrained import find_state_dict, mismatches
+from beit.checkpoint.pretrained import find_state_dict, mismatches, without_temperature
 from beit.cli import run_interruptible
 from beit.errors import UserError, escape_text, print_line, refuse
 from beit.files import run_folder, weights_file
@@ -108,13 +108,15 @@ def average(paths: Sequence[str], use_ema: bool = False) -> Dict[str, Any]:
         content['data'] = first['data']
     if first['spec'] is not None:
         known = first['spec'].without_temperature()  # no temperature was fitted for the average
-        known = dataclasses.replace(known, origin=dict(known.origin, averaged=', '.join(names)))
+        origin = {name: text for name, text in known.origin.items() if name != 'temperature'}
+        known = dataclasses.replace(known, origin=dict(origin, averaged=', '.join(names)))
         content.update({model_spec.KEY: known.to_dict()}, classes=list(known.classes), activation=known.activation)
     return content
 
 
 def weights_of(path: str, content: Any, use_ema: bool) -> Dict[str, torch.Tensor]:
-    _, state = find_state_dict(content, '--use_ema:' if use_ema else '--inputs', path, use_ema=use_ema)
+    state = find_state_dict(content, '--use_ema:' if use_ema else '--inputs', path, use_ema=use_ema)[1]
+    state = without_temperature(state, path)
     broken = [name for name, value in state.items()
               if value.is_floating_point() and not torch.isfinite(value.double().sum())]
     if broken:

@@ -319,7 +319,7 @@ FLAGS: Dict[Tuple[str, str], Tuple[Flag, ...]] = {  # by program and group; --he
     ),
     (TRAINING, 'augmentation'): (
         Flag('color_jitter', 0.4, 'color jitter, used if --aa is none', type=bounded_number(float, 0, 1000)),
-        Flag('aa', 'rand-m9-mstd0.5-inc1', 'RandAugment or AutoAugment policy, or none'),
+        Flag('aa', 'rand-m9-mstd0.5-inc1', 'RandAugment, AutoAugment or AugMix policy, or none'),
         Flag('hflip', 0.5, 'probability of a horizontal flip', type=share),
         Flag('loss', 'auto', 'ce, bce (binary, per class), auto (bce for several labels per image)',
              choices=names_in('beit/training/losses.py', 'LOSSES')),

@@ -677,12 +677,13 @@ def step_rate(check, precision):
             raise Unavailable(one_line(error)) from None
     setting = contenders.Setting(sizes['step_model'], modeling_finetune.MODELS[sizes['step_model']]['img_size'],
                                  sizes['step_images'], check.name if check.name != 'auto' else check.device.type)
-    flops = contenders.forward_flops(setting.architecture, setting.classes) * 3
+    flops = contenders.forward_flops(setting.architecture, setting.classes)
     options = types.SimpleNamespace(warmup=1 if check.device.type == 'cpu' else 5, seconds=sizes['step_seconds'],
-                                    steps=1 if check.size != 'accelerator' else 0, pairs=sizes['step_pairs'])
+                                    steps=1 if check.size != 'accelerator' else 0, pairs=sizes['step_pairs'],
+                                    until=math.inf)
     with contextlib.redirect_stderr(io.StringIO()):
-        row = benchmark.measure_row(('ours', mode), ('timm', mode), options, setting, check.device, 'train', flops,
-                                    contenders.peak_flops(accelerator.device_name(check.device)))
+        row, = benchmark.measure_rows(('ours', mode), ('timm', mode), options, setting, check.device, ['train'], flops,
+                                      contenders.peak_flops(accelerator.device_name(check.device)))
     ours, timms = row['ours'], row['other']
     if 'images_per_second' not in ours:
         return FAIL, 'no figure', ours.get('not_available', '')

@@ -125,8 +125,8 @@ def test_a_small_model_agrees_with_float64(cpu_check):
 
 def test_a_speed_names_its_sample(cpu_check, monkeypatch):
     rate = {'images_per_second': {'median': 0.09}, 'flops_per_second': 1.}
-    monkeypatch.setattr(check_device.benchmark, 'measure_row',
-                        lambda *_: {'ours': rate, 'other': rate, 'steps_per_sample': 1})
+    monkeypatch.setattr(check_device.benchmark, 'measure_rows',
+                        lambda *_: [{'ours': rate, 'other': rate, 'steps_per_sample': 1}])
     assert check_device.step_rate(cpu_check, 'float32')[1].startswith('0.09 images/s in 1 step, timm 0.09, ')
 
 

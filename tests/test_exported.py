@@ -1,8 +1,10 @@
 """Exported programs in place of a checkpoint, ATC, and the model card."""
 
 import csv
+import dataclasses
 import json
 import os
+import re
 import stat
 import sys
 import zipfile
@@ -18,7 +20,7 @@ import run_export
 import run_predict
 from beit.checkpoint import inference_model, sources
 from beit.config import ExportConfig
-from beit.outputs import export_formats
+from beit.outputs import export_formats, model_card
 from helpers import NANO, launch, needs_extra, photo, save_random_weights, with_dynamo, with_export
 
 QUIET = ['--no_curves', '--num_workers=0', '--device=cpu']
@@ -380,3 +382,15 @@ def test_the_model_card(trained, tmp_path, capsys):  # noqa: F811
     for name in HOSTILE[1:]:
         assert name in plain[-1]
     assert '---\\nlibrary_name: evil' in plain[-1]
+
+
+def test_the_card_of_weights_that_this_project_did_not_train(trained, tmp_path):  # noqa: F811
+    """Their publishers' accuracy, and no word about a training; of a trained model, the flags in effect."""
+    path, _ = trained(*NANO[1:3])
+    found = inference_model.load_for_inference(path)
+    card = model_card.write(found).decode()
+    assert '\\-\\-lr' in card and not re.search('opt.{0,2}level|ema|color', card)
+    foreign = dataclasses.replace(found, about={}, spec=dataclasses.replace(found.spec, origin={}),
+                                  source='beit_base_patch16_224_pt22k_ft1k')
+    card = model_card.write(foreign).decode()
+    assert 'top-1 / top-5 83.7 / 96.6 %' in card and 'Training' not in card and 'random' not in card

@@ -24,7 +24,7 @@ import run_class_finetuning
 import run_export
 import run_predict
 from beit import classifier, model_spec
-from beit.checkpoint import inference_model
+from beit.checkpoint import inference_model, pretrained
 from beit.data.loader import Batch
 from beit.errors import UserError
 from beit.files import run_folder, weights_file
@@ -461,9 +461,15 @@ def test_a_temperature_is_scipys_and_goes_everywhere(trained, sets, tmp_path, ca
     best_share = json.loads(capsys.readouterr().out)[0]['predictions'][0]['probability']
     assert best_share == pytest.approx(float(share[0].max()), abs=2e-5)
     average = str(tmp_path / 'average.pth')
-    assert average_checkpoints.run(['--inputs', best, str(folder / 'checkpoint-0.pth'), '--output', average]) == 0
-    assert 'temperature' not in weights_file.load_weights_file(average)['model_spec']
+    for inputs in ([best, str(folder / 'checkpoint-0.pth')], [exported]):
+        assert average_checkpoints.run(['--inputs', *inputs, '--output', average, '--overwrite']) == 0
+        assert 'temperature' not in str(weights_file.load_weights_file(average)['model_spec'])
+    head = weights_file.load_weights_file(average)['model']['head.weight']
+    assert torch.allclose(head, content['model']['head.weight'], rtol=1e-4, atol=0)
     assert 'temperature' not in content['model_spec']
+    network = inference_model.load_for_inference(best).model
+    pretrained.load_pretrained(network, exported, classes=('cow', 'ant', 'bee'))
+    assert torch.allclose(network.head.weight, head[[2, 0, 1]])
 
 
 def test_a_calibrated_checkpoint_goes_to_another_output_dir(trained, sets, tmp_path, capsys):

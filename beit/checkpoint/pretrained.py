@@ -1,6 +1,8 @@
 """Adapts pretrained weights to another class count, input size or kind of bias table (--finetune)."""
 
 import collections
+import json
+import math
 import os
 import re
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -17,7 +19,7 @@ except ImportError:  # timm before 0.9
 from beit import model_spec, weights
 from beit.checkpoint import hf_names, sources
 from beit.errors import UserError, escape_text
-from beit.files.weights_file import load_weights_file
+from beit.files.weights_file import load_weights_file, read_metadata
 from beit.log import log_main
 
 DEFAULT_KEYS = 'model|module'
@@ -37,7 +39,7 @@ def load_pretrained(model: torch.nn.Module, source: str, model_key: str = DEFAUL
     path = sources.hf_weights_path(path, '--finetune') if os.path.isdir(path) else path
     content = load_weights_file(path, '--finetune')
     key, loaded = find_state_dict(content, '--finetune', source, model_key, model_prefix)
-    state, library = hf_names.to_native(loaded)
+    state, library = hf_names.to_native(without_temperature(loaded, path))
     if classes is not None:
         keep_head_rows(state, model, known_class_names(content, path), classes)
     dropped = adapt_state_dict(state, model)
@@ -103,13 +105,37 @@ def _tensors(state):
         if isinstance(state, dict) else {}
 
 
+def _description(content: Any, path: str) -> Dict[str, Any]:
+    """The model_spec of a checkpoint, or in the metadata of an export; {} without one."""
+    spec = content.get(model_spec.KEY) if isinstance(content, dict) else None
+    try:
+        spec = spec or json.loads(read_metadata(path)[model_spec.KEY])
+    except (LookupError, ValueError, TypeError, RecursionError):
+        pass
+    return spec if isinstance(spec, dict) else {}
+
+
+def without_temperature(state: Dict[str, torch.Tensor], path: str) -> Dict[str, torch.Tensor]:
+    """Multiply the head of a calibrated export by the temperature that it holds, to six digits, for training."""
+    origin = _description(None, path).get('origin')
+    try:
+        value = float(origin['temperature'])  # type: ignore[index]
+    except (LookupError, ValueError, TypeError):
+        return state
+    if not 0 < value < math.inf:
+        return state
+    log_main('%s: its head is calibrated; without the temperature %g here' % (escape_text(path), value))
+    return collections.OrderedDict(
+        (name, tensor * value if re.match(r'(head|classifier)\.', name) else tensor) for name, tensor in state.items())
+
+
 def known_class_names(content: Any, path: str) -> List[str]:
     """The class names in a file, or in the config.json beside it; [] if neither has any."""
-    content = content if isinstance(content, dict) else {}
-    spec = content.get(model_spec.KEY)
-    if isinstance(spec, dict) and spec.get('has_class_names') is False:
+    spec = _description(content, path)
+    if spec.get('has_class_names') is False:
         return []
-    names = content.get('classes') or hf_names.hf_labels(path)
+    names = (content.get('classes') if isinstance(content, dict) else None) or spec.get('classes') \
+        or hf_names.hf_labels(path)
     return list(names) if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) else []
 
 

@@ -15,7 +15,7 @@ import torch
 
 from beit import model_spec
 from beit.checkpoint import discovery
-from beit.checkpoint.pretrained import find_state_dict, mismatches
+from beit.checkpoint.pretrained import find_state_dict, mismatches, without_temperature
 from beit.devices import accelerator, kernels
 from beit.distributed import process_group
 from beit.errors import UserError, escape_text, one_line
@@ -183,7 +183,7 @@ class HostCopies:
 
 def load_weights(source: str, content: Any, model: torch.nn.Module, scaler: Any, ema: Any, **keys: Any) -> None:
     """Load a checkpoint's weights into the model and, where both have one, the average."""
-    _, state = find_state_dict(content, '--resume', source, **keys)
+    state = without_temperature(find_state_dict(content, '--resume', source, **keys)[1], source)
     live = scaler.fp32_state_dict(model)
     problems = mismatches(state, live)
     if problems:

@@ -5,15 +5,17 @@ import os
 import re
 from typing import Any, Dict
 
-from beit import model_spec
+from beit import model_spec, weights
 from beit.checkpoint import discovery
 from beit.checkpoint.inference_model import LoadedModel
+from beit.config import policy_or_none
 from beit.errors import escape_text
 from beit.files import run_folder
 
 FLAGS = re.findall(r'\w+', '''recipe model input_size batch_size update_freq world_size epochs warmup_epochs opt lr
     min_lr weight_decay layer_decay drop_path smoothing mixup cutmix aa reprob color_jitter loss class_weights model_ema
     model_ema_decay freeze_backbone amp opt_level amp_dtype seed''')  # no paths
+NEEDS = {'model_ema_decay': 'model_ema', 'opt_level': 'amp', 'amp_dtype': 'amp'}  # without effect otherwise
 
 
 def literal(value: Any) -> str:
@@ -37,8 +39,10 @@ def write(trained: LoadedModel) -> bytes:
     """The card: YAML, whose strings are JSON, and Markdown."""
     found, args, name = figures(trained), model_spec.saved_args(trained.about), trained.config.model
     origin = trained.spec.origin
-    rows = [('weights at the start', re.split(r'[/\\]', origin.get('finetune', ''))[-1] or 'random')]
-    rows += [('--' + flag, args[flag]) for flag in FLAGS if args.get(flag) not in (None, '', False)]
+    rows = [('weights at the start', re.split(r'[/\\]', origin['finetune'])[-1] or 'random')] \
+        if 'finetune' in origin else []
+    rows += [('--' + flag, args[flag]) for flag in FLAGS if args.get(flag) not in (None, '', False) and args.get(
+        NEEDS.get(flag, flag)) and not (flag == 'color_jitter' and policy_or_none(args.get('aa')))]
     table = '| | |\n|---|---|\n%s\n'
     return ('\n'.join([
         '---', 'library_name: transformers', 'pipeline_tag: image-classification',
@@ -53,8 +57,10 @@ def write(trained: LoadedModel) -> bytes:
             literal(trained.preprocessing.preparation('; '))),
         '## Figures on the validation images\n', table % '\n'.join(
             '| %s | %.6g |' % (literal(key), value) for key, value in found.items()) if found else 'Not known.\n',
+        *['The publishers\' accuracy of these weights, %s, on ImageNet-1k: top-1 / top-5 %s %%.\n' % (
+            literal(each.name), each.accuracy()) for each in [weights.published(trained.source)] if each and each.acc1],
         *['The outputs are calibrated, with the temperature %s. Loss and calibration error (ece) here are from before '
           'that.\n' % literal(origin.get('temperature'))] * ('temperature' in origin),
-        '## Training with BEiT for PyTorch\n', table % '\n'.join(
-            '| %s | %s |' % (literal(key), literal(value)) for key, value in rows),
+        *['## Training with BEiT for PyTorch\n', table % '\n'.join(
+            '| %s | %s |' % (literal(key), literal(value)) for key, value in rows)] * bool(rows),
         '## Classes\n', literal(model_spec.shorten_names(trained.classes, 1000)) + '\n'])).encode()
