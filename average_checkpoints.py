@@ -23,7 +23,7 @@ import torch
 import flags
 from beit import model_spec
 from beit.checkpoint import comparison, sources
-from beit.checkpoint.inference_model import spec_beside
+from beit.checkpoint.inference_model import PROBED, spec_beside
 from beit.checkpoint.pretrained import find_state_dict, mismatches, without_temperature
 from beit.cli import run_interruptible
 from beit.errors import UserError, escape_text, print_line, refuse
@@ -117,6 +117,8 @@ def average(paths: Sequence[str], use_ema: bool = False) -> Dict[str, Any]:
 def weights_of(path: str, content: Any, use_ema: bool) -> Dict[str, torch.Tensor]:
     state = find_state_dict(content, '--use_ema:' if use_ema else '--inputs', path, use_ema=use_ema)[1]
     state = without_temperature(state, path)
+    if 'head.0.weight' in state:
+        raise UserError('--inputs %s: it has %s' % (escape_text(path), PROBED))
     broken = [name for name, value in state.items()
               if value.is_floating_point() and not torch.isfinite(value.double().sum())]
     if broken:

@@ -12,8 +12,8 @@ import flags
 from beit import startup, weights
 from beit.checkpoint import sources
 from beit.config import (
-    SMALL_INPUT, DistributedConfig, ExportConfig, InputConfig, MixupConfig, TransformConfig, check_input_size,
-    parse_device, policy_or_none)
+    PROGRAM_ENDINGS, SMALL_INPUT, DistributedConfig, ExportConfig, InputConfig, MixupConfig, TransformConfig,
+    check_input_size, parse_device, policy_or_none)
 from beit.distributed.launch_environment import defer_report, launch_environment, reports_errors
 from beit.errors import UserError, check_output_is_open, escape_text, print_error, refuse, unknown_value_error
 from beit.files.atomic_write import check_writable
@@ -90,6 +90,9 @@ def check_prediction(args: argparse.Namespace) -> None:
                ': this would overwrite an image; choose another name')
         check_writable('--output', args.output, is_file=True)
     refuse(args.layer is not None and not args.features, args, 'layer', ' needs --features, the file to write')
+    for flag in ('top_k', 'threshold', 'class_names'):
+        refuse(args.features and not args.output and flag in args.typed, args, flag,
+               ': --features alone writes no predictions; give --output, or leave it out')
     if args.features:
         refuse(not args.features.endswith('.npz') or os.path.isdir(args.features), args, 'features',
                ': give a file that ends in .npz')
@@ -139,6 +142,9 @@ def check_export_output(args: argparse.Namespace, path: str) -> None:
     """Raise a `UserError` where the output cannot be written, or would replace other files."""
     shown, files = '--output %s' % escape_text(path), flags.EXPORT_FORMATS[args.format].get('files')
     check_writable('--output', path, is_file=True)
+    ending = PROGRAM_ENDINGS.get(args.format, '')
+    if not path.endswith(ending):
+        raise UserError('%s: end the name in %s, by which --eval and run_predict.py know the format' % (shown, ending))
     if not os.path.lexists(path):
         return
     if os.path.isdir(path) != bool(files):

@@ -109,6 +109,8 @@ def build_datasets(config: InputConfig, device: Optional[torch.device] = None, c
                            for split, names in only if names)
         refuse(config.train_csv and not config.val_csv, config, 'train_csv', ': its classes differ from the validation '
                'folders (%s); list the validation images with --val_csv' % differ)
+        refuse((differ or not empty) and config.eval_data_path, config, 'eval_data_path', ': its classes differ from '
+               'the training folders (%s); give the same ones here, as only --eval --resume takes a part' % differ)
         if differ or not empty:
             raise UserError('--data_path: train and val must name the same classes; %s' % differ)
     log_similar_names(classes)

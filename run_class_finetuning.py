@@ -201,6 +201,8 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Optional[
         log.log_main('Flags that differ from %s: %s' % (escape_text(path), ', '.join(differ)))
     checkpoint = inference_model.read_weights(path, content, class_names=args.class_names, defaults=vars(args), **keys,
                                               **{name: getattr(args, name) for name in given})
+    if args.calibrate:
+        temperature.calibrated_path(checkpoint, args.output_dir)  # what cannot be written is refused now
     vars(args).update(checkpoint.spec.flags, loss=checkpoint.spec.loss)
     if args.model_ema and not content.get('model_ema'):
         log.log_main('%s holds no averaged weights' % escape_text(path))
@@ -530,7 +532,7 @@ def evaluate_only(args: argparse.Namespace, sets: List[Data], learner: Learner, 
     if checkpoint:
         source, epoch = checkpoint.source, discovery.last_epoch(checkpoint.content)
         if args.calibrate:
-            calibrate(args, sets[0], learner, checkpoint, temperature.calibrated_path(checkpoint, args.output_dir))
+            calibrate(args, sets[0], learner, checkpoint)
     for data in sets:
         if checkpoint:
             log.log_main('Evaluating %s%s' % (escape_text(source), sets[1:] and ' on ' + escape_text(data.path) or ''))
@@ -560,8 +562,8 @@ def evaluate_only(args: argparse.Namespace, sets: List[Data], learner: Learner, 
     report.finish(dict(figures, bad_images=len(bad_images.listed), **speed_figures(throughput, time.time() - started)))
 
 
-def calibrate(args: argparse.Namespace, data: Data, learner: Learner, checkpoint: CheckpointWeights, path: str) -> None:
-    """Fit the temperature of the network and of its average; apply both, and write the checkpoint to `path`."""
+def calibrate(args: argparse.Namespace, data: Data, learner: Learner, checkpoint: CheckpointWeights) -> None:
+    """Fit the temperature of the network and of its average; apply both, and write the checkpoint."""
     refuse(data.outputs is not None, args, 'calibrate', ': the data has %d of the %d classes of %s; evaluate a set '
            'with all of them' % (len(data.classes), len(data.spec.classes), escape_text(checkpoint.source)))
     sharded, fitted = args.dist_eval and process_group.world_size() > 1, {}
@@ -584,7 +586,7 @@ def calibrate(args: argparse.Namespace, data: Data, learner: Learner, checkpoint
             for parameter in head.parameters():
                 parameter.data.div_(stats['temperature'])
     if process_group.is_main_process():
-        temperature.write(path, checkpoint, fitted)
+        temperature.write(temperature.calibrated_path(checkpoint, args.output_dir), checkpoint, fitted)
 
 
 def averaged_network(args: argparse.Namespace, learner: Learner) -> Any:

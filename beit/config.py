@@ -15,6 +15,7 @@ SMALL_INPUT = 32  # up to this size images are not resized, and random crops hav
 COLOURS = {'white': (255, 255, 255), 'black': (0, 0, 0)}
 SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val',
           'test': 'test', 'testing': 'test'}  # names of folders and in CSV files
+PROGRAM_ENDINGS = {'onnx': '.onnx', 'torchscript': '.torchscript.pt', 'torch_export': '.pt2'}  # exported programs
 EVAL_FITS = {'crop': 'center', 'squash': 'squash', 'letterbox': 'border'}  # --eval_fit, and timm's crop_mode
 
 

@@ -105,7 +105,8 @@ class OneLineParser(argparse.ArgumentParser):
         weights = ('model', 'finetune')
         chosen = recipes.choose(**{flag: getattr(parsed if flag in typed else config, flag) for flag in weights
                                    if flag in typed | config.given}) if name == recipes.AUTO else name
-        recipe = self.read_config(recipes.path_of(chosen), recipes.NO_FLAGS)
+        known = [*recipes.NO_FLAGS, *(option[2:] for option in self._option_string_actions)]
+        recipe = self.read_config(recipes.path_of(chosen, self.prog, known), recipes.NO_FLAGS)
         kept = set(weights if name == recipes.AUTO else ()) | (set() if 'recipe' in typed else config.given)
         vars(config).update((flag, getattr(recipe, flag)) for flag in recipe.given - kept)
         return chosen

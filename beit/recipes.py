@@ -6,7 +6,7 @@
 import os
 import re
 import sys
-from typing import Dict
+from typing import Container, Dict
 
 from beit.errors import UserError, escape_text, print_error, unknown_value_error
 from beit.paths import project_root
@@ -15,11 +15,15 @@ AUTO, FOLDER = 'auto', os.path.join(project_root(), 'recipes')
 NO_FLAGS = ('devices', 'freeze_backbone')  # what a recipe says that may be no flag of the program
 
 
-def path_of(name: str) -> str:
-    """The file of a recipe. Raises `UserError` for an unknown name."""
+def path_of(name: str, program: str = '', known: Container[str] = ()) -> str:
+    """The file of a recipe. Raises `UserError` for an unknown name, or a flag that the program has not in `known`."""
     names = [each[:-len('.yaml')] for each in sorted(os.listdir(FOLDER)) if each.endswith('.yaml')]
     if name not in names:
         raise unknown_value_error('--recipe', escape_text(name), names + [AUTO])
+    lacks = {each: [key for key in read(each) if key not in known] for each in names * bool(program)}
+    if lacks.get(name):
+        raise UserError('--recipe %s: it sets %s, which %s does not have; give %s' % (
+            name, lacks[name][0], program, ' or '.join(each for each in names if not lacks[each])))
     return os.path.join(FOLDER, name + '.yaml')
 
 

@@ -189,6 +189,8 @@ def test_no_class_folders(refused, tmp_path):
 def test_classes_that_differ(refused, own_data):
     os.rename(os.path.join(own_data, 'val', 'dog'), os.path.join(own_data, 'val', 'wolf'))
     refused('--data_path', own_data, says=['same classes', 'only in train: dog', 'only in val: wolf'])
+    refused('--data_path', own_data, '--eval_data_path', own_data + '/val', says=[
+        '--eval_data_path %s/val: its classes' % own_data, 'only in train: dog', 'only --eval --resume takes a part'])
 
 
 def test_image_folder_without_eval_data_path(refused, data):

@@ -128,7 +128,8 @@ def test_an_export_under_another_name_is_recognized(trained, export, tmp_path, c
     other = str(tmp_path / 'model.pth')
     os.rename(str(tmp_path / made), other)
     for flag in ('--resume', '--finetune'):
-        with pytest.raises(UserError, match='^%s .*model.pth: it is an exported program, not weights; give ' % flag):
+        with pytest.raises(UserError, match='^%s .*model.pth: it is an exported program, not weights; give .*'
+                           'if its name ends in .torchscript.pt or .pt2; rename it' % flag):
             weights_file.load_weights_file(other, flag)
 
 
@@ -298,7 +299,7 @@ def test_another_network_is_not_written(kind, trained, export, tmp_path, monkeyp
 @pytest.mark.parametrize('kind', ['torchscript', 'huggingface'])
 def test_a_full_disk_keeps_the_old_export(kind, trained, export, tmp_path, monkeypatch):
     path, _ = trained()
-    output = tmp_path / 'output'
+    output = tmp_path / 'output.torchscript.pt'
     if kind == 'huggingface':
         output.mkdir()
         (output / 'config.json').write_text('old')
@@ -312,19 +313,19 @@ def test_a_full_disk_keeps_the_old_export(kind, trained, export, tmp_path, monke
     flags = ('--resume', path, '--format', kind, '--output', output, '--overwrite', '--no_check')
     assert 'No space left' in export(*flags, fails=True)
     assert (output / 'config.json' if kind == 'huggingface' else output).read_text() == 'old'
-    assert sorted(os.listdir(str(tmp_path))) == ['output', 'weights.pth']
+    assert sorted(os.listdir(str(tmp_path))) == [output.name, 'weights.pth']
 
 
 def test_existing_files_stay_without_overwrite(trained, export, tmp_path):
     path, _ = trained()
-    (tmp_path / 'x').write_text('mine')
-    to = ('--resume', path, '--output', tmp_path / 'x', '--no_check', '--format')
+    (tmp_path / 'x.torchscript.pt').write_text('mine')
+    to = ('--resume', path, '--output', tmp_path / 'x.torchscript.pt', '--no_check', '--format')
     assert '--overwrite' in export(*to, 'torchscript', fails=True)
     assert 'a file' in export(*to, 'huggingface', '--overwrite', fails=True)
-    assert (tmp_path / 'x').read_text() == 'mine'
+    assert (tmp_path / 'x.torchscript.pt').read_text() == 'mine'
     export(*to, 'torchscript', '--overwrite')
-    assert torch.jit.load(str(tmp_path / 'x'))
-    folder = tmp_path / 'folder'
+    assert torch.jit.load(str(tmp_path / 'x.torchscript.pt'))
+    folder = tmp_path / 'new.torchscript.pt'
     folder.mkdir()
     to = ('--resume', path, '--output', folder, '--no_check', '--format')
     assert 'a folder' in export(*to, 'torchscript', fails=True)
@@ -333,7 +334,7 @@ def test_existing_files_stay_without_overwrite(trained, export, tmp_path):
     export(*to, 'huggingface', '--overwrite')
     (folder / 'thesis.txt').write_text('all of it')
     assert 'thesis.txt' in export(*to, 'huggingface', '--overwrite', fails=True)
-    assert sorted(os.listdir(str(tmp_path))) == ['folder', 'weights.pth', 'x']
+    assert sorted(os.listdir(str(tmp_path))) == ['new.torchscript.pt', 'weights.pth', 'x.torchscript.pt']
 
 
 @pytest.mark.parametrize('flags, says', [
@@ -346,6 +347,9 @@ def test_existing_files_stay_without_overwrite(trained, export, tmp_path):
     (['--resume', 'WEIGHTS', '--format', 'onnx', '--opset', '10'], '--opset: must be at least 11'),
     (['--resume', 'WEIGHTS', '--format', 'torchscript', '--use_ema'], 'no averaged weights'),
     (['--resume', 'WEIGHTS', '--format', 'torchscript', '--output', '/dev/null/x'], '--output'),
+    (['--resume', 'WEIGHTS', '--format', 'torchscript', '--output', 'a.ts'], 'end the name in .torchscript.pt'),
+    (['--resume', 'WEIGHTS', '--format', 'torch_export', '--output', 'a.torch_export'], 'end the name in .pt2'),
+    (['--resume', 'WEIGHTS', '--format', 'onnx', '--output', 'a.pt'], 'end the name in .onnx'),
     (['--resume', 'WEIGHTS', '--format', 'torchscript', '--fromat', 'x'], 'did you mean --format'),
     (['--resume', 'WEIGHTS', '--format', 'torchscript', '--model', 'beit_base'], '--model'),
 ])

@@ -4,6 +4,7 @@ import csv
 import glob
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import average_checkpoints
 import engine_for_finetuning as engine
 import flags
 import modeling_finetune
@@ -137,7 +139,10 @@ def test_the_memory_does_not_grow_with_the_images(tmp_path):
 
 @pytest.mark.parametrize('flags, says', [
     (['--layer=2'], '--layer 2 needs --features'), (['--features=out.csv'], '--features out.csv: give a file that'),
-    (['--features=out.npz', '--layer=5'], '--layer 5: the model has blocks 1 to 4')])
+    (['--features=out.npz', '--layer=5'], '--layer 5: the model has blocks 1 to 4'),
+    (['--features=out.npz', '--threshold=0.5'], '--threshold 0.5: --features alone writes no predictions'),
+    (['--features=out.npz', '--top_k=1'], '--top_k 1: --features alone'),
+    (['--features=out.npz', '--class_names=x'], '--class_names')])
 def test_mistakes(photos, tmp_path, monkeypatch, capfd, flags, says):
     weights, _ = write_weights(tmp_path / 'weights.pth')
     monkeypatch.chdir(str(tmp_path))
@@ -246,8 +251,11 @@ def test_accuracies_of_heads_and_neighbours_by_numpy_and_sklearn(digits, tmp_pat
     for name, value in before.items():  # the backbone stays
         if not name.endswith('relative_position_index'):
             assert torch.equal(states[1][name], value), name
-    assert run_predict.run(['--resume', str(tmp_path / 'out'), data]) == 2
-    assert 'one classifier per layer' in capfd.readouterr().err.splitlines()[-1]
+    for program, words in ((run_predict, ['--resume', str(tmp_path / 'out'), data]), (average_checkpoints, [
+            '--inputs', str(tmp_path / 'out'), '--output', str(tmp_path / 'average.pth')])):
+        assert program.run(words) == 2
+        assert 'one classifier per layer' in capfd.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / 'average.pth').exists()
 
 
 def test_a_stopped_probe_resumes_to_the_same_figures_on_two_processes_too(digits, tmp_path, capfd):
@@ -300,11 +308,18 @@ def test_csv_files_and_a_checkpoint_that_describes_itself(digits, tmp_path, capf
 
 @pytest.mark.parametrize('flags, says', [
     (['--finetune='], '--finetune is missing'), (['--output_dir='], '--output_dir is missing'),
+    (['--recipe=beit_large_intermediate'], '--recipe beit_large_intermediate: it sets layer_decay, which '
+     'run_linear_eval.py does not have; give beit_base_linear_probe'), (['--eval_data_path=PART'], '/part: its classes '
+     'differ from the training folders (only in train: '),
     (['--knn=97'], '--knn 97: there are 96 training images'), (['--report'], '--report'),
     (['--freeze_backbone'], '--freeze_backbone: unknown flag'),
     (['--finetune=none.pth'], '--finetune none.pth: no such file; put the pretrained weights there, give a name that '
      'checkpoints/README.md lists')])
 def test_mistakes_of_a_probe(digits, tmp_path, capfd, flags, says):
+    part = tmp_path / 'part'
+    shutil.copytree(os.path.join(digits[0], 'val'), str(part))
+    shutil.rmtree(str(next(part.iterdir())))
+    flags = [flag.replace('PART', str(part)) for flag in flags]
     assert run_linear_eval.run(probe(tmp_path / 'out', '--finetune', digits[1], '--data_path', digits[0], *flags)) == 2
     error = capfd.readouterr().err.splitlines()
     assert len(error) == 1 and error[0].startswith('run_linear_eval.py: error: ') and says in error[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from beit.data.decode import Reading, load_image
 from beit.data.transforms import EvalTransform
 from beit.errors import UserError
 from beit.model_spec import ModelSpec
+from beit.outputs import export_formats
 from helpers import NANO, ROOT, lines_of, needs_extra, photo, run_program
 
 FOLLOW = Reading('followed')
@@ -273,7 +275,8 @@ def test_the_settings_go_with_the_checkpoint(trained, capsys, tmp_path):
         capsys.readouterr().out
     assert beit.load(target).spec.preprocessing == classifier.spec.preprocessing
     assert run_export.run(['--resume', out, '--format=huggingface', '--output', str(tmp_path / 'hf')]) == 2
-    assert '--eval_fit' in capsys.readouterr().err and not (tmp_path / 'hf').exists()
+    err = capsys.readouterr().err
+    assert 'has no --eval_fit letterbox; use' in err and '--in_chans' not in err and not (tmp_path / 'hf').exists()
 
 
 @pytest.mark.current_only
@@ -427,6 +430,9 @@ def test_other_channels_train_predict_and_export(other_channels, tmp_path, capsy
     expected = np.asarray(Image.open(image).convert(decode.MODES[channels])).reshape(30, 40, channels)
     classifier.spec.preprocessing.check()
     inputs = classifier.transform(image)
+    converted = timm.data.create_transform(**classifier.spec.preprocessing.to_timm())(
+        Image.open(image).convert(decode.MODES[channels]))  # as the export to timm says
+    assert torch.allclose(converted, inputs, atol=1e-6)
     assert inputs.shape == (channels, 48, 48) and expected.shape[2] == channels
     logged = lines_of(out)[-1]['test_acc1']
     assert run_class_finetuning.run(['--eval', '--resume', out, '--data_path', folder, '--num_workers=0',
@@ -436,19 +442,23 @@ def test_other_channels_train_predict_and_export(other_channels, tmp_path, capsy
                             str(tmp_path / 'maps')]) == 0
     assert len(list((tmp_path / 'maps').iterdir())) == 1
     for form in ('onnx', 'safetensors', 'torchscript'):
-        assert run_export.run(['--resume', out, '--format', form, '--output', str(tmp_path / form)]) == 0
-        assert 'Checked: logits differ' in capsys.readouterr().out
+        target = str(tmp_path / form) + export_formats.FORMATS[form].ending
+        assert run_export.run(['--resume', out, '--format', form, '--output', target]) == 0
+        said = capsys.readouterr().out
+        assert 'Checked: logits differ' in said
+        assert (".convert('%s')" % decode.MODES[channels] in said) == (form == 'safetensors')
     import onnxruntime
-    session = onnxruntime.InferenceSession(str(tmp_path / 'onnx'), providers=['CPUExecutionProvider'])
+    session = onnxruntime.InferenceSession(str(tmp_path / 'onnx.onnx'), providers=['CPUExecutionProvider'])
     assert session.get_inputs()[0].shape[1:] == [channels, 48, 48]
     with torch.no_grad():
         logits = session.run(None, {'image': inputs[None].numpy()})[0]
         assert np.allclose(logits, classifier.model(inputs[None]).numpy(), atol=1e-5)
-    assert beit.load(str(tmp_path / 'safetensors')).spec == classifier.spec
+    assert beit.load(str(tmp_path / 'safetensors.safetensors')).spec == classifier.spec
     assert run_export.run(['--resume', out, '--format=huggingface', '--output', str(tmp_path / 'hf')]) == 2
-    assert '--in_chans' in capsys.readouterr().err
+    assert 'its preprocessor reads RGB, not --in_chans %d; use' % channels in capsys.readouterr().err
     assert run_class_finetuning.run(['--eval', '--resume', out, '--data_path', folder, '--in_chans=3']) == 2
-    assert '--in_chans 3: %s' % out in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert re.search('--in_chans 3: %s.* prepares images of (1 channel|4 channels); leave' % out, err)
     loaded = beit.load(out, imagenet_default_mean_and_std=channels == 3)
     assert loaded.spec.preprocessing.mean == classifier.spec.preprocessing.mean
     if channels == 4:

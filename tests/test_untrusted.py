@@ -1087,6 +1087,7 @@ ANSWERS = {
     'whole': (200, LENGTH, [BODY]), 'broken': (200, LENGTH, [BODY[:-10]]), 'silent': (200, LENGTH, [BODY[:-10]]),
     'chunked': (200, CHUNKED, [chunk(BODY[:100]), chunk(BODY[100:]), chunk(b'')]),
     'endless': (200, CHUNKED, [chunk(bytes(1 << 16))] * 10 ** 4), 'halfchunk': (200, CHUNKED, [chunk(BODY)[:-12]]),
+    'busy': (503, {'Content-Length': 0}, []),
     'lengthless': (200, {}, [BODY]), 'large': (200, {'Content-Length': 2 ** 40}, []),
     'absurd': (200, {'Content-Length': 'many'}, []), 'garbage': (None, {}, [b'\0\1\2\3' * 100]),
     'onward': (302, {'Location': '/whole.pth', 'Content-Length': 0}, []),
@@ -1181,6 +1182,11 @@ def test_pretrained_weights_are_downloaded(address, tmp_path, monkeypatch):
     assert torch.equal(target.head.weight, model.head.weight)
 
 
+def test_a_name_takes_no_sha256(address, tmp_path):
+    with pytest.raises(UserError, match=r'--finetune NAME: .*how long it is\); fetch the file yourself'):
+        download.fetch(address('lengthless.pth'), str(tmp_path / 'x.pth'), '--finetune NAME', check=lambda path: None)
+
+
 def current_umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -1188,7 +1194,8 @@ def current_umask():
 
 
 @pytest.mark.parametrize('path, says', [
-    ('missing.pth', '404'),
+    ('missing.pth', r'404: [^;]*\); fetch'),
+    ('busy.pth', r'503: [^;]*\); try again later, or fetch the file'),
     ('broken.pth', r'after \d+ of %d bytes' % len(BODY)),
     ('halfchunk.pth', 'download failed'),
     ('silent.pth', 'timed out'),

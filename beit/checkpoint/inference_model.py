@@ -15,8 +15,10 @@ from beit.data.transforms import EvalTransform
 from beit.errors import UserError, escape_text
 from beit.files import weights_file
 from beit.files.class_files import read_class_names
-from beit.log import log_main
+from beit.log import log_main, pluralize
 from beit.model_spec import ModelSpec
+
+PROBED = 'one classifier per layer, of run_linear_eval.py; give its --finetune'
 
 
 def build_model(config: ModelConfig, nb_classes: int) -> torch.nn.Module:
@@ -120,7 +122,7 @@ def read_weights(path: str, content: Any, use_ema: bool = False, class_names: st
                         % escape_text(path))
     if needs_head and not outputs:
         raise UserError('--resume %s: it has %s' % (escape_text(path), 'no classification head; fine-tune it first' if
-            'head.0.weight' not in state else 'one classifier per layer, of run_linear_eval.py; give its --finetune'))
+            'head.0.weight' not in state else PROBED))
     spec = spec or spec_beside(path, outputs, state, defaults or {}, overrides)
     if spec is None:
         raise UserError('--resume %s: the file does not name its model; give --model, and --input_size if it is not '
@@ -164,8 +166,8 @@ def override_spec(spec: ModelSpec, overrides: Dict[str, Any], path: str, class_n
         raise UserError('--crop_pct %g: %s has the --eval_fit %s, which crops nothing; leave it out' % (
             overrides['crop_pct'], escape_text(path), changed.preprocessing.crop_mode))
     if changed.architecture.in_chans != len(changed.preprocessing.mean):
-        raise UserError('--in_chans %d: %s prepares images of %d channels; leave it out' % (
-            changed.architecture.in_chans, escape_text(path), len(changed.preprocessing.mean)))
+        raise UserError('--in_chans %d: %s prepares images of %s; leave it out' % (
+            changed.architecture.in_chans, escape_text(path), pluralize(len(changed.preprocessing.mean), 'channel')))
     before = dict(dataclasses.asdict(spec.architecture), crop_pct=spec.preprocessing.crop_pct, loss=spec.loss)
     rows = [('--' + name, value, before[name]) for name, value in overrides.items()
             if value is not None and name in before]

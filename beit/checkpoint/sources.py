@@ -7,10 +7,10 @@ import re
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from beit import weights
+from beit.config import PROGRAM_ENDINGS
 from beit.errors import EXPORTED_PROGRAM, UserError, escape_text, nearest
 
 BEST, BEST_EMA = 'checkpoint-best.pth', 'checkpoint-best-ema.pth'
-PROGRAM_ENDINGS = {'onnx': '.onnx', 'torchscript': '.torchscript.pt', 'torch_export': '.pt2'}  # exported programs
 
 
 def list_checkpoints(folder: str) -> List[Tuple[Tuple[int, int], str]]:

@@ -113,7 +113,7 @@ class Signals:
 
 def end_at_once(number: int) -> None:
     if process_group.is_main_process():
-        say_now('%s: ended at once; the last checkpoint is whole' % name(number))
+        say_now('%s: ended at once; every checkpoint that was written is whole' % name(number))
     os._exit(128 + number)
 
 

@@ -99,7 +99,7 @@ def _download(address: str, path: str, wanted: str, shown: str, check: Optional[
             response = stack.enter_context(_open(address))
             length, tag = int(response.headers.get('Content-Length') or 0), response.headers.get('ETag', '')
             if not length and not response.chunked and not wanted:
-                raise ValueError('the server does not say how long it is; add its #sha256=')
+                raise ValueError('the server does not say how long it is' + '; add its #sha256=' * (check is None))
             _check_size(length, shown)
             if length and tag.startswith('"') and response.headers.get('Accept-Ranges') == 'bytes':
                 part = '%s.part-%s' % (path, hashlib.sha256(('%s %d' % (tag, length)).encode()).hexdigest()[:8])
@@ -137,6 +137,8 @@ def _download(address: str, path: str, wanted: str, shown: str, check: Optional[
                                  'resumes it' % (preemption.name(stop.number), part) if part else '') from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason, remedy = escape_text(str(error)) or type(error).__name__, 'try again to resume it, or ' if part else ''
+        if getattr(error, 'code', 0) == 429 or getattr(error, 'code', 0) >= 500:  # of HTTP: the server is busy
+            remedy = 'try again later, or '
         if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
             missing = (length - (os.path.getsize(part) if os.path.isfile(part) else 0)) / 1e6
             reason = '%s: no space for %s; %.1f MB are free' % (

@@ -12,6 +12,7 @@ import warnings
 import torch
 
 from beit import startup
+from beit.config import PROGRAM_ENDINGS
 from beit.errors import EXPORTED_PROGRAM, UserError, escape_text, one_line, worker_death_message
 from beit.files import untrusted_pickle
 from beit.files.atomic_write import atomic_write, link_atomic
@@ -63,7 +64,8 @@ def load_weights_file(path: str, flag: str = '') -> typing.Any:
     except UserError:
         raise
     except untrusted_pickle.ExportedProgramError:
-        raise UserError('%s: it is %s' % (name, EXPORTED_PROGRAM)) from None
+        raise UserError('%s: it is %s. Evaluation and prediction run it if its name ends in %s or %s; rename it' % (
+            name, EXPORTED_PROGRAM, PROGRAM_ENDINGS['torchscript'], PROGRAM_ENDINGS['torch_export'])) from None
     except UnsafeFileError as error:
         raise UserError('%s: refused, because %s; a weights file holds tensors and plain values only'
                         % (name, error)) from None

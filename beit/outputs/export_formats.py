@@ -15,9 +15,8 @@ import modeling_finetune
 from beit import model_spec, startup
 from beit.checkpoint import exported, hf_names
 from beit.checkpoint.exported import EXTRA, PROGRAMS, import_optional
-from beit.checkpoint.sources import PROGRAM_ENDINGS
 from beit.checkpoint.inference_model import LoadedModel
-from beit.config import ExportConfig
+from beit.config import PROGRAM_ENDINGS, ExportConfig
 from beit.data.decode import MODES
 from beit.errors import UserError, one_line
 from beit.outputs import atc, model_card
@@ -214,9 +213,10 @@ def timm_usage(trained: LoadedModel, path: str) -> List[str]:
     else:  # as beit_nano_patch8_32
         line = 'model = timm.models.beit.Beit(%s); timm.models.load_checkpoint(model, %r)' % (
             format_arguments(arguments), path)
-    images = trained.preprocessing
-    return ['Load it: ' + line, 'Prepare images: timm.data.create_transform(%s)%s' % (
-        format_arguments(images.to_timm()), images.preparation('; it does not know that '))]
+    images, mode = trained.preprocessing, MODES[trained.config.in_chans]
+    return ['Load it: ' + line, 'Prepare images: timm.data.create_transform(%s)%s%s' % (
+        format_arguments(images.to_timm()), ', of image.convert(%r)' % mode if mode != 'RGB' else '',
+        images.preparation('; it does not know that '))]
 
 
 def format_arguments(arguments: Dict[str, Any]) -> str:
@@ -261,9 +261,10 @@ def huggingface_preprocessor(trained: LoadedModel) -> Dict[str, Any]:
     BEiT's own takes no shorter side before transformers 5, and would distort the image.
     """
     images = trained.preprocessing
-    if images.crop_mode == 'border' or len(images.mean) != 3:
-        raise UserError('--format huggingface: its preprocessor has no letterbox (--eval_fit) and reads RGB '
-                        '(--in_chans); use another --format')
+    lacks = ['has no --eval_fit letterbox'] * (images.crop_mode == 'border') + [
+        'reads RGB, not --in_chans %d' % len(images.mean)] * (len(images.mean) != 3)
+    if lacks:
+        raise UserError('--format huggingface: its preprocessor %s; use another --format' % ' and '.join(lacks))
     square = {'height': images.input_size, 'width': images.input_size}
     return dict(
         image_processor_type='CLIPImageProcessor', do_convert_rgb=True, do_resize=True,
