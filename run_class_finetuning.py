@@ -748,7 +748,7 @@ def run(argv: Optional[Sequence[str]] = None, program: str = flags.TRAINING, des
     def resume_hint(condition: str = '') -> str:
         args = parsed.get('args')
         return '; nothing was saved' if args is None or args.eval or args.check_data else \
-            '; %sthe same command with --auto_resume continues from the last checkpoint' % condition
+            '; %sthe same command with --auto_resume continues from the last checkpoint, if there is one' % condition
 
     return run_interruptible(program, parse_and_run, 'lower --batch_size and raise --update_freq by as much, or lower '
                              '--input_size', resume_hint, lambda: resume_hint('with --output_dir, '), signals)

@@ -507,7 +507,7 @@ def test_what_cannot_be_calibrated_is_refused(trained, sets, tmp_path, refused):
     refused(base + [str(sets / 'all'), '--eval', '--resume', bare], '--calibrate', 'no description of its model')
     exported = str(tmp_path / 'e.safetensors')
     assert run_export.run(['--resume', trained[1], '--format=safetensors', '--output', exported, '--no_check']) == 0
-    refused(base + [str(sets / 'all'), '--eval', '--resume', exported], 'is an export, which holds no temperature')
+    refused(base + [str(sets / 'all'), '--eval', '--resume', exported], 'is an export, which takes no temperature')
     for value in (0., -1., math.nan, math.inf):
         damaged = dict(content, model_spec=dict(content['model_spec'], temperature=value))
         with pytest.raises(UserError, match='temperature is invalid'):

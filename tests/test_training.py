@@ -240,7 +240,8 @@ def test_a_limited_run_says_that_it_evaluates(data, capsys):
 
 @pytest.mark.parametrize('flags, hint', [
     (['--eval', '--resume=x.pth'], 'nothing was saved'), (['--check_data'], 'nothing was saved'),
-    ([], 'with --output_dir, the same command with --auto_resume continues from the last checkpoint')])
+    ([], 'with --output_dir, the same command with --auto_resume continues from the last checkpoint, if '
+     'there is one')])
 def test_a_signal_promises_a_resume_in_training_only(capsys, monkeypatch, flags, hint):
     def interrupted(args, signals):
         raise preemption.Stopped(2)

@@ -74,7 +74,7 @@ def calibrated_path(checkpoint: CheckpointWeights, output_dir: str) -> str:
     source = checkpoint.source
     if model_spec.KEY not in checkpoint.content:
         raise UserError('--calibrate: %s %s' % (
-            escape_text(source), 'is an export, which holds no temperature; calibrate its checkpoint, and export that'
+            escape_text(source), 'is an export, which takes no temperature; calibrate its checkpoint, and export that'
             if model_spec.KEY in weights_file.read_metadata(source) else
             'holds no description of its model, where the temperature belongs; fine-tune it, and calibrate the '
             'checkpoint'))
