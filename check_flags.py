@@ -52,15 +52,15 @@ def check_training(args: argparse.Namespace) -> None:
     check_schedule(args)
     for flag, what in (('finetune', 'the weights to probe'), ('output_dir', 'the folder for the results')):
         refuse('knn' in args and not getattr(args, flag), args, flag, ' is missing; give ' + what)
-    if flags.evaluates_checkpoint(args):
+    evaluates = flags.evaluates_checkpoint(args)
+    if not evaluates and ('knn' not in args or 'model' in args.given):  # else the weights name the model
+        check_input_size(args.model, args.input_size)
+    if evaluates or args.data_path == 'demo':  # the checkpoint can name the kind of data set; the digits may not exist
         from beit.data import locations
-        for path in flags.evaluation_sets(args):  # the checkpoint can name the kind of data set
+        for path in flags.evaluation_sets(args):
             locations.check_named_files(flags.config_from(args, InputConfig, eval_data_path=path))
     else:
-        if 'knn' not in args or 'model' in args.given:  # else the weights name the model
-            check_input_size(args.model, args.input_size)
-        if args.data_path != 'demo':
-            check_data_paths(args)
+        check_data_paths(args)
     check_evaluation(args)
     check_weights(args)
     check_outputs(args)

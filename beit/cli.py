@@ -12,8 +12,9 @@ from beit.errors import UserError, loader_limit_message, one_line, print_error, 
 from beit.log import current_display, log_main
 
 
-def _report_errors(program: str, work: Callable[[], Any], memory_remedy: str, resume_hint: Callable[[], str]) -> int:
-    """`run_interruptible`, without signals."""
+def _report_errors(program: str, work: Callable[[], Any], memory_remedy: str, resume_hint: Callable[[], str],
+                   signals: Optional[preemption.Signals]) -> int:
+    """`run_interruptible`, but for the handling of signals."""
     try:
         work()
         watchdog.stop()
@@ -31,6 +32,12 @@ def _report_errors(program: str, work: Callable[[], Any], memory_remedy: str, re
             raise
         if accelerator.is_out_of_memory(error):
             return exit_with_error(program, 'out of memory (%s); %s' % (one_line(error)[:200], memory_remedy), 2)
+        if accelerator.is_compile_failure(error):
+            if signals is not None and signals.stop_signal:  # it ended the compiler, too
+                raise preemption.Stopped(signals.stop_signal) from None
+            return exit_with_error(program, '--compile: the model cannot be compiled here (%s); leave the flag out, or '
+                                   'choose another --compile_backend' % accelerator.first_line(
+                                       getattr(error, 'inner_exception', error)), 2)
         if not process_group.is_peer_failure(error):
             raise
         silent = watchdog.silent_ranks()
@@ -63,7 +70,7 @@ def run_interruptible(program: str, work: Callable[[], Any], memory_remedy: str,
     """
     try:
         with signals or preemption.Signals():
-            return _report_errors(program, work, memory_remedy, resume_hint)
+            return _report_errors(program, work, memory_remedy, resume_hint, signals)
     except preemption.Stopped as stop:  # also during an error report: another process may have caused the error
         watchdog.stop()
         if str(stop) and signals is not None:

@@ -1159,7 +1159,8 @@ def overview_main(options, device):
         part = parse(words + ['--pairs=%d' % OVERVIEW_PAIRS])
         now, end = time.monotonic(), BEGIN + OVERVIEW_SECONDS
         if number and now > end:
-            rows.append([' '.join(words[:2]), 'n/a', 'n/a', other, 'n/a', 'no time was left', 0])
+            name = 'loading' if words[0] == 'data' else 'training, ' + words[1].partition('=')[2]
+            rows.append([name, 'n/a', 'n/a', other, 'n/a', 'no time was left', 0])
             continue
         part.is_part, part.until = True, now + (end - now) / (len(parts) - number)
         if part.command == 'data':

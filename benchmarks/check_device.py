@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,12 +85,15 @@ def parse(argv):
 
 if __name__ == '__main__':
     from beit import startup
-    startup.prepare()
     if sys.argv[1:2] not in (['_row'], ['_process']):  # before the import of PyTorch; `main` parses again
+        flags_only = sys.argv[1:2] == ['_flags']  # for test/check_device.sh
         try:
-            parse(sys.argv[1:])
+            parse(sys.argv[1 + flags_only:])
         except UserError as error:
             sys.exit(fail(error))
+        if flags_only:
+            sys.exit(0)
+    startup.prepare()
 
 import torch
 from torch.nn import functional as F
@@ -865,8 +869,8 @@ def check_device(options):
         row = dict(section=section, name=name, status=status, figure=figure, detail=detail,
                    seconds=round(time.perf_counter() - start, 2))
         report['rows'].append(row)
-        print('%-13s %s, %s%s' % (status, section, name, ': ' + figure if figure else ''), file=sys.stderr, flush=True)
         write_report(report, options.output_dir)  # an interrupted run leaves its rows
+        print('%-13s %s, %s%s' % (status, section, name, ': ' + figure if figure else ''), file=sys.stderr, flush=True)
     return report
 
 
@@ -885,9 +889,19 @@ def main(argv=None):
         return 1 if report['failed'] else 0
     except UserError as error:
         return fail(error)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stopped:
+        number = (stopped.args or (signal.SIGINT,))[0]
+        print('check_device.py: interrupted by %s; device_report.json has the rows above' % signal.Signals(number).name,
+              file=sys.stderr, flush=True)
+        return 128 + number
+
+
+def stop(number, _):
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == '__main__':
+    if sys.argv[1:2] not in (['_row'], ['_process']):
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, stop)
     sys.exit(main())

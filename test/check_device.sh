@@ -12,6 +12,10 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 arguments=("$@")
 parse_options "$@"
+# Wrong flags first: the search for packages takes seconds.
+problem=$("${PYTHON:-python3}" "$ROOT/benchmarks/check_device.py" _flags "$@" 2>&1 >/dev/null) || case $problem in
+    'check_device.py: error: '*) echo "$problem" >&2; exit 2 ;;
+esac
 choose_python
 case $device in
     # torch_npu cannot be imported before CANN is set up.

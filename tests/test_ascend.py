@@ -3,9 +3,11 @@
 The emulator checks the code; it shows nothing about an NPU's speed, memory or rounding.
 """
 
+import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import time
 import pytest
 import torch
 
+import run_class_finetuning
 from beit.checkpoint import discovery
 from beit.files import weights_file
 from helpers import (
@@ -594,3 +597,22 @@ def test_compile_backends_of_npus_and_unknown_ones_are_refused(refused, monkeypa
         refused(base + ['nosuch', '--compile'], "'nosuch'; it must be one of cudagraphs, inductor, ")
         refused(base + ['tvm', '--compile'], '--compile_backend tvm: it cannot compile here (', 'use inductor')
     refused(base + ['eager'], '--compile_backend eager needs --compile')
+
+
+@pytest.mark.parametrize('stopped', (False, True))
+def test_a_failed_compilation_is_one_line(refused, monkeypatch, capsys, stopped):
+    """A signal to the whole process group ends the compiler, too: then the line is about the signal."""
+    if not hasattr(torch.nn.Module, 'compile'):
+        cannot_run('current', 'this PyTorch cannot compile')
+
+    def fail(*_, **__):
+        if stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError('g++ failed')
+    monkeypatch.setattr(importlib.import_module('torch._inductor.compile_fx'), 'compile_fx', fail)
+    flags = DIGITS + ['--device=cpu', '--compile', '--maxstep=1']
+    if not stopped:
+        refused(flags, '--compile: the model cannot be compiled here (', 'g++ failed', 'leave the flag out')
+        return
+    assert run_class_finetuning.run(flags) == 143
+    assert 'error: interrupted by SIGTERM; ' in capsys.readouterr().err

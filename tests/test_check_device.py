@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -284,3 +285,22 @@ def test_a_wrong_flag_comes_before_the_import_of_pytorch():
     done = subprocess.run([python(), '-X', 'importtime', SCRIPT, '--mistyped=3'], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, universal_newlines=True)
     assert done.returncode == 2 and not re.search(r'^import time:.* (torch|numpy|PIL)$', done.stderr, re.M)
+
+
+def test_the_script_refuses_flags_before_it_looks_for_packages():
+    bare = os.path.realpath(os.path.join(sys.base_prefix, 'bin', 'python3'))
+    done = subprocess.run(['bash', os.path.join(ROOT, 'test', 'check_device.sh'), '--sections=foo'],
+                          env=dict(os.environ, PYTHON=bare), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True)
+    assert done.returncode == 2 and done.stderr.startswith('check_device.py: error: --sections: '), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_interrupted_check_says_so(tmp_path):
+    with subprocess.Popen([python(), SCRIPT, '--device=cpu', '--output_dir=%s' % tmp_path] + TINY + [
+            'environment', 'numerics', 'trajectory'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            universal_newlines=True) as check:
+        assert any('environment' in line for line in check.stderr)
+        check.send_signal(signal.SIGINT)
+        assert 'interrupted by SIGINT; device_report.json has the rows above' in check.stderr.read()
+    assert check.returncode == 130 and json.loads((tmp_path / 'device_report.json').read_text(encoding='utf-8'))['rows']

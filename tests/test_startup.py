@@ -297,8 +297,8 @@ def test_help_and_wrong_flags_come_before_the_slow_imports(program, flags, statu
 EARLY = {
     'run_class_finetuning.py': (
         ['--config', '{epochs}', '--epoks=2'], ['--config', '{epoks}'], ['--config', '/nosuch'], [],
-        ['--data_path=/nosuch'],
-        ['--data_path={empty}'], ['--data_path=demo', '--epochs=2', '--warmup_epochs=5'], ['--model=nosuch'],
+        ['--data_path=/nosuch'], ['--data_path={empty}'], ['--data_path=demo', '--data_set=nosuch'],
+        ['--data_path=demo', '--epochs=2', '--warmup_epochs=5'], ['--model=nosuch'],
         ['--data_path=demo', '--finetune=nosuch'], ['--data_path=demo', '--resume=nosuch'], ['--eval'],
         ['--eval', '--resume={empty}'], ['--data_path=demo', '--report'], ['--data_path=demo', '--output_dir=/proc/x'],
         ['--data_path={empty}', '--train_csv=nosuch.csv'], ['--recipe=nosuch'],

@@ -66,10 +66,8 @@ def resolve_data_path(data_path: str) -> str:
 
 def check_paths(config: InputConfig) -> None:
     """Raise a `UserError` where a flag names a missing folder or file, or contradicts another. Cheap."""
-    if config.data_set not in DATA_SETS:
-        raise unknown_value_error('--data_set', config.data_set, DATA_SETS)
-    check_split(config)
     check_named_files(config)
+    check_split(config)
     index = config.image_folder_class_index_file
     refuse(index and (config.data_set == 'CIFAR' or config.train_csv or config.val_csv), config,
            'image_folder_class_index_file', ': it orders class folders, and --data_set CIFAR and CSV files have none; '
@@ -79,6 +77,8 @@ def check_paths(config: InputConfig) -> None:
 
 def check_named_files(config: InputConfig) -> None:
     """Raise a `UserError` where a flag names a missing folder or file."""
+    if config.data_set not in DATA_SETS:
+        raise unknown_value_error('--data_set', config.data_set, DATA_SETS)
     check_csv_flags(config)
     index = config.image_folder_class_index_file
     refuse(index and not os.path.isfile(index), config, 'image_folder_class_index_file',

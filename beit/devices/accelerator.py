@@ -45,6 +45,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def is_compile_failure(error: BaseException) -> bool:
+    """Whether torch.compile or its backend raised the error."""
+    return any(kind.__module__.startswith(('torch._dynamo', 'torch._inductor')) for kind in type(error).__mro__)
+
+
 def _cuda_problem() -> Optional[str]:
     if torch.cuda.is_available():
         return None
