@@ -136,6 +136,7 @@ def check_export(args: argparse.Namespace) -> None:
         atc.check(args.soc_version, args.output)
     if args.output:
         check_export_output(args, args.output)
+        refuse_program_ending(args, args.output if args.format not in PROGRAM_ENDINGS else '')
 
 
 def check_export_output(args: argparse.Namespace, path: str) -> None:
@@ -158,11 +159,17 @@ def check_export_output(args: argparse.Namespace, path: str) -> None:
         raise UserError('%s: it exists already; give --overwrite, or another name' % shown)
 
 
+def refuse_program_ending(args: argparse.Namespace, path: str) -> None:
+    """Raise a `UserError` for weights whose name would make them an exported program."""
+    refuse(sources.program_kind(path), args, 'output', ': this ending is that of an exported program; choose another')
+
+
 def check_average(args: argparse.Namespace) -> None:
     """The flags of average_checkpoints.py."""
     for flag in ('inputs', 'output'):
         refuse(not getattr(args, flag), args, flag, ' is missing; see --help')
     sources.find_inputs(args.inputs)
+    refuse_program_ending(args, args.output)
     refuse(os.path.lexists(args.output) and not (args.overwrite and os.path.isfile(args.output)), args, 'output',
            ' exists; choose another' + (', or give --overwrite' if os.path.isfile(args.output) else ''))
     check_writable('--output', args.output, is_file=True)

@@ -330,11 +330,12 @@ EARLY = {
             ['--format=safetensors', '--opset=17'], ['--format=om'], ['--format=onnx', '--output={empty}'],
             ['--format=om', '--soc_version=Ascend910B4', '--output=x.onnx'], ['--format=onnx', '--output={epochs}'],
             ['--format=onnx', '--output=/proc/x'], ['--format=huggingface', '--output={epochs}'],
-            ['--format=huggingface', '--output={parent}'], ['--format=onnx', '--class_names=nosuch']))),
+            ['--format=huggingface', '--output={parent}'],
+            ['--format=safetensors', '--output=x.onnx'], ['--format=onnx', '--class_names=nosuch']))),
     'average_checkpoints.py': (
         ['--inputs=nosuch', '--output=x'], [], ['--output=x'], ['--inputs={empty}', '--output=x'],
         *(['--inputs={epochs}', *each] for each in ([], ['{epochs}', '--output=x'], ['--output={epochs}'],
-                                                    ['--output={empty}'], ['--output=/proc/x']))),
+                                                    ['--output={empty}'], ['--output=/proc/x'], ['--output=x.pt2']))),
     'run_linear_eval.py': (
         ['--data_path=demo'], ['--data_path=demo', '--finetune={epochs}'], ['--data_path=demo', '--output_dir=x'],
         ['--data_path=demo', '--finetune=nosuch', '--output_dir=x']),
