@@ -20,6 +20,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
+import check_flags
 import datasets
 from beit import errors
 from beit.data import decode, device_loader, device_randaugment, fast_decode
@@ -470,7 +471,7 @@ def test_fast_is_refused_where_unavailable(parse, monkeypatch):
     if has_fast():
         check_backend(parse('--data_backend=fast'))
         with pytest.raises(UserError, match='--train_interpolation lanczos needs --data_backend exact'):
-            check_backend(parse('--data_backend=fast', '--train_interpolation=lanczos'))
+            check_flags.check_combinations(parse('--data_backend=fast', '--train_interpolation=lanczos'))
     monkeypatch.setattr(fast_decode, 'decode_jpeg', None)
     for flag in ('--data_backend', '--eval_data_backend'):
         with pytest.raises(UserError, match='%s fast: this torchvision cannot decode JPEG files; use a newer one, or '
