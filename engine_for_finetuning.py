@@ -295,7 +295,7 @@ def pad_batch(images: torch.Tensor, data_loader: Any) -> torch.Tensor:
 
 def profile(folder: str, device: torch.device, model: torch.nn.Module, data_loader: Any, update_freq: int = 1,
             cann: bool = False, **training: Any) -> None:
-    """Profile 5 updates, after a warm-up, and write the trace to `folder`; `cann` chooses torch_npu's profiler."""
+    """Profile 5 updates, after a warm-up, and write the trace to `folder`; `cann` chooses the NPU's own profiler."""
     def train(steps: int) -> None:
         train_one_epoch(model=model, data_loader=data_loader, device=device, epoch=0, update_freq=update_freq,
                         num_training_steps_per_epoch=min(steps, len(data_loader) // update_freq), **training)

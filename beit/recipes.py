@@ -20,10 +20,10 @@ def path_of(name: str, program: str = '', known: Container[str] = ()) -> str:
     names = [each[:-len('.yaml')] for each in sorted(os.listdir(FOLDER)) if each.endswith('.yaml')]
     if name not in names:
         raise unknown_value_error('--recipe', escape_text(name), names + [AUTO])
-    lacks = {each: [key for key in read(each) if key not in known] for each in names * bool(program)}
-    if lacks.get(name):
+    lacks = [key for key in read(name) if key not in known] if program else []
+    if lacks:
         raise UserError('--recipe %s: it sets %s, which %s does not have; give %s' % (
-            name, lacks[name][0], program, ' or '.join(each for each in names if not lacks[each])))
+            name, lacks[0], program, ' or '.join(each for each in names if all(key in known for key in read(each)))))
     return os.path.join(FOLDER, name + '.yaml')
 
 

@@ -278,7 +278,7 @@ def test_data(bench):
 
 @pytest.mark.parametrize('enough_time', [True, False])
 def test_without_a_command_one_table(enough_time, monkeypatch, capfd):
-    """Its rates and ratios are those of the commands' reports; without time left, only the first rows are measured."""
+    """It has the rates and ratios of the commands' reports; without time left, only the first rows are measured."""
     monkeypatch.setattr(sys, 'executable', python())
     tiny = {'step': NANO, 'data': ['--device=cpu', '--images=4', '--batch_size=2', '--distinct=3', '--input_size=64']}
     parts = [(flags + tiny[flags[0]], other) for flags, other in benchmark.overview_parts(torch.device('cpu'))]

@@ -385,7 +385,7 @@ def test_the_model_card(trained, tmp_path, capsys):  # noqa: F811
 
 
 def test_the_card_of_weights_that_this_project_did_not_train(trained, tmp_path):  # noqa: F811
-    """Their publishers' accuracy, and no word about a training; of a trained model, the flags in effect."""
+    """Their publishers' accuracy without a training table; of a trained model, the flags in effect."""
     path, _ = trained(*NANO[1:3])
     found = inference_model.load_for_inference(path)
     card = model_card.write(found).decode()
