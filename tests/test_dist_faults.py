@@ -448,11 +448,20 @@ def prepare(self, batch, then=device_loader.PrefetchLoader.prepare, batches=[]):
 device_loader.PrefetchLoader.prepare = prepare"""
 
 
+SLOW_DISK = """import os; import time
+def fsync(handle, then=os.fsync):
+    if '.pth' in os.readlink('/proc/self/fd/%d' % handle):
+        time.sleep(0.7)
+    then(handle)
+os.fsync = fsync"""
+
+
 def test_a_loss_is_not_finite(job, data, tmp_path):
-    """On process 1 only: both processes stop, or both skip the update."""
+    """On process 1 only: both processes stop, and process 0 completes its save, or both skip the update."""
+    faults = {0: SLOW_DISK, 1: NOT_A_NUMBER}
     outputs = [str(tmp_path / mode) for mode in ('stop', 'skip')]
     stops, skips = [job('--data_path=' + data, '--output_dir=' + output, '--epochs=3', '--on_nonfinite=' + mode,
-                        launched=True, fault={1: NOT_A_NUMBER}) for output, mode in zip(outputs, ('stop', 'skip'))]
+                        launched=True, fault=faults) for output, mode in zip(outputs, ('stop', 'skip'))]
     ended, = stops.end()
     assert ended.status == 2
     print(ended.err)

@@ -516,7 +516,8 @@ POINTS = {
         ('before that of an epoch', dies('os.remove', r'checkpoint-0\.pth$'))],
     'elsewhere': [
         ('before anything is there', dies(STEPS + 'CheckpointMonitor.begin_sync', nth=2)),
-        ('in an update', dies('beit.training.loss_scaler.LossScaler._finish', nth=4, when='after')),
+        # One checkpoint is complete at the fifth update: the second save has waited for it.
+        ('in an update', dies('beit.training.loss_scaler.LossScaler._finish', nth=5, when='after')),
         ('when a checkpoint is found', dies('beit.checkpoint.training_state.resume_training')),
         ('when the folder is prepared', dies('beit.files.run_folder.prepare_folder', when='after')),
         ('in an evaluation', dies('engine_for_finetuning.evaluate', nth=2)),
@@ -651,7 +652,8 @@ def test_a_killed_worker_ends_the_run_with_one_line(life, unbroken, moment):
 
     assert {'loading': lambda: run.attempt(strike=strike),
             'an image': lambda: run.attempt(dies('beit.data.transforms.load_image', r'train/.*/\d+\.png', nth=30)),
-            'a save': lambda: run.attempt(dict(dies('os.fsync', r'checkpoint-0-step5'), do='worker')),
+            'a save': lambda: run.attempt(dict(dies(STEPS + 'CheckpointMonitor.save', when='after'), do='worker'),
+                                          dict(call='os.fsync', path='checkpoint-0-step5', do='sleep', seconds=1.)),
             'a log line': lambda: run.attempt(dict(dies(STEPS + 'CheckpointMonitor.after_step', nth=8), do='worker')),
             }[moment]()
     run.finish().equals(reference)

@@ -150,6 +150,7 @@ class CheckpointMonitor:
         if self.on_nonfinite == 'skip':
             log_main(text)
             return
+        self.wait_for_save()  # the launcher ends the other processes after an error line
         raise UserError(text + '; lower --lr, set --clip_grad, look at the images, or --on_nonfinite skip',
                         rank=bad[0] if bad and process_group.world_size() > 1 else None)
 
